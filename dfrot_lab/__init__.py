@@ -1,0 +1,29 @@
+"""DFRot Lab: see, prove and use what rotation does to 4-bit language models.
+
+Words used everywhere: x (tokens, channels); R (channels, channels); `x @ R` is the rotation, in this direction only; NR, RO, RH are no rotation,
+random orthogonal and random Hadamard; a site is a place in the model whose activations we look at, such as `layers.12.input_norm`.
+
+Importing this package is cheap: torch and transformers load with the first name that needs them.
+"""
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "ModelSpec": "specs", "CorpusSpec": "specs", "RotationSpec": "specs", "QuantSpec": "specs", "CaptureSpec": "specs", "RefineSpec": "specs",
+    "WeightSpec": "specs", "EvalSpec": "specs", "eval_spec": "specs",
+    "load_model": "models", "token_blocks": "corpus", "Store": "store", "capture": "capture", "token_errors": "errors",
+    "refine": "refine", "quantize_weights": "gptq", "evaluate": "evaluate",
+}  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'dfrot_lab' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"dfrot_lab.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*_HOME, "__version__"])
