@@ -4,7 +4,10 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Self
+
+import xxhash
 
 WINDOW = 2048
 """Tokens in one window: the length DFRot, QuaRot and GPTQ calibrate and evaluate with."""
@@ -24,6 +27,15 @@ def content_key(value: Any) -> str:
     """The first 32 hex digits of the sha256 of a JSON-able value: equal values have equal keys, in any process."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def file_digest(path: Path | str) -> str:
+    """xxh3_128 of a file's bytes, 32 hex digits: the part of a key that stands for a file the user names."""
+    digest = xxhash.xxh3_128()
+    with Path(path).open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)

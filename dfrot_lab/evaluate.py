@@ -1,0 +1,227 @@
+"""What a rotation is worth: perplexity of the quantized model, with its uncertainty, one row a spec.
+
+Perplexity follows the WikiText-2 protocol of GPTQ, QuaRot and DFRot: the text tokenised whole, cut into windows, exp(mean over windows of the mean
+next-token loss). Weights are really on their 4-bit grid; activations and the KV cache are fake-quantized: rounded to the grid, computed in float.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import stats
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from . import corpus, gptq, massive, models, refine, rotations, surgery
+from .models import LoadedModel
+from .quantize import fake_quantize
+from .specs import EvalSpec, QuantSpec, RefineSpec, RotationSpec, WeightSpec, file_digest
+from .store import Artefact, Store, Writer
+
+log = logging.getLogger(__name__)
+
+LOGIT_ROWS = 256
+"""Tokens whose logits exist at once: the logits of a whole window would be the largest tensor of an evaluation (0.4 GB)."""
+
+RESAMPLES = 9999
+
+KIND = "evaluation"
+
+
+@dataclass(frozen=True)
+class Built:
+    """A model with R1 and R2 fused and its weights quantized, and the R1 it has (None without rotation)."""
+
+    loaded: LoadedModel
+    R: Tensor | None
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """Mean next-token loss of each window (windows,), in nats, the seconds it took, and where model and text came from."""
+
+    spec: EvalSpec
+    losses: np.ndarray
+    seconds: float
+    provenance: str
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean loss."""
+        return float(np.exp(self.losses.mean()))
+
+    @property
+    def ci95(self) -> tuple[float, float]:
+        """Bootstrap 95% interval of the perplexity over windows."""
+        return bootstrap(lambda loss, axis: np.exp(loss.mean(axis)), self.losses)
+
+
+def bootstrap(statistic: Callable[..., Any], *samples: np.ndarray) -> tuple[float, float]:
+    """Percentile bootstrap 95% interval of `statistic(*samples, axis=)` over paired samples (windows,); (nan, nan) for fewer than 2 windows."""
+    if len(samples[0]) < 2:
+        return float("nan"), float("nan")
+    options: dict[str, Any] = {"paired": True, "vectorized": True, "n_resamples": RESAMPLES, "method": "percentile", "rng": 0}
+    result = stats.bootstrap(samples, statistic, **options)
+    return float(result.confidence_interval.low), float(result.confidence_interval.high)
+
+
+def paired_difference(a: EvalResult, b: EvalResult) -> tuple[float, tuple[float, float]]:
+    """Perplexity of `a` minus that of `b` and its bootstrap 95% interval, resampling the windows both were scored on."""
+    if a.spec.corpus != b.spec.corpus or len(a.losses) != len(b.losses) or a.spec.window != b.spec.window:
+        raise ValueError(
+            f"paired results must share corpus, windows and window; got {a.spec.corpus} x {len(a.losses)} and {b.spec.corpus} x {len(b.losses)}"
+        )
+    interval = bootstrap(lambda x, y, axis: np.exp(x.mean(axis)) - np.exp(y.mean(axis)), a.losses, b.losses)
+    return a.perplexity - b.perplexity, interval
+
+
+def canonical(spec: EvalSpec) -> EvalSpec:
+    """`spec` with its corpora resolved and what has no effect set to defaults, so that equal work has one key."""
+    weights = spec.weights.with_(corpus=corpus.resolve(spec.weights.corpus))
+    if weights.quantizer.bits == 16:
+        weights = WeightSpec(method="rtn", quantizer=weights.quantizer)
+    elif weights.method == "rtn":
+        weights = WeightSpec(method="rtn", quantizer=weights.quantizer, clip_search=weights.clip_search)
+    return spec.with_(corpus=corpus.resolve(spec.corpus), weights=weights, keep_out=None if spec.activations.bits == 16 else spec.keep_out)
+
+
+def is_rotated(spec: EvalSpec) -> bool:
+    """Whether R1 to R4 act: NR means no rotation anywhere, as in the paper's tables."""
+    return isinstance(spec.rotation, RefineSpec) or spec.rotation.kind != "NR"
+
+
+def rotation_key(spec: RotationSpec | RefineSpec) -> Any:
+    """JSON-able identity of a rotation: its spec, a refined one's model bytes, a file's digest."""
+    if isinstance(spec, RefineSpec):
+        return refine.key_of(spec)
+    return {**spec.to_dict(), "path": file_digest(spec.path)} if spec.path else spec.to_dict()
+
+
+def rotation_matrix(spec: RotationSpec | RefineSpec, channels: int, store: Store) -> Tensor:
+    """R1 (channels, channels) float64 of a rotation or refinement."""
+    return refine.refined(spec, store).R if isinstance(spec, RefineSpec) else rotations.make(spec, channels)
+
+
+def build_key(spec: EvalSpec) -> Any:
+    """Identity of the model `build` would return: rows that share it can share the built model."""
+    return {"model": models.fingerprint(spec.model), "rotation": rotation_key(spec.rotation), "weights": canonical(spec).weights.to_dict()}
+
+
+def build(spec: EvalSpec, store: Store) -> Built:
+    """Load, untie, fuse norms, fuse R1 and R2 and the offline half of R4, quantize the weights: the model that `spec` evaluates."""
+    loaded = models.load_model(spec.model, store)
+    surgery.prepare(loaded)
+    R = None
+    if is_rotated(spec):
+        R = rotation_matrix(spec.rotation, loaded.channels, store)
+        surgery.rotate_residual(loaded, R)
+        surgery.rotate_heads(loaded)
+        surgery.rotate_down(loaded)
+    key = {"model": models.fingerprint(spec.model), "rotation": rotation_key(spec.rotation)}
+    gptq.quantize_weights(loaded, spec.weights, key, store, r4=R is not None)
+    return Built(loaded, None if R is None else R.to(next(loaded.model.parameters()).dtype))
+
+
+def keep_out(quantizer: QuantSpec, rule: str, R: Tensor | None) -> surgery.Transform:
+    """A norm-output transform that quantizes all tokens but the massive ones, judged by `rule` on the unrotated row x R^T (`QuaRot.FP16()`)."""
+
+    def transform(x: Tensor) -> Tensor:
+        mask = massive.rows_rule(x if R is None else x @ R.T, rule, root=massive.KEEP_OUT_ROOT)
+        return torch.where(mask[..., None], x, fake_quantize(x, quantizer))
+
+    return transform
+
+
+def quantized(built: Built, spec: EvalSpec) -> Any:
+    """Context manager under which the built model runs with `spec`'s online rotations, activation and KV quantization and keep-out."""
+    act = spec.activations
+    linear_input = None if act.bits == 16 else lambda x: fake_quantize(x, act)
+    norm_output = keep_out(act, spec.keep_out, built.R) if spec.keep_out and act.bits < 16 else linear_input
+    rotated = built.R is not None
+    return surgery.online(built.loaded, r3=rotated and spec.kv.bits < 16, r4=rotated, norm_output=norm_output, linear_input=linear_input, kv=spec.kv)
+
+
+@torch.inference_mode()
+def window_loss(loaded: LoadedModel, ids: Tensor) -> float:
+    """Mean next-token loss in nats of one window of token ids (window,), logits in float32 a few hundred tokens at a time."""
+    head = loaded.model.get_submodule(loaded.roles.lm_head)
+    hidden = models.body(loaded)(ids[None], use_cache=False).last_hidden_state[0, :-1]
+    total = 0.0
+    for part, target in zip(hidden.split(LOGIT_ROWS), ids[1:].split(LOGIT_ROWS), strict=True):
+        total += float(torch.nn.functional.cross_entropy(head(part).float(), target, reduction="sum"))
+    return total / (len(ids) - 1)
+
+
+def evaluate(spec: EvalSpec, store: Store | None = None, build_model: Callable[[], Built] | None = None) -> EvalResult:
+    """The losses `spec` describes, from the store or computed now; a stopped evaluation goes on at the window it was at.
+
+    `build_model` supplies the built model when one is needed (so that rows with the same `build_key` can share it); by default it is built here.
+    """
+    store, spec = store or Store(), canonical(spec)
+
+    def make(writer: Writer) -> None:
+        built = build_model() if build_model else build(spec, store)
+        models.check_tokens(built.loaded, spec.window)
+        ids = corpus.token_blocks(spec.corpus, built.loaded.tokenizer, blocks=spec.windows, window=spec.window)
+        started = time.perf_counter()
+        losses = _losses(built, spec, ids, writer)
+        writer.save_json("losses", losses)
+        writer.note.update(provenance=built.loaded.provenance, scoring_seconds=time.perf_counter() - started)
+
+    return _result(spec, store.get_or_make(KIND, _inputs(spec), make))
+
+
+def stored(spec: EvalSpec, store: Store) -> EvalResult | None:
+    """The losses `spec` describes if the store has them, else None; computes nothing."""
+    spec = canonical(spec)
+    artefact = store.open(KIND, _inputs(spec))
+    return None if artefact is None else _result(spec, artefact)
+
+
+def _inputs(spec: EvalSpec) -> dict[str, Any]:
+    """What an evaluation's artefact is keyed by: the spec, the rotation's identity, and the bytes of model and text."""
+    content = {**spec.to_dict(), "rotation": rotation_key(spec.rotation)}
+    return {"spec": content, "model": models.fingerprint(spec.model), "text": corpus.fingerprint(spec.corpus)}
+
+
+def _result(spec: EvalSpec, artefact: Artefact) -> EvalResult:
+    note = artefact.manifest["note"]
+    return EvalResult(spec, np.array(artefact.json("losses")), float(note["scoring_seconds"]), str(note["provenance"]))
+
+
+def _losses(built: Built, spec: EvalSpec, ids: Tensor, writer: Writer) -> list[float]:
+    names = [f"window-{i:03d}" for i in range(len(ids))]
+    with quantized(built, spec):
+        for name, window in zip(tqdm(names, desc=f"{spec.rotation.name} {spec.bits}", unit="window", leave=False), ids, strict=True):
+            if not writer.has(name):
+                writer.save_json(name, window_loss(built.loaded, window))
+    losses = [writer.load_json(name) for name in names]
+    for name in names:
+        writer.drop(name)
+    return losses
+
+
+def evaluate_all(specs: Sequence[EvalSpec], store: Store | None = None, on_result: Callable[[EvalResult], None] | None = None) -> list[EvalResult]:
+    """`evaluate` for each spec in turn; neighbours that share a built model build it once, and what is stored builds nothing."""
+    store = store or Store()
+    last: dict[str, Any] = {}
+
+    def shared(spec: EvalSpec) -> Built:
+        key = build_key(spec)
+        if last.get("key") != key:
+            last.clear()  # frees the model before the next one is built
+            last.update(key=key, built=build(spec, store))
+        built: Built = last["built"]
+        return built
+
+    results = []
+    for spec in specs:
+        results.append(evaluate(spec, store, partial(shared, spec)))
+        if on_result:
+            on_result(results[-1])
+    return results

@@ -1,0 +1,187 @@
+"""Named experiments: a list of specs in, tidy rows out. `main` is what `make run` does."""
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from . import corpus, errors, evaluate, figures, massive, results
+from .capture import Capture, capture
+from .evaluate import EvalResult
+from .refine import RefineResult, refined
+from .specs import CaptureSpec, CorpusSpec, EvalSpec, ModelSpec, RefineSpec, RotationSpec, WeightSpec, eval_spec
+from .store import Store
+
+log = logging.getLogger(__name__)
+
+MAIN_BITS = ("16-4-16", "4-4-16", "4-4-4")
+FIGURE_LAYER = 15
+"""A layer in the middle of the stretch where the default model's first token is massive (12 to 28)."""
+
+NOMINAL_SECONDS = {"capture": 15, "refine": 100, "build": 8, "gptq": 120, "window": 4.5}
+"""What each kind of work takes on 2 cores with the default model: the first guess of the time left, scaled by the pace measured since."""
+
+
+@dataclass(frozen=True)
+class MainSetting:
+    """What the main job is run on."""
+
+    model: ModelSpec
+    corpus: str = "auto"
+    seed: int = 0
+    windows: int = 6
+    gamma: float = 100.0
+
+    def resolved(self) -> "MainSetting":
+        """With `auto` replaced by the corpus that is there."""
+        return replace(self, corpus=corpus.resolve(CorpusSpec(name=self.corpus)).name)
+
+    @property
+    def capture(self) -> CaptureSpec:
+        """The first 2048 calibration tokens."""
+        return CaptureSpec(model=self.model, corpus=CorpusSpec(name=self.corpus, split="calibration"))
+
+    @property
+    def refine(self) -> RefineSpec:
+        """DFRot with the paper's rows, gamma and 100 steps, from RH, with the evaluation's own asymmetric quantizer."""
+        return RefineSpec(capture=self.capture, gamma=self.gamma, init=RotationSpec(kind="RH", seed=self.seed))
+
+    def rotation(self, kind: str) -> RotationSpec:
+        """NR, RO or RH with the setting's seed."""
+        return RotationSpec(kind=kind, seed=self.seed)
+
+
+def main_specs(setting: MainSetting) -> list[EvalSpec]:
+    """Full precision; then NR, RO, RH, DFRot at 16-4-16, 4-4-16 and 4-4-4, RO and RH also with massive tokens kept out.
+
+    Rows that share a built model stand side by side.
+    """
+    text = CorpusSpec(name=setting.corpus, split="evaluation")
+
+    def row(bits: str, rotation: RotationSpec | RefineSpec, keep_out: str | None = None) -> EvalSpec:
+        spec = eval_spec(bits, model=setting.model, corpus=text, rotation=rotation, keep_out=keep_out, windows=setting.windows)
+        return spec.with_(weights=WeightSpec(quantizer=spec.weights.quantizer, corpus=text.with_(split="calibration")))
+
+    rotations: list[tuple[RotationSpec | RefineSpec, bool]] = [(setting.rotation("NR"), False), (setting.rotation("RO"), True)]
+    rotations += [(setting.rotation("RH"), True), (setting.refine, False)]
+    specs = [row("16-16-16", setting.rotation("NR"))]
+    for rotation, with_keep_out in rotations:
+        for bits in MAIN_BITS:
+            specs.append(row(bits, rotation))
+            if with_keep_out:
+                specs.append(row(bits, rotation, "nr_error"))
+    return specs
+
+
+class Progress:
+    """Says what is being done and how long the rest will take, as log lines."""
+
+    def __init__(self, costs: Sequence[float]) -> None:
+        self.costs = list(costs)
+        self.done = 0
+        self.started = time.perf_counter()
+
+    def begin(self, what: str) -> None:
+        """Announce the next step."""
+        spent, left = sum(self.costs[: self.done]), sum(self.costs[self.done :])
+        pace = (time.perf_counter() - self.started) / spent if spent > 5 else 1.0
+        log.info("[%2d/%d] %s; %s", self.done + 1, len(self.costs), what, f"about {_minutes(pace * left)} left" if left > 1 else "stored")
+        self.done += 1
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+
+
+@dataclass(frozen=True)
+class MainResult:
+    """What the main job found: results rows as a table, the evaluations, the capture and the refinement."""
+
+    setting: MainSetting
+    table: pd.DataFrame
+    capture: Capture
+    refinement: RefineResult
+
+
+def main(setting: MainSetting, store: Store | None = None) -> MainResult:
+    """Capture, refine, evaluate every row of `main_specs`; whatever is stored is reused, and a stopped run goes on where it was."""
+    store, setting = store or Store(), setting.resolved()
+    log.info("model %s, corpus %s", setting.model.source, setting.corpus)
+    specs = main_specs(setting)
+    progress = Progress([NOMINAL_SECONDS["capture"], NOMINAL_SECONDS["refine"], *_costs(specs, store)])
+    progress.begin("capturing activations")
+    recorded = capture(setting.capture, store)
+    progress.begin(f"refining R1 with gamma {setting.gamma:g}")
+    refinement = refined(setting.refine, store)
+    iterator = iter(specs[1:])
+
+    def announce(spec: EvalSpec | None) -> None:
+        if spec is not None:
+            progress.begin(f"{spec.rotation.name} {spec.bits}{', massive tokens kept out' if spec.keep_out else ''}")
+
+    announce(specs[0])
+    found = evaluate.evaluate_all(specs, store, on_result=lambda _result: announce(next(iterator, None)))
+    return MainResult(setting, main_table(found), recorded, refinement)
+
+
+def _costs(specs: Sequence[EvalSpec], store: Store) -> list[float]:
+    """Nominal seconds of each row: nothing if it is stored, else its windows, and the build where it is the first to need it."""
+    built: set[str] = set()
+    costs = []
+    for spec in specs:
+        cost, key = 0.0, str(evaluate.build_key(spec))
+        if evaluate.stored(spec, store) is None:
+            cost = NOMINAL_SECONDS["window"] * spec.windows
+            if key not in built:
+                cost += NOMINAL_SECONDS["build"] + NOMINAL_SECONDS["gptq"] * (spec.weights.quantizer.bits < 16)
+            built.add(key)
+        costs.append(cost)
+    return costs
+
+
+def main_table(found: Sequence[EvalResult]) -> pd.DataFrame:
+    """Perplexity rows, then paired differences: each rotation minus RH at the same bits, and each keep-out row's gain over its own rotation."""
+    rows: list[dict[str, Any]] = [results.row(result) for result in found]
+    plain = {(r.spec.rotation.name, r.spec.bits): r for r in found if r.spec.keep_out is None}
+    for result in found:
+        name, bits = result.spec.rotation.name, result.spec.bits
+        if result.spec.keep_out:
+            rows.append(results.difference_row(result, plain[name, bits], name))
+        elif name != "RH" and (("RH", bits) in plain):
+            rows.append(results.difference_row(result, plain["RH", bits], "RH"))
+    return pd.DataFrame(rows, columns=list(results.COLUMNS))
+
+
+def error_site(recorded: Capture) -> str:
+    """The site the main figures show: layer 15's input norm, or the middle layer's where there are fewer."""
+    wanted = f"layers.{FIGURE_LAYER}.input_norm"
+    return wanted if wanted in recorded.sites else recorded.sites[len(recorded.sites) // 4 * 2]
+
+
+def save_main(result: MainResult, folder: Path) -> list[Path]:
+    """Draw the main figures into `folder`: residual stream, errors, the massive token, refinement, perplexity. Returns the PNGs."""
+    recorded, site = result.capture, error_site(result.capture)
+    matrices = {**errors.default_rotations(recorded.channels, result.setting.seed), "DFRot": result.refinement.R}
+    token = int(recorded.residual_max[recorded.sites.index(site)].argmax())
+    wide = errors.wide(errors.token_errors(recorded, matrices, sites=[site]))
+    about = {"model": result.setting.model.source, "corpus": result.setting.corpus, "seed": result.setting.seed, "capture": recorded.key}
+    with figures.theme():
+        residual, axes = figures.plt.subplots(1, 2, figsize=(10, 3.6))
+        figures.plot_residual(recorded.residual_max, recorded.residual_median, ax=axes[0])
+        figures.plot_history(result.refinement.history, ax=axes[1])
+        drawn: dict[str, tuple[Any, dict[str, Any]]] = {
+            "residual-and-refinement": (residual, {"refine": result.setting.refine.to_dict()}),
+            "token-errors": (figures.figure_errors(wide), {"site": site, "rows": len(wide)}),
+            "massive-token": (figures.figure_massive_token(errors.massive_values(recorded, site, token, matrices)), {"site": site, "token": token}),
+            "perplexity": (figures.figure_perplexity(result.table), {"rows": sorted(set(result.table["spec"]))}),
+        }
+        return [figures.save_figure(fig, name, folder, {**about, **extra}) for name, (fig, extra) in drawn.items()]
+
+
+def massive_table(result: MainResult) -> pd.DataFrame:
+    """The massive tokens by any rule, most extreme first."""
+    return massive.table(result.capture).sort_values("residual_max", ascending=False, ignore_index=True)

@@ -1,0 +1,185 @@
+"""Quantize the linears' weights: round to nearest, or GPTQ (Frantar et al., arXiv 2210.17323), per output channel, symmetric, with clip search.
+
+GPTQ runs in ONE forward pass over all calibration windows: just before a group of linears that read the same input (q, k, v; o; gate, up; down) is
+first used, a hook sums that input's Hessian and puts the quantized weights in, so each group is calibrated on what the quantized model before it
+really sends, activations unquantised (as QuaRot). Every finished layer is kept, so a stopped run goes on where it was.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from . import corpus, models, surgery
+from .models import LoadedModel
+from .quantize import Quantized, clip_search, code_range, dequantize, scale_zero
+from .specs import WeightSpec
+from .store import Store, Writer
+
+log = logging.getLogger(__name__)
+
+COLUMNS = 128
+"""Columns quantized before the rest of the matrix hears of their error in one product: GPTQ's lazy batch."""
+
+
+def rtn(weight: Tensor, spec: WeightSpec) -> Quantized:
+    """Round `weight` (out, in) to nearest: codes int8, scale (out, 1), zero 0."""
+    weight = weight.float()
+    scale = _scale(weight, spec)
+    low, high = code_range(spec.quantizer)
+    codes = torch.div(weight, scale).round_().clamp_(low, high)
+    return _codes(codes, scale, spec)
+
+
+def gptq(weight: Tensor, hessian: Tensor, spec: WeightSpec) -> Quantized:
+    """GPTQ of `weight` (out, in) for inputs with `hessian` = sum x x^T (in, in): codes, scale (out, 1), zero 0.
+
+    Columns in order, each one's rounding error spread over those not yet rounded by the inverse Hessian's Cholesky factor. An input that is always
+    zero has its weight set to 0. Raises ValueError where the damped Hessian is not positive definite (NaN or Inf in the calibration activations).
+    """
+    weight, hessian = weight.float().clone(), hessian.clone()
+    dead = hessian.diagonal() == 0
+    hessian.diagonal()[dead] = 1
+    weight[:, dead] = 0
+    scale = _scale(weight, spec)
+    factor = _inverse_factor(hessian, spec.damping)
+    low, high = code_range(spec.quantizer)
+    codes = torch.empty_like(weight)
+    for start in range(0, weight.shape[1], COLUMNS):
+        block = slice(start, min(start + COLUMNS, weight.shape[1]))
+        codes[:, block], errors = _block(weight[:, block], factor[block, block], scale, low, high)
+        weight[:, block.stop :] -= errors @ factor[block, block.stop :]
+    return _codes(codes, scale, spec)
+
+
+def _block(weight: Tensor, factor: Tensor, scale: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
+    """Codes and scaled errors of one block of columns (out, columns). Works on the transpose, where a column is contiguous."""
+    columns = weight.T.contiguous()
+    codes, errors = torch.empty_like(columns), torch.empty_like(columns)
+    step = scale.flatten()
+    for i, diagonal in enumerate(factor.diagonal().tolist()):
+        torch.div(columns[i], step, out=codes[i]).round_().clamp_(low, high)
+        torch.sub(columns[i], codes[i] * step, out=errors[i]).div_(diagonal)
+        columns[i + 1 :].addr_(factor[i, i + 1 :], errors[i], alpha=-1)
+    return codes.T, errors.T
+
+
+def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
+    """Upper Cholesky factor of the inverse of the damped Hessian, in float64, returned as float32."""
+    damped = hessian.double()
+    damped.diagonal().add_(damping * float(damped.diagonal().mean()))
+    try:
+        return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True).float()
+    except torch.linalg.LinAlgError as error:
+        raise ValueError(
+            f"the calibration Hessian must be positive definite; it is not ({error}). Look for NaN or Inf in the activations."
+        ) from error
+
+
+def _scale(weight: Tensor, spec: WeightSpec) -> Tensor:
+    return clip_search(weight, spec.quantizer) if spec.clip_search else scale_zero(weight, spec.quantizer)[0]
+
+
+def _codes(codes: Tensor, scale: Tensor, spec: WeightSpec) -> Quantized:
+    return Quantized(codes.to(torch.int8 if spec.quantizer.bits <= 8 else torch.int32), scale, torch.zeros_like(scale))
+
+
+def quantize_weights(loaded: LoadedModel, spec: WeightSpec, key: Any, store: Store | None = None, *, r4: bool = True) -> None:
+    """Put quantized weights into every linear of `loaded` (rotated as wanted; `r4` says whether down_proj gets R4), from the store or computed now.
+
+    `key` is the JSON-able identity of the model as it is, bytes and rotation: the weights are stored under it. lm_head and embedding stay.
+    """
+    if spec.quantizer.bits == 16:
+        return
+    spec = spec.with_(corpus=corpus.resolve(spec.corpus))
+    inputs: dict[str, Any] = {"weights": spec.to_dict(), "model": key}
+    if spec.method == "gptq":
+        inputs["text"] = corpus.fingerprint(spec.corpus)
+    store = store or Store()
+
+    def make(writer: Writer) -> None:
+        if spec.method == "gptq":
+            _run_gptq(loaded, spec, writer, r4)
+        else:
+            _run_rtn(loaded, spec, writer)
+
+    artefact = store.get_or_make("weights", inputs, make)
+    for index, layer in enumerate(loaded.layers):
+        _install(layer, artefact.tensors(_file(index)))
+
+
+def _file(index: int) -> str:
+    return f"layer-{index:03d}"
+
+
+def _install(layer: nn.Module, saved: dict[str, Tensor]) -> None:
+    for name in {key.rsplit(":", 1)[0] for key in saved}:
+        _put(models.linear(layer, name), Quantized(saved[f"{name}:codes"], saved[f"{name}:scale"], torch.zeros_like(saved[f"{name}:scale"])))
+
+
+def _put(linear: nn.Linear, quantized: Quantized) -> None:
+    with torch.no_grad():
+        linear.weight.copy_(dequantize(quantized, linear.weight.shape))
+
+
+def _save(writer: Writer, index: int, done: dict[str, Quantized]) -> None:
+    tensors = {f"{name}:codes": q.codes for name, q in done.items()} | {f"{name}:scale": q.scale for name, q in done.items()}
+    writer.save_tensors(_file(index), tensors)
+
+
+def _run_rtn(loaded: LoadedModel, spec: WeightSpec, writer: Writer) -> None:
+    for index, layer in enumerate(tqdm(loaded.layers, desc="RTN", unit="layer", leave=False)):
+        if not writer.has(_file(index)):
+            _save(writer, index, {name: rtn(models.linear(layer, name).weight, spec) for name in loaded.roles.linears})
+
+
+@torch.inference_mode()
+def _run_gptq(loaded: LoadedModel, spec: WeightSpec, writer: Writer, r4: bool) -> None:
+    models.check_tokens(loaded, spec.window)
+    ids = corpus.token_blocks(spec.corpus, loaded.tokenizer, blocks=spec.windows, window=spec.window)
+    log.info("GPTQ to %d bits on %d x %d tokens of %s", spec.quantizer.bits, *ids.shape, spec.corpus.name)
+    groups = [linears for _, _, linears in loaded.roles.feeds]
+    groups = [groups[0], (loaded.roles.o,), groups[1], (loaded.roles.down,)]
+    with ExitStack() as stack, tqdm(total=len(loaded.layers), desc="GPTQ", unit="layer", leave=False) as bar:
+        stack.enter_context(surgery.online(loaded, r4=r4))  # entered first: R4 must act before the Hessian is taken
+        for index, layer in enumerate(loaded.layers):
+            done: dict[str, Quantized] = {}
+            if writer.has(_file(index)):
+                _install(layer, writer.load_tensors(_file(index)))
+            else:
+                for names in groups:
+                    stack.enter_context(_quantized_on_arrival(layer, names, spec, done))
+            stack.callback(layer.register_forward_hook(_finished(writer, index, done, bar)).remove)
+        models.body(loaded)(ids, use_cache=False)
+
+
+@contextmanager
+def _quantized_on_arrival(layer: nn.Module, names: tuple[str, ...], spec: WeightSpec, done: dict[str, Quantized]) -> Iterator[None]:
+    """While the block runs, the first input to reach the linears `names` of a layer has them quantized before they use it."""
+
+    def arrive(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        x = args[0].reshape(-1, args[0].shape[-1])
+        hessian = x.T @ x
+        for name in names:
+            linear = models.linear(layer, name)
+            done[name] = gptq(linear.weight, hessian, spec)
+            _put(linear, done[name])
+
+    handle = layer.get_submodule(names[0]).register_forward_pre_hook(arrive)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _finished(writer: Writer, index: int, done: dict[str, Quantized], bar: Any) -> Any:
+    def save(_layer: nn.Module, _args: Any, _output: Any) -> None:
+        if done:
+            _save(writer, index, done)
+        bar.update()
+
+    return save

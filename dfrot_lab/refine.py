@@ -1,0 +1,207 @@
+"""Refine R1: DFRot's alternation of per-token quantization and orthogonal Procrustes, massive rows weighted (arXiv 2412.00648, Sec. 3.3, Alg. 1).
+
+Each step quantizes eta_x = Q(x R) for every row (Eq. 7) and then solves min_R sum over rows of w_x^2 ||x R - eta_x||^2 (Eq. 8) exactly:
+R = U V^T of the SVD of sum w_x^2 x^T eta_x (Eq. 6). w_x is gamma for massive rows and 1 for the rest (Eq. 2); scaling a row by gamma and weighting
+it by gamma^2 are the same thing because Q is scale-equivariant (Eq. 3).
+"""
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pandas as pd
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from . import corpus, massive, models, rotations
+from .capture import capture
+from .quantize import fake_quantize
+from .specs import QuantSpec, RefineSpec
+from .store import Store, Writer
+
+log = logging.getLogger(__name__)
+
+ROWS_AT_ONCE = 4096
+"""Rows of one product: small enough that x R, its quantized values and their difference stay in cache between the passes."""
+
+RELEASED_SLACK, RELEASED_GAIN = 100.0, 0.1
+"""The released code's accept test on the weighted Frobenius error: it starts from the first error + 100 and wants 0.1 less each time."""
+
+CHECKPOINT_EVERY = 10
+
+HISTORY = ("step", "objective", "normal", "massive", "best", "distance")
+
+
+@dataclass(frozen=True)
+class RefineResult:
+    """The refined rotation R (channels, channels) float64, and its history, one row a step.
+
+    History columns: step, objective (the weighted loss a row), normal, massive (mean squared error of those rows), best (lowest objective so far),
+    distance (||R - R0||_F / sqrt(C)).
+    """
+
+    R: Tensor
+    history: pd.DataFrame
+
+
+@dataclass
+class _State:
+    """Where an alternation is: R of the next step, best R so far, and the history."""
+
+    R: Tensor
+    best: Tensor
+    history: list[dict[str, float]]
+
+
+Checkpoint = Callable[[_State], None]
+
+
+def procrustes(a: Tensor, b: Tensor) -> Tensor:
+    """The orthogonal R (channels, channels) that minimises ||a R - b||_F for rows `a`, `b` (tokens, channels) (Eq. 6)."""
+    return polar(a.double().T @ b.double())
+
+
+def polar(product: Tensor) -> Tensor:
+    """U V^T of the SVD of a square matrix: the orthogonal matrix nearest to it, float64."""
+    u, _, vt = torch.linalg.svd(product.double())
+    return u @ vt
+
+
+def row_weights(mask: Tensor, gamma: float) -> Tensor:
+    """Squared-loss weight of each row (tokens,): gamma^2 where `mask` (massive), 1 elsewhere; gamma = inf leaves the massive rows alone."""
+    if gamma == math.inf:
+        return mask.float()
+    return torch.where(mask, gamma**2, 1.0)
+
+
+def half_step(rows: Tensor, R: Tensor, weights: Tensor, mask: Tensor, quantizer: QuantSpec) -> tuple[Tensor, dict[str, float]]:
+    """One pass over all rows (tokens, channels) with the rotation R: Eq. 7, and all that Eq. 8 needs.
+
+    Returns sum of w^2 x^T Q(x R) (channels, channels) float64, and the losses of R itself, which cost nothing more: objective, normal, massive.
+    """
+    product = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
+    R = R.to(rows)
+    error = torch.empty(len(rows), dtype=torch.float64)
+    for start in range(0, len(rows), ROWS_AT_ONCE):
+        part = slice(start, start + ROWS_AT_ONCE)
+        rotated = rows[part] @ R
+        eta = fake_quantize(rotated, quantizer)
+        error[part] = rotated.sub_(eta).square_().sum(1)
+        heavy = (weights[part] != 1).nonzero().flatten()
+        eta[heavy] *= weights[part][heavy, None].to(eta)
+        product += rows[part].T @ eta
+    return product, _losses(error, weights, mask)
+
+
+def _losses(error: Tensor, weights: Tensor, mask: Tensor) -> dict[str, float]:
+    return {
+        "objective": float((error * weights).mean()),
+        "normal": float(error[~mask].mean()) if (~mask).any() else math.nan,
+        "massive": float(error[mask].mean()) if mask.any() else math.nan,
+    }
+
+
+def refine(
+    rows: Tensor, spec: RefineSpec, mask: Tensor | None = None, *, state: _State | None = None, checkpoint: Checkpoint | None = None
+) -> RefineResult:
+    """Refine R1 on normalised, unrotated `rows` (tokens, channels) float32 as `spec` says (its `capture` field is not looked at).
+
+    `mask` (tokens,) marks massive rows; without it the spec's rule finds them (nr_error and ro_vs_nr need the rows alone). R stays orthogonal to
+    1e-5. Raises ValueError for rows that are not finite, and for gamma = inf with no massive row.
+    """
+    if not torch.isfinite(rows).all():
+        token = int((~torch.isfinite(rows)).any(1).nonzero()[0])
+        raise ValueError(f"rows must be finite to be refined on; row {token} has NaN or Inf")
+    mask = massive.rows_rule(rows, spec.rule) if mask is None else mask
+    if spec.gamma == math.inf and not mask.any():
+        raise ValueError(f"RefineSpec.gamma must be finite where rule {spec.rule} finds no massive row; got inf")
+    start = rotations.make(spec.init, rows.shape[1])
+    state = state or _State(R=start, best=start, history=[])
+    weights = row_weights(mask, spec.gamma)
+    run = _as_released if spec.variant == "as_released" else _alternate
+    run(rows, spec, mask, weights, start, state, checkpoint or (lambda _state: None))
+    R = state.best if spec.variant == "guarded" else state.R
+    return RefineResult(rotations.check(R), pd.DataFrame(state.history))
+
+
+def _alternate(rows: Tensor, spec: RefineSpec, mask: Tensor, weights: Tensor, start: Tensor, state: _State, checkpoint: Checkpoint) -> None:
+    """The paper's steps (Eq. 4-8). The history's row t holds the losses of the R that t steps made, so it has steps + 1 rows."""
+    steps = range(len(state.history), spec.steps + 1)
+    for step in tqdm(steps, desc=f"refine (gamma {spec.gamma:g})", unit="step", initial=len(state.history), total=spec.steps + 1, leave=False):
+        product, losses = half_step(rows, state.R, weights, mask, spec.quantizer)
+        if losses["objective"] < min((h["objective"] for h in state.history), default=math.inf):
+            state.best = state.R
+        _note(state, step, losses, start)
+        if step < spec.steps:
+            state.R = polar(product)
+        if step % CHECKPOINT_EVERY == CHECKPOINT_EVERY - 1:
+            checkpoint(state)
+
+
+def _as_released(rows: Tensor, spec: RefineSpec, mask: Tensor, weights: Tensor, start: Tensor, state: _State, checkpoint: Checkpoint) -> None:
+    """The released optimiser: SVD then QR (which flips column signs), and its accept test on the weighted Frobenius error.
+
+    A rejected step would be tried again with the same outcome for ever, so the loop ends there.
+    """
+    R, bound = state.R, math.inf
+    for step in tqdm(range(spec.steps + 1), desc="refine (as released)", unit="step", leave=False):
+        product, losses = half_step(rows, R, weights, mask, spec.quantizer)
+        frobenius = math.sqrt(losses["objective"] * len(rows))
+        if step == 0:
+            bound = frobenius + RELEASED_SLACK
+        elif not (frobenius <= bound and bound - frobenius > RELEASED_GAIN):
+            break
+        else:
+            bound = frobenius
+        state.R = R
+        _note(state, step, losses, start)
+        R = torch.linalg.qr(polar(product))[0]
+        checkpoint(state)
+
+
+def _note(state: _State, step: int, losses: dict[str, float], start: Tensor) -> None:
+    best = min([losses["objective"], *(h["objective"] for h in state.history)])
+    state.history.append({"step": step, **losses, "best": best, "distance": rotations.distance(state.R, start)})
+
+
+def refined(spec: RefineSpec, store: Store | None = None) -> RefineResult:
+    """The refinement `spec` describes, from the store or computed now on the rows of its capture; a stopped run goes on at its last checkpoint."""
+    store = store or Store()
+    recorded = capture(spec.capture, store)
+
+    def make(writer: Writer) -> None:
+        rows = recorded.all_rows()
+        mask = massive.find(recorded, spec.rule).flatten()
+        log.info("refining on %d rows, %d of them massive (%s)", len(rows), int(mask.sum()), spec.rule)
+        result = refine(rows, spec, mask, state=_resume(writer, spec), checkpoint=lambda state: _save_state(writer, state))
+        writer.save_tensors("R1", {"R1": result.R})
+        writer.save_json("history", result.history.to_dict("records"))
+        writer.drop("state")
+
+    inputs = {"spec": spec.with_(capture=spec.capture.with_(corpus=corpus.resolve(spec.capture.corpus))).to_dict(), "capture": recorded.key}
+    artefact = store.get_or_make("refine", inputs, make)
+    return RefineResult(artefact.tensors("R1")["R1"], pd.DataFrame(artefact.json("history")))
+
+
+def key_of(spec: RefineSpec) -> str:
+    """Content key of a refined rotation: the spec and the model's bytes, without running anything."""
+    resolved = spec.with_(capture=spec.capture.with_(corpus=corpus.resolve(spec.capture.corpus)))
+    return f"{resolved.key}-{models.fingerprint(spec.capture.model)}"
+
+
+def _save_state(writer: Writer, state: _State) -> None:
+    """One file, so that a kill between two files cannot leave a rotation and a history that do not belong together."""
+    history = torch.tensor([[row[name] for name in HISTORY] for row in state.history], dtype=torch.float64)
+    writer.save_tensors("state", {"R": state.R, "best": state.best, "history": history})
+
+
+def _resume(writer: Writer, spec: RefineSpec) -> _State | None:
+    """The last checkpoint; the released variant, which stops early by itself, starts over."""
+    if spec.variant == "as_released" or not writer.has("state"):
+        return None
+    saved = writer.load_tensors("state")
+    history = [dict(zip(HISTORY, row, strict=True)) for row in saved["history"].tolist()]
+    log.info("going on with refinement at step %d of %d", len(history), spec.steps)
+    return _State(R=saved["R"], best=saved["best"], history=history)

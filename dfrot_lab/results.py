@@ -1,0 +1,125 @@
+"""Results as rows with provenance: append them to a JSON-lines file, read them back as one table, show them as the paper does."""
+
+import json
+import subprocess
+from collections.abc import Iterable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from .evaluate import EvalResult, paired_difference
+from .specs import RefineSpec
+
+COLUMNS = (
+    "model", "corpus", "rotation", "gamma", "rule", "weights", "w_bits", "a_bits", "kv_bits", "keep_out",
+    "metric", "value", "ci95", "windows", "seconds", "seed", "spec", "commit",
+)  # fmt: skip
+"""Columns of every results row, in order. `ci95` is [low, high]; `spec` the key of the EvalSpec; `commit` the code's."""
+
+PERPLEXITY = "perplexity"
+
+
+@cache
+def commit() -> str | None:
+    """The git commit of the code that runs, with `+` behind it where files differ from it; None outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        run = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"], cwd=here, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return run.stdout.strip()
+
+
+def row(result: EvalResult) -> dict[str, Any]:
+    """The results row of one evaluation: its perplexity with the bootstrap interval over windows."""
+    return {**_identity(result), "metric": PERPLEXITY, "value": result.perplexity, "ci95": list(result.ci95)}
+
+
+def difference_row(result: EvalResult, reference: EvalResult, name: str) -> dict[str, Any]:
+    """The results row of a paired difference: perplexity of `result` minus that of `reference` (called `name`) on the same windows."""
+    value, interval = paired_difference(result, reference)
+    return {**_identity(result), "metric": f"{PERPLEXITY} - {name}", "value": value, "ci95": list(interval)}
+
+
+def _identity(result: EvalResult) -> dict[str, Any]:
+    spec = result.spec
+    w_bits, a_bits, kv_bits = (int(b) for b in spec.bits.split("-"))
+    refined = spec.rotation if isinstance(spec.rotation, RefineSpec) else None
+    rotation = refined.init if refined else spec.rotation
+    values = {
+        "model": spec.model.source, "corpus": spec.corpus.name, "rotation": spec.rotation.name,
+        "gamma": refined.gamma if refined else None, "rule": refined.rule if refined else spec.keep_out,
+        "weights": spec.weights.method if w_bits < 16 else None, "w_bits": w_bits, "a_bits": a_bits, "kv_bits": kv_bits,
+        "keep_out": spec.keep_out is not None, "metric": None, "value": None, "ci95": None, "windows": len(result.losses),
+        "seconds": round(result.seconds, 2), "seed": getattr(rotation, "seed", None), "spec": spec.key, "commit": commit(),
+    }  # fmt: skip
+    return {name: values[name] for name in COLUMNS}
+
+
+def append(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Add rows to a JSON-lines file, each written whole and flushed; the folder is made if missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        for entry in rows:
+            file.write(json.dumps(entry, allow_nan=True) + "\n")
+
+
+def load(path: Path) -> pd.DataFrame:
+    """All rows of a JSON-lines file as one table; a last line cut short by a killed writer is left out."""
+    rows = []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise ValueError(f"{path} line {number} must be one JSON object; got {line[:60]!r}") from error
+    return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def label(entry: Mapping[str, Any]) -> str:
+    """A row's name in tables: `RO`, `RO, kept out`, `DFRot gamma=100`; `full precision` at 16-16-16."""
+    if (entry["w_bits"], entry["a_bits"], entry["kv_bits"]) == (16, 16, 16):
+        return "full precision"
+    name = entry["rotation"] if pd.isna(entry["gamma"]) else f"{entry['rotation']} gamma={entry['gamma']:g}"
+    return f"{name}, kept out" if entry["keep_out"] else str(name)
+
+
+def bits(entry: Mapping[str, Any]) -> str:
+    """A row's bits as in the paper: `4-4-16`."""
+    return f"{entry['w_bits']}-{entry['a_bits']}-{entry['kv_bits']}"
+
+
+def records(table: pd.DataFrame, metric: str = PERPLEXITY) -> list[dict[str, Any]]:
+    """The rows of one metric as dictionaries."""
+    return [dict(zip(table.columns, values, strict=True)) for values in table[table["metric"] == metric].itertuples(index=False)]
+
+
+def comparison(table: pd.DataFrame, metric: str = PERPLEXITY) -> pd.DataFrame:
+    """One metric as the paper prints it: a row a rotation, a column for each setting of the bits, cells `value [low, high]`."""
+    rows = records(table, metric)
+    cells = pd.DataFrame({"row": [label(r) for r in rows], "bits": [bits(r) for r in rows], "cell": [_cell(r) for r in rows]})
+    order = list(dict.fromkeys(cells["row"]))
+    columns = list(dict.fromkeys(cells["bits"]))
+    wide = cells.drop_duplicates(["row", "bits"], keep="last").pivot(index="row", columns="bits", values="cell")
+    return wide.reindex(index=order, columns=columns).fillna("")
+
+
+def _cell(entry: Mapping[str, Any]) -> str:
+    """`36.11 [31.20, 40.80]`; without an interval where there is none."""
+    value, ci95 = entry["value"], entry["ci95"]
+    if not ci95 or any(bound != bound for bound in ci95):
+        return f"{value:.2f}"
+    return f"{value:.2f} [{ci95[0]:.2f}, {ci95[1]:.2f}]"
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """A small table of strings as GitHub Markdown, its index as first column."""
+    header = [str(table.index.name or ""), *map(str, table.columns)]
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    lines += ["| " + " | ".join([str(name), *map(str, values)]) + " |" for name, values in zip(table.index, table.to_numpy(), strict=True)]
+    return "\n".join(lines)

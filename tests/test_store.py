@@ -1,0 +1,596 @@
+"""The store: what is asked for twice is computed once, and what a kill, a bad disk or a full one leaves behind is never used."""
+
+import errno
+import json
+import logging
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from dfrot_lab import store as store_module
+from dfrot_lab.specs import CaptureSpec, content_key
+from dfrot_lab.store import Artefact, CorruptArtefact, Store, Writer, cache_dir
+
+INPUTS = {"spec": "a", "tokens": 8}
+KEY = content_key({"kind": "capture", "format": store_module.FORMAT, "inputs": INPUTS})
+
+posix = pytest.mark.skipif(os.name != "posix", reason="kills and limits as POSIX has them")
+
+
+def make(writer: Writer) -> None:
+    writer.save_tensors("layers.0.input_norm", {"x": torch.arange(1000.0).reshape(10, 100)})
+    writer.save_json("table", [1, 2.5, "three", None])
+    writer.note["rows"] = 10
+
+
+def never(writer: Writer) -> None:
+    raise AssertionError("make was called although the artefact is stored")
+
+
+def flip_a_bit(path: Path, offset: int = -1) -> None:
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 1
+    path.write_bytes(data)
+
+
+def start(script: str, *args: object, **env: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", script, *map(str, args)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **env})
+
+
+def finished(process: subprocess.Popen[str]) -> str:
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    return out
+
+
+# ---- round trip -------------------------------------------------------------------------------------------------------------------------
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    made = Store(tmp_path).get_or_make("capture", INPUTS, make)
+    opened = Store(tmp_path).open("capture", INPUTS)
+    assert opened is not None
+    for artefact in (made, opened):
+        assert artefact.path == tmp_path / "capture" / KEY
+        assert (artefact.kind, artefact.key) == ("capture", KEY)
+        assert artefact.names == ["layers.0.input_norm", "table"]
+        assert torch.equal(artefact.tensors("layers.0.input_norm")["x"], torch.arange(1000.0).reshape(10, 100))
+        assert artefact.json("table") == [1, 2.5, "three", None]
+    assert sorted(p.name for p in made.path.iterdir()) == ["layers.0.input_norm.safetensors", "manifest.json", "table.json"]
+    assert not made.path.with_name(f"{KEY}.partial").exists()
+
+
+def test_manifest_says_what_made_it(tmp_path: Path) -> None:
+    manifest = Store(tmp_path).get_or_make("capture", INPUTS, make).manifest
+    assert manifest["inputs"] == INPUTS
+    assert manifest["note"] == {"rows": 10}
+    assert manifest["versions"]["torch"] == torch.__version__
+    assert set(manifest["versions"]) == {"python", "torch", "transformers", "dfrot_lab"}
+    assert manifest["files"]["table.json"]["bytes"] == (tmp_path / "capture" / KEY / "table.json").stat().st_size
+    assert len(manifest["files"]["table.json"]["xxh3_128"]) == 32
+    assert manifest["created"].endswith("+00:00")
+    assert manifest["seconds"] >= 0
+
+
+def test_same_inputs_are_made_once(tmp_path: Path) -> None:
+    first = Store(tmp_path).get_or_make("capture", INPUTS, make)
+    written = (first.path / "manifest.json").stat().st_mtime_ns
+    again = Store(tmp_path).get_or_make("capture", dict(reversed(INPUTS.items())), never)
+    assert again.path == first.path
+    assert (first.path / "manifest.json").stat().st_mtime_ns == written
+
+
+def test_other_inputs_or_another_kind_are_another_artefact(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    paths = {store.get_or_make(kind, inputs, make).path for kind in ("capture", "refine") for inputs in (INPUTS, {**INPUTS, "tokens": 9})}
+    assert len(paths) == 4
+    assert [a.path for a in store.list()] == sorted(paths)
+
+
+def test_a_spec_is_an_input_by_its_dict_and_nothing_is_keyed_by_its_repr(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    artefact = store.get_or_make("capture", {"spec": CaptureSpec().to_dict(), "layers": (0, 1), "by": {10: "a", 9: "b"}}, make)
+    assert store.open("capture", {"spec": CaptureSpec().to_dict(), "layers": [0, 1], "by": {10: "a", 9: "b"}}) is not None
+    assert artefact.manifest["inputs"]["layers"] == [0, 1]
+    with pytest.raises(TypeError, match="CaptureSpec is not JSON serializable"):
+        store.open("capture", {"spec": CaptureSpec()})
+
+
+def test_absent_is_none_and_leaves_nothing(tmp_path: Path) -> None:
+    assert Store(tmp_path / "none").open("capture", INPUTS) is None
+    assert Store(tmp_path / "none").list() == []
+    assert not (tmp_path / "none").exists()
+
+
+def test_unusual_tensors(tmp_path: Path) -> None:
+    base = torch.arange(12.0).reshape(3, 4)
+    tensors = {
+        "transposed": base.T,
+        "same": base,
+        "again": base,
+        "row": base[1],
+        "grad": torch.ones(2, requires_grad=True),
+        "empty": torch.zeros(0, 4),
+        "scalar": torch.tensor(7),
+        "half": base.to(torch.bfloat16),
+        "mask": base > 3,
+    }
+    loaded = Store(tmp_path).get_or_make("t", INPUTS, lambda w: w.save_tensors("all", tensors)).tensors("all")
+    assert set(loaded) == set(tensors)
+    for name, tensor in tensors.items():
+        assert loaded[name].dtype == tensor.dtype
+        assert torch.equal(loaded[name], tensor)
+
+
+def test_a_tensor_changed_in_place_leaves_the_file_alone(tmp_path: Path) -> None:
+    artefact = Store(tmp_path).get_or_make("capture", INPUTS, make)
+    artefact.tensors("layers.0.input_norm")["x"].zero_()
+    fresh = Store(tmp_path).get_or_make("capture", INPUTS, never)
+    assert fresh.tensors("layers.0.input_norm")["x"].sum() == 499500
+
+
+@pytest.mark.parametrize("name", ["", "../up", "a/b", ".hidden", "a b"])
+def test_names_and_kinds_are_file_names(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=r"name must be letters.*got "):
+        Store(tmp_path).get_or_make("k", INPUTS, lambda w: w.save_json(name, 1))
+    with pytest.raises(ValueError, match=r"kind must be letters.*got "):
+        Store(tmp_path).open(name, INPUTS)
+
+
+def test_a_name_is_one_file(tmp_path: Path) -> None:
+    def twice(writer: Writer) -> None:
+        writer.save_json("x", 1)
+        writer.save_tensors("x", {"x": torch.ones(1)})
+
+    with pytest.raises(ValueError, match="name must be free; 'x' is taken"):
+        Store(tmp_path).get_or_make("k", INPUTS, twice)
+    with pytest.raises(ValueError, match="name must be free; 'manifest' is taken"):
+        Store(tmp_path).get_or_make("k2", INPUTS, lambda w: w.save_json("manifest", 1))
+
+
+def test_an_unknown_name_is_a_key_error_that_lists_the_names(tmp_path: Path) -> None:
+    artefact = Store(tmp_path).get_or_make("capture", INPUTS, make)
+    with pytest.raises(KeyError, match=r"R1\.safetensors is not in .*layers\.0\.input_norm\.safetensors, table\.json"):
+        artefact.tensors("R1")
+
+
+def test_a_checkpoint_can_be_saved_again_read_and_dropped(tmp_path: Path) -> None:
+    def steps(writer: Writer) -> None:
+        for step in range(3):
+            writer.save_tensors("state", {"R": torch.full((4,), float(step))})
+            assert writer.load_tensors("state")["R"][0] == step
+            writer.save_json("step", step)
+        assert writer.load_json("step") == 2
+        writer.drop("state")
+        writer.drop("no such name")
+        assert not writer.has("state")
+
+    artefact = Store(tmp_path).get_or_make("refine", INPUTS, steps)
+    assert artefact.names == ["step"]
+    assert sorted(p.name for p in artefact.path.iterdir()) == ["manifest.json", "step.json"]
+
+
+# ---- corrupt artefacts ------------------------------------------------------------------------------------------------------------------
+
+
+def truncate(folder: Path) -> None:
+    os.truncate(folder / "layers.0.input_norm.safetensors", 1000)
+
+
+def flip(folder: Path) -> None:
+    flip_a_bit(folder / "layers.0.input_norm.safetensors")
+
+
+def remove(folder: Path) -> None:
+    (folder / "table.json").unlink()
+
+
+def cut_manifest(folder: Path) -> None:
+    os.truncate(folder / "manifest.json", 100)
+
+
+def empty_manifest(folder: Path) -> None:
+    (folder / "manifest.json").write_text("[]")
+
+
+def flip_manifest(folder: Path) -> None:
+    text = (folder / "manifest.json").read_text()
+    (folder / "manifest.json").write_text(text.replace('"rows": 10', '"rows": 11'))
+
+
+def remove_manifest(folder: Path) -> None:
+    (folder / "manifest.json").unlink()
+
+
+DAMAGES = {
+    truncate: "has 1,000 bytes instead of",
+    flip: "has a wrong checksum",
+    remove: "table.json is missing",
+    cut_manifest: "manifest.json cannot be used",
+    empty_manifest: "manifest.json cannot be used",
+    flip_manifest: "does not match its checksum",
+    remove_manifest: "manifest.json cannot be used",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_set_aside_and_recomputed(tmp_path: Path, caplog: pytest.LogCaptureFixture, damage) -> None:
+    store = Store(tmp_path)
+    folder = store.get_or_make("capture", INPUTS, make).path
+    for n in (1, 2):
+        damage(folder)
+        with caplog.at_level(logging.WARNING):
+            assert store.open("capture", INPUTS) is None
+        assert DAMAGES[damage] in caplog.text
+        assert f"set aside as {KEY}.corrupt-{n}, it will be recomputed" in caplog.text
+        assert (tmp_path / "capture" / f"{KEY}.corrupt-{n}").is_dir()
+        again = store.get_or_make("capture", INPUTS, make)
+        assert again.tensors("layers.0.input_norm")["x"].sum() == 499500
+    assert [a.key for a in store.list()] == [KEY]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_get_or_make_never_returns_damage(tmp_path: Path, damage) -> None:
+    store = Store(tmp_path)
+    damage(store.get_or_make("capture", INPUTS, make).path)
+    again = store.get_or_make("capture", INPUTS, make)
+    assert again.tensors("layers.0.input_norm")["x"].sum() == 499500
+    assert again.json("table") == [1, 2.5, "three", None]
+
+
+def test_a_flipped_bit_in_a_large_artefact_is_found_at_first_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_module, "HASH_AT_OPEN", 1000)  # so that a small artefact counts as a large one
+    store = Store(tmp_path)
+    flip(store.get_or_make("capture", INPUTS, make).path)
+    artefact = store.get_or_make("capture", INPUTS, never)
+    assert artefact.json("table") == [1, 2.5, "three", None]
+    with pytest.raises(CorruptArtefact, match="has a wrong checksum; run the same command again to recompute it"):
+        artefact.tensors("layers.0.input_norm")
+    assert not artefact.path.exists()
+    assert (tmp_path / "capture" / f"{KEY}.corrupt-1").exists()
+    assert store.get_or_make("capture", INPUTS, make).tensors("layers.0.input_norm")["x"].sum() == 499500
+
+
+def test_an_artefact_under_anothers_name_is_not_used(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    made = store.get_or_make("capture", INPUTS, make)
+    other = content_key({"kind": "capture", "format": store_module.FORMAT, "inputs": {"other": 1}})
+    shutil.copytree(made.path, made.path.with_name(other))
+    assert store.open("capture", {"other": 1}) is None
+
+
+# ---- resume -----------------------------------------------------------------------------------------------------------------------------
+
+
+def test_an_exception_in_make_keeps_the_finished_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def interrupted(writer: Writer) -> None:
+        writer.note["first"] = 1
+        writer.save_tensors("one", {"x": torch.ones(3)})
+        raise KeyboardInterrupt
+
+    def resumed(writer: Writer) -> None:
+        assert writer.has("one")
+        assert not writer.has("two")
+        assert writer.load_tensors("one")["x"].sum() == 3
+        writer.save_json("two", 2)
+
+    with pytest.raises(KeyboardInterrupt):
+        Store(tmp_path).get_or_make("k", INPUTS, interrupted)
+    assert Store(tmp_path).open("k", INPUTS) is None
+    assert Store(tmp_path).list() == []
+    with caplog.at_level(logging.INFO):
+        artefact = Store(tmp_path).get_or_make("k", INPUTS, resumed)
+    assert f"resuming k {artefact.key}: 1 files already done" in caplog.text
+    assert artefact.names == ["one", "two"]
+    assert artefact.manifest["note"] == {"first": 1}
+
+
+@pytest.mark.parametrize(("damage", "left"), [(flip, ["table"]), (truncate, ["table"]), (remove, ["layers.0.input_norm"]), (cut_manifest, [])])
+def test_a_damaged_partial_folder_is_used_as_far_as_it_is_good(tmp_path: Path, caplog: pytest.LogCaptureFixture, damage, left: list[str]) -> None:
+    def interrupted(writer: Writer) -> None:
+        make(writer)
+        raise KeyboardInterrupt
+
+    def resumed(writer: Writer) -> None:
+        assert writer.names == left
+        assert sorted(p.name for p in writer.path.iterdir() if p.name != "manifest.json") == sorted(writer.manifest["files"])
+        make(writer)
+
+    with pytest.raises(KeyboardInterrupt):
+        Store(tmp_path).get_or_make("k", INPUTS, interrupted)
+    partial = next((tmp_path / "k").glob("*.partial"))
+    damage(partial)
+    (partial / ".table.json.tmp").write_text("half")
+    with caplog.at_level(logging.WARNING):
+        artefact = Store(tmp_path).get_or_make("k", INPUTS, resumed)
+    assert ("it will be recomputed" if left else "starting afresh") in caplog.text
+    assert artefact.tensors("layers.0.input_norm")["x"].sum() == 499500
+
+
+# Writes files 0..n-1 and a checkpoint after each; the log says what was begun and what `save` returned from.
+WORK = """
+import logging, sys, time
+from pathlib import Path
+import torch
+from dfrot_lab.store import Store
+
+root, log, n, pause = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])
+
+def say(text):
+    with log.open("a") as file:
+        file.write(text + chr(10))
+
+def make(writer):
+    if writer.has("state"):
+        say(f"resumed {int(writer.load_tensors('state')['step'])}")
+    for i in range(n):
+        if not writer.has(f"part{i}"):
+            say(f"begin {i}")
+            time.sleep(pause)
+            writer.save_tensors(f"part{i}", {"x": torch.full((1000,), float(i))})
+            say(f"done {i}")
+        writer.save_tensors("state", {"step": torch.tensor(i)})
+        say(f"state {i}")
+    writer.drop("state")
+
+def run():
+    return Store(root).get_or_make("work", {"n": n}, make)
+"""
+
+
+def assert_good_work(root: Path, log: Path, n: int) -> None:
+    artefact = Store(root).get_or_make("work", {"n": n}, never)
+    assert artefact.names == sorted(f"part{i}" for i in range(n))
+    for i in range(n):
+        assert torch.equal(artefact.tensors(f"part{i}")["x"], torch.full((1000,), float(i)))
+    assert [p.name for p in (root / "work").iterdir() if p.suffix != ".lock"] == [artefact.key]
+    done: set[str] = set()
+    state = -1
+    for word, number in (line.split() for line in log.read_text().splitlines()):
+        if word == "done":
+            done.add(number)
+        elif word == "begin":
+            assert number not in done, f"part{number} was computed again although it was finished"
+        elif word == "state":
+            state = int(number)
+        else:
+            assert int(number) >= state, "the checkpoint of a finished save was lost"
+
+
+@posix
+def test_killed_at_random_moments(tmp_path: Path) -> None:
+    root, log, n = tmp_path / "store", tmp_path / "log", 30
+    dice = random.Random(0)
+    kills = 0
+    for _ in range(4):
+        process = start(WORK + "print('ready', flush=True)\nrun()", root, log, n, 0.02)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(dice.uniform(0.01, 0.2))
+        process.kill()
+        process.communicate()
+        kills += process.returncode == -signal.SIGKILL
+    assert kills == 4
+    finished(start(WORK + "run()", root, log, n, 0))
+    assert_good_work(root, log, n)
+
+
+@posix
+def test_killed_before_and_after_every_rename(tmp_path: Path) -> None:
+    """One child for each rename, and each side of it: the moments when a file or the journal changes, and the folder gets its name."""
+    n = 2
+    script = """
+import os, signal
+real = Path.replace
+torch.set_num_threads(1)
+
+def child(at, side):
+    count = 0
+    def replace(self, target):
+        nonlocal count
+        count += 1
+        if (count, side) == (at, "before"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = real(self, target)
+        if (count, side) == (at, "after"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+    Path.replace = replace
+    run()
+    os._exit(0)
+
+base, at = Path(sys.argv[1]), 0
+killed = True
+while killed:
+    at += 1
+    for side in ("before", "after"):
+        root, log = base / f"{at}-{side}" / "store", base / f"{at}-{side}" / "log"
+        root.mkdir(parents=True)
+        pid = os.fork()
+        if not pid:
+            child(at, side)
+        killed = os.waitpid(pid, 0)[1] == signal.SIGKILL
+        run()
+print(at - 1)
+"""
+    renames = int(finished(start(WORK + script, tmp_path, "-", n, 0)))
+    assert renames == 2 * 2 * n + 3  # a file and its journal, n parts and n checkpoints; the journal of the drop; the manifest; the folder
+    for folder in tmp_path.iterdir():
+        assert_good_work(folder / "store", folder / "log", n)
+
+
+# ---- several processes ------------------------------------------------------------------------------------------------------------------
+
+ONCE = """
+import sys, time
+from pathlib import Path
+from dfrot_lab.store import Store
+import torch, safetensors.torch
+
+def make(writer):
+    with Path(sys.argv[2]).open("a") as file:
+        file.write("made" + chr(10))
+    time.sleep(0.5)
+    writer.save_json("x", 5)
+
+print("ready", flush=True)
+sys.stdin.readline()
+print(Store(Path(sys.argv[1])).get_or_make("k", {}, make).json("x"))
+"""
+
+
+def test_two_processes_make_it_once(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", ONCE, str(tmp_path / "store"), str(tmp_path / "count")]
+    pair = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    for process in pair:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+    for process in pair:
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    assert [process.communicate(timeout=30)[0] for process in pair] == ["5\n", "5\n"]
+    assert (tmp_path / "count").read_text() == "made\n"
+
+
+def test_an_artefact_opens_without_transformers_and_the_module_without_torch(tmp_path: Path) -> None:
+    Store(tmp_path).get_or_make("capture", INPUTS, make)
+    script = f"""
+import sys
+from pathlib import Path
+from dfrot_lab.store import Store
+artefact = Store(Path(sys.argv[1])).open("capture", {INPUTS!r})
+assert artefact.json("table")[0] == 1
+assert "torch" not in sys.modules
+assert artefact.tensors("layers.0.input_norm")["x"].shape == (10, 100)
+assert "transformers" not in sys.modules and "datasets" not in sys.modules
+"""
+    finished(start(script, tmp_path))
+
+
+def test_no_pickle_is_written_or_read() -> None:
+    source = Path(store_module.__file__).read_text(encoding="utf-8")
+    assert not [word for word in ("pickle", "torch.load", "torch.save", "weights_only", "joblib", "shelve") if word in source]
+
+
+# ---- full and unwritable disks ----------------------------------------------------------------------------------------------------------
+
+# The first save fits, the second does not; says what was raised and what is left.
+TOO_BIG = """
+import errno, json, sys
+from pathlib import Path
+import torch
+from dfrot_lab.store import Store
+
+root = Path(sys.argv[1])
+save = {
+    "tensors": lambda w: w.save_tensors("big", {"x": torch.ones(2_000_000)}),
+    "json": lambda w: w.save_json("big", list(range(1_000_000))),
+}[sys.argv[2]]
+
+def make(writer):
+    if not writer.has("small"):
+        writer.save_tensors("small", {"x": torch.ones(10)})
+    try:
+        save(writer)
+    finally:
+        print(json.dumps([sorted(p.name for p in writer.path.iterdir()), writer.names]))
+
+try:
+    Store(root).get_or_make("k", {}, make)
+except OSError as error:
+    print(json.dumps([errno.errorcode[error.errno], str(error)]))
+"""
+
+FILE_LIMIT = """
+import resource, signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+"""
+
+
+def assert_refused(out: str, code: str, folder: Path) -> None:
+    left, names = json.loads(out.splitlines()[0])
+    assert left == ["manifest.json", "small.safetensors"]
+    assert names == ["small"]
+    raised, message = json.loads(out.splitlines()[1])
+    assert raised == code
+    assert f"to {folder}" in message
+    assert "bytes wanted" in message
+    assert "free some space or set DFROT_LAB_CACHE" in message
+
+
+@posix
+@pytest.mark.parametrize("form", ["tensors", "json"])
+def test_a_file_that_the_disk_does_not_take(tmp_path: Path, form: str) -> None:
+    """A real refused write that needs no rights: the process's own limit on the size of a file, which fails half-way as a full disk does."""
+    out = finished(start(FILE_LIMIT + TOO_BIG, tmp_path, form))
+    assert_refused(out, "EFBIG", tmp_path / "k")
+    done = Store(tmp_path).get_or_make("k", {}, lambda w: w.save_json("had", w.names))
+    assert done.json("had") == ["small"]
+
+
+def in_small_disk(tmp_path: Path, command: str) -> list[str]:
+    return ["unshare", "--mount", "--map-root-user", "sh", "-c", f"mount -t tmpfs -o size=2m tmpfs '{tmp_path}' && {command}"]
+
+
+@posix
+@pytest.mark.parametrize("form", ["tensors", "json"])
+def test_a_full_disk(tmp_path: Path, form: str) -> None:
+    """A disk of 2 MB in a mount namespace of its own, where the system lets a user make one."""
+    if shutil.which("unshare") is None or subprocess.run(in_small_disk(tmp_path, "true"), capture_output=True).returncode:
+        pytest.skip("no private mount here")
+    command = in_small_disk(tmp_path, f"exec '{sys.executable}' -c \"$0\" '{tmp_path}' {form}")
+    ran = subprocess.run([*command, TOO_BIG], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert_refused(ran.stdout, "ENOSPC", tmp_path / "k")
+
+
+def test_a_cache_folder_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    blocked = tmp_path / "file" / "cache"  # below a regular file not even root can write
+    monkeypatch.setenv("DFROT_LAB_CACHE", str(blocked))
+    for attempt in (cache_dir, Store):
+        with pytest.raises(OSError, match="set DFROT_LAB_CACHE") as caught:
+            attempt()
+        assert f"cannot write to the folder {blocked}" in str(caught.value)
+    with pytest.raises(OSError, match="cannot write to the folder") as caught:
+        Store(blocked / "store").get_or_make("k", {}, never)
+    assert str(blocked / "store" / "k") in str(caught.value)
+    assert caught.value.errno == errno.ENOTDIR or os.name != "posix"
+
+
+def test_the_cache_folder_is_the_variables_or_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DFROT_LAB_CACHE", str(tmp_path / "mine"))
+    assert cache_dir() == tmp_path / "mine"
+    assert (tmp_path / "mine").is_dir()
+    assert Store().root == tmp_path / "mine" / "store"
+    monkeypatch.delenv("DFROT_LAB_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    monkeypatch.setattr(store_module, "user_cache_path", lambda name: tmp_path / "user" / name)  # leave the real one alone
+    assert cache_dir() == tmp_path / "user" / "dfrot-lab"
+
+
+def test_a_large_artefact_opens_at_once(tmp_path: Path) -> None:
+    """60 files of 5 MB, about what a capture of 30 layers is. The time is printed, not asserted: machines differ."""
+
+    def sixty(writer: Writer) -> None:
+        for i in range(60):
+            writer.save_tensors(f"layers.{i}", {"x": torch.full((1_250_000,), float(i))})
+
+    made = Store(tmp_path).get_or_make("capture", INPUTS, sixty)
+    start = time.perf_counter()
+    artefact = Store(tmp_path).open("capture", INPUTS)
+    opened = time.perf_counter()
+    assert isinstance(artefact, Artefact)
+    assert artefact.tensors("layers.59")["x"][-1] == 59
+    print(f"made in {made.manifest['seconds']} s, opened in {opened - start:.4f} s, first file in {time.perf_counter() - opened:.4f} s")
