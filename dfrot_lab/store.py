@@ -141,7 +141,7 @@ class Writer(Artefact):
             (self.path / filename).unlink()
 
     def _save(self, filename: str, size: int, put: Callable[[Path], object]) -> None:
-        files, name = self.manifest["files"], Path(filename).stem
+        files, name = self.manifest["files"], filename.rpartition(".")[0]
         _require_name("name", name)
         if filename == MANIFEST or (name in self.names and filename not in files):
             raise ValueError(f"name must be free; {name!r} is taken by the manifest or by a file of the other format")
