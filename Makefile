@@ -1,0 +1,46 @@
+# `make` lists the verbs. Each is one visible command: where there is no make, type what it shows (README, "Without make").
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help run test lab figures lint doctor clean
+
+help: ## list the verbs
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+run: $(VENV)/ready ## the main job, end to end, on the default model; results in runs/<date>/
+	$(BIN)/dfrot-lab run
+
+test: $(VENV)/ready-dev ## lint, types, unit tests, tests on the default model, notebooks
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+lab: $(VENV)/ready ## JupyterLab on the notebooks
+	$(BIN)/jupyter lab notebooks
+
+figures: $(VENV)/ready ## rewrite figures/ and data/results/ from the same code
+	$(BIN)/dfrot-lab figures
+
+doctor: $(VENV)/ready ## what is installed, cached and missing
+	$(BIN)/dfrot-lab doctor
+
+lint: $(VENV)/ready-dev ## ruff and mypy alone
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean: ## remove .venv (the cache of models and results stays)
+	rm -rf $(VENV)
+
+$(VENV)/ready: requirements.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	touch $@
+
+$(VENV)/ready-dev: $(VENV)/ready requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@

@@ -1,0 +1,329 @@
+"""The command line: every step of the notebooks as one command. Heavy imports happen inside the commands, so that `--help` is instant."""
+
+import json
+import logging
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .specs import DEFAULT_MODEL, CaptureSpec, CorpusSpec, ModelSpec, QuantSpec, RefineSpec, RotationSpec, eval_spec
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from .experiments import MainResult
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+log = logging.getLogger("dfrot_lab")
+
+Model = Annotated[str, typer.Option(help="smollm2-135m, a folder, a .gguf file, or hub:owner/name (the only form that uses the network).")]
+Corpus = Annotated[str, typer.Option(help="auto, wikitext2, wikipedia-sample, or a text file.")]
+Seed = Annotated[int, typer.Option(help="Seed of the random rotations.", min=0)]
+Out = Annotated[Path | None, typer.Option(help="Where the result goes; the ending says the format.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on standard output.")]
+Tokens = Annotated[int, typer.Option(help="Tokens to record: up to 2048, or a multiple of it.")]
+Gamma = Annotated[float, typer.Option(help="Weight of massive rows; inf fits them alone.")]
+Windows = Annotated[int, typer.Option(help="Evaluation windows of 2048 tokens.")]
+
+
+class Variant(StrEnum):
+    """The refinement variants by name."""
+
+    guarded = "guarded"
+    as_paper = "as_paper"
+    as_released = "as_released"
+
+
+@app.callback()
+def _setup(verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log more.")] = False) -> None:
+    """See, prove and use what rotation does to 4-bit language models (DFRot, arXiv 2412.00648)."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    log.setLevel(logging.DEBUG if verbose else logging.INFO)
+
+
+@contextmanager
+def _clear_errors() -> Iterator[None]:
+    """Turn what a user can mend into one line and exit code 1, and Ctrl-C into a promise that is kept."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo("Stopped. What is finished is kept: the same command goes on from here.", err=True)
+        raise typer.Exit(130) from None
+    except (ValueError, KeyError, OSError, RuntimeError) as error:
+        if log.isEnabledFor(logging.DEBUG):
+            raise
+        typer.echo(f"Error: {error.args[0] if isinstance(error, KeyError) else error}", err=True)
+        raise typer.Exit(1) from None
+
+
+def _print(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=1, default=str))
+
+
+def _rows(table: "pd.DataFrame") -> list[dict[str, Any]]:
+    """A table as JSON values, NaN as null."""
+    rows: list[dict[str, Any]] = json.loads(table.to_json(orient="records"))
+    return rows
+
+
+def _write_table(table: "pd.DataFrame", out: Path) -> None:
+    """Write a table as .parquet, .csv or .json, whole or not at all."""
+    writers: dict[str, Any] = {".parquet": table.to_parquet, ".csv": table.to_csv, ".json": table.to_json}
+    if out.suffix not in writers:
+        raise ValueError(f"--out must end in {', '.join(writers)}; got {out}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    options: dict[str, Any] = {"orient": "records"} if out.suffix == ".json" else {"index": False}
+    temporary = out.with_name(f".{out.name}.part")
+    try:
+        writers[out.suffix](temporary, **options)
+        temporary.replace(out)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@app.command()
+def run(
+    model: Model = DEFAULT_MODEL, corpus: Corpus = "auto", seed: Seed = 0, out: Out = None, as_json: Json = False,
+    windows: Windows = 6, gamma: Gamma = 100.0,
+) -> None:  # fmt: skip
+    """The main job: capture, refine, GPTQ, and a table of NR, RO, RH and DFRot at 16-4-16, 4-4-16 and 4-4-4, with keep-out rows and figures.
+
+    Everything is kept as it is finished: Ctrl-C and the same command goes on. Results go to --out (default: runs/<date>/).
+    """
+    from . import experiments
+
+    with _clear_errors():
+        folder = out or Path("runs") / f"{datetime.now():%Y-%m-%d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(folder / "log.txt", encoding="utf-8")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        log.addHandler(handler)
+        result = experiments.main(experiments.MainSetting(model=ModelSpec(source=model), corpus=corpus, seed=seed, windows=windows, gamma=gamma))
+        _save_run(result, folder)
+        if as_json:
+            _print(_rows(result.table))
+        else:
+            _show_run(result, folder)
+
+
+def _save_run(result: "MainResult", folder: Path) -> None:
+    from . import experiments, results
+
+    (folder / "rows.jsonl").unlink(missing_ok=True)
+    results.append(folder / "rows.jsonl", _rows(result.table))
+    (folder / "table.md").write_text(results.markdown(results.comparison(result.table)) + "\n", encoding="utf-8")
+    _write_table(experiments.massive_table(result), folder / "massive-tokens.csv")
+    experiments.save_main(result, folder / "figures")
+
+
+def _show_run(result: "MainResult", folder: Path) -> None:
+    from . import experiments, results
+
+    setting = result.setting
+    head = experiments.massive_table(result).head(1).to_dict("records")[0]
+    typer.echo(
+        f"\nThe most massive token: {head['text']!r} at {head['site']}, |{head['residual_max']:,.0f}| in channel {head['channel']}, "
+        f"{head['ratio_to_median']:,.0f} times the median.\n"
+        f"\nPerplexity on {setting.corpus}, {setting.windows} windows of 2048 tokens, with the 95% interval over windows;\n"
+        "bits are weights-activations-KV:\n"
+    )
+    typer.echo(results.comparison(result.table).to_string())
+    typer.echo("\nOn the same windows, the difference and its paired 95% interval:\n")
+    differences = [m for m in dict.fromkeys(result.table["metric"]) if m != results.PERPLEXITY]
+    for metric in differences:
+        typer.echo(f"{metric}\n{results.comparison(result.table, metric).to_string()}\n")
+    typer.echo(f"Rows, table, figures and log: {folder}/")
+
+
+@app.command("capture")
+def capture_command(
+    model: Model = DEFAULT_MODEL, corpus: Corpus = "auto", seed: Seed = 0, out: Out = None, as_json: Json = False, tokens: Tokens = 2048,
+) -> None:  # fmt: skip
+    """Record every norm's output and find the massive tokens by all four rules. --out: their table (.csv, .parquet, .json)."""
+    from . import massive
+    from .capture import capture
+
+    del seed  # nothing random here; taken so that all commands take the same options
+    with _clear_errors():
+        recorded = capture(_capture_spec(model, corpus, tokens))
+        table = massive.table(recorded).sort_values("residual_max", ascending=False)
+        _report(table, out, as_json, {"key": recorded.key, "sites": len(recorded.sites), "tokens": recorded.tokens, "folder": recorded.artefact.path})
+
+
+@app.command("errors")
+def errors_command(
+    model: Model = DEFAULT_MODEL, corpus: Corpus = "auto", seed: Seed = 0, out: Out = None, as_json: Json = False, tokens: Tokens = 2048,
+    bits: Annotated[int, typer.Option(help="Bits of the quantizer.")] = 4,
+    asymmetric: Annotated[bool, typer.Option("--asymmetric", help="Asymmetric quantizer instead of symmetric.")] = False,
+) -> None:  # fmt: skip
+    """Per-token quantization error under NR, RO and RH at every site. --out: the whole table; on screen its summary."""
+    from . import errors
+    from .capture import capture
+
+    with _clear_errors():
+        quantizer = QuantSpec(bits=bits, symmetric=not asymmetric)
+        recorded = capture(_capture_spec(model, corpus, tokens))
+        table = errors.token_errors(recorded, errors.default_rotations(recorded.channels, seed), [quantizer])
+        if out:
+            _write_table(table, out)
+        _report(errors.summary(table), None, as_json, {"rows": len(table), "out": out})
+
+
+@app.command("refine")
+def refine_command(
+    model: Model = DEFAULT_MODEL, corpus: Corpus = "auto", seed: Seed = 0, out: Out = None, as_json: Json = False, tokens: Tokens = 2048,
+    gamma: Gamma = 100.0,
+    init: Annotated[str, typer.Option(help="Rotation to start from: RH or RO.")] = "RH",
+    rule: Annotated[str, typer.Option(help="What makes a row massive: nr_error, ro_vs_nr, sun or ratio.")] = "nr_error",
+    steps: Annotated[int, typer.Option(help="Procrustes steps.")] = 100,
+    variant: Annotated[Variant, typer.Option(help="guarded (default), as_paper, or as_released.")] = Variant.guarded,
+) -> None:  # fmt: skip
+    """Refine R1 (DFRot) and save it as safetensors with its spec. --out: default R1.safetensors."""
+    from . import rotations
+    from .refine import refined
+
+    with _clear_errors():
+        spec = RefineSpec(
+            capture=_capture_spec(model, corpus, tokens), init=RotationSpec(kind=init, seed=seed), gamma=gamma, rule=rule, steps=steps,
+            variant=variant.value, quantizer=QuantSpec(symmetric=variant is Variant.as_released),
+        )  # fmt: skip
+        result = refined(spec)
+        path = out or Path("R1.safetensors")
+        rotations.save(result.R, path, spec)
+        _report(result.history.iloc[[0, -1]], None, as_json, {"out": path, "spec": spec.key})
+
+
+@app.command("evaluate")
+def evaluate_command(
+    model: Model = DEFAULT_MODEL, corpus: Corpus = "auto", seed: Seed = 0, out: Out = None, as_json: Json = False, windows: Windows = 6,
+    rotation: Annotated[str, typer.Option(help="NR, RO, RH, DFRot, or a safetensors file with R1.")] = "RH",
+    bits: Annotated[str, typer.Option(help="Weights-activations-KV, such as 4-4-16.")] = "4-4-16",
+    weights: Annotated[str, typer.Option(help="gptq or rtn.")] = "gptq",
+    keep_out: Annotated[bool, typer.Option("--keep-out", help="Let massive tokens pass unquantised (QuaRot.FP16()).")] = False,
+    gamma: Gamma = 100.0,
+) -> None:  # fmt: skip
+    """Perplexity of one rotation at given bits. --out: a .jsonl file the row is added to."""
+    from . import results
+    from .evaluate import evaluate
+
+    with _clear_errors():
+        model_spec = ModelSpec(source=model)
+        spec = eval_spec(
+            bits, weights=weights, model=model_spec, corpus=CorpusSpec(name=corpus), windows=windows, keep_out="nr_error" if keep_out else None,
+            rotation=_rotation(rotation, seed, RefineSpec(capture=_capture_spec(model, corpus, 2048), gamma=gamma, init=RotationSpec(seed=seed))),
+        )  # fmt: skip
+        spec = spec.with_(weights=spec.weights.with_(corpus=CorpusSpec(name=corpus, split="calibration")))
+        row = results.row(evaluate(spec))
+        if out:
+            results.append(out, [row])
+        if as_json:
+            _print(row)
+        else:
+            low, high = row["ci95"]
+            typer.echo(
+                f"{results.label(row)} {results.bits(row)} on {row['corpus']}: {row['value']:.3f} [{low:.3f}, {high:.3f}], {row['windows']} windows"
+            )
+
+
+@app.command("figures")
+def figures_command(
+    model: Model = DEFAULT_MODEL, corpus: Corpus = "auto", seed: Seed = 0, out: Out = None, as_json: Json = False, windows: Windows = 6,
+) -> None:  # fmt: skip
+    """Rewrite the committed figures/ and data/results/ from the main job's artefacts, running what is missing. --out: another folder for both."""
+    from . import experiments, results
+
+    with _clear_errors():
+        root = out or Path()
+        result = experiments.main(experiments.MainSetting(model=ModelSpec(source=model), corpus=corpus, seed=seed, windows=windows))
+        rows = root / "data" / "results" / f"main-{result.setting.corpus}.jsonl"
+        rows.unlink(missing_ok=True)
+        results.append(rows, _rows(result.table))
+        rows.with_suffix(".md").write_text(results.markdown(results.comparison(result.table)) + "\n", encoding="utf-8")
+        written = [rows, rows.with_suffix(".md"), *experiments.save_main(result, root / "figures" / result.setting.corpus)]
+        _print(written) if as_json else typer.echo("\n".join(map(str, written)))
+
+
+@app.command("models")
+def models_command(
+    model: Model = DEFAULT_MODEL, corpus: Corpus = "auto", seed: Seed = 0, out: Out = None, as_json: Json = False,
+) -> None:  # fmt: skip
+    """What can be loaded: supported and refused architectures with the reason; then --model itself, loaded and described."""
+    from . import models
+
+    del corpus, seed
+    with _clear_errors():
+        loaded = models.load_model(ModelSpec(source=model))
+        about = {
+            "model": model, "provenance": loaded.provenance, "channels": loaded.channels, "layers": len(loaded.layers), "context": loaded.context,
+            "fingerprint": loaded.fingerprint, "supported": list(models.ROLES), "refused": models.REFUSED,
+        }  # fmt: skip
+        _emit(about, out, as_json)
+
+
+@app.command()
+def fetch(model: Model = DEFAULT_MODEL, corpus: Corpus = "auto", seed: Seed = 0, out: Out = None, as_json: Json = False) -> None:
+    """Fetch and convert the model and the corpus now, so that everything else works without a network."""
+    from . import corpus as corpora
+    from . import models
+
+    del seed
+    with _clear_errors():
+        loaded = models.load_model(ModelSpec(source=model))
+        texts = {split: corpora.resolve(CorpusSpec(name=corpus, split=split)) for split in ("calibration", "evaluation")}
+        sizes = {f"{spec.name} {split}": f"{len(corpora.load_text(spec)):,} characters" for split, spec in texts.items()}
+        _emit({"model": model, "provenance": loaded.provenance, **sizes}, out, as_json)
+
+
+@app.command()
+def doctor(model: Model = DEFAULT_MODEL, corpus: Corpus = "auto", seed: Seed = 0, out: Out = None, as_json: Json = False) -> None:
+    """Versions, cores, memory, what is cached and what is missing; exit code 1 if the main job could not run."""
+    from .doctor import checkup
+
+    del seed
+    with _clear_errors():
+        about, missing = checkup(ModelSpec(source=model), CorpusSpec(name=corpus))
+        _emit({**about, "missing": missing or "nothing"}, out, as_json)
+        if missing:
+            raise typer.Exit(1)
+
+
+def _capture_spec(model: str, corpus: str, tokens: int) -> CaptureSpec:
+    return CaptureSpec(model=ModelSpec(source=model), corpus=CorpusSpec(name=corpus, split="calibration"), tokens=tokens)
+
+
+def _rotation(name: str, seed: int, refinement: RefineSpec) -> RotationSpec | RefineSpec:
+    if name == "DFRot":
+        return refinement
+    if name in ("NR", "RO", "RH"):
+        return RotationSpec(kind=name, seed=seed)
+    if Path(name).is_file():
+        return RotationSpec(kind="file", path=name)
+    raise ValueError(f"--rotation must be NR, RO, RH, DFRot or an existing safetensors file; got {name!r}")
+
+
+def _report(table: "pd.DataFrame", out: Path | None, as_json: bool, about: Mapping[str, Any]) -> None:
+    if out:
+        _write_table(table, out)
+    if as_json:
+        _print({**about, "rows": _rows(table)})
+    else:
+        typer.echo(table.to_string(index=False, max_rows=30))
+        typer.echo("\n" + "\n".join(f"{name}: {value}" for name, value in about.items() if value is not None))
+
+
+def _emit(about: Mapping[str, Any], out: Path | None, as_json: bool) -> None:
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(about, indent=1, default=str) + "\n", encoding="utf-8")
+    if as_json:
+        _print(about)
+    else:
+        for name, value in about.items():
+            lines = [f"  {k}: {v}" for k, v in value.items()] if isinstance(value, Mapping) else []
+            typer.echo(f"{name}: {'' if lines else value}".rstrip() + "".join(f"\n{line}" for line in lines))
