@@ -138,6 +138,7 @@ def _show_run(result: "MainResult", folder: Path) -> None:
     differences = [m for m in dict.fromkeys(result.table["metric"]) if m != results.PERPLEXITY]
     for metric in differences:
         typer.echo(f"{metric}\n{results.comparison(result.table, metric).to_string()}\n")
+    typer.echo(f"RO - RH, each random seed on its own:\n{results.by_seed(result.table).to_string()}\n")
     typer.echo(f"Rows, table, figures and log: {folder}/")
 
 

@@ -35,6 +35,7 @@ class MainSetting:
     seed: int = 0
     windows: int = 6
     gamma: float = 100.0
+    seeds: int = 3
 
     def resolved(self) -> "MainSetting":
         """With `auto` replaced by the corpus that is there."""
@@ -50,13 +51,13 @@ class MainSetting:
         """DFRot with the paper's rows, gamma and 100 steps, from RH, with the evaluation's own asymmetric quantizer."""
         return RefineSpec(capture=self.capture, gamma=self.gamma, init=RotationSpec(kind="RH", seed=self.seed))
 
-    def rotation(self, kind: str) -> RotationSpec:
-        """NR, RO or RH with the setting's seed."""
-        return RotationSpec(kind=kind, seed=self.seed)
+    def rotation(self, kind: str, offset: int = 0) -> RotationSpec:
+        """NR, RO or RH with the setting's seed, or one of the `seeds` that follow it."""
+        return RotationSpec(kind=kind, seed=self.seed + offset)
 
 
 def main_specs(setting: MainSetting) -> list[EvalSpec]:
-    """Full precision; then NR, RO, RH, DFRot at 16-4-16, 4-4-16 and 4-4-4, RO and RH also with massive tokens kept out.
+    """Full precision; NR, RO, RH, DFRot at all bits, RO and RH also with massive tokens kept out; then RO and RH at 16-4-16 with more seeds.
 
     Rows that share a built model stand side by side.
     """
@@ -74,7 +75,8 @@ def main_specs(setting: MainSetting) -> list[EvalSpec]:
             specs.append(row(bits, rotation))
             if with_keep_out:
                 specs.append(row(bits, rotation, "nr_error"))
-    return specs
+    more = [setting.rotation(kind, offset) for offset in range(1, setting.seeds) for kind in ("RO", "RH")]
+    return specs + [row(MAIN_BITS[0], rotation) for rotation in more]
 
 
 class Progress:
@@ -121,7 +123,8 @@ def main(setting: MainSetting, store: Store | None = None) -> MainResult:
 
     def announce(spec: EvalSpec | None) -> None:
         if spec is not None:
-            progress.begin(f"{spec.rotation.name} {spec.bits}{', massive tokens kept out' if spec.keep_out else ''}")
+            kept = ", massive tokens kept out" if spec.keep_out else ""
+            progress.begin(f"{spec.rotation.name} (seed {results.seed_of(spec)}) {spec.bits}{kept}")
 
     announce(specs[0])
     found = evaluate.evaluate_all(specs, store, on_result=lambda _result: announce(next(iterator, None)))
@@ -146,13 +149,13 @@ def _costs(specs: Sequence[EvalSpec], store: Store) -> list[float]:
 def main_table(found: Sequence[EvalResult]) -> pd.DataFrame:
     """Perplexity rows, then paired differences: each rotation minus RH at the same bits, and each keep-out row's gain over its own rotation."""
     rows: list[dict[str, Any]] = [results.row(result) for result in found]
-    plain = {(r.spec.rotation.name, r.spec.bits): r for r in found if r.spec.keep_out is None}
+    plain = {(r.spec.rotation.name, r.spec.bits, results.seed_of(r.spec)): r for r in found if r.spec.keep_out is None}
     for result in found:
-        name, bits = result.spec.rotation.name, result.spec.bits
+        name, bits, seed = result.spec.rotation.name, result.spec.bits, results.seed_of(result.spec)
         if result.spec.keep_out:
-            rows.append(results.difference_row(result, plain[name, bits], name))
-        elif name != "RH" and (("RH", bits) in plain):
-            rows.append(results.difference_row(result, plain["RH", bits], "RH"))
+            rows.append(results.difference_row(result, plain[name, bits, seed], name))
+        elif name != "RH" and ("RH", bits, seed) in plain:
+            rows.append(results.difference_row(result, plain["RH", bits, seed], "RH"))
     return pd.DataFrame(rows, columns=list(results.COLUMNS))
 
 

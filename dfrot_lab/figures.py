@@ -107,7 +107,7 @@ def plot_perplexity(table: pd.DataFrame, bits: str, *, ax: Axes | None = None) -
     A results table; the dotted line is full precision, where the table has it.
     """
     ax = _axes(ax)
-    rows = results.records(table)
+    rows = [r for r in results.records(table) if r["seed"] == table["seed"].iloc[0]]
     exact = [r for r in rows if results.label(r) == "full precision"]
     shown = [r for r in rows if results.bits(r) == bits and r not in exact]
     for place, entry in enumerate(shown):

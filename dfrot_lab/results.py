@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from .evaluate import EvalResult, paired_difference
-from .specs import RefineSpec
+from .specs import EvalSpec, RefineSpec
 
 COLUMNS = (
     "model", "corpus", "rotation", "gamma", "rule", "weights", "w_bits", "a_bits", "kv_bits", "keep_out",
@@ -45,17 +45,22 @@ def difference_row(result: EvalResult, reference: EvalResult, name: str) -> dict
     return {**_identity(result), "metric": f"{PERPLEXITY} - {name}", "value": value, "ci95": list(interval)}
 
 
+def seed_of(spec: EvalSpec) -> int:
+    """The seed of a row's rotation; of a refined one's start."""
+    rotation = spec.rotation.init if isinstance(spec.rotation, RefineSpec) else spec.rotation
+    return rotation.seed
+
+
 def _identity(result: EvalResult) -> dict[str, Any]:
     spec = result.spec
     w_bits, a_bits, kv_bits = (int(b) for b in spec.bits.split("-"))
     refined = spec.rotation if isinstance(spec.rotation, RefineSpec) else None
-    rotation = refined.init if refined else spec.rotation
     values = {
         "model": spec.model.source, "corpus": spec.corpus.name, "rotation": spec.rotation.name,
         "gamma": refined.gamma if refined else None, "rule": refined.rule if refined else spec.keep_out,
         "weights": spec.weights.method if w_bits < 16 else None, "w_bits": w_bits, "a_bits": a_bits, "kv_bits": kv_bits,
         "keep_out": spec.keep_out is not None, "metric": None, "value": None, "ci95": None, "windows": len(result.losses),
-        "seconds": round(result.seconds, 2), "seed": getattr(rotation, "seed", None), "spec": spec.key, "commit": commit(),
+        "seconds": round(result.seconds, 2), "seed": seed_of(spec), "spec": spec.key, "commit": commit(),
     }  # fmt: skip
     return {name: values[name] for name in COLUMNS}
 
@@ -100,13 +105,22 @@ def records(table: pd.DataFrame, metric: str = PERPLEXITY) -> list[dict[str, Any
 
 
 def comparison(table: pd.DataFrame, metric: str = PERPLEXITY) -> pd.DataFrame:
-    """One metric as the paper prints it: a row a rotation, a column for each setting of the bits, cells `value [low, high]`."""
-    rows = records(table, metric)
+    """One metric as the paper prints it: a row a rotation, a column for each setting of the bits, cells `value [low, high]`; first seed only."""
+    rows = [r for r in records(table, metric) if r["seed"] == table["seed"].iloc[0]]
     cells = pd.DataFrame({"row": [label(r) for r in rows], "bits": [bits(r) for r in rows], "cell": [_cell(r) for r in rows]})
     order = list(dict.fromkeys(cells["row"]))
     columns = list(dict.fromkeys(cells["bits"]))
     wide = cells.drop_duplicates(["row", "bits"], keep="last").pivot(index="row", columns="bits", values="cell")
     return wide.reindex(index=order, columns=columns).fillna("")
+
+
+def by_seed(table: pd.DataFrame, metric: str = f"{PERPLEXITY} - RH", rotation: str = "RO") -> pd.DataFrame:
+    """One rotation's rows of a metric at the bits that were run with several seeds: a row for each bits, a column a seed."""
+    rows = [r for r in records(table, metric) if r["rotation"] == rotation and not r["keep_out"]]
+    seeds = sorted({r["seed"] for r in rows})
+    cells = {(bits(r), r["seed"]): _cell(r) for r in rows}
+    complete = [b for b in dict.fromkeys(bits(r) for r in rows) if all((b, s) in cells for s in seeds)]
+    return pd.DataFrame([[cells[b, s] for s in seeds] for b in complete], index=complete, columns=[f"seed {s}" for s in seeds])
 
 
 def _cell(entry: Mapping[str, Any]) -> str:

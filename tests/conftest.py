@@ -33,13 +33,15 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
-def tiny_model(family: str = "llama", *, tied: bool = False, plant: bool = True, dtype: torch.dtype = torch.float32, seed: int = 0) -> LoadedModel:
+def tiny_model(
+    family: str = "llama", *, tied: bool = False, plant: bool = True, dtype: torch.dtype = torch.float32, seed: int = 0, context: int = CONTEXT
+) -> LoadedModel:
     """A random two-layer model of a family, gains and biases away from 1 and 0 so that forgetting one shows; newlines are massive if planted."""
     tokenizer = byte_tokenizer()
     torch.manual_seed(seed)
     config = AutoConfig.for_model(
         family, vocab_size=256, hidden_size=CHANNELS, intermediate_size=INNER, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS, head_dim=HEAD_SIZE, max_position_embeddings=CONTEXT, tie_word_embeddings=tied,
+        num_key_value_heads=KV_HEADS, head_dim=HEAD_SIZE, max_position_embeddings=context, tie_word_embeddings=tied,
         bos_token_id=None, eos_token_id=None, pad_token_id=None,
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config).to(dtype).eval()

@@ -1,0 +1,5 @@
+"""`python -m dfrot_lab` is the `dfrot-lab` command."""
+
+from .cli import app
+
+app()

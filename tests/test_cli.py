@@ -1,0 +1,197 @@
+"""Every command end to end on a tiny model: what it prints, what it writes, and how it refuses bad input with nothing lost."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from conftest import LAYERS, save_tiny
+from typer.testing import CliRunner
+
+from dfrot_lab import results, rotations
+from dfrot_lab.cli import app
+from dfrot_lab.specs import RotationSpec
+
+DONE = "[0-9a-f]*[0-9a-f]/manifest.json"
+"""Finished artefacts only: the folder of one being made ends in .partial."""
+
+COMMANDS = ("run", "capture", "errors", "refine", "evaluate", "figures", "models", "doctor", "fetch")
+
+
+@pytest.fixture
+def bench(tmp_path, text_file, monkeypatch):
+    """A cache of its own, a tiny model that sees windows of 2048, and the working folder inside the test's."""
+    monkeypatch.setenv("DFROT_LAB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("DFROT_LAB_DATA", raising=False)
+    monkeypatch.chdir(tmp_path)
+    spec = save_tiny(tmp_path / "model", context=4096)
+    text_file.write_text(text_file.read_text() * 40)
+    return ["--model", spec.source, "--corpus", str(text_file)]
+
+
+def invoke(*arguments: str, code: int = 0):
+    result = CliRunner().invoke(app, list(arguments))
+    assert result.exit_code == code, f"{arguments}: exit {result.exit_code}\n{result.output}\n{result.exception!r}"
+    return result
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_and_the_common_options(command):
+    shown = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"}).output
+    for option in ("--model", "--corpus", "--seed", "--out", "--json"):
+        assert option in shown
+
+
+def test_help_and_import_load_nothing_heavy():
+    code = "import sys; from dfrot_lab import cli; print(sorted({'torch', 'transformers', 'pandas', 'matplotlib'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_capture_finds_the_planted_tokens(bench, tmp_path):
+    shown = json.loads(invoke("capture", *bench, "--tokens", "100", "--json", "--out", str(tmp_path / "t.csv")).stdout)
+    assert shown["sites"] == 2 * LAYERS
+    assert {row["text"] for row in shown["rows"]} == {"\n"}
+    assert len(pd.read_csv(tmp_path / "t.csv")) == len(shown["rows"])
+
+
+def test_errors_writes_the_whole_table(bench, tmp_path):
+    invoke("errors", *bench, "--tokens", "100", "--out", str(tmp_path / "t.parquet"))
+    table = pd.read_parquet(tmp_path / "t.parquet")
+    assert len(table) == 2 * LAYERS * 100 * 3
+    assert set(table["rotation"]) == {"NR", "RO", "RH"}
+
+
+def test_errors_refuses_an_unknown_ending_and_leaves_nothing(bench, tmp_path):
+    shown = invoke("errors", *bench, "--tokens", "50", "--out", str(tmp_path / "t.xls"), code=1)
+    assert "--out must end in .parquet, .csv, .json" in shown.stderr
+    assert not list(tmp_path.glob("*.xls*"))
+
+
+def test_refine_then_evaluate_the_saved_rotation(bench, tmp_path):
+    path = tmp_path / "R1.safetensors"
+    invoke("refine", *bench, "--tokens", "200", "--steps", "3", "--gamma", "10", "--out", str(path))
+    assert rotations.orthogonality_error(rotations.load(path)) < 1e-5
+    row = json.loads(invoke("evaluate", *bench, "--rotation", str(path), "--bits", "16-4-16", "--windows", "2", "--json").stdout)
+    assert tuple(row) == results.COLUMNS
+    assert row["rotation"] == "R1.safetensors"
+    assert row["value"] > 1
+
+
+def test_evaluate_adds_rows_to_a_file(bench, tmp_path):
+    out = tmp_path / "rows.jsonl"
+    for rotation in ("RH", "RO"):
+        invoke("evaluate", *bench, "--rotation", rotation, "--bits", "16-4-4", "--windows", "1", "--keep-out", "--out", str(out))
+    table = results.load(out)
+    assert list(table["rotation"]) == ["RH", "RO"]
+    assert list(table["keep_out"]) == [True, True]
+
+
+def run_program(bench, tmp_path, *more):
+    command = [sys.executable, "-m", "dfrot_lab", "run", *bench, "--windows", "2", "--out", str(tmp_path / "out"), *more]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "TOKENIZERS_PARALLELISM": "false"})
+
+
+def test_run_stopped_by_ctrl_c_goes_on_and_a_second_run_reuses_everything(bench, tmp_path):
+    first = run_program(bench, tmp_path)
+    while not list((tmp_path / "cache" / "store").glob(f"evaluation/{DONE}")):
+        assert first.poll() is None, first.communicate()
+        time.sleep(0.05)
+    first.send_signal(signal.SIGINT)
+    _, errors = first.communicate(timeout=60)
+    assert first.returncode == 130, errors
+    assert "the same command goes on from here" in errors
+    kept = {p: p.stat().st_mtime_ns for p in (tmp_path / "cache" / "store").glob(f"*/{DONE}")}
+    second = run_program(bench, tmp_path, "--json")
+    output, errors = second.communicate(timeout=300)
+    assert second.returncode == 0, errors
+    assert all(p.stat().st_mtime_ns == before for p, before in kept.items()), "a finished artefact was made again"
+    rows = pd.DataFrame(json.loads(output))
+    plain = rows[rows["metric"] == "perplexity"]
+    assert set(zip(plain["rotation"], plain["keep_out"], strict=True)) == {
+        ("NR", False), ("RO", False), ("RO", True), ("RH", False), ("RH", True), ("DFRot", False),
+    }  # fmt: skip
+    assert len(plain) == 23
+    made = set((tmp_path / "cache" / "store").glob(f"*/{DONE}"))
+    third = run_program(bench, tmp_path)
+    output, errors = third.communicate(timeout=120)
+    assert third.returncode == 0, errors
+    assert set((tmp_path / "cache" / "store").glob(f"*/{DONE}")) == made
+    assert "stored" in errors
+    for name in ("rows.jsonl", "table.md", "massive-tokens.csv", "log.txt", "figures/perplexity.png", "figures/token-errors.svg"):
+        assert (tmp_path / "out" / name).stat().st_size > 0
+    assert len(results.load(tmp_path / "out" / "rows.jsonl")) == len(rows)
+    assert "The most massive token: '\\n'" in output
+
+
+BAD = [
+    (["evaluate", "--bits", "4-4"], "bits must be WEIGHTS-ACTIVATIONS-KV such as 4-4-16; got '4-4'"),
+    (["evaluate", "--bits", "1-4-16"], "QuantSpec.bits must be a whole number in 2..16; got 1"),
+    (["evaluate", "--bits", "4-4-17"], "QuantSpec.bits must be a whole number in 2..16; got 17"),
+    (["evaluate", "--rotation", "XX"], "--rotation must be NR, RO, RH, DFRot or an existing safetensors file; got 'XX'"),
+    (["evaluate", "--windows", "0"], "EvalSpec.windows must be >= 1; got 0"),
+    (["evaluate", "--windows", "100000", "--bits", "16-4-16"], "windows"),
+    (["refine", "--gamma", "0"], "RefineSpec.gamma must be > 0; got 0"),
+    (["refine", "--rule", "big"], "RefineSpec.rule must be one of sun, nr_error, ro_vs_nr, ratio; got 'big'"),
+    (["capture", "--tokens", "0"], "CaptureSpec.tokens must be >= 1; got 0"),
+    (["capture", "--tokens", "-5"], "CaptureSpec.tokens must be >= 1; got -5"),
+    (["capture", "--tokens", "3000"], "CaptureSpec.tokens must be at most 2048 or a multiple of it; got 3000"),
+    (["capture", "--tokens", "20480000"], "windows"),
+    (["capture", "--corpus", "no-such-corpus"], "no-such-corpus"),
+    (["capture", "--model", "no-such-model"], "ModelSpec.source must be"),
+    (["capture", "--model", "owner/name"], "For a model on the hub say hub:owner/name"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD, ids=[" ".join(a) for a, _ in BAD])
+def test_bad_input_is_one_clear_line(bench, arguments, message):
+    shown = invoke(arguments[0], *bench, *arguments[1:], code=1)
+    assert message in shown.stderr
+    assert "Traceback" not in shown.output
+    assert shown.stderr.rstrip().splitlines()[-1].startswith("Error: ")
+
+
+@pytest.mark.parametrize("kind", ["size", "skewed", "garbage"])
+def test_a_wrong_rotation_file_is_refused(bench, tmp_path, kind):
+    path = tmp_path / "R.safetensors"
+    if kind == "garbage":
+        path.write_bytes(b"not a rotation")
+    elif kind == "size":
+        rotations.save(rotations.make(RotationSpec(kind="RH"), 32), path, RotationSpec(kind="RH"))
+    else:
+        from safetensors.torch import save_file
+
+        save_file({"R1": rotations.make(RotationSpec(kind="RH"), 64) * 1.01}, path)
+    shown = invoke("evaluate", *bench, "--rotation", str(path), "--bits", "16-4-16", "--windows", "1", code=1)
+    expected = {"size": "64", "skewed": "orthogonal", "garbage": "R.safetensors"}[kind]
+    assert expected in shown.stderr
+
+
+def test_an_unwritable_cache_is_named(bench, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("DFROT_LAB_CACHE", str(tmp_path / "file" / "cache"))
+    shown = invoke("capture", *bench, "--tokens", "10", code=1)
+    assert "DFROT_LAB_CACHE" in shown.stderr
+
+
+def test_models_and_fetch_describe(bench):
+    about = json.loads(invoke("models", *bench, "--json").stdout)
+    assert about["channels"] == 64
+    assert "Gemma2ForCausalLM" in about["refused"]
+    assert "calibration" in invoke("fetch", *bench).stdout
+
+
+def test_doctor_says_what_is_here_and_what_is_missing(bench, tmp_path):
+    shown = json.loads(invoke("doctor", *bench, "--json").stdout)
+    assert shown["missing"] == "nothing"
+    assert shown["cache"]["folder"] == str(tmp_path / "cache")
+    broken = invoke("doctor", "--model", "nowhere", "--json", code=1)
+    assert any("ModelSpec.source" in line for line in json.loads(broken.stdout)["missing"])
+
+
+def test_runs_folder_is_ignored_by_git():
+    assert "runs/" in (Path(__file__).parents[1] / ".gitignore").read_text()

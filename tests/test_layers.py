@@ -1,0 +1,200 @@
+"""The shape of the package: imports go up the design's table, nothing is printed, pickled or caught blindly, every public name is described."""
+
+import ast
+import graphlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import dfrot_lab
+
+PACKAGE = Path(dfrot_lab.__file__).parent
+FILES = sorted(PACKAGE.glob("*.py"))
+
+LAYERS = (
+    ("specs",),
+    ("hadamard", "rotations", "quantize"),
+    ("store", "wheels", "models", "corpus"),
+    ("surgery", "capture", "massive", "errors"),
+    ("refine", "gptq", "evaluate"),
+    ("results", "experiments", "figures", "explore", "doctor"),
+    ("cli", "__main__"),
+)
+"""The layer table of the design, lowest first; `doctor` only looks at what the layers below it made."""
+LAYER = {module: number for number, modules in enumerate(LAYERS) for module in modules}
+
+MAX_LINES = 320
+HEAVY = ("torch", "transformers", "matplotlib", "pandas", "numpy", "scipy")
+
+
+def imports(tree: ast.AST) -> set[str]:
+    """The package's modules that a file imports, at its top or inside a function."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("dfrot_lab.")}
+        elif isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            own = module if node.level else module.removeprefix("dfrot_lab").removeprefix(".") if module.split(".")[0] == "dfrot_lab" else None
+            if own is not None:
+                found |= {own.split(".")[0]} if own else {a.name for a in node.names}
+    return found - {"__version__"}
+
+
+def wrong_way(name: str, tree: ast.AST) -> Iterator[str]:
+    """Imports of a module from a higher layer."""
+    for other in sorted(imports(tree)):
+        if LAYER.get(other, len(LAYERS)) > LAYER[name]:
+            yield f"{name} imports {other}"
+
+
+def blind_excepts(_: str, tree: ast.AST) -> Iterator[str]:
+    """`except:` with nothing named, and `except BaseException` that does not raise again."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ExceptHandler):
+            blind = node.type is None or (isinstance(node.type, ast.Name) and node.type.id in ("Exception", "BaseException"))
+            if blind and not any(isinstance(part, ast.Raise) for part in ast.walk(node)):
+                yield f"line {node.lineno}: except that names no error"
+
+
+def prints(_: str, tree: ast.AST) -> Iterator[str]:
+    """Calls of the built-in print."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print":
+            yield f"line {node.lineno}: print("
+
+
+def unsafe_or_hidden(_: str, tree: ast.AST) -> Iterator[str]:
+    """Pickle in any form, `sys.path`, code from a model's repository."""
+    pickles = {"pickle", "cPickle", "dill", "joblib", "cloudpickle", "shelve"}
+    attributes = {("torch", "load"), ("torch", "save"), ("sys", "path"), ("pd", "read_pickle"), ("np", "load")}
+    for node in ast.walk(tree):
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        if pickles & {name.split(".")[0] for name in names}:
+            yield f"line {node.lineno}: imports {names}"
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and (node.value.id, node.attr) in attributes:
+            yield f"line {node.lineno}: {node.value.id}.{node.attr}"
+        if isinstance(node, ast.Attribute) and node.attr == "to_pickle":
+            yield f"line {node.lineno}: to_pickle"
+        if isinstance(node, ast.keyword) and node.arg in ("trust_remote_code", "allow_pickle"):
+            yield f"line {node.value.lineno}: {node.arg}"
+
+
+def public(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.ClassDef]:
+    """Public classes and functions of a module, and the public methods of the former."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            yield node
+            if isinstance(node, ast.ClassDef):
+                yield from public(node)
+
+
+def undescribed(_: str, tree: ast.AST) -> Iterator[str]:
+    """Public names without a docstring, public functions with a parameter or result without annotation."""
+    if not ast.get_docstring(tree):
+        yield "no module docstring"
+    for node in public(tree):
+        if not ast.get_docstring(node):
+            yield f"{node.name} has no docstring"
+        if isinstance(node, ast.FunctionDef):
+            parameters = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs, node.args.vararg, node.args.kwarg]
+            bare = [p.arg for p in parameters if p is not None and p.annotation is None and p.arg not in ("self", "cls")]
+            if bare or node.returns is None:
+                yield f"{node.name} lacks annotations: {', '.join(bare) or 'its result'}"
+
+
+BAD_SOURCE = {
+    wrong_way: [
+        "from .cli import app",
+        "from . import cli, quantize",
+        "from dfrot_lab import cli",
+        "import dfrot_lab.cli",
+        "from dfrot_lab.cli import app",
+        "def f():\n from .cli import app",
+    ],
+    blind_excepts: ["try:\n pass\nexcept:\n pass", "try:\n pass\nexcept Exception:\n pass"],
+    prints: ["def f():\n print(1)"],
+    unsafe_or_hidden: ["import pickle", "from pickle import loads", "torch.load('a')", "sys.path.append('a')", "f(trust_remote_code=True)"],
+    undescribed: [
+        "def f() -> int:\n 'x'",
+        "'x'\ndef f() -> int: ...",
+        "'x'\ndef f(a) -> int:\n 'x'",
+        "'x'\ndef f(a: int):\n 'x'",
+        "'x'\nclass A: ...",
+        "'x'\nclass A:\n 'x'\n def f(self): 'x'",
+    ],
+}
+Rule = Callable[[str, ast.AST], Iterator[str]]
+
+
+@pytest.mark.parametrize(("rule", "source"), [(rule, source) for rule, sources in BAD_SOURCE.items() for source in sources])
+def test_the_rules_see_what_they_forbid(rule: Rule, source: str):
+    assert list(rule("specs", ast.parse(source)))
+
+
+@pytest.mark.parametrize("rule", BAD_SOURCE)
+def test_the_package_keeps_the_rule(rule: Rule):
+    faults = [f"{file.name}: {fault}" for file in FILES for fault in rule(file.stem, ast.parse(file.read_text())) if file.stem != "__init__"]
+    assert not faults, "\n".join(faults)
+
+
+def test_every_file_is_in_the_table_and_the_checks_saw_the_package():
+    names = {file.stem for file in FILES} - {"__init__"}
+    assert names <= set(LAYER), "give a new module its layer"
+    assert names >= {module for layer in LAYERS[:5] for module in layer}
+    assert sum(len(list(public(ast.parse(file.read_text())))) for file in FILES) > 100
+    assert sum(len(imports(ast.parse(file.read_text()))) for file in FILES) > 30
+
+
+def test_no_import_cycle():
+    graph = {file.stem: imports(ast.parse(file.read_text())) for file in FILES}
+    order = list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError
+    assert order.index("specs") < order.index("models") < order.index("surgery")
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_files_are_short(file: Path):
+    assert 0 < len(file.read_text().splitlines()) <= MAX_LINES
+
+
+def in_a_fresh_process(code: str) -> object:
+    """The JSON that `code` prints in a process of its own."""
+    return json.loads(subprocess.run([sys.executable, "-c", f"import json, sys\n{code}"], capture_output=True, text=True, check=True).stdout)
+
+
+def test_importing_the_package_loads_nothing_heavy_and_takes_no_time():
+    code = "import time\nt = time.perf_counter()\nimport dfrot_lab\nprint(json.dumps([list(sys.modules), time.perf_counter() - t]))"
+    runs = [in_a_fresh_process(code) for _ in range(3)]
+    modules = set(runs[0][0])
+    assert "dfrot_lab" in modules
+    assert not modules & set(HEAVY)
+    assert min(seconds for _, seconds in runs) < 0.3
+
+
+def test_specs_load_nothing_heavy_either():
+    modules = set(in_a_fresh_process("import dfrot_lab\ndfrot_lab.EvalSpec().key\nprint(json.dumps(list(sys.modules)))"))
+    assert "dfrot_lab.specs" in modules
+    assert not modules & set(HEAVY)
+
+
+@pytest.mark.parametrize("order", ["sorted(names)", "sorted(names, reverse=True)"])
+def test_every_name_of_the_package_is_the_same_public_object_at_every_look(order: str):
+    """A submodule takes the place of a lazy name that is spelt like it, as soon as anything imports it: at a second look the name has changed."""
+    code = f"""
+import types, dfrot_lab
+names = dir(dfrot_lab)
+looks = [[getattr(dfrot_lab, n) for n in {order}] for _ in range(2)]
+print(json.dumps([sorted(names), [n for n, a, b in zip({order}, *looks) if a is not b or isinstance(a, types.ModuleType)]]))
+"""
+    names, changed = in_a_fresh_process(code)
+    assert {"load_model", "Store", "ModelSpec", "token_errors", "__version__"} <= set(names)
+    assert not changed
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="module 'dfrot_lab' has no attribute 'rotate'"):
+        dfrot_lab.rotate  # noqa: B018

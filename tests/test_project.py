@@ -1,0 +1,120 @@
+"""The files around the package say what is true: pins agree, the README's commands exist, its tables are the measured ones."""
+
+import json
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from dfrot_lab import results
+from dfrot_lab.cli import app
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def pins(name: str) -> dict[str, str]:
+    lines = (ROOT / name).read_text().splitlines()
+    return dict(line.split("==") for line in lines if line and not line.startswith("#"))
+
+
+@pytest.mark.parametrize("name", ["requirements.txt", "requirements-dev.txt"])
+def test_every_requirement_is_pinned_exactly(name):
+    found = pins(name)
+    assert found
+    assert all(re.fullmatch(r"\d[\w.]*", version) for version in found.values()), found
+
+
+def test_all_doors_lead_to_the_same_pins():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert project["tool"]["setuptools"]["dynamic"]["dependencies"] == {"file": ["requirements.txt"]}
+    conda = (ROOT / "environment.yml").read_text()
+    assert "- -r requirements.txt" in conda
+    assert "- -e ." in conda
+    assert conda.index("\n  - pip\n") < conda.index("- pip:"), "conda needs pip itself before the pip block"
+    make = (ROOT / "Makefile").read_text()
+    assert "install --quiet --disable-pip-version-check -r requirements.txt" in make
+    minor = re.search(r"python=(\d\.\d+)", conda)[1]
+    assert project["project"]["requires-python"] == f">={minor}"
+
+
+def test_installed_versions_are_the_pinned_ones():
+    from importlib import metadata
+
+    wrong = {n: (v, metadata.version(n)) for n, v in pins("requirements.txt").items() if metadata.version(n).split("+")[0] != v}
+    assert not wrong, f"installed versions differ from requirements.txt: {wrong}"
+
+
+def test_ci_runs_the_readmes_test_command():
+    assert (ROOT / ".ci" / "run").read_text().rstrip().endswith("make test")
+    assert "make test" in README
+
+
+def test_every_dfrot_lab_command_in_the_docs_exists():
+    commands = set(re.findall(r"dfrot-lab ([a-z]+)", README + (ROOT / "Makefile").read_text()))
+    assert {"run", "figures", "doctor"} <= commands
+    for command in commands:
+        result = CliRunner().invoke(app, [command, "--help"])
+        assert result.exit_code == 0, f"dfrot-lab {command} is in the docs but not in the program"
+
+
+def test_every_option_in_the_readme_exists():
+    for line in re.findall(r"^(?:\s*)dfrot-lab ([a-z]+) (.*)$", README, re.M):
+        command, rest = line
+        shown = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"}).output
+        for option in re.findall(r"--[a-z-]+", rest):
+            assert option in shown, f"dfrot-lab {command} has no {option}"
+
+
+def test_every_make_verb_in_the_readme_exists():
+    verbs = set(re.findall(r"^([a-z]+):.*##", (ROOT / "Makefile").read_text(), re.M))
+    named = set(re.findall(r"`make ([a-z]+)`", README)) | set(re.findall(r"^make ([a-z]+)", README, re.M))
+    assert {"run", "test"} <= named
+    assert named <= verbs
+
+
+def test_readmes_tree_is_the_tree():
+    tree = re.search(r"```text\n(.*?)```", README, re.S)[1]
+    named = [line.split()[0] for line in tree.splitlines() if line.strip()]
+    assert named
+    missing = [name for name in named if not (ROOT / name).exists()]
+    assert not missing, f"the README's tree names what is not there: {missing}"
+
+
+def test_readmes_files_and_pictures_exist():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert target.startswith("http") or (ROOT / target).exists(), f"README links to {target}, which is not there"
+
+
+@pytest.mark.parametrize("name", ["main-wikitext2", "main-wikipedia-sample"])
+def test_readmes_tables_are_the_committed_results(name):
+    table = results.load(ROOT / "data" / "results" / f"{name}.jsonl")
+    assert len(table) > 20
+    shown = results.markdown(results.comparison(table))
+    assert shown in (ROOT / "data" / "results" / f"{name}.md").read_text()
+    assert shown in README, f"README's table is not that of {name}.jsonl: copy data/results/{name}.md"
+
+
+def test_committed_results_have_provenance():
+    files = sorted((ROOT / "data" / "results").glob("*.jsonl"))
+    assert files
+    for file in files:
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        assert all(tuple(row) == results.COLUMNS for row in rows)
+        assert all(row["commit"] and row["spec"] and row["windows"] for row in rows)
+
+
+def test_figures_have_what_they_were_made_from():
+    pictures = sorted((ROOT / "figures").rglob("*.png"))
+    assert pictures
+    for picture in pictures:
+        about = json.loads(picture.with_suffix(".json").read_text())
+        assert about["figure"] == picture.stem
+        assert about["versions"]["torch"]
+        assert picture.with_suffix(".svg").exists()
+
+
+def test_licence_is_apache_2():
+    assert "Apache License" in (ROOT / "LICENSE").read_text()[:200]
