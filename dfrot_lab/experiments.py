@@ -84,15 +84,19 @@ class Progress:
 
     def __init__(self, costs: Sequence[float]) -> None:
         self.costs = list(costs)
-        self.done = 0
-        self.started = time.perf_counter()
+        self.begun = 0
+        self.at = time.perf_counter()
+        self.nominal, self.spent = 1.0, 1.0
 
     def begin(self, what: str) -> None:
-        """Announce the next step."""
-        spent, left = sum(self.costs[: self.done]), sum(self.costs[self.done :])
-        pace = (time.perf_counter() - self.started) / spent if spent > 5 else 1.0
-        log.info("[%2d/%d] %s; %s", self.done + 1, len(self.costs), what, f"about {_minutes(pace * left)} left" if left > 1 else "stored")
-        self.done += 1
+        """Announce the next step; the pace comes from the steps that really ran, not from those the store had."""
+        now = time.perf_counter()
+        cost, took = (self.costs[self.begun - 1], now - self.at) if self.begun else (0.0, 0.0)
+        if took > 0.1 * cost:
+            self.nominal, self.spent = self.nominal + cost, self.spent + took
+        left = sum(self.costs[self.begun :]) * self.spent / self.nominal
+        log.info("[%2d/%d] %s; %s", self.begun + 1, len(self.costs), what, f"about {_minutes(left)} left" if left > 1 else "stored")
+        self.begun, self.at = self.begun + 1, now
 
 
 def _minutes(seconds: float) -> str:

@@ -303,7 +303,7 @@ def peak(work):
     work()
     return next(int(line.split()[1]) / 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
 
-config = LlamaConfig(vocab_size=64, hidden_size=512, intermediate_size=512, num_hidden_layers=12, num_attention_heads=4, num_key_value_heads=1)
+config = LlamaConfig(vocab_size=64, hidden_size=512, intermediate_size=512, num_hidden_layers=8, num_attention_heads=4, num_key_value_heads=1)
 loaded = LoadedModel(LlamaForCausalLM(config).eval().requires_grad_(False), None, models.Roles(), ModelSpec(source="x"), "x", "x")
 surgery.prepare(loaded)
 ids = torch.arange(2048)[None] % 64
@@ -317,15 +317,14 @@ def stored(name):
         record(loaded, ids, lambda site, x: writer.save_tensors(site, {"x": x}))
     return lambda: Store(Path(sys.argv[1])).get_or_make("capture", {"name": name}, make)
 
-for work in (plain, stored("warm")):
-    work()
-print(max(peak(plain), peak(plain)), peak(stored("measured")))
+stored("warm")()
+print(peak(plain), peak(stored("measured")))
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of one step is measured as Linux has it")
 def test_peak_memory_above_a_plain_forward_is_at_most_three_sites(tmp_path: Path):
-    """Twelve layers: all 24 sites at once would be 96 MiB. Compared with a plain forward in the same, warmed-up process."""
+    """Eight layers: all 16 sites at once would be 64 MiB. Compared with a plain forward in the same, warmed-up process."""
     plain, captured = map(float, run(MEASURE, tmp_path).split())
     site = 2048 * 512 * 4 / 2**20
     assert captured - plain <= 3 * site, f"{captured - plain:.1f} MiB above a plain forward, sites of {site:.0f} MiB"

