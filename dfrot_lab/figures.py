@@ -1,8 +1,8 @@
 """Draw one tidy table on one Axes, in one theme; save by name with what it was made from. Nothing here computes a result."""
 
 import json
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -40,9 +40,20 @@ THEME: dict[str, Any] = {
 }
 
 
-def theme() -> AbstractContextManager[None]:
-    """Context manager with the project's matplotlib settings; nothing is changed for anybody else."""
-    return mpl.rc_context(THEME)  # type: ignore[arg-type]
+@contextmanager
+def theme() -> Iterator[None]:
+    """While the block runs, the project's matplotlib settings; nothing is changed for anybody else.
+
+    Only the theme's own settings are put back: mpl.rc_context would also undo `interactive`, which a notebook's backend turns on when the first
+    figure loads it, and no figure after that one would be shown.
+    """
+    settings: Any = mpl.rcParams  # typed by a list of literal names
+    before = {name: settings[name] for name in THEME}
+    settings.update(THEME)
+    try:
+        yield
+    finally:
+        settings.update(before)
 
 
 def _axes(ax: Axes | None) -> Axes:
@@ -60,7 +71,8 @@ def plot_error_pair(wide: pd.DataFrame, x: str, y: str, *, ax: Axes | None = Non
         ax.scatter(part[x], part[y], s=size, c=colour, marker="o" if size < 20 else "D", linewidths=0, alpha=0.5 if size < 20 else 1, label=name)
     top = float(wide[[x, y]].to_numpy().max()) * 1.05
     ax.plot([0, top], [0, top], ls="--", lw=1, c="#333333", label="equal")
-    ax.set(xlabel=f"E({x})", ylabel=f"E({y})", xlim=(0, None), ylim=(0, None), title=f"{y} against {x}")
+    right, high = (float(wide[name].max()) * 1.05 for name in (x, y))  # not the line's end: errors without rotation are ten times the others
+    ax.set(xlabel=f"E({x})", ylabel=f"E({y})", xlim=(0, right), ylim=(0, high), title=f"{y} against {x}")
     return ax
 
 
@@ -127,12 +139,67 @@ def plot_perplexity(table: pd.DataFrame, bits: str, *, ax: Axes | None = None) -
     return ax
 
 
+def plot_token_roots(errors: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """One token's root error at every site of the model, a line a rotation. Columns: site (two a layer, in their order), rotation, root."""
+    ax = _axes(ax)
+    roots = errors.pivot(index="site", columns="rotation", values="root")
+    for name in map(str, roots.columns):
+        ax.plot(np.arange(len(roots)) / 2, roots[name], c=COLOURS.get(name, "k"), marker=MARKERS.get(name, "o"), ms=4, lw=1, label=name)
+    ax.set(xlabel="layer", ylabel="root E(xR)", ylim=(0, None), title="One token, every layer")
+    ax.legend(fontsize=8, ncols=len(roots.columns))
+    return ax
+
+
+def plot_seed_spread(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Mean root error of ordinary and of massive tokens, a marker a seed. Columns: kind (of rotation), tokens (ordinary or massive), mean."""
+    ax = _axes(ax)
+    kinds = list(dict.fromkeys(table["kind"]))
+    for place, kind in enumerate(kinds):
+        colour = COLOURS.get(kind, "k")
+        for shift, face, tokens in ((0, "white", "ordinary"), (0.3, colour, "massive")):
+            means = table.loc[(table["kind"] == kind) & (table["tokens"] == tokens), "mean"]
+            ax.plot([place + shift] * len(means), means, ls="", marker=MARKERS.get(kind, "o"), c=colour, mfc=face, ms=6)
+    for tokens, face in (("ordinary", "white"), ("massive", "#333333")):
+        ax.plot([], [], ls="", marker="o", c="#333333", mfc=face, label=f"{tokens} tokens")
+    ax.set_xticks(np.arange(len(kinds)) + 0.15, kinds)
+    ax.set(ylabel="mean root E(xR)", ylim=(0, None), xlim=(-0.4, len(kinds) - 0.3), title="A marker a seed")
+    ax.grid(axis="x", visible=False)
+    ax.legend(fontsize=8)
+    return ax
+
+
+def plot_value_counts(values: pd.DataFrame, rotation: str, *, ax: Axes | None = None) -> Axes:
+    """How many of one token's values lie where under one rotation, over the grid they are rounded to. Columns: rotation, value, quantized."""
+    ax = _axes(ax)
+    part = values[values["rotation"] == rotation]
+    ax.hist(part["value"], bins=60, color=COLOURS.get(rotation, "k"))
+    for level in part["quantized"].unique():
+        ax.axvline(level, c="#333333", lw=0.6, ls=":", zorder=0)
+    ax.set(title=f"{rotation}: largest |value| {part['value'].abs().max():.2f}", xlabel="value (dotted: quantized values in use)", ylabel="channels")
+    ax.grid(visible=False)
+    return ax
+
+
+def plot_logit_errors(steps: pd.DataFrame, tolerance: float, *, ax: Axes | None = None) -> Axes:
+    """Relative error of the logits after each step, on a log axis; red beyond `tolerance`, the dashed line. Columns: step, error."""
+    ax = _axes(ax)
+    floor = float(steps.loc[steps["error"] > 0, "error"].min()) / 10
+    for place, error in enumerate(steps["error"]):
+        colour = MASSIVE_COLOUR if error > tolerance else COLOURS["RH"]
+        ax.plot(max(error, floor), place, ls="", marker="D" if error > tolerance else "o", c=colour, mfc=colour if error else "white", ms=7)
+        ax.annotate(f"{error:.1e}" if error else "0", (max(error, floor), place), xytext=(9, 0), textcoords="offset points", va="center", fontsize=8)
+    ax.axvline(tolerance, ls="--", c="#333333", lw=1)
+    ax.set_yticks(range(len(steps)), steps["step"])
+    ax.set(xscale="log", xlabel="relative error of the logits", xlim=(floor / 2, 30), ylim=(len(steps) - 0.4, -0.6))
+    return ax
+
+
 def figure_errors(wide: pd.DataFrame) -> Figure:
     """The paper's Fig. 3 in three panels: RO against NR, RH against NR, RH against RO."""
-    fig, axes = plt.subplots(1, 3, figsize=(11, 3.6))
+    fig, axes = plt.subplots(1, 3, figsize=(11, 3.9))
     for ax, (x, y) in zip(axes, (("NR", "RO"), ("NR", "RH"), ("RO", "RH")), strict=True):
         plot_error_pair(wide, x, y, ax=ax)
-    axes[-1].legend(fontsize=8, loc="upper right")
+    fig.legend(*axes[-1].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
     return fig
 
 

@@ -29,7 +29,8 @@ def handmade(store: Store, abs_max: list[list[float]], median: list[float], rows
     rows = torch.ones(largest.shape[1], 16) if rows is None else rows
 
     def put(writer: Writer) -> None:
-        writer.save_tensors("residual", {"abs_max": largest, "channel": torch.zeros(largest.shape, dtype=torch.int64), "median": torch.tensor(median)})
+        channel = torch.zeros(largest.shape, dtype=torch.int64)
+        writer.save_tensors("residual", {"abs_max": largest, "channel": channel, "median": torch.tensor(median)})
         for site in sites:
             writer.save_tensors(site, {"x": rows})
         tokens = range(largest.shape[1])

@@ -270,7 +270,7 @@ def test_a_gguf_file_cut_short_is_refused_by_name_and_leaves_no_artefact(size: i
 def test_a_file_that_only_has_the_name_of_a_gguf_is_refused(tmp_path: Path, store: Store):
     path = tmp_path / "text.gguf"
     path.write_text("a text, and no model " * 10)
-    with pytest.raises(ValueError, match="text.gguf is not a whole GGUF file .*magic invalid"):
+    with pytest.raises(ValueError, match=r"text\.gguf is not a whole GGUF file .*magic invalid"):
         load_model(ModelSpec(source=str(path)), store)
 
 

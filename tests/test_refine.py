@@ -1,0 +1,458 @@
+"""Refinement: each variant against a loop written from the paper or from the released code, its guards, and a run that was stopped and goes on."""
+
+import logging
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.linalg import orthogonal_procrustes
+from torch import Tensor
+
+from dfrot_lab import massive, rotations
+from dfrot_lab import refine as module
+from dfrot_lab.capture import capture
+from dfrot_lab.quantize import fake_quantize, squared_error
+from dfrot_lab.refine import RefineResult, _State, half_step, key_of, polar, procrustes, refine, refined, row_weights
+from dfrot_lab.specs import CaptureSpec, CorpusSpec, ModelSpec, QuantSpec, RefineSpec, RotationSpec
+from dfrot_lab.store import Store
+
+SYM4, ASYM4 = QuantSpec(), QuantSpec(symmetric=False)
+HISTORY = ["step", "objective", "normal", "massive", "best", "distance"]
+
+
+def gaussian(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def planted(tokens: int = 400, channels: int = 32, massive: int = 12, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Normalised rows of which the first `massive` are a spike and small values, and their mask."""
+    x = gaussian(tokens, channels, seed=seed) * torch.linspace(0.5, 2, channels, dtype=torch.float64)
+    x[:massive] *= 0.1
+    x[:massive, 3] += 20
+    x[: massive // 3, 7] -= 6  # a second massive channel in some of them, as in a real model
+    x = x / x.square().mean(1, keepdim=True).sqrt()
+    return x, torch.arange(tokens) < massive
+
+
+def orthogonal(channels: int, seed: int = 0) -> Tensor:
+    return rotations.make(RotationSpec(kind="RO", seed=seed), channels)
+
+
+# ---- procrustes -------------------------------------------------------------------------------------------------------------------------
+
+
+@given(seed=st.integers(0, 10_000), channels=st.integers(1, 12), tokens=st.integers(20, 40))
+@settings(max_examples=40, deadline=None)
+def test_procrustes_is_scipys(seed, channels, tokens):
+    a, b = gaussian(tokens, channels, seed=seed), gaussian(tokens, channels, seed=seed + 1)
+    expected, _ = orthogonal_procrustes(a.numpy(), b.numpy())
+    torch.testing.assert_close(procrustes(a, b), torch.from_numpy(expected), rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_procrustes_recovers_a_planted_rotation(dtype):
+    a, R = gaussian(200, 24).to(dtype), orthogonal(24, seed=4)
+    found = procrustes(a, a @ R.to(dtype))
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found, R, rtol=0, atol=1e-5 if dtype is torch.float32 else 1e-12)
+
+
+def test_procrustes_is_no_worse_than_any_other_rotation():
+    a, b = gaussian(100, 8), gaussian(100, 8, seed=1)
+    least = torch.linalg.norm(a @ procrustes(a, b) - b)
+    assert all(torch.linalg.norm(a @ orthogonal(8, seed) - b) > least for seed in range(50))
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_polar_of_a_singular_matrix_is_still_orthogonal(rank):
+    product = gaussian(8, rank) @ gaussian(rank, 8)
+    assert rotations.orthogonality_error(polar(product)) < 1e-12
+
+
+# ---- half step --------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("quantizer", [SYM4, ASYM4], ids=lambda q: q.name)
+@pytest.mark.parametrize("gamma", [1.0, 7.0, math.inf])
+def test_half_step_equals_a_slow_loop(quantizer, gamma):
+    x, mask = planted(tokens=module.ROWS_AT_ONCE + 300, channels=8, massive=50)
+    mask = mask.roll(module.ROWS_AT_ONCE - 20)  # massive rows on both sides of the border of two blocks
+    x = x.roll(module.ROWS_AT_ONCE - 20, dims=0)
+    R = orthogonal(8)
+    product, losses = half_step(x, R, row_weights(mask, gamma), mask, quantizer)
+    expected, error, weight = torch.zeros(8, 8, dtype=torch.float64), [], []
+    for row, heavy in zip(x, mask.tolist(), strict=True):
+        eta = fake_quantize((row @ R)[None], quantizer)[0]
+        weight.append((1 if heavy else 0) if gamma == math.inf else (gamma**2 if heavy else 1))
+        expected += weight[-1] * torch.outer(row, eta)
+        error.append(float((row @ R - eta).square().sum()))
+    torch.testing.assert_close(product, expected, rtol=1e-10, atol=1e-9)
+    errors, weights = torch.tensor(error, dtype=torch.float64), torch.tensor(weight, dtype=torch.float64)
+    assert losses == pytest.approx(
+        {"objective": float((errors * weights).mean()), "normal": float(errors[~mask].mean()), "massive": float(errors[mask].mean())}, rel=1e-10
+    )
+
+
+def test_scaling_massive_rows_by_gamma_is_weighting_them_by_its_square():
+    """Eq. 3, which holds because Q is scale-equivariant: the same product, so the same R, and the same objective."""
+    x, mask = planted()
+    R, gamma = orthogonal(32), 13.0
+    weighted, losses = half_step(x, R, row_weights(mask, gamma), mask, ASYM4)
+    scaled, scaled_losses = half_step(torch.where(mask[:, None], gamma * x, x), R, torch.ones(len(x)), mask, ASYM4)
+    torch.testing.assert_close(weighted, scaled, rtol=1e-9, atol=1e-9)
+    assert losses["objective"] == pytest.approx(scaled_losses["objective"], rel=1e-9)
+
+
+def test_the_rows_are_left_as_they_were():
+    x, mask = planted()
+    before = x.clone()
+    half_step(x, orthogonal(32), row_weights(mask, 5.0), mask, ASYM4)
+    assert torch.equal(x, before)
+
+
+# ---- as the paper -----------------------------------------------------------------------------------------------------------------------
+
+
+def paper_loop(x: Tensor, mask: Tensor, R: Tensor, gamma: float, steps: int) -> Tensor:
+    """Algorithm 1 as printed: massive rows scaled by gamma (Eq. 3), asymmetric min-max Q (Eq. 5, 7), R = U V^T (Eq. 6, 8)."""
+    x = torch.where(mask[:, None], gamma * x, x)
+    for _ in range(steps):
+        rotated = x @ R
+        low, high = rotated.amin(1, keepdim=True), rotated.amax(1, keepdim=True)
+        scale = (high - low) / 15
+        zero = -torch.round(low / scale)
+        eta = scale * ((torch.round(rotated / scale) + zero).clamp(0, 15) - zero)
+        u, _, vt = torch.linalg.svd(x.T @ eta)
+        R = u @ vt
+    return R
+
+
+@pytest.mark.parametrize("gamma", [1.0, 10.0, 100.0])
+@pytest.mark.parametrize("kind", ["RH", "RO"])
+def test_as_paper_is_algorithm_1(gamma, kind):
+    x, mask = planted()
+    init = RotationSpec(kind=kind, seed=2)
+    found = refine(x, RefineSpec(variant="as_paper", init=init, gamma=gamma, steps=6), mask)
+    expected = paper_loop(x, mask, rotations.make(init, 32), gamma, steps=6)
+    torch.testing.assert_close(found.R, expected, rtol=0, atol=1e-7)
+    assert rotations.distance(found.R, rotations.make(init, 32)) > 0.05, "nothing moved: the test is vacuous"
+
+
+def test_float32_rows_lead_to_the_same_refinement_for_a_few_steps():
+    x, mask = planted()
+    spec = RefineSpec(variant="as_paper", gamma=10, steps=3)
+    assert rotations.distance(refine(x.float(), spec, mask).R, refine(x, spec, mask).R) < 0.02
+
+
+def test_the_history_says_what_each_step_reached():
+    x, mask = planted()
+    spec = RefineSpec(variant="as_paper", gamma=10, steps=8)
+    found = refine(x, spec, mask)
+    assert list(found.history.columns) == HISTORY
+    assert found.history["step"].tolist() == list(range(9))
+    start = rotations.make(spec.init, 32)
+    for row in (0, 3, 8):
+        R = paper_loop(x, mask, start, 10, steps=row)
+        error = squared_error(x @ R, ASYM4)
+        expected = [float((error * torch.where(mask, 100.0, 1.0)).mean()), float(error[~mask].mean()), float(error[mask].mean())]
+        assert found.history.loc[row, ["objective", "normal", "massive"]].tolist() == pytest.approx(expected, rel=1e-5)
+        assert found.history.loc[row, "distance"] == pytest.approx(rotations.distance(R, start), abs=1e-6)
+    assert found.history["best"].tolist() == found.history["objective"].cummin().tolist()
+
+
+# ---- as released ------------------------------------------------------------------------------------------------------------------------
+
+
+def released_loop(x: Tensor, mask: Tensor, start: Tensor, gamma: float, steps: int) -> Tensor:
+    """The released optimiser's logic: `steps` outer rounds of one Procrustes step each, and in every round the accept test starts afresh.
+
+    A round's bound is the error it starts from + 100, of which the new error must be 0.1 short. So a step may raise the error by up to 99.9.
+    """
+    rows = torch.where(mask[:, None], gamma * (x @ start), x @ start)
+
+    def quantized(a: Tensor) -> Tensor:
+        scale = a.abs().amax(1, keepdim=True) / 7
+        return scale * torch.round(a / scale).clamp(-8, 7)
+
+    total = torch.eye(x.shape[1], dtype=x.dtype)
+    for _ in range(steps):
+        a = rows @ total
+        bound = torch.norm(a - quantized(a)) + 100
+        u, _, vt = torch.linalg.svd(a.T @ quantized(a))
+        step = torch.linalg.qr(u @ vt)[0]
+        loss = torch.norm(a @ step - quantized(a @ step))
+        if loss <= bound and bound - loss > 0.1:
+            total = total @ step
+        total = torch.linalg.qr(total)[0]
+    return start @ total
+
+
+def up_to_signs(R: Tensor, like: Tensor) -> Tensor:
+    """R with the signs of its columns chosen to fit: QR picks them, and no symmetric error depends on them."""
+    return R * torch.where((R * like).sum(0) < 0, -1.0, 1.0)
+
+
+@pytest.mark.parametrize("gamma", [1.0, 10.0, 100.0])
+@pytest.mark.parametrize("scale", [1.0, 1e5], ids=["steps accepted", "rises refused"])
+def test_as_released_is_the_released_loop(gamma, scale):
+    """At a scale of 1e5 any rise of the Frobenius error is above 100 and is refused; at 1 none is."""
+    x, mask = planted()
+    x = x * scale
+    spec = RefineSpec(variant="as_released", quantizer=SYM4, gamma=gamma, steps=12)
+    found = refine(x, spec, mask).R
+    expected = released_loop(x, mask, rotations.make(spec.init, 32), gamma, steps=12)
+    torch.testing.assert_close(up_to_signs(found, expected), expected, rtol=0, atol=1e-6)
+
+
+def test_as_released_may_raise_the_error_and_refuses_it_at_a_large_scale():
+    x, mask = planted()
+    spec = RefineSpec(variant="as_released", quantizer=SYM4, gamma=10, steps=30)
+    assert (refine(x, spec, mask).history["objective"].diff() > 0).any()
+    assert not (refine(1e5 * x, spec, mask).history["objective"].diff() > 0).any()
+
+
+def test_as_released_takes_no_other_quantizer_and_no_infinite_gamma():
+    with pytest.raises(ValueError, match=r"RefineSpec\.quantizer must be symmetric with variant as_released"):
+        RefineSpec(variant="as_released", quantizer=ASYM4)
+    with pytest.raises(ValueError, match=r"RefineSpec\.gamma must be finite with variant as_released; got inf"):
+        RefineSpec(variant="as_released", quantizer=SYM4, gamma=math.inf)
+
+
+# ---- guarded ----------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gamma", [1.0, 100.0])
+@pytest.mark.parametrize("quantizer", [SYM4, ASYM4], ids=lambda q: q.name)
+@pytest.mark.parametrize("seed", range(3))
+def test_guarded_keeps_the_best_r_of_the_papers_steps(gamma, quantizer, seed):
+    x, mask = planted(seed=seed)
+    spec = RefineSpec(gamma=gamma, quantizer=quantizer, steps=40, init=RotationSpec(kind="RH", seed=seed))
+    found, paper = refine(x, spec, mask), refine(x, spec.with_(variant="as_paper"), mask)
+    assert found.history.equals(paper.history)
+    objective = float((squared_error(x @ found.R, quantizer) * torch.where(mask, gamma**2, 1.0)).mean())
+    assert objective == pytest.approx(found.history["objective"].min(), rel=1e-9)
+    assert objective <= found.history["objective"][0]
+    assert objective <= float((squared_error(x @ paper.R, quantizer) * torch.where(mask, gamma**2, 1.0)).mean()) * (1 + 1e-9)
+
+
+def test_guarded_returns_the_start_where_every_step_is_worse():
+    """Rows that the start puts on the grid exactly: nothing is better, and the guard keeps it."""
+    start = rotations.make(RotationSpec(kind="RH"), 16)
+    found = refine(torch.eye(16, dtype=torch.float64) * 4, RefineSpec(steps=5, quantizer=SYM4), torch.ones(16, dtype=torch.bool))
+    assert float(found.history["objective"][0]) < 1e-20
+    assert found.history["objective"].min() < 1e-20
+    assert float(squared_error(torch.eye(16, dtype=torch.float64) * 4 @ found.R, SYM4).max()) < 1e-20
+    assert rotations.distance(found.R, start) < 1e-6
+
+
+@pytest.mark.parametrize("variant", ["guarded", "as_paper", "as_released"])
+def test_orthogonal_to_1e_5_after_100_steps(variant):
+    x, mask = planted()
+    found = refine(x.float(), RefineSpec(variant=variant, quantizer=SYM4, steps=100), mask)
+    assert found.R.dtype == torch.float64
+    assert rotations.orthogonality_error(found.R) < 1e-5
+    assert len(found.history) > 10
+
+
+# ---- gamma ------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_gamma_infinite_fits_the_massive_rows_alone():
+    x, mask = planted()
+    spec = RefineSpec(variant="as_paper", gamma=math.inf, steps=8)
+    found, alone = refine(x, spec, mask), refine(x[mask], spec.with_(gamma=1), torch.ones(int(mask.sum()), dtype=torch.bool))
+    # 12 rows do not fix R in 32 dimensions: what they fix is where they go.
+    torch.testing.assert_close(x[mask] @ found.R, x[mask] @ alone.R, rtol=0, atol=1e-5)
+    assert found.history["objective"].tolist() == pytest.approx((alone.history["objective"] * 12 / 400).tolist(), rel=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_gamma_lowers_the_massive_error_and_pays_with_the_rest(seed):
+    x, mask = planted(seed=seed)
+    error = {g: squared_error(x @ refine(x, RefineSpec(gamma=g, steps=60), mask).R, ASYM4) for g in (1.0, 100.0)}
+    assert error[100.0][mask].mean() < 0.7 * error[1.0][mask].mean()
+    assert error[100.0][~mask].mean() > error[1.0][~mask].mean()
+
+
+def test_row_weights():
+    mask = torch.tensor([True, False, True])
+    assert row_weights(mask, 3.0).tolist() == [9, 1, 9]
+    assert row_weights(mask, math.inf).tolist() == [1, 0, 1]
+
+
+@pytest.mark.parametrize("rule", ["nr_error", "ro_vs_nr"])
+def test_without_a_mask_the_rule_finds_the_massive_rows(rule):
+    x, _ = planted()
+    mask = massive.rows_rule(x, rule)
+    assert 0 < int(mask.sum()) < len(x)
+    spec = RefineSpec(rule=rule, steps=3)
+    assert refine(x, spec).history.equals(refine(x, spec, mask).history)
+
+
+# ---- bad input, sameness ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_rows_that_are_not_finite_are_named(bad):
+    x, mask = planted()
+    x[7, 5] = bad
+    with pytest.raises(ValueError, match=r"rows must be finite to be refined on; row 7 has NaN or Inf"):
+        refine(x, RefineSpec(steps=2), mask)
+
+
+def test_infinite_gamma_needs_a_massive_row():
+    x, mask = planted()
+    with pytest.raises(ValueError, match=r"RefineSpec\.gamma must be finite where rule nr_error finds no massive row; got inf"):
+        refine(x, RefineSpec(gamma=math.inf, steps=2), torch.zeros_like(mask))
+
+
+def test_rules_that_need_the_residual_need_a_mask():
+    with pytest.raises(ValueError, match=r"rule must be nr_error or ro_vs_nr for rows alone"):
+        refine(planted()[0], RefineSpec(rule="sun", steps=2))
+
+
+def test_a_start_of_the_wrong_size_is_refused(tmp_path):
+    rotations.save(orthogonal(16), tmp_path / "R1.safetensors", None)
+    init = RotationSpec(kind="file", path=str(tmp_path / "R1.safetensors"))
+    with pytest.raises(ValueError, match=r"rotation\.shape must be \(32, 32\); got \(16, 16\)"):
+        refine(planted()[0], RefineSpec(init=init, steps=2), planted()[1])
+
+
+def test_no_massive_rows_refine_the_plain_objective():
+    x, mask = planted()
+    found = refine(x, RefineSpec(steps=5), torch.zeros_like(mask))
+    assert found.history["massive"].isna().all()
+    assert found.history["objective"].tolist() == pytest.approx(found.history["normal"].tolist())
+
+
+@pytest.mark.parametrize("variant", ["guarded", "as_released"])
+def test_same_spec_same_bytes(variant):
+    x, mask = planted()
+    spec = RefineSpec(variant=variant, quantizer=SYM4, steps=15)
+    first, second = refine(x.float(), spec, mask), refine(x.float(), spec, mask)
+    assert torch.equal(first.R, second.R) and first.history.equals(second.history)
+
+
+# ---- stopped and resumed ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", ["guarded", "as_paper"])
+def test_a_stopped_run_goes_on_from_its_checkpoint_to_the_same_r(variant):
+    x, mask = planted()
+    spec = RefineSpec(variant=variant, steps=27)
+    kept: list[_State] = []
+
+    def stop_at_second(state: _State) -> None:
+        kept.append(_State(state.R.clone(), state.best.clone(), [dict(row) for row in state.history]))
+        if len(kept) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        refine(x, spec, mask, checkpoint=stop_at_second)
+    assert len(kept[-1].history) == 20
+    whole, resumed = refine(x, spec, mask), refine(x, spec, mask, state=kept[-1])
+    assert torch.equal(whole.R, resumed.R) and whole.history.equals(resumed.history)
+
+
+def spec_of(model: ModelSpec, text: Path, **fields: object) -> RefineSpec:
+    recorded = CaptureSpec(model=model, corpus=CorpusSpec(name=str(text), split="calibration"), tokens=64)
+    return RefineSpec(capture=recorded, **fields)
+
+
+def assert_same(a: RefineResult, b: RefineResult) -> None:
+    assert torch.equal(a.R, b.R)
+    pd.testing.assert_frame_equal(a.history, b.history, check_exact=True, check_dtype=False, check_like=True)
+
+
+def test_refined_computes_once_and_returns_the_refinement_of_its_capture(tiny_spec: ModelSpec, text_file: Path, store: Store):
+    spec = spec_of(tiny_spec, text_file, steps=5)
+    first = refined(spec, store)
+    recorded = capture(spec.capture, store)
+    assert_same(first, refine(recorded.all_rows(), spec, massive.find(recorded, spec.rule).flatten()))
+    [artefact] = [a for a in store.list() if a.kind == "refine"]
+    written = (artefact.path / "manifest.json").stat().st_mtime_ns
+    assert_same(first, refined(spec, store))
+    assert (artefact.path / "manifest.json").stat().st_mtime_ns == written
+    assert artefact.names == ["R1", "history"]  # the checkpoint is gone
+    assert list(first.history.columns) == HISTORY
+
+
+@pytest.mark.parametrize("variant", ["guarded", "as_released"])
+def test_refined_goes_on_after_an_interrupt(tiny_spec, text_file, store, tmp_path, monkeypatch, caplog, variant):
+    spec = spec_of(tiny_spec, text_file, steps=25, variant=variant, quantizer=SYM4)
+    save, saved = module._save_state, []
+
+    def save_and_stop(writer, state):
+        save(writer, state)
+        saved.append(len(state.history))
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "_save_state", save_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        refined(spec, store)
+    monkeypatch.undo()
+    with caplog.at_level(logging.INFO):
+        resumed = refined(spec, store)
+    if variant == "guarded":
+        assert saved == [10, 20]
+        assert "going on with refinement at step 20 of 25" in caplog.text
+    assert_same(resumed, refined(spec, Store(tmp_path / "one go")))
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from dfrot_lab import refine
+from dfrot_lab.specs import CaptureSpec, CorpusSpec, ModelSpec, RefineSpec
+from dfrot_lab.store import Store
+root, model, text = sys.argv[1:]
+save = refine._save_state
+def save_and_die(writer, state):
+    save(writer, state)
+    os.kill(os.getpid(), signal.SIGKILL)
+refine._save_state = save_and_die
+recorded = CaptureSpec(model=ModelSpec(source=model), corpus=CorpusSpec(name=text, split="calibration"), tokens=64)
+refine.refined(RefineSpec(capture=recorded, steps=25), Store(Path(root)))
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="kills as POSIX has them")
+def test_refined_goes_on_after_kill_9(tiny_spec, text_file, store, tmp_path, caplog):
+    command = [sys.executable, "-c", KILLED, str(store.root), tiny_spec.source, str(text_file)]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == -signal.SIGKILL
+    spec = spec_of(tiny_spec, text_file, steps=25)
+    with caplog.at_level(logging.INFO):
+        resumed = refined(spec, store)
+    assert "going on with refinement at step 10 of 25" in caplog.text
+    assert_same(resumed, refined(spec, Store(tmp_path / "one go")))
+
+
+# ---- identity ---------------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_start_from_a_file_is_known_by_its_bytes(tiny_spec, text_file, store, tmp_path):
+    """The file at the same path with another matrix is another refinement, not the stored one."""
+    path = tmp_path / "start.safetensors"
+    rotations.save(orthogonal(64, seed=0), path, None)
+    spec = spec_of(tiny_spec, text_file, steps=1, variant="as_paper", init=RotationSpec(kind="file", path=str(path)))
+    first, first_key = refined(spec, store), key_of(spec)
+    rotations.save(orthogonal(64, seed=1), path, None)
+    second = refined(spec, store)
+    assert key_of(spec) != first_key
+    assert rotations.distance(first.R, second.R) > 0.5
+
+
+def test_another_calibration_text_at_the_same_path_is_another_refinement(tiny_spec, text_file):
+    spec = spec_of(tiny_spec, text_file)
+    before = key_of(spec)
+    text_file.write_text("other words\n" + text_file.read_text())
+    assert key_of(spec) != before

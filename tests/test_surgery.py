@@ -1,0 +1,582 @@
+"""Surgery leaves every logit as it was, at each step alone and together; what would not is refused, and what is online goes away again.
+
+Tolerances are relative to the largest logit. TINY: 1e-6 in float64, since transformers' RMSNorm computes in float32 inside a float64 model, and about
+7e-8 is what remains of exact steps. DEFAULT: 2e-5 in float32 through 30 layers.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+
+import pytest
+import torch
+from conftest import CHANNELS, FAMILIES, HEAD_SIZE, HEADS, INNER, KV_HEADS, LAYERS, tiny_model
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from dfrot_lab import rotations, surgery
+from dfrot_lab.hadamard import hadamard_matrix
+from dfrot_lab.models import LoadedModel, linear
+from dfrot_lab.quantize import fake_quantize
+from dfrot_lab.specs import QuantSpec, RotationSpec
+
+TINY, DEFAULT = 1e-6, 2e-5
+SEEN = 1e-3
+"""A change that leaves the logits' place by more than this is seen by every test here."""
+
+KV4 = QuantSpec(bits=4, symmetric=False, granularity="per_group")
+ROTATIONS = {
+    "NR": RotationSpec(kind="NR"),
+    "RO": RotationSpec(kind="RO", seed=1),
+    "RH": RotationSpec(seed=2),
+    "RH-b16": RotationSpec(block=16),
+}
+
+TEXT = "\n".join(f"{i} sheep and {i * 7 % 13} goats went over hill {i % 5}; nobody counted them but the dog." for i in range(20))
+
+
+@pytest.fixture(autouse=True)
+def one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tiny models run many times faster without a pool of threads to wake up; the default model keeps the pool."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(before if request.node.get_closest_marker("model") else 1)
+    yield
+    torch.set_num_threads(before)
+
+
+def relative(found: Tensor, wanted: Tensor) -> float:
+    """Largest difference over the largest wanted value; NaN, which compares false, where one is not finite."""
+    return float((found - wanted).abs().max() / wanted.abs().max())
+
+
+def ids_of(loaded: LoadedModel, tokens: int = 60) -> Tensor:
+    """Ids (1, tokens) of a text with the massive newlines of the tiny models in it."""
+    ids = torch.tensor([loaded.tokenizer(TEXT).input_ids[:tokens]])
+    assert ids.shape == (1, tokens)
+    return ids
+
+
+def logits(loaded: LoadedModel, ids: Tensor | None = None, **options: object) -> Tensor:
+    with torch.no_grad():
+        return loaded.model(ids_of(loaded) if ids is None else ids, **options).logits
+
+
+def weights(loaded: LoadedModel) -> dict[str, Tensor]:
+    """A copy of every tensor of the model."""
+    return {name: tensor.clone() for name, tensor in loaded.model.state_dict().items()}
+
+
+def changed(loaded: LoadedModel, before: dict[str, Tensor]) -> set[str]:
+    """Which tensors are no longer what they were, without the layers' numbers."""
+    now = loaded.model.state_dict()
+    assert now.keys() == before.keys()
+    return {".".join(part for part in name.split(".") if not part.isdigit()) for name in now if not torch.equal(now[name], before[name])}
+
+
+def hooks(loaded: LoadedModel) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in loaded.model.modules())
+
+
+def rotate(name: str) -> Callable[[LoadedModel], None]:
+    """Prepare a model and fuse R1 of `name`."""
+
+    def apply(loaded: LoadedModel) -> None:
+        surgery.prepare(loaded)
+        surgery.rotate_residual(loaded, rotations.make(ROTATIONS[name], loaded.channels))
+
+    return apply
+
+
+def everything(loaded: LoadedModel, r1: str = "RH") -> None:
+    """All that is done to the weights before a 4-bit evaluation."""
+    rotate(r1)(loaded)
+    surgery.rotate_heads(loaded)
+    surgery.rotate_down(loaded)
+
+
+R1_TENSORS = {f"model.layers.{part}.weight" for part in (
+    "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
+)} | {"model.embed_tokens.weight", "lm_head.weight"}  # fmt: skip
+NORMS = {"model.norm.weight", "model.layers.input_layernorm.weight", "model.layers.post_attention_layernorm.weight"}
+READERS = R1_TENSORS - {"model.embed_tokens.weight", "model.layers.self_attn.o_proj.weight", "model.layers.mlp.down_proj.weight"}
+R2_TENSORS = {"model.layers.self_attn.v_proj.weight", "model.layers.self_attn.o_proj.weight"}
+R4_TENSORS = {"model.layers.mlp.down_proj.weight"}
+
+STEPS: dict[str, tuple[Callable[[LoadedModel], None], dict[str, bool], set[str]]] = {
+    "untie": (surgery.untie, {}, set()),
+    "fuse": (surgery.prepare, {}, NORMS | READERS),
+    "R1 NR": (rotate("NR"), {}, NORMS | READERS),
+    "R1 RO": (rotate("RO"), {}, NORMS | R1_TENSORS),
+    "R1 RH": (rotate("RH"), {}, NORMS | R1_TENSORS),
+    "R1 RH-b16": (rotate("RH-b16"), {}, NORMS | R1_TENSORS),
+    "R2": (surgery.rotate_heads, {}, R2_TENSORS),
+    "R3": (lambda loaded: None, {"r3": True}, set()),
+    "R4": (surgery.rotate_down, {"r4": True}, R4_TENSORS),
+    "everything, RO": (lambda loaded: everything(loaded, "RO"), {"r3": True, "r4": True}, NORMS | R1_TENSORS),
+    "everything, RH": (everything, {"r3": True, "r4": True}, NORMS | R1_TENSORS),
+}
+"""Step: what it does to the weights, what runs online with it, which tensors must have changed (so that a step that does nothing fails)."""
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_stay_equal(family: str, tied: bool, step: str):
+    apply, online, touched = STEPS[step]
+    loaded = tiny_model(family, tied=tied, dtype=torch.float64)
+    wanted, before = logits(loaded), weights(loaded)
+    apply(loaded)
+    with surgery.online(loaded, **online):
+        assert relative(logits(loaded), wanted) <= TINY
+    biases = {"model.layers.self_attn.v_proj.bias"} if family == "qwen2" and "model.layers.self_attn.v_proj.weight" in touched & R2_TENSORS else set()
+    assert changed(loaded, before) - {"model.layers.self_attn.v_proj.bias"} == touched
+    if step in ("R2", "everything, RH"):
+        assert biases <= changed(loaded, before)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_residual_stream_is_x_at_R(family: str):
+    loaded, rotated = (tiny_model(family, dtype=torch.float64) for _ in range(2))
+    surgery.prepare(loaded)
+    rotate("RO")(rotated)
+    R = rotations.make(ROTATIONS["RO"], CHANNELS)
+    plain, turned = ([*m.model(ids_of(m), output_hidden_states=True).hidden_states] for m in (loaded, rotated))
+    assert len(plain) == LAYERS + 1
+    for x, y in zip(plain, turned, strict=True):
+        assert relative(y, x @ R) <= TINY
+        assert relative(y, x) > SEEN
+
+
+def with_output_biases() -> LoadedModel:
+    """A Llama whose o and down have biases too, as some fine-tunes do: they live in the residual stream and must turn with it."""
+    loaded = tiny_model("llama", dtype=torch.float64)
+    loaded.model.config.attention_bias = loaded.model.config.mlp_bias = True
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(loaded.model.config).double().eval().requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.add_(torch.randn_like(parameter))
+    return LoadedModel(model, loaded.tokenizer, loaded.roles, loaded.spec, "biases", "random")
+
+
+@pytest.mark.parametrize("step", ["R1 RO", "R1 RH", "R2", "everything, RH"])
+def test_biases_of_o_and_down_turn_with_the_stream(step: str):
+    apply, online, _ = STEPS[step]
+    loaded = with_output_biases()
+    wanted = logits(loaded)
+    apply(loaded)
+    with surgery.online(loaded, **online):
+        assert relative(logits(loaded), wanted) <= TINY
+
+
+def other_sizes(*, head: int = HEAD_SIZE, inner: int = INNER, sliding_window: int | None = None, family: str = "llama") -> LoadedModel:
+    """A float64 tiny model of other sizes, or with a sliding window."""
+    loaded = tiny_model(family, dtype=torch.float64)
+    config = loaded.model.config
+    config.head_dim, config.intermediate_size = head, inner
+    if sliding_window is not None:
+        config.sliding_window = sliding_window
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).double().eval().requires_grad_(False)
+    model.model.embed_tokens.weight.mul_(25)
+    return LoadedModel(model, loaded.tokenizer, loaded.roles, loaded.spec, "other", "random")
+
+
+def test_hadamard_matrices_that_are_not_symmetric_are_taken_back_by_their_transpose():
+    for order in (20, 80):
+        assert not torch.equal(hadamard_matrix(order), hadamard_matrix(order).T)
+    loaded = other_sizes(head=20, inner=80)
+    wanted = logits(loaded)
+    everything(loaded)
+    with surgery.online(loaded, r3=True, r4=True):
+        assert relative(logits(loaded), wanted) <= TINY
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("step", STEPS)
+def test_the_default_model_keeps_its_logits_in_float32(step: str, default_model: LoadedModel):
+    apply, online, _ = STEPS[step.replace("-b16", "")]
+    ids = ids_of(default_model, 256)
+    wanted = logits(default_model, ids)
+    if step == "R1 RH-b16":
+        surgery.prepare(default_model)
+        surgery.rotate_residual(default_model, rotations.make(RotationSpec(block=144), default_model.channels))
+    else:
+        apply(default_model)
+    with surgery.online(default_model, **online):
+        assert relative(logits(default_model, ids), wanted) <= DEFAULT
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_dtype_stays_and_the_cast_comes_last(dtype: torch.dtype):
+    """Each tensor is the float64 product cast once, to the bit."""
+    loaded = tiny_model(dtype=dtype)
+    surgery.prepare(loaded)
+    before = weights(loaded)
+    R = rotations.make(ROTATIONS["RO"], CHANNELS)
+    surgery.rotate_residual(loaded, R.float())
+    R = R.float().double()
+    now = loaded.model.state_dict()
+    assert {tensor.dtype for tensor in now.values()} == {dtype}
+    for name, rotated in (("model.layers.0.self_attn.q_proj", lambda w: w @ R), ("model.layers.1.mlp.down_proj", lambda w: R.T @ w)):
+        assert torch.equal(now[f"{name}.weight"], rotated(before[f"{name}.weight"].double()).to(dtype))
+
+
+def test_a_rotation_and_its_transpose_give_the_weights_back():
+    loaded = tiny_model(dtype=torch.float64)
+    surgery.prepare(loaded)
+    before = weights(loaded)
+    R = rotations.make(ROTATIONS["RH"], CHANNELS)
+    surgery.rotate_residual(loaded, R)
+    surgery.rotate_residual(loaded, R.T)
+    assert all(torch.allclose(now, before[name], rtol=0, atol=1e-11) for name, now in loaded.model.state_dict().items())
+
+
+def test_untying_and_preparing_twice_is_preparing_once():
+    loaded = tiny_model(tied=True)
+    assert surgery.is_tied(loaded) and not surgery.norms_are_fused(loaded)
+    surgery.prepare(loaded)
+    once = weights(loaded)
+    surgery.prepare(loaded)
+    loaded.model.tie_weights()  # what transformers does when it saves or resizes a model
+    assert not surgery.is_tied(loaded) and surgery.norms_are_fused(loaded)
+    assert not changed(loaded, once)
+
+
+# What must be refused, and what must show
+
+
+@contextmanager
+def nothing_changes(loaded: LoadedModel) -> Iterator[None]:
+    """Every tensor is the same to the bit after the block."""
+    before = weights(loaded)
+    yield
+    assert not changed(loaded, before)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rotating_before_fusing_is_refused(family: str):
+    loaded = tiny_model(family)
+    surgery.untie(loaded)
+    with nothing_changes(loaded), pytest.raises(ValueError, match=r"norm gains must be fused \(surgery\.fuse_norms\) before R1"):
+        surgery.rotate_residual(loaded, rotations.make(ROTATIONS["RH"], CHANNELS))
+
+
+@pytest.mark.parametrize("gain", ["model.layers.1.post_attention_layernorm", "model.norm"])
+def test_one_gain_that_is_not_1_is_enough_to_be_refused(gain: str):
+    loaded = tiny_model()
+    surgery.prepare(loaded)
+    linear(loaded.model, gain).weight[7] = 1.01
+    with nothing_changes(loaded), pytest.raises(ValueError, match="norm gains must be fused"):
+        surgery.rotate_residual(loaded, rotations.make(ROTATIONS["RH"], CHANNELS))
+
+
+@pytest.mark.parametrize("step", [surgery.fuse_norms, lambda loaded: surgery.rotate_residual(loaded, torch.eye(CHANNELS))], ids=["fuse", "R1"])
+def test_a_tied_model_is_refused_until_it_is_untied(step: Callable[[LoadedModel], None]):
+    loaded = tiny_model(tied=True)
+    with nothing_changes(loaded), pytest.raises(ValueError, match=r"embeddings must be untied \(surgery\.untie\) first"):
+        step(loaded)
+
+
+def bad_rotations() -> dict[str, tuple[Tensor, str]]:
+    R = rotations.make(ROTATIONS["RO"], CHANNELS)
+    nan = R.clone()
+    nan[3, 4] = torch.nan
+    return {
+        "too small": (R[:32, :32], r"rotation\.shape must be \(64, 64\); got \(32, 32\)"),
+        "too large": (torch.eye(CHANNELS + 1), r"rotation\.shape must be \(64, 64\); got \(65, 65\)"),
+        "not square": (R[:, :32], r"rotation\.shape must be \(channels, channels\); got \(64, 32\)"),
+        "scaled": (1.001 * R, r"rotation\.orthogonality_error must be <= 0\.0001; got 0\.002"),
+        "singular": (torch.zeros(CHANNELS, CHANNELS), r"rotation\.orthogonality_error must be <= 0\.0001; got 1\."),
+        "NaN": (nan, r"rotation\.values must be finite; got 1 NaN or Inf of 4096"),
+        "whole numbers": (torch.eye(CHANNELS, dtype=torch.int64), r"rotation\.dtype must be a float dtype; got torch\.int64"),
+    }
+
+
+@pytest.mark.parametrize("case", bad_rotations())
+def test_a_matrix_that_is_no_rotation_of_this_model_is_refused(case: str):
+    R, message = bad_rotations()[case]
+    loaded = tiny_model()
+    surgery.prepare(loaded)
+    with nothing_changes(loaded), pytest.raises(ValueError, match=message):
+        surgery.rotate_residual(loaded, R)
+
+
+@pytest.mark.parametrize(
+    ("step", "sizes", "number"),
+    [(surgery.rotate_heads, {"head": 6}, 6), (surgery.rotate_down, {"inner": 98}, 98)],
+    ids=["R2", "R4"],
+)
+def test_a_size_without_a_hadamard_matrix_is_refused_before_anything_changes(step: Callable[[LoadedModel], None], sizes: dict[str, int], number: int):
+    loaded = other_sizes(**sizes)
+    with nothing_changes(loaded), pytest.raises(ValueError, match=f"; got {number}: no Hadamard matrix of that order is known here"):
+        step(loaded)
+
+
+def test_r3_of_a_head_size_without_a_hadamard_matrix_is_refused_and_leaves_the_model_working():
+    loaded = other_sizes(head=6)
+    wanted = logits(loaded)
+    with pytest.raises(ValueError, match="; got 6: no Hadamard matrix"), surgery.online(loaded, r3=True):
+        logits(loaded)
+    assert torch.equal(logits(loaded), wanted)
+
+
+def centre_embedding(loaded: LoadedModel) -> None:
+    weight = linear(loaded.model, loaded.roles.embedding).weight
+    weight -= weight.mean(-1, keepdim=True)
+
+
+def rotate_the_embedding_alone(loaded: LoadedModel) -> None:
+    weight = linear(loaded.model, loaded.roles.embedding).weight
+    weight.copy_(weight @ rotations.make(ROTATIONS["RH"], CHANNELS).to(weight.dtype))
+
+
+def forget_gains(loaded: LoadedModel) -> None:
+    for layer in loaded.layers:
+        layer.input_layernorm.weight.fill_(1)
+
+
+WRONG = {
+    "the offline half of R4 alone": (surgery.rotate_down, {}),
+    "the online half of R4 alone": (lambda loaded: None, {"r4": True}),
+    "a centred embedding": (centre_embedding, {}),
+    "an embedding rotated alone": (rotate_the_embedding_alone, {}),
+    "gains dropped instead of fused": (forget_gains, {}),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_wrong_shows_in_the_logits(family: str, wrong: str):
+    """The equivalence tests can fail: each of these leaves the tolerance a thousandfold behind."""
+    apply, online = WRONG[wrong]
+    loaded = tiny_model(family, dtype=torch.float64)
+    surgery.untie(loaded)
+    wanted = logits(loaded)
+    apply(loaded)
+    with surgery.online(loaded, **online):
+        assert relative(logits(loaded), wanted) > SEEN
+
+
+# What runs online
+
+
+def seen_by(sites: list[tuple[int, ...]]) -> surgery.Transform:
+    """A transform that changes nothing and notes the shape of what passes."""
+
+    def note(x: Tensor) -> Tensor:
+        sites.append(tuple(x.shape))
+        return x
+
+    return note
+
+
+def test_each_site_is_met_once_a_layer():
+    loaded = tiny_model()
+    norms, linears = [], []
+    wanted = logits(loaded)
+    with surgery.online(loaded, norm_output=seen_by(norms), linear_input=seen_by(linears)):
+        assert hooks(loaded) == 4 * LAYERS
+        assert torch.equal(logits(loaded), wanted)
+    assert norms == [(1, 60, CHANNELS)] * 2 * LAYERS
+    assert linears == [(1, 60, HEADS * HEAD_SIZE), (1, 60, INNER)] * LAYERS
+    with surgery.online(loaded, r4=True):
+        assert hooks(loaded) == LAYERS
+    with surgery.online(loaded, r3=True, kv=KV4):
+        assert hooks(loaded) == 0, "they go through the attention function"
+
+
+def test_linear_input_sees_down_s_input_after_r4():
+    loaded = tiny_model(dtype=torch.float64)
+    plain, rotated = [], []
+    with surgery.online(loaded, linear_input=lambda x: (plain.append(x), x)[1]):
+        logits(loaded)
+    with surgery.online(loaded, r4=True, linear_input=lambda x: (rotated.append(x), x)[1]):
+        logits(loaded)
+    H = hadamard_matrix(INNER) / INNER**0.5
+    assert relative(rotated[1], plain[1] @ H.T) <= 1e-12  # layer 0's down_proj: nothing before it has changed
+    assert torch.equal(rotated[0], plain[0])
+
+
+@pytest.mark.parametrize("zeroed", ["norm_output", "linear_input"])
+def test_what_a_transform_returns_is_what_is_used(zeroed: str):
+    loaded = tiny_model(dtype=torch.float64)
+    with surgery.online(loaded, **{zeroed: torch.zeros_like}):
+        found = logits(loaded)
+    embedded = loaded.model.lm_head(loaded.model.model.norm(loaded.model.model.embed_tokens(ids_of(loaded))))
+    assert relative(found, embedded) <= TINY, "with every branch silent only the embedding reaches the head"
+
+
+ALL_ONLINE = {"r3": True, "r4": True, "norm_output": torch.clone, "linear_input": torch.clone, "kv": KV4}
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("fails", [False, True], ids=["ends", "raises"])
+def test_everything_online_is_gone_after_the_block(fails: bool, attention: str):
+    loaded = tiny_model()
+    loaded.model.set_attn_implementation(attention)
+    wanted = logits(loaded)
+    with pytest.raises(RuntimeError, match="inside") if fails else nullcontext(), surgery.online(loaded, **ALL_ONLINE):
+        assert hooks(loaded) == 5 * LAYERS and loaded.model.config._attn_implementation not in ("sdpa", "eager")
+        assert relative(logits(loaded), wanted) > SEEN
+        if fails:
+            raise RuntimeError("inside")
+    assert hooks(loaded) == 0
+    assert loaded.model.config._attn_implementation == attention
+    assert torch.equal(logits(loaded), wanted)
+
+
+def test_an_error_inside_the_forward_pass_leaves_nothing_behind():
+    loaded = tiny_model()
+
+    def refuse(x: Tensor) -> Tensor:
+        raise ArithmeticError(f"no {tuple(x.shape)}")
+
+    with pytest.raises(ArithmeticError, match=r"no \(1, 60, 64\)"), surgery.online(loaded, r3=True, r4=True, linear_input=refuse):
+        logits(loaded)
+    assert hooks(loaded) == 0 and loaded.model.config._attn_implementation == "sdpa"
+
+
+def test_blocks_nest_and_a_second_model_is_left_alone():
+    loaded, other = tiny_model(), tiny_model()
+    wanted = logits(other)
+    with surgery.online(loaded, r3=True):
+        outer = loaded.model.config._attn_implementation
+        with surgery.online(loaded, kv=KV4):
+            assert loaded.model.config._attn_implementation != outer
+        assert loaded.model.config._attn_implementation == outer
+        assert torch.equal(logits(other), wanted)
+
+
+def rotated_pair(family: str) -> tuple[LoadedModel, LoadedModel]:
+    """A tiny model in float64, and the same with everything fused that is used with R3 and R4."""
+    original, rotated = (tiny_model(family, dtype=torch.float64) for _ in range(2))
+    everything(rotated)
+    return original, rotated
+
+
+@pytest.mark.parametrize("padding", ["none", "left", "right"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_r3_with_a_batch_and_a_padded_mask(family: str, padding: str):
+    original, rotated = rotated_pair(family)
+    ids = ids_of(original, 90).reshape(3, 30)
+    mask = torch.ones_like(ids)
+    if padding == "left":
+        mask[1, :11] = mask[2, :4] = 0
+    if padding == "right":
+        mask[1, -11:] = mask[2, -4:] = 0
+    real = mask.bool()
+    wanted = logits(original, ids, attention_mask=mask)[real]
+    with surgery.online(rotated, r3=True, r4=True):
+        assert relative(logits(rotated, ids, attention_mask=mask)[real], wanted) <= TINY
+    if padding == "left":
+        assert relative(logits(original, ids)[real], wanted) > SEEN, "the mask matters"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generating_with_a_cache_gives_the_same_tokens(family: str):
+    original, rotated = rotated_pair(family)
+    ids = ids_of(original, 40).reshape(2, 20)
+    options = {"max_new_tokens": 16, "do_sample": False, "output_logits": True, "return_dict_in_generate": True, "pad_token_id": 0}
+    mask = torch.ones_like(ids)
+    wanted = original.model.generate(ids, attention_mask=mask, **options)
+    with surgery.online(rotated, r3=True, r4=True):
+        found = rotated.model.generate(ids, attention_mask=mask, **options)
+        uncached = rotated.model.generate(ids, attention_mask=mask, use_cache=False, **options)
+    assert found.past_key_values.get_seq_length() == 35 and uncached.past_key_values is None
+    assert torch.equal(found.sequences, wanted.sequences) and torch.equal(uncached.sequences, wanted.sequences)
+    assert found.sequences.shape == (2, 36) and len(found.sequences[:, 20:].unique()) > 1
+    assert relative(torch.stack(found.logits), torch.stack(wanted.logits)) <= TINY
+
+
+def test_a_sliding_window_shorter_than_the_text():
+    original, rotated = (other_sizes(family="mistral", sliding_window=8) for _ in range(2))
+    everything(rotated)
+    wanted = logits(original)
+    with surgery.online(rotated, r3=True, r4=True):
+        assert relative(logits(rotated), wanted) <= TINY
+    assert relative(logits(other_sizes(family="mistral", sliding_window=1000)), wanted) > SEEN, "the window matters"
+
+
+# The KV cache
+
+
+def test_16_bits_change_nothing_and_are_not_even_met():
+    loaded = tiny_model()
+    wanted = logits(loaded)
+    with surgery.online(loaded, kv=QuantSpec(bits=16, symmetric=False, granularity="per_group")):
+        assert loaded.model.config._attn_implementation == "sdpa"
+        assert torch.equal(logits(loaded), wanted)
+
+
+def slowly_quantized(x: Tensor) -> Tensor:
+    """4 bits asymmetric, one scale a token and head, written out: x (batch, heads, tokens, head size)."""
+    out = torch.empty_like(x)
+    for place in torch.cartesian_prod(*(torch.arange(n) for n in x.shape[:-1])).tolist():
+        row = x[tuple(place)]
+        low, high = min(float(row.min()), 0.0), max(float(row.max()), 0.0)
+        scale = (high - low) / 15
+        zero = round(-low / scale)
+        out[tuple(place)] = torch.tensor([scale * (min(max(round(v / scale) + zero, 0), 15) - zero) for v in row.tolist()], dtype=x.dtype)
+    return out
+
+
+def attention_by_hand(attention: torch.nn.Module, x: Tensor, cos_sin: tuple[Tensor, Tensor], r3: bool) -> Tensor:
+    """Layer 0's attention with keys and values at 4 bits: grouped heads, causal, one query at a time."""
+    heads = (1, x.shape[1], -1, HEAD_SIZE)
+    q, k, v = (getattr(attention, f"{name}_proj")(x).view(heads) for name in "qkv")
+    if hasattr(attention, "q_norm"):
+        q, k = attention.q_norm(q), attention.k_norm(k)
+    q, k = apply_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), *cos_sin)
+    H = hadamard_matrix(HEAD_SIZE) / HEAD_SIZE**0.5 if r3 else torch.eye(HEAD_SIZE, dtype=torch.float64)
+    q, k, v = q @ H.T, slowly_quantized(k @ H.T), slowly_quantized(v.transpose(1, 2))
+    assert k.shape[1] == KV_HEADS
+    out = torch.zeros(x.shape[1], HEADS, HEAD_SIZE, dtype=torch.float64)
+    for head in range(HEADS):
+        shared = head // (HEADS // KV_HEADS)
+        for t in range(x.shape[1]):
+            share = torch.softmax(q[0, head, t] @ k[0, shared, : t + 1].T * HEAD_SIZE**-0.5, dim=0)
+            out[t, head] = share @ v[0, shared, : t + 1]
+    return attention.o_proj(out.reshape(1, x.shape[1], -1))
+
+
+@pytest.mark.parametrize("r3", [False, True], ids=["without R3", "with R3"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_4_bit_keys_and_values_are_quantized_after_r3_per_token_and_head(family: str, r3: bool):
+    loaded = tiny_model(family, dtype=torch.float64)
+    attention = loaded.layers[0].self_attn
+    met = {}
+
+    def note(_module: torch.nn.Module, _args: tuple, options: dict, output: tuple) -> None:
+        met.update(x=options["hidden_states"], cos_sin=options["position_embeddings"], out=output[0])
+
+    with surgery.online(loaded, r3=r3, kv=KV4):
+        handle = attention.register_forward_hook(note, with_kwargs=True)
+        logits(loaded, ids_of(loaded, 24))
+    handle.remove()
+    assert relative(met["out"], attention_by_hand(attention, met["x"], met["cos_sin"], r3)) <= 1e-9
+    assert relative(met["out"], attention_by_hand(attention, met["x"], met["cos_sin"], not r3)) > SEEN, "R3 matters to the keys' error"
+
+
+def test_quantized_keys_in_the_cache_give_the_same_logits_as_the_whole_text_at_once():
+    """Keys are quantized as they are read, each with its own scale, so it does not matter when a token came."""
+    loaded = tiny_model(dtype=torch.float64)
+    ids = ids_of(loaded, 30)
+    with surgery.online(loaded, r3=True, kv=KV4), torch.no_grad():
+        whole = logits(loaded, ids)
+        first = loaded.model(ids[:, :20], use_cache=True)
+        rest = loaded.model(ids[:, 20:], past_key_values=first.past_key_values).logits
+    assert relative(rest, whole[:, 20:]) <= TINY
+
+
+def test_the_norm_output_can_be_quantized_as_an_evaluation_does():
+    """4 bits on inputs: a difference that shows without rotation, smaller with RH on a model with massive tokens and an outlier channel."""
+    quantize = QuantSpec(bits=4, symmetric=False)
+    errors = {}
+    for name in ("NR", "RH"):
+        loaded = tiny_model(dtype=torch.float64)
+        rotate(name)(loaded)
+        wanted = logits(loaded)
+        with surgery.online(loaded, norm_output=lambda x: fake_quantize(x, quantize)):
+            errors[name] = float((logits(loaded) - wanted).pow(2).mean())
+    assert 0 < errors["RH"] < errors["NR"]
