@@ -3,7 +3,8 @@
 Words used everywhere: x (tokens, channels); R (channels, channels); `x @ R` is the rotation, in this direction only; NR, RO, RH are no rotation,
 random orthogonal and random Hadamard; a site is a place in the model whose activations we look at, such as `layers.12.input_norm`.
 
-Importing this package is cheap: torch and transformers load with the first name that needs them.
+Importing this package is cheap: torch and transformers load with the first name that needs them. What shares its module's name is taken from
+there: `from dfrot_lab.capture import capture`.
 """
 
 import importlib
@@ -14,8 +15,7 @@ __version__ = "0.1.0"
 _HOME = {
     "ModelSpec": "specs", "CorpusSpec": "specs", "RotationSpec": "specs", "QuantSpec": "specs", "CaptureSpec": "specs", "RefineSpec": "specs",
     "WeightSpec": "specs", "EvalSpec": "specs", "eval_spec": "specs",
-    "load_model": "models", "token_blocks": "corpus", "Store": "store", "capture": "capture", "token_errors": "errors",
-    "refine": "refine", "quantize_weights": "gptq", "evaluate": "evaluate",
+    "load_model": "models", "token_blocks": "corpus", "Store": "store", "token_errors": "errors",
 }  # fmt: skip
 
 

@@ -17,8 +17,6 @@ from .specs import DEFAULT_MODEL, CaptureSpec, CorpusSpec, ModelSpec, QuantSpec,
 if TYPE_CHECKING:
     import pandas as pd
 
-    from .experiments import MainResult
-
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 log = logging.getLogger("dfrot_lab")
 
@@ -66,27 +64,6 @@ def _print(value: Any) -> None:
     typer.echo(json.dumps(value, indent=1, default=str))
 
 
-def _rows(table: "pd.DataFrame") -> list[dict[str, Any]]:
-    """A table as JSON values, NaN as null."""
-    rows: list[dict[str, Any]] = json.loads(table.to_json(orient="records"))
-    return rows
-
-
-def _write_table(table: "pd.DataFrame", out: Path) -> None:
-    """Write a table as .parquet, .csv or .json, whole or not at all."""
-    writers: dict[str, Any] = {".parquet": table.to_parquet, ".csv": table.to_csv, ".json": table.to_json}
-    if out.suffix not in writers:
-        raise ValueError(f"--out must end in {', '.join(writers)}; got {out}")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    options: dict[str, Any] = {"orient": "records"} if out.suffix == ".json" else {"index": False}
-    temporary = out.with_name(f".{out.name}.part")
-    try:
-        writers[out.suffix](temporary, **options)
-        temporary.replace(out)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 @app.command()
 def run(
     model: Model = DEFAULT_MODEL, corpus: Corpus = "auto", seed: Seed = 0, out: Out = None, as_json: Json = False,
@@ -96,7 +73,7 @@ def run(
 
     Everything is kept as it is finished: Ctrl-C and the same command goes on. Results go to --out (default: runs/<date>/).
     """
-    from . import experiments
+    from . import experiments, results
 
     with _clear_errors():
         folder = out or Path("runs") / f"{datetime.now():%Y-%m-%d}"
@@ -105,41 +82,11 @@ def run(
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         log.addHandler(handler)
         result = experiments.main(experiments.MainSetting(model=ModelSpec(source=model), corpus=corpus, seed=seed, windows=windows, gamma=gamma))
-        _save_run(result, folder)
+        experiments.save_run(result, folder)
         if as_json:
-            _print(_rows(result.table))
+            _print(results.rows(result.table))
         else:
-            _show_run(result, folder)
-
-
-def _save_run(result: "MainResult", folder: Path) -> None:
-    from . import experiments, results
-
-    (folder / "rows.jsonl").unlink(missing_ok=True)
-    results.append(folder / "rows.jsonl", _rows(result.table))
-    (folder / "table.md").write_text(results.markdown(results.comparison(result.table)) + "\n", encoding="utf-8")
-    _write_table(experiments.massive_table(result), folder / "massive-tokens.csv")
-    experiments.save_main(result, folder / "figures")
-
-
-def _show_run(result: "MainResult", folder: Path) -> None:
-    from . import experiments, results
-
-    setting = result.setting
-    head = experiments.massive_table(result).head(1).to_dict("records")[0]
-    typer.echo(
-        f"\nThe most massive token: {head['text']!r} at {head['site']}, |{head['residual_max']:,.0f}| in channel {head['channel']}, "
-        f"{head['ratio_to_median']:,.0f} times the median.\n"
-        f"\nPerplexity on {setting.corpus}, {setting.windows} windows of 2048 tokens, with the 95% interval over windows;\n"
-        "bits are weights-activations-KV:\n"
-    )
-    typer.echo(results.comparison(result.table).to_string())
-    typer.echo("\nOn the same windows, the difference and its paired 95% interval:\n")
-    differences = [m for m in dict.fromkeys(result.table["metric"]) if m != results.PERPLEXITY]
-    for metric in differences:
-        typer.echo(f"{metric}\n{results.comparison(result.table, metric).to_string()}\n")
-    typer.echo(f"RO - RH, each random seed on its own:\n{results.by_seed(result.table).to_string()}\n")
-    typer.echo(f"Rows, table, figures and log: {folder}/")
+            typer.echo(f"\n{experiments.report(result)}\nRows, table, figures and log: {folder}/")
 
 
 @app.command("capture")
@@ -164,7 +111,7 @@ def errors_command(
     asymmetric: Annotated[bool, typer.Option("--asymmetric", help="Asymmetric quantizer instead of symmetric.")] = False,
 ) -> None:  # fmt: skip
     """Per-token quantization error under NR, RO and RH at every site. --out: the whole table; on screen its summary."""
-    from . import errors
+    from . import errors, results
     from .capture import capture
 
     with _clear_errors():
@@ -172,7 +119,7 @@ def errors_command(
         recorded = capture(_capture_spec(model, corpus, tokens))
         table = errors.token_errors(recorded, errors.default_rotations(recorded.channels, seed), [quantizer])
         if out:
-            _write_table(table, out)
+            results.write_table(table, out)
         _report(errors.summary(table), None, as_json, {"rows": len(table), "out": out})
 
 
@@ -243,9 +190,7 @@ def figures_command(
         root = out or Path()
         result = experiments.main(experiments.MainSetting(model=ModelSpec(source=model), corpus=corpus, seed=seed, windows=windows))
         rows = root / "data" / "results" / f"main-{result.setting.corpus}.jsonl"
-        rows.unlink(missing_ok=True)
-        results.append(rows, _rows(result.table))
-        rows.with_suffix(".md").write_text(results.markdown(results.comparison(result.table)) + "\n", encoding="utf-8")
+        results.save(rows, result.table)
         written = [rows, rows.with_suffix(".md"), *experiments.save_main(result, root / "figures" / result.setting.corpus)]
         _print(written) if as_json else typer.echo("\n".join(map(str, written)))
 
@@ -309,10 +254,12 @@ def _rotation(name: str, seed: int, refinement: RefineSpec) -> RotationSpec | Re
 
 
 def _report(table: "pd.DataFrame", out: Path | None, as_json: bool, about: Mapping[str, Any]) -> None:
+    from . import results
+
     if out:
-        _write_table(table, out)
+        results.write_table(table, out)
     if as_json:
-        _print({**about, "rows": _rows(table)})
+        _print({**about, "rows": results.rows(table)})
     else:
         typer.echo(table.to_string(index=False, max_rows=30))
         typer.echo("\n" + "\n".join(f"{name}: {value}" for name, value in about.items() if value is not None))

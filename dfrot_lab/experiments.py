@@ -189,6 +189,32 @@ def save_main(result: MainResult, folder: Path) -> list[Path]:
         return [figures.save_figure(fig, name, folder, {**about, **extra}) for name, (fig, extra) in drawn.items()]
 
 
+def save_run(result: MainResult, folder: Path) -> None:
+    """Write rows.jsonl, rows.md, massive-tokens.csv and figures/ of the main job into `folder`."""
+    results.save(folder / "rows.jsonl", result.table)
+    results.write_table(massive_table(result), folder / "massive-tokens.csv")
+    save_main(result, folder / "figures")
+
+
+def report(result: MainResult) -> str:
+    """The main job's findings as text: the most massive token, the table, the paired differences, RO - RH seed by seed."""
+    setting, table = result.setting, result.table
+    head = massive_table(result).head(1).to_dict("records")[0]
+    parts = [
+        f"The most massive token: {head['text']!r} at {head['site']}, |{head['residual_max']:,.0f}| in channel {head['channel']}, "
+        f"{head['ratio_to_median']:,.0f} times the median.",
+        f"Perplexity on {setting.corpus}, {setting.windows} windows of 2048 tokens, with the 95% interval over windows;\n"
+        "bits are weights-activations-KV:",
+        results.comparison(table).to_string(),
+        "On the same windows, the difference and its paired 95% interval:",
+    ]
+    for metric in dict.fromkeys(table["metric"]):
+        if metric != results.PERPLEXITY:
+            parts.append(f"{metric}\n{results.comparison(table, metric).to_string()}")
+    parts.append(f"RO - RH, each random seed on its own:\n{results.by_seed(table).to_string()}")
+    return "\n\n".join(parts) + "\n"
+
+
 def massive_table(result: MainResult) -> pd.DataFrame:
     """The massive tokens by any rule, most extreme first."""
     return massive.table(result.capture).sort_values("residual_max", ascending=False, ignore_index=True)

@@ -164,7 +164,7 @@ def plot_seed_spread(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax.set_xticks(np.arange(len(kinds)) + 0.15, kinds)
     ax.set(ylabel="mean root E(xR)", ylim=(0, None), xlim=(-0.4, len(kinds) - 0.3), title="A marker a seed")
     ax.grid(axis="x", visible=False)
-    ax.legend(fontsize=8)
+    ax.legend(fontsize=8, loc="lower left")
     return ax
 
 
@@ -190,7 +190,7 @@ def plot_logit_errors(steps: pd.DataFrame, tolerance: float, *, ax: Axes | None 
         ax.annotate(f"{error:.1e}" if error else "0", (max(error, floor), place), xytext=(9, 0), textcoords="offset points", va="center", fontsize=8)
     ax.axvline(tolerance, ls="--", c="#333333", lw=1)
     ax.set_yticks(range(len(steps)), steps["step"])
-    ax.set(xscale="log", xlabel="relative error of the logits", xlim=(floor / 2, 30), ylim=(len(steps) - 0.4, -0.6))
+    ax.set(xscale="log", xlabel="relative error of the logits (dashed: the tolerance)", xlim=(floor / 2, 30), ylim=(len(steps) - 0.4, -0.6))
     return ax
 
 

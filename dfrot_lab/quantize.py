@@ -50,7 +50,7 @@ def scale_zero(groups: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
         scale = torch.where(scale == 0, 1, scale)
         return scale, torch.zeros_like(scale)
     low, high = low.clamp_(max=0).mul_(spec.clip_ratio), high.clamp_(min=0).mul_(spec.clip_ratio)
-    scale = (high - low).div_(code_range(spec)[1])
+    scale = high / code_range(spec)[1] - low / code_range(spec)[1]  # not (high - low) / n, which overflows at the dtype's largest values
     scale = torch.where(scale == 0, 1, scale)
     return scale, low.div_(scale).round_().neg_()
 

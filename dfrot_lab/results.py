@@ -1,6 +1,7 @@
 """Results as rows with provenance: append them to a JSON-lines file, read them back as one table, show them as the paper does."""
 
 import json
+import logging
 import subprocess
 from collections.abc import Iterable, Mapping
 from functools import cache
@@ -11,6 +12,8 @@ import pandas as pd
 
 from .evaluate import EvalResult, paired_difference
 from .specs import EvalSpec, RefineSpec
+
+log = logging.getLogger(__name__)
 
 COLUMNS = (
     "model", "corpus", "rotation", "gamma", "rule", "weights", "w_bits", "a_bits", "kv_bits", "keep_out",
@@ -66,11 +69,35 @@ def _identity(result: EvalResult) -> dict[str, Any]:
 
 
 def append(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Add rows to a JSON-lines file, each written whole and flushed; the folder is made if missing."""
+    """Add rows to a JSON-lines file; the folder is made if missing, and a last line cut short by a killed writer is removed first."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    _drop_torn_line(path)
     with path.open("a", encoding="utf-8") as file:
         for entry in rows:
             file.write(json.dumps(entry, allow_nan=True) + "\n")
+
+
+def _drop_torn_line(path: Path) -> None:
+    content = path.read_bytes() if path.exists() else b""
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        log.warning("%s ends in a line cut short: removed", path)
+        with path.open("r+b") as file:
+            file.truncate(whole)
+
+
+def write_table(table: pd.DataFrame, out: Path) -> None:
+    """Write a table as .parquet, .csv or .json, whole or not at all."""
+    writers: dict[str, Any] = {".parquet": table.to_parquet, ".csv": table.to_csv, ".json": table.to_json}
+    if out.suffix not in writers:
+        raise ValueError(f"--out must end in {', '.join(writers)}; got {out}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f".{out.name}.part")
+    try:
+        writers[out.suffix](temporary, **({"orient": "records"} if out.suffix == ".json" else {"index": False}))
+        temporary.replace(out)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load(path: Path) -> pd.DataFrame:
@@ -84,6 +111,19 @@ def load(path: Path) -> pd.DataFrame:
             if number < len(lines):
                 raise ValueError(f"{path} line {number} must be one JSON object; got {line[:60]!r}") from error
     return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def rows(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """A table as JSON values, NaN as null."""
+    found: list[dict[str, Any]] = json.loads(table.to_json(orient="records"))
+    return found
+
+
+def save(path: Path, table: pd.DataFrame) -> None:
+    """Write a whole results table as JSON lines, replacing what was there, and beside it the comparison as Markdown."""
+    path.unlink(missing_ok=True)
+    append(path, rows(table))
+    path.with_suffix(".md").write_text(markdown(comparison(table)) + "\n", encoding="utf-8")
 
 
 def label(entry: Mapping[str, Any]) -> str:

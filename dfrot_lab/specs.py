@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -38,6 +38,13 @@ def file_digest(path: Path | str) -> str:
     return digest.hexdigest()
 
 
+def _plain(value: Any, kind: Any) -> Any:
+    """A field's value as plain JSON: a whole number in a float field as a float, so that equal specs have equal keys; infinity as text."""
+    if isinstance(value, Spec):
+        return value.to_dict()
+    return value if kind is not float else "inf" if value == math.inf else float(value)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Spec:
     """Base of all specs: frozen, keyword-only; an unknown field is a TypeError, a bad one a ValueError that names it."""
@@ -51,8 +58,7 @@ class Spec:
 
     def to_dict(self) -> dict[str, Any]:
         """The spec as plain JSON values, nested specs included, with the class name under `spec`."""
-        fields = {k: v.to_dict() if isinstance(v, Spec) else v for k, v in self.__dict__.items()}
-        return {"spec": type(self).__name__, **{k: str(v) if v == math.inf else v for k, v in fields.items()}}
+        return {"spec": type(self).__name__, **{f.name: _plain(getattr(self, f.name), f.type) for f in fields(self)}}
 
     @property
     def key(self) -> str:
@@ -251,7 +257,7 @@ class EvalSpec(Spec):
 def parse_bits(text: str) -> tuple[int, int, int]:
     """`4-4-16` as (weights, activations, kv); anything else is a ValueError that says the form."""
     parts = text.split("-")
-    if len(parts) != 3 or not all(p.isdigit() for p in parts):
+    if len(parts) != 3 or not all(p.isdecimal() and p.isascii() for p in parts):
         raise ValueError(f"bits must be WEIGHTS-ACTIVATIONS-KV such as 4-4-16; got {text!r}")
     weights, activations, kv = (int(p) for p in parts)
     return weights, activations, kv

@@ -122,7 +122,7 @@ def test_run_stopped_by_ctrl_c_goes_on_and_a_second_run_reuses_everything(bench,
     assert third.returncode == 0, errors
     assert set((tmp_path / "cache" / "store").glob(f"*/{DONE}")) == made
     assert "stored" in errors
-    for name in ("rows.jsonl", "table.md", "massive-tokens.csv", "log.txt", "figures/perplexity.png", "figures/token-errors.svg"):
+    for name in ("rows.jsonl", "rows.md", "massive-tokens.csv", "log.txt", "figures/perplexity.png", "figures/token-errors.svg"):
         assert (tmp_path / "out" / name).stat().st_size > 0
     assert len(results.load(tmp_path / "out" / "rows.jsonl")) == len(rows)
     assert "The most massive token: '\\n'" in output
