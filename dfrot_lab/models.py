@@ -5,6 +5,7 @@ Architecture knowledge is one table, `ROLES`, keyed by the class name a model's 
 
 import json
 import logging
+import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,10 @@ from .specs import DEFAULT_MODEL, ModelSpec, content_key, file_digest
 from .store import Store, Writer
 
 log = logging.getLogger(__name__)
+
+
+MODEL_FILES = (".json", ".safetensors", ".model", ".txt", ".jinja")
+"""Endings of the files that make a model folder what it is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,16 +129,17 @@ def resolve(spec: ModelSpec) -> tuple[str, Path | str, str]:
     if source == DEFAULT_MODEL:
         return "packaged", source, wheels.SMOLLM2_GGUF.member_sha256[:32]
     if source.startswith("hub:"):
-        return "hub", source.removeprefix("hub:"), content_key([source, spec.revision])
+        name = source.removeprefix("hub:")
+        return "hub", name, content_key([name, _config(name, spec)._commit_hash])
     path = Path(source).expanduser()
     if path.is_dir():
-        weights = sorted(path.glob("*.safetensors"))
-        if not (path / "config.json").exists() or not weights:
+        if not (path / "config.json").exists() or not list(path.glob("*.safetensors")):
             raise ValueError(f"ModelSpec.source must be a folder with config.json and *.safetensors weights; got {path} without them")
-        return "folder", path, content_key([file_digest(f) for f in [path / "config.json", *weights]])
+        parts = sorted(f for f in path.iterdir() if f.suffix in MODEL_FILES)  # the tokenizer's too: it decides what text the model sees
+        return "folder", path, content_key([[f.name, file_digest(f)] for f in parts])
     if path.suffix == ".gguf" and path.is_file():
         return "gguf", path, file_digest(path)
-    hint = f" For a model on the hub say hub:{source}." if "/" in source and not path.exists() else ""
+    hint = f" For a model on the hub say hub:{source}." if re.fullmatch(r"[\w.-]+/[\w.-]+(?<!\.gguf)", source) else ""
     raise ValueError(
         f"ModelSpec.source must be {DEFAULT_MODEL}, a folder, a .gguf file or hub:owner/name; got {source!r}, which is none of them.{hint}"
     )
@@ -165,23 +171,41 @@ def load_model(spec: ModelSpec | None = None, store: Store | None = None) -> Loa
 
 
 def _architecture(folder: Path | str, spec: ModelSpec) -> str:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    config = _config(folder, spec)
+    causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, type(config).__name__)
+    return str((config.architectures or [causal])[0])
+
+
+def _config(folder: Path | str, spec: ModelSpec) -> Any:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(folder, revision=spec.revision)
+        return AutoConfig.from_pretrained(folder, revision=spec.revision)
     except OSError as error:
         if isinstance(folder, Path):
             raise
         raise OSError(f"cannot read {spec.source} from the hub ({error}). Check the network and the name, or give a local folder.") from error
-    return (config.architectures or [type(config).__name__])[0]
 
 
 def _from_pretrained(folder: Path | str, spec: ModelSpec) -> tuple[Any, Any]:
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    with _quiet_loading():
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, spec.dtype), revision=spec.revision)
+    options: dict[str, Any] = {"dtype": getattr(torch, spec.dtype), "revision": spec.revision, "output_loading_info": True}
+    try:
+        with _quiet_loading():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(f"the weights in {folder} are damaged or not this model's ({error}). Copy or download them again.") from error
+    model, found = loaded
+    if missing := sorted(found["missing_keys"]):  # transformers would go on with random numbers in their place
+        raise ValueError(f"the weights in {folder} lack {len(missing)} tensors, the first {missing[0]}. Copy or download them again.")
+    try:
         return model, AutoTokenizer.from_pretrained(folder, revision=spec.revision)
+    except (ValueError, OSError, KeyError) as error:
+        raise ValueError(f"no tokenizer can be loaded from {folder} ({error}). Put its tokenizer.json there.") from error
 
 
 class _quiet_loading:

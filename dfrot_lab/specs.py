@@ -53,6 +53,10 @@ class Spec:
         if not ok:
             raise ValueError(f"{type(self).__name__}.{name} must be {rule}; got {getattr(self, name)!r}")
 
+    def _require_whole(self, name: str, least: int) -> None:
+        value = getattr(self, name)
+        self._require(name, isinstance(value, int) and value >= least, f"a whole number >= {least}")
+
     def _require_one_of(self, name: str, choices: tuple[str, ...]) -> None:
         self._require(name, getattr(self, name) in choices, f"one of {', '.join(choices)}")
 
@@ -112,7 +116,7 @@ class RotationSpec(Spec):
 
     def __post_init__(self) -> None:
         self._require_one_of("kind", ROTATION_KINDS)
-        self._require("seed", self.seed >= 0, ">= 0")
+        self._require_whole("seed", 0)
         self._require("block", self.block is None or self.block >= 1, "None or >= 1")
         self._require("path", (self.path is not None) == (self.kind == "file"), "given for kind 'file' and for no other")
 
@@ -161,7 +165,7 @@ class CaptureSpec(Spec):
     tokens: int = WINDOW
 
     def __post_init__(self) -> None:
-        self._require("tokens", self.tokens >= 1, ">= 1")
+        self._require_whole("tokens", 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,7 +187,7 @@ class RefineSpec(Spec):
     def __post_init__(self) -> None:
         self._require("gamma", self.gamma > 0, "> 0")
         self._require_one_of("rule", MASSIVE_RULES)
-        self._require("steps", self.steps >= 1, ">= 1")
+        self._require_whole("steps", 1)
         self._require_one_of("variant", REFINE_VARIANTS)
         self._require("quantizer", self.quantizer.bits < 16, "a quantizer of fewer than 16 bits")
         if self.variant == "as_released":
@@ -211,8 +215,8 @@ class WeightSpec(Spec):
     def __post_init__(self) -> None:
         self._require_one_of("method", WEIGHT_METHODS)
         self._require("damping", self.damping > 0, "> 0")
-        self._require("windows", self.windows >= 1, ">= 1")
-        self._require("window", self.window >= 2, ">= 2")
+        self._require_whole("windows", 1)
+        self._require_whole("window", 2)
         self._require("quantizer", self.quantizer.granularity == "per_channel" and self.quantizer.symmetric, "per_channel and symmetric")
 
 
@@ -242,8 +246,8 @@ class EvalSpec(Spec):
     window: int = WINDOW
 
     def __post_init__(self) -> None:
-        self._require("windows", self.windows >= 1, ">= 1")
-        self._require("window", self.window >= 2, ">= 2")
+        self._require_whole("windows", 1)
+        self._require_whole("window", 2)
         self._require("activations", self.activations.granularity == "per_token", "per_token")
         self._require("kv", self.kv.granularity == "per_group", "per_group (one scale a token and head, or a part of a head)")
         self._require("keep_out", self.keep_out in (None, "nr_error", "ro_vs_nr"), "None, nr_error or ro_vs_nr (rules that need one token alone)")

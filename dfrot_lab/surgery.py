@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .hadamard import hadamard_transform
+from .hadamard import hadamard_transform, has_hadamard
 from .models import LoadedModel, linear
 from .quantize import fake_quantize
 from .rotations import check
@@ -79,6 +79,7 @@ def rotate_residual(loaded: LoadedModel, R: Tensor) -> None:
 def rotate_heads(loaded: LoadedModel) -> None:
     """Fuse R2, a Hadamard matrix on each head's values: v -> v H, and o_proj takes it back. Logits unchanged."""
     head = head_size(loaded)
+    _require_hadamard(head, "a head's size, so neither R2 nor R3")
 
     def rows(w: Tensor) -> Tensor:  # output side: each head's rows of W, or its part of the bias
         heads = w.reshape(-1, head, *w.shape[1:])
@@ -94,6 +95,7 @@ def rotate_heads(loaded: LoadedModel) -> None:
 
 def rotate_down(loaded: LoadedModel) -> None:
     """Fuse the offline half of R4 into down_proj, W -> W H^T: right only together with `online(..., r4=True)`, which sends it x H^T."""
+    _require_hadamard(linear(loaded.layers[0], loaded.roles.down).weight.shape[1], "the MLP's width, so no R4")
     for layer in loaded.layers:
         _edit(linear(layer, loaded.roles.down), lambda w: hadamard_transform(w, w.shape[-1] ** -0.5))
 
@@ -125,6 +127,8 @@ def online(
     `norm_output` replaces each layer norm's output, which q, k, v (gate, up) alone read; `linear_input` the input of o_proj and (after R4) of
     down_proj; `kv` quantizes keys (after R3) and values, per token and head.
     """
+    if r3:
+        _require_hadamard(head_size(loaded), "a head's size, so neither R2 nor R3")
     with ExitStack() as stack:
         for layer in loaded.layers:
             for _, norm, _ in loaded.roles.feeds:
@@ -183,6 +187,11 @@ def _attention(loaded: LoadedModel, r3: bool, kv: QuantSpec) -> Iterator[None]:
 def _require_untied(loaded: LoadedModel) -> None:
     if is_tied(loaded):
         raise ValueError("embeddings must be untied (surgery.untie) first: lm_head and the embedding are one tensor and would be changed twice")
+
+
+def _require_hadamard(n: int, what: str) -> None:
+    if not has_hadamard(n):
+        raise ValueError(f"no Hadamard matrix of order {n} is known here, and that is {what} can be applied: evaluate this model with NR only")
 
 
 def _edit(module: nn.Linear, weight: Transform, bias: Transform | None = None) -> None:

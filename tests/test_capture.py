@@ -281,7 +281,7 @@ def test_more_tokens_than_the_text(tiny_spec: ModelSpec, tmp_path: Path, store: 
 
 @pytest.mark.parametrize("tokens", [0, -5])
 def test_no_tokens(tokens: int):
-    with pytest.raises(ValueError, match=rf"CaptureSpec\.tokens must be >= 1; got {tokens}"):
+    with pytest.raises(ValueError, match=rf"CaptureSpec\.tokens must be a whole number >= 1; got {tokens}"):
         CaptureSpec(tokens=tokens)
 
 

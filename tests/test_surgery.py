@@ -193,18 +193,38 @@ def test_hadamard_matrices_that_are_not_symmetric_are_taken_back_by_their_transp
 
 
 @pytest.mark.model
-@pytest.mark.parametrize("step", STEPS)
-def test_the_default_model_keeps_its_logits_in_float32(step: str, default_model: LoadedModel):
-    apply, online, _ = STEPS[step.replace("-b16", "")]
+@pytest.mark.parametrize("step", ["R2", "R3", "R4"])
+def test_the_default_model_keeps_its_logits_in_float32_at_a_step_alone(step: str, default_model: LoadedModel):
+    apply, online, _ = STEPS[step]
     ids = ids_of(default_model, 256)
     wanted = logits(default_model, ids)
-    if step == "R1 RH-b16":
-        surgery.prepare(default_model)
-        surgery.rotate_residual(default_model, rotations.make(RotationSpec(block=144), default_model.channels))
-    else:
-        apply(default_model)
+    apply(default_model)
     with surgery.online(default_model, **online):
         assert relative(logits(default_model, ids), wanted) <= DEFAULT
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("kind", ["RO", "RH"])
+def test_the_default_model_keeps_its_logits_in_float32_after_every_further_step(kind: str, default_model: LoadedModel):
+    """One step on top of the other, as an evaluation takes them: nearly all the time is the float64 products of R1."""
+    ids = ids_of(default_model, 256)
+    wanted = logits(default_model, ids)
+    R = rotations.make(RotationSpec(kind=kind), default_model.channels)
+    steps = {
+        "untie": (surgery.untie, {}),
+        "fuse": (surgery.fuse_norms, {}),
+        "R1": (lambda loaded: surgery.rotate_residual(loaded, R), {}),
+        "R2": (surgery.rotate_heads, {}),
+        "R4": (surgery.rotate_down, {"r4": True}),
+        "R3": (lambda loaded: None, {"r3": True, "r4": True}),
+    }
+    errors = {}
+    for name, (apply, online) in steps.items():
+        apply(default_model)
+        with surgery.online(default_model, **online):
+            errors[name] = relative(logits(default_model, ids), wanted)
+    assert errors["untie"] == 0
+    assert {name: error for name, error in errors.items() if not error <= DEFAULT} == {}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -309,14 +329,17 @@ def test_a_matrix_that_is_no_rotation_of_this_model_is_refused(case: str):
 )
 def test_a_size_without_a_hadamard_matrix_is_refused_before_anything_changes(step: Callable[[LoadedModel], None], sizes: dict[str, int], number: int):
     loaded = other_sizes(**sizes)
-    with nothing_changes(loaded), pytest.raises(ValueError, match=f"; got {number}: no Hadamard matrix of that order is known here"):
+    with (
+        nothing_changes(loaded),
+        pytest.raises(ValueError, match=f"no Hadamard matrix of order {number} is known here, .* evaluate this model with NR only"),
+    ):
         step(loaded)
 
 
 def test_r3_of_a_head_size_without_a_hadamard_matrix_is_refused_and_leaves_the_model_working():
     loaded = other_sizes(head=6)
     wanted = logits(loaded)
-    with pytest.raises(ValueError, match="; got 6: no Hadamard matrix"), surgery.online(loaded, r3=True):
+    with pytest.raises(ValueError, match="no Hadamard matrix of order 6 is known here, and that is a head's size"), surgery.online(loaded, r3=True):
         logits(loaded)
     assert torch.equal(logits(loaded), wanted)
 
@@ -555,7 +578,7 @@ def test_4_bit_keys_and_values_are_quantized_after_r3_per_token_and_head(family:
         logits(loaded, ids_of(loaded, 24))
     handle.remove()
     assert relative(met["out"], attention_by_hand(attention, met["x"], met["cos_sin"], r3)) <= 1e-9
-    assert relative(met["out"], attention_by_hand(attention, met["x"], met["cos_sin"], not r3)) > SEEN, "R3 matters to the keys' error"
+    assert relative(met["out"], attention_by_hand(attention, met["x"], met["cos_sin"], not r3)) > 1e-4, "R3 matters to the keys' error"
 
 
 def test_quantized_keys_in_the_cache_give_the_same_logits_as_the_whole_text_at_once():
