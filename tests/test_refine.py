@@ -42,6 +42,11 @@ def planted(tokens: int = 400, channels: int = 32, massive: int = 12, seed: int 
     return x, torch.arange(tokens) < massive
 
 
+def bumpy(seed: int = 0) -> tuple[Tensor, Tensor]:
+    """So few rows and channels that a step often raises the error (min-max scales are not the argmin of Eq. 7)."""
+    return planted(tokens=30, channels=8, massive=4, seed=seed)
+
+
 def orthogonal(channels: int, seed: int = 0) -> Tensor:
     return rotations.make(RotationSpec(kind="RO", seed=seed), channels)
 
@@ -201,22 +206,23 @@ def up_to_signs(R: Tensor, like: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("gamma", [1.0, 10.0, 100.0])
-@pytest.mark.parametrize("scale", [1.0, 1e5], ids=["steps accepted", "rises refused"])
+@pytest.mark.parametrize("scale", [1.0, 1e8], ids=["steps accepted", "rises refused"])
 def test_as_released_is_the_released_loop(gamma, scale):
-    """At a scale of 1e5 any rise of the Frobenius error is above 100 and is refused; at 1 none is."""
-    x, mask = planted()
+    """At a scale of 1e8 any rise of the Frobenius error is above 100 and is refused; at 1 none is."""
+    x, mask = bumpy()
     x = x * scale
     spec = RefineSpec(variant="as_released", quantizer=SYM4, gamma=gamma, steps=12)
     found = refine(x, spec, mask).R
-    expected = released_loop(x, mask, rotations.make(spec.init, 32), gamma, steps=12)
+    expected = released_loop(x, mask, rotations.make(spec.init, 8), gamma, steps=12)
     torch.testing.assert_close(up_to_signs(found, expected), expected, rtol=0, atol=1e-6)
 
 
 def test_as_released_may_raise_the_error_and_refuses_it_at_a_large_scale():
-    x, mask = planted()
+    x, mask = bumpy()
     spec = RefineSpec(variant="as_released", quantizer=SYM4, gamma=10, steps=30)
-    assert (refine(x, spec, mask).history["objective"].diff() > 0).any()
-    assert not (refine(1e5 * x, spec, mask).history["objective"].diff() > 0).any()
+    accepted, refused = refine(x, spec, mask).history["objective"], refine(1e8 * x, spec, mask).history["objective"]
+    assert len(accepted) == 31 and (accepted.diff() > 0).any()
+    assert 1 < len(refused) < 31 and not (refused.diff() > 0).any()
 
 
 def test_as_released_takes_no_other_quantizer_and_no_infinite_gamma():
@@ -233,14 +239,15 @@ def test_as_released_takes_no_other_quantizer_and_no_infinite_gamma():
 @pytest.mark.parametrize("quantizer", [SYM4, ASYM4], ids=lambda q: q.name)
 @pytest.mark.parametrize("seed", range(3))
 def test_guarded_keeps_the_best_r_of_the_papers_steps(gamma, quantizer, seed):
-    x, mask = planted(seed=seed)
+    x, mask = bumpy(seed)
     spec = RefineSpec(gamma=gamma, quantizer=quantizer, steps=40, init=RotationSpec(kind="RH", seed=seed))
     found, paper = refine(x, spec, mask), refine(x, spec.with_(variant="as_paper"), mask)
     assert found.history.equals(paper.history)
+    assert (found.history["objective"].diff() > 0).any(), "no step was worse than the one before: the guard had nothing to do"
     objective = float((squared_error(x @ found.R, quantizer) * torch.where(mask, gamma**2, 1.0)).mean())
     assert objective == pytest.approx(found.history["objective"].min(), rel=1e-9)
     assert objective <= found.history["objective"][0]
-    assert objective <= float((squared_error(x @ paper.R, quantizer) * torch.where(mask, gamma**2, 1.0)).mean()) * (1 + 1e-9)
+    assert objective < float((squared_error(x @ paper.R, quantizer) * torch.where(mask, gamma**2, 1.0)).mean())
 
 
 def test_guarded_returns_the_start_where_every_step_is_worse():
@@ -259,7 +266,7 @@ def test_orthogonal_to_1e_5_after_100_steps(variant):
     found = refine(x.float(), RefineSpec(variant=variant, quantizer=SYM4, steps=100), mask)
     assert found.R.dtype == torch.float64
     assert rotations.orthogonality_error(found.R) < 1e-5
-    assert len(found.history) > 10
+    assert len(found.history) == 101
 
 
 # ---- gamma ------------------------------------------------------------------------------------------------------------------------------

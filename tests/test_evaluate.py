@@ -1,0 +1,472 @@
+"""Evaluation: transformers' own loss, rotations that change nothing at 16 bits, honest intervals, equal work keyed once, and resuming."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import CONTEXT, FAMILIES, tiny_model
+from scipy import stats
+
+from dfrot_lab import evaluate as module
+from dfrot_lab import massive, models, rotations, surgery
+from dfrot_lab.evaluate import (
+    EvalResult,
+    bootstrap,
+    build,
+    build_key,
+    canonical,
+    evaluate,
+    evaluate_all,
+    keep_out,
+    paired_difference,
+    quantized,
+    stored,
+    window_loss,
+)
+from dfrot_lab.quantize import fake_quantize
+from dfrot_lab.specs import CaptureSpec, CorpusSpec, EvalSpec, ModelSpec, QuantSpec, RefineSpec, RotationSpec, WeightSpec, eval_spec
+from dfrot_lab.store import Store
+
+NR, RO, RH = (RotationSpec(kind=kind) for kind in ("NR", "RO", "RH"))
+
+
+def save_lively(folder: Path, family: str = "llama", **options: object) -> ModelSpec:
+    """A tiny model whose linears speak up: at their initial size the loss is log 256 whatever is done to them, and no test could fail."""
+    loaded = tiny_model(family, **options)
+    for name, parameter in loaded.model.named_parameters():
+        if "proj.weight" in name or name == "lm_head.weight":
+            parameter.mul_(6)
+    loaded.model.save_pretrained(folder)
+    loaded.tokenizer.save_pretrained(folder)
+    return ModelSpec(source=str(folder))
+
+
+@pytest.fixture
+def base(tmp_path: Path, text_file: Path) -> EvalSpec:
+    """A tiny model at full precision on 3 windows of 64 tokens; calibration on the other half of the same text."""
+    return spec_for(save_lively(tmp_path / "lively"), text_file)
+
+
+def spec_for(model: ModelSpec, text: Path, bits: str = "16-16-16", **fields: object) -> EvalSpec:
+    spec = eval_spec(bits, weights="rtn", model=model, corpus=CorpusSpec(name=str(text)), windows=3, window=64)
+    calibration = CorpusSpec(name=str(text), split="calibration")
+    return spec.with_(weights=spec.weights.with_(corpus=calibration, windows=2, window=64), **fields)
+
+
+def at(base: EvalSpec, bits: str, **fields: object) -> EvalSpec:
+    spec = spec_for(base.model, Path(base.corpus.name), bits)
+    return spec.with_(**fields)
+
+
+def result_of(losses: list[float], spec: EvalSpec | None = None) -> EvalResult:
+    return EvalResult(spec or EvalSpec(), np.array(losses), 1.0, "made here")
+
+
+# ---- loss and perplexity ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokens", [2, 50, 128, 600])
+@pytest.mark.parametrize("tied", [False, True])
+def test_window_loss_is_transformers_own_loss(tmp_path, tokens, tied):
+    """600 tokens are more than the logits are computed for at once."""
+    loaded = models.load_model(save_lively(tmp_path / "m", tied=tied))
+    ids = torch.randint(0, 256, (tokens,), generator=torch.Generator().manual_seed(tokens))
+    assert window_loss(loaded, ids) == pytest.approx(float(loaded.model(ids[None], labels=ids[None]).loss.detach()), rel=1e-5)
+
+
+def test_evaluate_scores_the_first_windows_of_the_text(base, store, text_file):
+    found = evaluate(base.with_(rotation=NR), store)
+    loaded = models.load_model(base.model)
+    text = text_file.read_text()
+    half = min((i + 1 for i, c in enumerate(text) if c == "\n"), key=lambda i: abs(i - len(text) / 2))
+    ids = torch.tensor(loaded.tokenizer(text[half:]).input_ids[: 3 * 64]).view(3, 64)
+    expected = [float(loaded.model(window[None], labels=window[None]).loss.detach()) for window in ids]
+    assert found.losses.tolist() == pytest.approx(expected, rel=1e-5)
+    assert found.perplexity == pytest.approx(math.exp(sum(expected) / 3), rel=1e-5)
+    assert found.seconds > 0 and found.provenance.startswith("folder ")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rotation_changes_nothing_at_16_bits(tmp_path, text_file, store, family):
+    spec = spec_for(save_lively(tmp_path / family, family, tied=family == "qwen2"), text_file)
+    plain = evaluate(spec.with_(rotation=NR), store).losses
+    for rotation in (RO, RH, RotationSpec(kind="RH", seed=9)):
+        np.testing.assert_allclose(evaluate(spec.with_(rotation=rotation), store).losses, plain, rtol=1e-5)
+
+
+@pytest.mark.parametrize("bits", ["16-4-16", "16-16-4", "4-16-16", "4-4-4"])
+def test_each_kind_of_bits_changes_the_loss(base, store, bits):
+    plain, rough = evaluate(base, store), evaluate(at(base, bits), store)
+    assert not np.allclose(rough.losses, plain.losses, rtol=1e-4), "a rotation test on this model at 1e-5 would prove nothing"
+    fine = evaluate(at(base, bits.replace("4", "8")), store)
+    assert np.abs(fine.losses - plain.losses).mean() < 0.5 * np.abs(rough.losses - plain.losses).mean()
+
+
+def test_gptq_weights_are_evaluated_too(base, store):
+    rtn = at(base, "4-16-16")
+    gptq = rtn.with_(weights=rtn.weights.with_(method="gptq"))
+    assert not np.array_equal(evaluate(gptq, store).losses, evaluate(rtn, store).losses)
+    assert sorted(a.manifest["inputs"]["weights"]["method"] for a in store.list() if a.kind == "weights") == ["gptq", "rtn"]
+
+
+def test_a_rotation_from_a_file_and_a_refined_one_are_accepted(base, store, tmp_path):
+    path = tmp_path / "R1.safetensors"
+    rotations.save(rotations.make(RO, 64), path, RO)
+    spec = at(base, "16-4-16", rotation=RO)
+    from_file = evaluate(spec.with_(rotation=RotationSpec(kind="file", path=str(path))), store)
+    np.testing.assert_array_equal(from_file.losses, evaluate(spec, store).losses)
+    recorded = CaptureSpec(model=base.model, corpus=base.weights.corpus, tokens=64)
+    refined = evaluate(spec.with_(rotation=RefineSpec(capture=recorded, init=RO, steps=3)), store)
+    assert not np.array_equal(refined.losses, from_file.losses)
+
+
+def test_another_matrix_in_the_same_file_is_another_evaluation(base, store, tmp_path):
+    path = tmp_path / "R1.safetensors"
+    spec = at(base, "16-4-16", rotation=RotationSpec(kind="file", path=str(path)))
+    losses = []
+    for seed in (0, 1):
+        rotations.save(rotations.make(RotationSpec(kind="RO", seed=seed), 64), path, None)
+        losses.append(evaluate(spec, store).losses)
+    assert not np.array_equal(*losses)
+
+
+@pytest.mark.parametrize("wrong", ["size", "missing"])
+def test_a_rotation_that_does_not_fit_is_refused(base, store, tmp_path, wrong):
+    path = tmp_path / "R1.safetensors"
+    if wrong == "size":
+        rotations.save(rotations.make(RO, 32), path, None)
+    error, message = {
+        "size": (ValueError, r"rotation\.shape must be \(64, 64\); got \(32, 32\)"),
+        "missing": (FileNotFoundError, r"R1\.safetensors"),
+    }[wrong]
+    with pytest.raises(error, match=message):
+        evaluate(base.with_(rotation=RotationSpec(kind="file", path=str(path))), store)
+
+
+# ---- intervals --------------------------------------------------------------------------------------------------------------------------
+
+
+def test_ci95_is_the_percentile_bootstrap_of_the_perplexity():
+    losses = np.random.default_rng(3).normal(3, 0.1, 40)
+    found = result_of(losses.tolist())
+    low, high = found.ci95
+    means = np.random.default_rng(1).choice(losses, (20_000, 40)).mean(1)
+    assert (low, high) == pytest.approx(np.exp(np.quantile(means, [0.025, 0.975])), rel=0.005)
+    half_width = stats.t.ppf(0.975, 39) * losses.std(ddof=1) / 40**0.5
+    assert (high - low) / 2 == pytest.approx(found.perplexity * half_width, rel=0.1)
+    assert result_of(losses.tolist()).ci95 == (low, high)  # deterministic
+
+
+def test_equal_windows_have_an_interval_of_no_width():
+    assert result_of([3.0, 3.0, 3.0]).ci95 == pytest.approx((math.exp(3), math.exp(3)))
+
+
+def test_one_window_has_no_interval():
+    assert all(math.isnan(bound) for bound in result_of([3.0]).ci95)
+    value, interval = paired_difference(result_of([3.0]), result_of([2.0]))
+    assert value == pytest.approx(math.exp(3) - math.exp(2)) and all(math.isnan(bound) for bound in interval)
+
+
+def test_a_paired_interval_is_narrow_where_windows_move_together():
+    """Noisy in level, steady in difference: the pair's interval is off zero where the two separate intervals overlap."""
+    level = np.random.default_rng(0).normal(3, 0.3, 6)
+    worse, better = result_of((level + 0.1).tolist()), result_of(level.tolist())
+    value, (low, high) = paired_difference(worse, better)
+    assert value == pytest.approx(worse.perplexity - better.perplexity)
+    assert 0 < low < value < high
+    assert worse.ci95[0] < better.ci95[1]
+    opposite, (low_2, high_2) = paired_difference(better, worse)
+    assert (opposite, low_2, high_2) == pytest.approx((-value, -high, -low))
+
+
+def test_a_difference_of_a_result_with_itself_is_zero():
+    same = result_of([3.0, 3.5, 2.5])
+    assert paired_difference(same, same) == (0, (0, 0))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [result_of([3.0, 3.1]), result_of([3.0] * 3, EvalSpec(corpus=CorpusSpec(split="calibration"))), result_of([3.0] * 3, EvalSpec(window=1024))],
+    ids=["windows", "corpus", "window"],
+)
+def test_only_the_same_windows_can_be_paired(other):
+    with pytest.raises(ValueError, match="paired results must share corpus, windows and window"):
+        paired_difference(result_of([3.0] * 3), other)
+
+
+def test_bootstrap_of_a_mean():
+    low, high = bootstrap(lambda x, axis: x.mean(axis), np.arange(100.0))
+    assert (low, high) == pytest.approx((49.5 - 1.96 * 2.89, 49.5 + 1.96 * 2.89), abs=0.4)
+
+
+# ---- equal work, one key ----------------------------------------------------------------------------------------------------------------
+
+SIXTEEN = WeightSpec(method="rtn", quantizer=QuantSpec(bits=16, granularity="per_channel"))
+W4 = QuantSpec(bits=4, granularity="per_channel")
+GROUPS = {"granularity": "per_group"}
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        ({"weights": SIXTEEN}, {"weights": SIXTEEN.with_(method="gptq", windows=99, damping=0.5, clip_search=False)}),
+        ({"weights": WeightSpec(method="rtn")}, {"weights": WeightSpec(method="rtn", windows=3, damping=0.5, corpus=CorpusSpec())}),
+        ({"activations": QuantSpec(bits=16)}, {"activations": QuantSpec(bits=16), "keep_out": "nr_error"}),
+        ({"activations": QuantSpec(bits=16)}, {"activations": QuantSpec(bits=16, symmetric=False, clip_ratio=0.9)}),
+        ({"kv": QuantSpec(bits=16, **GROUPS)}, {"kv": QuantSpec(bits=16, symmetric=False, clip_ratio=0.9, group_size=32, **GROUPS)}),
+        ({"rotation": NR}, {"rotation": RotationSpec(kind="NR", seed=5)}),
+        ({"rotation": NR}, {"rotation": RotationSpec(kind="NR", block=8)}),
+    ],
+    ids=["weights at 16", "rtn's calibration", "keep-out at 16", "activations at 16", "kv at 16", "NR's seed", "NR's block"],
+)
+def test_what_has_no_effect_is_not_in_the_key(a, b):
+    assert canonical(EvalSpec(**a)) == canonical(EvalSpec(**b))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"weights": WeightSpec(windows=8)},
+        {"weights": WeightSpec(method="rtn")},
+        {"weights": WeightSpec(clip_search=False)},
+        {"activations": QuantSpec(bits=4)},
+        {"keep_out": "nr_error"},
+        {"rotation": RO},
+        {"kv": QuantSpec(bits=4, **GROUPS)},
+        {"windows": 5},
+    ],
+    ids=str,
+)
+def test_what_has_an_effect_is_in_the_key(change):
+    assert canonical(EvalSpec(**change)) != canonical(EvalSpec())
+
+
+def test_canonical_changes_nothing_twice():
+    for spec in (EvalSpec(), eval_spec("16-16-16", keep_out="nr_error"), eval_spec("4-4-16", weights="rtn")):
+        assert canonical(canonical(spec)) == canonical(spec)
+
+
+def test_another_calibration_text_at_the_same_path_is_another_evaluation(base, store, tmp_path):
+    """GPTQ's weights depend on it, so the perplexity does too."""
+    calibration = tmp_path / "calibration.txt"
+    calibration.write_text("sheep in the morning\n" * 50)
+    weights = WeightSpec(quantizer=W4, corpus=CorpusSpec(name=str(calibration), split="calibration"), windows=2, window=64)
+    spec = base.with_(weights=weights)
+    before = evaluate(spec, store).losses
+    calibration.write_text("0123456789 ABC xyz\n" * 50)
+    assert not np.array_equal(evaluate(spec, store).losses, before)
+
+
+# ---- the store --------------------------------------------------------------------------------------------------------------------------
+
+
+def test_stored_is_none_then_the_result(base, store):
+    assert stored(base, store) is None
+    found = evaluate(base, store)
+    again = stored(base, store)
+    assert again is not None
+    assert again.losses.tolist() == found.losses.tolist()
+    assert (again.spec, again.seconds, again.provenance) == (found.spec, found.seconds, found.provenance)
+    assert stored(base.with_(windows=2), store) is None
+
+
+def test_a_stored_evaluation_builds_nothing(base, store):
+    first = evaluate(base, store)
+
+    def never() -> module.Built:
+        raise AssertionError("the model was built although the result is stored")
+
+    assert evaluate(base, store, never).losses.tolist() == first.losses.tolist()
+    with pytest.raises(AssertionError, match="although the result is stored"):
+        evaluate(base.with_(windows=2), store, never)
+
+
+def test_a_stopped_evaluation_goes_on_at_its_window(base, store, tmp_path, monkeypatch):
+    spec = at(base, "16-4-16")
+    scored: list[int] = []
+    score = module.window_loss
+
+    def score_two_then_stop(loaded, ids):
+        if len(scored) == 2:
+            raise KeyboardInterrupt
+        scored.append(int(ids[0]))
+        return score(loaded, ids)
+
+    monkeypatch.setattr(module, "window_loss", score_two_then_stop)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(spec, store)
+    monkeypatch.undo()
+    assert stored(spec, store) is None
+    again: list[int] = []
+    monkeypatch.setattr(module, "window_loss", lambda loaded, ids: again.append(int(ids[0])) or score(loaded, ids))
+    resumed = evaluate(spec, store)
+    monkeypatch.undo()
+    assert (len(scored), len(again)) == (2, 1)
+    np.testing.assert_array_equal(resumed.losses, evaluate(spec, Store(tmp_path / "one go")).losses)
+    [artefact] = [a for a in store.list() if a.kind == "evaluation"]
+    assert artefact.names == ["losses"]
+
+
+def test_seconds_of_a_stopped_evaluation_count_all_its_windows(base, store, monkeypatch):
+    score, clock = module.window_loss, {"now": 0.0, "left": 2}
+
+    def ten_seconds(loaded, ids):
+        if not clock["left"]:
+            raise KeyboardInterrupt
+        clock["left"] -= 1
+        clock["now"] += 10
+        return score(loaded, ids)
+
+    monkeypatch.setattr(module, "window_loss", ten_seconds)
+    monkeypatch.setattr(module.time, "perf_counter", lambda: clock["now"])
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(base, store)
+    clock["left"] = 9
+    assert evaluate(base, store).seconds == pytest.approx(30)
+
+
+def test_evaluate_all_builds_once_for_neighbours_that_share_a_model(base, store, tmp_path, monkeypatch):
+    built: list[str] = []
+    real = module.build
+
+    def counted(spec: EvalSpec, store: Store) -> module.Built:
+        built.append(f"{spec.rotation.name} {spec.bits}")
+        return real(spec, store)
+
+    monkeypatch.setattr(module, "build", counted)
+    specs = [at(base, bits, rotation=rotation) for rotation in (RO, RH) for bits in ("16-4-16", "16-4-4", "16-16-16")]
+    specs[1] = specs[1].with_(keep_out="nr_error")
+    seen: list[EvalResult] = []
+    found = evaluate_all(specs, store, seen.append)
+    assert built == ["RO 16-4-16", "RH 16-4-16"]
+    assert seen == found and [r.spec for r in found] == [canonical(spec) for spec in specs]
+    for spec, result in zip(specs, found, strict=True):
+        np.testing.assert_array_equal(evaluate(spec, Store(tmp_path / "alone")).losses, result.losses)
+    built.clear()
+    evaluate_all(specs, store)
+    assert built == []
+
+
+def test_build_keys_differ_where_models_do(base, text_file, tmp_path):
+    w4 = at(base, "4-4-16")
+    keys = [build_key(s) for s in (base, w4, base.with_(rotation=RO), w4.with_(weights=w4.weights.with_(clip_search=False)))]
+    keys.append(build_key(spec_for(save_lively(tmp_path / "other", seed=1), text_file)))
+    assert all(a != b for i, a in enumerate(keys) for b in keys[:i])
+    assert build_key(base) == build_key(at(base, "16-4-4", keep_out="nr_error", windows=2))
+
+
+# ---- keep-out ---------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", ["nr_error", "ro_vs_nr"])
+@pytest.mark.parametrize("rotation", [None, RO, RH], ids=["NR", "RO", "RH"])
+def test_keep_out_leaves_exactly_the_massive_rows_as_they_are(rule, rotation):
+    x = torch.randn(1, 60, 64, generator=torch.Generator().manual_seed(0))
+    x[:, ::9] *= 0.02
+    x[:, ::9, 5] = 8
+    R = None if rotation is None else rotations.make(rotation, 64).float()
+    turned = x if R is None else x @ R
+    quantizer = QuantSpec(bits=4, symmetric=False)
+    found = keep_out(quantizer, rule, R)(turned)
+    mask = massive.rows_rule(x, rule, root=massive.KEEP_OUT_ROOT)
+    assert bool(mask[0, ::9].all()) and 0 < int(mask.sum()) < 60
+    assert torch.equal(found[mask], turned[mask])
+    assert torch.equal(found[~mask], fake_quantize(turned, quantizer)[~mask])
+    assert bool((found[~mask] != turned[~mask]).any(-1).all())
+
+
+@pytest.mark.parametrize("rotation", [RO, RH], ids=["RO", "RH"])
+def test_keep_out_brings_the_hidden_states_of_massive_tokens_nearer(base, store, rotation):
+    """At the norms alone: what is kept out is exact, and every other row is quantized as without it."""
+    spec = at(base, "16-4-16", rotation=rotation)
+    built = build(canonical(spec), store)
+    ids = torch.tensor(built.loaded.tokenizer("one sheep\ntwo goats\nthree hills\n" * 2).input_ids)[None]
+    newline = ids[0] == built.loaded.tokenizer("\n").input_ids[0]
+    norm = built.loaded.layers[0].get_submodule("input_layernorm")
+    seen = {}
+    for name, chosen in {"exact": at(base, "16-16-16", rotation=rotation), "all": spec, "kept": spec.with_(keep_out="nr_error")}.items():
+        with quantized(built, chosen), torch.inference_mode():
+            handle = norm.register_forward_hook(lambda _m, _a, output, name=name: seen.update({name: output[0].clone()}))
+            models.body(built.loaded)(ids)
+            handle.remove()
+    assert torch.equal(seen["kept"][newline], seen["exact"][newline])
+    assert not torch.equal(seen["all"][newline], seen["exact"][newline])
+    assert torch.equal(seen["kept"][~newline], seen["all"][~newline])
+
+
+def test_the_model_is_as_before_once_the_context_ends(base, store):
+    built = build(canonical(at(base, "16-4-4", keep_out="nr_error")), store)
+    ids = torch.arange(40)
+    with surgery.online(built.loaded, r4=True):
+        before = window_loss(built.loaded, ids)
+    with quantized(built, at(base, "16-4-4", keep_out="nr_error")):
+        assert window_loss(built.loaded, ids) != before
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in built.loaded.model.modules())
+    with surgery.online(built.loaded, r4=True):
+        assert window_loss(built.loaded, ids) == before
+
+
+def test_nr_has_no_rotation_at_all(base, store):
+    """NR at 16-4-16 is the plain model with fused norms and quantized inputs: no R4 either."""
+    spec = canonical(at(base, "16-4-16", rotation=NR))
+    built = build(spec, store)
+    plain = models.load_model(base.model)
+    surgery.prepare(plain)
+    assert built.R is None
+    ids = torch.arange(40)
+
+    def act(x: torch.Tensor) -> torch.Tensor:
+        return fake_quantize(x, spec.activations)
+
+    with surgery.online(plain, norm_output=act, linear_input=act), quantized(built, spec):
+        assert window_loss(built.loaded, ids) == window_loss(plain, ids)
+
+
+# ---- bad input --------------------------------------------------------------------------------------------------------------------------
+
+
+def test_more_windows_than_the_text(base, store):
+    with pytest.raises(ValueError, match=r"token_blocks\.blocks must be <= \d+: .*text\.txt \(evaluation\) has .* whole windows of 64; got 999"):
+        evaluate(base.with_(windows=999), store)
+    assert stored(base.with_(windows=999), store) is None
+
+
+def test_a_window_longer_than_the_context(base, store):
+    with pytest.raises(ValueError, match=rf"window must be at most the model's context of {CONTEXT} tokens; got 200"):
+        evaluate(base.with_(window=200), store)
+
+
+@pytest.mark.parametrize("fields", [{"windows": 999}, {"window": 200}], ids=["windows", "window"])
+def test_a_spec_that_cannot_be_scored_is_refused_before_weights_are_quantized(base, store, fields):
+    """On the default model that would be minutes of GPTQ for nothing."""
+    spec = at(base, "4-4-16", **fields)
+    with pytest.raises(ValueError, match="must be"):
+        evaluate(spec, store)
+    assert [a.kind for a in store.list()] == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"windows": 0}, r"EvalSpec\.windows must be a whole number >= 1; got 0"),
+        ({"window": 1}, r"EvalSpec\.window must be a whole number >= 2; got 1"),
+        ({"keep_out": "sun"}, r"EvalSpec\.keep_out must be None, nr_error or ro_vs_nr .*; got 'sun'"),
+    ],
+)
+def test_specs_that_make_no_sense_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        EvalSpec(**fields)
+
+
+@pytest.mark.parametrize("bits", ["4-4", "a-4-16", "4_4_16", "1-4-16", "4-17-16"])
+def test_bits_must_be_three_numbers_in_2_to_16(bits):
+    with pytest.raises(ValueError, match=r"bits must be (WEIGHTS-ACTIVATIONS-KV such as 4-4-16|a whole number in 2\.\.16); got"):
+        eval_spec(bits)
+
+
+def test_results_are_frozen(base, store):
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        evaluate(base, store).seconds = 0.0

@@ -1,0 +1,130 @@
+"""The notebooks: their form as committed, and that each runs top to bottom.
+
+To make the outputs again after a change (TQDM_DISABLE keeps progress bars out of them, record_timing the clock):
+
+    TQDM_DISABLE=1 jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False notebooks/*.ipynb
+"""
+
+import ast
+import json
+import re
+import sys
+from pathlib import Path
+from statistics import median
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+FOLDER = Path(__file__).parents[1] / "notebooks"
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+FIRST_THREE = {"00-start-here", "01-rotation-leaves-the-model-alone", "02-random-versus-hadamard"}
+MACHINE_PATH = re.compile(r"/(root|home|work|tmp|Users|mnt|opt|var)/|\b[A-Z]:\\")
+CELL_TIMEOUT_S = 900
+
+each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def read(path: Path) -> nbformat.NotebookNode:
+    return nbformat.read(path, as_version=4)
+
+
+def code_cells(path: Path) -> list[nbformat.NotebookNode]:
+    cells = [cell for cell in read(path).cells if cell.cell_type == "code"]
+    assert cells, f"{path.name} has no code cell: nothing would be checked"
+    return cells
+
+
+def outputs(path: Path) -> list[nbformat.NotebookNode]:
+    found = [output for cell in code_cells(path) for output in cell.outputs]
+    assert found, f"{path.name} has no output: run it before it is committed"
+    return found
+
+
+def texts(path: Path) -> str:
+    """All a reader can see but pictures, whose base64 may spell anything."""
+    bundles = [{k: v for k, v in output.get("data", {}).items() if not k.startswith("image/png")} for output in outputs(path)]
+    streams = [output.get("text", "") for output in outputs(path)]
+    return json.dumps([[cell.source for cell in read(path).cells], bundles, streams, read(path).metadata])
+
+
+def test_notebooks_are_there():
+    assert {path.stem for path in NOTEBOOKS} >= FIRST_THREE
+
+
+@each_notebook
+def test_is_valid_and_names_no_machine(path):
+    notebook = read(path)
+    nbformat.validate(notebook)
+    assert notebook.metadata.kernelspec.name == "python3"
+    assert set(notebook.metadata) <= {"kernelspec", "language_info"}, "no widget state, no editor's own settings"
+    assert not any(cell.metadata for cell in notebook.cells), "no tags, no clock times"
+    assert not MACHINE_PATH.search(texts(path)), MACHINE_PATH.search(texts(path))
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("see /home/me/x", True),
+        ("/tmp/cache", True),
+        (r"C:\Users", True),
+        ("data/results", False),
+        ("https://arxiv.org/abs/2412.00648", False),
+        ("w / work", False),
+    ],
+)
+def test_the_pattern_for_machine_paths(text, found):
+    assert bool(MACHINE_PATH.search(text)) is found
+
+
+@each_notebook
+def test_was_run_once_from_top_to_bottom(path):
+    counts = [cell.execution_count for cell in code_cells(path)]
+    assert counts == list(range(1, len(counts) + 1))
+
+
+@each_notebook
+def test_outputs_are_results_and_nothing_else(path):
+    kinds = {output.output_type for output in outputs(path)}
+    assert kinds <= {"execute_result", "display_data"}, "no error, no log line, no warning"
+    assert not any("application/vnd.jupyter.widget-view+json" in output.data for output in outputs(path)), "no progress bar"
+
+
+@each_notebook
+def test_explains_as_much_as_it_computes(path):
+    cells = read(path).cells
+    prose = sum(cell.cell_type == "markdown" for cell in cells) / len(cells)
+    assert 20 <= len(cells) <= 45
+    assert 0.40 <= prose <= 0.55, prose
+
+
+@each_notebook
+def test_cells_are_short_and_define_nothing_of_substance(path):
+    lines = [len(cell.source.splitlines()) for cell in code_cells(path)]
+    assert median(lines) <= 6
+    assert max(lines) <= 20
+    nodes = [node for cell in code_cells(path) for node in ast.walk(ast.parse(cell.source))]  # parses, so there is no magic either
+    assert sum(isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) for node in nodes) <= 1
+    assert not any("sys.path" in cell.source for cell in code_cells(path))
+
+
+@each_notebook
+def test_predicts_reads_checks_and_sums_up(path):
+    prose = "\n".join(cell.source for cell in read(path).cells if cell.cell_type == "markdown")
+    assert prose.count("**Prediction") >= 3
+    assert prose.count("**Reading.**") >= 3
+    assert re.findall(r"^## (.*)$", prose, re.MULTILINE)[-1] == "What we learned, what would change our mind"
+    assert sum(cell.source.count("assert ") for cell in code_cells(path)) >= 3
+
+
+@pytest.mark.notebook
+@pytest.mark.model
+@each_notebook
+def test_runs_top_to_bottom(path):
+    notebook = read(path)
+    same_python = nbformat.v4.new_code_cell(f"import sys\n\nassert sys.executable == {sys.executable!r}, sys.executable")
+    notebook.cells.insert(0, same_python)
+    client = NotebookClient(notebook, timeout=CELL_TIMEOUT_S, kernel_name="python3", resources={"metadata": {"path": str(FOLDER)}})
+    client.execute()  # raises CellExecutionError with the cell and its traceback
+    counts = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]
+    assert counts == list(range(1, len(counts) + 1))
