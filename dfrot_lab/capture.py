@@ -104,6 +104,9 @@ def capture(spec: CaptureSpec | None = None, store: Store | None = None, loaded:
     spec = spec.with_(corpus=corpus.resolve(spec.corpus))
     inputs = {"spec": spec.to_dict(), "model": models.fingerprint(spec.model), "text": corpus.fingerprint(spec.corpus)}
 
+    if loaded is not None and loaded.spec != spec.model:
+        raise ValueError(f"capture.loaded must be a load of CaptureSpec.model {spec.model.source}; got one of {loaded.spec.source}")
+
     def make(writer: Writer) -> None:
         ready = loaded or models.load_model(spec.model, store)
         ids = _blocks(spec, ready)

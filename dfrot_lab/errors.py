@@ -41,7 +41,7 @@ def token_errors(
     for site in chosen:
         x = capture.rows(site)
         for name, R in matrices.items():
-            rotated = x if name == "NR" else x @ R.to(x)
+            rotated = x @ R.to(x)
             for quantizer in quantizers:
                 error = squared_error(rotated, quantizer).numpy()
                 parts.append((site, name, quantizer.name, error))
@@ -98,7 +98,7 @@ def massive_values(capture: Capture, site: str, token: int, matrices: Mapping[st
     row = capture.rows(site)[token : token + 1]
     tables = []
     for name, R in matrices.items():
-        value = row if name == "NR" else row @ R.to(row)
+        value = row @ R.to(row)
         columns = {"rotation": name, "channel": torch.arange(value.shape[-1]).numpy(), "value": value[0].numpy()}
         tables.append(pd.DataFrame({**columns, "quantized": fake_quantize(value, quantizer)[0].numpy()}))
     return pd.concat(tables, ignore_index=True)

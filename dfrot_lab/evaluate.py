@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from . import corpus, gptq, massive, models, refine, rotations, surgery
 from .models import LoadedModel
 from .quantize import fake_quantize
-from .specs import EvalSpec, QuantSpec, RefineSpec, RotationSpec, WeightSpec, file_digest
+from .specs import EvalSpec, QuantSpec, RefineSpec, RotationSpec, WeightSpec
 from .store import Artefact, Store, Writer
 
 log = logging.getLogger(__name__)
@@ -87,7 +87,13 @@ def canonical(spec: EvalSpec) -> EvalSpec:
         weights = WeightSpec(method="rtn", quantizer=weights.quantizer)
     elif weights.method == "rtn":
         weights = WeightSpec(method="rtn", quantizer=weights.quantizer, clip_search=weights.clip_search)
-    return spec.with_(corpus=corpus.resolve(spec.corpus), weights=weights, keep_out=None if spec.activations.bits == 16 else spec.keep_out)
+    if spec.activations.bits == 16:
+        spec = spec.with_(activations=EvalSpec().activations.with_(bits=16, clip_ratio=1.0), keep_out=None)
+    if spec.kv.bits == 16:
+        spec = spec.with_(kv=EvalSpec().kv)
+    if not is_rotated(spec):
+        spec = spec.with_(rotation=RotationSpec(kind="NR"))
+    return spec.with_(corpus=corpus.resolve(spec.corpus), weights=weights)
 
 
 def is_rotated(spec: EvalSpec) -> bool:
@@ -97,9 +103,7 @@ def is_rotated(spec: EvalSpec) -> bool:
 
 def rotation_key(spec: RotationSpec | RefineSpec) -> Any:
     """JSON-able identity of a rotation: its spec, a refined one's model bytes, a file's digest."""
-    if isinstance(spec, RefineSpec):
-        return refine.key_of(spec)
-    return {**spec.to_dict(), "path": file_digest(spec.path)} if spec.path else spec.to_dict()
+    return refine.identity(spec) if isinstance(spec, RefineSpec) else rotations.identity(spec)
 
 
 def rotation_matrix(spec: RotationSpec | RefineSpec, channels: int, store: Store) -> Tensor:
@@ -115,6 +119,7 @@ def build_key(spec: EvalSpec) -> Any:
 def build(spec: EvalSpec, store: Store) -> Built:
     """Load, untie, fuse norms, fuse R1 and R2 and the offline half of R4, quantize the weights: the model that `spec` evaluates."""
     loaded = models.load_model(spec.model, store)
+    _windows(spec, loaded)  # before minutes of work on weights: is there that much text, and does it fit?
     surgery.prepare(loaded)
     R = None
     if is_rotated(spec):
@@ -166,12 +171,9 @@ def evaluate(spec: EvalSpec, store: Store | None = None, build_model: Callable[[
 
     def make(writer: Writer) -> None:
         built = build_model() if build_model else build(spec, store)
-        models.check_tokens(built.loaded, spec.window)
-        ids = corpus.token_blocks(spec.corpus, built.loaded.tokenizer, blocks=spec.windows, window=spec.window)
-        started = time.perf_counter()
-        losses = _losses(built, spec, ids, writer)
+        losses, seconds = _losses(built, spec, _windows(spec, built.loaded), writer)
         writer.save_json("losses", losses)
-        writer.note.update(provenance=built.loaded.provenance, scoring_seconds=time.perf_counter() - started)
+        writer.note.update(provenance=built.loaded.provenance, scoring_seconds=seconds)
 
     return _result(spec, store.get_or_make(KIND, _inputs(spec), make))
 
@@ -186,7 +188,14 @@ def stored(spec: EvalSpec, store: Store) -> EvalResult | None:
 def _inputs(spec: EvalSpec) -> dict[str, Any]:
     """What an evaluation's artefact is keyed by: the spec, the rotation's identity, and the bytes of model and text."""
     content = {**spec.to_dict(), "rotation": rotation_key(spec.rotation)}
-    return {"spec": content, "model": models.fingerprint(spec.model), "text": corpus.fingerprint(spec.corpus)}
+    calibration = corpus.fingerprint(spec.weights.corpus) if spec.weights.method == "gptq" else None
+    return {"spec": content, "model": models.fingerprint(spec.model), "text": corpus.fingerprint(spec.corpus), "calibration": calibration}
+
+
+def _windows(spec: EvalSpec, loaded: LoadedModel) -> Tensor:
+    """The token ids (windows, window) a spec is scored on; a ValueError where corpus or context has not that many."""
+    models.check_tokens(loaded, spec.window)
+    return corpus.token_blocks(spec.corpus, loaded.tokenizer, blocks=spec.windows, window=spec.window)
 
 
 def _result(spec: EvalSpec, artefact: Artefact) -> EvalResult:
@@ -194,16 +203,19 @@ def _result(spec: EvalSpec, artefact: Artefact) -> EvalResult:
     return EvalResult(spec, np.array(artefact.json("losses")), float(note["scoring_seconds"]), str(note["provenance"]))
 
 
-def _losses(built: Built, spec: EvalSpec, ids: Tensor, writer: Writer) -> list[float]:
+def _losses(built: Built, spec: EvalSpec, ids: Tensor, writer: Writer) -> tuple[list[float], float]:
+    """Each window's loss and the seconds of all, those of a run that was stopped included."""
     names = [f"window-{i:03d}" for i in range(len(ids))]
     with quantized(built, spec):
         for name, window in zip(tqdm(names, desc=f"{spec.rotation.name} {spec.bits}", unit="window", leave=False), ids, strict=True):
             if not writer.has(name):
-                writer.save_json(name, window_loss(built.loaded, window))
-    losses = [writer.load_json(name) for name in names]
+                started = time.perf_counter()
+                loss = window_loss(built.loaded, window)
+                writer.save_json(name, [loss, time.perf_counter() - started])
+    losses, seconds = zip(*(writer.load_json(name) for name in names), strict=True)
     for name in names:
         writer.drop(name)
-    return losses
+    return list(losses), sum(seconds)
 
 
 def evaluate_all(specs: Sequence[EvalSpec], store: Store | None = None, on_result: Callable[[EvalResult], None] | None = None) -> list[EvalResult]:

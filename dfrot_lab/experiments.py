@@ -128,7 +128,8 @@ def main(setting: MainSetting, store: Store | None = None) -> MainResult:
     def announce(spec: EvalSpec | None) -> None:
         if spec is not None:
             kept = ", massive tokens kept out" if spec.keep_out else ""
-            progress.begin(f"{spec.rotation.name} (seed {results.seed_of(spec)}) {spec.bits}{kept}")
+            seed = results.seed_of(spec)
+            progress.begin(f"{spec.rotation.name}{'' if seed is None else f' (seed {seed})'} {spec.bits}{kept}")
 
     announce(specs[0])
     found = evaluate.evaluate_all(specs, store, on_result=lambda _result: announce(next(iterator, None)))
@@ -154,13 +155,14 @@ def main_table(found: Sequence[EvalResult]) -> pd.DataFrame:
     """Perplexity rows, then paired differences: each rotation minus RH at the same bits, and each keep-out row's gain over its own rotation."""
     rows: list[dict[str, Any]] = [results.row(result) for result in found]
     plain = {(r.spec.rotation.name, r.spec.bits, results.seed_of(r.spec)): r for r in found if r.spec.keep_out is None}
+    base = next(seed for name, _, seed in plain if name == "RH")
     for result in found:
         name, bits, seed = result.spec.rotation.name, result.spec.bits, results.seed_of(result.spec)
         if result.spec.keep_out:
             rows.append(results.difference_row(result, plain[name, bits, seed], name))
-        elif name != "RH" and ("RH", bits, seed) in plain:
-            rows.append(results.difference_row(result, plain["RH", bits, seed], "RH"))
-    return pd.DataFrame(rows, columns=list(results.COLUMNS))
+        elif name != "RH" and (reference := plain.get(("RH", bits, base if seed is None else seed))):
+            rows.append(results.difference_row(result, reference, "RH"))
+    return results.table(rows)
 
 
 def error_site(recorded: Capture) -> str:
@@ -174,8 +176,15 @@ def save_main(result: MainResult, folder: Path) -> list[Path]:
     recorded, site = result.capture, error_site(result.capture)
     matrices = {**errors.default_rotations(recorded.channels, result.setting.seed), "DFRot": result.refinement.R}
     token = int(recorded.residual_max[recorded.sites.index(site)].argmax())
-    wide = errors.wide(errors.token_errors(recorded, matrices, sites=[site]))
-    about = {"model": result.setting.model.source, "corpus": result.setting.corpus, "seed": result.setting.seed, "capture": recorded.key}
+    quantizer = result.setting.refine.quantizer  # the evaluation's and the refinement's own
+    wide = errors.wide(errors.token_errors(recorded, matrices, [quantizer], sites=[site]))
+    about = {
+        "model": result.setting.model.source,
+        "corpus": result.setting.corpus,
+        "seed": result.setting.seed,
+        "capture": recorded.key,
+        "quantizer": quantizer.name,
+    }
     with figures.theme():
         residual, axes = figures.plt.subplots(1, 2, figsize=(10, 3.6))
         figures.plot_residual(recorded.residual_max, recorded.residual_median, ax=axes[0])
@@ -183,7 +192,10 @@ def save_main(result: MainResult, folder: Path) -> list[Path]:
         drawn: dict[str, tuple[Any, dict[str, Any]]] = {
             "residual-and-refinement": (residual, {"refine": result.setting.refine.to_dict()}),
             "token-errors": (figures.figure_errors(wide), {"site": site, "rows": len(wide)}),
-            "massive-token": (figures.figure_massive_token(errors.massive_values(recorded, site, token, matrices)), {"site": site, "token": token}),
+            "massive-token": (
+                figures.figure_massive_token(errors.massive_values(recorded, site, token, matrices, quantizer)),
+                {"site": site, "token": token},
+            ),
             "perplexity": (figures.figure_perplexity(result.table), {"rows": sorted(set(result.table["spec"]))}),
         }
         return [figures.save_figure(fig, name, folder, {**about, **extra}) for name, (fig, extra) in drawn.items()]

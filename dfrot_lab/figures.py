@@ -20,6 +20,8 @@ from . import results
 COLOURS = {"NR": "#555555", "RO": "#D55E00", "RH": "#0072B2", "DFRot": "#009E73"}
 """One colour a rotation everywhere: from Okabe and Ito's colour-blind-safe set, of different lightness so that they part in grey too."""
 MARKERS = {"NR": "s", "RO": "^", "RH": "o", "DFRot": "D"}
+FAR = 5.0
+"""A perplexity more than this many times the best is written out instead of drawn: it would squeeze all others into one spot."""
 MASSIVE_COLOUR, ORDINARY_COLOUR = "#CC2936", "#9AA5B1"
 
 THEME: dict[str, Any] = {
@@ -119,12 +121,15 @@ def plot_perplexity(table: pd.DataFrame, bits: str, *, ax: Axes | None = None) -
     A results table; the dotted line is full precision, where the table has it.
     """
     ax = _axes(ax)
-    rows = [r for r in results.records(table) if r["seed"] == table["seed"].iloc[0]]
+    rows = results.records(results.first_seed(table))
     exact = [r for r in rows if results.label(r) == "full precision"]
     shown = [r for r in rows if results.bits(r) == bits and r not in exact]
     for place, entry in enumerate(shown):
         colour, value = COLOURS.get(entry["rotation"], "k"), entry["value"]
         low, high = entry["ci95"]
+        if value > FAR * min(r["value"] for r in shown):
+            ax.annotate(f"{value:,.0f}, off the scale ", (1, place), xycoords=("axes fraction", "data"), ha="right", va="center", c=colour)
+            continue
         face = "white" if entry["keep_out"] else colour
         ax.errorbar(
             value, place, xerr=[[value - low], [high - value]], c=colour, marker=MARKERS.get(entry["rotation"], "o"), mfc=face, ms=7, capsize=3
@@ -132,8 +137,6 @@ def plot_perplexity(table: pd.DataFrame, bits: str, *, ax: Axes | None = None) -
         ax.annotate(f"{value:.2f}", (value, place), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=8)
     ax.set_yticks(range(len(shown)), [results.label(r) for r in shown])
     ax.set(title=bits, xlabel="perplexity", ylim=(len(shown) - 0.5, -0.6))
-    if shown and max(r["value"] for r in shown) > 10 * min(r["value"] for r in shown):
-        ax.set_xscale("log")
     for entry in exact[:1]:
         ax.axvline(entry["value"], ls=":", c="#333333", lw=1)
     return ax

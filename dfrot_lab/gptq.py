@@ -91,7 +91,8 @@ def _codes(codes: Tensor, scale: Tensor, spec: WeightSpec) -> Quantized:
 def quantize_weights(loaded: LoadedModel, spec: WeightSpec, key: Any, store: Store | None = None, *, r4: bool = True) -> None:
     """Put quantized weights into every linear of `loaded` (rotated as wanted; `r4` says whether down_proj gets R4), from the store or computed now.
 
-    `key` is the JSON-able identity of the model as it is, bytes and rotation: the weights are stored under it. lm_head and embedding stay.
+    `key` is the JSON-able identity of the model as it is, bytes and rotation (so that `r4` follows from it): the weights are stored under it.
+    lm_head and embedding stay as they are.
     """
     if spec.quantizer.bits == 16:
         return

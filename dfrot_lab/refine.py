@@ -9,6 +9,7 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 import torch
@@ -27,7 +28,7 @@ ROWS_AT_ONCE = 4096
 """Rows of one product: small enough that x R, its quantized values and their difference stay in cache between the passes."""
 
 RELEASED_SLACK, RELEASED_GAIN = 100.0, 0.1
-"""The released code's accept test on the weighted Frobenius error: it starts from the first error + 100 and wants 0.1 less each time."""
+"""The released code's accept test on the weighted Frobenius error: a step must end at least 0.1 below the error before it + 100, so it may rise."""
 
 CHECKPOINT_EVERY = 10
 
@@ -81,9 +82,9 @@ def half_step(rows: Tensor, R: Tensor, weights: Tensor, mask: Tensor, quantizer:
 
     Returns sum of w^2 x^T Q(x R) (channels, channels) float64, and the losses of R itself, which cost nothing more: objective, normal, massive.
     """
-    product = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
+    product = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64, device=rows.device)
     R = R.to(rows)
-    error = torch.empty(len(rows), dtype=torch.float64)
+    error = torch.empty(len(rows), dtype=torch.float64, device=rows.device)
     for start in range(0, len(rows), ROWS_AT_ONCE):
         part = slice(start, start + ROWS_AT_ONCE)
         rotated = rows[part] @ R
@@ -149,12 +150,9 @@ def _as_released(rows: Tensor, spec: RefineSpec, mask: Tensor, weights: Tensor, 
     for step in tqdm(range(spec.steps + 1), desc="refine (as released)", unit="step", leave=False):
         product, losses = half_step(rows, R, weights, mask, spec.quantizer)
         frobenius = math.sqrt(losses["objective"] * len(rows))
-        if step == 0:
-            bound = frobenius + RELEASED_SLACK
-        elif not (frobenius <= bound and bound - frobenius > RELEASED_GAIN):
+        if step and not bound - frobenius > RELEASED_GAIN:
             break
-        else:
-            bound = frobenius
+        bound = frobenius + RELEASED_SLACK
         state.R = R
         _note(state, step, losses, start)
         R = torch.linalg.qr(polar(product))[0]
@@ -180,15 +178,19 @@ def refined(spec: RefineSpec, store: Store | None = None) -> RefineResult:
         writer.save_json("history", result.history.to_dict("records"))
         writer.drop("state")
 
-    inputs = {"spec": spec.with_(capture=spec.capture.with_(corpus=corpus.resolve(spec.capture.corpus))).to_dict(), "capture": recorded.key}
-    artefact = store.get_or_make("refine", inputs, make)
-    return RefineResult(artefact.tensors("R1")["R1"], pd.DataFrame(artefact.json("history")))
+    artefact = store.get_or_make("refine", {"refine": identity(spec)}, make)
+    return RefineResult(artefact.tensors("R1")["R1"], pd.DataFrame(artefact.json("history"), columns=list(HISTORY)))
 
 
-def key_of(spec: RefineSpec) -> str:
-    """Content key of a refined rotation: the spec and the model's bytes, without running anything."""
-    resolved = spec.with_(capture=spec.capture.with_(corpus=corpus.resolve(spec.capture.corpus)))
-    return f"{resolved.key}-{models.fingerprint(spec.capture.model)}"
+def identity(spec: RefineSpec) -> dict[str, Any]:
+    """What a refined rotation is keyed by, without running anything: the spec, and the bytes of model, text and a start from a file."""
+    text = corpus.resolve(spec.capture.corpus)
+    return {
+        "spec": spec.with_(capture=spec.capture.with_(corpus=text)).to_dict(),
+        "model": models.fingerprint(spec.capture.model),
+        "text": corpus.fingerprint(text),
+        "init": rotations.identity(spec.init),
+    }
 
 
 def _save_state(writer: Writer, state: _State) -> None:
@@ -202,6 +204,6 @@ def _resume(writer: Writer, spec: RefineSpec) -> _State | None:
     if spec.variant == "as_released" or not writer.has("state"):
         return None
     saved = writer.load_tensors("state")
-    history = [dict(zip(HISTORY, row, strict=True)) for row in saved["history"].tolist()]
+    history = [dict(zip(HISTORY, [int(row[0]), *row[1:]], strict=True)) for row in saved["history"].tolist()]
     log.info("going on with refinement at step %d of %d", len(history), spec.steps)
     return _State(R=saved["R"], best=saved["best"], history=history)

@@ -48,10 +48,21 @@ def difference_row(result: EvalResult, reference: EvalResult, name: str) -> dict
     return {**_identity(result), "metric": f"{PERPLEXITY} - {name}", "value": value, "ci95": list(interval)}
 
 
-def seed_of(spec: EvalSpec) -> int:
-    """The seed of a row's rotation; of a refined one's start."""
+def seed_of(spec: EvalSpec) -> int | None:
+    """The seed of a row's rotation, or of a refined one's start; None where nothing is random."""
     rotation = spec.rotation.init if isinstance(spec.rotation, RefineSpec) else spec.rotation
-    return rotation.seed
+    return rotation.seed if rotation.kind in ("RO", "RH") else None
+
+
+def table(entries: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
+    """Results rows as a table, COLUMNS in order, seeds whole numbers or missing."""
+    return pd.DataFrame(list(entries), columns=list(COLUMNS)).astype({"seed": "Int64"})
+
+
+def first_seed(entries: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the first seed, and those in which nothing is random."""
+    seeds = entries["seed"].dropna()
+    return entries if seeds.empty else entries[entries["seed"].isna() | (entries["seed"] == seeds.iloc[0]).fillna(value=False)]
 
 
 def _identity(result: EvalResult) -> dict[str, Any]:
@@ -110,7 +121,7 @@ def load(path: Path) -> pd.DataFrame:
         except json.JSONDecodeError as error:
             if number < len(lines):
                 raise ValueError(f"{path} line {number} must be one JSON object; got {line[:60]!r}") from error
-    return pd.DataFrame(rows, columns=list(COLUMNS))
+    return table(rows)
 
 
 def rows(table: pd.DataFrame) -> list[dict[str, Any]]:
@@ -146,7 +157,7 @@ def records(table: pd.DataFrame, metric: str = PERPLEXITY) -> list[dict[str, Any
 
 def comparison(table: pd.DataFrame, metric: str = PERPLEXITY) -> pd.DataFrame:
     """One metric as the paper prints it: a row a rotation, a column for each setting of the bits, cells `value [low, high]`; first seed only."""
-    rows = [r for r in records(table, metric) if r["seed"] == table["seed"].iloc[0]]
+    rows = records(first_seed(table), metric)
     cells = pd.DataFrame({"row": [label(r) for r in rows], "bits": [bits(r) for r in rows], "cell": [_cell(r) for r in rows]})
     order = list(dict.fromkeys(cells["row"]))
     columns = list(dict.fromkeys(cells["bits"]))

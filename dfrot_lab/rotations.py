@@ -11,9 +11,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dfrot_lab import __version__
-from dfrot_lab.hadamard import hadamard_matrix
-from dfrot_lab.specs import RotationSpec, Spec
+from . import __version__
+from .hadamard import hadamard_matrix
+from .specs import RotationSpec, Spec, file_digest
 
 TENSOR = "R1"
 MAX_ORTHOGONALITY_ERROR = 1e-4
@@ -62,6 +62,11 @@ def make(spec: RotationSpec, channels: int) -> Tensor:
         raise ValueError(f"RotationSpec.block must divide the {channels} channels; got {block}. Use one of {near}")
     generator = torch.Generator().manual_seed(spec.seed)
     return torch.block_diag(*(_block(spec.kind, block, generator) for _ in range(channels // block)))
+
+
+def identity(spec: RotationSpec) -> dict[str, Any]:
+    """What a rotation is keyed by: its spec, a file by its bytes and not by where it lies."""
+    return {**spec.to_dict(), "path": file_digest(spec.path) if spec.path else None}
 
 
 def orthogonality_error(R: Tensor) -> float:

@@ -1,6 +1,7 @@
 """Tiny models with planted massive activations, a store of its own for every test, and the real default model for marked tests."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,15 @@ def save_tiny(folder: Path, family: str = "llama", **options) -> ModelSpec:
     loaded.model.save_pretrained(folder)
     loaded.tokenizer.save_pretrained(folder)
     return ModelSpec(source=str(folder))
+
+
+@pytest.fixture(autouse=True)
+def few_threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    """One thread for tiny tensors, where a second one only waits; the marked tests on the default model keep all."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(before if request.node.get_closest_marker("model") else 1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

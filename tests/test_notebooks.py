@@ -1,8 +1,9 @@
 """The notebooks: their form as committed, and that each runs top to bottom.
 
-To make the outputs again after a change (TQDM_DISABLE keeps progress bars out of them, record_timing the clock):
+To make the outputs again after a change, from the repository's root (record_timing keeps the clock out of them). If anything had to be computed or
+fetched, run it once more: progress bars are outputs too, and a test below refuses them.
 
-    TQDM_DISABLE=1 jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False notebooks/*.ipynb
+    jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False notebooks/*.ipynb
 """
 
 import ast

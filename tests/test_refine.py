@@ -20,7 +20,7 @@ from dfrot_lab import massive, rotations
 from dfrot_lab import refine as module
 from dfrot_lab.capture import capture
 from dfrot_lab.quantize import fake_quantize, squared_error
-from dfrot_lab.refine import RefineResult, _State, half_step, key_of, polar, procrustes, refine, refined, row_weights
+from dfrot_lab.refine import RefineResult, _State, half_step, identity, polar, procrustes, refine, refined, row_weights
 from dfrot_lab.specs import CaptureSpec, CorpusSpec, ModelSpec, QuantSpec, RefineSpec, RotationSpec
 from dfrot_lab.store import Store
 
@@ -451,15 +451,15 @@ def test_a_start_from_a_file_is_known_by_its_bytes(tiny_spec, text_file, store, 
     path = tmp_path / "start.safetensors"
     rotations.save(orthogonal(64, seed=0), path, None)
     spec = spec_of(tiny_spec, text_file, steps=1, variant="as_paper", init=RotationSpec(kind="file", path=str(path)))
-    first, first_key = refined(spec, store), key_of(spec)
+    first, first_key = refined(spec, store), identity(spec)
     rotations.save(orthogonal(64, seed=1), path, None)
     second = refined(spec, store)
-    assert key_of(spec) != first_key
+    assert identity(spec) != first_key
     assert rotations.distance(first.R, second.R) > 0.5
 
 
 def test_another_calibration_text_at_the_same_path_is_another_refinement(tiny_spec, text_file):
     spec = spec_of(tiny_spec, text_file)
-    before = key_of(spec)
+    before = identity(spec)
     text_file.write_text("other words\n" + text_file.read_text())
-    assert key_of(spec) != before
+    assert identity(spec) != before
