@@ -93,7 +93,10 @@ def test_evaluate_adds_rows_to_a_file(bench, tmp_path):
 
 def run_program(bench, tmp_path, *more):
     command = [sys.executable, "-m", "dfrot_lab", "run", *bench, "--windows", "2", "--out", str(tmp_path / "out"), *more]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "TOKENIZERS_PARALLELISM": "false"})
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job is deaf to Ctrl-C, and so would its children be
+    )  # fmt: skip
 
 
 def test_run_stopped_by_ctrl_c_goes_on_and_a_second_run_reuses_everything(bench, tmp_path):
