@@ -33,7 +33,7 @@ def median_seconds(work: Callable[[], object], runs: int) -> float:
 
 
 def peak_gb(kind: str, tokens: int) -> float:
-    """Peak resident memory of one forward pass, `plain` or with `capture`, in a fresh process (a used heap hides it); the least of three, as heaps vary."""
+    """Peak resident memory of one forward pass, `plain` or with `capture`, in a fresh process, for a used heap hides it; the least of three."""
     command = [sys.executable, __file__, "--tokens", str(tokens), "--memory", kind]
     runs = [subprocess.run(command, capture_output=True, text=True, check=True) for _ in range(3)]
     return min(float(run.stdout.split()[-1]) for run in runs)
