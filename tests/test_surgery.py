@@ -35,15 +35,6 @@ ROTATIONS = {
 TEXT = "\n".join(f"{i} sheep and {i * 7 % 13} goats went over hill {i % 5}; nobody counted them but the dog." for i in range(20))
 
 
-@pytest.fixture(autouse=True)
-def one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Tiny models run many times faster without a pool of threads to wake up; the default model keeps the pool."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(before if request.node.get_closest_marker("model") else 1)
-    yield
-    torch.set_num_threads(before)
-
-
 def relative(found: Tensor, wanted: Tensor) -> float:
     """Largest difference over the largest wanted value; NaN, which compares false, where one is not finite."""
     return float((found - wanted).abs().max() / wanted.abs().max())
