@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -20,10 +19,12 @@ logger = logging.getLogger(__name__)
 
 Transform = Callable[[Tensor, float], Tensor]
 
-LARGEST_SINGLE = 128
-"""A power of two up to this is one matrix product: measured on a 2-core CPU, splitting it further is slower or no faster."""
-STAGE = 64
-"""A larger power of two is split into products of this order: the fastest last stage in the same measurement."""
+LARGEST = 64
+"""Largest order that is one matrix product: measured on a 2-core CPU, splitting it is slower, and not splitting a larger one too."""
+STAGE = 32
+"""What a larger power of two is split into: the fastest stage in the same measurement (`benchmarks/hadamard.py`)."""
+CHUNK = 1 << 19
+"""Elements worked on at once on a CPU: what is between two stages stays in cache."""
 KERNEL_MAX = 32768
 """Largest power of two that the fast-hadamard-transform package takes."""
 WORK_DTYPES = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.float32: torch.float32, torch.float64: torch.float64}
@@ -115,44 +116,66 @@ def hadamard_matrix(n: int, *, dtype: torch.dtype = torch.float64, device: torch
 
 
 @functools.cache
-def _small(order: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The matrix of one factor, kept for the next call."""
+def _small(orders: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The Kronecker product of a few factors' matrices, kept for the next call."""
     # A cached matrix that was first made under inference_mode could never take part in a backward pass.
     with torch.inference_mode(False):
-        return _factor_matrix(order).to(device=device, dtype=dtype)
+        return functools.reduce(torch.kron, map(_factor_matrix, orders)).to(device=device, dtype=dtype)
 
 
-def _kron_product(x: Tensor, orders: tuple[int, ...], scale: float = 1.0) -> Tensor:
-    """x (..., n) @ (H_1 kron H_2 kron ... kron I).T * scale, one small product per order; the identity fills up what `orders` leave of n.
+@functools.cache
+def _stages(n: int) -> tuple[tuple[int, ...], ...]:
+    """The factors of n as the products a CPU computes: 1536 = 12 x 128 -> ((12, 4), (32,)), 14336 = 28 x 512 -> ((28,), (16,), (32,))."""
+    *tables, power = _required_factors(n)
+    stages: list[tuple[int, ...]] = []
+    while power > LARGEST:
+        stages.insert(0, (STAGE,))
+        power //= STAGE
+    head: list[tuple[int, ...]] = [(table,) for table in tables]
+    if head and head[-1][0] * power <= LARGEST:
+        head[-1] += (power,)
+    elif power > 1 or not head:
+        head.append((power,))
+    return (*head, *stages)
 
-    `scale` is used by the product over the last axis, so `orders` must reach it where scale is not 1.
+
+def _kron_product(x: Tensor, stages: tuple[tuple[int, ...], ...], scale: float = 1.0, out: Tensor | None = None) -> Tensor:
+    """x (..., n) @ (H_1 kron H_2 kron ... kron I).T * scale, one small product a stage; the identity fills up what `stages` leave of n.
+
+    `scale` is used by the product over the last axis, so `stages` must reach it where scale is not 1. The result goes to `out` where given.
     """
     rows, right = x, x.shape[-1]
-    for order in orders:
-        right //= order
-        h = _small(order, x.dtype, x.device)
-        rows = F.linear(rows.reshape(-1, order), h * scale) if right == 1 else torch.matmul(h, rows.reshape(-1, order, right))
+    for orders in stages:
+        h = _small(orders, x.dtype, x.device)
+        right //= len(h)
+        if right > 1:
+            rows = torch.matmul(h, rows.reshape(-1, len(h), right))
+        else:
+            rows = torch.mm(rows.reshape(-1, len(h)), h.T * scale, out=None if out is None else out.view(-1, len(h)))
     return rows.reshape(x.shape)
 
 
-def _torch_power_of_two(x: Tensor, scale: float) -> Tensor:
-    """x (..., 2^k) @ H.T * scale, where H of order a b is H_a kron H_b: the routine for every device without a kernel."""
-    stages, left = [], x.shape[-1]
-    while left > LARGEST_SINGLE:
-        stages.append(STAGE)
-        left //= STAGE
-    return _kron_product(x, (left, *stages), scale)
+def _torch_transform(x: Tensor, scale: float) -> Tensor:
+    """The transform in torch products, for every device without a kernel; on a CPU a few rows at a time."""
+    n, stages = x.shape[-1], _stages(x.shape[-1])
+    if x.device.type != "cpu" or x.numel() <= CHUNK or (x.requires_grad and torch.is_grad_enabled()):
+        return _kron_product(x, stages, scale)
+    rows = x.reshape(-1, n)
+    out = torch.empty_like(rows)
+    for part, result in zip(rows.split(step := max(1, CHUNK // n)), out.split(step), strict=True):
+        _kron_product(part, stages, scale, out=result)
+    return out.reshape(x.shape)
 
 
-def _transform(x: Tensor, scale: float, power_of_two: Transform) -> Tensor:
-    """The transform with `power_of_two(rows (..., 2^k), scale)` for the last factor and small products for the table factors.
+def _kernel_transform(x: Tensor, scale: float, kernel: Transform) -> Tensor:
+    """The transform with `kernel(rows (..., 2^k), scale)` for the last factor and small products for the table factors.
 
-    The routine is an argument so that the path a GPU takes can be tested without one.
+    The kernel is an argument so that the path a GPU takes can be tested without one.
     """
     *tables, power = _required_factors(x.shape[-1])
     if power == 1:
-        return _kron_product(x, tuple(tables) or (1,), scale)
-    return power_of_two(_kron_product(x, tuple(tables)).reshape(-1, power), scale).reshape(x.shape)
+        return _torch_transform(x, scale)
+    return kernel(_kron_product(x, tuple((table,) for table in tables)).reshape(-1, power), scale).reshape(x.shape)
 
 
 @functools.cache
@@ -181,6 +204,7 @@ def hadamard_transform(x: Tensor, scale: float = 1.0) -> Tensor:
         return x.clone()  # a kernel launch over no rows is a CUDA error
     kernel = _cuda_kernel() if x.is_cuda and x.dtype != torch.float64 and orders[-1] <= KERNEL_MAX else None
     if kernel is not None and len(orders) == 1:
-        return _transform(x, scale, kernel)  # reads 16 bits, sums in float32 and rounds once, by itself
+        return _kernel_transform(x, scale, kernel)  # reads 16 bits, sums in float32 and rounds once, by itself
     # A sum of n terms can leave float16's range before `scale` brings it back, and rounding after each factor would add up: round once, at the end.
-    return _transform(x.to(WORK_DTYPES[x.dtype]), scale, kernel or _torch_power_of_two).to(x.dtype)
+    work = x.to(WORK_DTYPES[x.dtype])
+    return (_torch_transform(work, scale) if kernel is None else _kernel_transform(work, scale, kernel)).to(x.dtype)
