@@ -1,12 +1,14 @@
 """What a rotation is worth: perplexity of the quantized model, with its uncertainty, one row a spec.
 
 Perplexity follows the WikiText-2 protocol of GPTQ, QuaRot and DFRot: the text tokenised whole, cut into windows, exp(mean over windows of the mean
-next-token loss). Weights are really on their 4-bit grid; activations and the KV cache are fake-quantized: rounded to the grid, computed in float.
+next-token loss). Where weights and activations both have codes, linears run in integer arithmetic; with 16-bit weights, and for the KV cache, values
+are fake-quantized: rounded to their grid, computed in float.
 """
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,10 +19,10 @@ from scipy import stats
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from . import corpus, gptq, massive, models, refine, rotations, surgery
+from . import corpus, gptq, integer, massive, models, refine, rotations, surgery
 from .models import LoadedModel
 from .quantize import fake_quantize
-from .specs import EvalSpec, QuantSpec, RefineSpec, RotationSpec, WeightSpec
+from .specs import EvalSpec, RefineSpec, RotationSpec, WeightSpec
 from .store import Artefact, Store, Writer
 
 log = logging.getLogger(__name__)
@@ -35,10 +37,11 @@ KIND = "evaluation"
 
 @dataclass(frozen=True)
 class Built:
-    """A model with R1 and R2 fused and its weights quantized, and the R1 it has (None without rotation)."""
+    """A model with R1 and R2 fused and its weights quantized, the R1 it has (None without rotation) and its weight codes (none at 16 bits)."""
 
     loaded: LoadedModel
     R: Tensor | None
+    codes: list[gptq.LayerCodes]
 
 
 @dataclass(frozen=True)
@@ -128,27 +131,38 @@ def build(spec: EvalSpec, store: Store) -> Built:
         surgery.rotate_heads(loaded)
         surgery.rotate_down(loaded)
     key = {"model": models.fingerprint(spec.model), "rotation": rotation_key(spec.rotation)}
-    gptq.quantize_weights(loaded, spec.weights, key, store, r4=R is not None)
-    return Built(loaded, None if R is None else R.to(next(loaded.model.parameters()).dtype))
+    codes = gptq.quantize_weights(loaded, spec.weights, key, store, r4=R is not None)
+    return Built(loaded, None if R is None else R.to(next(loaded.model.parameters()).dtype), codes)
 
 
-def keep_out(quantizer: QuantSpec, rule: str, R: Tensor | None) -> surgery.Transform:
-    """A norm-output transform that quantizes all tokens but the massive ones, judged by `rule` on the unrotated row x R^T (`QuaRot.FP16()`)."""
-
-    def transform(x: Tensor) -> Tensor:
-        mask = massive.rows_rule(x if R is None else x @ R.T, rule, root=massive.KEEP_OUT_ROOT)
-        return torch.where(mask[..., None], x, fake_quantize(x, quantizer))
-
-    return transform
+def keep_out(rule: str, R: Tensor | None) -> surgery.Transform:
+    """Which rows of a norm's output (..., channels) are massive, judged by `rule` on the unrotated row x R^T: those `QuaRot.FP16()` leaves alone."""
+    return lambda x: massive.rows_rule(x if R is None else x @ R.T, rule, root=massive.KEEP_OUT_ROOT)
 
 
-def quantized(built: Built, spec: EvalSpec) -> Any:
-    """Context manager under which the built model runs with `spec`'s online rotations, activation and KV quantization and keep-out."""
-    act = spec.activations
-    linear_input = None if act.bits == 16 else lambda x: fake_quantize(x, act)
-    norm_output = keep_out(act, spec.keep_out, built.R) if spec.keep_out and act.bits < 16 else linear_input
-    rotated = built.R is not None
-    return surgery.online(built.loaded, r3=rotated and spec.kv.bits < 16, r4=rotated, norm_output=norm_output, linear_input=linear_input, kv=spec.kv)
+def is_integer(spec: EvalSpec) -> bool:
+    """Whether both sides of every linear are codes that fit int8, so that it runs as an integer product."""
+    return spec.weights.quantizer.bits <= 8 and integer.fits(spec.activations)
+
+
+@contextmanager
+def quantized(built: Built, spec: EvalSpec, *, fake: bool = False) -> Iterator[None]:
+    """While the block runs the built model has `spec`'s online rotations, activation and KV quantization and keep-out.
+
+    Linears run in integer arithmetic where `is_integer`; `fake` has them compute in float on rounded values instead, the same to float rounding.
+    """
+    act, rotated = spec.activations, built.R is not None
+    spare = keep_out(spec.keep_out, built.R) if spec.keep_out else None
+    r3 = rotated and spec.kv.bits < 16
+    with ExitStack() as stack:
+        if is_integer(spec) and not fake:
+            stack.enter_context(integer.integer_linears(built.loaded, built.codes, act, r4=surgery.apply_r4 if rotated else None, spare=spare))
+            stack.enter_context(surgery.online(built.loaded, r3=r3, kv=spec.kv))
+        else:
+            linear_input = None if act.bits == 16 else lambda x: fake_quantize(x, act)
+            norm_output = linear_input if spare is None else lambda x: torch.where(spare(x)[..., None], x, fake_quantize(x, act))
+            stack.enter_context(surgery.online(built.loaded, r3=r3, r4=rotated, norm_output=norm_output, linear_input=linear_input, kv=spec.kv))
+        yield
 
 
 @torch.inference_mode()

@@ -22,8 +22,14 @@ from .store import Store, Writer
 
 log = logging.getLogger(__name__)
 
+LayerCodes = dict[str, Quantized]
+"""The quantized weights of one decoder layer by linear name."""
+
 COLUMNS = 128
 """Columns quantized before the rest of the matrix hears of their error in one product: GPTQ's lazy batch."""
+
+HESSIAN_BLOCK = 192
+"""Columns of a Hessian computed at once: half of it is known by symmetry, and narrower products are slower."""
 
 
 def rtn(weight: Tensor, spec: WeightSpec) -> Quantized:
@@ -68,6 +74,17 @@ def _block(weight: Tensor, factor: Tensor, scale: Tensor, low: int, high: int) -
     return codes.T, errors.T
 
 
+def hessian_of(x: Tensor) -> Tensor:
+    """sum over rows of x x^T (in, in) for `x` (tokens, in): the upper blocks are computed, the lower ones are their mirror image."""
+    n = x.shape[1]
+    hessian = x.new_empty(n, n)
+    for start in range(0, n, HESSIAN_BLOCK):
+        block, rest = slice(start, start + HESSIAN_BLOCK), slice(start + HESSIAN_BLOCK, n)
+        hessian[block, start:] = x[:, block].T @ x[:, start:]
+        hessian[rest, block] = hessian[block, rest].T
+    return hessian
+
+
 def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     """Upper Cholesky factor of the inverse of the damped Hessian, in float64, returned as float32."""
     damped = hessian.double()
@@ -88,14 +105,14 @@ def _codes(codes: Tensor, scale: Tensor, spec: WeightSpec) -> Quantized:
     return Quantized(codes.to(torch.int8 if spec.quantizer.bits <= 8 else torch.int32), scale, torch.zeros_like(scale))
 
 
-def quantize_weights(loaded: LoadedModel, spec: WeightSpec, key: Any, store: Store | None = None, *, r4: bool = True) -> None:
+def quantize_weights(loaded: LoadedModel, spec: WeightSpec, key: Any, store: Store | None = None, *, r4: bool = True) -> list[LayerCodes]:
     """Put quantized weights into every linear of `loaded` (rotated as wanted; `r4` says whether down_proj gets R4), from the store or computed now.
 
     `key` is the JSON-able identity of the model as it is, bytes and rotation (so that `r4` follows from it): the weights are stored under it.
-    lm_head and embedding stay as they are.
+    lm_head and embedding stay as they are. Returns the codes, one mapping a layer, memory-mapped; an empty list at 16 bits.
     """
     if spec.quantizer.bits == 16:
-        return
+        return []
     spec = spec.with_(corpus=corpus.resolve(spec.corpus))
     inputs: dict[str, Any] = {"weights": spec.to_dict(), "model": key}
     if spec.method == "gptq":
@@ -109,17 +126,19 @@ def quantize_weights(loaded: LoadedModel, spec: WeightSpec, key: Any, store: Sto
             _run_rtn(loaded, spec, writer)
 
     artefact = store.get_or_make("weights", inputs, make)
-    for index, layer in enumerate(loaded.layers):
-        _install(layer, artefact.tensors(_file(index)))
+    return [_install(layer, artefact.tensors(_file(index))) for index, layer in enumerate(loaded.layers)]
 
 
 def _file(index: int) -> str:
     return f"layer-{index:03d}"
 
 
-def _install(layer: nn.Module, saved: dict[str, Tensor]) -> None:
-    for name in {key.rsplit(":", 1)[0] for key in saved}:
-        _put(models.linear(layer, name), Quantized(saved[f"{name}:codes"], saved[f"{name}:scale"], torch.zeros_like(saved[f"{name}:scale"])))
+def _install(layer: nn.Module, saved: dict[str, Tensor]) -> LayerCodes:
+    names = sorted({key.rsplit(":", 1)[0] for key in saved})
+    codes = {name: Quantized(saved[f"{name}:codes"], scale := saved[f"{name}:scale"], torch.zeros_like(scale)) for name in names}
+    for name, quantized in codes.items():
+        _put(models.linear(layer, name), quantized)
+    return codes
 
 
 def _put(linear: nn.Linear, quantized: Quantized) -> None:
@@ -163,8 +182,7 @@ def _quantized_on_arrival(layer: nn.Module, names: tuple[str, ...], spec: Weight
     """While the block runs, the first input to reach the linears `names` of a layer has them quantized before they use it."""
 
     def arrive(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        x = args[0].reshape(-1, args[0].shape[-1])
-        hessian = x.T @ x
+        hessian = hessian_of(args[0].reshape(-1, args[0].shape[-1]))
         for name in names:
             linear = models.linear(layer, name)
             done[name] = gptq(linear.weight, hessian, spec)

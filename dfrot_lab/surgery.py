@@ -135,7 +135,7 @@ def online(
                 if norm_output is not None:
                     _replace_output(stack, layer.get_submodule(norm), norm_output)
             if r4:
-                _replace_input(stack, layer.get_submodule(loaded.roles.down), _r4)
+                _replace_input(stack, layer.get_submodule(loaded.roles.down), apply_r4)
             if linear_input is not None:
                 _replace_input(stack, layer.get_submodule(loaded.roles.o), linear_input)
                 _replace_input(stack, layer.get_submodule(loaded.roles.down), linear_input)
@@ -144,7 +144,8 @@ def online(
         yield
 
 
-def _r4(x: Tensor) -> Tensor:
+def apply_r4(x: Tensor) -> Tensor:
+    """R4, x H^T / sqrt(n): what `rotate_down` makes down_proj expect."""
     return hadamard_transform(x, x.shape[-1] ** -0.5)
 
 
