@@ -17,7 +17,7 @@ DEFAULT_MODEL = "smollm2-135m"
 ROTATION_KINDS = ("NR", "RO", "RH", "file")
 SPLITS = ("calibration", "evaluation", "train", "valid", "test")
 MASSIVE_RULES = ("sun", "nr_error", "ro_vs_nr", "ratio")
-REFINE_VARIANTS = ("guarded", "as_paper", "as_released")
+REFINE_VARIANTS = ("accelerated", "guarded", "as_paper", "as_released")
 WEIGHT_METHODS = ("gptq", "rtn")
 GRANULARITIES = ("per_token", "per_channel", "per_group", "per_tensor")
 DTYPES = ("float32", "float64", "bfloat16", "float16")
@@ -172,8 +172,9 @@ class CaptureSpec(Spec):
 class RefineSpec(Spec):
     """How to refine R1 (DFRot, Eq. 2-8): rows, start, massive weight `gamma` (gamma^2 in the squared loss), steps, quantizer, variant.
 
-    `guarded` (default) runs the paper's steps and keeps the best R by the weighted objective; `as_paper` returns the last R; `as_released` is the
-    released code: symmetric quantizer, QR after the SVD, its accept test. `gamma=inf` fits the massive rows alone.
+    `as_paper` runs the paper's steps and returns the last R, `guarded` the best by the weighted objective; `accelerated` (default) minimises that
+    objective in a twentieth of the time; `as_released` is the released code: symmetric quantizer, QR after the SVD, its accept test. `gamma=inf`
+    fits the massive rows alone.
     """
 
     capture: CaptureSpec = field(default_factory=CaptureSpec)
@@ -182,7 +183,7 @@ class RefineSpec(Spec):
     rule: str = "nr_error"
     steps: int = 100
     quantizer: QuantSpec = field(default_factory=lambda: QuantSpec(symmetric=False))
-    variant: str = "guarded"
+    variant: str = "accelerated"
 
     def __post_init__(self) -> None:
         self._require("gamma", self.gamma > 0, "> 0")

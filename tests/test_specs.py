@@ -60,7 +60,7 @@ BAD = [
     (RefineSpec, {"gamma": math.nan}, "gamma", "> 0"),
     (RefineSpec, {"rule": "moon"}, "rule", "one of sun, nr_error, ro_vs_nr, ratio"),
     (RefineSpec, {"steps": 0}, "steps", "a whole number >= 1"),
-    (RefineSpec, {"variant": "as_told"}, "variant", "one of guarded, as_paper, as_released"),
+    (RefineSpec, {"variant": "as_told"}, "variant", "one of accelerated, guarded, as_paper, as_released"),
     (RefineSpec, {"quantizer": NOTHING}, "quantizer", "fewer than 16 bits"),
     (RefineSpec, {"quantizer": ASYMMETRIC, "variant": "as_released"}, "quantizer", "symmetric with variant as_released"),
     (RefineSpec, {"quantizer": SYMMETRIC, "variant": "as_released", "gamma": math.inf}, "gamma", "finite with variant as_released"),
