@@ -22,7 +22,7 @@ MAIN_BITS = ("16-4-16", "4-4-16", "4-4-4")
 FIGURE_LAYER = 15
 """A layer in the middle of the stretch where the default model's first token is massive (12 to 28)."""
 
-NOMINAL_SECONDS = {"capture": 15, "refine": 100, "build": 8, "gptq": 120, "window": 4.5}
+NOMINAL_SECONDS = {"capture": 30, "refine": 15, "build": 8, "gptq": 75, "window": 3.3}
 """What each kind of work takes on 2 cores with the default model: the first guess of the time left, scaled by the pace measured since."""
 
 

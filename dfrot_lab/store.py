@@ -36,7 +36,7 @@ from .specs import content_key
 if TYPE_CHECKING:
     from torch import Tensor
 
-FORMAT = 1  # version of the layout; part of every key, so a store of another layout is never misread
+FORMAT = 2  # version of layout and formulas; part of every key, so that what another version made is never taken for ours
 HASH_AT_OPEN = 64 * 2**20  # bytes; a larger artefact is not read in full at open
 MANIFEST = "manifest.json"
 

@@ -1,0 +1,39 @@
+"""Freed memory is kept where that can be asked for: seen from outside, in a process of its own."""
+
+import platform
+import subprocess
+import sys
+
+import pytest
+
+from dfrot_lab import memory
+
+COUNT_FAULTS = """
+import resource, sys
+import torch
+from dfrot_lab.memory import keep_freed_memory
+if sys.argv[1] == "kept":
+    assert keep_freed_memory()
+torch.ones(1 << 24)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    torch.ones(1 << 24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def faults(how: str) -> int:
+    return int(subprocess.run([sys.executable, "-c", COUNT_FAULTS, how], capture_output=True, text=True, check=True).stdout)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+def test_pages_are_fetched_once_and_not_for_every_tensor():
+    assert faults("kept") < faults("as usual") / 10
+
+
+def test_elsewhere_nothing_happens(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(memory.sys, "platform", "win32")
+    assert memory.keep_freed_memory() is False
+    monkeypatch.setattr(memory.sys, "platform", "linux")
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda _: object())
+    assert memory.keep_freed_memory() is False
