@@ -14,9 +14,10 @@ import torch
 from dfrot_lab.memory import keep_freed_memory
 if sys.argv[1] == "kept":
     assert keep_freed_memory()
-torch.ones(1 << 24)
+for _ in range(10):
+    torch.ones(1 << 24)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(5):
+for _ in range(30):
     torch.ones(1 << 24)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
@@ -28,7 +29,7 @@ def faults(how: str) -> int:
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
 def test_pages_are_fetched_once_and_not_for_every_tensor():
-    assert faults("kept") < faults("as usual") / 10
+    assert faults("kept") < faults("as usual") / 5
 
 
 def test_elsewhere_nothing_happens(monkeypatch: pytest.MonkeyPatch):
