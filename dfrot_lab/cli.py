@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .memory import keep_freed_memory
 from .specs import DEFAULT_MODEL, CaptureSpec, CorpusSpec, ModelSpec, QuantSpec, RefineSpec, RotationSpec, eval_spec
 
 if TYPE_CHECKING:
@@ -28,11 +29,13 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else 
 Tokens = Annotated[int, typer.Option(help="Tokens to record: up to 2048, or a multiple of it.")]
 Gamma = Annotated[float, typer.Option(help="Weight of massive rows; inf fits them alone.")]
 Windows = Annotated[int, typer.Option(help="Evaluation windows of 2048 tokens.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what it would take; --model may also be llama-2-7b or llama-3-70b.")]
 
 
 class Variant(StrEnum):
     """The refinement variants by name."""
 
+    accelerated = "accelerated"
     guarded = "guarded"
     as_paper = "as_paper"
     as_released = "as_released"
@@ -43,6 +46,7 @@ def _setup(verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log mo
     """See, prove and use what rotation does to 4-bit language models (DFRot, arXiv 2412.00648)."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     log.setLevel(logging.DEBUG if verbose else logging.INFO)
+    keep_freed_memory()
 
 
 @contextmanager
@@ -67,7 +71,7 @@ def _print(value: Any) -> None:
 @app.command()
 def run(
     model: Model = DEFAULT_MODEL, corpus: Corpus = "auto", seed: Seed = 0, out: Out = None, as_json: Json = False,
-    windows: Windows = 6, gamma: Gamma = 100.0,
+    windows: Windows = 6, gamma: Gamma = 100.0, dry_run: DryRun = False,
 ) -> None:  # fmt: skip
     """The main job: capture, refine, GPTQ, and a table of NR, RO, RH and DFRot at 16-4-16, 4-4-16 and 4-4-4, with keep-out rows and figures.
 
@@ -76,6 +80,9 @@ def run(
     from . import experiments, results
 
     with _clear_errors():
+        if dry_run:
+            _dry_run(model, windows, as_json)
+            return
         folder = out or Path("runs") / f"{datetime.now():%Y-%m-%d}"
         folder.mkdir(parents=True, exist_ok=True)
         handler = logging.FileHandler(folder / "log.txt", encoding="utf-8")
@@ -129,8 +136,8 @@ def refine_command(
     gamma: Gamma = 100.0,
     init: Annotated[str, typer.Option(help="Rotation to start from: RH or RO.")] = "RH",
     rule: Annotated[str, typer.Option(help="What makes a row massive: nr_error, ro_vs_nr, sun or ratio.")] = "nr_error",
-    steps: Annotated[int, typer.Option(help="Procrustes steps.")] = 100,
-    variant: Annotated[Variant, typer.Option(help="guarded (default), as_paper, or as_released.")] = Variant.guarded,
+    steps: Annotated[int, typer.Option(help="Steps.")] = 100,
+    variant: Annotated[Variant, typer.Option(help="accelerated (default), guarded, as_paper, or as_released.")] = Variant.accelerated,
 ) -> None:  # fmt: skip
     """Refine R1 (DFRot) and save it as safetensors with its spec. --out: default R1.safetensors."""
     from . import rotations
@@ -237,6 +244,17 @@ def doctor(model: Model = DEFAULT_MODEL, corpus: Corpus = "auto", seed: Seed = 0
         _emit({**about, "missing": missing or "nothing"}, out, as_json)
         if missing:
             raise typer.Exit(1)
+
+
+def _dry_run(model: str, windows: int, as_json: bool) -> None:
+    from . import estimate
+
+    shape, machines = estimate.shape(ModelSpec(source=model)), [estimate.measure_machine(), estimate.GPU_80GB]
+    if as_json:
+        tables = [(machine.name, estimate.estimate(shape, machine, windows=windows)) for machine in machines]
+        _print([{"model": model, "machine": name, **row} for name, table in tables for row in table.to_dict("records")])
+    else:
+        typer.echo(estimate.describe(model, shape, machines, windows=windows))
 
 
 def _capture_spec(model: str, corpus: str, tokens: int) -> CaptureSpec:

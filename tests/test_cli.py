@@ -131,6 +131,26 @@ def test_run_stopped_by_ctrl_c_goes_on_and_a_second_run_reuses_everything(bench,
     assert "The most massive token: '\\n'" in output
 
 
+def test_a_dry_run_says_what_a_model_that_is_not_here_would_take_and_writes_nothing(bench, tmp_path):
+    before = sorted(tmp_path.rglob("*"))
+    shown = invoke("run", "--dry-run", "--model", "llama-2-7b", "--out", str(tmp_path / "out"), "--windows", "2").stdout
+    assert "llama-2-7b: 6,738,415,616 parameters" in shown
+    for name in ("this machine", "one 80 GB GPU", "not measured", "GPTQ", "total", "within a factor of about 2"):
+        assert name in shown
+    rows = pd.DataFrame(json.loads(invoke("run", *bench, "--dry-run", "--json").stdout))
+    assert set(rows["machine"]) == {"this machine", "one 80 GB GPU"}
+    assert (rows["fits"] == True).all()  # noqa: E712 a string would be true as well
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_only_a_dry_run_takes_a_name_that_cannot_be_loaded(bench, tmp_path):
+    assert "ModelSpec.source must be" in invoke("run", "--model", "llama-2-7b", "--out", str(tmp_path / "out"), code=1).stderr
+    assert "llama-2-7b, llama-3-70b" in invoke("run", "--dry-run", "--model", "llama-7b", code=1).stderr
+    shown = CliRunner().invoke(app, ["run", "--help"], env={"COLUMNS": "200"}).output
+    assert "--dry-run" in shown
+    assert all(name in shown for name in ("llama-2-7b", "llama-3-70b"))
+
+
 BAD = [
     (["evaluate", "--bits", "4-4"], "bits must be WEIGHTS-ACTIVATIONS-KV such as 4-4-16; got '4-4'"),
     (["evaluate", "--bits", "1-4-16"], "QuantSpec.bits must be a whole number in 2..16; got 1"),
