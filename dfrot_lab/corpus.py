@@ -1,6 +1,7 @@
 """Text to blocks of token ids: WikiText-2 by the published protocol, a packaged Wikipedia sample, or any text file."""
 
 import bz2
+import functools
 import hashlib
 import json
 import logging
@@ -110,11 +111,17 @@ def token_ids(spec: CorpusSpec, tokenizer: "PreTrainedTokenizerBase") -> "Tensor
     """Ids (tokens,) int64 of the whole text, with one BOS in front if the tokenizer itself begins a text with it, and no other special token."""
     import torch
 
-    # verbose=False: a text longer than the model's context is what we want here, and the warning about it is not.
-    ids = tokenizer(load_text(spec), add_special_tokens=False, verbose=False).input_ids
-    if _adds_bos(tokenizer) and ids[:1] != [tokenizer.bos_token_id]:
-        ids = [tokenizer.bos_token_id, *ids]
+    ids = _plain_ids(load_text(spec), tokenizer)
+    if _adds_bos(tokenizer) and ids[:1] != (tokenizer.bos_token_id,):
+        ids = (tokenizer.bos_token_id, *ids)
     return torch.tensor(ids, dtype=torch.int64)
+
+
+@functools.lru_cache(maxsize=2)
+def _plain_ids(text: str, tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
+    """Ids without special tokens, kept: every row of a table is scored on the same text, and tokenising WikiText-2 takes a second."""
+    # verbose=False: a text longer than the model's context is what we want here, and the warning about it is not.
+    return tuple(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
 
 
 def token_blocks(spec: CorpusSpec, tokenizer: "PreTrainedTokenizerBase", *, blocks: int, window: int = WINDOW) -> "Tensor":
