@@ -4,7 +4,9 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lab figures lint doctor clean
+.PHONY: help run test lab figures bench lint doctor clean
+
+BENCHMARKS := refinement evaluation hadamard gptq capture growth
 
 help: ## list the verbs
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -23,6 +25,11 @@ lab: $(VENV)/ready ## JupyterLab on the notebooks
 
 figures: $(VENV)/ready ## rewrite figures/ and data/results/ from the same code
 	$(BIN)/dfrot-lab figures
+
+bench: $(VENV)/ready ## measure every claim of speed (about half an hour); data/results/bench.jsonl and docs/performance.md
+	rm -f data/results/bench.jsonl
+	for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py --out data/results/bench.jsonl || exit 1; done
+	$(BIN)/python benchmarks/page.py
 
 doctor: $(VENV)/ready ## what is installed, cached and missing
 	$(BIN)/dfrot-lab doctor

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -98,12 +100,26 @@ def test_readmes_tables_are_the_committed_results(name):
 
 
 def test_committed_results_have_provenance():
-    files = sorted((ROOT / "data" / "results").glob("*.jsonl"))
+    files = sorted((ROOT / "data" / "results").glob("main-*.jsonl"))
     assert files
     for file in files:
         rows = [json.loads(line) for line in file.read_text().splitlines()]
         assert all(tuple(row) == results.COLUMNS for row in rows)
         assert all(row["commit"] and row["spec"] and row["windows"] for row in rows)
+
+
+def test_the_performance_page_shows_the_committed_benchmark():
+    run = [sys.executable, "-c", "import page; print(page.page(page.PAGE.read_text(), page.load()) == page.PAGE.read_text())"]
+    done = subprocess.run(run, cwd=ROOT / "benchmarks", capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "True", "docs/performance.md is not that of data/results/bench.jsonl: run python benchmarks/page.py"
+
+
+def test_every_benchmark_runs_with_make_bench_or_says_it_does_not():
+    named = set(re.search(r"^BENCHMARKS := (.*)$", (ROOT / "Makefile").read_text(), re.M)[1].split())
+    scripts = {path.stem for path in (ROOT / "benchmarks").glob("*.py")}
+    assert scripts - named == {"common", "page", "jitter"}
+    rows = [json.loads(line) for line in (ROOT / "data" / "results" / "bench.jsonl").read_text().splitlines()]
+    assert {"refinement", "evaluation", "Hadamard", "GPTQ", "capture", "growth"} == {row["stage"] for row in rows}
 
 
 def test_figures_have_what_they_were_made_from():

@@ -1,0 +1,108 @@
+"""A 4-4-4 forward in integer arithmetic against the plain float32 forward and against eager fake quantization: `python benchmarks/evaluation.py`."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from common import Row, float_rate, int8_rate, options, peak_gb, print_peak, report, seconds
+
+from dfrot_lab import models, surgery
+from dfrot_lab.evaluate import Built, build, canonical, quantized, window_loss
+from dfrot_lab.integer import IntegerLinear
+from dfrot_lab.quantize import fake_quantize
+from dfrot_lab.specs import CorpusSpec, EvalSpec, eval_spec
+from dfrot_lab.store import Store
+
+
+def spec() -> EvalSpec:
+    """RH at 4-4-4 with weights rounded to nearest: how they were rounded costs a forward nothing."""
+    return canonical(eval_spec("4-4-4", weights="rtn", corpus=CorpusSpec(name="wikipedia-sample"), windows=1))
+
+
+def ready() -> tuple[Built, torch.Tensor]:
+    """The built model and one window of token ids."""
+    built = build(spec(), Store())
+    return built, torch.randint(0, 40_000, (1, 2048), generator=torch.Generator().manual_seed(0))
+
+
+def eager(x: torch.Tensor) -> torch.Tensor:
+    """Asymmetric 4-bit fake quantization as research scripts write it: one pass over everything an operation."""
+    low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
+    scale = (high - low) / 15
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    zero = torch.round(-low / scale)
+    return scale * (torch.clamp(torch.round(x / scale) + zero, 0, 15) - zero)
+
+
+@contextmanager
+def fake_eager(built: Built) -> Iterator[None]:
+    """The same model as fake quantization in float, every linear's input by `eager`."""
+    with surgery.online(built.loaded, r3=True, r4=True, norm_output=eager, linear_input=eager, kv=spec().kv):
+        yield
+
+
+@torch.inference_mode()
+def worst_relative_difference(built: Built, ids: torch.Tensor) -> float:
+    """Over all linears, on the input each really gets: ||integer - fake|| / ||fake||."""
+    found: list[float] = []
+
+    def compare(module: torch.nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        x = module.before(args[0]) if module.before else args[0]  # type: ignore[operator]
+        fake = module.original(fake_quantize(x, module.source.spec))  # type: ignore[operator, union-attr, arg-type]
+        found.append(float((output - fake).norm() / fake.norm()))
+
+    with quantized(built, spec()):
+        for module in built.loaded.model.modules():
+            if isinstance(module, IntegerLinear):
+                module.register_forward_hook(compare)  # type: ignore[arg-type]
+        models.body(built.loaded)(ids, use_cache=False)
+    return max(found)
+
+
+def one_window(kind: str) -> None:
+    """Score one window, plain or quantized, and print this process's peak memory."""
+    built, ids = ready()
+    if kind == "plain":
+        window_loss(built.loaded, ids[0])
+    else:
+        with quantized(built, spec()):
+            window_loss(built.loaded, ids[0])
+    print_peak()
+
+
+@torch.inference_mode()
+def main() -> None:
+    """Measure and print."""
+    given = options(__doc__).parse_args()
+    if given.memory:
+        one_window(given.memory)
+        return
+    built, ids = ready()
+
+    def forward() -> object:
+        return models.body(built.loaded)(ids, use_cache=False)
+
+    plain = seconds(forward)
+    with quantized(built, spec()):
+        ours = seconds(forward)
+    with quantized(built, spec(), fake=True):
+        fake = seconds(forward)
+    with fake_eager(built):
+        slow = seconds(forward)
+    linears = 2 * 2048 * sum(models.linear(layer, name).weight.numel() for layer in built.loaded.layers for name in built.loaded.roles.linears)
+    floats = float_rate()
+    floor = plain - linears / floats + linears / int8_rate()
+    worst = worst_relative_difference(built, ids)
+    peaks = {kind: peak_gb(__file__, "--memory", kind) for kind in ("plain", "quantized")}
+    rows = [
+        Row("evaluation", "4-4-4 forward of 2048 tokens / plain float32 forward", ours, plain, bar=1.3, floor=floor),
+        Row("evaluation", "eager fake quantization / integer", ours, slow, at_least=True, floor=floor),
+        Row("evaluation", "our fake quantization / integer", ours, fake, bar=1.0, at_least=True),
+        Row("evaluation", "worst relative difference of a linear to fake quantization / 1e-5", worst, 1e-5, unit="", bar=1.0),
+        Row("evaluation", "peak memory of a scored window / plain model's", peaks["quantized"], peaks["plain"], unit="GB", bar=1.2),
+    ]
+    report(rows, given.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""GPTQ of the default model against its calibration forwards alone, and one layer column by column: `python benchmarks/gptq.py [--windows 16]`."""
+
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from common import RUNS, Row, float_rate, options, report, seconds
+from tqdm.auto import tqdm
+
+from dfrot_lab import corpus, gptq, models, rotations, surgery
+from dfrot_lab.memory import keep_freed_memory
+from dfrot_lab.specs import CorpusSpec, ModelSpec, RotationSpec, WeightSpec
+from dfrot_lab.store import Store
+
+
+def rotated() -> models.LoadedModel:
+    """The default model under RH, not yet quantized."""
+    loaded = models.load_model(ModelSpec())
+    surgery.prepare(loaded)
+    surgery.rotate_residual(loaded, rotations.make(RotationSpec(), loaded.channels))
+    surgery.rotate_heads(loaded)
+    surgery.rotate_down(loaded)
+    return loaded
+
+
+def whole(spec: WeightSpec) -> float:
+    """Seconds of GPTQ from a fresh model to stored weights."""
+    loaded = rotated()
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        gptq.quantize_weights(loaded, spec, "bench", Store(Path(folder)))
+        return time.perf_counter() - start
+
+
+def column_by_column(weight: torch.Tensor, hessian: torch.Tensor, scale: torch.Tensor, damping: float) -> torch.Tensor:
+    """GPTQ as its paper prints it: every column's error goes to all columns after it at once, with the inverse Hessian's own update."""
+    weight, inverse = weight.clone(), torch.linalg.inv(hessian.double() + damping * hessian.diagonal().mean() * torch.eye(len(hessian)))
+    factor = torch.linalg.cholesky(inverse, upper=True).float()
+    codes = torch.empty_like(weight)
+    for i in range(weight.shape[1]):
+        codes[:, i] = torch.clamp(torch.round(weight[:, i] / scale[:, 0]), -8, 7)
+        error = (weight[:, i] - codes[:, i] * scale[:, 0]) / factor[i, i]
+        weight[:, i + 1 :] -= error[:, None] * factor[i, i + 1 :][None]
+    return codes
+
+
+@torch.inference_mode()
+def main() -> None:
+    """Measure and print."""
+    parser = options(__doc__)
+    parser.add_argument("--windows", type=int, default=16)
+    given = parser.parse_args()
+    keep_freed_memory()
+    spec = WeightSpec(corpus=CorpusSpec(name="wikipedia-sample", split="calibration"), windows=given.windows)
+    loaded = rotated()
+    ids = corpus.token_blocks(spec.corpus, loaded.tokenizer, blocks=given.windows, window=spec.window)
+    with surgery.online(loaded, r4=True):
+        forwards = given.windows * seconds(lambda: models.body(loaded)(ids[:1], use_cache=False))
+    passes = [whole(spec) for _ in tqdm(range(RUNS), desc="GPTQ passes")]
+    x = torch.randn(8192, 1536)
+    weight, hessian = torch.randn(576, 1536), gptq.hessian_of(x)
+    plain = spec.with_(clip_search=False)
+    scale = gptq.rtn(weight, plain).scale
+    ours = seconds(lambda: gptq.gptq(weight, hessian, plain))
+    slow = seconds(lambda: column_by_column(weight, hessian, scale, plain.damping))
+    same = float((gptq.gptq(weight, hessian, plain).codes == column_by_column(weight, hessian, scale, plain.damping)).float().mean())
+    half = seconds(lambda: gptq.hessian_of(x))
+    full = seconds(lambda: x.T @ x)
+    rows = [
+        Row("GPTQ", f"{given.windows} x 2048 tokens / the forwards alone, one window at a time", statistics.median(passes), forwards, bar=2.5),
+        Row("GPTQ", "column by column / ours, a linear of 1536 to 576", ours, slow, at_least=True, note=f"{100 * same:.2f}% of codes equal"),
+        Row("GPTQ", "x^T x / the half that is not known by symmetry", half, full, at_least=True, floor=8192 * 1536**2 / float_rate()),
+    ]
+    report(rows, given.out)
+
+
+if __name__ == "__main__":
+    main()
