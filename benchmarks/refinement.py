@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from dfrot_lab import massive, rotations
 from dfrot_lab.capture import capture
+from dfrot_lab.memory import keep_freed_memory
 from dfrot_lab.refine import _State, refine
 from dfrot_lab.specs import CaptureSpec, CorpusSpec, RefineSpec
 
@@ -137,6 +138,7 @@ def main() -> None:
     parser = options(__doc__)
     parser.add_argument("--only", choices=("default", "wide"))
     given = parser.parse_args()
+    keep_freed_memory()
     if given.memory:
         memory()
         return

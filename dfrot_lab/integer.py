@@ -5,6 +5,7 @@ For a token with scale s, codes q and zero point z, and an output channel with s
 and the right side is what fake quantization computes as the left one, to float rounding, at the speed of int8.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
@@ -31,10 +32,14 @@ def fits(spec: QuantSpec) -> bool:
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a (m, k) @ b.T for int8 `a` and `b` (n, k): int32 (m, n), exact.
 
-    Where torch has no fast int8 product (on a GPU: up to 16 rows, or k or n not a multiple of 8) it is computed in float64, which is exact too.
+    Where torch has no fast int8 product (on a GPU: up to 16 rows, or k or n not a multiple of 8) it is one of floats that hold every sum exactly.
     """
     has_int8 = (len(a) > 16 and a.shape[1] % 8 == 0 and len(b) % 8 == 0) if a.is_cuda else torch.backends.mkldnn.is_available()
-    return torch._int_mm(a, b.T) if has_int8 else (a.double() @ b.double().T).to(torch.int32)
+    if has_int8:
+        return torch._int_mm(a, b.T)
+    largest = a.shape[1] * math.prod(int(x.to(torch.int16).abs().max()) for x in (a, b))
+    exact = torch.float32 if largest < 1 << 24 else torch.float64
+    return (a.to(exact) @ b.to(exact).T).to(torch.int32)
 
 
 class _Coded(NamedTuple):

@@ -8,13 +8,15 @@ import pandas as pd
 import pytest
 import torch
 
-from dfrot_lab import massive
+from dfrot_lab import massive, models
 from dfrot_lab.capture import Capture, capture
 from dfrot_lab.errors import default_rotations, token_errors
-from dfrot_lab.evaluate import EvalResult, evaluate, evaluate_all, paired_difference
+from dfrot_lab.evaluate import EvalResult, build, canonical, evaluate, evaluate_all, paired_difference, quantized
+from dfrot_lab.integer import IntegerLinear
 from dfrot_lab.models import LoadedModel
-from dfrot_lab.quantize import squared_error
-from dfrot_lab.specs import CaptureSpec, CorpusSpec, EvalSpec, QuantSpec, RotationSpec, WeightSpec, eval_spec
+from dfrot_lab.quantize import fake_quantize, squared_error
+from dfrot_lab.refine import refined
+from dfrot_lab.specs import CaptureSpec, CorpusSpec, EvalSpec, QuantSpec, RefineSpec, RotationSpec, WeightSpec, eval_spec
 from dfrot_lab.store import Store
 
 pytestmark = pytest.mark.model
@@ -178,3 +180,36 @@ def test_gptq_at_4_16_16_loses_under_a_fifth(wikitext2: None, default_store: Sto
     assert found.spec.weights == WeightSpec(corpus=CorpusSpec(name=WIKITEXT2, split="calibration"))
     ratio = found.perplexity / first_windows(full_precision, 2)
     assert 1.02 < ratio < 1.2  # measured: 21.47 / 18.84 = 1.140
+
+
+# ---- fast, and the same ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_accelerated_refinement_ends_below_the_papers_100_steps_in_both_parts(default_store: Store):
+    """All 122,880 rows, gamma 100. Measured: objective 15.05 (normal 6.49, massive 0.294) against 17.73 (6.55, 0.383), in a sixth of the time."""
+    spec = RefineSpec(capture=CaptureSpec(corpus=CorpusSpec(name=SAMPLE, split="calibration")))
+    found, paper = (refined(spec.with_(variant=variant), default_store).history for variant in ("accelerated", "guarded"))
+    sooner, end, published = found.set_index("step").loc[20], found.iloc[-1], paper.iloc[-1]
+    assert sooner["objective"] < published["objective"]
+    assert end["objective"] < 0.9 * published["objective"]
+    assert end["normal"] < published["normal"] and end["massive"] < published["massive"]
+
+
+@torch.inference_mode()
+def test_every_integer_linear_equals_fake_quantization_to_1e_5(default_store: Store):
+    spec = canonical(eval_spec("4-4-4", weights="rtn", corpus=CorpusSpec(name=SAMPLE), windows=1))
+    built = build(spec, default_store)
+    found: list[float] = []
+
+    def compare(module: IntegerLinear, args: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        x = module.before(args[0]) if module.before else args[0]
+        fake = module.original(fake_quantize(x, spec.activations))
+        found.append(float((output - fake).norm() / fake.norm()))
+
+    with quantized(built, spec):
+        for module in built.loaded.model.modules():
+            if isinstance(module, IntegerLinear):
+                module.register_forward_hook(compare)
+        models.body(built.loaded)(torch.arange(256)[None], use_cache=False)
+    assert len(found) == 210
+    assert max(found) < 1e-5  # measured: 8e-7

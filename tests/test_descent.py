@@ -63,7 +63,7 @@ def test_orthonormal_is_the_polar_factor_without_an_svd(spread):
     u, v = rotations.make(RotationSpec(kind="RO"), 16), rotations.make(RotationSpec(kind="RO", seed=1), 16)
     found = descent.orthonormal(u @ torch.diag(torch.linspace(*spread, 16, dtype=torch.float64)) @ v)
     torch.testing.assert_close(found, u @ v, rtol=0, atol=1e-6)
-    assert rotations.orthogonality_error(found) < 1e-7
+    assert rotations.orthogonality_error(found) < 1e-6
 
 
 def test_orthonormal_of_what_is_not_finite_ends():

@@ -51,8 +51,9 @@ def test_the_product_is_exact_at_the_extremes_too(shape):
     assert torch.equal(product(a, b).long(), expected)
 
 
-def test_without_an_int8_product_the_result_is_the_same(monkeypatch):
-    a, b = codes(600, 1536), codes(16, 1536, seed=1)
+@pytest.mark.parametrize("low", [-128, -8])
+def test_without_an_int8_product_the_result_is_the_same(monkeypatch, low):
+    a, b = codes(600, 1536, low=low, high=-low), codes(16, 1536, low=low, high=-low, seed=1)
     with_int8 = product(a, b)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     monkeypatch.setattr(torch, "_int_mm", None)

@@ -295,7 +295,7 @@ def test_accelerated_goes_back_where_a_check_finds_no_gain(monkeypatch):
     assert (found.history["objective"].diff() > 0).any(), "no check was worse: the test is vacuous"
     assert found.history["best"].iloc[-1] < found.history["objective"].iloc[0]
     error = squared_error(x @ found.R, ASYM4) * row_weights(mask, 10.0)
-    assert float(error.mean()) == pytest.approx(found.history["best"].iloc[-1], rel=1e-9)
+    assert float(error.mean()) == pytest.approx(found.history["best"].iloc[-1], rel=1e-6)
 
 
 def test_accelerated_fits_the_massive_rows_alone_at_infinite_gamma():
