@@ -2,7 +2,7 @@
 
 Every stage runs on a random two-layer LLaMA of each width C (MLP about 8/3 C, a massive token planted) on 2048 random tokens, or on random rows. That
 is a timing and no figure of the paper: no stage's time depends on the values. Then time = a C^p rows^q is fitted in logs, and what LLaMA-2-7B and
-LLaMA-3-70B would need is said twice: by these laws, continued in C and in layers, and by the arithmetic of `dfrot_lab.estimate`. About 6 minutes.
+LLaMA-3-70B would need is said twice: by these laws, continued in C and in layers, and by the arithmetic of `dfrot_lab.estimate`. About 4 minutes.
 """
 
 import json
@@ -31,7 +31,7 @@ from dfrot_lab.specs import WINDOW, ModelSpec, QuantSpec, RefineSpec, RotationSp
 LAYERS, VOCABULARY = 2, 512
 LARGEST = 4e9
 """Bytes of rows beyond which a size is left out."""
-BUDGET = 10.0
+BUDGET = 5.0
 """Seconds that the runs of one measurement should take together."""
 FORWARD, CAPTURE, HESSIAN, GPTQ, INTEGER = "forward", "capture", "Hessians", "GPTQ", "integer forward"
 ERRORS, REFINE = "errors", "refinement pass"

@@ -5,6 +5,7 @@ To first order that polar factor is (I - D) R with G D + D G = P R^T - R P^T, wh
 So G is decomposed once, a step needs no SVD and no loss of its own, and being a step along a gradient it takes momentum and a sample of the rows.
 """
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -88,10 +89,9 @@ def move(rows: Tensor, index: Tensor, weights: Tensor, metric: Metric, R: Tensor
 def _skew(a: Tensor) -> Tensor:
     """a - a^T (n, n), tile by tile: reading a whole transpose misses the cache at every value."""
     out = torch.empty_like(a)
-    for rows in torch.arange(len(a)).split(TILE):
-        for columns in torch.arange(len(a)).split(TILE):
-            i, j = slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)
-            torch.sub(a[i, j], a[j, i].T, out=out[i, j])
+    tiles = [slice(start, start + TILE) for start in range(0, len(a), TILE)]
+    for i, j in itertools.product(tiles, tiles):
+        torch.sub(a[i, j], a[j, i].T, out=out[i, j])
     return out
 
 

@@ -173,7 +173,7 @@ class RefineSpec(Spec):
     """How to refine R1 (DFRot, Eq. 2-8): rows, start, massive weight `gamma` (gamma^2 in the squared loss), steps, quantizer, variant.
 
     `as_paper` runs the paper's steps and returns the last R, `guarded` the best by the weighted objective; `accelerated` (default) minimises that
-    objective in a twentieth of the time; `as_released` is the released code: symmetric quantizer, QR after the SVD, its accept test. `gamma=inf`
+    objective in a sixth of the time; `as_released` is the released code: symmetric quantizer, QR after the SVD, its accept test. `gamma=inf`
     fits the massive rows alone.
     """
 
