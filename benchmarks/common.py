@@ -1,6 +1,6 @@
-"""What every benchmark shares: medians, the machine's rates measured in the same run, peak memory in a fresh process, and rows with a verdict.
+"""What every benchmark shares: medians, the eager baseline quantizer, peak memory in a fresh process, and rows with a verdict.
 
-A script prints its rows and, with --out FILE, appends them to a JSON-lines file; `python -m benchmarks.common` is the table of such a file.
+A script prints its rows and, with --out FILE, appends them to a JSON-lines file; `page.py` makes the tables of docs/performance.md from that.
 """
 
 import argparse
@@ -31,23 +31,13 @@ def seconds(work: Callable[[], object], runs: int = RUNS) -> float:
     return statistics.median(times)
 
 
-def float_rate(size: int = 2048) -> float:
-    """float32 flop/s of a (size, size) matrix product."""
-    a, b, out = torch.randn(size, size), torch.randn(size, size), torch.empty(size, size)
-    return 2 * size**3 / seconds(lambda: torch.mm(a, b, out=out))
-
-
-def int8_rate(size: int = 2048) -> float:
-    """int8 operations/s of a (size, size) matrix product with int32 sums."""
-    a, b = (torch.randint(-8, 8, (size, size), dtype=torch.int8) for _ in range(2))
-    return 2 * size**3 / seconds(lambda: torch._int_mm(a, b.T))
-
-
-def byte_rate(megabytes: int = 256) -> float:
-    """Bytes/s, read and written, of a copy too large for the caches."""
-    x = torch.zeros(megabytes << 18)
-    out = torch.empty_like(x)
-    return 2 * x.numel() * 4 / seconds(lambda: out.copy_(x))
+def eager(x: torch.Tensor) -> torch.Tensor:
+    """Asymmetric 4-bit fake quantization as research scripts write it: one pass over everything an operation."""
+    low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
+    scale = (high - low) / 15
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    zero = torch.round(-low / scale)
+    return scale * (torch.clamp(torch.round(x / scale) + zero, 0, 15) - zero)
 
 
 def peak_gb(script: str, *arguments: str, runs: int = 3) -> float:

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from common import Row, float_rate, int8_rate, options, peak_gb, print_peak, report, seconds
+from common import Row, eager, options, peak_gb, print_peak, report, seconds
 
-from dfrot_lab import models, surgery
+from dfrot_lab import estimate, models, surgery
 from dfrot_lab.evaluate import Built, build, canonical, quantized, window_loss
 from dfrot_lab.integer import IntegerLinear
 from dfrot_lab.quantize import fake_quantize
@@ -23,15 +23,6 @@ def ready() -> tuple[Built, torch.Tensor]:
     """The built model and one window of token ids."""
     built = build(spec(), Store())
     return built, torch.randint(0, 40_000, (1, 2048), generator=torch.Generator().manual_seed(0))
-
-
-def eager(x: torch.Tensor) -> torch.Tensor:
-    """Asymmetric 4-bit fake quantization as research scripts write it: one pass over everything an operation."""
-    low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
-    scale = (high - low) / 15
-    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
-    zero = torch.round(-low / scale)
-    return scale * (torch.clamp(torch.round(x / scale) + zero, 0, 15) - zero)
 
 
 @contextmanager
@@ -90,8 +81,8 @@ def main() -> None:
     with fake_eager(built):
         slow = seconds(forward)
     linears = 2 * 2048 * sum(models.linear(layer, name).weight.numel() for layer in built.loaded.layers for name in built.loaded.roles.linears)
-    floats = float_rate()
-    floor = plain - linears / floats + linears / int8_rate()
+    rates = estimate.measure_machine()
+    floor = plain - linears / rates.float_rate + linears / rates.int8_rate
     worst = worst_relative_difference(built, ids)
     peaks = {kind: peak_gb(__file__, "--memory", kind) for kind in ("plain", "quantized")}
     rows = [

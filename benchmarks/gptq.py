@@ -6,23 +6,22 @@ import time
 from pathlib import Path
 
 import torch
-from common import RUNS, Row, float_rate, options, report, seconds
+from common import RUNS, Row, options, report, seconds
 from tqdm.auto import tqdm
 
-from dfrot_lab import corpus, gptq, models, rotations, surgery
+from dfrot_lab import corpus, gptq, models, surgery
+from dfrot_lab.estimate import measure_machine
+from dfrot_lab.evaluate import build, canonical
 from dfrot_lab.memory import keep_freed_memory
-from dfrot_lab.specs import CorpusSpec, ModelSpec, RotationSpec, WeightSpec
+from dfrot_lab.specs import CorpusSpec, WeightSpec, eval_spec
 from dfrot_lab.store import Store
+
+TEXT = CorpusSpec(name="wikipedia-sample")
 
 
 def rotated() -> models.LoadedModel:
     """The default model under RH, not yet quantized."""
-    loaded = models.load_model(ModelSpec())
-    surgery.prepare(loaded)
-    surgery.rotate_residual(loaded, rotations.make(RotationSpec(), loaded.channels))
-    surgery.rotate_heads(loaded)
-    surgery.rotate_down(loaded)
-    return loaded
+    return build(canonical(eval_spec("16-4-16", corpus=TEXT)), Store()).loaded
 
 
 def whole(spec: WeightSpec) -> float:
@@ -53,7 +52,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=16)
     given = parser.parse_args()
     keep_freed_memory()
-    spec = WeightSpec(corpus=CorpusSpec(name="wikipedia-sample", split="calibration"), windows=given.windows)
+    spec = WeightSpec(corpus=TEXT.with_(split="calibration"), windows=given.windows)
     loaded = rotated()
     ids = corpus.token_blocks(spec.corpus, loaded.tokenizer, blocks=given.windows, window=spec.window)
     with surgery.online(loaded, r4=True):
@@ -71,7 +70,7 @@ def main() -> None:
     rows = [
         Row("GPTQ", f"{given.windows} x 2048 tokens / the forwards alone, one window at a time", statistics.median(passes), forwards, bar=2.5),
         Row("GPTQ", "column by column / ours, a linear of 1536 to 576", ours, slow, at_least=True, note=f"{100 * same:.2f}% of codes equal"),
-        Row("GPTQ", "x^T x / the half that is not known by symmetry", half, full, at_least=True, floor=8192 * 1536**2 / float_rate()),
+        Row("GPTQ", "x^T x / the half that is not known by symmetry", half, full, at_least=True, floor=8192 * 1536**2 / measure_machine().float_rate),
     ]
     report(rows, given.out)
 

@@ -10,10 +10,10 @@ import time
 from pathlib import Path
 
 import torch
-from common import RUNS, Row, float_rate, options, peak_gb, report, seconds
+from common import RUNS, Row, eager, options, peak_gb, report, seconds
 from tqdm.auto import tqdm
 
-from dfrot_lab import massive, rotations
+from dfrot_lab import estimate, massive, rotations
 from dfrot_lab.capture import capture
 from dfrot_lab.memory import keep_freed_memory
 from dfrot_lab.refine import _State, refine
@@ -21,14 +21,6 @@ from dfrot_lab.specs import CaptureSpec, CorpusSpec, RefineSpec
 
 SPEC = RefineSpec(capture=CaptureSpec(corpus=CorpusSpec(name="wikipedia-sample", split="calibration")))
 STEPS = 100
-
-
-def eager(x: torch.Tensor) -> torch.Tensor:
-    """Asymmetric 4-bit fake quantization, one pass over everything an operation."""
-    low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
-    scale = (high - low) / 15
-    zero = torch.round(-low / scale)
-    return scale * (torch.clamp(torch.round(x / scale) + zero, 0, 15) - zero)
 
 
 def published_step(scaled: torch.Tensor, R: torch.Tensor) -> tuple[torch.Tensor, float]:
@@ -93,7 +85,7 @@ def default() -> list[Row]:
     one = float(refine(rows, SPEC, mask).history["objective"].min())
     torch.set_num_threads(2)
     last, end = paper.iloc[-1], final.iloc[-1]
-    floor = step * 2 * 2 * len(rows) / 8 * rows.shape[1] ** 2 / float_rate()
+    floor = step * 2 * 2 * len(rows) / 8 * rows.shape[1] ** 2 / estimate.measure_machine().float_rate
     said = f"objective {losses['objective']:.2f} at step {step}; published {target:.2f} (normal {last['normal']:.3f}, massive {last['massive']:.3f})"
     ended = f"objective {end['objective']:.2f}, normal {end['normal']:.3f}, massive {end['massive']:.3f}"
     memory = float(peak_gb(__file__, "--memory", "default"))

@@ -6,7 +6,7 @@ and the right side is what fake quantization computes as the left one, to float 
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
@@ -17,11 +17,10 @@ from torch import Tensor, nn
 from .models import LoadedModel, linear
 from .quantize import Quantized, centred
 from .specs import QuantSpec
+from .surgery import Transform
 
 _ROWS = 512
 """Tokens worked on at once: what is between the input and its codes, and between the int32 sums and the result, stays in cache."""
-
-Transform = Callable[[Tensor], Tensor]
 
 
 def fits(spec: QuantSpec) -> bool:
