@@ -21,8 +21,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from dfrot_lab import descent, estimate, gptq, models, rotations, surgery
 from dfrot_lab.capture import record
 from dfrot_lab.evaluate import Built, quantized
-from dfrot_lab.experiments import MainSetting, main_specs
 from dfrot_lab.hadamard import has_hadamard
+from dfrot_lab.mainjob import Setting, main_specs
 from dfrot_lab.models import LoadedModel
 from dfrot_lab.quantize import squared_error
 from dfrot_lab.refine import CHECK_EVERY, half_step, row_weights
@@ -160,7 +160,7 @@ def by_laws(laws: dict[str, Law], shape: estimate.Shape, tokens: int) -> dict[st
     The laws hold the MLP at 8/3 C and as many key-value heads as heads. Loading and lm_head were not measured. A refinement step counts as a pass of
     Eq. 7 and 8 over its part of the rows, a look at all rows and the set-up as half a pass over all; the step's (C, C) products are left out.
     """
-    specs, steps = main_specs(MainSetting(model=ModelSpec())), RefineSpec().steps
+    specs, steps = main_specs(Setting(model=ModelSpec())), RefineSpec().steps
     _, _, builds, floats, integers = estimate.counts(specs)
     C, rows, share, windows = shape.channels, 2 * shape.layers * tokens, shape.layers / LAYERS, specs[0].windows
     part, looks = rows / descent.PARTS, steps / CHECK_EVERY + 1

@@ -109,7 +109,7 @@ def capture(spec: CaptureSpec | None = None, store: Store | None = None, loaded:
 
     def make(writer: Writer) -> None:
         ready = loaded or models.load_model(spec.model, store)
-        ids = _blocks(spec, ready)
+        ids = token_blocks(spec, ready)
         surgery.prepare(ready)
         log.info("capturing %d sites of %d tokens (%.2f GB)", *_size(ready, ids))
         started = time.perf_counter()
@@ -123,13 +123,13 @@ def capture(spec: CaptureSpec | None = None, store: Store | None = None, loaded:
     return Capture(store.get_or_make("capture", inputs, make))
 
 
-def _blocks(spec: CaptureSpec, loaded: LoadedModel) -> Tensor:
+def token_blocks(spec: CaptureSpec, loaded: LoadedModel) -> Tensor:
     """Token ids (blocks, window): one block of up to 2048 tokens, or whole blocks of 2048."""
     if spec.tokens > WINDOW and spec.tokens % WINDOW:
         raise ValueError(f"CaptureSpec.tokens must be at most {WINDOW} or a multiple of it; got {spec.tokens}")
     window = min(spec.tokens, WINDOW)
     models.check_tokens(loaded, window)
-    return corpus.token_blocks(spec.corpus, loaded.tokenizer, blocks=spec.tokens // window, window=window)
+    return corpus.token_blocks(spec.corpus, loaded.tokenizer, blocks=spec.skip + spec.tokens // window, window=window)[spec.skip :]
 
 
 def _size(loaded: LoadedModel, ids: Tensor) -> tuple[int, int, float]:

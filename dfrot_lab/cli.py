@@ -77,7 +77,7 @@ def run(
 
     Everything is kept as it is finished: Ctrl-C and the same command goes on. Results go to --out (default: runs/<date>/).
     """
-    from . import experiments, results
+    from . import mainjob, results
 
     with _clear_errors():
         if dry_run:
@@ -88,12 +88,12 @@ def run(
         handler = logging.FileHandler(folder / "log.txt", encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         log.addHandler(handler)
-        result = experiments.main(experiments.MainSetting(model=ModelSpec(source=model), corpus=corpus, seed=seed, windows=windows, gamma=gamma))
-        experiments.save_run(result, folder)
+        result = mainjob.main(mainjob.Setting(model=ModelSpec(source=model), corpus=corpus, seed=seed, windows=windows, gamma=gamma))
+        mainjob.save_run(result, folder)
         if as_json:
             _print(results.rows(result.table))
         else:
-            typer.echo(f"\n{experiments.report(result)}\nRows, table, figures and log: {folder}/")
+            typer.echo(f"\n{mainjob.report(result)}\nRows, table, figures and log: {folder}/")
 
 
 @app.command("capture")
@@ -191,14 +191,14 @@ def figures_command(
     model: Model = DEFAULT_MODEL, corpus: Corpus = "auto", seed: Seed = 0, out: Out = None, as_json: Json = False, windows: Windows = 6,
 ) -> None:  # fmt: skip
     """Rewrite the committed figures/ and data/results/ from the main job's artefacts, running what is missing. --out: another folder for both."""
-    from . import experiments, results
+    from . import mainjob, results
 
     with _clear_errors():
         root = out or Path()
-        result = experiments.main(experiments.MainSetting(model=ModelSpec(source=model), corpus=corpus, seed=seed, windows=windows))
+        result = mainjob.main(mainjob.Setting(model=ModelSpec(source=model), corpus=corpus, seed=seed, windows=windows))
         rows = root / "data" / "results" / f"main-{result.setting.corpus}.jsonl"
         results.save(rows, result.table)
-        written = [rows, rows.with_suffix(".md"), *experiments.save_main(result, root / "figures" / result.setting.corpus)]
+        written = [rows, rows.with_suffix(".md"), *mainjob.save_main(result, root / "figures" / result.setting.corpus)]
         _print(written) if as_json else typer.echo("\n".join(map(str, written)))
 
 

@@ -1,5 +1,6 @@
 """Per-token quantization errors of captured activations, for any set of rotations and quantizers, as one tidy table."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -76,6 +77,13 @@ def wide(errors: pd.DataFrame, value: str = "error") -> pd.DataFrame:
         raise ValueError(f"errors must hold one quantizer to be widened; got {sorted(errors['quantizer'].unique())}")
     index = ["site", "token", "text", "massive"]
     return errors.pivot_table(index=index, columns="rotation", values=value, sort=False, observed=True).reset_index()
+
+
+def orders(wide: pd.DataFrame, names: Sequence[str] = ("NR", "RO", "RH")) -> pd.Series:
+    """The order of each token's errors, largest first, such as `RO > NR > RH`: what the paper's Fig. 2 colours by."""
+    place = np.argsort(-wide[list(names)].to_numpy(), axis=1, kind="stable")
+    labels = {order: " > ".join(names[i] for i in order) for order in itertools.permutations(range(len(names)))}
+    return pd.Series([labels[tuple(row)] for row in place.tolist()], index=wide.index, dtype="category")
 
 
 def summary(errors: pd.DataFrame) -> pd.DataFrame:

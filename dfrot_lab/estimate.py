@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from . import descent, evaluate, experiments, integer, models
+from . import descent, evaluate, integer, mainjob, models
 from .refine import CHECK_EVERY
 from .specs import DEFAULT_MODEL, WINDOW, EvalSpec, ModelSpec, RefineSpec, WeightSpec
 
@@ -193,7 +193,7 @@ def counts(specs: Sequence[EvalSpec]) -> tuple[int, int, int, int, int]:
 
 def stages(shape: Shape, *, tokens: int = WINDOW, windows: int = 6) -> list[Work]:
     """The main job's stages in order: windows of `tokens` tokens, `windows` of them for each row."""
-    builds, rotated, quantized, floats, integers = counts(experiments.main_specs(experiments.MainSetting(model=ModelSpec(), windows=windows)))
+    builds, rotated, quantized, floats, integers = counts(mainjob.main_specs(mainjob.Setting(model=ModelSpec(), windows=windows)))
     return [
         load(shape, builds + 1, rotated),  # capture loads the model once more
         capture(shape, tokens),

@@ -19,10 +19,10 @@ from scipy import stats
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from . import corpus, gptq, integer, massive, models, refine, rotations, surgery
+from . import corpus, gptq, integer, intervene, massive, models, refine, rotations, surgery
 from .models import LoadedModel
-from .quantize import fake_quantize
-from .specs import EvalSpec, RefineSpec, RotationSpec, WeightSpec
+from .quantize import fake_quantize, squared_error
+from .specs import KEEP_OUT_COUNTS, EvalSpec, RefineSpec, RotationSpec, WeightSpec
 from .store import Artefact, Store, Writer
 
 log = logging.getLogger(__name__)
@@ -73,14 +73,28 @@ def bootstrap(statistic: Callable[..., Any], *samples: np.ndarray) -> tuple[floa
     return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 
+def statistic(function: Callable[..., Any], found: Sequence[EvalResult]) -> tuple[float, tuple[float, float]]:
+    """`function(*losses, axis=)` of several evaluations and its bootstrap 95% interval, resampling the windows that all were scored on."""
+    first = found[0]
+    for other in found[1:]:
+        if other.spec.corpus != first.spec.corpus or len(other.losses) != len(first.losses) or other.spec.window != first.spec.window:
+            raise ValueError(
+                f"paired results must share corpus, windows and window; got {first.spec.corpus} x {len(first.losses)} "
+                f"and {other.spec.corpus} x {len(other.losses)}"
+            )
+    losses = [result.losses for result in found]
+    return float(function(*losses, axis=-1)), bootstrap(function, *losses)
+
+
 def paired_difference(a: EvalResult, b: EvalResult) -> tuple[float, tuple[float, float]]:
-    """Perplexity of `a` minus that of `b` and its bootstrap 95% interval, resampling the windows both were scored on."""
-    if a.spec.corpus != b.spec.corpus or len(a.losses) != len(b.losses) or a.spec.window != b.spec.window:
-        raise ValueError(
-            f"paired results must share corpus, windows and window; got {a.spec.corpus} x {len(a.losses)} and {b.spec.corpus} x {len(b.losses)}"
-        )
-    interval = bootstrap(lambda x, y, axis: np.exp(x.mean(axis)) - np.exp(y.mean(axis)), a.losses, b.losses)
-    return a.perplexity - b.perplexity, interval
+    """Perplexity of `a` minus that of `b` and its paired 95% interval."""
+    return statistic(lambda x, y, axis: np.exp(x.mean(axis)) - np.exp(y.mean(axis)), [a, b])
+
+
+def closed_share(ro: np.ndarray, ro_kept: np.ndarray, rh: np.ndarray, rh_kept: np.ndarray, axis: int) -> Any:
+    """From losses, the share of the perplexity gap between RO and RH that is gone when massive tokens are kept out: 1 where none is left."""
+    perplexity = [np.exp(losses.mean(axis)) for losses in (ro, ro_kept, rh, rh_kept)]
+    return 1 - (perplexity[1] - perplexity[3]) / (perplexity[0] - perplexity[2])
 
 
 def canonical(spec: EvalSpec) -> EvalSpec:
@@ -91,7 +105,7 @@ def canonical(spec: EvalSpec) -> EvalSpec:
     elif weights.method == "rtn":
         weights = WeightSpec(method="rtn", quantizer=weights.quantizer, clip_search=weights.clip_search)
     if spec.activations.bits == 16:
-        spec = spec.with_(activations=EvalSpec().activations.with_(bits=16, clip_ratio=1.0), keep_out=None)
+        spec = spec.with_(activations=EvalSpec().activations.with_(bits=16, clip_ratio=1.0), keep_out=None, keep_out_tokens=None)
     if spec.kv.bits == 16:
         spec = spec.with_(kv=EvalSpec().kv)
     if not is_rotated(spec):
@@ -135,9 +149,23 @@ def build(spec: EvalSpec, store: Store) -> Built:
     return Built(loaded, None if R is None else R.to(next(loaded.model.parameters()).dtype), codes)
 
 
-def keep_out(rule: str, R: Tensor | None) -> surgery.Transform:
-    """Which rows of a norm's output (..., channels) are massive, judged by `rule` on the unrotated row x R^T: those `QuaRot.FP16()` leaves alone."""
-    return lambda x: massive.rows_rule(x if R is None else x @ R.T, rule, root=massive.KEEP_OUT_ROOT)
+def keep_out(spec: EvalSpec, R: Tensor | None) -> surgery.Transform:
+    """Which rows of a norm's output (..., tokens, channels) pass unquantised: by a rule on the unrotated row x R^T, or so many by a measure."""
+    rule, count = str(spec.keep_out), spec.keep_out_tokens
+
+    def unrotated(x: Tensor) -> Tensor:
+        return x if R is None else x @ R.T
+
+    def counted(x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        if rule == "random":  # the same at every site
+            chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:count]
+        else:
+            measure = squared_error(rows, spec.activations) if rule == "worst" else unrotated(rows).abs().amax(1)
+            chosen = measure.topk(min(int(count or 0), len(rows))).indices
+        return torch.zeros(len(rows), dtype=torch.bool, device=x.device).index_fill_(0, chosen.to(x.device), True).reshape(x.shape[:-1])
+
+    return counted if rule in KEEP_OUT_COUNTS else lambda x: massive.rows_rule(unrotated(x), rule, root=massive.KEEP_OUT_ROOT)
 
 
 def is_integer(spec: EvalSpec) -> bool:
@@ -152,9 +180,11 @@ def quantized(built: Built, spec: EvalSpec, *, fake: bool = False) -> Iterator[N
     Linears run in integer arithmetic where `is_integer`; `fake` has them compute in float on rounded values instead, the same to float rounding.
     """
     act, rotated = spec.activations, built.R is not None
-    spare = keep_out(spec.keep_out, built.R) if spec.keep_out else None
+    spare = keep_out(spec, built.R) if spec.keep_out else None
     r3 = rotated and spec.kv.bits < 16
     with ExitStack() as stack:
+        if spec.set_massive:
+            stack.enter_context(intervene.massive_set(built.loaded, spec.set_massive, _calibration(spec, built.loaded)))
         if is_integer(spec) and not fake:
             stack.enter_context(integer.integer_linears(built.loaded, built.codes, act, r4=surgery.apply_r4 if rotated else None, spare=spare))
             stack.enter_context(surgery.online(built.loaded, r3=r3, kv=spec.kv))
@@ -189,20 +219,21 @@ def evaluate(spec: EvalSpec, store: Store | None = None, build_model: Callable[[
         writer.save_json("losses", losses)
         writer.note.update(provenance=built.loaded.provenance, scoring_seconds=seconds)
 
-    return _result(spec, store.get_or_make(KIND, _inputs(spec), make))
+    return _result(spec, store.get_or_make(KIND, inputs(spec), make))
 
 
 def stored(spec: EvalSpec, store: Store) -> EvalResult | None:
     """The losses `spec` describes if the store has them, else None; computes nothing."""
     spec = canonical(spec)
-    artefact = store.open(KIND, _inputs(spec))
+    artefact = store.open(KIND, inputs(spec))
     return None if artefact is None else _result(spec, artefact)
 
 
-def _inputs(spec: EvalSpec) -> dict[str, Any]:
+def inputs(spec: EvalSpec) -> dict[str, Any]:
     """What an evaluation's artefact is keyed by: the spec, the rotation's identity, and the bytes of model and text."""
     content = {**spec.to_dict(), "rotation": rotation_key(spec.rotation)}
-    calibration = corpus.fingerprint(spec.weights.corpus) if spec.weights.method == "gptq" else None
+    calibrated = spec.weights.corpus if spec.weights.method == "gptq" else spec.corpus.with_(split="calibration") if spec.set_massive else None
+    calibration = corpus.fingerprint(calibrated) if calibrated else None
     return {"spec": content, "model": models.fingerprint(spec.model), "text": corpus.fingerprint(spec.corpus), "calibration": calibration}
 
 
@@ -210,6 +241,11 @@ def _windows(spec: EvalSpec, loaded: LoadedModel) -> Tensor:
     """The token ids (windows, window) a spec is scored on; a ValueError where corpus or context has not that many."""
     models.check_tokens(loaded, spec.window)
     return corpus.token_blocks(spec.corpus, loaded.tokenizer, blocks=spec.windows, window=spec.window)
+
+
+def _calibration(spec: EvalSpec, loaded: LoadedModel) -> Tensor:
+    """The calibration windows (windows, window) of the spec's own text, as many as it is scored on: where mean massive values come from."""
+    return corpus.token_blocks(spec.corpus.with_(split="calibration"), loaded.tokenizer, blocks=spec.windows, window=spec.window)
 
 
 def _result(spec: EvalSpec, artefact: Artefact) -> EvalResult:

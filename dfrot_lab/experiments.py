@@ -1,232 +1,315 @@
-"""Named experiments: a list of specs in, tidy rows out. `main` is what `make run` does."""
+"""The paper's tables and figures, and what its reviewers asked for, as named experiments: specs in, one tidy table out.
 
+An experiment that evaluates is a list of `Row`s, each one artefact in the store: a stopped run goes on at the row it was at, and rows that two
+experiments share are computed once. Its table has a line a row and metric, with the columns of `results` after the experiment's own.
+"""
+
+import itertools
 import logging
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pandas as pd
+from torch import Tensor
 
-from . import corpus, errors, evaluate, figures, massive, results
-from .capture import Capture, capture
+from . import corpus, errors, evaluate, massive, profiles, refine, results, zeroshot
+from .capture import capture
 from .evaluate import EvalResult
-from .refine import RefineResult, refined
-from .specs import CaptureSpec, CorpusSpec, EvalSpec, ModelSpec, RefineSpec, RotationSpec, WeightSpec, eval_spec
+from .mainjob import Progress, Setting, costs
+from .specs import KEEP_OUT_COUNTS, CorpusSpec, EvalSpec, QuantSpec, RefineSpec, RotationSpec
 from .store import Store
 
 log = logging.getLogger(__name__)
 
-MAIN_BITS = ("16-4-16", "4-4-16", "4-4-4")
-FIGURE_LAYER = 15
-"""A layer in the middle of the stretch where the default model's first token is massive (12 to 28)."""
+GAMMAS = (1.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, float("inf"))
+"""The paper's sweep (Fig. 5 and 6)."""
+CLIPS = (0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)
+ROW_COUNTS = (48, 32, 24, 16, 8)
+"""Table 3: calibration rows in units of 2048."""
+SAMPLES = 5
+KEPT = (1, 4, 16, 64)
+PAPER_SITE = "layers.6.post_attention_norm"
+"""The site of the paper's Fig. 2."""
 
-NOMINAL_SECONDS = {"capture": 30, "refine": 15, "build": 8, "gptq": 75, "window": 3.3}
-"""What each kind of work takes on 2 cores with the default model: the first guess of the time left, scaled by the pace measured since."""
-
-
-@dataclass(frozen=True)
-class MainSetting:
-    """What the main job is run on."""
-
-    model: ModelSpec
-    corpus: str = "auto"
-    seed: int = 0
-    windows: int = 6
-    gamma: float = 100.0
-    seeds: int = 3
-
-    def resolved(self) -> "MainSetting":
-        """With `auto` replaced by the corpus that is there."""
-        return replace(self, corpus=corpus.resolve(CorpusSpec(name=self.corpus)).name)
-
-    @property
-    def capture(self) -> CaptureSpec:
-        """The first 2048 calibration tokens."""
-        return CaptureSpec(model=self.model, corpus=CorpusSpec(name=self.corpus, split="calibration"))
-
-    @property
-    def refine(self) -> RefineSpec:
-        """DFRot with the paper's rows, gamma and 100 steps, from RH, with the evaluation's own asymmetric quantizer."""
-        return RefineSpec(capture=self.capture, gamma=self.gamma, init=RotationSpec(kind="RH", seed=self.seed))
-
-    def rotation(self, kind: str, offset: int = 0) -> RotationSpec:
-        """NR, RO or RH with the setting's seed, or one of the `seeds` that follow it."""
-        return RotationSpec(kind=kind, seed=self.seed + offset)
-
-
-def main_specs(setting: MainSetting) -> list[EvalSpec]:
-    """Full precision; NR, RO, RH, DFRot at all bits, RO and RH also with massive tokens kept out; then RO and RH at 16-4-16 with more seeds.
-
-    Rows that share a built model stand side by side.
-    """
-    text = CorpusSpec(name=setting.corpus, split="evaluation")
-
-    def row(bits: str, rotation: RotationSpec | RefineSpec, keep_out: str | None = None) -> EvalSpec:
-        spec = eval_spec(bits, model=setting.model, corpus=text, rotation=rotation, keep_out=keep_out, windows=setting.windows)
-        return spec.with_(weights=WeightSpec(quantizer=spec.weights.quantizer, corpus=text.with_(split="calibration")))
-
-    rotations: list[tuple[RotationSpec | RefineSpec, bool]] = [(setting.rotation("NR"), False), (setting.rotation("RO"), True)]
-    rotations += [(setting.rotation("RH"), True), (setting.refine, False)]
-    specs = [row("16-16-16", setting.rotation("NR"))]
-    for rotation, with_keep_out in rotations:
-        for bits in MAIN_BITS:
-            specs.append(row(bits, rotation))
-            if with_keep_out:
-                specs.append(row(bits, rotation, "nr_error"))
-    more = [setting.rotation(kind, offset) for offset in range(1, setting.seeds) for kind in ("RO", "RH")]
-    return specs + [row(MAIN_BITS[0], rotation) for rotation in more]
-
-
-class Progress:
-    """Says what is being done and how long the rest will take, as log lines."""
-
-    def __init__(self, costs: Sequence[float]) -> None:
-        self.costs = list(costs)
-        self.begun = 0
-        self.at = time.perf_counter()
-        self.nominal, self.spent = 1.0, 1.0
-
-    def begin(self, what: str) -> None:
-        """Announce the next step; the pace comes from the steps that really ran, not from those the store had."""
-        now = time.perf_counter()
-        cost, took = (self.costs[self.begun - 1], now - self.at) if self.begun else (0.0, 0.0)
-        if took > 0.1 * cost:
-            self.nominal, self.spent = self.nominal + cost, self.spent + took
-        left = sum(self.costs[self.begun :]) * self.spent / self.nominal
-        log.info("[%2d/%d] %s; %s", self.begun + 1, len(self.costs), what, f"about {_minutes(left)} left" if left > 1 else "stored")
-        self.begun, self.at = self.begun + 1, now
-
-
-def _minutes(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+SHARE = "share of RO - RH closed"
 
 
 @dataclass(frozen=True)
-class MainResult:
-    """What the main job found: results rows as a table, the evaluations, the capture and the refinement."""
+class Row:
+    """One evaluation of an experiment: the experiment's own columns, and rows of the same experiment to take paired differences to, by name."""
 
-    setting: MainSetting
-    table: pd.DataFrame
-    capture: Capture
-    refinement: RefineResult
-
-
-def main(setting: MainSetting, store: Store | None = None) -> MainResult:
-    """Capture, refine, evaluate every row of `main_specs`; whatever is stored is reused, and a stopped run goes on where it was."""
-    store, setting = store or Store(), setting.resolved()
-    log.info("model %s, corpus %s", setting.model.source, setting.corpus)
-    specs = main_specs(setting)
-    progress = Progress([NOMINAL_SECONDS["capture"], NOMINAL_SECONDS["refine"], *_costs(specs, store)])
-    progress.begin("capturing activations")
-    recorded = capture(setting.capture, store)
-    progress.begin(f"refining R1 with gamma {setting.gamma:g}")
-    refinement = refined(setting.refine, store)
-    iterator = iter(specs[1:])
-
-    def announce(spec: EvalSpec | None) -> None:
-        if spec is not None:
-            kept = ", massive tokens kept out" if spec.keep_out else ""
-            seed = results.seed_of(spec)
-            progress.begin(f"{spec.rotation.name}{'' if seed is None else f' (seed {seed})'} {spec.bits}{kept}")
-
-    announce(specs[0])
-    found = evaluate.evaluate_all(specs, store, on_result=lambda _result: announce(next(iterator, None)))
-    return MainResult(setting, main_table(found), recorded, refinement)
+    spec: EvalSpec
+    labels: Mapping[str, Any] = field(default_factory=dict)
+    against: Mapping[str, EvalSpec] = field(default_factory=dict)
 
 
-def _costs(specs: Sequence[EvalSpec], store: Store) -> list[float]:
-    """Nominal seconds of each row: nothing if it is stored, else its windows, and the build where it is the first to need it."""
-    built: set[str] = set()
-    costs = []
-    for spec in specs:
-        cost, key = 0.0, str(evaluate.build_key(spec))
-        if evaluate.stored(spec, store) is None:
-            cost = NOMINAL_SECONDS["window"] * spec.windows
-            if key not in built:
-                cost += NOMINAL_SECONDS["build"] + NOMINAL_SECONDS["gptq"] * (spec.weights.quantizer.bits < 16)
-            built.add(key)
-        costs.append(cost)
-    return costs
+@dataclass(frozen=True)
+class Experiment:
+    """A named experiment: what it reproduces, its question, and the function from setting and store to a tidy table."""
+
+    name: str
+    reproduces: str
+    question: str
+    table: Callable[[Setting, Store], pd.DataFrame]
 
 
-def main_table(found: Sequence[EvalResult]) -> pd.DataFrame:
-    """Perplexity rows, then paired differences: each rotation minus RH at the same bits, and each keep-out row's gain over its own rotation."""
-    rows: list[dict[str, Any]] = [results.row(result) for result in found]
-    plain = {(r.spec.rotation.name, r.spec.bits, results.seed_of(r.spec)): r for r in found if r.spec.keep_out is None}
-    base = next(seed for name, _, seed in plain if name == "RH")
-    for result in found:
-        name, bits, seed = result.spec.rotation.name, result.spec.bits, results.seed_of(result.spec)
-        if result.spec.keep_out:
-            rows.append(results.difference_row(result, plain[name, bits, seed], name))
-        elif name != "RH" and (reference := plain.get(("RH", bits, base if seed is None else seed))):
-            rows.append(results.difference_row(result, reference, "RH"))
-    return results.table(rows)
+def run(name: str, setting: Setting | None = None, store: Store | None = None) -> pd.DataFrame:
+    """The table of the experiment `name`, from the store where it has the rows, else computed now; KeyError for a name that is none."""
+    if name not in EXPERIMENTS:
+        raise KeyError(f"no experiment {name!r}; there are {', '.join(EXPERIMENTS)}")
+    setting = (setting or Setting.of_profile()).resolved()
+    log.info("experiment %s: model %s, corpus %s", name, setting.model.source, setting.corpus)
+    return EXPERIMENTS[name].table(setting, store or Store())
 
 
-def error_site(recorded: Capture) -> str:
-    """The site the main figures show: layer 15's input norm, or the middle layer's where there are fewer."""
-    wanted = f"layers.{FIGURE_LAYER}.input_norm"
-    return wanted if wanted in recorded.sites else recorded.sites[len(recorded.sites) // 4 * 2]
+def evaluated(rows: Sequence[Row], store: Store) -> tuple[pd.DataFrame, dict[str, EvalResult]]:
+    """Evaluate rows in order: their table (perplexity, and each paired difference), and the evaluations by spec key."""
+    rows = [row for n, row in enumerate(rows) if row not in rows[:n]]
+    progress = Progress(costs([row.spec for row in rows], store))
+    announced = iter(rows)
+
+    def announce(_done: EvalResult | None = None) -> None:
+        if row := next(announced, None):
+            progress.begin(", ".join([row.spec.rotation.name, row.spec.bits, *(f"{name} {value}" for name, value in row.labels.items())]))
+
+    announce()
+    done = evaluate.evaluate_all([row.spec for row in rows], store, on_result=announce)
+    found = {row.spec.key: result for row, result in zip(rows, done, strict=True)}
+    lines = []
+    for row, result in zip(rows, done, strict=True):
+        lines.append({**row.labels, **results.row(result)})
+        for name, reference in row.against.items():
+            lines.append({**row.labels, **results.difference_row(result, found[reference.key], name)})
+    return pd.DataFrame(lines).astype({"seed": "Int64"}), found
 
 
-def save_main(result: MainResult, folder: Path) -> list[Path]:
-    """Draw the main figures into `folder`: residual stream, errors, the massive token, refinement, perplexity. Returns the PNGs."""
-    recorded, site = result.capture, error_site(result.capture)
-    matrices = {**errors.default_rotations(recorded.channels, result.setting.seed), "DFRot": result.refinement.R}
-    token = int(recorded.residual_max[recorded.sites.index(site)].argmax())
-    quantizer = result.setting.refine.quantizer  # the evaluation's and the refinement's own
-    wide = errors.wide(errors.token_errors(recorded, matrices, [quantizer], sites=[site]))
-    about = {
-        "model": result.setting.model.source,
-        "corpus": result.setting.corpus,
-        "seed": result.setting.seed,
-        "capture": recorded.key,
-        "quantizer": quantizer.name,
+def _trimmed(values: Sequence[Any], setting: Setting) -> list[Any]:
+    """All values; in the quick profile the first and the last."""
+    return [values[0], values[-1]] if setting.quick and len(values) > 2 else list(values)
+
+
+def _refinement(setting: Setting, offset: int = 0, **changes: Any) -> RefineSpec:
+    """The setting's refinement from RH with one of its seeds, some fields changed."""
+    return setting.refine.with_(**{"init": setting.rotation("RH", offset), **changes})
+
+
+# --- evaluations, an experiment each -----------------------------------------------------------------------------------------------------------
+
+
+def keep_out(setting: Setting, store: Store) -> pd.DataFrame:
+    """Table 1: RO and RH with all tokens quantized and with massive ones kept out; then the share of the RO - RH gap that keep-out closes."""
+    rows = [Row(setting.row("16-16-16", setting.rotation("NR")))]
+    settings = ("4-4-4", "4-4-16", "4-8-16")
+    for offset in range(setting.seeds):
+        for kind in ("RH", "RO"):
+            for bits in settings:
+                plain = setting.row(bits, setting.rotation(kind, offset))
+                kept = plain.with_(keep_out="nr_error")
+                rh = setting.row(bits, setting.rotation("RH", offset))
+                rows += [Row(plain, against={"RH": rh} if kind == "RO" else {}), Row(kept, against={kind: plain})]
+    rows += [Row(setting.row(bits, setting.rotation("NR"))) for bits in settings]
+    table, found = evaluated(rows, store)
+    return pd.concat([table, pd.DataFrame(_shares(setting, found, settings))], ignore_index=True)
+
+
+def _shares(setting: Setting, found: Mapping[str, EvalResult], settings: Sequence[str]) -> list[dict[str, Any]]:
+    """For each seed and setting of the bits, 1 - (RO - RH with massive tokens kept out) / (RO - RH), with its paired bootstrap interval."""
+    lines = []
+    for offset in range(setting.seeds):
+        for bits in settings:
+            plain = {kind: setting.row(bits, setting.rotation(kind, offset)) for kind in ("RO", "RH")}
+            four = [found[spec.key] for kind in ("RO", "RH") for spec in (plain[kind], plain[kind].with_(keep_out="nr_error"))]
+            value, interval = evaluate.statistic(evaluate.closed_share, four)
+            lines.append(results.statistic_row(four[1], SHARE, value, interval))
+    return lines
+
+
+def main_table(setting: Setting, store: Store) -> pd.DataFrame:
+    """Table 2 and the README's tables: NR, RO, RH and DFRot by RTN and GPTQ, with the minutes each takes beyond RH."""
+    rows = [Row(setting.row("16-16-16", setting.rotation("NR")), {"extra_minutes": 0.0})]
+    minutes = refine.refined(setting.refine, store).seconds / 60
+    rotations: list[RotationSpec | RefineSpec] = [*map(setting.rotation, ("NR", "RO", "RH")), setting.refine]
+    for rotation in rotations:
+        for weights in ("rtn", "gptq"):
+            for bits in ("4-4-4", "4-4-16"):
+                rh = setting.row(bits, setting.rotation("RH"), weights=weights)
+                against = {} if rotation.name == "RH" else {"RH": rh}
+                extra = minutes if rotation.name == "DFRot" else 0.0
+                rows.append(Row(setting.row(bits, rotation, weights=weights), {"extra_minutes": extra}, against))
+    return evaluated(rows, store)[0]
+
+
+def gamma_sweep(setting: Setting, store: Store) -> pd.DataFrame:
+    """Fig. 5 and 6: perplexity against gamma, from RH and from RO, beside QuaRot and QuaRot.FP16() of the same start."""
+    rows = []
+    for bits, seeds in (("16-4-16", setting.seeds), ("4-4-16", 1)):
+        for offset in range(seeds):
+            for kind in ("RH", "RO"):
+                start = setting.rotation(kind, offset)
+                plain = setting.row(bits, start)
+                rows += [Row(plain, {"init": kind, "line": "QuaRot"}), Row(plain.with_(keep_out="nr_error"), {"init": kind, "line": "QuaRot.FP16()"})]
+                for gamma in _trimmed(GAMMAS, setting):
+                    refined = setting.row(bits, setting.refine.with_(init=start, gamma=gamma))
+                    rows.append(Row(refined, {"init": kind, "line": "DFRot"}, {"QuaRot": plain}))
+    return evaluated(rows, store)[0]
+
+
+def calibration(setting: Setting, store: Store) -> pd.DataFrame:
+    """Table 3: five samples, five row counts; and the text refined on another than the one it is tested on, and the reverse."""
+    ways: list[tuple[dict[str, Any], Setting, RefineSpec]] = []
+    for skip in _trimmed(range(SAMPLES), setting):
+        ways.append(({"varied": "sample", "level": str(skip)}, setting, _refinement(setting, capture=setting.capture.with_(skip=skip))))
+    for count in _trimmed(ROW_COUNTS, setting):
+        ways.append(({"varied": "rows", "level": f"{count} x {setting.window}"}, setting, _refinement(setting, rows=count * setting.window)))
+    texts = _texts(setting)
+    for fitted, tested in itertools.product(texts, texts) if len(texts) > 1 else ():
+        own = setting.capture.with_(corpus=CorpusSpec(name=fitted, split="calibration"))
+        ways.append(({"varied": "text", "level": f"{fitted} -> {tested}"}, replace(setting, corpus=tested), _refinement(setting, capture=own)))
+    rows = []
+    for bits in ("16-4-16", "4-4-16"):  # the paper's is 4-4-16; the other shows what the rotation does without the noise of GPTQ
+        for labels, where, spec in ways:
+            plain = where.row(bits, where.rotation("RH"))
+            rows += [Row(plain, {"varied": "none", "level": f"RH on {where.corpus}"}), Row(where.row(bits, spec), labels, {"RH": plain})]
+    return evaluated(rows, store)[0]
+
+
+def _texts(setting: Setting) -> list[str]:
+    """The texts to exchange: the setting's own and, where both can be had, WikiText-2 and the packaged sample."""
+    if setting.quick or corpus.resolve(CorpusSpec(name="auto")).name != "wikitext2":
+        log.info("calibrating on one text and testing on another is left out: it needs WikiText-2 (and the full profile)")
+        return [setting.corpus]
+    return ["wikitext2", "wikipedia-sample"]
+
+
+def clip_sweep(setting: Setting, store: Store) -> pd.DataFrame:
+    """The activation clip ratio under RO, RH and DFRot, refined with the same clip: what a reviewer asked for."""
+    rows = []
+    for rotation in (setting.rotation("RO"), setting.rotation("RH"), setting.refine):
+        whole = setting.row("16-4-16", rotation)
+        for clip in _trimmed(CLIPS, setting):
+            quantizer = whole.activations.with_(clip_ratio=clip)
+            own = rotation.with_(quantizer=quantizer) if isinstance(rotation, RefineSpec) else rotation
+            rows.append(Row(whole.with_(activations=quantizer, rotation=own), {"clip": clip}, {} if clip == 1 else {"clip 1": whole}))
+    return evaluated(rows, store)[0]
+
+
+def symmetric_or_not(setting: Setting, store: Store) -> pd.DataFrame:
+    """Refine with a symmetric or asymmetric quantizer, evaluate with either; the refinement with and without the released code's sign flips."""
+    rows = []
+    for tested in ("asymmetric", "symmetric"):
+        activations = QuantSpec(symmetric=tested == "symmetric")
+        rh = setting.row("16-4-16", setting.rotation("RH")).with_(activations=activations)
+        rows.append(Row(rh, {"refined_with": "not refined", "sign_flips": False, "tested_with": tested}))
+        for fitted in ("asymmetric", "symmetric"):
+            for flips in (False, True):
+                spec = _refinement(setting, quantizer=QuantSpec(symmetric=fitted == "symmetric"), variant="as_released" if flips else "as_paper")
+                labels = {"refined_with": fitted, "sign_flips": flips, "tested_with": tested}
+                rows.append(Row(rh.with_(rotation=spec), labels, {"RH": rh}))
+    return evaluated(rows, store)[0]
+
+
+def variants(setting: Setting, store: Store) -> pd.DataFrame:
+    """The refinement as released, as in the paper and as here, some seeds each: objective and errors under the evaluation's quantizer, perplexity."""
+    names = ("as_released", "as_paper", "accelerated")
+    specs = {
+        (name, offset): _refinement(setting, offset, variant=name, quantizer=QuantSpec(symmetric=name == "as_released"))
+        for offset in range(setting.seeds)
+        for name in names
     }
-    with figures.theme():
-        residual, axes = figures.plt.subplots(1, 2, figsize=(10, 3.6))
-        figures.plot_residual(recorded.residual_max, recorded.residual_median, ax=axes[0])
-        figures.plot_history(result.refinement.history, ax=axes[1])
-        drawn: dict[str, tuple[Any, dict[str, Any]]] = {
-            "residual-and-refinement": (residual, {"refine": result.setting.refine.to_dict()}),
-            "token-errors": (figures.figure_errors(wide), {"site": site, "rows": len(wide)}),
-            "massive-token": (
-                figures.figure_massive_token(errors.massive_values(recorded, site, token, matrices, quantizer)),
-                {"site": site, "token": token},
-            ),
-            "perplexity": (figures.figure_perplexity(result.table), {"rows": sorted(set(result.table["spec"]))}),
-        }
-        return [figures.save_figure(fig, name, folder, {**about, **extra}) for name, (fig, extra) in drawn.items()]
+    rows = []
+    for bits in ("16-4-16", "4-4-16"):
+        for (name, offset), spec in specs.items():
+            rh = setting.row(bits, setting.rotation("RH", offset))
+            rows += [Row(rh, {"variant": "not refined"}), Row(setting.row(bits, spec), {"variant": name}, {"RH": rh})]
+    losses = [line for (name, offset), spec in specs.items() for line in _final_losses(name, setting.seed + offset, spec, setting, store)]
+    return pd.concat([evaluated(rows, store)[0], pd.DataFrame(losses)], ignore_index=True)
 
 
-def save_run(result: MainResult, folder: Path) -> None:
-    """Write rows.jsonl, rows.md, massive-tokens.csv and figures/ of the main job into `folder`."""
-    results.save(folder / "rows.jsonl", result.table)
-    results.write_table(massive_table(result), folder / "massive-tokens.csv")
-    save_main(result, folder / "figures")
+def _final_losses(name: str, seed: int, spec: RefineSpec, setting: Setting, store: Store) -> list[dict[str, Any]]:
+    """Weighted objective, ordinary and massive error of a refined R over all rows of its capture, all under one quantizer; and its seconds."""
+    result = refine.refined(spec, store)
+    recorded = capture(spec.capture, store)
+    mask = massive.find(recorded, spec.rule).flatten()
+    losses = refine.losses_of(recorded.all_rows(), result.R, refine.row_weights(mask, spec.gamma), mask, setting.refine.quantizer)
+    columns = {"variant": name, "model": setting.model.source, "corpus": setting.corpus, "rotation": spec.name, "gamma": spec.gamma, "seed": seed}
+    return [{**columns, "metric": metric, "value": value} for metric, value in {**losses, "seconds of refinement": result.seconds}.items()]
 
 
-def report(result: MainResult) -> str:
-    """The main job's findings as text: the most massive token, the table, the paired differences, RO - RH seed by seed."""
-    setting, table = result.setting, result.table
-    head = massive_table(result).head(1).to_dict("records")[0]
-    parts = [
-        f"The most massive token: {head['text']!r} at {head['site']}, |{head['residual_max']:,.0f}| in channel {head['channel']}, "
-        f"{head['ratio_to_median']:,.0f} times the median.",
-        f"Perplexity on {setting.corpus}, {setting.windows} windows of 2048 tokens, with the 95% interval over windows;\n"
-        "bits are weights-activations-KV:",
-        results.comparison(table).to_string(),
-        "On the same windows, the difference and its paired 95% interval:",
-    ]
-    for metric in dict.fromkeys(table["metric"]):
-        if metric != results.PERPLEXITY:
-            parts.append(f"{metric}\n{results.comparison(table, metric).to_string()}")
-    parts.append(f"RO - RH, each random seed on its own:\n{results.by_seed(table).to_string()}")
-    return "\n\n".join(parts) + "\n"
+def intervene(setting: Setting, store: Store) -> pd.DataFrame:
+    """Which tokens matter: perplexity with k tokens of each window kept out, chosen by size, by error or at random, under RO and RH."""
+    rows = []
+    for kind in ("RO", "RH"):
+        plain = setting.row("16-4-16", setting.rotation(kind))
+        rows.append(Row(plain, {"chosen": "none", "k": 0}))
+        rows.append(Row(plain.with_(keep_out="nr_error"), {"chosen": "rule nr_error", "k": None}, {kind: plain}))
+        for chosen in KEEP_OUT_COUNTS:
+            for k in _trimmed(KEPT, setting):
+                rows.append(Row(plain.with_(keep_out=chosen, keep_out_tokens=k), {"chosen": chosen, "k": k}, {kind: plain}))
+    return evaluated(rows, store)[0].astype({"k": "Int64"})
 
 
-def massive_table(result: MainResult) -> pd.DataFrame:
-    """The massive tokens by any rule, most extreme first."""
-    return massive.table(result.capture).sort_values("residual_max", ascending=False, ignore_index=True)
+def massive_activations(setting: Setting, store: Store) -> pd.DataFrame:
+    """Sun et al.: the three largest values and the median of the residual stream by layer; then massive values set to zero, or to their mean."""
+    plain = setting.row("16-16-16", setting.rotation("NR"))
+    rows = [Row(plain, {"set_massive": "left alone"})]
+    rows += [Row(plain.with_(set_massive=to), {"set_massive": to}, {"left alone": plain}) for to in ("zero", "mean")]
+    return pd.concat([evaluated(rows, store)[0], profiles.residual_profile(setting.capture, store)], ignore_index=True)
+
+
+# --- errors, token by token --------------------------------------------------------------------------------------------------------------------
+
+
+def token_errors(setting: Setting, store: Store) -> pd.DataFrame:
+    """Each token's squared error at every site under NR, RO, RH and DFRot, a column each, and the order of the first three (Fig. 2 and 3)."""
+    recorded = capture(setting.capture, store)
+    table = errors.wide(errors.token_errors(recorded, matrices(setting, store), [setting.refine.quantizer]))
+    return table.assign(order=errors.orders(table))
+
+
+def massive_token(setting: Setting, store: Store) -> pd.DataFrame:
+    """The most massive token's values before and after quantization under each rotation, at the sites where it is massive (Fig. 4)."""
+    recorded = capture(setting.capture, store)
+    token = int(recorded.residual_max.amax(0).argmax())
+    marked = massive.find(recorded, "sun")[:, token]
+    sites = [site for site, heavy in zip(recorded.sites, marked.tolist(), strict=True) if heavy and site.endswith(recorded.sites[0].split(".")[-1])]
+    quantizer, rotation = setting.refine.quantizer, matrices(setting, store)
+    tables = [errors.massive_values(recorded, site, token, rotation, quantizer).assign(site=site) for site in sites]
+    return pd.concat(tables, ignore_index=True).assign(token=token, text=recorded.texts[token])
+
+
+def matrices(setting: Setting, store: Store) -> dict[str, Tensor]:
+    """NR, RO, RH of the setting's seed and its DFRot: float64 (channels, channels) each."""
+    recorded = capture(setting.capture, store)
+    return {**errors.default_rotations(recorded.channels, setting.seed), "DFRot": refine.refined(setting.refine, store).R}
+
+
+def zero_shot(setting: Setting, store: Store) -> pd.DataFrame:
+    """Table 5 and the README's: six tasks through lm-eval, for the plain model, NR and RH unquantized, and RO, RH and DFRot at 4 bits."""
+    rows: list[tuple[str, EvalSpec | None]] = [("plain transformers", None)]
+    rows += [(f"{kind} 16-16-16", setting.row("16-16-16", setting.rotation(kind))) for kind in ("NR", "RH")]
+    for bits in _trimmed(("4-4-16", "4-4-4"), setting)[: 1 if setting.quick else 2]:
+        rows += [(f"{kind} {bits}", setting.row(bits, setting.rotation(kind))) for kind in ("RO", "RH")]
+        rows.append((f"DFRot {bits}", setting.row(bits, setting.refine)))
+    return pd.concat([zeroshot.table(name, spec, setting.model, setting.limit, store) for name, spec in rows], ignore_index=True)
+
+
+EXPERIMENTS = {
+    experiment.name: experiment
+    for experiment in (
+        Experiment("token-errors-3d", "Fig. 2, 13-24", "Which tokens does each rotation help, site by site?", token_errors),
+        Experiment("token-errors-2d", "Fig. 3, 10-12", "Where do RO, RH and DFRot part?", token_errors),
+        Experiment("massive-token", "Fig. 4, 7-9", "What happens to one massive token's values?", massive_token),
+        Experiment("gamma-sweep", "Fig. 5, 6", "How much should massive tokens weigh?", gamma_sweep),
+        Experiment("keep-out", "Table 1", "Do massive tokens explain the gap between RO and RH?", keep_out),
+        Experiment("main-table", "Table 2, README", "What is each rotation worth, by RTN and by GPTQ?", main_table),
+        Experiment("calibration", "Table 3", "Does it matter what R1 is refined on?", calibration),
+        Experiment("zero-shot", "Table 5, README", "Does what holds for perplexity hold for tasks?", zero_shot),
+        Experiment("clip-sweep", "asked by a reviewer", "Is it the rotation, or would a clip do?", clip_sweep),
+        Experiment("symmetric-or-not", "Eq. 5 against the code", "Does it matter which quantizer R1 is refined with?", symmetric_or_not),
+        Experiment("variants", "Alg. 1 against the code", "Do the released steps, the paper's and ours end alike?", variants),
+        Experiment("massive-activations", "Sun et al.", "How large are they, and does the model need them?", massive_activations),
+        Experiment("intervene", "asked here", "Which tokens must be kept out?", intervene),
+    )
+}
+"""Every experiment by name, in the paper's order."""

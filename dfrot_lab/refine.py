@@ -7,6 +7,7 @@ it by gamma^2 are the same thing because Q is scale-equivariant (Eq. 3).
 
 import logging
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -44,11 +45,12 @@ class RefineResult:
     """The refined rotation R (channels, channels) float64, and its history, one row a step.
 
     History columns: step, objective (the weighted loss a row), normal, massive (mean squared error of those rows), best (lowest objective so far),
-    distance (||R - R0||_F / sqrt(C)).
+    distance (||R - R0||_F / sqrt(C)). `seconds` it took (of a run that was stopped, its last part); NaN where not measured.
     """
 
     R: Tensor
     history: pd.DataFrame
+    seconds: float = math.nan
 
 
 @dataclass
@@ -212,16 +214,28 @@ def refined(spec: RefineSpec, store: Store | None = None) -> RefineResult:
     recorded = capture(spec.capture, store)
 
     def make(writer: Writer) -> None:
-        rows = recorded.all_rows()
-        mask = massive.find(recorded, spec.rule).flatten()
+        rows, mask = _sample(recorded.all_rows(), massive.find(recorded, spec.rule).flatten(), spec)
         log.info("refining on %d rows, %d of them massive (%s)", len(rows), int(mask.sum()), spec.rule)
+        started = time.perf_counter()
         result = refine(rows, spec, mask, state=_resume(writer, spec), checkpoint=lambda state: _save_state(writer, state))
         writer.save_tensors("R1", {"R1": result.R})
         writer.save_json("history", result.history.to_dict("records"))
+        writer.note.update(seconds=time.perf_counter() - started)
         writer.drop("state")
 
     artefact = store.get_or_make("refine", {"refine": identity(spec)}, make)
-    return RefineResult(artefact.tensors("R1")["R1"], pd.DataFrame(artefact.json("history"), columns=list(HISTORY)))
+    history = pd.DataFrame(artefact.json("history"), columns=list(HISTORY))
+    return RefineResult(artefact.tensors("R1")["R1"], history, float(artefact.manifest["note"].get("seconds", math.nan)))
+
+
+def _sample(rows: Tensor, mask: Tensor, spec: RefineSpec) -> tuple[Tensor, Tensor]:
+    """The rows to refine on and their mask: all, or as many as the spec says, drawn with the seed of its start, in their order."""
+    if spec.rows is None:
+        return rows, mask
+    if spec.rows > len(rows):
+        raise ValueError(f"RefineSpec.rows must be at most the {len(rows)} rows of the capture; got {spec.rows}")
+    chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(spec.init.seed))[: spec.rows].sort().values
+    return rows[chosen], mask[chosen]
 
 
 def identity(spec: RefineSpec) -> dict[str, Any]:

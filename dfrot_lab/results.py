@@ -44,8 +44,12 @@ def row(result: EvalResult) -> dict[str, Any]:
 
 def difference_row(result: EvalResult, reference: EvalResult, name: str) -> dict[str, Any]:
     """The results row of a paired difference: perplexity of `result` minus that of `reference` (called `name`) on the same windows."""
-    value, interval = paired_difference(result, reference)
-    return {**_identity(result), "metric": f"{PERPLEXITY} - {name}", "value": value, "ci95": list(interval)}
+    return statistic_row(result, f"{PERPLEXITY} - {name}", *paired_difference(result, reference))
+
+
+def statistic_row(result: EvalResult, metric: str, value: float, interval: tuple[float, float]) -> dict[str, Any]:
+    """The results row of any number, with its interval, that is said of the evaluation `result`."""
+    return {**_identity(result), "metric": metric, "value": value, "ci95": list(interval)}
 
 
 def seed_of(spec: EvalSpec) -> int | None:

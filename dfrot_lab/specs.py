@@ -21,6 +21,14 @@ REFINE_VARIANTS = ("accelerated", "guarded", "as_paper", "as_released")
 WEIGHT_METHODS = ("gptq", "rtn")
 GRANULARITIES = ("per_token", "per_channel", "per_group", "per_tensor")
 DTYPES = ("float32", "float64", "bfloat16", "float16")
+KEEP_OUT_RULES = ("nr_error", "ro_vs_nr")
+"""Rules that judge a token by its own row: those `QuaRot.FP16()` can use while the model runs."""
+KEEP_OUT_COUNTS = ("most_massive", "worst", "random")
+"""Which `keep_out_tokens` of a window to keep out: those with the largest value, those with the largest error, or any."""
+SET_MASSIVE = ("zero", "mean")
+
+LATER = {"later": True}
+"""Marks a field added when results were stored already: at its default it is left out of the key, so that they are still found."""
 
 
 def content_key(value: Any) -> str:
@@ -57,12 +65,13 @@ class Spec:
         value = getattr(self, name)
         self._require(name, isinstance(value, int) and value >= least, f"a whole number >= {least}")
 
-    def _require_one_of(self, name: str, choices: tuple[str, ...]) -> None:
-        self._require(name, getattr(self, name) in choices, f"one of {', '.join(choices)}")
+    def _require_one_of(self, name: str, choices: tuple[str | None, ...]) -> None:
+        self._require(name, getattr(self, name) in choices, f"one of {', '.join(map(str, choices))}")
 
     def to_dict(self) -> dict[str, Any]:
         """The spec as plain JSON values, nested specs included, with the class name under `spec`."""
-        return {"spec": type(self).__name__, **{f.name: _plain(getattr(self, f.name), f.type) for f in fields(self)}}
+        said = [f for f in fields(self) if not ("later" in f.metadata and getattr(self, f.name) == f.default)]
+        return {"spec": type(self).__name__, **{f.name: _plain(getattr(self, f.name), f.type) for f in said}}
 
     @property
     def key(self) -> str:
@@ -158,14 +167,16 @@ class QuantSpec(Spec):
 
 @dataclass(frozen=True, kw_only=True)
 class CaptureSpec(Spec):
-    """Which activations to record: all norm outputs of `model`, norms fused, for the first `tokens` tokens of `corpus`."""
+    """Which activations to record: all norm outputs of `model`, norms fused, for `tokens` tokens of `corpus` after the first `skip` windows."""
 
     model: ModelSpec = field(default_factory=ModelSpec)
     corpus: CorpusSpec = field(default_factory=lambda: CorpusSpec(split="calibration"))
     tokens: int = WINDOW
+    skip: int = field(default=0, metadata=LATER)
 
     def __post_init__(self) -> None:
         self._require_whole("tokens", 1)
+        self._require_whole("skip", 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,8 +184,8 @@ class RefineSpec(Spec):
     """How to refine R1 (DFRot, Eq. 2-8): rows, start, massive weight `gamma` (gamma^2 in the squared loss), steps, quantizer, variant.
 
     `as_paper` runs the paper's steps and returns the last R, `guarded` the best by the weighted objective; `accelerated` (default) minimises that
-    objective in a sixth of the time; `as_released` is the released code: symmetric quantizer, QR after the SVD, its accept test. `gamma=inf`
-    fits the massive rows alone.
+    objective in a sixth of the time; `as_released` is the released code: QR after the SVD (which flips signs), its accept test; it was released
+    with a symmetric quantizer. `gamma=inf` fits the massive rows alone; `rows` takes a random sample of that many rows.
     """
 
     capture: CaptureSpec = field(default_factory=CaptureSpec)
@@ -184,6 +195,7 @@ class RefineSpec(Spec):
     steps: int = 100
     quantizer: QuantSpec = field(default_factory=lambda: QuantSpec(symmetric=False))
     variant: str = "accelerated"
+    rows: int | None = field(default=None, metadata=LATER)
 
     def __post_init__(self) -> None:
         self._require("gamma", self.gamma > 0, "> 0")
@@ -191,9 +203,8 @@ class RefineSpec(Spec):
         self._require_whole("steps", 1)
         self._require_one_of("variant", REFINE_VARIANTS)
         self._require("quantizer", self.quantizer.bits < 16, "a quantizer of fewer than 16 bits")
-        if self.variant == "as_released":
-            self._require("quantizer", self.quantizer.symmetric, "symmetric with variant as_released: the released code refines with nothing else")
-            self._require("gamma", self.gamma < math.inf, "finite with variant as_released")
+        self._require("rows", self.rows is None or self.rows >= 1, "None or >= 1")
+        self._require("gamma", self.gamma < math.inf or self.variant != "as_released", "finite with variant as_released")
 
     @property
     def name(self) -> str:
@@ -233,7 +244,8 @@ def _kv(bits: int = 16) -> QuantSpec:
 class EvalSpec(Spec):
     """One row of a results table: a model, a rotation, the bits of weights, activations and KV cache, and the text it is scored on.
 
-    `keep_out` names the rule by which massive tokens pass the q, k, v, gate and up inputs unquantised (`QuaRot.FP16()`); None quantizes all.
+    `keep_out` names the rule by which massive tokens pass the q, k, v, gate and up inputs unquantised (`QuaRot.FP16()`), or which
+    `keep_out_tokens` of a window do; None quantizes all. `set_massive` overwrites massive values of the residual stream (Sun et al.).
     """
 
     model: ModelSpec = field(default_factory=ModelSpec)
@@ -245,13 +257,20 @@ class EvalSpec(Spec):
     keep_out: str | None = None
     windows: int = 6
     window: int = WINDOW
+    keep_out_tokens: int | None = field(default=None, metadata=LATER)
+    set_massive: str | None = field(default=None, metadata=LATER)
 
     def __post_init__(self) -> None:
         self._require_whole("windows", 1)
         self._require_whole("window", 2)
         self._require("activations", self.activations.granularity == "per_token", "per_token")
         self._require("kv", self.kv.granularity == "per_group", "per_group (one scale a token and head, or a part of a head)")
-        self._require("keep_out", self.keep_out in (None, "nr_error", "ro_vs_nr"), "None, nr_error or ro_vs_nr (rules that need one token alone)")
+        self._require_one_of("keep_out", (None, *KEEP_OUT_RULES, *KEEP_OUT_COUNTS))
+        counted = self.keep_out in KEEP_OUT_COUNTS
+        self._require("keep_out_tokens", (self.keep_out_tokens is not None) == counted, f"given for keep_out {', '.join(KEEP_OUT_COUNTS)} alone")
+        self._require_one_of("set_massive", (None, *SET_MASSIVE))
+        unrotated = isinstance(self.rotation, RotationSpec) and self.rotation.kind == "NR"
+        self._require("set_massive", self.set_massive is None or unrotated, "None with a rotation: it spreads massive values over all channels")
 
     @property
     def bits(self) -> str:

@@ -13,7 +13,7 @@ from transformers import GPT2Config, LlamaConfig
 
 from dfrot_lab import estimate, gptq, models, rotations, surgery
 from dfrot_lab.estimate import GPU_80GB, SHAPES, Machine, Shape, Work, duration
-from dfrot_lab.experiments import MainSetting, main_specs
+from dfrot_lab.mainjob import Setting, main_specs
 from dfrot_lab.specs import ModelSpec, RotationSpec
 
 SMALL = Shape(64, 2, 96, 4, 2, 16, 256)
@@ -90,7 +90,7 @@ def test_integer_windows_move_the_linears_flops_to_int8_and_nothing_else():
 
 
 def test_the_main_job_is_counted_from_its_specs():
-    specs = main_specs(MainSetting(model=ModelSpec()))
+    specs = main_specs(Setting(model=ModelSpec()))
     assert estimate.counts(specs) == (12, 10, 4, 11, 12)
     assert estimate.counts(specs[:1]) == (1, 0, 0, 1, 0)
 

@@ -19,9 +19,9 @@ LAYERS = (
     ("specs", "memory"),
     ("hadamard", "rotations", "quantize"),
     ("store", "wheels", "models", "corpus"),
-    ("surgery", "capture", "massive", "errors", "integer", "descent"),
-    ("refine", "gptq", "evaluate"),
-    ("results", "experiments", "figures", "explore", "doctor", "estimate"),
+    ("surgery", "capture", "massive", "errors", "integer", "intervene", "profiles", "descent"),
+    ("refine", "gptq", "evaluate", "zeroshot"),
+    ("results", "mainjob", "experiments", "figures", "explore", "doctor", "estimate"),
     ("cli", "__main__"),
 )
 """The layer table of the design, lowest first; `doctor` only looks at what the layers below it made."""
