@@ -5,6 +5,7 @@ import logging
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
@@ -30,15 +31,7 @@ Tokens = Annotated[int, typer.Option(help="Tokens to record: up to 2048, or a mu
 Gamma = Annotated[float, typer.Option(help="Weight of massive rows; inf fits them alone.")]
 Windows = Annotated[int, typer.Option(help="Evaluation windows of 2048 tokens.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what it would take; --model may also be llama-2-7b or llama-3-70b.")]
-
-
-class Variant(StrEnum):
-    """The refinement variants by name."""
-
-    accelerated = "accelerated"
-    guarded = "guarded"
-    as_paper = "as_paper"
-    as_released = "as_released"
+Variant = StrEnum("Variant", ["accelerated", "guarded", "as_paper", "as_released"])
 
 
 @app.callback()
@@ -186,19 +179,49 @@ def evaluate_command(
             )
 
 
+@app.command("experiment")
+def experiment_command(
+    name: Annotated[str, typer.Argument(help="Which experiment; without it they are listed.")] = "",
+    model: Model = DEFAULT_MODEL, corpus: Corpus = "auto", seed: Seed = 0, out: Out = None, as_json: Json = False, windows: Windows = 6,
+    limit: Annotated[int, typer.Option(help="Items of each zero-shot task; 0 takes all.", min=0)] = 100,
+    quick: Annotated[bool, typer.Option("--quick", help="A few rows of a few short windows: to see that it works, not what is true.")] = False,
+) -> None:  # fmt: skip
+    """One of the paper's tables or figures by name, row by row; a stopped one goes on. --out: folder (default: runs/experiments/)."""
+    from . import experiments, gallery
+    from .mainjob import QUICK, Setting
+
+    with _clear_errors():
+        if not name:
+            _report(experiments.listing(), None, as_json, {})
+            return
+        setting = Setting(model=ModelSpec(source=model), corpus=corpus, seed=seed, windows=windows, limit=limit or None).resolved()
+        setting = replace(setting, **QUICK) if quick else setting
+        table = experiments.run(name, setting)
+        written = gallery.save_experiment(name, table, setting, *[out or Path("runs") / "experiments"] * 2)
+        shown = [column for column in table if column not in ("spec", "commit", "model", "corpus") and table[column].notna().any()]
+        _report(table if as_json else table[shown], None, as_json, {"written": list(map(str, written))})
+
+
 @app.command("figures")
 def figures_command(
     model: Model = DEFAULT_MODEL, corpus: Corpus = "auto", seed: Seed = 0, out: Out = None, as_json: Json = False, windows: Windows = 6,
 ) -> None:  # fmt: skip
-    """Rewrite the committed figures/ and data/results/ from the main job's artefacts, running what is missing. --out: another folder for both."""
-    from . import mainjob, results
+    """Rewrite the committed figures/ and data/results/: the main job's and every experiment's. What is not stored is computed: hours, resumable.
+
+    --out: another folder for both.
+    """
+    from . import experiments, gallery, mainjob, results
 
     with _clear_errors():
         root = out or Path()
-        result = mainjob.main(mainjob.Setting(model=ModelSpec(source=model), corpus=corpus, seed=seed, windows=windows))
+        setting = mainjob.Setting(model=ModelSpec(source=model), corpus=corpus, seed=seed, windows=windows)
+        result = mainjob.main(setting)
         rows = root / "data" / "results" / f"main-{result.setting.corpus}.jsonl"
         results.save(rows, result.table)
-        written = [rows, rows.with_suffix(".md"), *mainjob.save_main(result, root / "figures" / result.setting.corpus)]
+        pictures = root / "figures" / result.setting.corpus
+        written = [rows, rows.with_suffix(".md"), *mainjob.save_main(result, pictures)]
+        for name in experiments.EXPERIMENTS:
+            written += gallery.save_experiment(name, experiments.run(name, result.setting), result.setting, rows.parent, pictures)
         _print(written) if as_json else typer.echo("\n".join(map(str, written)))
 
 

@@ -11,9 +11,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pandas as pd
-from torch import Tensor
 
-from . import corpus, errors, evaluate, massive, profiles, refine, results, zeroshot
+from . import corpus, evaluate, massive, profiles, refine, results, tokens, zeroshot
 from .capture import capture
 from .evaluate import EvalResult
 from .mainjob import Progress, Setting, costs
@@ -29,9 +28,6 @@ ROW_COUNTS = (48, 32, 24, 16, 8)
 """Table 3: calibration rows in units of 2048."""
 SAMPLES = 5
 KEPT = (1, 4, 16, 64)
-PAPER_SITE = "layers.6.post_attention_norm"
-"""The site of the paper's Fig. 2."""
-
 SHARE = "share of RO - RH closed"
 
 
@@ -63,6 +59,11 @@ def run(name: str, setting: Setting | None = None, store: Store | None = None) -
     return EXPERIMENTS[name].table(setting, store or Store())
 
 
+def listing() -> pd.DataFrame:
+    """The experiments: name, what it reproduces, its question."""
+    return pd.DataFrame([{"name": e.name, "reproduces": e.reproduces, "question": e.question} for e in EXPERIMENTS.values()])
+
+
 def evaluated(rows: Sequence[Row], store: Store) -> tuple[pd.DataFrame, dict[str, EvalResult]]:
     """Evaluate rows in order: their table (perplexity, and each paired difference), and the evaluations by spec key."""
     rows = [row for n, row in enumerate(rows) if row not in rows[:n]]
@@ -92,9 +93,6 @@ def _trimmed(values: Sequence[Any], setting: Setting) -> list[Any]:
 def _refinement(setting: Setting, offset: int = 0, **changes: Any) -> RefineSpec:
     """The setting's refinement from RH with one of its seeds, some fields changed."""
     return setting.refine.with_(**{"init": setting.rotation("RH", offset), **changes})
-
-
-# --- evaluations, an experiment each -----------------------------------------------------------------------------------------------------------
 
 
 def keep_out(setting: Setting, store: Store) -> pd.DataFrame:
@@ -148,7 +146,8 @@ def gamma_sweep(setting: Setting, store: Store) -> pd.DataFrame:
             for kind in ("RH", "RO"):
                 start = setting.rotation(kind, offset)
                 plain = setting.row(bits, start)
-                rows += [Row(plain, {"init": kind, "line": "QuaRot"}), Row(plain.with_(keep_out="nr_error"), {"init": kind, "line": "QuaRot.FP16()"})]
+                rows.append(Row(plain, {"init": kind, "line": "QuaRot"}))
+                rows.append(Row(plain.with_(keep_out="nr_error"), {"init": kind, "line": "QuaRot.FP16()"}, {"QuaRot": plain}))
                 for gamma in _trimmed(GAMMAS, setting):
                     refined = setting.row(bits, setting.refine.with_(init=start, gamma=gamma))
                     rows.append(Row(refined, {"init": kind, "line": "DFRot"}, {"QuaRot": plain}))
@@ -257,33 +256,6 @@ def massive_activations(setting: Setting, store: Store) -> pd.DataFrame:
     return pd.concat([evaluated(rows, store)[0], profiles.residual_profile(setting.capture, store)], ignore_index=True)
 
 
-# --- errors, token by token --------------------------------------------------------------------------------------------------------------------
-
-
-def token_errors(setting: Setting, store: Store) -> pd.DataFrame:
-    """Each token's squared error at every site under NR, RO, RH and DFRot, a column each, and the order of the first three (Fig. 2 and 3)."""
-    recorded = capture(setting.capture, store)
-    table = errors.wide(errors.token_errors(recorded, matrices(setting, store), [setting.refine.quantizer]))
-    return table.assign(order=errors.orders(table))
-
-
-def massive_token(setting: Setting, store: Store) -> pd.DataFrame:
-    """The most massive token's values before and after quantization under each rotation, at the sites where it is massive (Fig. 4)."""
-    recorded = capture(setting.capture, store)
-    token = int(recorded.residual_max.amax(0).argmax())
-    marked = massive.find(recorded, "sun")[:, token]
-    sites = [site for site, heavy in zip(recorded.sites, marked.tolist(), strict=True) if heavy and site.endswith(recorded.sites[0].split(".")[-1])]
-    quantizer, rotation = setting.refine.quantizer, matrices(setting, store)
-    tables = [errors.massive_values(recorded, site, token, rotation, quantizer).assign(site=site) for site in sites]
-    return pd.concat(tables, ignore_index=True).assign(token=token, text=recorded.texts[token])
-
-
-def matrices(setting: Setting, store: Store) -> dict[str, Tensor]:
-    """NR, RO, RH of the setting's seed and its DFRot: float64 (channels, channels) each."""
-    recorded = capture(setting.capture, store)
-    return {**errors.default_rotations(recorded.channels, setting.seed), "DFRot": refine.refined(setting.refine, store).R}
-
-
 def zero_shot(setting: Setting, store: Store) -> pd.DataFrame:
     """Table 5 and the README's: six tasks through lm-eval, for the plain model, NR and RH unquantized, and RO, RH and DFRot at 4 bits."""
     rows: list[tuple[str, EvalSpec | None]] = [("plain transformers", None)]
@@ -297,9 +269,10 @@ def zero_shot(setting: Setting, store: Store) -> pd.DataFrame:
 EXPERIMENTS = {
     experiment.name: experiment
     for experiment in (
-        Experiment("token-errors-3d", "Fig. 2, 13-24", "Which tokens does each rotation help, site by site?", token_errors),
-        Experiment("token-errors-2d", "Fig. 3, 10-12", "Where do RO, RH and DFRot part?", token_errors),
-        Experiment("massive-token", "Fig. 4, 7-9", "What happens to one massive token's values?", massive_token),
+        Experiment("token-errors-3d", "Fig. 2, 13-24", "Which tokens does each rotation help, site by site?", tokens.token_errors),
+        Experiment("token-errors-2d", "Fig. 3, 10-12", "Where do RO, RH and DFRot part?", tokens.token_errors),
+        Experiment("token-orders", "Fig. 2, 13-24", "How many tokens have the paper's order, site by site?", tokens.token_orders),
+        Experiment("massive-token", "Fig. 4, 7-9", "What happens to one massive token's values?", tokens.massive_token),
         Experiment("gamma-sweep", "Fig. 5, 6", "How much should massive tokens weigh?", gamma_sweep),
         Experiment("keep-out", "Table 1", "Do massive tokens explain the gap between RO and RH?", keep_out),
         Experiment("main-table", "Table 2, README", "What is each rotation worth, by RTN and by GPTQ?", main_table),
@@ -309,6 +282,7 @@ EXPERIMENTS = {
         Experiment("symmetric-or-not", "Eq. 5 against the code", "Does it matter which quantizer R1 is refined with?", symmetric_or_not),
         Experiment("variants", "Alg. 1 against the code", "Do the released steps, the paper's and ours end alike?", variants),
         Experiment("massive-activations", "Sun et al.", "How large are they, and does the model need them?", massive_activations),
+        Experiment("massive-magnitudes", "Sun et al., Fig. 1", "Which token, which channel?", tokens.massive_magnitudes),
         Experiment("intervene", "asked here", "Which tokens must be kept out?", intervene),
     )
 }

@@ -30,6 +30,8 @@ NOMINAL_SECONDS = {"capture": 30, "refine": 15, "build": 8, "gptq": 75, "window"
 PROFILE = "DFROT_LAB_PROFILE"
 """The environment variable that makes notebooks and experiments `quick` (minutes, for tests) or `full` (default)."""
 
+QUICK: dict[str, Any] = {"windows": 2, "window": 512, "gptq_windows": 4, "seeds": 1, "limit": 4, "quick": True}
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -43,7 +45,7 @@ class Setting:
     seeds: int = 3
     window: int = WINDOW
     gptq_windows: int = 16
-    limit: int = 100
+    limit: int | None = 100
     quick: bool = False
 
     @classmethod
@@ -52,8 +54,7 @@ class Setting:
         profile = os.environ.get(PROFILE, "full")
         if profile not in ("quick", "full"):
             raise ValueError(f"{PROFILE} must be quick or full; got {profile!r}")
-        quick: dict[str, Any] = {"windows": 2, "window": 512, "gptq_windows": 4, "seeds": 1, "limit": 4, "quick": True}
-        return cls(**{**(quick if profile == "quick" else {}), **choices}).resolved()
+        return cls(**{**(QUICK if profile == "quick" else {}), **choices}).resolved()
 
     def resolved(self) -> "Setting":
         """With `auto` replaced by the corpus that is there."""

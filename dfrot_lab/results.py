@@ -92,6 +92,14 @@ def append(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
             file.write(json.dumps(entry, allow_nan=True) + "\n")
 
 
+def replace(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write rows as a JSON-lines file in place of what was there, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.part")
+    temporary.unlink(missing_ok=True)
+    append(temporary, rows)
+    temporary.replace(path)
+
+
 def _drop_torn_line(path: Path) -> None:
     content = path.read_bytes() if path.exists() else b""
     whole = content.rfind(b"\n") + 1
@@ -136,8 +144,7 @@ def rows(table: pd.DataFrame) -> list[dict[str, Any]]:
 
 def save(path: Path, table: pd.DataFrame) -> None:
     """Write a whole results table as JSON lines, replacing what was there, and beside it the comparison as Markdown."""
-    path.unlink(missing_ok=True)
-    append(path, rows(table))
+    replace(path, rows(table))
     path.with_suffix(".md").write_text(markdown(comparison(table)) + "\n", encoding="utf-8")
 
 

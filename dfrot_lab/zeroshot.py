@@ -15,7 +15,7 @@ from typing import Any
 
 import pandas as pd
 
-from . import evaluate, models, results
+from . import evaluate, models
 from .specs import EvalSpec, ModelSpec, file_digest
 from .store import Store, Writer
 
@@ -71,7 +71,7 @@ def table(name: str, spec: EvalSpec | None, model: ModelSpec, limit: int | None,
                     writer.save_json(task, _score(loaded, task, path, limit))
 
     artefact = store.get_or_make(KIND, inputs, make)
-    about = {"model": model.source, "commit": results.commit(), **({"bits": spec.bits, "rotation": spec.rotation.name} if spec else {})}
+    about = {"model": model.source, **({"bits": spec.bits, "rotation": spec.rotation.name} if spec else {})}
     lines = [{"row": name, "task": task, **line, **about} for task in TASKS for line in artefact.json(task)]
     return pd.DataFrame([*lines, *_averages(lines)])
 
