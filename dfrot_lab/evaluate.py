@@ -136,7 +136,7 @@ def build_key(spec: EvalSpec) -> Any:
 def build(spec: EvalSpec, store: Store) -> Built:
     """Load, untie, fuse norms, fuse R1 and R2 and the offline half of R4, quantize the weights: the model that `spec` evaluates."""
     loaded = models.load_model(spec.model, store)
-    _windows(spec, loaded)  # before minutes of work on weights: is there that much text, and does it fit?
+    windows(spec, loaded)  # before minutes of work on weights: is there that much text, and does it fit?
     surgery.prepare(loaded)
     R = None
     if is_rotated(spec):
@@ -215,7 +215,7 @@ def evaluate(spec: EvalSpec, store: Store | None = None, build_model: Callable[[
 
     def make(writer: Writer) -> None:
         built = build_model() if build_model else build(spec, store)
-        losses, seconds = _losses(built, spec, _windows(spec, built.loaded), writer)
+        losses, seconds = _losses(built, spec, windows(spec, built.loaded), writer)
         writer.save_json("losses", losses)
         writer.note.update(provenance=built.loaded.provenance, scoring_seconds=seconds)
 
@@ -237,7 +237,7 @@ def inputs(spec: EvalSpec) -> dict[str, Any]:
     return {"spec": content, "model": models.fingerprint(spec.model), "text": corpus.fingerprint(spec.corpus), "calibration": calibration}
 
 
-def _windows(spec: EvalSpec, loaded: LoadedModel) -> Tensor:
+def windows(spec: EvalSpec, loaded: LoadedModel) -> Tensor:
     """The token ids (windows, window) a spec is scored on; a ValueError where corpus or context has not that many."""
     models.check_tokens(loaded, spec.window)
     return corpus.token_blocks(spec.corpus, loaded.tokenizer, blocks=spec.windows, window=spec.window)

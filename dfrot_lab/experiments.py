@@ -25,7 +25,7 @@ GAMMAS = (1.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, float("inf"))
 """The paper's sweep (Fig. 5 and 6)."""
 CLIPS = (0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)
 ROW_COUNTS = (48, 32, 24, 16, 8)
-"""Table 3: calibration rows in units of 2048."""
+"""Table 3: calibration rows in units of the window; a model of n layers has 2n windows of rows, and counts beyond that are left out."""
 SAMPLES = 5
 KEPT = (1, 4, 16, 64)
 SHARE = "share of RO - RH closed"
@@ -112,11 +112,17 @@ def keep_out(setting: Setting, store: Store) -> pd.DataFrame:
 
 
 def _shares(setting: Setting, found: Mapping[str, EvalResult], settings: Sequence[str]) -> list[dict[str, Any]]:
-    """For each seed and setting of the bits, 1 - (RO - RH with massive tokens kept out) / (RO - RH), with its paired bootstrap interval."""
+    """For each seed and setting of the bits, 1 - (RO - RH with massive tokens kept out) / (RO - RH), with its paired bootstrap interval.
+
+    Left out where the interval of RO - RH itself has 0 in it: there is no gap to have a share of.
+    """
     lines = []
     for offset in range(setting.seeds):
         for bits in settings:
             plain = {kind: setting.row(bits, setting.rotation(kind, offset)) for kind in ("RO", "RH")}
+            low, high = evaluate.paired_difference(*(found[plain[kind].key] for kind in ("RO", "RH")))[1]
+            if low <= 0 <= high:
+                continue
             four = [found[spec.key] for kind in ("RO", "RH") for spec in (plain[kind], plain[kind].with_(keep_out="nr_error"))]
             value, interval = evaluate.statistic(evaluate.closed_share, four)
             lines.append(results.statistic_row(four[1], SHARE, value, interval))
@@ -159,7 +165,8 @@ def calibration(setting: Setting, store: Store) -> pd.DataFrame:
     ways: list[tuple[dict[str, Any], Setting, RefineSpec]] = []
     for skip in _trimmed(range(SAMPLES), setting):
         ways.append(({"varied": "sample", "level": str(skip)}, setting, _refinement(setting, capture=setting.capture.with_(skip=skip))))
-    for count in _trimmed(ROW_COUNTS, setting):
+    sites = len(capture(setting.capture, store).sites)
+    for count in _trimmed([count for count in ROW_COUNTS if count <= sites], setting):
         ways.append(({"varied": "rows", "level": f"{count} x {setting.window}"}, setting, _refinement(setting, rows=count * setting.window)))
     texts = _texts(setting)
     for fitted, tested in itertools.product(texts, texts) if len(texts) > 1 else ():

@@ -30,7 +30,7 @@ NOMINAL_SECONDS = {"capture": 30, "refine": 15, "build": 8, "gptq": 75, "window"
 PROFILE = "DFROT_LAB_PROFILE"
 """The environment variable that makes notebooks and experiments `quick` (minutes, for tests) or `full` (default)."""
 
-QUICK: dict[str, Any] = {"windows": 2, "window": 512, "gptq_windows": 4, "seeds": 1, "limit": 4, "quick": True}
+QUICK: dict[str, Any] = {"windows": 2, "window": 512, "gptq_windows": 4, "seeds": 1, "limit": 2, "weights": "rtn", "quick": True}
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class Setting:
     window: int = WINDOW
     gptq_windows: int = 16
     limit: int | None = 100
+    weights: str = "gptq"
     quick: bool = False
 
     @classmethod
@@ -74,12 +75,12 @@ class Setting:
         """NR, RO or RH with the setting's seed, or one of the `seeds` that follow it."""
         return RotationSpec(kind=kind, seed=self.seed + offset)
 
-    def row(self, bits: str, rotation: RotationSpec | RefineSpec, *, weights: str = "gptq", **fields: Any) -> EvalSpec:
+    def row(self, bits: str, rotation: RotationSpec | RefineSpec, *, weights: str | None = None, **fields: Any) -> EvalSpec:
         """The EvalSpec of one row: this setting's model, text and windows, weights calibrated on the text's other half."""
         text = CorpusSpec(name=self.corpus, split="evaluation")
         spec = eval_spec(bits, model=self.model, corpus=text, rotation=rotation, windows=self.windows, window=self.window, **fields)
         calibration = {"corpus": text.with_(split="calibration"), "windows": self.gptq_windows, "window": self.window}
-        return spec.with_(weights=spec.weights.with_(method=weights, **calibration))
+        return spec.with_(weights=spec.weights.with_(method=weights or self.weights, **calibration))
 
 
 def main_specs(setting: Setting) -> list[EvalSpec]:

@@ -1,4 +1,4 @@
-"""The notebooks: their form as committed, and that each runs top to bottom.
+"""The notebooks: their form as committed (outputs of the full profile), and that each runs top to bottom in the quick one.
 
 To make the outputs again after a change, from the repository's root (record_timing keeps the clock out of them). If anything had to be computed or
 fetched, run it once more: progress bars are outputs too, and a test below refuses them.
@@ -121,7 +121,8 @@ def test_predicts_reads_checks_and_sums_up(path):
 @pytest.mark.notebook
 @pytest.mark.model
 @each_notebook
-def test_runs_top_to_bottom(path):
+def test_runs_top_to_bottom(path, monkeypatch):
+    monkeypatch.setenv("DFROT_LAB_PROFILE", "quick")
     notebook = read(path)
     same_python = nbformat.v4.new_code_cell(f"import sys\n\nassert sys.executable == {sys.executable!r}, sys.executable")
     notebook.cells.insert(0, same_python)
