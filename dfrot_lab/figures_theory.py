@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.ticker import NullLocator
 
 from .figures import COLOURS, MARKERS, _axes
 
@@ -26,12 +27,12 @@ def plot_prediction(table: pd.DataFrame, x: str, *, ax: Axes | None = None) -> A
         colour = COLOURS.get(name, "k")
         ax.plot(part.index, part["predicted"], c=colour, lw=1.5)
         ax.plot(part.index, part["measured"], ls="", marker=MARKERS.get(name, "o"), c=colour, mfc="white", ms=6, label=name)
-    ax.set(xlabel=_LABELS.get(x, x), ylabel=r"share lost, $E\,/\,\|x\|^2$", yscale="linear" if x == "ratio" else "log")
+    ax.set(xlabel=_LABELS.get(x, x), ylabel=r"share lost, $E\,/\,\|x\|^2$", yscale="log" if x in ("snr", "bits") else "linear")
     if x in ("snr", "channels"):
         ax.set(xscale="log")
         ticks = [value for value in np.unique(table.loc[table["measured"].notna(), x])]
         ax.set_xticks(ticks, [f"{value:g}" for value in ticks])
-        ax.minorticks_off()
+        ax.xaxis.set_minor_locator(NullLocator())
     ax.legend(title="line: predicted", fontsize=8, title_fontsize=8)
     return ax
 
@@ -50,7 +51,7 @@ def plot_predicted_rows(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     low, high = float(roots.min()) * 0.9, float(roots.max()) * 1.1
     ax.plot([low, high], [low, high], ls="--", lw=1, c="#333333")
     ax.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high), xlabel="predicted root E", ylabel="measured root E")
-    ticks = [value for value in (0.5, 1, 2, 3, 4, 6, 10, 16) if low <= value <= high]
+    ticks = [value for value in (0.5, 0.7, 1, 1.5, 2, 3, 4, 6, 10, 16) if low <= value <= high]
     ax.set_xticks(ticks, [f"{value:g}" for value in ticks])
     ax.set_yticks(ticks, [f"{value:g}" for value in ticks])
     ax.minorticks_off()

@@ -160,7 +160,8 @@ def error_rh(m: float, sigma: float, channels: int, quantizer: QuantSpec = SYM4,
 
     With one spike, symmetric: C step^2 / 12 while the noise is above half a step; below, the noise's energy plus the levels' misfit,
     C sigma^2 (1 + E max^2), since the largest noise entry and not the level sits on the last code. Arguments as `error_no_rotation`.
-    Asymmetric, a spike in the channel of a constant Hadamard row is an exception, one level and not two: 1 of C channels, if there is such a row.
+    Two exceptions. Asymmetric, a spike in the channel of a constant Hadamard row, where the order has one, makes one level and not two. With three
+    spikes or more the signs may depend on each other (in a power of two, one row in C is the product of two others), which leaves fewer levels.
     """
     _check(m, sigma, channels, others)
     signs = itertools.product((-1, 1), repeat=1 + len(others))
