@@ -232,9 +232,10 @@ def stored(spec: EvalSpec, store: Store) -> EvalResult | None:
 def inputs(spec: EvalSpec) -> dict[str, Any]:
     """What an evaluation's artefact is keyed by: the spec, the rotation's identity, and the bytes of model and text."""
     content = {**spec.to_dict(), "rotation": rotation_key(spec.rotation)}
-    calibrated = spec.weights.corpus if spec.weights.method == "gptq" else spec.corpus.with_(split="calibration") if spec.set_massive else None
-    calibration = corpus.fingerprint(calibrated) if calibrated else None
-    return {"spec": content, "model": models.fingerprint(spec.model), "text": corpus.fingerprint(spec.corpus), "calibration": calibration}
+    key: dict[str, Any] = {"spec": content, "model": models.fingerprint(spec.model), "text": corpus.fingerprint(spec.corpus)}
+    key["calibration"] = corpus.fingerprint(spec.weights.corpus) if spec.weights.method == "gptq" else None
+    means = spec.corpus.with_(split="calibration")  # whose massive values' means are set
+    return {**key, **({"means": corpus.fingerprint(means)} if spec.set_massive == "mean" else {})}
 
 
 def windows(spec: EvalSpec, loaded: LoadedModel) -> Tensor:

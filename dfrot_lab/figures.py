@@ -70,7 +70,9 @@ def plot_error_pair(wide: pd.DataFrame, x: str, y: str, *, ax: Axes | None = Non
     ax = _axes(ax)
     heavy = wide["massive"].str.contains("nr_error|sun")
     for part, colour, size, name in ((wide[~heavy], ORDINARY_COLOUR, 8, "ordinary tokens"), (wide[heavy], MASSIVE_COLOUR, 36, "massive tokens")):
-        ax.scatter(part[x], part[y], s=size, c=colour, marker="o" if size < 20 else "D", linewidths=0, alpha=0.5 if size < 20 else 1, label=name)
+        rare = size > 20
+        options: dict[str, Any] = {"marker": "D" if rare else "o", "linewidths": 0, "alpha": 1 if rare else 0.5, "rasterized": not rare}
+        ax.scatter(part[x], part[y], s=size, c=colour, label=name, **options)
     top = float(wide[[x, y]].to_numpy().max()) * 1.05
     ax.plot([0, top], [0, top], ls="--", lw=1, c="#333333", label="equal")
     right, high = (float(wide[name].max()) * 1.05 for name in (x, y))  # not the line's end: errors without rotation are ten times the others

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -37,7 +36,15 @@ def plot_errors_3d(wide: pd.DataFrame, *, ax: Any) -> Axes:
     for order, (colour, marker) in ORDERS.items():
         part = wide[wide["order"] == order]
         rare = len(part) < 0.05 * len(wide)
-        options = {"c": colour, "marker": marker, "s": 30 if rare else 6, "alpha": 1 if rare else 0.5, "linewidths": 0, "depthshade": False}
+        options = {
+            "c": colour,
+            "marker": marker,
+            "s": 30 if rare else 6,
+            "alpha": 1 if rare else 0.5,
+            "linewidths": 0,
+            "depthshade": False,
+            "rasterized": True,
+        }
         ax.scatter(part["NR"], part["RO"], part["RH"], label=order, **options)
     ax.set(xlabel="E(NR)", ylabel="E(RO)", zlabel="E(RH)")
     ax.view_init(elev=22, azim=-60)
@@ -63,20 +70,16 @@ def figure_errors_3d(table: pd.DataFrame) -> Figure:
 
 
 def figure_orders(table: pd.DataFrame) -> Figure:
-    """How many tokens have each order of their errors, at every site: stacked shares. Columns: site (in the model's order), order, tokens."""
-    fig, ax = plt.subplots(figsize=(10, 3.6))
+    """How many tokens have each order of their errors, at every site. Columns: site (in the model's order), order, tokens."""
+    fig, ax = plt.subplots(figsize=(10, 3.8))
     sites = list(dict.fromkeys(table["site"]))
-    counts = table.pivot(index="site", columns="order", values="tokens").reindex(sites).fillna(0)
-    share = counts.div(counts.sum(axis=1), axis=0)
-    bottom = np.zeros(len(share))
-    for order, (colour, _) in ORDERS.items():
-        if order in share:
-            ax.bar(range(len(share)), share[order], bottom=bottom, width=1.0, color=colour, label=order)
-            bottom += share[order].to_numpy()
-    step = max(1, len(share) // 10)
-    names = [str(site).replace("layers.", "").replace("_norm", "") for site in share.index[::step]]
-    ax.set_xticks(range(0, len(share), step), names, rotation=30, ha="right")
-    ax.set(ylabel="share of tokens", ylim=(0, 1), xlim=(-0.5, len(share) - 0.5), xlabel="site (layer and norm)")
+    for order, (colour, marker) in ORDERS.items():
+        part = table[table["order"] == order]
+        ax.plot([sites.index(site) for site in part["site"]], part["tokens"], c=colour, marker=marker, ms=4, ls="", label=order)
+    step = max(1, len(sites) // 10)
+    names = [str(site).replace("layers.", "").replace("_norm", "") for site in sites[::step]]
+    ax.set_xticks(range(0, len(sites), step), names, rotation=30, ha="right")
+    ax.set(ylabel="tokens", yscale="log", ylim=(0.7, None), xlabel="site (layer and norm)")
     ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return fig
 

@@ -30,7 +30,7 @@ NOMINAL_SECONDS = {"capture": 30, "refine": 15, "build": 8, "gptq": 75, "window"
 PROFILE = "DFROT_LAB_PROFILE"
 """The environment variable that makes notebooks and experiments `quick` (minutes, for tests) or `full` (default)."""
 
-QUICK: dict[str, Any] = {"windows": 2, "window": 512, "gptq_windows": 4, "seeds": 1, "limit": 2, "weights": "rtn", "quick": True}
+QUICK: dict[str, Any] = {"windows": 2, "window": 512, "gptq_windows": 4, "seeds": 1, "limit": 2, "weights": "rtn", "steps": 20, "quick": True}
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ class Setting:
     gptq_windows: int = 16
     limit: int | None = 100
     weights: str = "gptq"
+    steps: int = 100
     quick: bool = False
 
     @classmethod
@@ -69,7 +70,7 @@ class Setting:
     @property
     def refine(self) -> RefineSpec:
         """DFRot with the paper's rows, gamma and 100 steps, from RH, with the evaluation's own asymmetric quantizer."""
-        return RefineSpec(capture=self.capture, gamma=self.gamma, init=RotationSpec(kind="RH", seed=self.seed))
+        return RefineSpec(capture=self.capture, gamma=self.gamma, init=RotationSpec(kind="RH", seed=self.seed), steps=self.steps)
 
     def rotation(self, kind: str, offset: int = 0) -> RotationSpec:
         """NR, RO or RH with the setting's seed, or one of the `seeds` that follow it."""

@@ -75,12 +75,17 @@ def _identity(result: EvalResult) -> dict[str, Any]:
     refined = spec.rotation if isinstance(spec.rotation, RefineSpec) else None
     values = {
         "model": spec.model.source, "corpus": spec.corpus.name, "rotation": spec.rotation.name,
-        "gamma": refined.gamma if refined else None, "rule": refined.rule if refined else spec.keep_out,
+        "gamma": refined.gamma if refined else None, "rule": refined.rule if refined else _kept(spec),
         "weights": spec.weights.method if w_bits < 16 else None, "w_bits": w_bits, "a_bits": a_bits, "kv_bits": kv_bits,
         "keep_out": spec.keep_out is not None, "metric": None, "value": None, "ci95": None, "windows": len(result.losses),
         "seconds": round(result.seconds, 2), "seed": seed_of(spec), "spec": spec.key, "commit": commit(),
     }  # fmt: skip
     return {name: values[name] for name in COLUMNS}
+
+
+def _kept(spec: EvalSpec) -> str | None:
+    """The rule of what is kept out, with the number of tokens where it has one: `nr_error`, `random 16`."""
+    return spec.keep_out if spec.keep_out_tokens is None else f"{spec.keep_out} {spec.keep_out_tokens}"
 
 
 def append(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -153,7 +158,8 @@ def label(entry: Mapping[str, Any]) -> str:
     if (entry["w_bits"], entry["a_bits"], entry["kv_bits"]) == (16, 16, 16):
         return "full precision"
     name = entry["rotation"] if pd.isna(entry["gamma"]) else f"{entry['rotation']} gamma={entry['gamma']:g}"
-    return f"{name}, kept out" if entry["keep_out"] else str(name)
+    counted = f" ({entry['rule']})" if entry["keep_out"] and " " in str(entry["rule"]) else ""
+    return f"{name}, kept out{counted}" if entry["keep_out"] else str(name)
 
 
 def bits(entry: Mapping[str, Any]) -> str:

@@ -63,7 +63,7 @@ class Spec:
 
     def _require_whole(self, name: str, least: int) -> None:
         value = getattr(self, name)
-        self._require(name, isinstance(value, int) and value >= least, f"a whole number >= {least}")
+        self._require(name, isinstance(value, int) and not isinstance(value, bool) and value >= least, f"a whole number >= {least}")
 
     def _require_one_of(self, name: str, choices: tuple[str | None, ...]) -> None:
         self._require(name, getattr(self, name) in choices, f"one of {', '.join(map(str, choices))}")
@@ -203,7 +203,8 @@ class RefineSpec(Spec):
         self._require_whole("steps", 1)
         self._require_one_of("variant", REFINE_VARIANTS)
         self._require("quantizer", self.quantizer.bits < 16, "a quantizer of fewer than 16 bits")
-        self._require("rows", self.rows is None or self.rows >= 1, "None or >= 1")
+        if self.rows is not None:
+            self._require_whole("rows", 1)
         self._require("gamma", self.gamma < math.inf or self.variant != "as_released", "finite with variant as_released")
 
     @property
@@ -268,6 +269,8 @@ class EvalSpec(Spec):
         self._require_one_of("keep_out", (None, *KEEP_OUT_RULES, *KEEP_OUT_COUNTS))
         counted = self.keep_out in KEEP_OUT_COUNTS
         self._require("keep_out_tokens", (self.keep_out_tokens is not None) == counted, f"given for keep_out {', '.join(KEEP_OUT_COUNTS)} alone")
+        if self.keep_out_tokens is not None:
+            self._require_whole("keep_out_tokens", 1)
         self._require_one_of("set_massive", (None, *SET_MASSIVE))
         unrotated = isinstance(self.rotation, RotationSpec) and self.rotation.kind == "NR"
         self._require("set_massive", self.set_massive is None or unrotated, "None with a rotation: it spreads massive values over all channels")

@@ -33,8 +33,10 @@ def massive_token(setting: Setting, store: Store) -> pd.DataFrame:
     """The most massive token's values before and after quantization under each rotation, at the sites where it is massive (Fig. 4)."""
     recorded = capture(setting.capture, store)
     token = int(recorded.residual_max.amax(0).argmax())
-    marked = massive.find(recorded, "sun")[:, token]
-    sites = [site for site, heavy in zip(recorded.sites, marked.tolist(), strict=True) if heavy and site.endswith(recorded.sites[0].split(".")[-1])]
+    first = recorded.sites[0].rsplit(".", 1)[-1]
+    marked = massive.find(recorded, "sun")[:, token].tolist()
+    sites = [site for site, heavy in zip(recorded.sites, marked, strict=True) if heavy and site.endswith(first)]
+    sites = sites or [recorded.sites[int(recorded.residual_max[:, token].argmax())]]  # massive by no rule: where it is largest
     quantizer, rotation = setting.refine.quantizer, matrices(setting, store)
     tables = [errors.massive_values(recorded, site, token, rotation, quantizer).assign(site=site) for site in sites]
     table = pd.concat(tables, ignore_index=True).assign(token=token, text=recorded.texts[token])

@@ -38,19 +38,24 @@ KIND = "zero-shot"
 
 def local_file(task: str) -> Path | None:
     """The task's items on this machine, or None."""
-    folder = Path(os.environ.get("DFROT_LAB_DATA", "")) / "zero_shot"
-    return folder / f"{task}.jsonl" if (folder / f"{task}.jsonl").is_file() else None
+    folder = os.environ.get("DFROT_LAB_DATA")
+    path = Path(folder) / "zero_shot" / f"{task}.jsonl" if folder else None
+    return path if path and path.is_file() else None
 
 
 def table(name: str, spec: EvalSpec | None, model: ModelSpec, limit: int | None, store: Store | None = None) -> pd.DataFrame:
     """Accuracy on each task, and the average, of one row called `name`: `spec`'s model, or with None the plain transformers model as loaded.
 
     Columns: row, task, metric (acc, acc_norm), value, stderr, items, version (of the task), source, then what a results row says of the model.
-    Only the first `limit` items of a task are scored; None takes all. Tasks whose items cannot be had are left out, with a line that says so.
+    Only the first `limit` items of a task are scored; None takes all. Where some tasks have local files, those are scored and the others left out,
+    with a line that says so; where none has, all come from the hub, and without it this is a ConnectionError.
     """
     store = store or Store()
-    canonical = evaluate.canonical(spec) if spec else None
-    tasks = {task: local_file(task) for task in TASKS}
+    canonical = evaluate.canonical(spec.with_(windows=1)) if spec else None  # how much text a perplexity takes is nothing to tasks
+    local = {task: path for task in TASKS if (path := local_file(task))}
+    if local and len(local) < len(TASKS):
+        log.info("tasks without a file in $DFROT_LAB_DATA/zero_shot are left out: %s", ", ".join(task for task in TASKS if task not in local))
+    tasks: dict[str, Path | None] = {**local} or dict.fromkeys(TASKS)
     inputs = {
         "row": evaluate.inputs(canonical) if canonical else {"plain": models.fingerprint(model)},
         "limit": limit,
@@ -72,7 +77,7 @@ def table(name: str, spec: EvalSpec | None, model: ModelSpec, limit: int | None,
 
     artefact = store.get_or_make(KIND, inputs, make)
     about = {"model": model.source, **({"bits": spec.bits, "rotation": spec.rotation.name} if spec else {})}
-    lines = [{"row": name, "task": task, **line, **about} for task in TASKS for line in artefact.json(task)]
+    lines = [{"row": name, "task": task, **line, **about} for task in tasks for line in artefact.json(task)]
     return pd.DataFrame([*lines, *_averages(lines)])
 
 
@@ -86,7 +91,10 @@ def _averages(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
         chosen = [found.get((task, metric), found[task, "acc"]) for task in TASKS]
         stderr = sum(line["stderr"] ** 2 for line in chosen) ** 0.5 / len(chosen)
         value = sum(line["value"] for line in chosen) / len(chosen)
-        averages.append({**chosen[0], "task": AVERAGE, "metric": metric, "value": value, "stderr": stderr, "items": sum(c["items"] for c in chosen)})
+        about = {"version": None, "source": None}
+        averages.append(
+            {**chosen[0], "task": AVERAGE, "metric": metric, "value": value, "stderr": stderr, **about, "items": sum(c["items"] for c in chosen)}
+        )
     return averages
 
 

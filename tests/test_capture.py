@@ -187,6 +187,31 @@ def test_two_blocks_are_two_separate_windows(tmp_path: Path, store: Store):
         capture(spec_of(model, text, 3000), store)
 
 
+@pytest.mark.parametrize("skip", [1, 2])
+def test_skip_records_a_later_window(tiny_spec: ModelSpec, text_file: Path, store: Store, skip: int):
+    spec = spec_of(tiny_spec, text_file, 100)
+    found = capture(spec.with_(skip=skip), store)
+    assert found.key != capture(spec, store).key
+    loaded = models.load_model(tiny_spec)
+    text = text_file.read_text()
+    assert "".join(found.texts) == text[100 * skip : 100 * (skip + 1)]  # one token a byte
+    ids = torch.tensor([loaded.tokenizer(text).input_ids[100 * skip : 100 * (skip + 1)]])
+    assert found.ids == ids[0].tolist()
+    surgery.prepare(loaded)
+    _, seen, residual = recorded(loaded, ids)
+    assert all(torch.equal(found.rows(site), seen[site]) for site in SITES)
+    assert torch.equal(found.residual_max, residual["abs_max"])
+
+
+def test_skip_beyond_the_text_is_refused_and_stores_nothing(tiny_spec: ModelSpec, text_file: Path, store: Store):
+    spec = spec_of(tiny_spec, text_file, 100)
+    last = len(corpus.load_text(spec.corpus)) // 100 - 1
+    assert capture(spec.with_(skip=last), store).tokens == 100
+    with pytest.raises(ValueError, match=rf"blocks must be <= {last + 1}: .* has .* whole windows of 100; got {last + 2}"):
+        capture(spec.with_(skip=last + 1), store)
+    assert [a.manifest["inputs"]["spec"].get("skip") for a in store.list()] == [last]
+
+
 OPEN_ALONE = """
 import sys
 from pathlib import Path

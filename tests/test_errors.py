@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dfrot_lab import massive, rotations
 from dfrot_lab.capture import Capture, capture
-from dfrot_lab.errors import default_rotations, massive_names, massive_values, summary, token_errors, wide
+from dfrot_lab.errors import default_rotations, massive_names, massive_values, orders, summary, token_errors, wide
 from dfrot_lab.quantize import fake_quantize, squared_error
 from dfrot_lab.specs import MASSIVE_RULES, CaptureSpec, CorpusSpec, ModelSpec, QuantSpec, RotationSpec
 from dfrot_lab.store import Store
@@ -180,3 +180,42 @@ def test_massive_tokens_of_the_tiny_model_prefer_hadamard(recorded: Capture):
     marked = spread[spread["massive"] != ""]
     assert len(marked) > 5
     assert (marked["RH"] < marked["RO"]).mean() > 0.9
+
+
+# ---- orders -----------------------------------------------------------------------------------------------------------------------------
+
+
+def slow_orders(table: pd.DataFrame, names: tuple[str, ...]) -> list[str]:
+    """Row by row: take the largest that is left, the first named of equal ones."""
+    found = []
+    for _, row in table.iterrows():
+        left, order = list(names), []
+        while left:
+            order.append(max(left, key=lambda name: row[name]))  # max keeps the first of equal ones
+            left.remove(order[-1])
+        found.append(" > ".join(order))
+    return found
+
+
+@pytest.mark.parametrize("names", [("NR", "RO", "RH"), ("RO", "RH"), ("RH", "NR", "RO", "DFRot")], ids="-".join)
+def test_orders_are_those_of_a_row_by_row_sort(names: tuple[str, ...]):
+    """Errors of few values, so that equal ones are frequent."""
+    errors = np.random.default_rng(0).integers(0, 4, (300, 4)).astype(np.float32)
+    table = pd.DataFrame(errors, columns=["NR", "RO", "RH", "DFRot"], index=range(1000, 1300))
+    found = orders(table, names)
+    assert found.tolist() == slow_orders(table, names)
+    assert found.index.equals(table.index)
+
+
+def test_equal_errors_keep_the_order_of_the_names():
+    table = pd.DataFrame({"RH": [1.0, 2.0, 1.0], "NR": [1.0, 2.0, 0.0], "RO": [1.0, 3.0, 1.0]})
+    assert orders(table).tolist() == ["NR > RO > RH", "RO > NR > RH", "RO > RH > NR"]
+    assert orders(table, ("RH", "RO", "NR")).tolist() == ["RH > RO > NR", "RO > RH > NR", "RH > RO > NR"]
+
+
+def test_massive_tokens_have_the_papers_order_and_ordinary_ones_another(recorded: Capture):
+    table = wide(token_errors(recorded))
+    order = orders(table)
+    heavy = table["massive"].str.contains("nr_error")
+    assert heavy.any() and set(order[heavy]) == {"RO > RH > NR"}, set(order[heavy])
+    assert (order[~heavy].str.startswith("NR")).mean() > 0.9

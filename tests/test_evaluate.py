@@ -18,11 +18,13 @@ from dfrot_lab.evaluate import (
     build,
     build_key,
     canonical,
+    closed_share,
     evaluate,
     evaluate_all,
     keep_out,
     paired_difference,
     quantized,
+    statistic,
     stored,
     window_loss,
 )
@@ -197,6 +199,64 @@ def test_only_the_same_windows_can_be_paired(other):
         paired_difference(result_of([3.0] * 3), other)
 
 
+def test_statistic_of_two_is_the_paired_difference():
+    a, b = result_of([3.0, 3.4, 2.9, 3.3]), result_of([2.9, 3.5, 2.7, 3.0])
+    assert statistic(lambda x, y, axis: np.exp(x.mean(axis)) - np.exp(y.mean(axis)), [a, b]) == paired_difference(a, b)
+
+
+def test_statistic_of_one_is_its_own_interval():
+    one = result_of([3.0, 3.4, 2.9, 3.3])
+    assert statistic(lambda loss, axis: np.exp(loss.mean(axis)), [one]) == (pytest.approx(one.perplexity), one.ci95)
+
+
+def test_statistic_hands_over_the_losses_in_order_and_resamples_them_together():
+    """The same windows of all of them are drawn: a combination that is constant in every window has an interval of no width."""
+    a, b, c = (result_of(losses) for losses in ([3.0, 3.5, 2.0], [2.0, 2.5, 1.0], [1.0, 1.5, 0.0]))
+    value, interval = statistic(lambda x, y, z, axis: (x + y - 2 * z).mean(axis), [a, b, c])
+    assert value == pytest.approx(3) and interval == pytest.approx((3, 3))
+
+
+@pytest.mark.parametrize("place", [1, 2, 3])
+@pytest.mark.parametrize(
+    "other",
+    [result_of([3.0, 3.1]), result_of([3.0] * 3, EvalSpec(corpus=CorpusSpec(split="calibration"))), result_of([3.0] * 3, EvalSpec(window=1024))],
+    ids=["windows", "corpus", "window"],
+)
+def test_a_statistic_refuses_any_result_of_other_windows(place, other):
+    found = [result_of([3.0] * 3) for _ in range(4)]
+    found[place] = other
+    with pytest.raises(ValueError, match=r"paired results must share corpus, windows and window; got .* x 3 and .* x "):
+        statistic(closed_share, found)
+
+
+@pytest.mark.parametrize(
+    ("ro_kept", "rh_kept", "share"),
+    [(20.0, 12.0, 0.0), (15.0, 15.0, 1.0), (12.0, 8.0, 0.5), (25.0, 9.0, -1.0), (8.0, 9.0, 1.125)],
+    ids=["nothing", "all", "half", "wider than before", "turned round"],
+)
+def test_closed_share_of_known_perplexities(ro_kept, rh_kept, share):
+    """RO at 20 and RH at 12: a gap of 8."""
+    losses = [np.full(3, math.log(perplexity)) for perplexity in (20.0, ro_kept, 12.0, rh_kept)]
+    assert closed_share(*losses, axis=-1) == pytest.approx(share, abs=1e-12)
+    value, interval = statistic(closed_share, [result_of(loss.tolist()) for loss in losses])
+    assert (value, *interval) == pytest.approx((share, share, share), abs=1e-12)
+
+
+def test_closed_share_has_the_interval_of_the_windows_drawn_together():
+    rng = np.random.default_rng(2)
+    level = rng.normal(3, 0.2, 8)
+    four = [result_of((level + shift + rng.normal(0, 0.01, 8)).tolist()) for shift in (0.3, 0.12, 0.0, -0.03)]
+    value, (low, high) = statistic(closed_share, four)
+    p = [result.perplexity for result in four]
+    assert value == pytest.approx(1 - (p[1] - p[3]) / (p[0] - p[2]))
+    shares = []
+    for drawn in np.random.default_rng(7).integers(0, 8, (4000, 8)):
+        p = [math.exp(result.losses[drawn].mean()) for result in four]
+        shares.append(1 - (p[1] - p[3]) / (p[0] - p[2]))
+    assert low < value < high
+    assert (low, high) == pytest.approx(np.quantile(shares, [0.025, 0.975]), abs=0.01)
+
+
 def test_bootstrap_of_a_mean():
     low, high = bootstrap(lambda x, axis: x.mean(axis), np.arange(100.0))
     assert (low, high) == pytest.approx((49.5 - 1.96 * 2.89, 49.5 + 1.96 * 2.89), abs=0.4)
@@ -215,12 +275,13 @@ GROUPS = {"granularity": "per_group"}
         ({"weights": SIXTEEN}, {"weights": SIXTEEN.with_(method="gptq", windows=99, damping=0.5, clip_search=False)}),
         ({"weights": WeightSpec(method="rtn")}, {"weights": WeightSpec(method="rtn", windows=3, damping=0.5, corpus=CorpusSpec())}),
         ({"activations": QuantSpec(bits=16)}, {"activations": QuantSpec(bits=16), "keep_out": "nr_error"}),
+        ({"activations": QuantSpec(bits=16)}, {"activations": QuantSpec(bits=16), "keep_out": "worst", "keep_out_tokens": 4}),
         ({"activations": QuantSpec(bits=16)}, {"activations": QuantSpec(bits=16, symmetric=False, clip_ratio=0.9)}),
         ({"kv": QuantSpec(bits=16, **GROUPS)}, {"kv": QuantSpec(bits=16, symmetric=False, clip_ratio=0.9, group_size=32, **GROUPS)}),
         ({"rotation": NR}, {"rotation": RotationSpec(kind="NR", seed=5)}),
         ({"rotation": NR}, {"rotation": RotationSpec(kind="NR", block=8)}),
     ],
-    ids=["weights at 16", "rtn's calibration", "keep-out at 16", "activations at 16", "kv at 16", "NR's seed", "NR's block"],
+    ids=["weights at 16", "rtn's calibration", "keep-out at 16", "counted", "activations at 16", "kv at 16", "NR's seed", "NR's block"],
 )
 def test_what_has_no_effect_is_not_in_the_key(a, b):
     assert canonical(EvalSpec(**a)) == canonical(EvalSpec(**b))
@@ -234,6 +295,8 @@ def test_what_has_no_effect_is_not_in_the_key(a, b):
         {"weights": WeightSpec(clip_search=False)},
         {"activations": QuantSpec(bits=4)},
         {"keep_out": "nr_error"},
+        {"keep_out": "worst", "keep_out_tokens": 4},
+        {"rotation": NR, "set_massive": "zero"},
         {"rotation": RO},
         {"kv": QuantSpec(bits=4, **GROUPS)},
         {"windows": 5},
@@ -371,7 +434,7 @@ def test_keep_out_judges_the_row_as_it_was_before_the_rotation(rule, rotation):
     turned = x if R is None else x @ R
     mask = massive.rows_rule(x, rule, root=massive.KEEP_OUT_ROOT)
     assert bool(mask[0, ::9].all()) and 0 < int(mask.sum()) < 60
-    assert torch.equal(keep_out(rule, R)(turned), mask)
+    assert torch.equal(keep_out(EvalSpec(keep_out=rule), R)(turned), mask)
 
 
 @pytest.mark.parametrize("rotation", [RO, RH], ids=["RO", "RH"])
@@ -391,6 +454,92 @@ def test_keep_out_brings_the_hidden_states_of_massive_tokens_nearer(base, store,
     assert torch.equal(seen["kept"][newline], seen["exact"][newline])
     assert not torch.equal(seen["all"][newline], seen["exact"][newline])
     assert torch.equal(seen["kept"][~newline], seen["all"][~newline])
+
+
+def measures(x: torch.Tensor, R: torch.Tensor | None, spec: EvalSpec) -> dict[str, list[float]]:
+    """Of each row as the norm puts it out, rotated if R is given: the largest |value| before rotation, and the squared error, one at a time."""
+    found: dict[str, list[float]] = {"most_massive": [], "worst": []}
+    for row in x.reshape(-1, x.shape[-1]):
+        before = row if R is None else row @ R.T
+        found["most_massive"].append(max(abs(value) for value in before.tolist()))
+        rounded = fake_quantize(row[None], spec.activations)[0]
+        found["worst"].append(sum((a - b) ** 2 for a, b in zip(row.tolist(), rounded.tolist(), strict=True)))
+    return found
+
+
+@pytest.mark.parametrize("rotation", [None, RO, RH], ids=["NR", "RO", "RH"])
+@pytest.mark.parametrize("which", ["most_massive", "worst"])
+@pytest.mark.parametrize("k", [1, 7, 59, 60, 200])
+def test_counted_keep_out_takes_the_k_largest(which, k, rotation):
+    """Values drawn with a scale of their own in each row, so that the two measures disagree; more than there are keeps all."""
+    x = torch.randn(1, 60, 64, generator=torch.Generator().manual_seed(0))
+    x *= torch.rand(60, generator=torch.Generator().manual_seed(1))[:, None] * 3
+    x[:, 4, 9] = 40
+    R = None if rotation is None else rotations.make(rotation, 64).float()
+    turned = x if R is None else x @ R
+    spec = EvalSpec(keep_out=which, keep_out_tokens=k)
+    mask = keep_out(spec, R)(turned)
+    assert mask.shape == (1, 60) and mask.dtype == torch.bool and int(mask.sum()) == min(k, 60)
+    found = measures(turned, R, spec)
+    chosen = mask[0].nonzero().flatten().tolist()
+    assert set(chosen) == set(sorted(range(60), key=lambda i: -found[which][i])[:k])
+    other = "worst" if which == "most_massive" else "most_massive"
+    assert k != 7 or set(chosen) != set(sorted(range(60), key=lambda i: -found[other][i])[:k]), "the two measures agree: nothing was told apart"
+
+
+def test_most_massive_and_worst_of_a_spike():
+    """A row that is one large value has the largest value and, without rotation, almost no error: first by one measure and last by the other."""
+    x = torch.randn(20, 64, generator=torch.Generator().manual_seed(0))
+    x[11] *= 1e-3
+    x[11, 5] = 8
+    spike = torch.arange(20) == 11
+    assert torch.equal(keep_out(EvalSpec(keep_out="most_massive", keep_out_tokens=1), None)(x), spike)
+    assert torch.equal(keep_out(EvalSpec(keep_out="worst", keep_out_tokens=19), None)(x), ~spike)
+
+
+@pytest.mark.parametrize("k", [1, 5, 60, 99])
+def test_random_keep_out_has_the_same_places_at_every_call_and_site(k):
+    """Whatever the values are, and whatever was drawn before: a token is kept out in all layers or in none."""
+    chosen = keep_out(EvalSpec(keep_out="random", keep_out_tokens=k), None)
+    first = chosen(torch.zeros(1, 60, 64))
+    torch.manual_seed(123)
+    assert int(first.sum()) == min(k, 60)
+    assert torch.equal(chosen(torch.randn(1, 60, 64)), first)
+    again = keep_out(EvalSpec(keep_out="random", keep_out_tokens=k), rotations.make(RO, 64).float())
+    assert torch.equal(again(torch.randn(60, 64)), first[0])
+    expected = torch.randperm(60, generator=torch.Generator().manual_seed(0))[:k]
+    assert sorted(expected.tolist()) == first[0].nonzero().flatten().tolist()
+
+
+@pytest.mark.parametrize("which", ["most_massive", "worst", "random"])
+@pytest.mark.parametrize("bits", ["16-4-16", "4-4-4"])
+def test_keeping_all_tokens_out_leaves_norm_outputs_unquantized(base, store, which, bits):
+    """As an evaluation in which only the o and down inputs are quantized; in integer arithmetic the same to float rounding."""
+    spec = canonical(at(base, bits, rotation=RH))
+    built = build(spec, store)
+    ids = torch.arange(64) * 3 % 250
+
+    def act(x: torch.Tensor) -> torch.Tensor:
+        return fake_quantize(x, spec.activations)
+
+    with surgery.online(built.loaded, r3=spec.kv.bits < 16, r4=True, linear_input=act, norm_output=lambda x: x, kv=spec.kv):
+        expected = window_loss(built.loaded, ids)
+    kept = spec.with_(keep_out=which, keep_out_tokens=64)
+    with quantized(built, kept, fake=True):
+        assert window_loss(built.loaded, ids) == expected
+    with quantized(built, kept):
+        assert window_loss(built.loaded, ids) == pytest.approx(expected, rel=1e-5)
+    with quantized(built, spec):
+        assert window_loss(built.loaded, ids) != pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("which", ["most_massive", "worst", "random"])
+def test_keeping_more_tokens_out_changes_more_and_one_more_than_all_is_all(base, store, which):
+    spec = at(base, "16-4-16", rotation=RO)
+    losses = [evaluate(spec.with_(keep_out=which, keep_out_tokens=k), store).losses for k in (1, 16, 64, 65)]
+    losses.append(evaluate(spec, store).losses)
+    assert not any(np.array_equal(losses[a], losses[b]) for a, b in [(0, 1), (1, 2), (0, 4), (1, 4), (2, 4)])
+    np.testing.assert_array_equal(losses[2], losses[3])
 
 
 def test_the_model_is_as_before_once_the_context_ends(base, store):
@@ -449,7 +598,7 @@ def test_a_spec_that_cannot_be_scored_is_refused_before_weights_are_quantized(ba
     [
         ({"windows": 0}, r"EvalSpec\.windows must be a whole number >= 1; got 0"),
         ({"window": 1}, r"EvalSpec\.window must be a whole number >= 2; got 1"),
-        ({"keep_out": "sun"}, r"EvalSpec\.keep_out must be None, nr_error or ro_vs_nr .*; got 'sun'"),
+        ({"keep_out": "sun"}, r"EvalSpec\.keep_out must be one of None, nr_error, ro_vs_nr, .*; got 'sun'"),
     ],
 )
 def test_specs_that_make_no_sense_are_refused(fields, message):

@@ -23,7 +23,7 @@ from dfrot_lab.capture import capture
 from dfrot_lab.quantize import fake_quantize, squared_error
 from dfrot_lab.refine import RefineResult, _State, half_step, identity, polar, procrustes, refine, refined, row_weights
 from dfrot_lab.specs import CaptureSpec, CorpusSpec, ModelSpec, QuantSpec, RefineSpec, RotationSpec
-from dfrot_lab.store import Store
+from dfrot_lab.store import Store, Writer
 
 SYM4, ASYM4 = QuantSpec(), QuantSpec(symmetric=False)
 HISTORY = ["step", "objective", "normal", "massive", "best", "distance"]
@@ -226,9 +226,17 @@ def test_as_released_may_raise_the_error_and_refuses_it_at_a_large_scale():
     assert 1 < len(refused) < 31 and not (refused.diff() > 0).any()
 
 
-def test_as_released_takes_no_other_quantizer_and_no_infinite_gamma():
-    with pytest.raises(ValueError, match=r"RefineSpec\.quantizer must be symmetric with variant as_released"):
-        RefineSpec(variant="as_released", quantizer=ASYM4)
+def test_as_released_takes_an_asymmetric_quantizer_too():
+    """Its steps are then the paper's with QR behind the SVD: the first ends, up to signs, where the paper's does."""
+    x, mask = bumpy()
+    one, paper = (refine(x, RefineSpec(variant=variant, quantizer=ASYM4, steps=1), mask).R for variant in ("as_released", "as_paper"))
+    torch.testing.assert_close(up_to_signs(one, paper), paper, rtol=0, atol=1e-10)
+    more = refine(x, RefineSpec(variant="as_released", quantizer=ASYM4, steps=8), mask)
+    error = squared_error(x @ more.R, ASYM4) * torch.where(mask, 100.0**2, 1.0)
+    assert more.history["objective"].iloc[-1] == pytest.approx(float(error.mean()), rel=1e-5)
+
+
+def test_as_released_takes_no_infinite_gamma():
     with pytest.raises(ValueError, match=r"RefineSpec\.gamma must be finite with variant as_released; got inf"):
         RefineSpec(variant="as_released", quantizer=SYM4, gamma=math.inf)
 
@@ -493,6 +501,80 @@ def test_refined_goes_on_after_kill_9(tiny_spec, text_file, store, tmp_path, cap
         resumed = refined(spec, store)
     assert "going on with refinement at step 9 of 25" in caplog.text
     assert_same(resumed, refined(spec, Store(tmp_path / "one go")))
+
+
+# ---- a sample of the rows ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 7, 50, 400])
+def test_a_sample_is_that_many_of_the_rows_in_their_order(count):
+    x, mask = planted()
+    rows, chosen = module._sample(x, mask, RefineSpec(rows=count))
+    assert rows.shape == (count, x.shape[1]) and chosen.shape == (count,)
+    places = [int((x == row).all(1).nonzero().item()) for row in rows]  # every row of x occurs once
+    assert places == sorted(set(places))
+    assert torch.equal(chosen, mask[places])
+    if count == 400:
+        assert torch.equal(rows, x)
+
+
+def test_a_sample_depends_on_the_seed_of_the_start_alone():
+    x, mask = planted()
+    torch.manual_seed(5)
+    first, _ = module._sample(x, mask, RefineSpec(rows=50, init=RotationSpec(seed=3)))
+    torch.manual_seed(6)
+    same, _ = module._sample(x, mask, RefineSpec(rows=50, init=RotationSpec(kind="RO", seed=3), gamma=5))
+    other, _ = module._sample(x, mask, RefineSpec(rows=50, init=RotationSpec(seed=4)))
+    assert torch.equal(first, same) and not torch.equal(first, other)
+
+
+def test_without_a_number_all_rows_are_taken():
+    x, mask = planted()
+    rows, chosen = module._sample(x, mask, RefineSpec())
+    assert rows is x and chosen is mask
+
+
+def test_refined_on_a_sample_is_the_refinement_of_that_sample(tiny_spec, text_file, store):
+    spec = spec_of(tiny_spec, text_file, steps=5, rows=40)
+    recorded = capture(spec.capture, store)
+    rows, mask = module._sample(recorded.all_rows(), massive.find(recorded, spec.rule).flatten(), spec)
+    found = refined(spec, store)
+    assert_same(found, refine(rows, spec, mask))
+    assert not torch.equal(found.R, refined(spec.with_(rows=None), store).R)
+    all_of_them = refined(spec.with_(rows=4 * 64), store)
+    assert_same(all_of_them, refined(spec.with_(rows=None), store))
+
+
+def test_more_rows_than_the_capture_has_are_refused(tiny_spec, text_file, store):
+    with pytest.raises(ValueError, match=r"RefineSpec\.rows must be at most the 256 rows of the capture; got 257"):
+        refined(spec_of(tiny_spec, text_file, rows=257), store)
+    assert [a.kind for a in store.list()] == ["capture"]
+
+
+# ---- seconds ----------------------------------------------------------------------------------------------------------------------------
+
+
+def test_seconds_are_measured_once_and_come_from_the_store(tiny_spec, text_file, store):
+    spec = spec_of(tiny_spec, text_file, steps=5)
+    first = refined(spec, store)
+    assert 0 < first.seconds < 60
+    assert refined(spec, store).seconds == refined(spec, Store(store.root)).seconds == first.seconds
+
+
+def test_seconds_are_nan_where_they_were_not_measured(tiny_spec, text_file, store):
+    """As in what was refined before they were: the artefact has no such note. And so for rows that were given."""
+    spec = spec_of(tiny_spec, text_file, steps=2)
+    rows = capture(spec.capture, store).all_rows()
+    bare = refine(rows, spec)
+    assert math.isnan(bare.seconds)
+
+    def without_note(writer: Writer) -> None:
+        writer.save_tensors("R1", {"R1": bare.R})
+        writer.save_json("history", bare.history.to_dict("records"))
+
+    store.get_or_make("refine", {"refine": identity(spec)}, without_note)
+    found = refined(spec, store)
+    assert math.isnan(found.seconds) and torch.equal(found.R, bare.R)
 
 
 # ---- identity ---------------------------------------------------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ SPECS = (ModelSpec, CorpusSpec, RotationSpec, QuantSpec, CaptureSpec, RefineSpec
 
 SYMMETRIC, ASYMMETRIC = QuantSpec(), QuantSpec(symmetric=False)
 NOTHING = QuantSpec(bits=16)
+UNROTATED = RotationSpec(kind="NR")
 
 BAD = [
     (ModelSpec, {"source": "  "}, "source", "a packaged name"),
@@ -55,6 +56,8 @@ BAD = [
     (QuantSpec, {"group_size": 0, "granularity": "per_group"}, "group_size", "a whole number >= 1"),
     (CaptureSpec, {"tokens": 0}, "tokens", "a whole number >= 1"),
     (CaptureSpec, {"tokens": -2048}, "tokens", "a whole number >= 1"),
+    (CaptureSpec, {"skip": -1}, "skip", "a whole number >= 0"),
+    (CaptureSpec, {"skip": 0.5}, "skip", "a whole number >= 0"),
     (RefineSpec, {"gamma": 0.0}, "gamma", "> 0"),
     (RefineSpec, {"gamma": -3}, "gamma", "> 0"),
     (RefineSpec, {"gamma": math.nan}, "gamma", "> 0"),
@@ -62,7 +65,8 @@ BAD = [
     (RefineSpec, {"steps": 0}, "steps", "a whole number >= 1"),
     (RefineSpec, {"variant": "as_told"}, "variant", "one of accelerated, guarded, as_paper, as_released"),
     (RefineSpec, {"quantizer": NOTHING}, "quantizer", "fewer than 16 bits"),
-    (RefineSpec, {"quantizer": ASYMMETRIC, "variant": "as_released"}, "quantizer", "symmetric with variant as_released"),
+    (RefineSpec, {"rows": 0}, "rows", "a whole number >= 1"),
+    (RefineSpec, {"rows": -8}, "rows", "a whole number >= 1"),
     (RefineSpec, {"quantizer": SYMMETRIC, "variant": "as_released", "gamma": math.inf}, "gamma", "finite with variant as_released"),
     (WeightSpec, {"method": "awq"}, "method", "one of gptq, rtn"),
     (WeightSpec, {"damping": 0.0}, "damping", "> 0"),
@@ -74,7 +78,13 @@ BAD = [
     (EvalSpec, {"window": 1}, "window", "a whole number >= 2"),
     (EvalSpec, {"activations": QuantSpec(granularity="per_tensor")}, "activations", "per_token"),
     (EvalSpec, {"kv": SYMMETRIC}, "kv", "per_group"),
-    (EvalSpec, {"keep_out": "sun"}, "keep_out", "None, nr_error or ro_vs_nr"),
+    (EvalSpec, {"keep_out": "sun"}, "keep_out", "one of None, nr_error, ro_vs_nr, most_massive, worst, random"),
+    (EvalSpec, {"keep_out_tokens": 4}, "keep_out_tokens", "given for keep_out most_massive, worst, random alone"),
+    (EvalSpec, {"keep_out": "nr_error", "keep_out_tokens": 4}, "keep_out_tokens", "given for keep_out most_massive, worst, random alone"),
+    (EvalSpec, {"keep_out": "worst"}, "keep_out_tokens", "given for keep_out most_massive, worst, random alone"),
+    (EvalSpec, {"set_massive": "one", "rotation": UNROTATED}, "set_massive", "one of None, zero, mean"),
+    (EvalSpec, {"set_massive": "zero"}, "set_massive", "None with a rotation"),
+    (EvalSpec, {"set_massive": "mean", "rotation": RefineSpec()}, "set_massive", "None with a rotation"),
 ]
 
 OTHER_VALUES = {
@@ -82,10 +92,10 @@ OTHER_VALUES = {
     CorpusSpec: {"name": "wikitext2", "split": "test"},
     RotationSpec: {"kind": "RO", "seed": 1, "block": 32, "path": None},  # path can differ for kind file only: below
     QuantSpec: {"bits": 5, "symmetric": False, "clip_ratio": 0.9, "granularity": "per_group", "group_size": None},
-    CaptureSpec: {"model": ModelSpec(dtype="float64"), "corpus": CorpusSpec(), "tokens": 7},
+    CaptureSpec: {"model": ModelSpec(dtype="float64"), "corpus": CorpusSpec(), "tokens": 7, "skip": 1},
     RefineSpec: {
         "capture": CaptureSpec(tokens=7), "init": RotationSpec(seed=1), "gamma": math.inf, "rule": "sun", "steps": 7, "quantizer": SYMMETRIC,
-        "variant": "as_paper",
+        "variant": "as_paper", "rows": 7,
     },
     WeightSpec: {
         "method": "rtn", "quantizer": QuantSpec(bits=3, granularity="per_channel"), "clip_search": False, "damping": 0.1, "corpus": CorpusSpec(),
@@ -94,9 +104,10 @@ OTHER_VALUES = {
     EvalSpec: {
         "model": ModelSpec(dtype="float64"), "corpus": CorpusSpec(split="test"), "rotation": RefineSpec(), "weights": WeightSpec(method="rtn"),
         "activations": SYMMETRIC, "kv": QuantSpec(granularity="per_group"), "keep_out": "nr_error", "windows": 7, "window": 7,
+        "keep_out_tokens": 7, "set_massive": "zero",
     },
 }  # fmt: skip
-DEPENDENT = {(RotationSpec, "path"), (QuantSpec, "group_size")}
+DEPENDENT = {(RotationSpec, "path"), (QuantSpec, "group_size"), (EvalSpec, "keep_out_tokens"), (EvalSpec, "set_massive")}
 """Fields that may leave their default only together with another: tested by themselves."""
 
 
@@ -144,6 +155,38 @@ def test_the_key_differs_in_the_fields_that_need_another():
     assert RotationSpec(kind="file", path="a").key != RotationSpec(kind="file", path="b").key
     keys = {QuantSpec(granularity="per_group", group_size=size).key for size in (None, 16, 32)}
     assert len(keys) == 3
+    keys = {EvalSpec(keep_out=which, keep_out_tokens=count).key for which in ("most_massive", "worst", "random") for count in (1, 2)}
+    assert len(keys) == 6
+    assert len({EvalSpec(rotation=UNROTATED, set_massive=to).key for to in (None, "zero", "mean")}) == 3
+
+
+BEFORE_THEY_WERE_ADDED = {
+    CaptureSpec: ("skip", "75ece2bde3cf2994bb1ad82761fd3af6"),
+    RefineSpec: ("rows", "6666dc46523d8e9cf84cfd8ff7d1951d"),
+    EvalSpec: ("keep_out_tokens set_massive", "13c9a30a1525400b3ac54bc5563609a7"),
+}
+"""Spec: the fields that came when results were stored already, and the key the spec had without them (commit 1f9d142)."""
+
+
+@pytest.mark.parametrize("spec", BEFORE_THEY_WERE_ADDED)
+def test_fields_added_later_leave_the_key_alone_at_their_default(spec):
+    names, key = BEFORE_THEY_WERE_ADDED[spec]
+    assert {f.name for f in fields(spec) if "later" in f.metadata} == set(names.split())
+    assert not set(names.split()) & set(spec().to_dict())
+    assert spec().key == key
+
+
+def test_fields_added_later_are_in_the_dict_and_key_once_set():
+    inner = CaptureSpec(skip=2)
+    whole = EvalSpec(rotation=RefineSpec(capture=inner, rows=9))
+    assert whole.to_dict()["rotation"]["capture"]["skip"] == 2
+    assert whole.to_dict()["rotation"]["rows"] == 9
+    plain = EvalSpec(rotation=RefineSpec())
+    keys = {plain.key, whole.key, plain.with_(rotation=RefineSpec(rows=9)).key, plain.with_(rotation=RefineSpec(capture=inner)).key}
+    assert len(keys) == 4
+    kept = EvalSpec(keep_out="random", keep_out_tokens=3)
+    assert {name: kept.to_dict().get(name) for name in ("keep_out_tokens", "set_massive")} == {"keep_out_tokens": 3, "set_massive": None}
+    assert EvalSpec(rotation=UNROTATED, set_massive="mean").to_dict()["set_massive"] == "mean"
 
 
 def test_specs_of_two_classes_with_equal_fields_differ():
