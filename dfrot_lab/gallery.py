@@ -36,9 +36,8 @@ SMALL = 5000
 
 
 def save_experiment(name: str, table: pd.DataFrame, setting: Setting, tables: Path, folder: Path) -> list[Path]:
-    """Write an experiment's table into `tables` and its figure into `folder`, each named after experiment and corpus; what was written."""
-    stem = tables / f"{name}-{setting.corpus}"
-    rows = stem.with_name(f"{stem.name}.jsonl" if len(table) <= SMALL else f"{stem.name}.parquet")
+    """Write an experiment's table into `tables`, named after it and the corpus, and its figure into `folder`; what was written."""
+    rows = tables / f"{name}-{Path(setting.corpus).stem}.{'jsonl' if len(table) <= SMALL else 'parquet'}"
     if len(table) <= SMALL:
         results.replace(rows, results.rows(table))
     else:

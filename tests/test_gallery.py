@@ -1,0 +1,84 @@
+"""Every experiment has a figure, which draws its table whole; table and figure are kept together, and a stopped write leaves what was there."""
+
+import json
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import pytest
+from matplotlib.figure import Figure
+from test_experiments import EVALUATING, LOOKING, Lab, lab  # noqa: F401 (a fixture is used by its name)
+
+from dfrot_lab import figures, gallery, results
+from dfrot_lab.experiments import EXPERIMENTS
+from dfrot_lab.figures_tokens import ORDERS
+
+
+def test_every_experiment_has_a_figure_and_every_figure_an_experiment():
+    assert set(gallery.FIGURES) == set(EXPERIMENTS)
+
+
+def drawn(name: str, table: pd.DataFrame) -> Figure:
+    with figures.theme():
+        figure = gallery.FIGURES[name](table)
+        figure.canvas.draw()  # what cannot be laid out or labelled fails here
+    return figure
+
+
+def marks(figure: Figure) -> int:
+    """Lines and scattered collections that hold data."""
+    return sum(len(ax.lines) + len(ax.collections) for ax in figure.axes)
+
+
+@pytest.mark.parametrize("name", [*EVALUATING, *LOOKING])
+def test_each_figure_draws_its_experiment_s_table(lab: Lab, name):  # noqa: F811
+    figure = drawn(name, lab.table(name))
+    assert marks(figure) > 0
+    assert all(ax.get_xlabel() or ax.get_title() for ax in figure.axes), "an axis says what it shows"
+    plt.close(figure)
+
+
+def test_tasks_are_drawn_with_their_errors():
+    tasks = ("piqa", "winogrande", "average of six")
+    rows = [
+        {"row": row, "task": task, "metric": "acc", "value": value, "stderr": 0.05, "items": 100}
+        for row, value in (("plain transformers", 0.5), ("RO 4-4-16", 0.4), ("DFRot 4-4-16", 0.45))
+        for task in tasks
+    ]
+    figure = drawn("zero-shot", pd.DataFrame(rows))
+    ax = figure.axes[0]
+    assert [label.get_text() for label in ax.get_xticklabels()] == list(tasks)
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["plain transformers", "RO 4-4-16", "DFRot 4-4-16"]
+    heights = sorted(round(float(line.get_ydata()[0]), 6) for line in ax.lines if line.get_marker() not in ("_", "None", ""))
+    assert {40.0, 45.0, 50.0} <= set(heights)
+    plt.close(figure)
+
+
+def test_colours_and_markers_tell_the_orders_apart():
+    assert len({colour for colour, _ in ORDERS.values()}) == len({marker for _, marker in ORDERS.values()}) == 6
+
+
+@pytest.mark.parametrize(("limit", "ending"), [(5000, "jsonl"), (3, "parquet")])
+def test_table_and_figure_are_kept_with_what_they_were_made_from(lab: Lab, tmp_path, monkeypatch, limit, ending):  # noqa: F811
+    monkeypatch.setattr(gallery, "SMALL", limit)
+    table = lab.table("clip-sweep")
+    written = gallery.save_experiment("clip-sweep", table, lab.setting, tmp_path / "tables", tmp_path / "figures")
+    assert [path.name for path in written] == [f"clip-sweep-text.{ending}", "clip-sweep.png"]
+    if ending == "jsonl":
+        lines = [json.loads(line) for line in written[0].read_text().splitlines()]
+        assert [line["value"] for line in lines] == pytest.approx(table["value"].tolist())
+    else:
+        assert pd.read_parquet(written[0])["value"].tolist() == table["value"].tolist()
+    about = json.loads(written[1].with_suffix(".json").read_text())
+    assert (about["experiment"], about["rows"]) == ("clip-sweep", len(table))
+    assert set(about["specs"]) == set(table["spec"])
+    assert written[1].with_suffix(".svg").exists()
+
+
+def test_replacing_a_table_leaves_the_old_one_where_writing_fails(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    results.replace(path, [{"value": 1}])
+    with pytest.raises(TypeError):
+        results.replace(path, [{"value": 2}, {"value": object()}])
+    assert path.read_text() == '{"value": 1}\n'
+    results.replace(path, [{"value": 3}])
+    assert path.read_text() == '{"value": 3}\n'
