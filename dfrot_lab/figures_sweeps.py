@@ -115,23 +115,26 @@ def figure_intervene(table: pd.DataFrame) -> Figure:
     return fig
 
 
-def figure_differences(table: pd.DataFrame, label: Callable[[dict[str, Any]], str], reference: str = "RH") -> Figure:
-    """Paired differences of perplexity to `reference`, a panel a setting of the bits: left of the line is better."""
-    rows = table[table["metric"] == f"{results.PERPLEXITY} - {reference}"]
-    settings = list(dict.fromkeys(results.bits(r) for r in results.records(rows, f"{results.PERPLEXITY} - {reference}")))
-    names = len({label(r) for r in results.records(rows, f"{results.PERPLEXITY} - {reference}")})
-    fig, axes = plt.subplots(1, len(settings), figsize=(1.5 + 4.6 * len(settings), 1.4 + 0.32 * names), squeeze=False, sharey=True)
-    for ax, bits in zip(axes[0], settings, strict=True):
-        plot_dots(rows[[results.bits(r) == bits for r in results.records(rows, f"{results.PERPLEXITY} - {reference}")]], label, ax=ax)
+def figure_differences(
+    table: pd.DataFrame, label: Callable[[dict[str, Any]], str], *, panel: Callable[[dict[str, Any]], str] = results.bits, reference: str = "RH"
+) -> Figure:
+    """Paired differences of perplexity to `reference`: left of the line is better. `panel` and `label` name a row's panel and place."""
+    metric = f"{results.PERPLEXITY} - {reference}"
+    rows, entries = table[table["metric"] == metric], results.records(table, metric)
+    panels = list(dict.fromkeys(map(panel, entries)))
+    size = (1.5 + 3.6 * len(panels), 1.4 + 0.32 * len(set(map(label, entries))))
+    fig, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, sharey=True)
+    for ax, name in zip(axes[0], panels, strict=True):
+        plot_dots(rows[[panel(entry) == name for entry in entries]], label, ax=ax)
         ax.axvline(0, ls="--", lw=1, c="#333333")
-        ax.set(title=bits, xlabel=f"perplexity - {reference}'s, paired 95% interval")
+        ax.set(title=name, xlabel=f"perplexity - {reference}'s")
     return fig
 
 
 def figure_main_table(table: pd.DataFrame) -> Figure:
-    """Table 2 as differences to RH: RO and DFRot by RTN and GPTQ."""
+    """Table 2 as differences to RH: RO and DFRot by RTN and by GPTQ, on scales of their own."""
     part = table[table["rotation"] != "NR"]
-    return figure_differences(part, lambda r: f"{r['rotation']}, {r['weights']}")
+    return figure_differences(part, lambda r: str(r["rotation"]), panel=lambda r: f"{r['weights'].upper()} {results.bits(r)}")
 
 
 def figure_calibration(table: pd.DataFrame) -> Figure:

@@ -131,6 +131,11 @@ def figure_magnitudes(table: pd.DataFrame) -> Figure:
     texts = table.drop_duplicates("token")["text"].tolist()
     step = max(1, len(texts) // 12)
     ax.set_xticks(range(0, len(texts), step), [repr(t)[1:-1] for t in texts[::step]], rotation=45, fontsize=7)
-    ax.set(xlabel="token", ylabel="channel", zlabel="|residual stream|")
+    ax.set_xlabel("token", labelpad=22)
+    ax.set_ylabel("channel", labelpad=8)
+    ax.set_zlabel("|residual stream|", labelpad=12)
+    ax.tick_params(axis="y", labelsize=8)
+    ax.tick_params(axis="z", labelsize=8, pad=5)
     ax.view_init(elev=24, azim=-58)
+    ax.set_box_aspect(None, zoom=0.88)  # else the labels are cut off
     return fig

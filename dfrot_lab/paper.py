@@ -59,7 +59,7 @@ def spread(both: pd.DataFrame, table: str) -> pd.DataFrame:
     index = [name for name in PLACE[1:] if len(set(part[name])) > 1] or ["method"]
     order = part[index].drop_duplicates()
     wide = part.pivot_table(index=index, columns="model", values="printed", aggfunc="first", sort=False)
-    mine = part.drop_duplicates(index).set_index(index)["ours"]
+    mine = part.drop_duplicates(index).set_index(index)["ours"].round(2)
     return wide.assign(ours=mine).loc[list(order.itertuples(index=False, name=None)) if len(index) > 1 else order[index[0]].tolist()]
 
 

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from dfrot_lab import results
 from dfrot_lab.cli import app
+from dfrot_lab.experiments import EXPERIMENTS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -106,6 +107,20 @@ def test_committed_results_have_provenance():
         rows = [json.loads(line) for line in file.read_text().splitlines()]
         assert all(tuple(row) == results.COLUMNS for row in rows)
         assert all(row["commit"] and row["spec"] and row["windows"] for row in rows)
+
+
+def test_committed_experiments_have_provenance_and_a_figure():
+    files = [path for path in sorted((ROOT / "data" / "results").glob("*.jsonl")) if not path.name.startswith(("main-w", "bench"))]
+    assert len(files) >= 3
+    for file in files:
+        name, corpus = next((name, file.stem.removeprefix(f"{name}-")) for name in EXPERIMENTS if file.stem.startswith(f"{name}-w"))
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        scored = [row for row in rows if row.get("metric", "").startswith("perplexity")]
+        assert all(row["commit"] and row["spec"] and row["windows"] for row in scored)
+        about = json.loads((ROOT / "figures" / corpus / f"{name}.json").read_text())
+        assert about["rows"] == len(rows), f"{file.name} and its figure are not of the same table"
+        assert set(about["specs"]) == {row["spec"] for row in rows if row.get("spec")}
+        assert not about["quick"]
 
 
 def test_the_performance_page_shows_the_committed_benchmark():
