@@ -214,7 +214,7 @@ def save_main(result: MainResult, folder: Path) -> list[Path]:
         drawn: dict[str, tuple[Any, dict[str, Any]]] = {
             "residual-and-refinement": (residual, {"refine": result.setting.refine.to_dict()}),
             "token-errors": (figures.figure_errors(wide), {"site": site, "rows": len(wide)}),
-            "massive-token": (
+            "massive-token-values": (
                 figures.figure_massive_token(errors.massive_values(recorded, site, token, matrices, quantizer)),
                 {"site": site, "token": token},
             ),
