@@ -173,17 +173,10 @@ def figure_zero_shot(table: pd.DataFrame) -> Figure:
         part = shown[shown["row"] == name].set_index("task").reindex(tasks)
         places = np.arange(len(tasks)) + np.linspace(-0.3, 0.3, len(names))[number]
         rotation = str(name).split(" ", maxsplit=1)[0]
-        face = "white" if "16-16-16" in str(name) or "4-4-4" in str(name) else COLOURS.get(rotation, "#222222")
-        options: dict[str, Any] = {
-            "c": COLOURS.get(rotation, "#222222"),
-            "marker": MARKERS.get(rotation, "*"),
-            "mfc": face,
-            "ls": "",
-            "ms": 6,
-            "capsize": 2,
-        }
+        colour, filled = COLOURS.get(rotation, "#222222"), "none" if "16-16-16" in str(name) else "left" if "4-4-4" in str(name) else "full"
+        options: dict[str, Any] = {"c": colour, "marker": MARKERS.get(rotation, "*"), "fillstyle": filled, "ls": "", "ms": 7, "capsize": 2}
         ax.errorbar(places, 100 * part["value"], yerr=100 * part["stderr"], label=name, **options)
-    ax.set_xticks(range(len(tasks)), tasks)
+    ax.set_xticks(range(len(tasks)), tasks, fontsize=8)
     ax.set(ylabel="accuracy, % (one standard error)", title=f"first {int(shown['items'].min())} items of each task" if len(shown) else "")
     ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return fig
