@@ -73,6 +73,7 @@ def table(name: str, spec: EvalSpec | None, model: ModelSpec, limit: int | None,
                 loaded = models.load_model(model, store)
             for task, path in tasks.items():
                 if not writer.has(task):
+                    log.info("zero-shot, %s: %s", name, task)
                     writer.save_json(task, _score(loaded, task, path, limit))
 
     artefact = store.get_or_make(KIND, inputs, make)
