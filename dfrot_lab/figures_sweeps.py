@@ -102,16 +102,18 @@ def figure_clip(table: pd.DataFrame) -> Figure:
 
 
 def figure_intervene(table: pd.DataFrame) -> Figure:
-    """Perplexity against the number of tokens kept out a window, by how they are chosen, a panel a rotation."""
+    """What keeping tokens of each window out does to perplexity, against how many and how they are chosen: paired differences, a panel a rotation."""
     kinds = list(dict.fromkeys(table["rotation"]))
-    fig, axes = plt.subplots(1, len(kinds), figsize=(5 * len(kinds), 3.6), squeeze=False)
+    fig, axes = plt.subplots(1, len(kinds), figsize=(5 * len(kinds), 3.8), squeeze=False)
     for ax, kind in zip(axes[0], kinds, strict=True):
-        part = table[(table["rotation"] == kind) & (table["metric"] == results.PERPLEXITY)]
-        plot_sweep(part[part["chosen"].isin(["most_massive", "worst", "random"])], "k", "chosen", ax=ax)
-        for name, style in (("none", "--"), ("rule nr_error", ":")):
-            ax.axhline(part.loc[part["chosen"] == name, "value"].mean(), ls=style, c="#333333", lw=1.2, label=name)
-        ax.set(title=f"{kind}, 16-4-16", xlabel="tokens of each window kept out")
-        ax.legend(fontsize=8)
+        metric = f"{results.PERPLEXITY} - {kind}"
+        part = table[(table["rotation"] == kind) & (table["metric"] == metric)]
+        plot_sweep(part[part["k"].notna()], "k", "chosen", metric=metric, ax=ax)
+        ax.axhline(0, ls="--", c="#333333", lw=1.2, label="none kept out")
+        ax.axhline(part.loc[part["k"].isna(), "value"].mean(), ls=":", c="#333333", lw=1.6, label="rule nr_error")
+        ax.set(title=f"{kind}, 16-4-16", xlabel="tokens of each window kept out", ylabel=f"perplexity - {kind}'s")
+        ax.get_legend().remove()
+    fig.legend(*axes[0, -1].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8)
     return fig
 
 
