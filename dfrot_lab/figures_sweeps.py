@@ -145,18 +145,12 @@ def figure_calibration(table: pd.DataFrame) -> Figure:
 
 
 def figure_symmetric(table: pd.DataFrame) -> Figure:
-    """Refinement's and evaluation's quantizer, all four ways, with and without sign flips: perplexity."""
-    fig, ax = plt.subplots(figsize=(7.5, 3.8))
-    rows = table[table["metric"] == results.PERPLEXITY]
+    """Refinement's and evaluation's quantizer, all four ways, with and without sign flips: differences to RH under the same test."""
 
     def name(row: dict[str, Any]) -> str:
-        flips = ", sign flips" if row["sign_flips"] else ""
-        fitted = "RH" if row["refined_with"] == "not refined" else f"refined {row['refined_with'][:4]}.{flips}"
-        return f"{fitted}; tested {row['tested_with'][:4]}."
+        return f"refined {row['refined_with']}{', sign flips' if row['sign_flips'] else ''}"
 
-    plot_dots(rows, name, ax=ax)
-    ax.set(xlabel="perplexity at 16-4-16", title="Quantizer of the refinement and of the test")
-    return fig
+    return figure_differences(table, name, panel=lambda row: f"tested {row['tested_with']}, {results.bits(row)}")
 
 
 def figure_variants(table: pd.DataFrame) -> Figure:

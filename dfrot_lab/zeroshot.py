@@ -110,7 +110,13 @@ def _score(loaded: models.LoadedModel, task: str, path: Path | None, limit: int 
     language_model = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=BATCH, device=device, max_length=loaded.context)
     with tempfile.TemporaryDirectory() as folder:
         manager = _local_task(task, path, Path(folder)) if path else TaskManager()
-        found = simple_evaluate(language_model, tasks=[task], limit=limit, task_manager=manager, bootstrap_iters=0, log_samples=False)
+        try:
+            found = simple_evaluate(language_model, tasks=[task], limit=limit, task_manager=manager, bootstrap_iters=0, log_samples=False)
+        except OSError as error:
+            raise ConnectionError(
+                f"task {task} is not here and could not be loaded from the hub ({error}). Put {task}.jsonl into zero_shot/ of a folder and name "
+                f"the folder in DFROT_LAB_DATA, or go online."
+            ) from error
     if found is None:
         raise RuntimeError(f"lm-eval returned nothing for task {task}")
     scores, items = found["results"][task], found["n-samples"][task]["effective"]
