@@ -98,7 +98,7 @@ def _refinement(setting: Setting, offset: int = 0, **changes: Any) -> RefineSpec
 def keep_out(setting: Setting, store: Store) -> pd.DataFrame:
     """Table 1: RO and RH with all tokens quantized and with massive ones kept out; then the share of the RO - RH gap that keep-out closes."""
     rows = [Row(setting.row("16-16-16", setting.rotation("NR")))]
-    settings = _trimmed(("4-4-16", "4-4-4", "4-8-16"), setting)
+    settings = ("4-4-16", "4-4-4", "4-8-16")
     for offset in range(setting.seeds):
         for kind in ("RH", "RO"):
             for bits in settings:
