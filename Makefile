@@ -23,7 +23,7 @@ test: $(VENV)/ready-dev ## lint, types, unit tests, tests on the default model, 
 lab: $(VENV)/ready ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab notebooks
 
-figures: $(VENV)/ready ## rewrite figures/ and data/results/ from the same code
+figures: $(VENV)/ready ## rewrite figures/ and data/results/ from the same code; computes what is not stored (hours), goes on where stopped
 	$(BIN)/dfrot-lab figures
 
 bench: $(VENV)/ready ## measure every claim of speed (about half an hour); data/results/bench.jsonl and docs/performance.md
