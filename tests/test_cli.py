@@ -15,12 +15,13 @@ from typer.testing import CliRunner
 
 from dfrot_lab import results, rotations
 from dfrot_lab.cli import app
+from dfrot_lab.experiments import EXPERIMENTS
 from dfrot_lab.specs import RotationSpec
 
 DONE = "[0-9a-f]*[0-9a-f]/manifest.json"
 """Finished artefacts only: the folder of one being made ends in .partial."""
 
-COMMANDS = ("run", "capture", "errors", "refine", "evaluate", "figures", "models", "doctor", "fetch")
+COMMANDS = ("run", "capture", "errors", "refine", "evaluate", "experiment", "figures", "models", "doctor", "fetch")
 
 
 @pytest.fixture
@@ -214,6 +215,30 @@ def test_doctor_says_what_is_here_and_what_is_missing(bench, tmp_path):
     assert shown["cache"]["folder"] == str(tmp_path / "cache")
     broken = invoke("doctor", "--model", "nowhere", "--json", code=1)
     assert any("ModelSpec.source" in line for line in json.loads(broken.stdout)["missing"])
+
+
+def test_experiments_are_listed_with_what_they_reproduce():
+    listed = json.loads(invoke("experiment", "--json").stdout)["rows"]
+    assert [row["name"] for row in listed] == list(EXPERIMENTS)
+    assert all(row["reproduces"] and row["question"].endswith("?") for row in listed)
+    assert "keep-out" in invoke("experiment").stdout
+
+
+def test_an_experiment_writes_its_table_and_figure_where_told(bench, tmp_path):
+    shown = json.loads(invoke("experiment", "clip-sweep", *bench, "--quick", "--json", "--out", str(tmp_path / "here")).stdout)
+    pictures = {f"clip-sweep.{ending}" for ending in ("png", "svg", "json")}
+    assert {path.name for path in (tmp_path / "here").iterdir()} == {"clip-sweep-text.jsonl"} | pictures
+    kept = [json.loads(line) for line in (tmp_path / "here" / "clip-sweep-text.jsonl").read_text().splitlines()]
+    assert kept == shown["rows"]
+    assert {row["clip"] for row in kept} == {0.6, 1.0}, "the quick profile has the first and the last"
+    assert json.loads((tmp_path / "here" / "clip-sweep.json").read_text())["quick"]
+
+
+def test_an_unknown_experiment_is_one_line_that_lists_them(bench, tmp_path):
+    result = invoke("experiment", "keepout", *bench, code=1)
+    assert result.stderr.strip().startswith("Error: no experiment 'keepout'; there are token-errors-3d,")
+    assert "keep-out" in result.stderr
+    assert not (tmp_path / "runs").exists()
 
 
 def test_runs_folder_is_ignored_by_git():
