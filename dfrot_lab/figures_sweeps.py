@@ -16,11 +16,6 @@ LINES = ("-", "--", ":", "-.")
 SERIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#555555", "#E69F00")
 
 
-def _means(part: pd.DataFrame, x: str) -> pd.DataFrame:
-    """Mean, and smallest and largest over seeds, of the values at each x."""
-    return part.groupby(x, sort=False)["value"].agg(["mean", "min", "max", "size"])
-
-
 def plot_sweep(table: pd.DataFrame, x: str, line: str, *, metric: str = results.PERPLEXITY, ax: Axes | None = None) -> Axes:
     """A value against one knob, a line a kind: the mean over seeds, each seed a dot; with one seed, its interval over windows.
 
@@ -31,7 +26,7 @@ def plot_sweep(table: pd.DataFrame, x: str, line: str, *, metric: str = results.
     levels = list(dict.fromkeys(rows[x]))
     for number, (name, part) in enumerate(rows.groupby(line, sort=False)):
         colour, marker = COLOURS.get(str(name), SERIES[number % len(SERIES)]), MARKERS.get(str(name), "osD^v"[number % 5])
-        means = _means(part, x)
+        means = part.groupby(x, sort=False)["value"].agg(["mean", "size"])
         places = np.array([levels.index(level) for level in means.index]) + 0.08 * (number - 1)
         ax.plot(places, means["mean"], c=colour, marker=marker, ms=5, ls=LINES[number % len(LINES)], label=str(name))
         if (means["size"] > 1).any():

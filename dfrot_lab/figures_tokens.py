@@ -8,10 +8,10 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from . import results
-from .figures import MASSIVE_COLOUR, plot_error_pair, plot_massive_values
+from . import figures, results
+from .figures import MASSIVE_COLOUR, plot_error_pair
 from .figures_sweeps import LINES, SERIES, plot_dots
-from .mainjob import FIGURE_LAYER
+from .mainjob import figure_site
 
 ORDERS = {
     "NR > RO > RH": ("#117733", "o"),
@@ -98,12 +98,9 @@ def figure_errors_2d(table: pd.DataFrame) -> Figure:
 
 def figure_massive_token(table: pd.DataFrame) -> Figure:
     """The paper's Fig. 4: one massive token's values before and after quantization, a panel a rotation, at the site of the main figures."""
-    site = next((s for s in table["site"].unique() if s.startswith(f"layers.{FIGURE_LAYER}.")), table["site"].iloc[0])
+    site = figure_site(table["site"].unique().tolist())
     part = table[table["site"] == site]
-    names = list(dict.fromkeys(part["rotation"]))
-    fig, axes = plt.subplots(1, len(names), figsize=(3 * len(names), 3.2))
-    for ax, name in zip(axes, names, strict=True):
-        plot_massive_values(part, name, ax=ax)
+    fig = figures.figure_massive_token(part)
     fig.suptitle(f"token {part['token'].iloc[0]} ({part['text'].iloc[0]!r}) at {site}", fontsize=10)
     return fig
 

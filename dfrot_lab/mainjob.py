@@ -193,6 +193,11 @@ def error_site(recorded: Capture) -> str:
     return wanted if wanted in recorded.sites else recorded.sites[len(recorded.sites) // 4 * 2]
 
 
+def figure_site(sites: Sequence[str]) -> str:
+    """Of the sites an experiment's table has, the one its figure shows: the first of layer 15, or the first of all."""
+    return next((site for site in sites if site.startswith(f"layers.{FIGURE_LAYER}.")), sites[0])
+
+
 def save_main(result: MainResult, folder: Path) -> list[Path]:
     """Draw the main figures into `folder`: residual stream, errors, the massive token, refinement, perplexity. Returns the PNGs."""
     recorded, site = result.capture, error_site(result.capture)

@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 
 from . import results, zeroshot
-from .mainjob import FIGURE_LAYER
+from .mainjob import figure_site
 
 PLACE = ("table", "method", "weight_quantizer", "w_a_kv_bits", "metric", "note")
 """The columns that say which number of the paper a line is, whatever the model."""
@@ -110,7 +110,7 @@ def _calibration(table: pd.DataFrame) -> Iterator[dict[str, Any]]:
 
 
 def _massive_token(table: pd.DataFrame) -> Iterator[dict[str, Any]]:
-    site = next((name for name in table["site"].unique() if name.startswith(f"layers.{FIGURE_LAYER}.")), table["site"].iloc[0])
+    site = figure_site(table["site"].unique().tolist())
     part = table[table["site"] == site]
     errors = ((part["value"] - part["quantized"]) ** 2).groupby(part["rotation"], sort=False).sum()
     for rotation, error in errors.items():
