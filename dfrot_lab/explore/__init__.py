@@ -1,0 +1,1 @@
+"""Explorers: functions that return a widget to look, touch and teach with in JupyterLab. `explore.massive(acts)`, `explore.errors(acts)`, ..."""
