@@ -131,14 +131,17 @@ class Refinement(widgets.VBox):
 
     def start(self) -> None:
         """Begin a refinement with the controls as they are."""
-        with self.status.doing("starting", then=self.status.text):
-            spec = self.make_spec()
-            if self.job.running:
+        try:
+            if self.job.running and self.recorded is not None:
                 raise RuntimeError("one refinement at a time: cancel the one that runs, or wait for it")
-            self.spec, self.result, self.history = spec, None, []
-            self.progress.max, self.progress.value = spec.steps, 0
-            self.status.busy("reading the rows")
-            self.job.start(self._refine)
+            spec = self.make_spec()
+        except base.EXPECTED as error:
+            self.status.error(error)
+            return
+        self.spec, self.result, self.history = spec, None, []
+        self.progress.max, self.progress.value = spec.steps, 0
+        self.status.busy("reading the rows")
+        self.job.start(self._refine)
         self._buttons()
 
     def pause(self) -> None:
