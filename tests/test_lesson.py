@@ -58,6 +58,7 @@ WRONG: list[tuple[Callable, Callable, str]] = [
     (lesson.check_rotate_row, lambda x, R: 2 * x @ R, "not x @ R"),
     (lesson.check_rotate_row, lambda x, R: (x @ R)[0], r"shape \(6,\), \(6, 6\) was expected"),
     (lesson.check_quantize, lambda x, bits: on_grid(x, x.abs().max() / 2 ** (bits - 1), bits), "divided by"),
+    (lesson.check_quantize, lambda x, bits: (x / (s := x.abs().max() / 2 ** (bits - 1))).round() * s, "needs one more"),
     (lesson.check_quantize, lambda x, bits: (x / step(x, bits)).round(), "returned the codes"),
     (lesson.check_quantize, lambda x, bits: (x / step(x, bits)).trunc() * step(x, bits), "cut off"),
     (lesson.check_quantize, lambda x, bits: (x / step(x, bits)).floor() * step(x, bits), "rounded down"),

@@ -111,9 +111,13 @@ def check_quantize(function: Answer) -> Verdict:
             spec, top = QuantSpec(bits=bits), 2 ** (bits - 1) - 1
             for x in (_random(16, seed=seed), -_random(16, seed=seed).abs()):
                 scale = x.abs().max() / top
+                wide = x.abs().max() / (top + 1)
                 known = {
+                    f"you divided by 2^(bits-1) = {top + 1}: at {bits} bits the codes end at {top}, and the largest entry needs one more.": (
+                        (x / wide).round() * wide
+                    ),
                     f"you divided by 2^(bits-1) = {top + 1}: the largest code is {top}, so the largest entry would not be on the grid.": (
-                        (x / (x.abs().max() / (top + 1))).round().clamp(-top - 1, top) * (x.abs().max() / (top + 1))
+                        (x / wide).round().clamp(-top - 1, top) * wide
                     ),
                     "you returned the codes: multiply them by the step again.": quantize(x[None], spec).codes[0].double(),
                     "you cut off instead of rounding to the nearest: use round.": (x / scale).trunc() * scale,
