@@ -18,7 +18,7 @@ NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 ARTEFACTS = Path(__file__).parent / "artefacts"
 """Where the screenshots go; not committed, made again by every run."""
 CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
-START_S, CELLS_S, STEP_S = 60.0, 25.0, 10.0
+START_S, CELLS_S, STEP_S = 60.0, 180.0, 30.0
 """Seconds allowed for the server, for all cells of a notebook, for one movement: several times what a quiet machine takes."""
 SOFTWARE_GL = ["--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"]
 """WebGL without a graphics card, for plotly's Scattergl and 3-D plots."""
@@ -26,12 +26,16 @@ HARMLESS: dict[str, str] = {}
 """Part of a console message or a failed address: why it is no fault of ours."""
 
 
+def is_root() -> bool:
+    return hasattr(os, "geteuid") and os.geteuid() == 0
+
+
 @contextmanager
 def chromium() -> Iterator[Browser]:
     """The machine's own Chromium, headless. Playwright is imported here, for its event loop must not outlive the block."""
     from playwright.sync_api import sync_playwright
 
-    sandbox = ["--no-sandbox"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
+    sandbox = ["--no-sandbox"] if is_root() else []
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=[*sandbox, *SOFTWARE_GL])
         yield browser
@@ -59,16 +63,15 @@ def stop(server: subprocess.Popen[bytes]) -> None:
 
 @contextmanager
 def jupyter_lab(root: Path) -> Iterator[str]:
-    """The address, token included, of a JupyterLab whose folder is a copy of the notebooks below `root`. RuntimeError with its log if it does not start."""
+    """A notebook's address, its name to be filled in, in a JupyterLab on a copy of our notebooks below `root`; RuntimeError if it does not start."""
     folder, log = root / "notebooks", root / "server.log"
     shutil.copytree(NOTEBOOKS, folder, ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
     environment = surroundings(root)
     quiet = Path(environment["JUPYTERLAB_SETTINGS_DIR"]) / "@jupyterlab/apputils-extension/notification.jupyterlab-settings"
     quiet.parent.mkdir(parents=True)
     quiet.write_text(json.dumps({"fetchNews": "false", "checkForUpdates": False}))  # else it asks for news in a box over the page
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1", f"--ServerApp.root_dir={folder}", "--LabApp.extension_manager=readonly"]
-    if hasattr(os, "geteuid") and os.geteuid() == 0:
-        command.append("--allow-root")
+    own = ["--no-browser", "--ip=127.0.0.1", f"--ServerApp.root_dir={folder}", "--LabApp.extension_manager=readonly"]
+    command = [sys.executable, "-m", "jupyterlab", *own, *(["--allow-root"] if is_root() else [])]
     with log.open("wb") as out:
         server = subprocess.Popen(command, cwd=folder, env=environment, stdout=out, stderr=subprocess.STDOUT)
     about = Path(environment["JUPYTER_RUNTIME_DIR"]) / f"jpserver-{server.pid}.json"
@@ -134,16 +137,13 @@ class Notebook:
         self.click(self.page.locator(".lm-Menu-itemLabel").get_by_text(names[-1], exact=True))
 
     def run_all(self) -> None:
-        """Run > Run All Cells, until the kernel is idle and no cell waits. JupyterLab drops the order while the kernel starts: so wait for it first."""
-        self.page.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]').wait_for(timeout=START_S * 1000)
+        """Run > Run All Cells, until every code cell has its number; AssertionError with the text of the first that raised."""
+        self.page.get_by_text("| Idle").wait_for(timeout=START_S * 1000)  # JupyterLab drops the order while the kernel starts
         self.menu("Run", "Run All Cells")
-        self.wait_idle()
-
-    def wait_idle(self) -> None:
-        """Until every code cell has its number; AssertionError with the text of the first cell that raised."""
-        numbers = "[...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].map(each => each.textContent)"
-        self.page.wait_for_function(f"() => {{const all = {numbers}; return all.length && !all.some(each => /\\[[ *]\\]/.test(each))}}", timeout=CELLS_S * 1000)
-        raised = self.page.locator('[data-mime-type="application/vnd.jupyter.stderr"], [data-mime-type="application/vnd.jupyter.error"]')
+        prompts = "[...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].map(each => each.textContent)"
+        self.page.wait_for_function(f"() => {prompts}.some(each => each.includes('*'))", timeout=STEP_S * 1000)
+        self.page.wait_for_function(f"() => {prompts}.every(each => /\\d/.test(each))", timeout=CELLS_S * 1000)
+        raised = self.page.locator('[data-mime-type="application/vnd.jupyter.error"]')
         assert raised.count() == 0, raised.first.text_content()
 
     def explorer(self, name: str) -> "Explorer":

@@ -12,7 +12,9 @@ from typing import Any
 import ipywidgets as widgets
 import plotly.graph_objects as go
 
-from ..figures import COLOURS, MASSIVE_COLOUR, ORDINARY_COLOUR
+from dfrot_lab.figures import COLOURS, MASSIVE_COLOUR, ORDINARY_COLOUR
+
+from .fit import Fit
 
 log = logging.getLogger(__name__)
 
@@ -45,10 +47,11 @@ def span(text: str, colour: str | None = None, title: str = "") -> str:
 
 
 class Status:
-    """One line below the controls: busy, done, or what went wrong in one sentence. Its height never changes."""
+    """One line below the controls: busy, done, or what went wrong in one sentence. Its height never changes. With it comes what fits the plots."""
 
     def __init__(self) -> None:
-        self.widget = widgets.HTML(layout=widgets.Layout(height="28px", overflow="hidden"))
+        self.line = widgets.HTML(layout=widgets.Layout(height="28px", overflow="hidden"))
+        self.widget = widgets.Box([self.line, Fit()], layout=widgets.Layout(flex_flow="column", overflow="hidden", flex="0 0 auto"))
         self.widget.add_class("dfrot-status")
         self.say("")
 
@@ -69,7 +72,7 @@ class Status:
         colour = {"error": "#CC2936"}.get(state, GREY)
         self.text = text
         self.state = state
-        self.widget.value = f'<span class="dfrot-{state}" role="status" title="{html.escape(text)}" style="color:{colour}">{html.escape(text)}</span>'
+        self.line.value = f'<span class="dfrot-{state}" role="status" title="{html.escape(text)}" style="color:{colour}">{html.escape(text)}</span>'
 
     @contextmanager
     def doing(self, text: str, then: str = "") -> Iterator[None]:
@@ -159,6 +162,7 @@ class Job:
 def figure(height: int = HEIGHT, **layout: Any) -> go.FigureWidget:
     """An empty plotly figure in the explorers' look: transparent, grey text, fixed height, no animation."""
     shown = go.FigureWidget()
+    shown._config = {**shown._config, "responsive": True, "displaylogo": False}  # the one way to set it for a FigureWidget
     axis = {"gridcolor": "rgba(128,128,128,0.25)", "zerolinecolor": "rgba(128,128,128,0.5)", "linecolor": GREY, "automargin": True}
     shown.update_layout(
         height=height,
