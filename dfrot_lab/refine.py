@@ -22,7 +22,7 @@ from .capture import capture
 from .descent import ROWS_AT_ONCE
 from .quantize import fake_quantize, squared_error
 from .specs import QuantSpec, RefineSpec
-from .store import Store, Writer
+from .store import Artefact, Store, Writer
 
 log = logging.getLogger(__name__)
 
@@ -208,6 +208,12 @@ def _note(state: _State, step: int, losses: dict[str, float], start: Tensor) -> 
     state.history.append({"step": step, **losses, "best": best, "distance": rotations.distance(state.R, start)})
 
 
+def stored(spec: RefineSpec, store: Store) -> RefineResult | None:
+    """The refinement `spec` describes if the store has it, else None; computes nothing."""
+    artefact = store.open("refine", {"refine": identity(spec)})
+    return None if artefact is None else _result(artefact)
+
+
 def refined(spec: RefineSpec, store: Store | None = None) -> RefineResult:
     """The refinement `spec` describes, from the store or computed now on the rows of its capture; a stopped run goes on at its last checkpoint."""
     store = store or Store()
@@ -223,7 +229,10 @@ def refined(spec: RefineSpec, store: Store | None = None) -> RefineResult:
         writer.note.update(seconds=time.perf_counter() - started)
         writer.drop("state")
 
-    artefact = store.get_or_make("refine", {"refine": identity(spec)}, make)
+    return _result(store.get_or_make("refine", {"refine": identity(spec)}, make))
+
+
+def _result(artefact: Artefact) -> RefineResult:
     history = pd.DataFrame(artefact.json("history"), columns=list(HISTORY))
     return RefineResult(artefact.tensors("R1")["R1"], history, float(artefact.manifest["note"].get("seconds", math.nan)))
 

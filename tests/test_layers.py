@@ -16,7 +16,7 @@ PACKAGE = Path(dfrot_lab.__file__).parent
 FILES = sorted(PACKAGE.glob("*.py"))
 
 LAYERS = (
-    ("specs", "memory"),
+    ("specs", "memory", "markup"),
     ("hadamard", "rotations", "quantize"),
     ("store", "wheels", "models", "corpus"),
     ("surgery", "capture", "massive", "errors", "integer", "intervene", "profiles", "theory", "descent"),
