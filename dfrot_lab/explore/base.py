@@ -84,7 +84,7 @@ class Status:
             self.say(then)
 
 
-class Cancelled(Exception):  # noqa: N818  a signal, not an error
+class Cancelled(Exception):
     """Raised inside a job's work at its next step once it is cancelled."""
 
 
