@@ -1,1 +1,3 @@
 """Explorers: functions that return a widget to look, touch and teach with in JupyterLab. `explore.massive(acts)`, `explore.errors(acts)`, ..."""
+
+from .massive import massive as massive
