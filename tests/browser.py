@@ -181,5 +181,12 @@ class Explorer:
         """A picture of it for people to look at."""
         ARTEFACTS.mkdir(exist_ok=True)
         path = ARTEFACTS / f"{self.name}-{step}.png"
+        box, usual = self.root.bounding_box(), self.page.viewport_size
+        if box and usual and box["height"] > usual["height"] - 200:  # a notebook scrolls inside the page: what is out of sight would be grey
+            self.page.set_viewport_size({"width": usual["width"], "height": int(box["height"]) + 300})
+            self.root.scroll_into_view_if_needed()
+            self.page.wait_for_timeout(500)
         self.root.screenshot(path=path)
+        if usual:
+            self.page.set_viewport_size(usual)
         return path

@@ -16,7 +16,7 @@ export default { render({ el }) {
   const tell = () => { clearTimeout(timer); timer = setTimeout(() => window.dispatchEvent(new Event("resize")), 50); };
   const drawn = ({ detail: { element } }) => {
     if (!el.closest(".widget-vbox")?.contains(element)) return;
-    element.style.height = `${element._fullLayout.height}px`;
+    Object.assign(element.style, { width: "100%", minWidth: 0, height: `${element._fullLayout.height}px` });
     tell();
   };
   const widths = new ResizeObserver(tell);
