@@ -14,7 +14,7 @@ import plotly.graph_objects as go
 from dfrot_lab.figures import COLOURS, MASSIVE_COLOUR, ORDINARY_COLOUR
 from dfrot_lab.markup import VISIBLE, safe, span, visible
 
-from .fit import Fit
+from .page import Fit, Plot
 
 log = logging.getLogger(__name__)
 
@@ -143,8 +143,7 @@ class Job:
 
 def figure(height: int = HEIGHT, **layout: Any) -> go.FigureWidget:
     """An empty plotly figure in the explorers' look: transparent, grey text, fixed height, no animation."""
-    shown = go.FigureWidget()
-    shown._config = {**shown._config, "responsive": True, "displaylogo": False}  # the one way to set it for a FigureWidget
+    shown = Plot()
     axis = {"gridcolor": "rgba(128,128,128,0.25)", "zerolinecolor": "rgba(128,128,128,0.5)", "linecolor": GREY, "automargin": True}
     shown.update_layout(
         height=height,
