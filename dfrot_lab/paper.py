@@ -12,6 +12,9 @@ from .mainjob import figure_site
 PLACE = ("table", "method", "weight_quantizer", "w_a_kv_bits", "metric", "note")
 """The columns that say which number of the paper a line is, whatever the model."""
 
+PUBLISHED = Path(__file__).parents[1] / "data" / "paper" / "published.csv"
+"""The published numbers in a checkout; an installed package is without them."""
+
 METHODS = {"NR": "GPTQ", "RO": "QuaRot-RO", "RH": "QuaRot-RH", "DFRot": "DFRot"}
 """Our rotations by the names of the paper's rows; without a rotation its row has the weight quantizer's name."""
 
