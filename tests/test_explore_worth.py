@@ -139,7 +139,6 @@ def test_an_error_is_one_sentence_and_the_widget_goes_on(setting, store):
     widget.controls["windows"].value = 200
     computed(widget)
     assert widget.status.state == "error" and "token_blocks.blocks must be <=" in widget.status.text
-    assert "Traceback" not in widget.status.widget.get_interact_value() if hasattr(widget.status.widget, "get_interact_value") else True
     widget.controls["windows"].value = 3
     computed(widget)
     assert widget.table()["stored"].all() and widget.status.state == "ready"
@@ -168,7 +167,7 @@ def test_costs_count_gptq_builds_and_the_refinement_once(setting, store):
 
 
 def test_the_tally_reaches_the_end_and_never_goes_back():
-    tally = Tally([18.0, 10.0], window=5.0)
+    tally = Tally([18.0, 10.0], scoring=10.0)
     seen = []
     for part, count in (("layer", 2), ("window", 2)):
         for done in range(1, count + 1):
@@ -176,18 +175,15 @@ def test_the_tally_reaches_the_end_and_never_goes_back():
             seen.append(tally.share)
     tally.next()
     tally.at("window", 2, 2)
-    assert seen == sorted(seen) and seen[0] == pytest.approx(2 / 28) and seen[-1] == pytest.approx(18 / 28)
+    assert seen == sorted(seen) and seen[0] == pytest.approx(4 / 28) and seen[-1] == pytest.approx(18 / 28)
     assert tally.share == pytest.approx(1.0)
 
 
 def far_table() -> pd.DataFrame:
     nan = float("nan")
-    rows = [("NR", 20000.0, 15000.0, 30000.0), ("RH", 40.0, 35.0, 45.0)]
-    lines = [
-        {"rotation": n, "kept_out": False, "row": n, "bits": "4-4-16", "weights": "rtn", "perplexity": v, "low": a, "high": b} for n, v, a, b in rows
-    ]
-    more = dict.fromkeys(("minus_rh", "minus_rh_low", "minus_rh_high"), nan)
-    return pd.DataFrame([{**line, **more, "windows": 6, "stored": True} for line in lines])
+    rows = pd.DataFrame([("NR", 20000.0, 15000.0, 30000.0), ("RH", 40.0, 35.0, 45.0)], columns=["row", "perplexity", "low", "high"])
+    rows = rows.assign(rotation=rows["row"], kept_out=False, bits="4-4-16", weights="rtn", windows=6, stored=True)
+    return rows.assign(minus_rh=nan, minus_rh_low=nan, minus_rh_high=nan)
 
 
 def test_a_perplexity_off_the_scale_is_cut_and_written_out():
