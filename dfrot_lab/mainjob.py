@@ -86,6 +86,16 @@ class Setting:
         return spec.with_(weights=spec.weights.with_(method=weights or self.weights, **calibration))
 
 
+def row_label(spec: EvalSpec) -> str:
+    """A row's rotation in words: `RO`, `RO, kept out`, `full precision`."""
+    return "full precision" if spec.bits == "16-16-16" else spec.rotation.name + (", kept out" if spec.keep_out else "")
+
+
+def row_name(spec: EvalSpec) -> str:
+    """A row in words: `RO 4-4-16, kept out`."""
+    return "full precision" if spec.bits == "16-16-16" else f"{spec.rotation.name} {spec.bits}" + (", kept out" if spec.keep_out else "")
+
+
 def main_specs(setting: Setting) -> list[EvalSpec]:
     """Full precision; NR, RO, RH, DFRot at all bits, RO and RH also with massive tokens kept out; then RO and RH at 16-4-16 with more seeds.
 

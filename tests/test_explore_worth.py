@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from test_evaluate import save_lively
 
-from dfrot_lab import evaluate, results
+from dfrot_lab import evaluate, mainjob, results
 from dfrot_lab.explore import worth_rows
 from dfrot_lab.explore.worth import Tally, Worth, worth
 from dfrot_lab.mainjob import Setting
@@ -64,7 +64,7 @@ def test_missing_rows_are_named_with_a_time_and_computed_in_the_background(setti
     stored_row(setting, store, "RH", "4-4-16")
     widget = worth(setting, store)
     widget.controls["rotations"].value, widget.controls["bits"].value = ("RO", "RH"), ("4-4-16", "16-16-16")
-    assert [worth_rows.name_of(spec) for spec in widget.missing] == ["full precision", "RO 4-4-16"]
+    assert [mainjob.row_name(spec) for spec in widget.missing] == ["full precision", "RO 4-4-16"]
     assert "Not stored: full precision; RO 4-4-16. To compute: about" in widget.note.value
     computed(widget)
     assert not widget.missing and widget.status.text == "3 of 3 rows are stored"
@@ -154,7 +154,7 @@ def test_a_text_that_is_not_there_is_one_sentence(setting, store, monkeypatch):
 
 def test_rows_picked_once_at_full_precision_and_models_side_by_side(setting):
     specs = worth_rows.specs_of(setting, ("RO", "DFRot"), ("16-16-16", "4-4-16", "16-4-16"), "rtn", (None, "nr_error"))
-    names = [worth_rows.name_of(spec) for spec in specs]
+    names = [mainjob.row_name(spec) for spec in specs]
     assert names[:3] == ["full precision", "RO 4-4-16", "RO 4-4-16, kept out"] and len(names) == len(set(names)) == 9
 
 

@@ -167,7 +167,7 @@ class Worth(widgets.VBox):
         tally = Tally(worth_rows.costs(specs, self.store), worth_rows.scoring_seconds(specs[0]))
         self.controls["compute"].disabled, self.controls["cancel"].disabled = True, False
         self.bar.value = 0.0
-        self.status.busy(f"computing {worth_rows.name_of(specs[0])}, row 1 of {len(specs)}")
+        self.status.busy(f"computing {mainjob.row_name(specs[0])}, row 1 of {len(specs)}")
         self.job.start(lambda job: self._work(job, specs, tally))
 
     def cancel(self) -> None:
@@ -193,7 +193,7 @@ class Worth(widgets.VBox):
         self.bar.value = tally.share
         if tally.done < len(specs):
             row = f"row {tally.done + 1} of {len(specs)}"
-            parts = [worth_rows.name_of(specs[tally.done]), what, row, f"about {worth_rows.duration(tally.left)} left"]
+            parts = [mainjob.row_name(specs[tally.done]), what, row, f"about {worth_rows.duration(tally.left)} left"]
             self.status.busy("computing " + ", ".join(filter(None, parts)))
 
     def _ended(self, error: BaseException | None) -> None:

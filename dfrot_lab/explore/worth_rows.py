@@ -2,14 +2,13 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from dfrot_lab import estimate, evaluate, figures, mainjob, paper, refine, results
+from dfrot_lab import estimate, evaluate, figures, mainjob, paper, refine
 from dfrot_lab.evaluate import EvalResult
 from dfrot_lab.mainjob import NOMINAL_SECONDS, Setting
 from dfrot_lab.markup import safe
@@ -26,8 +25,6 @@ KEPT = {"none": None, "nr_error": "nr_error"}
 PAPER_MODELS = (
     "LLaMA-7B", "LLaMA-13B", "LLaMA-30B", "LLaMA2-7B", "LLaMA2-13B", "LLaMA2-70B", "LLaMA3-8B", "LLaMA3-70B", "Mistral-7B-v0.3", "QWen2-7B",
 )  # fmt: skip
-SOURCES = ("T2", "T1", "T2old")
-"""The paper's tables of perplexities, the newest first."""
 
 Lookup = Callable[[EvalSpec], EvalResult | None]
 
@@ -40,16 +37,6 @@ def specs_of(setting: Setting, rotations: Sequence[str], bits: Sequence[str], we
         rows = [(b, kept) for b in bits if b != FULL for kept in keep_out]
         found += [setting.row(b, rotation, weights=weights, keep_out=kept) for b, kept in rows]
     return found
-
-
-def label(spec: EvalSpec) -> str:
-    """A row's rotation in words: `RO`, `RO, kept out`, `full precision`."""
-    return "full precision" if spec.bits == FULL else spec.rotation.name + (", kept out" if spec.keep_out else "")
-
-
-def name_of(spec: EvalSpec) -> str:
-    """A row in words: `RO 4-4-16, kept out`."""
-    return "full precision" if spec.bits == FULL else f"{spec.rotation.name} {spec.bits}" + (", kept out" if spec.keep_out else "")
 
 
 def pace(spec: EvalSpec) -> float:
@@ -83,7 +70,7 @@ def said(missing: Sequence[EvalSpec], store: Store) -> str:
     """Which rows are not stored and about how long they take."""
     if not missing:
         return "All rows that are picked are stored."
-    names = "; ".join(name_of(spec) for spec in missing)
+    names = "; ".join(mainjob.row_name(spec) for spec in missing)
     return f"Not stored: {names}. To compute: about {duration(sum(costs(missing, store)))} on 2 cores."
 
 
@@ -93,7 +80,7 @@ def rows_table(specs: Sequence[EvalSpec], lookup: Lookup, references: Mapping[st
     for spec in specs:
         result = lookup(spec)
         low, high = result.ci95 if result else (math.nan, math.nan)
-        line = {"rotation": spec.rotation.name, "kept_out": spec.keep_out is not None, "row": label(spec), "bits": spec.bits}
+        line = {"rotation": spec.rotation.name, "kept_out": spec.keep_out is not None, "row": mainjob.row_label(spec), "bits": spec.bits}
         line |= {"weights": spec.weights.method if spec.weights.quantizer.bits < 16 else None}
         line |= {"perplexity": result.perplexity if result else math.nan, "low": low, "high": high}
         line |= dict(zip(("minus_rh", "minus_rh_low", "minus_rh_high"), _difference(result, references.get(spec.bits)), strict=True))
@@ -114,36 +101,8 @@ def _difference(result: EvalResult | None, reference: EvalResult | None) -> tupl
 
 
 def paper_table(specs: Sequence[EvalSpec], lookup: Lookup) -> pd.DataFrame:
-    """The paper's perplexities in the rows' places: row, bits, a column a model (as printed), ours last; empty outside a checkout."""
-    if not paper.PUBLISHED.exists() or not specs:
-        return pd.DataFrame(columns=["row", "bits", "ours"])
-    found = [lookup(spec) or EvalResult(spec, np.array([math.nan]), math.nan, "") for spec in specs]
-    rows = [results.statistic_row(result, results.PERPLEXITY, result.perplexity, (math.nan, math.nan)) for result in found]
-    table = results.table(rows).assign(extra_minutes=math.nan)
-    gptq = table[table["weights"] == "gptq"]
-    numbers = _published()
-    both = paper.beside(numbers[numbers["metric"] == "wikitext2_ppl"], paper.ours({"main-table": table, "keep-out": gptq}))
-    both = both[both["command"].notna()]
-    order = pd.concat([both[both["table"] == source] for source in SOURCES])
-    if order.empty:
-        return pd.DataFrame(columns=["row", "bits", "ours"])
-    order = order.assign(row=order["method"].map(_row_of), bits=order["w_a_kv_bits"])
-    models = list(dict.fromkeys(order["model"]))
-    wide = order.pivot_table(index=["row", "bits"], columns="model", values="printed", aggfunc="first", sort=False)[models]
-    mine = order.groupby(["row", "bits"], sort=False)["ours"].first()
-    places = [(label(spec), spec.bits) for spec in specs if (label(spec), spec.bits) in wide.index]
-    return wide.assign(ours=mine).loc[places].reset_index().rename_axis(columns=None)
-
-
-@cache
-def _published() -> pd.DataFrame:
-    return paper.published(paper.PUBLISHED)
-
-
-def _row_of(method: str) -> str:
-    """Our name of a row from the paper's."""
-    ours = {name: rotation for rotation, name in paper.METHODS.items()} | {"FP16": "full precision", "RTN": "NR"}
-    return ours[method.removesuffix(".FP16()")] + (", kept out" if method.endswith(".FP16()") else "")
+    """The paper's perplexities in the rows' places: row, bits, a column a model (as printed), ours last, missing where it is not stored."""
+    return paper.beside_rows([lookup(spec) or EvalResult(spec, np.array([math.nan]), math.nan, "") for spec in specs])
 
 
 def empty_bars(width: int) -> go.FigureWidget:
