@@ -1,7 +1,7 @@
 """A report to send to a colleague: one HTML file with a model's main results, figures and data inside, nothing fetched when it is opened."""
 
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
@@ -103,7 +103,7 @@ def about(findings: Findings) -> pd.DataFrame:
 
 
 def massive_tokens(table: pd.DataFrame) -> pd.DataFrame:
-    """A line a massive token of `massive.table`, the most extreme first: its text, largest |value|, where, and at how many sites each rule marks it."""
+    """A line a token of `massive.table`, the most extreme first: its text, largest |value|, where, and at how many sites each rule marks it."""
     top = table.sort_values("residual_max", ascending=False).drop_duplicates("token").set_index("token")
     rules = ["sun", "nr_error", "ro_vs_nr", "ratio"]
     counts = table.groupby("token")[rules].sum().loc[top.index]
@@ -115,6 +115,11 @@ def massive_tokens(table: pd.DataFrame) -> pd.DataFrame:
 def command(setting: Setting) -> str:
     """The command that computes every row a report of `setting` shows."""
     return f"dfrot-lab run {_options(setting, setting.seed)} --gamma {setting.gamma:g}"
+
+
+def public(setting: Setting) -> Setting:
+    """`setting` with a model's or text's own path cut to its name: what a page that is sent away may say."""
+    return replace(setting, model=setting.model.with_(source=named(setting.model.source)), corpus=named(setting.corpus))
 
 
 def row_command(setting: Setting, spec: EvalSpec) -> str:
@@ -134,14 +139,12 @@ def _options(setting: Setting, seed: int) -> str:
 
 def limits(setting: Setting) -> list[str]:
     """What the numbers do not say."""
-    small = (
-        "The default model has 135 million parameters and its published weights are 4-bit already; " if setting.model.source == DEFAULT_MODEL else ""
-    )
+    small = "The default model is small and its published weights are 4-bit already. " if setting.model.source == DEFAULT_MODEL else ""
     return [
-        f"{small}levels of perplexity cannot be compared with the paper's larger models, the order of the rotations and the sign of the gaps can.",
-        f"Intervals are a bootstrap over {setting.windows} windows of one text: they say how sure the mean over such windows is, not how another text or "
-        "another seed would come out. Rows of one seed are compared on the same windows, so a paired difference is surer than two intervals side by side.",
-        "Perplexity and per-token error are measured with quantization simulated exactly; nothing here says how fast a 4-bit kernel would run.",
+        f"{small}Levels of perplexity cannot be compared with the paper's larger models; the order of the rotations and the sign of the gaps can.",
+        f"Intervals are a bootstrap over {setting.windows} windows of one text: they say how sure the mean over such windows is, not how another text "
+        "or seed would come out. Rows are compared on the same windows, so a paired difference is surer than two intervals side by side.",
+        "Perplexity and token errors are measured with quantization simulated exactly; nothing here says how fast a 4-bit kernel would run.",
         "lm_head, embeddings and norms stay in full precision, as in the paper.",
     ]
 
@@ -173,7 +176,9 @@ def _massive_tokens(findings: Findings) -> list[str]:
 
 def _token_errors(findings: Findings, drawn: dict[str, Any]) -> list[str]:
     site, quantizer = mainjob.error_site(findings.result.capture), findings.result.setting.refine.quantizer.name
-    said = f"E(xR), the squared error of one token's row at {site} under {quantizer}, one rotation against another. Below the line, the second is better."
+    said = (
+        f"E(xR), the squared error of a token's row at {site} under {quantizer}, one rotation against another. Below the line, the second is better."
+    )
     return [
         paragraph(said),
         report_page.error_scatter(findings.errors),
@@ -187,7 +192,7 @@ def _refinement(findings: Findings, drawn: dict[str, Any]) -> list[str]:
     parts = [figure_html(drawn["residual-and-refinement"], "The residual stream's largest values and median by layer; a refinement's loss by step")]
     refinement = findings.result.refinement
     if refinement is None:
-        return [*parts, note("DFRot's rotation is not refined yet. This computes it, with all rows:", command(findings.result.setting))]
+        return [*parts, note("DFRot's rotation is not refined yet. This computes it, with all rows:", command(public(findings.result.setting)))]
     history = refinement.history
     shown = history if len(history) <= 12 else history.iloc[[*range(0, len(history), max(1, len(history) // 10)), -1]].drop_duplicates("step")
     return [
@@ -209,8 +214,10 @@ def _perplexity(findings: Findings, drawn: dict[str, Any]) -> list[str]:
     if findings.found and not (seeds := results.by_seed(table)).empty:
         parts += [paragraph("RO - RH, each random seed on its own:"), table_html(seeds)]
     if findings.missing:
-        rows = [(f"{mainjob.row_name(spec)}, seed {results.seed_of(spec)}", row_command(setting, spec)) for spec in findings.missing]
-        parts.append(note(f"{len(rows)} rows are not stored. This computes them all, and may be stopped and started again:", command(setting)))
+        rows = [(f"{mainjob.row_name(spec)}, seed {results.seed_of(spec)}", row_command(public(setting), spec)) for spec in findings.missing]
+        parts.append(
+            note(f"{len(rows)} rows are not stored. This computes them all, and may be stopped and started again:", command(public(setting)))
+        )
         parts.append(table_html(pd.DataFrame(rows, columns=["row", "alone"]).replace(", seed None", "", regex=True), index=False))
     return parts
 

@@ -38,8 +38,9 @@ code { background: var(--tint); padding: 0.1rem 0.3rem; border-radius: 3px; over
 def document(title: str, abstract: str, sections: Sequence[str]) -> str:
     """A whole page that may load nothing and run only the scripts it was written with: its Content-Security-Policy names each by its hash."""
     body = f"<h1>{html.escape(title)}</h1>\n<p class='abstract'>{html.escape(abstract)}</p>\n" + "\n".join(sections)
-    hashes = " ".join(f"'sha256-{_sha256(script)}'" for script in re.findall(r"<script[^>]*>(.*?)</script>", body, re.DOTALL))
-    policy = f"default-src 'none'; img-src data: blob:; font-src data:; style-src 'unsafe-inline'; script-src {hashes or "'none'"}"
+    scripts = re.findall(r"<script[^>]*>(.*?)</script>", body, re.DOTALL)
+    hashes = " ".join(f"'sha256-{_sha256(script)}'" for script in scripts) or "'none'"
+    policy = f"default-src 'none'; img-src data: blob:; font-src data:; style-src 'unsafe-inline'; script-src {hashes}"
     head = f'<meta charset="utf-8">\n<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
     head += f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{html.escape(title)}</title>\n<style>{STYLE}</style>'
     footer = "<footer>Made by dfrot-lab report. One file: nothing is loaded when it is opened.</footer>"
