@@ -142,7 +142,7 @@ def limits(setting: Setting) -> list[str]:
     small = "The default model is small and its published weights are 4-bit already. " if setting.model.source == DEFAULT_MODEL else ""
     return [
         f"{small}Levels of perplexity cannot be compared with the paper's larger models; the order of the rotations and the sign of the gaps can.",
-        f"Intervals are a bootstrap over {setting.windows} windows of one text: they say how sure the mean over such windows is, not how another text "
+        f"Intervals are a bootstrap over {setting.windows} windows of one text: how sure the mean over such windows is, not how another text "
         "or seed would come out. Rows are compared on the same windows, so a paired difference is surer than two intervals side by side.",
         "Perplexity and token errors are measured with quantization simulated exactly; nothing here says how fast a 4-bit kernel would run.",
         "lm_head, embeddings and norms stay in full precision, as in the paper.",
@@ -176,9 +176,7 @@ def _massive_tokens(findings: Findings) -> list[str]:
 
 def _token_errors(findings: Findings, drawn: dict[str, Any]) -> list[str]:
     site, quantizer = mainjob.error_site(findings.result.capture), findings.result.setting.refine.quantizer.name
-    said = (
-        f"E(xR), the squared error of a token's row at {site} under {quantizer}, one rotation against another. Below the line, the second is better."
-    )
+    said = f"E(xR), a token's squared error at {site} under {quantizer}, one rotation against another. Below the line the second is better."
     return [
         paragraph(said),
         report_page.error_scatter(findings.errors),
@@ -215,9 +213,7 @@ def _perplexity(findings: Findings, drawn: dict[str, Any]) -> list[str]:
         parts += [paragraph("RO - RH, each random seed on its own:"), table_html(seeds)]
     if findings.missing:
         rows = [(f"{mainjob.row_name(spec)}, seed {results.seed_of(spec)}", row_command(public(setting), spec)) for spec in findings.missing]
-        parts.append(
-            note(f"{len(rows)} rows are not stored. This computes them all, and may be stopped and started again:", command(public(setting)))
-        )
+        parts.append(note(f"{len(rows)} rows are not stored. This computes them all, and may be stopped and resumed:", command(public(setting))))
         parts.append(table_html(pd.DataFrame(rows, columns=["row", "alone"]).replace(", seed None", "", regex=True), index=False))
     return parts
 

@@ -27,7 +27,7 @@ body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(
 h1 { font-size: 1.7rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; border-bottom: 1px solid var(--line); }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: 0.86rem; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: 0.25rem 0.7rem; border-bottom: 1px solid var(--line); vertical-align: top; }
-td { unicode-bidi: isolate; overflow-wrap: anywhere; } thead th { background: var(--tint); } .abstract { font-size: 1.08rem; }
+th, td { white-space: nowrap; } td { unicode-bidi: isolate; } thead th { background: var(--tint); } .abstract { font-size: 1.08rem; }
 img { max-width: 100%; height: auto; background: #ffffff; border-radius: 6px; padding: 6px; box-sizing: border-box; }
 code { background: var(--tint); padding: 0.1rem 0.3rem; border-radius: 3px; overflow-wrap: anywhere; }
 .note { border-left: 4px solid #D55E00; padding: 0.4rem 0.8rem; background: var(--tint); } footer { color: var(--soft); margin-top: 3rem; }
