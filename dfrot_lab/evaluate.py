@@ -23,7 +23,7 @@ from . import corpus, gptq, integer, intervene, massive, models, refine, rotatio
 from .gptq import OnPart, nothing
 from .models import LoadedModel
 from .quantize import fake_quantize, squared_error
-from .specs import KEEP_OUT_COUNTS, EvalSpec, RefineSpec, RotationSpec, WeightSpec
+from .specs import KEEP_OUT_COUNTS, CorpusSpec, EvalSpec, RefineSpec, RotationSpec, WeightSpec
 from .store import Artefact, Store, Writer
 
 log = logging.getLogger(__name__)
@@ -34,6 +34,8 @@ LOGIT_ROWS = 256
 RESAMPLES = 9999
 
 KIND = "evaluation"
+
+TextKey = Callable[[CorpusSpec], str]
 
 
 @dataclass(frozen=True)
@@ -119,9 +121,9 @@ def is_rotated(spec: EvalSpec) -> bool:
     return isinstance(spec.rotation, RefineSpec) or spec.rotation.kind != "NR"
 
 
-def rotation_key(spec: RotationSpec | RefineSpec) -> Any:
+def rotation_key(spec: RotationSpec | RefineSpec, text_key: TextKey = corpus.fingerprint) -> Any:
     """JSON-able identity of a rotation: its spec, a refined one's model bytes, a file's digest."""
-    return refine.identity(spec) if isinstance(spec, RefineSpec) else rotations.identity(spec)
+    return refine.identity(spec, text_key) if isinstance(spec, RefineSpec) else rotations.identity(spec)
 
 
 def rotation_matrix(spec: RotationSpec | RefineSpec, channels: int, store: Store) -> Tensor:
@@ -233,20 +235,20 @@ def evaluate(spec: EvalSpec, store: Store | None = None, build_model: Callable[[
     return _result(spec, store.get_or_make(KIND, inputs(spec), make))
 
 
-def stored(spec: EvalSpec, store: Store) -> EvalResult | None:
-    """The losses `spec` describes if the store has them, else None; computes nothing."""
+def stored(spec: EvalSpec, store: Store, text_key: TextKey = corpus.fingerprint) -> EvalResult | None:
+    """The losses `spec` describes if the store has them, else None; computes nothing. `text_key`, where given, remembers fingerprints of texts."""
     spec = canonical(spec)
-    artefact = store.open(KIND, inputs(spec))
+    artefact = store.open(KIND, inputs(spec, text_key))
     return None if artefact is None else _result(spec, artefact)
 
 
-def inputs(spec: EvalSpec) -> dict[str, Any]:
+def inputs(spec: EvalSpec, text_key: TextKey = corpus.fingerprint) -> dict[str, Any]:
     """What an evaluation's artefact is keyed by: the spec, the rotation's identity, and the bytes of model and text."""
-    content = {**spec.to_dict(), "rotation": rotation_key(spec.rotation)}
-    key: dict[str, Any] = {"spec": content, "model": models.fingerprint(spec.model), "text": corpus.fingerprint(spec.corpus)}
-    key["calibration"] = corpus.fingerprint(spec.weights.corpus) if spec.weights.method == "gptq" else None
+    content = {**spec.to_dict(), "rotation": rotation_key(spec.rotation, text_key)}
+    key: dict[str, Any] = {"spec": content, "model": models.fingerprint(spec.model), "text": text_key(spec.corpus)}
+    key["calibration"] = text_key(spec.weights.corpus) if spec.weights.method == "gptq" else None
     means = spec.corpus.with_(split="calibration")  # whose massive values' means are set
-    return {**key, **({"means": corpus.fingerprint(means)} if spec.set_massive == "mean" else {})}
+    return {**key, **({"means": text_key(means)} if spec.set_massive == "mean" else {})}
 
 
 def windows(spec: EvalSpec, loaded: LoadedModel) -> Tensor:

@@ -86,6 +86,16 @@ class Setting:
         return spec.with_(weights=spec.weights.with_(method=weights or self.weights, **calibration))
 
 
+def row_label(spec: EvalSpec) -> str:
+    """A row's rotation in words: `RO`, `RO, kept out`, `full precision`."""
+    return "full precision" if spec.bits == "16-16-16" else spec.rotation.name + (", kept out" if spec.keep_out else "")
+
+
+def row_name(spec: EvalSpec) -> str:
+    """A row in words: `RO 4-4-16, kept out`."""
+    return "full precision" if spec.bits == "16-16-16" else f"{spec.rotation.name} {spec.bits}" + (", kept out" if spec.keep_out else "")
+
+
 def main_specs(setting: Setting) -> list[EvalSpec]:
     """Full precision; NR, RO, RH, DFRot at all bits, RO and RH also with massive tokens kept out; then RO and RH at 16-4-16 with more seeds.
 
@@ -161,17 +171,22 @@ def main(setting: Setting, store: Store | None = None) -> MainResult:
 
 
 def costs(specs: Sequence[EvalSpec], store: Store) -> list[float]:
-    """Nominal seconds of each row: nothing if it is stored, else its windows, and the build where it is the first to need it."""
+    """Nominal seconds of each row: nothing if it is stored, else as `costs_of_missing`."""
+    missing = [spec for spec in specs if evaluate.stored(spec, store) is None]
+    cost = dict(zip(missing, costs_of_missing(missing), strict=True))
+    return [cost.get(spec, 0.0) for spec in specs]
+
+
+def costs_of_missing(specs: Sequence[EvalSpec]) -> list[float]:
+    """Nominal seconds of each row: its windows, and the build where it is the first to need it."""
     built: set[str] = set()
     costs = []
     for spec in specs:
-        cost, key = 0.0, str(evaluate.build_key(spec))
-        if evaluate.stored(spec, store) is None:
-            cost = NOMINAL_SECONDS["window"] * spec.windows
-            if key not in built:
-                by_gptq = spec.weights.method == "gptq" and spec.weights.quantizer.bits < 16
-                cost += NOMINAL_SECONDS["build"] + NOMINAL_SECONDS["gptq"] * by_gptq
-            built.add(key)
+        cost, key = NOMINAL_SECONDS["window"] * spec.windows, str(evaluate.build_key(spec))
+        if key not in built:
+            by_gptq = spec.weights.method == "gptq" and spec.weights.quantizer.bits < 16
+            cost += NOMINAL_SECONDS["build"] + NOMINAL_SECONDS["gptq"] * by_gptq
+        built.add(key)
         costs.append(cost)
     return costs
 

@@ -22,7 +22,7 @@ from . import corpus, descent, massive, models, rotations
 from .capture import capture
 from .descent import ROWS_AT_ONCE
 from .quantize import fake_quantize, squared_error
-from .specs import QuantSpec, RefineSpec
+from .specs import CorpusSpec, QuantSpec, RefineSpec
 from .store import Artefact, Store, Writer
 
 log = logging.getLogger(__name__)
@@ -283,13 +283,13 @@ def sample_rows(rows: Tensor, mask: Tensor, spec: RefineSpec) -> tuple[Tensor, T
     return rows[chosen], mask[chosen]
 
 
-def identity(spec: RefineSpec) -> dict[str, Any]:
+def identity(spec: RefineSpec, text_key: Callable[[CorpusSpec], str] = corpus.fingerprint) -> dict[str, Any]:
     """What a refined rotation is keyed by, without running anything: the spec, and the bytes of model, text and a start from a file."""
     text = corpus.resolve(spec.capture.corpus)
     return {
         "spec": spec.with_(capture=spec.capture.with_(corpus=text)).to_dict(),
         "model": models.fingerprint(spec.capture.model),
-        "text": corpus.fingerprint(text),
+        "text": text_key(text),
         "init": rotations.identity(spec.init),
     }
 
