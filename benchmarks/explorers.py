@@ -69,15 +69,7 @@ def main() -> None:
     rows.append(row("massive", "layer, 3-D", mover(top.controls["layer"], layers), baseline))
     top = explore.errors(acts, store=store)
     baseline = seconds(lambda: new_scatter(top))
-
-        "bits": (3, 4, 5, 6),
-        "clip": (0.9, 0.8, 0.7),
-        "symmetric": (False, True),
-        "site": acts.sites,
-        "seed": range(1, 100),
-        "token": range(TOKENS),
-    }
-    rows += [row("errors", name, mover(top.controls[name], values), baseline) for name, values in moves.items()]
+    rows += [row("errors", name, mover(top.controls[name], values), baseline) for name, values in MOVES.items()]
     report(rows, given.out)
 
 

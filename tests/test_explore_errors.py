@@ -191,7 +191,7 @@ def test_a_click_opens_fig_4_of_that_token(acts, top):
 def test_fig_4_shows_the_rotations_chosen_for_it(top):
     top.controls["panels"].value = ("RH",)
     assert top.fig4.layout.annotations[0].text.startswith("RH: E = ") and top.fig4.layout.xaxis2.visible is False
-    assert top.fig4.layout.xaxis.domain[1] > 0.9 and top.fig4.data[3].x.size == 0
+    assert top.fig4.layout.xaxis.domain[1] > 0.9 and len(top.fig4.data[3].x) == 0
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

@@ -31,19 +31,27 @@ class ErrorRows:
         self.acts, self.matrices, self.texts = acts, dict(matrices), acts.texts
         self._rotated: OrderedDict[tuple[str, str], Tensor] = OrderedDict()
         self._verdicts: dict[str, np.ndarray] = {}
+        self._cast: dict[str, Tensor] = {}
 
     def put(self, name: str, R: Tensor) -> None:
         """A new rotation, or another one under a name that is there."""
         self.matrices[name] = R
+        self._cast.pop(name, None)
         for key in [key for key in self._rotated if key[1] == name]:
             del self._rotated[key]
+
+    def matrix(self, name: str, x: Tensor) -> Tensor:
+        """A rotation in the rows' own dtype."""
+        if name not in self._cast:
+            self._cast[name] = self.matrices[name].to(x)
+        return self._cast[name]
 
     def rotated(self, site: str, name: str) -> Tensor:
         """x @ R of a site (tokens, channels)."""
         key = (site, name)
         if key not in self._rotated:
             x = self.acts.rows(site)
-            self._rotated[key] = x if name == "NR" else x @ self.matrices[name].to(x)
+            self._rotated[key] = x if name == "NR" else x @ self.matrix(name, x)
             while len(self._rotated) > KEPT:
                 self._rotated.popitem(last=False)
         self._rotated.move_to_end(key)
@@ -63,7 +71,8 @@ class ErrorRows:
 
     def values(self, site: str, token: int, names: Sequence[str], quantizer: QuantSpec) -> pd.DataFrame:
         """One token before and after quantization (Fig. 4): rotation, channel, value, quantized."""
-        return errors.massive_values(self.acts, site, token, {name: self.matrices[name] for name in names}, quantizer)
+        x = self.acts.rows(site)
+        return errors.massive_values(self.acts, site, token, {name: self.matrix(name, x) for name in names}, quantizer)
 
 
 def levels(value: np.ndarray, quantizer: QuantSpec) -> np.ndarray:
