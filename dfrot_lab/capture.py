@@ -68,9 +68,14 @@ class Capture:
 
     def rows(self, site: str) -> Tensor:
         """The norm's output at `site` (tokens, channels), memory-mapped."""
+        self.place(site)
+        return self.artefact.tensors(site)["x"]
+
+    def place(self, site: str) -> int:
+        """Where `site` is in `sites`; KeyError that names it if it is not there."""
         if site not in self.sites:
             raise KeyError(f"no site {site!r} in this capture; it has {self.sites[0]} .. {self.sites[-1]}")
-        return self.artefact.tensors(site)["x"]
+        return self.sites.index(site)
 
     def all_rows(self) -> Tensor:
         """Every site's rows below one another (sites * tokens, channels), in the order of `sites`: what R1 is refined on."""

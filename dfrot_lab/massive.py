@@ -67,7 +67,7 @@ def find(capture: Capture, rule: str, sites: Sequence[str] | None = None) -> Ten
     chosen = capture.sites if sites is None else list(sites)
     if rule in ROWS_RULES:
         return torch.stack([rows_rule(capture.rows(site), rule) for site in chosen])
-    places = [capture.sites.index(site) for site in chosen]
+    places = [capture.place(site) for site in chosen]
     return residual_rule(capture.residual_max[places], capture.residual_median[places], rule)
 
 

@@ -21,6 +21,8 @@ CELLS, COLUMNS = 49152, 192
 """Cells of the heat map at most, and columns of channels at most: at 256 tokens and 576 channels a cell is the largest of three channels."""
 TOP = profiles.TOP
 TINY = 1e-30
+FLOOR = 0.01
+"""Values below this have one colour: the scale is logarithmic."""
 LINES = (("top 1", base.MASSIVE_COLOUR, "solid"), ("top 2", "#E69F00", "dash"), ("top 3", "#56B4E9", "dashdot"), ("median", "#009E73", "dot"))
 """Column of a profile, its colour and its dash."""
 
@@ -189,7 +191,7 @@ def static(seen: Look, layer: int, rule: str) -> Figure:
         fig = Figure(figsize=(11, 4), layout="constrained")
         left, right = fig.subplots(1, 2, width_ratios=(2, 1))
         here, channels = seen.layers[layer], seen.layers[layer].x.shape[1]
-        cells = pooled(here.x)[0].abs().clamp(min=1e-3).log10().T
+        cells = pooled(here.x)[0].abs().clamp(min=FLOOR).log10().T
         image = left.imshow(cells.numpy(), aspect="auto", cmap="cividis", extent=(-0.5, len(seen.texts) - 0.5, channels - 0.5, -0.5))
         left.grid(visible=False)
         left.set(xlabel="token", ylabel="channel", title=f"log10 |residual stream| before layer {layer}")

@@ -8,10 +8,8 @@ import plotly.graph_objects as go
 
 from . import base, residual
 from .parts import contexts, label, packed
-from .residual import Look
+from .residual import FLOOR, Look
 
-FLOOR = 0.01
-"""Values below this have one colour: the scale is logarithmic."""
 ABOUT = "channel %{customdata[1]:.0f}: %{customdata[0]:,.5g}<br>%{customdata[2]:,.3g} \u00d7 the median<extra></extra>"
 """What every point says of itself: value, channel and ratio are its customdata."""
 MARKED = ["value", "channel", "ratio"]
