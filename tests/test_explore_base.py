@@ -48,13 +48,13 @@ def test_a_span_holds_the_text_its_colour_and_its_tooltip(text):
 def test_the_status_is_one_line_of_fixed_height_in_three_states():
     status = base.Status()
     assert "dfrot-status" in status.widget._dom_classes
-    height = status.widget.layout.height
+    height = status.line.layout.height
     for tell, state in ((status.say, "ready"), (status.busy, "busy"), (status.error, "error")):
         tell("what <b>happens</b>")
         assert status.state == state and "what <b>happens</b>" in status.text
-        page = Page(status.widget.value)
-        assert page.tags == {"span"} and status.text == page.text and f'class="dfrot-{state}"' in status.widget.value
-    assert status.widget.layout.height == height == "28px"
+        page = Page(status.line.value)
+        assert page.tags == {"span"} and status.text == page.text and f'class="dfrot-{state}"' in status.line.value
+    assert status.line.layout.height == height == "28px"
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyError, TypeError, RuntimeError, OSError, ImportError])
