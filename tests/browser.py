@@ -22,6 +22,8 @@ START_S, CELLS_S, STEP_S = 60.0, 180.0, 30.0
 """Seconds allowed for the server, for all cells of a notebook, for one movement: several times what a quiet machine takes."""
 SOFTWARE_GL = ["--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"]
 """WebGL without a graphics card, for plotly's Scattergl and 3-D plots."""
+PROMPTS = "[...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].map(each => each.textContent)"
+"""In the page: the numbers before the code cells."""
 HARMLESS: dict[str, str] = {}
 """Part of a console message or a failed address: why it is no fault of ours."""
 
@@ -121,7 +123,7 @@ class Notebook:
     """A notebook open in JupyterLab, and what a reader does with it."""
 
     page: Page
-    name: str
+    watch: Watch
     clicks: int = 0
 
     def click(self, target: Locator) -> None:
@@ -136,20 +138,23 @@ class Notebook:
             self.page.locator(".lm-Menu-item", has_text=name).first.hover()
         self.click(self.page.locator(".lm-Menu-itemLabel").get_by_text(names[-1], exact=True))
 
-    def run_all(self) -> None:
-        """Run > Run All Cells, until every code cell has its number; AssertionError with the text of the first that raised."""
+    def start_all(self) -> None:
+        """Run > Run All Cells."""
         self.page.get_by_text("| Idle").wait_for(timeout=START_S * 1000)  # JupyterLab drops the order while the kernel starts
         self.menu("Run", "Run All Cells")
-        prompts = "[...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].map(each => each.textContent)"
-        self.page.wait_for_function(f"() => {prompts}.some(each => each.includes('*'))", timeout=STEP_S * 1000)
-        self.page.wait_for_function(f"() => {prompts}.every(each => /\\d/.test(each))", timeout=CELLS_S * 1000)
+        self.page.wait_for_function(f"() => {PROMPTS}.some(each => each.includes('*'))", timeout=STEP_S * 1000)
+
+    def wait_all(self) -> None:
+        """Until every code cell has its number; AssertionError with the text of the first that raised."""
+        self.page.wait_for_function(f"() => {PROMPTS}.every(each => /\\d/.test(each))", timeout=CELLS_S * 1000)
         raised = self.page.locator('[data-mime-type="application/vnd.jupyter.error"]')
         assert raised.count() == 0, raised.first.text_content()
 
     def explorer(self, name: str) -> "Explorer":
-        """The explorer whose top widget has the class dfrot-`name`, scrolled to, ready."""
+        """The explorer whose top widget has the class dfrot-`name`, scrolled to and ready."""
         found = Explorer(self.page, self.page.locator(f".dfrot-{name}").first, name)
         found.root.scroll_into_view_if_needed(timeout=STEP_S * 1000)
+        found.ready()
         return found
 
 
@@ -161,10 +166,13 @@ class Explorer:
     root: Locator
     name: str
 
-    def status(self) -> Locator:
-        return self.root.locator(".dfrot-status > .widget-html-content > span, .dfrot-status span[class^=dfrot]").first
+    def status(self, text: str, seconds: float = STEP_S) -> str:
+        """The status line once it holds `text`."""
+        line = self.root.locator(".dfrot-status span", has_text=text).first
+        line.wait_for(timeout=seconds * 1000)
+        return line.text_content() or ""
 
-    def ready(self, seconds: float = STEP_S) -> str:
+    def ready(self, seconds: float = CELLS_S) -> str:
         """What the status line says once it is no longer busy; AssertionError if that is an error."""
         done = self.root.locator(".dfrot-status .dfrot-ready, .dfrot-status .dfrot-error").first
         done.wait_for(state="attached", timeout=seconds * 1000)
@@ -174,19 +182,47 @@ class Explorer:
     def plot(self, number: int = 0) -> Locator:
         """Its nth plot, once it is drawn."""
         found = self.root.locator(".js-plotly-plot").nth(number)
-        found.locator(".main-svg").first.wait_for(state="visible", timeout=STEP_S * 1000)
+        found.locator(".main-svg").first.wait_for(timeout=STEP_S * 1000)
         return found
 
-    def shoot(self, step: str) -> Path:
+    def point(self, index: int, plot: int = 0) -> tuple[float, float]:
+        """Where on the page a point of a plot's first trace is, in pixels."""
+        self.plot(plot).scroll_into_view_if_needed()
+        x, y = self.plot(plot).evaluate(
+            """(plot, index) => {
+                const trace = plot._fullData[0], layout = plot._fullLayout, box = plot.getBoundingClientRect();
+                const place = (axis, value) => axis._offset + axis.d2p(value);
+                return [box.x + place(layout.xaxis, trace.x[index]), box.y + place(layout.yaxis, trace.y[index])];
+            }""",
+            index,
+        )
+        return x, y
+
+    def hover(self, x: float, y: float) -> str:
+        """Rest the mouse on a place of the page: what the label says."""
+        self.page.mouse.move(x - 4, y)
+        self.page.mouse.move(x, y)
+        label = self.root.locator(".hoverlayer .hovertext").first
+        label.wait_for(timeout=STEP_S * 1000)
+        return label.text_content() or ""
+
+    def slider(self, description: str) -> Locator:
+        """The handle of a slider."""
+        label = self.page.locator(".widget-label").get_by_text(description, exact=True)
+        return self.root.locator(".widget-slider, .widget-hslider").filter(has=label).locator(".noUi-handle").first
+
+    def button(self, description: str) -> Locator:
+        """A button that can be pressed."""
+        return self.root.locator("button:enabled").get_by_text(description, exact=True).first
+
+    def shoot(self, step: str) -> None:
         """A picture of it for people to look at."""
         ARTEFACTS.mkdir(exist_ok=True)
-        path = ARTEFACTS / f"{self.name}-{step}.png"
         box, usual = self.root.bounding_box(), self.page.viewport_size
-        if box and usual and box["height"] > usual["height"] - 200:  # a notebook scrolls inside the page: what is out of sight would be grey
+        assert box and usual
+        if box["height"] > usual["height"] - 200:  # a notebook scrolls inside the page: what is out of sight would be grey
             self.page.set_viewport_size({"width": usual["width"], "height": int(box["height"]) + 300})
-            self.root.scroll_into_view_if_needed()
-            self.page.wait_for_timeout(500)
-        self.root.screenshot(path=path)
-        if usual:
-            self.page.set_viewport_size(usual)
-        return path
+        self.root.scroll_into_view_if_needed()
+        self.page.wait_for_timeout(300)  # for plotly's own animation
+        self.root.screenshot(path=ARTEFACTS / f"{self.name}-{step}.png")
+        self.page.set_viewport_size(usual)
