@@ -22,8 +22,8 @@ from . import corpus, descent, massive, models, rotations
 from .capture import capture
 from .descent import ROWS_AT_ONCE
 from .quantize import fake_quantize, squared_error
-from .specs import QuantSpec, RefineSpec
-from .store import Store, Writer
+from .specs import CorpusSpec, QuantSpec, RefineSpec
+from .store import Artefact, Store, Writer
 
 log = logging.getLogger(__name__)
 
@@ -235,8 +235,17 @@ def _note(state: _State, step: int, losses: dict[str, float], start: Tensor) -> 
     state.history.append({"step": step, **losses, "best": best, "distance": rotations.distance(state.R, start)})
 
 
-def refined(spec: RefineSpec, store: Store | None = None) -> RefineResult:
-    """The refinement `spec` describes, from the store or computed now on the rows of its capture; a stopped run goes on at its last checkpoint."""
+def stored(spec: RefineSpec, store: Store) -> RefineResult | None:
+    """The refinement `spec` describes if the store has it, else None; computes nothing."""
+    artefact = store.open("refine", {"refine": identity(spec)})
+    return None if artefact is None else _result(artefact)
+
+
+def refined(spec: RefineSpec, store: Store | None = None, checkpoint: Checkpoint | None = None) -> RefineResult:
+    """The refinement `spec` describes, from the store or computed now on the rows of its capture; a stopped run goes on at its last checkpoint.
+
+    `checkpoint` sees the state each time it has been saved; what it raises stops the run there.
+    """
     store = store or Store()
     recorded = capture(spec.capture, store)
 
@@ -244,13 +253,22 @@ def refined(spec: RefineSpec, store: Store | None = None) -> RefineResult:
         rows, mask = sample_rows(recorded.all_rows(), massive.find(recorded, spec.rule).flatten(), spec)
         log.info("refining on %d rows, %d of them massive (%s)", len(rows), int(mask.sum()), spec.rule)
         started = time.perf_counter()
-        result = refine(rows, spec, mask, state=_resume(writer, spec), checkpoint=lambda state: _save_state(writer, state))
+
+        def save(state: _State) -> None:
+            _save_state(writer, state)
+            if checkpoint is not None:
+                checkpoint(state)
+
+        result = refine(rows, spec, mask, state=_resume(writer, spec), checkpoint=save)
         writer.save_tensors("R1", {"R1": result.R})
         writer.save_json("history", result.history.to_dict("records"))
         writer.note.update(seconds=time.perf_counter() - started)
         writer.drop("state")
 
-    artefact = store.get_or_make("refine", {"refine": identity(spec)}, make)
+    return _result(store.get_or_make("refine", {"refine": identity(spec)}, make))
+
+
+def _result(artefact: Artefact) -> RefineResult:
     history = pd.DataFrame(artefact.json("history"), columns=list(HISTORY))
     return RefineResult(artefact.tensors("R1")["R1"], history, float(artefact.manifest["note"].get("seconds", math.nan)))
 
@@ -265,13 +283,13 @@ def sample_rows(rows: Tensor, mask: Tensor, spec: RefineSpec) -> tuple[Tensor, T
     return rows[chosen], mask[chosen]
 
 
-def identity(spec: RefineSpec) -> dict[str, Any]:
+def identity(spec: RefineSpec, text_key: Callable[[CorpusSpec], str] = corpus.fingerprint) -> dict[str, Any]:
     """What a refined rotation is keyed by, without running anything: the spec, and the bytes of model, text and a start from a file."""
     text = corpus.resolve(spec.capture.corpus)
     return {
         "spec": spec.with_(capture=spec.capture.with_(corpus=text)).to_dict(),
         "model": models.fingerprint(spec.capture.model),
-        "text": corpus.fingerprint(text),
+        "text": text_key(text),
         "init": rotations.identity(spec.init),
     }
 

@@ -4,6 +4,7 @@ To make the outputs again after a change, from the repository's root (record_tim
 fetched, run it once more: progress bars are outputs too, and a test below refuses them.
 
     jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False notebooks/*.ipynb
+    python tests/strip_views.py notebooks/09-explorer.ipynb notebooks/10-teach.ipynb
 """
 
 import ast
@@ -16,6 +17,7 @@ from statistics import median
 import nbformat
 import pytest
 from nbclient import NotebookClient
+from strip_views import VIEW, strip_views
 
 from dfrot_lab import zeroshot
 
@@ -25,6 +27,8 @@ MACHINE_PATH = re.compile(r"/(root|home|work|tmp|Users|mnt|opt|var)/|\b[A-Z]:\\"
 CELL_TIMEOUT_S = 900
 WITH_TASKS = {"06-w4a4-end-to-end", "07-paper-tables"}
 """Notebooks that score tasks, whose items are not in the package."""
+EXPLORERS = {"09-explorer", "10-teach"}
+"""Notebooks that show widgets, which only a running kernel can: they are committed without the views."""
 
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
@@ -53,8 +57,8 @@ def texts(path: Path) -> str:
 
 
 def test_notebooks_are_there():
-    assert [path.stem[:2] for path in NOTEBOOKS] == [f"{n:02d}" for n in range(9)]
-    assert {path.stem for path in NOTEBOOKS} >= WITH_TASKS
+    assert [path.stem[:2] for path in NOTEBOOKS] == [f"{n:02d}" for n in range(len(NOTEBOOKS))]
+    assert {path.stem for path in NOTEBOOKS} >= WITH_TASKS | EXPLORERS
 
 
 @each_notebook
@@ -92,7 +96,22 @@ def test_was_run_once_from_top_to_bottom(path):
 def test_outputs_are_results_and_nothing_else(path):
     kinds = {output.output_type for output in outputs(path)}
     assert kinds <= {"execute_result", "display_data"}, "no error, no log line, no warning"
-    assert not any("application/vnd.jupyter.widget-view+json" in output.data for output in outputs(path)), "no progress bar"
+    assert not any(VIEW in output.data for output in outputs(path)), "no progress bar; an explorer's view is stripped (the command is above)"
+
+
+@each_notebook
+def test_only_explorers_notebooks_show_widgets(path):
+    shows = any("explore." in cell.source for cell in code_cells(path))
+    assert shows == (path.stem in EXPLORERS)
+
+
+def test_strip_views_takes_views_and_state_and_nothing_else():
+    outputs = [nbformat.v4.new_output("display_data", {VIEW: {"model_id": "1"}, "text/plain": "VBox()"}), nbformat.v4.new_output("stream", text="a")]
+    cell = nbformat.v4.new_code_cell("explore.massive()", outputs=outputs, execution_count=1)
+    notebook = strip_views(nbformat.v4.new_notebook(cells=[cell], metadata={"widgets": {}, "kernelspec": {"name": "python3", "display_name": "p"}}))
+    assert [output.output_type for output in notebook.cells[0].outputs] == ["stream"]
+    assert notebook.cells[0].execution_count == 1
+    assert set(notebook.metadata) == {"kernelspec"}
 
 
 @each_notebook

@@ -3,7 +3,6 @@
 import html
 import logging
 import threading
-import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,7 +11,10 @@ from typing import Any
 import ipywidgets as widgets
 import plotly.graph_objects as go
 
-from ..figures import COLOURS, MASSIVE_COLOUR, ORDINARY_COLOUR
+from dfrot_lab.figures import COLOURS, MASSIVE_COLOUR, ORDINARY_COLOUR
+from dfrot_lab.markup import VISIBLE, safe, span, visible
+
+from .page import Fit, Plot
 
 log = logging.getLogger(__name__)
 
@@ -20,35 +22,18 @@ HEIGHT = 420
 """Pixels of one plot: fixed, so that nothing moves while a new one is computed."""
 GREY = "#808080"
 """Text and axes: readable on a white and on a dark page (contrast 3.9 and 5.3)."""
-VISIBLE = {" ": "\u2423", "\n": "\u21b5", "\t": "\u21e5", "\r": "\u240d", "\u00a0": "\u237d"}
-"""What stands for white space in a token."""
 EXPECTED = (ValueError, KeyError, TypeError, RuntimeError, OSError, ImportError)
 """Errors whose message is for the reader; anything else is a defect and keeps its traceback."""
 
-__all__ = ["COLOURS", "MASSIVE_COLOUR", "ORDINARY_COLOUR"]
-
-
-def visible(text: str) -> str:
-    """`text` with white space and control characters made visible, as plain text: not yet safe for HTML."""
-    return "".join(VISIBLE.get(c) or (f"<0x{ord(c):02X}>" if unicodedata.category(c) in ("Cc", "Cf", "Co", "Cs") else c) for c in text)
-
-
-def safe(text: str) -> str:
-    """A token's text for HTML and for plotly's hover labels: white space visible, markup escaped, so that no token is ever run."""
-    return html.escape(visible(text), quote=True)
-
-
-def span(text: str, colour: str | None = None, title: str = "") -> str:
-    """One token as an HTML span, isolated from the writing direction of its neighbours; with `colour` it is marked, with `title` it has a tooltip."""
-    style = f"background:{colour};color:#fff;" if colour else ""
-    return f'<bdi class="dfrot-token" title="{html.escape(title, quote=True)}" style="{style}border-radius:3px;padding:0 1px">{safe(text)}</bdi>'
+__all__ = ["COLOURS", "MASSIVE_COLOUR", "ORDINARY_COLOUR", "VISIBLE", "safe", "span", "visible"]
 
 
 class Status:
-    """One line below the controls: busy, done, or what went wrong in one sentence. Its height never changes."""
+    """One line below the controls: busy, done, or what went wrong in one sentence. Its height never changes. With it comes what fits the plots."""
 
     def __init__(self) -> None:
-        self.widget = widgets.HTML(layout=widgets.Layout(height="28px", overflow="hidden"))
+        self.line = widgets.HTML(layout=widgets.Layout(height="28px", overflow="hidden"))
+        self.widget = widgets.Box([self.line, Fit()], layout=widgets.Layout(flex_flow="column", overflow="hidden", flex="0 0 auto"))
         self.widget.add_class("dfrot-status")
         self.say("")
 
@@ -69,7 +54,7 @@ class Status:
         colour = {"error": "#CC2936"}.get(state, GREY)
         self.text = text
         self.state = state
-        self.widget.value = f'<span class="dfrot-{state}" role="status" title="{html.escape(text)}" style="color:{colour}">{html.escape(text)}</span>'
+        self.line.value = f'<span class="dfrot-{state}" role="status" title="{html.escape(text)}" style="color:{colour}">{html.escape(text)}</span>'
 
     @contextmanager
     def doing(self, text: str, then: str = "") -> Iterator[None]:
@@ -84,7 +69,7 @@ class Status:
             self.say(then)
 
 
-class Cancelled(Exception):  # noqa: N818  a signal, not an error
+class Cancelled(Exception):
     """Raised inside a job's work at its next step once it is cancelled."""
 
 
@@ -158,7 +143,7 @@ class Job:
 
 def figure(height: int = HEIGHT, **layout: Any) -> go.FigureWidget:
     """An empty plotly figure in the explorers' look: transparent, grey text, fixed height, no animation."""
-    shown = go.FigureWidget()
+    shown = Plot()
     axis = {"gridcolor": "rgba(128,128,128,0.25)", "zerolinecolor": "rgba(128,128,128,0.5)", "linecolor": GREY, "automargin": True}
     shown.update_layout(
         height=height,
