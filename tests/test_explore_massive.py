@@ -36,7 +36,7 @@ def look(top, text: str) -> None:
 
 def state_of(top) -> tuple:
     """All that a reader sees but the status."""
-    drawn = top.plot.data[0].z["bdata"]
+    drawn = unpacked(top.plot.data[0].z).tobytes()
     return drawn, top.view.sentence.value, top.view.text.value, top.view.tokens.value, len(top.table())
 
 
@@ -94,10 +94,10 @@ def test_the_cells_are_the_largest_of_their_channels_and_name_the_true_one(top):
     token = int(top.table()["token"].iloc[0])
     row = drawn[:, token]
     best = row[np.abs(row[:, 0]).argmax()]
-    assert best[0] == x[token, BIG] and best[1] == BIG
-    assert best[2] == pytest.approx(float(x[token, BIG].abs() / x.abs().median()), rel=1e-5)
+    assert best[0] == pytest.approx(float(x[token, BIG]), rel=1e-4) and best[1] == BIG
+    assert best[2] == pytest.approx(float(x[token, BIG].abs() / x.abs().median()), rel=1e-4)
     height = unpacked(top.plot.data[0].z)
-    assert np.allclose(height, np.log10(np.maximum(np.abs(drawn[..., 0]), 0.01)), atol=1e-5)
+    assert np.allclose(height, np.log10(np.maximum(np.abs(drawn[..., 0]), 0.01)), atol=1e-4)
     assert top.plot.data[0].x[token] == f"{token} \u2068\u21b5\u2069"
 
 
@@ -226,7 +226,7 @@ def test_table_and_static_agree_with_the_view(top):
     figure = top.static()
     heat, profile = figure.axes[:2]
     assert "before layer 0" in heat.get_title()
-    assert np.allclose(heat.images[0].get_array(), unpacked(top.plot.data[0].z), atol=1e-5)
+    assert np.allclose(heat.images[0].get_array(), unpacked(top.plot.data[0].z), atol=1e-4)
     marked = top.table().loc[top.table()["massive"]].sort_values("token")
     assert np.array_equal(heat.collections[0].get_offsets(), marked[["token", "channel"]])
     assert [line.get_label() for line in profile.lines[:4]] == ["top 1", "top 2", "top 3", "median"]
@@ -243,7 +243,6 @@ def test_a_wrong_model_is_refused_with_the_reason(store):
         explore.massive(model=ModelSpec(source="no such folder"), store=store)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "int32", "int16", "uint8"])
-def test_packed_arrays_come_back(dtype):
-    array = np.arange(24).reshape(2, 3, 4).astype(dtype)
-    assert np.array_equal(unpacked(packed(array)), array) and unpacked(packed(array)).dtype == dtype
+def test_packed_arrays_are_short_decimals():
+    array = np.array([[24816.123, -0.0123456789], [0.0, 1 / 3]], dtype=np.float32)
+    assert packed(array).tolist() == [[24816.0, -0.012346], [0.0, 0.33333]]
