@@ -90,8 +90,17 @@ class Space:
         height = np.abs(drawn[..., 0])
         with self.plot.batch_update():
             self.plot.data[0].update(z=packed(height), surfacecolor=packed(logarithm(height)), customdata=packed(drawn))
-            top = {"x": tokens, "y": about[:, 1], "z": np.abs(about[:, 0]), "customdata": about, "text": [self.contexts[i] for i in tokens]}
-            self.plot.data[1].update(top)
+            top, names = np.abs(about[:, 0]), [self.contexts[i] for i in tokens]
+            stems = {
+                "type": "data",
+                "symmetric": False,
+                "array": np.zeros_like(top),
+                "arrayminus": top,
+                "width": 0,
+                "thickness": 4,
+                "color": base.MASSIVE_COLOUR,
+            }
+            self.plot.data[1].update(x=tokens, y=about[:, 1], z=top, customdata=about, text=names, error_z=stems)
 
 
 class Profile:
