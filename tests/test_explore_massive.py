@@ -162,7 +162,7 @@ def test_an_error_is_one_sentence_and_leaves_the_view(top, block, text, sentence
         top.controls["block"].value = block
         top.controls["open"].click()
         top.job.wait(60)
-    assert top.status.state == "error" and sentence in top.status.text and "Traceback" not in top.status.widget.value
+    assert top.status.state == "error" and sentence in top.status.text and "Traceback" not in top.status.line.value
     assert state_of(top) == before
     assert not top.controls["look"].disabled and top.controls["cancel"].disabled
 
