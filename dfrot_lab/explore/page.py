@@ -38,7 +38,10 @@ class Fit(anywidget.AnyWidget):
     stays what its layout says, whatever is in it. A brushed region lets clicks through to the points in it.
     """
 
-    _css = ".js-plotly-plot .selectionlayer path { pointer-events: none !important; }"
+    _css = """
+.js-plotly-plot .selectionlayer path { pointer-events: none !important; }
+.dfrot-table :is(td, th) { padding: 1px 8px; line-height: 1.4; white-space: nowrap; }
+"""
 
     _esm = """
 export default { render({ el }) {

@@ -87,7 +87,7 @@ class Worth(widgets.VBox):
         self.plot, self.paper_plot = worth_rows.empty_bars(740), worth_rows.empty_bars(470)
         self.rows, self.paper = (widgets.HTML(layout=widgets.Layout(height="230px", overflow="auto", width=width)) for width in ("740px", "470px"))
         self.bar = widgets.FloatProgress(min=0, max=1, description="Done", layout=widgets.Layout(width="300px"))
-        self.note = widgets.HTML(layout=widgets.Layout(height="44px", overflow="auto"))
+        self.note = widgets.HTML(layout=widgets.Layout(height="60px", overflow="auto"))
         self.controls = _controls(setting)
         self._lock = threading.RLock()
         for name in ("rotations", "bits", "weights", "keep_out", "corpus", "windows", "paper_model"):
