@@ -20,6 +20,7 @@ from dfrot_lab.specs import MASSIVE_RULES, REFINE_VARIANTS, CaptureSpec, CorpusS
 from dfrot_lab.store import Store
 
 from . import base
+from .plots import beside
 from .refineplots import EntriesPlot, HistoryPlot
 
 WATCHED = 4096
@@ -100,7 +101,7 @@ class Refinement(widgets.VBox):
                 base.row(*(c[name] for name in ("gamma", "rule", "kind", "seed", "steps", "variant", "rows", "symmetric"))),
                 base.row(*(c[name] for name in ("start", "pause", "resume", "cancel")), self.progress),
                 self.status.widget,
-                base.row(self.losses.plot, self.entries.plot),
+                beside(self.losses.plot, self.entries.plot),
                 base.row(c["site"], c["token"]),
                 base.row(c["path"], c["save"]),
             ],
@@ -228,7 +229,10 @@ class Refinement(widgets.VBox):
 
     def _list_tokens(self) -> None:
         if self.recorded is not None and self.state.site:
-            self.controls["token"].options = choices(self.recorded, self.state.site)
+            token = self.controls["token"]
+            token.options = choices(self.recorded, self.state.site)
+            token.index = None  # the page shows the first only if it is chosen after the list has come
+            token.index = 0
             self._draw(always=True)
 
     def _rows(self, spec: RefineSpec) -> tuple[Tensor, Tensor]:
