@@ -181,7 +181,7 @@ def test_markup_in_prompt_and_tokens_is_inert(widget):
     for column in widget.columns.values():
         assert "<img" not in column.value
     assert "&lt;img" in widget.columns[EXACT].value
-    assert any("&lt;" in text for text in widget.plot.data[0].customdata[0])
+    assert any("&gt;" in text for text in widget.plot.data[0].customdata[0])
     assert not any("<" in text for text in widget.plot.data[0].customdata[0])
 
 

@@ -12,7 +12,7 @@ from explorers import MALICIOUS, Page, assert_safe, event, shown_text
 from dfrot_lab import explore, massive
 from dfrot_lab.capture import capture
 from dfrot_lab.explore import residual
-from dfrot_lab.explore.parts import rounded
+from dfrot_lab.explore.parts import packed, unpacked
 from dfrot_lab.specs import MASSIVE_RULES, CaptureSpec, CorpusSpec, ModelSpec
 
 BIG = max(MASSIVE, key=lambda channel: abs(MASSIVE[channel]))
@@ -36,7 +36,7 @@ def look(top, text: str) -> None:
 
 def state_of(top) -> tuple:
     """All that a reader sees but the status."""
-    drawn = top.plot.data[0].z.tobytes()
+    drawn = unpacked(top.plot.data[0].z).tobytes()
     return drawn, top.view.sentence.value, top.view.text.value, top.view.tokens.value, len(top.table())
 
 
@@ -89,14 +89,14 @@ def test_a_slider_move_changes_the_data_in_place(top):
 
 def test_the_cells_are_the_largest_of_their_channels_and_name_the_true_one(top):
     x = top.view.seen.layers[1].x
-    drawn = top.plot.data[0].customdata
+    drawn = unpacked(top.plot.data[0].customdata)
     assert drawn.shape == (64, 128, 3) and top.plot.data[0].hovertemplate.count("customdata") == 3
     token = int(top.table()["token"].iloc[0])
     row = drawn[:, token]
     best = row[np.abs(row[:, 0]).argmax()]
     assert best[0] == pytest.approx(float(x[token, BIG]), rel=1e-4) and best[1] == BIG
     assert best[2] == pytest.approx(float(x[token, BIG].abs() / x.abs().median()), rel=1e-4)
-    height = top.plot.data[0].z
+    height = unpacked(top.plot.data[0].z)
     assert np.allclose(height, np.log10(np.maximum(np.abs(drawn[..., 0]), 0.01)), atol=1e-4)
     assert top.plot.data[0].x[token] == f"{token} \u2068\u21b5\u2069"
 
@@ -116,7 +116,7 @@ def test_pooling_keeps_every_token_its_largest_channel_and_few_cells(tokens, cha
 def test_the_three_d_view_shows_the_same(top):
     top.controls["view"].value = "3-D"
     assert top.space in top.view.stage.children and top.plot not in top.view.stage.children
-    assert np.array_equal(top.space.data[0].z, np.abs(top.plot.data[0].customdata[..., 0]))
+    assert np.array_equal(unpacked(top.space.data[0].z), np.abs(unpacked(top.plot.data[0].customdata)[..., 0]))
     marked = top.table().loc[top.table()["massive"]].sort_values("token")
     assert list(top.space.data[1].x) == marked["token"].tolist()
     assert "\u21b5" in top.space.data[1].text[0]
@@ -226,7 +226,7 @@ def test_table_and_static_agree_with_the_view(top):
     figure = top.static()
     heat, profile = figure.axes[:2]
     assert "before layer 0" in heat.get_title()
-    assert np.allclose(heat.images[0].get_array(), top.plot.data[0].z, atol=1e-4)
+    assert np.allclose(heat.images[0].get_array(), unpacked(top.plot.data[0].z), atol=1e-4)
     marked = top.table().loc[top.table()["massive"]].sort_values("token")
     assert np.array_equal(heat.collections[0].get_offsets(), marked[["token", "channel"]])
     assert [line.get_label() for line in profile.lines[:4]] == ["top 1", "top 2", "top 3", "median"]
@@ -243,6 +243,6 @@ def test_a_wrong_model_is_refused_with_the_reason(store):
         explore.massive(model=ModelSpec(source="no such folder"), store=store)
 
 
-def test_arrays_for_a_figure_are_short_decimals():
-    array = np.array([[0.0, 1.0, -24816.103516], [1 / 3, 1e-7 / 3, 575.0]], np.float32)
-    assert rounded(array).tolist() == [[0.0, 1.0, -24816.0], [0.33333, 3.3333e-08, 575.0]]
+def test_packed_arrays_are_short_decimals():
+    array = np.array([[24816.123, -0.0123456789], [0.0, 1 / 3]], dtype=np.float32)
+    assert packed(array).tolist() == [[24816.0, -0.012346], [0.0, 0.33333]]

@@ -13,7 +13,7 @@ from .parts import contexts
 PANELS = 6
 """Panels of Fig. 4 at most."""
 TWO_COLOURS = [[0, base.ORDINARY_COLOUR], [1, base.MASSIVE_COLOUR]]
-PANEL_HEIGHT = 300
+PANEL_HEIGHT = 320
 
 
 class Scatter:
@@ -69,8 +69,8 @@ class Panels:
             self.plot.add_trace(go.Scatter(mode="lines", line={"color": "rgba(128,128,128,0.6)", "width": 1}, hoverinfo="skip", **where))
             hover = "channel %{pointNumber}<br>value %{x:.4g}<br>quantized %{y:.4g}<extra></extra>"
             self.plot.add_trace(go.Scatter(mode="markers", marker={"size": 5, "opacity": 0.7}, hovertemplate=hover, **where))
-            marks.append({"text": "", "showarrow": False, "xref": f"x{n} domain", "yref": f"y{n} domain", "x": 0.5, "y": 1.12})
-        self.plot.update_layout(annotations=marks, margin={"t": 40})
+            marks.append({"text": "", "showarrow": False, "xref": f"x{n} domain", "yref": f"y{n} domain", "x": 0.5, "y": 1.02, "yanchor": "bottom"})
+        self.plot.update_layout(annotations=marks, margin={"t": 64})
 
     def draw(self, values: pd.DataFrame, levels: Mapping[str, np.ndarray]) -> None:
         """One token's `errors.massive_values`, and each rotation's levels; at most PANELS rotations."""

@@ -131,10 +131,11 @@ class MassiveView:
     def _draw(self, drawn: np.ndarray, marked: pd.DataFrame) -> None:
         """The plot that is on screen; the other one follows when it is turned to."""
         view = self.views[self.state.view]
-        if self.state.view not in self._known:
-            view.new_text(self.seen, self.loaded.channels)
-            self._known.add(self.state.view)
-        view.draw(drawn, marked)
+        with view.plot.batch_update():  # at once, for plotly cannot draw one text's values over another's axes
+            if self.state.view not in self._known:
+                view.new_text(self.seen, self.loaded.channels)
+                self._known.add(self.state.view)
+            view.draw(drawn, marked)
 
     # ---- controls -----------------------------------------------------------------------------------------------------------------------
 

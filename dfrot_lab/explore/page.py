@@ -35,8 +35,10 @@ class Fit(anywidget.AnyWidget):
     """An element of no height that has the plots of its explorer fill their place when they are first drawn and when the page's width changes.
 
     Plotly draws a figure before it is on the page, 700 pixels wide, and then listens to the window alone. So this tells the window. A plot's height
-    stays what its layout says, whatever is in it.
+    stays what its layout says, whatever is in it. A brushed region lets clicks through to the points in it.
     """
+
+    _css = ".js-plotly-plot .selectionlayer path { pointer-events: none !important; }"
 
     _esm = """
 export default { render({ el }) {

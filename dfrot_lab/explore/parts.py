@@ -44,14 +44,19 @@ def _cell(value: Any) -> str:
     return number(float(value)) if isinstance(value, float | np.floating) else str(value)
 
 
-def rounded(array: np.ndarray) -> np.ndarray:
-    """An array of two or three dimensions for a FigureWidget, which writes it out as decimals: float64 of five significant digits.
+def packed(array: np.ndarray) -> np.ndarray:
+    """An array of two or three dimensions as a FigureWidget takes it fastest: five significant digits, since it is written out as decimals.
 
-    Plotly's base64 form is smaller on its way out, but plotly.js sends each row of it back with the buffer of the whole array behind it: gigabytes.
+    Plotly's base64 form is smaller on its way out, but plotly.js then sends each row back with the buffer of the whole array behind it: gigabytes.
     """
     data = np.asarray(array, dtype=np.float64)
     scale = 10.0 ** (4 - np.floor(np.log10(np.maximum(np.abs(data), 1e-30))))
     return np.round(data * scale) / scale
+
+
+def unpacked(array: np.ndarray) -> np.ndarray:
+    """The array that `packed` made, for whoever reads a figure's data back."""
+    return np.asarray(array, dtype=np.float32)
 
 
 def panel(height: int, value: str = "", **layout: Any) -> Any:

@@ -7,7 +7,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from . import base, residual
-from .parts import contexts, label, rounded
+from .parts import contexts, label, packed
 from .residual import FLOOR, Look
 
 ABOUT = "channel %{customdata[1]:.0f}: %{customdata[0]:,.5g}<br>%{customdata[2]:,.3g} \u00d7 the median<extra></extra>"
@@ -53,7 +53,7 @@ class Heat:
         """A layer's `cells`, and its marked tokens (token, value, channel, ratio)."""
         about = marked[MARKED].to_numpy(np.float32)
         with self.plot.batch_update():
-            self.plot.data[0].update(z=rounded(logarithm(drawn[..., 0])), customdata=rounded(drawn))
+            self.plot.data[0].update(z=packed(logarithm(drawn[..., 0])), customdata=packed(drawn))
             self.plot.data[1].update(x=[self.labels[i] for i in marked["token"]], y=about[:, 1], customdata=about)
 
 
@@ -89,9 +89,18 @@ class Space:
         about, tokens = marked[MARKED].to_numpy(np.float32), marked["token"].tolist()
         height = np.abs(drawn[..., 0])
         with self.plot.batch_update():
-            self.plot.data[0].update(z=rounded(height), surfacecolor=rounded(logarithm(height)), customdata=rounded(drawn))
-            top = {"x": tokens, "y": about[:, 1], "z": np.abs(about[:, 0]), "customdata": about, "text": [self.contexts[i] for i in tokens]}
-            self.plot.data[1].update(top)
+            self.plot.data[0].update(z=packed(height), surfacecolor=packed(logarithm(height)), customdata=packed(drawn))
+            top, names = np.abs(about[:, 0]), [self.contexts[i] for i in tokens]
+            stems = {
+                "type": "data",
+                "symmetric": False,
+                "array": np.zeros_like(top),
+                "arrayminus": top,
+                "width": 0,
+                "thickness": 4,
+                "color": base.MASSIVE_COLOUR,
+            }
+            self.plot.data[1].update(x=tokens, y=about[:, 1], z=top, customdata=about, text=names, error_z=stems)
 
 
 class Profile:
