@@ -151,9 +151,9 @@ def test_a_slider_turns_the_token_in_place(view):
 
 
 def test_three_channels_use_three_angles_and_the_other_plot(view):
-    assert view.controls["angle_02"].disabled and view.boxes[1].layout.display == "none"
+    assert view.controls["angle_02"].disabled and view.stage.children == (view.hand.plot,)
     put(view, dims=3, angle=10.0, angle_02=20.0, angle_12=30.0)
-    assert not view.controls["angle_02"].disabled and view.boxes[0].layout.display == "none" and view.boxes[1].layout.display is None
+    assert not view.controls["angle_02"].disabled and view.stage.children == (view.space.plot,)
     y = view.state.token @ toy.by_angles([10, 20, 30])
     token = view.space.plot.data[2]
     assert (token.x[1], token.y[1], token.z[1]) == pytest.approx(tuple(y.tolist()))

@@ -139,8 +139,8 @@ class Invariance(widgets.VBox):
         plot.add_bar(orientation="h", x=[], y=[], text=[], textposition="outside", cliponaxis=False, hovertemplate=hover)
         plot.add_vline(x=TOLERANCE, line_dash="dash", line_color=base.GREY)
         about = "relative error of the logits (dashed: the tolerance)"
-        plot.update_xaxes(type="log", range=[-8.3, 1.6], title=about, exponentformat="power", dtick=1)
-        plot.update_yaxes(range=[SHOWN - 0.5, -0.5], tickmode="array", automargin=True)
+        plot.update_xaxes(type="log", range=[-8.3, 1.6], title=about, exponentformat="power", dtick=2)
+        plot.update_yaxes(zeroline=False, showgrid=False, tickfont_size=10, range=[SHOWN - 0.5, -0.5], tickmode="array", automargin=True)
         return plot
 
     def _compute(self, wish: tuple[Steps, str]) -> None:

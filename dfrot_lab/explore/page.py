@@ -47,11 +47,13 @@ class Fit(anywidget.AnyWidget):
 export default { render({ el }) {
   let timer = 0;
   const tell = () => { clearTimeout(timer); timer = setTimeout(() => window.dispatchEvent(new Event("resize")), 50); };
-  const drawn = ({ detail: { element } }) => {
+  const fill = (element, looks) => {
+    if (!element.isConnected && looks > 0) return setTimeout(fill, 50, element, looks - 1);  // drawn before it is put in its place
     if (!el.closest(".widget-vbox")?.contains(element)) return;
     Object.assign(element.style, { width: "100%", minWidth: 0, height: `${element._fullLayout.height}px` });
     tell();
   };
+  const drawn = ({ detail: { element } }) => fill(element, 40);
   const widths = new ResizeObserver(tell);
   el.style.cssText = "width:100%;height:0";
   widths.observe(el);

@@ -15,7 +15,7 @@ from dfrot_lab.specs import CaptureSpec, QuantSpec
 from dfrot_lab.store import Store
 
 from . import base, toy
-from .plots import ErrorPlot, HandPlot, SpacePlot, SweepPlot, ValuesPlot
+from .plots import ErrorPlot, HandPlot, SpacePlot, SweepPlot, ValuesPlot, beside
 
 ANGLES = ("angle", "angle_02", "angle_12")
 SIZES = (4, 16, 64, 576)
@@ -89,7 +89,8 @@ class Playground(widgets.VBox):
         self.job = base.Job(on_done=self._opened)
         self.controls = self._controls()
         self.hand, self.space, self.sweep, self.values, self.errors = HandPlot(), SpacePlot(), SweepPlot(), ValuesPlot(), ErrorPlot()
-        self.boxes = [widgets.Box([part.plot]) for part in (self.hand, self.space)]
+        first, second = beside(self.hand.plot, self.sweep.plot), beside(self.values.plot, self.errors.plot)
+        self.stage = first.children[0]
         self.read = widgets.HTML(layout=widgets.Layout(min_height="28px"))
         self.why = widgets.HTML(layout=widgets.Layout(min_height="130px"))
         c = self.controls
@@ -98,11 +99,11 @@ class Playground(widgets.VBox):
                 base.row(*(c[name] for name in ("snr", "seed", "bits", "symmetric"))),
                 widgets.HTML("<b>1. By hand:</b> turn the token, watch its grid"),
                 base.row(*(c[name] for name in ("dims", *ANGLES))),
-                base.row(*self.boxes, self.sweep.plot),
+                first,
                 self.read,
                 widgets.HTML("<b>2. Many channels:</b> the same spike, turned by matrices"),
                 base.row(c["source"], c["channels"]),
-                base.row(self.values.plot, self.errors.plot),
+                second,
                 self.why,
                 self.status.widget,
             ],
@@ -157,7 +158,9 @@ class Playground(widgets.VBox):
             "bits": widgets.IntSlider(min=2, max=8, description="Bits", layout=widgets.Layout(width="260px")),
             "symmetric": widgets.Checkbox(description="Symmetric grid", indent=False),
             "channels": widgets.Dropdown(options=SIZES, description="Channels"),
-            "source": widgets.ToggleButtons(options=[("planted", "planted"), ("token 0 of the model", "model")], description="Spike"),
+            "source": widgets.ToggleButtons(
+                options=[("planted", "planted"), ("token 0 of the model", "model")], description="Spike", style={"button_width": "160px"}
+            ),
         }
         for name, text in zip(ANGLES, ("Angle 0-1", "Angle 0-2", "Angle 1-2"), strict=True):
             made[name] = widgets.FloatSlider(min=0, max=180, step=1, readout_format=".0f", description=text, layout=wide)
@@ -173,11 +176,11 @@ class Playground(widgets.VBox):
         for name in ANGLES[1:]:
             self.controls[name].disabled = flat
         shown = self.hand if flat else self.space
-        for box, part in zip(self.boxes, (self.hand, self.space), strict=True):
-            box.layout.display = None if part is shown else "none"
         x, quantizer = state.token, state.quantizer
         y, point = toy.rounded(x, toy.by_angles(state.degrees), quantizer)
         shown.draw(x, y, point, toy.levels(y, quantizer))
+        if self.stage.children != (shown.plot,):
+            self.stage.children = (shown.plot,)
         found = self.reading()
         self.sweep.draw(toy.sweep(x, state.degrees, quantizer), state.angle, found["error"])
         self.read.value = reading_html(found)

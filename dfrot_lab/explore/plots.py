@@ -2,18 +2,25 @@
 
 from collections.abc import Mapping
 from itertools import product
+from typing import Any
 
+import ipywidgets as widgets
 import numpy as np
 import pandas as pd
 from torch import Tensor
 
 from . import base
 
-WIDTH = 600
 COLOUR = {**base.COLOURS, "NR": base.GREY}
 """NR's dark grey would be lost on a dark page."""
 POINT, GRID = base.COLOURS["RH"], "rgba(128,128,128,0.45)"
-TURNED, ROUNDED = "the token, turned", "what the grid keeps of it"
+TURNED, ROUNDED = "turned", "rounded"
+
+
+def beside(*plots: Any) -> widgets.HBox:
+    """Plots beside one another, each an equal part of the page's width, whatever that is, and of fixed height."""
+    share = {"width": f"{100 / len(plots):g}%", "height": f"{base.HEIGHT}px", "overflow": "hidden"}
+    return widgets.HBox([widgets.Box([plot], layout=widgets.Layout(**share)) for plot in plots], layout=widgets.Layout(width="100%"))
 
 
 def _lines(places: np.ndarray, low: float, high: float) -> tuple[list[float | None], list[float | None]]:
@@ -30,7 +37,7 @@ class HandPlot:
     """Two channels: the token, the lines of its grid, the point it is rounded to, and the error between them."""
 
     def __init__(self) -> None:
-        self.plot = base.figure(width=WIDTH)
+        self.plot = base.figure()
         self.plot.add_scatter(mode="lines", line={"color": GRID, "width": 1}, name="grid", hoverinfo="skip")
         self.plot.add_scatter(mode="markers", marker={"symbol": "circle-open", "size": 11, "color": base.GREY}, name="not turned")
         self.plot.add_scatter(mode="lines+markers", marker={"size": [0, 12], "color": POINT}, line={"color": POINT}, name=TURNED)
@@ -55,8 +62,8 @@ class SpacePlot:
     """Three channels: the same, with the grid's levels on the three axes and the eight grid points about the token."""
 
     def __init__(self) -> None:
-        self.plot = base.figure(width=WIDTH)
-        self.plot.add_scatter3d(mode="markers", marker={"size": 2.5, "color": base.GREY}, name="grid", hoverinfo="skip")
+        self.plot = base.figure()
+        self.plot.add_scatter3d(mode="markers", marker={"size": 1.5, "color": base.GREY}, name="grid", hoverinfo="skip")
         self.plot.add_scatter3d(mode="markers", marker={"symbol": "circle-open", "size": 6, "color": base.GREY}, name="not turned")
         self.plot.add_scatter3d(mode="lines+markers", marker={"size": [0, 7], "color": POINT}, line={"color": POINT, "width": 4}, name=TURNED)
         self.plot.add_scatter3d(mode="markers", marker={"symbol": "x", "size": 5, "color": base.COLOURS["RO"]}, name=ROUNDED)
@@ -92,7 +99,7 @@ class SweepPlot:
     """The error at every first angle, and where the hand is."""
 
     def __init__(self) -> None:
-        self.plot = base.figure(width=WIDTH)
+        self.plot = base.figure()
         self.plot.add_scatter(mode="lines", line={"color": base.COLOURS["DFRot"], "width": 2}, name="error at each angle")
         self.plot.add_scatter(mode="markers", marker={"size": 12, "color": base.MASSIVE_COLOUR}, name="now")
         self.plot.add_vline(x=45, line_dash="dot", line_color=base.GREY, annotation_text="45\u00b0: Hadamard")
@@ -112,7 +119,7 @@ class ValuesPlot:
     KINDS = ("NR", "RO", "RH")
 
     def __init__(self) -> None:
-        self.plot = base.figure(width=WIDTH, bargap=0, showlegend=False)
+        self.plot = base.figure(bargap=0, showlegend=False)
         for i, kind in enumerate(self.KINDS):
             axis = "y" if i == 0 else f"y{i + 1}"
             self.plot.add_scatter(mode="lines", line={"color": GRID, "width": 1}, hoverinfo="skip", yaxis=axis)
@@ -122,7 +129,7 @@ class ValuesPlot:
             f"yaxis{i + 1 if i else ''}": {**look, "domain": [0.69 - 0.345 * i, 0.98 - 0.335 * i], "title": k} for i, k in enumerate(self.KINDS)
         }
         self.plot.update_layout(**places)
-        self.plot.update_xaxes(title="channel (lines: the levels of the grid; matrices of seed 0)", anchor="y3")
+        self.plot.update_xaxes(title="channel (lines: the grid; seed 0)", anchor="y3")
 
     def draw(self, values: Mapping[str, Tensor], levels: Mapping[str, Tensor]) -> None:
         """Values (channels,) and grid levels of each kind."""
@@ -139,7 +146,7 @@ class ErrorPlot:
     """The error of each matrix, and the closed form's."""
 
     def __init__(self) -> None:
-        self.plot = base.figure(width=WIDTH)
+        self.plot = base.figure()
         self.plot.add_scatter(mode="markers", marker={"size": 10, "opacity": 0.75}, name="measured, a point a seed")
         self.plot.add_scatter(
             mode="markers", marker={"symbol": "line-ew", "size": 44, "line": {"width": 3, "color": base.MASSIVE_COLOUR}}, name="closed form"

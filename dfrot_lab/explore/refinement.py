@@ -8,7 +8,6 @@ from typing import Any
 
 import ipywidgets as widgets
 import pandas as pd
-import torch
 import traitlets
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -16,14 +15,14 @@ from torch import Tensor
 from dfrot_lab import capture as recording
 from dfrot_lab import figures, massive, refine, rotations
 from dfrot_lab.capture import Capture
-from dfrot_lab.specs import MASSIVE_RULES, REFINE_VARIANTS, CaptureSpec, CorpusSpec, ModelSpec, QuantSpec, RefineSpec, RotationSpec
+from dfrot_lab.specs import MASSIVE_RULES, REFINE_VARIANTS, CaptureSpec, QuantSpec, RefineSpec, RotationSpec
 from dfrot_lab.store import Store
 
 from . import base
+from .plots import beside
 from .refineplots import EntriesPlot, HistoryPlot
+from .refinerows import choices, spec_of, watched
 
-WATCHED = 4096
-"""Rows the losses are drawn of at every step; the refinement's own checks are on all its rows."""
 REDRAW_S = 0.1
 """Least time between two redraws."""
 GAMMAS = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, float("inf"))
@@ -45,34 +44,6 @@ class Settings(traitlets.HasTraits):
     rows = traitlets.Int(16384, min=0)
     site = traitlets.Unicode("")
     token = traitlets.Int(0, min=0)
-
-
-def spec_of(recorded: Capture) -> CaptureSpec:
-    """The spec a capture was made with, from its manifest."""
-    said = recorded.artefact.manifest["inputs"]["spec"]
-    parts = {name: {k: v for k, v in said[name].items() if k != "spec"} for name in ("model", "corpus")}
-    rest = {k: v for k, v in said.items() if k not in ("spec", "model", "corpus")}
-    return CaptureSpec(model=ModelSpec(**parts["model"]), corpus=CorpusSpec(**parts["corpus"]), **rest)
-
-
-def watched(rows: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """At most WATCHED of the rows (tokens, channels) and their mask: a quarter of them massive where there are so many."""
-    if len(rows) <= WATCHED:
-        return rows, mask
-    generator = torch.Generator().manual_seed(0)
-    heavy, light = (found[torch.randperm(len(found), generator=generator)] for found in (mask.nonzero().flatten(), (~mask).nonzero().flatten()))
-    heavy = heavy[: WATCHED // 4]
-    chosen = torch.cat([heavy, light[: WATCHED - len(heavy)]])
-    return rows[chosen], mask[chosen]
-
-
-def choices(recorded: Capture, site: str, massive_ones: int = 8, others: int = 4) -> list[tuple[str, int]]:
-    """Tokens of a site worth a look, as (label, position): those with the largest value in the residual stream, and some ordinary ones."""
-    largest = recorded.residual_max[recorded.sites.index(site)]
-    top = largest.argsort(descending=True)[:massive_ones].tolist()
-    even = [i for i in torch.linspace(0, recorded.tokens - 1, others + 2).long().tolist()[1:-1] if i not in top]
-    texts = recorded.texts
-    return [(f"{i}: {base.visible(texts[i])}  (residual |max| {float(largest[i]):.0f})", i) for i in [*top, *even]]
 
 
 class Refinement(widgets.VBox):
@@ -100,7 +71,7 @@ class Refinement(widgets.VBox):
                 base.row(*(c[name] for name in ("gamma", "rule", "kind", "seed", "steps", "variant", "rows", "symmetric"))),
                 base.row(*(c[name] for name in ("start", "pause", "resume", "cancel")), self.progress),
                 self.status.widget,
-                base.row(self.losses.plot, self.entries.plot),
+                beside(self.losses.plot, self.entries.plot),
                 base.row(c["site"], c["token"]),
                 base.row(c["path"], c["save"]),
             ],
@@ -228,7 +199,10 @@ class Refinement(widgets.VBox):
 
     def _list_tokens(self) -> None:
         if self.recorded is not None and self.state.site:
-            self.controls["token"].options = choices(self.recorded, self.state.site)
+            token = self.controls["token"]
+            token.options = choices(self.recorded, self.state.site)
+            token.index = None  # the page shows the first only if it is chosen after the list has come
+            token.index = 0
             self._draw(always=True)
 
     def _rows(self, spec: RefineSpec) -> tuple[Tensor, Tensor]:

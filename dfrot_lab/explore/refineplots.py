@@ -10,14 +10,14 @@ from dfrot_lab.specs import QuantSpec
 from . import base
 from .toy import levels
 
-WIDTH, BINS = 600, 60
+BINS = 60
 
 
 class HistoryPlot:
     """Mean squared error of massive and of normal rows (log axis), and below it how far R is from its start."""
 
     def __init__(self) -> None:
-        self.plot = base.figure(width=WIDTH)
+        self.plot = base.figure()
         dash = {"normal": "dot", "massive": "solid"}
         for name, colour in (("normal", base.ORDINARY_COLOUR), ("massive", base.MASSIVE_COLOUR)):
             line = {"color": colour, "width": 2, "dash": dash[name]}
@@ -41,7 +41,7 @@ class EntriesPlot:
     """How the entries of one token lie, at the start and now, and the levels of its grid."""
 
     def __init__(self) -> None:
-        self.plot = base.figure(width=WIDTH, bargap=0)
+        self.plot = base.figure(bargap=0)
         self.plot.add_scatter(mode="lines", line={"color": "rgba(128,128,128,0.5)", "width": 1}, name="levels now", hoverinfo="skip")
         self.plot.add_bar(marker={"color": base.COLOURS["DFRot"], "line": {"width": 0}}, name="x R now")
         self.plot.add_scatter(mode="lines", line={"color": base.COLOURS["RO"], "shape": "hvh", "width": 2}, name="x R at the start")
@@ -63,4 +63,4 @@ class EntriesPlot:
             bars.x, bars.y = centres, counts[1]
             steps.x, steps.y = centres, counts[0]
             self.plot.layout.xaxis.range = [-reach, reach]
-            self.plot.layout.xaxis.title.text = f"entry of the token (squared error {before:.2f} at the start, {after:.2f} now)"
+            self.plot.layout.xaxis.title.text = f"entry of the token (error {before:.2f} at the start, {after:.2f} now)"

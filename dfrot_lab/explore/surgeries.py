@@ -14,8 +14,6 @@ from dfrot_lab import rotations, surgery
 from dfrot_lab.models import LoadedModel, linear
 from dfrot_lab.specs import RotationSpec
 
-from .base import visible
-
 TOLERANCE = 2e-5
 """Relative error of the logits that float32 rounding may cause through some 30 layers; mistakes begin a hundred times higher."""
 NEW_TOKENS = 12
@@ -180,11 +178,6 @@ class Bench:
         stop, mask = StoppingCriteriaList([Step()]), torch.ones_like(ids)
         out = self.loaded.model.generate(ids, attention_mask=mask, pad_token_id=pad, stopping_criteria=stop, **options)  # type: ignore[operator]
         return tuple(tokenizer.decode([i]) for i in out[0, ids.shape[1] :].tolist())
-
-
-def text_of(outcome: Outcome) -> str:
-    """The generated tokens as one line of plain text."""
-    return visible("".join(outcome.tokens).replace("\u2423", " ")).replace("\u2423", " ")
 
 
 def _copy(loaded: LoadedModel, parts: tuple[str, ...] = ("",)) -> dict[str, Tensor]:
