@@ -146,7 +146,7 @@ def build(spec: EvalSpec, store: Store) -> Built:
         surgery.rotate_down(loaded)
     key = {"model": models.fingerprint(spec.model), "rotation": rotation_key(spec.rotation)}
     codes = gptq.quantize_weights(loaded, spec.weights, key, store, r4=R is not None)
-    return Built(loaded, None if R is None else R.to(next(loaded.model.parameters()).dtype), codes)
+    return Built(loaded, None if R is None else R.to(next(loaded.model.parameters())), codes)
 
 
 def keep_out(spec: EvalSpec, R: Tensor | None) -> surgery.Transform:
@@ -198,7 +198,7 @@ def quantized(built: Built, spec: EvalSpec, *, fake: bool = False) -> Iterator[N
 @torch.inference_mode()
 def window_loss(loaded: LoadedModel, ids: Tensor) -> float:
     """Mean next-token loss in nats of one window of token ids (window,), logits in float32 a few hundred tokens at a time."""
-    head = loaded.model.get_submodule(loaded.roles.lm_head)
+    head, ids = loaded.model.get_submodule(loaded.roles.lm_head), ids.to(loaded.device)
     hidden = models.body(loaded)(ids[None], use_cache=False).last_hidden_state[0, :-1]
     total = 0.0
     for part, target in zip(hidden.split(LOGIT_ROWS), ids[1:].split(LOGIT_ROWS), strict=True):

@@ -134,6 +134,8 @@ def _file(index: int) -> str:
 
 
 def _install(layer: nn.Module, saved: dict[str, Tensor]) -> LayerCodes:
+    where = next(layer.parameters()).device
+    saved = {key: tensor.to(where) for key, tensor in saved.items()}
     names = sorted({key.rsplit(":", 1)[0] for key in saved})
     codes = {name: Quantized(saved[f"{name}:codes"], scale := saved[f"{name}:scale"], torch.zeros_like(scale)) for name in names}
     for name, quantized in codes.items():
@@ -174,7 +176,7 @@ def _run_gptq(loaded: LoadedModel, spec: WeightSpec, writer: Writer, r4: bool) -
                 for names in groups:
                     stack.enter_context(_quantized_on_arrival(layer, names, spec, done))
             stack.callback(layer.register_forward_hook(_finished(writer, index, done, bar)).remove)
-        models.body(loaded)(ids, use_cache=False)
+        models.body(loaded)(ids.to(loaded.device), use_cache=False)
 
 
 @contextmanager

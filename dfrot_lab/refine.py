@@ -135,6 +135,7 @@ def refine(
         raise ValueError(f"RefineSpec.gamma must be finite where rule {spec.rule} finds no massive row; got inf")
     start = rotations.make(spec.init, rows.shape[1])
     state = state or _State(R=start, best=start, history=[])
+    state.momentum = None if state.momentum is None else state.momentum.to(rows)
     weights = row_weights(mask, spec.gamma)
     run = {"accelerated": _accelerate, "as_released": _as_released}.get(spec.variant, _alternate)
     run(rows, spec, mask, weights, start, state, checkpoint or (lambda _state: None))
@@ -214,7 +215,7 @@ def refined(spec: RefineSpec, store: Store | None = None) -> RefineResult:
     recorded = capture(spec.capture, store)
 
     def make(writer: Writer) -> None:
-        rows, mask = _sample(recorded.all_rows(), massive.find(recorded, spec.rule).flatten(), spec)
+        rows, mask = (x.to(models.device()) for x in _sample(recorded.all_rows(), massive.find(recorded, spec.rule).flatten(), spec))
         log.info("refining on %d rows, %d of them massive (%s)", len(rows), int(mask.sum()), spec.rule)
         started = time.perf_counter()
         result = refine(rows, spec, mask, state=_resume(writer, spec), checkpoint=lambda state: _save_state(writer, state))

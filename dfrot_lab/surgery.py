@@ -65,7 +65,7 @@ def rotate_residual(loaded: LoadedModel, R: Tensor) -> None:
     _require_untied(loaded)
     if not norms_are_fused(loaded):
         raise ValueError("norm gains must be fused (surgery.fuse_norms) before R1: a gain that is not 1 does not commute with a rotation")
-    R = check(R, loaded.channels)
+    R = check(R, loaded.channels).to(loaded.device)
     _edit(linear(loaded.model, loaded.roles.embedding), lambda w: w @ R)
     for layer in loaded.layers:
         for _, _, linears in loaded.roles.feeds:
