@@ -9,6 +9,7 @@ import os
 import re
 import tempfile
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -193,7 +194,8 @@ def load_model(spec: ModelSpec | None = None, store: Store | None = None) -> Loa
     else:
         folder, provenance = place, f"{kind} {place}"
     roles = roles_of(_architecture(folder, spec))
-    model, tokenizer = _from_pretrained(folder, spec)
+    model = _from_pretrained(folder, spec)
+    tokenizer = _tokenizer(str(folder), spec.revision, digest)
     return LoadedModel(model.eval().to(where), tokenizer, roles, spec, _fingerprint(digest, spec), provenance)
 
 
@@ -216,9 +218,9 @@ def _config(folder: Path | str, spec: ModelSpec) -> Any:
         raise OSError(f"cannot read {spec.source} from the hub ({error}). Check the network and the name, or give a local folder.") from error
 
 
-def _from_pretrained(folder: Path | str, spec: ModelSpec) -> tuple[Any, Any]:
+def _from_pretrained(folder: Path | str, spec: ModelSpec) -> Any:
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     options: dict[str, Any] = {"dtype": getattr(torch, spec.dtype), "revision": spec.revision, "output_loading_info": True}
     try:
@@ -229,8 +231,17 @@ def _from_pretrained(folder: Path | str, spec: ModelSpec) -> tuple[Any, Any]:
     model, found = loaded
     if missing := sorted(found["missing_keys"]):  # transformers would go on with random numbers in their place
         raise ValueError(f"the weights in {folder} lack {len(missing)} tensors, the first {missing[0]}. Copy or download them again.")
+    return model
+
+
+@cache
+def _tokenizer(folder: str, revision: str | None, digest: str) -> Any:
+    """The tokenizer of a model whose bytes are `digest`; loaded once, so that a text is tokenised once and not for every load of the model."""
+    from transformers import AutoTokenizer
+
+    del digest  # only told by the cache: a folder whose files were changed has another
     try:
-        return model, AutoTokenizer.from_pretrained(folder, revision=spec.revision)
+        return AutoTokenizer.from_pretrained(folder, revision=revision)
     except (ValueError, OSError, KeyError) as error:
         raise ValueError(f"no tokenizer can be loaded from {folder} ({error}). Put its tokenizer.json there.") from error
 
