@@ -178,6 +178,7 @@ def quantized(built: Built, spec: EvalSpec, *, fake: bool = False) -> Iterator[N
     """While the block runs the built model has `spec`'s online rotations, activation and KV quantization and keep-out.
 
     Linears run in integer arithmetic where `is_integer`; `fake` has them compute in float on rounded values instead, the same to float rounding.
+    On a GPU they always do: its float products are fast, and the passes between int8 products are not (0.11 s a window against 0.31 s on an H100).
     """
     act, rotated = spec.activations, built.R is not None
     spare = keep_out(spec, built.R) if spec.keep_out else None
@@ -185,7 +186,7 @@ def quantized(built: Built, spec: EvalSpec, *, fake: bool = False) -> Iterator[N
     with ExitStack() as stack:
         if spec.set_massive:
             stack.enter_context(intervene.massive_set(built.loaded, spec.set_massive, _calibration(spec, built.loaded)))
-        if is_integer(spec) and not fake:
+        if is_integer(spec) and not fake and built.loaded.device.type == "cpu":
             stack.enter_context(integer.integer_linears(built.loaded, built.codes, act, r4=surgery.apply_r4 if rotated else None, spare=spare))
             stack.enter_context(surgery.online(built.loaded, r3=r3, kv=spec.kv))
         else:
