@@ -163,6 +163,11 @@ def device() -> str:
     return name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def device_name() -> str:
+    """`cpu`, or the GPU's own name."""
+    return torch.cuda.get_device_name() if device() == "cuda" else "cpu"
+
+
 def fingerprint(spec: ModelSpec) -> str:
     """Content hash of the model's bytes, the dtype it is loaded in and the kind of device: part of the key of every artefact made with it.
 
