@@ -67,7 +67,7 @@ def table(name: str, setting: Setting, root: Path) -> pd.DataFrame:
     if about.get("setting") != _plain(setting):
         return experiments.run(name, setting)
     log.info("%s: read from %s, computed on %s", name, rows.name, about["device"])
-    return results.load(rows)
+    return results.load_all(rows)
 
 
 def _file(name: str, setting: Setting, tables: Path, suffix: str) -> Path:
