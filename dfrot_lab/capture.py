@@ -176,7 +176,7 @@ def record(loaded: LoadedModel, ids: Tensor, save: Callable[[str, Tensor], None]
             for name, norm, _ in loaded.roles.feeds:
                 handle = layer.get_submodule(norm).register_forward_hook(hook(f"layers.{index}.{name}"))
                 stack.callback(handle.remove)
-        models.body(loaded)(ids, use_cache=False)
+        models.body(loaded)(ids.to(loaded.device), use_cache=False)
     abs_max, channel, median = (torch.stack(column) for column in zip(*rows, strict=True))
     return names, {"abs_max": abs_max, "channel": channel, "median": median}
 

@@ -148,7 +148,7 @@ def build(spec: EvalSpec, store: Store, on_part: OnPart = nothing) -> Built:
         surgery.rotate_heads(loaded)
         surgery.rotate_down(loaded)
     codes = gptq.quantize_weights(loaded, spec.weights, _model_key(spec), store, r4=R is not None, on_part=on_part)
-    return Built(loaded, None if R is None else R.to(next(loaded.model.parameters()).dtype), codes)
+    return Built(loaded, None if R is None else R.to(next(loaded.model.parameters())), codes)
 
 
 def _model_key(spec: EvalSpec) -> Any:
@@ -190,6 +190,7 @@ def quantized(built: Built, spec: EvalSpec, *, fake: bool = False) -> Iterator[N
     """While the block runs the built model has `spec`'s online rotations, activation and KV quantization and keep-out.
 
     Linears run in integer arithmetic where `is_integer`; `fake` has them compute in float on rounded values instead, the same to float rounding.
+    On a GPU they always do: its float products are fast, and the passes between int8 products are not (0.11 s a window against 0.31 s on an H100).
     """
     act, rotated = spec.activations, built.R is not None
     spare = keep_out(spec, built.R) if spec.keep_out else None
@@ -197,7 +198,7 @@ def quantized(built: Built, spec: EvalSpec, *, fake: bool = False) -> Iterator[N
     with ExitStack() as stack:
         if spec.set_massive:
             stack.enter_context(intervene.massive_set(built.loaded, spec.set_massive, _calibration(spec, built.loaded)))
-        if is_integer(spec) and not fake:
+        if is_integer(spec) and not fake and built.loaded.device.type == "cpu":
             stack.enter_context(integer.integer_linears(built.loaded, built.codes, act, r4=surgery.apply_r4 if rotated else None, spare=spare))
             stack.enter_context(surgery.online(built.loaded, r3=r3, kv=spec.kv))
         else:
@@ -210,7 +211,7 @@ def quantized(built: Built, spec: EvalSpec, *, fake: bool = False) -> Iterator[N
 @torch.inference_mode()
 def window_loss(loaded: LoadedModel, ids: Tensor) -> float:
     """Mean next-token loss in nats of one window of token ids (window,), logits in float32 a few hundred tokens at a time."""
-    head = loaded.model.get_submodule(loaded.roles.lm_head)
+    head, ids = loaded.model.get_submodule(loaded.roles.lm_head), ids.to(loaded.device)
     hidden = models.body(loaded)(ids[None], use_cache=False).last_hidden_state[0, :-1]
     total = 0.0
     for part, target in zip(hidden.split(LOGIT_ROWS), ids[1:].split(LOGIT_ROWS), strict=True):

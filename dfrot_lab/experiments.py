@@ -82,7 +82,7 @@ def evaluated(rows: Sequence[Row], store: Store) -> tuple[pd.DataFrame, dict[str
         lines.append({**row.labels, **results.row(result)})
         for name, reference in row.against.items():
             lines.append({**row.labels, **results.difference_row(result, found[reference.key], name)})
-    return pd.DataFrame(lines).astype({"seed": "Int64"}), found
+    return pd.DataFrame(lines).astype(dict.fromkeys(results.WHOLE, "Int64")), found
 
 
 def _trimmed(values: Sequence[Any], setting: Setting) -> list[Any]:

@@ -1,16 +1,22 @@
 """Every experiment's figure, and how table and figure are kept."""
 
+import json
+import logging
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
 
+from . import experiments, models, results
 from . import figures_sweeps as sweeps
 from . import figures_tokens as tokens
-from . import results
 from .figures import save_figure, theme
 from .mainjob import Setting
+
+log = logging.getLogger(__name__)
 
 FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {
     "token-errors-3d": tokens.figure_errors_3d,
@@ -37,13 +43,37 @@ SMALL = 5000
 
 def save_experiment(name: str, table: pd.DataFrame, setting: Setting, tables: Path, folder: Path) -> list[Path]:
     """Write an experiment's table into `tables`, named after it and the corpus, and its figure into `folder`; what was written."""
-    rows = tables / f"{name}-{Path(setting.corpus).stem}.{'jsonl' if len(table) <= SMALL else 'parquet'}"
+    rows = _file(name, setting, tables, "jsonl" if len(table) <= SMALL else "parquet")
     if len(table) <= SMALL:
         results.replace(rows, results.rows(table))
     else:
         results.write_table(table, rows)
     specs = sorted(set(table["spec"].dropna())) if "spec" in table else []
     about = {"experiment": name, "model": setting.model.source, "corpus": setting.corpus, "seed": setting.seed, "quick": setting.quick}
+    about |= {"device": models.device_name(), "setting": _plain(setting)}
     with theme():
         picture = save_figure(FIGURES[name](table), name, folder, {**about, "rows": len(table), "specs": specs})
     return [rows, picture]
+
+
+def table(name: str, setting: Setting, root: Path) -> pd.DataFrame:
+    """The experiment's table: the one kept under `root` (data/results/, figures/) if it was made with this very setting, else computed now.
+
+    For sweeps of hours, which one machine computes and everybody reads; `experiments.run` computes in any case.
+    """
+    rows = _file(name, setting, root / "data" / "results", "jsonl")
+    beside = root / "figures" / Path(setting.corpus).stem / f"{name}.json"
+    about: dict[str, Any] = json.loads(beside.read_text(encoding="utf-8")) if rows.is_file() and beside.is_file() else {}
+    if about.get("setting") != _plain(setting):
+        return experiments.run(name, setting)
+    log.info("%s: read from %s, computed on %s", name, rows.name, about["device"])
+    return results.load_all(rows)
+
+
+def _file(name: str, setting: Setting, tables: Path, suffix: str) -> Path:
+    return tables / f"{name}-{Path(setting.corpus).stem}.{suffix}"
+
+
+def _plain(setting: Setting) -> dict[str, Any]:
+    """A setting as JSON values."""
+    return {**asdict(setting), "model": setting.model.to_dict()}

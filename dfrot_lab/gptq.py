@@ -70,15 +70,18 @@ def gptq(weight: Tensor, hessian: Tensor, spec: WeightSpec) -> Quantized:
 
 
 def _block(weight: Tensor, factor: Tensor, scale: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
-    """Codes and scaled errors of one block of columns (out, columns). Works on the transpose, where a column is contiguous."""
-    columns = weight.T.contiguous()
+    """Codes and scaled errors of one block of columns (out, columns). Works on the transpose, where a column is contiguous.
+
+    On the CPU wherever the weight is: a GPU would take longer to start these many small steps than to do them.
+    """
+    where = weight.device
+    columns, factor, step = weight.T.contiguous().cpu(), factor.cpu(), scale.flatten().cpu()
     codes, errors = torch.empty_like(columns), torch.empty_like(columns)
-    step = scale.flatten()
     for i, diagonal in enumerate(factor.diagonal().tolist()):
         torch.div(columns[i], step, out=codes[i]).round_().clamp_(low, high)
         torch.sub(columns[i], codes[i] * step, out=errors[i]).div_(diagonal)
         columns[i + 1 :].addr_(factor[i, i + 1 :], errors[i], alpha=-1)
-    return codes.T, errors.T
+    return codes.T.to(where), errors.T.to(where)
 
 
 def hessian_of(x: Tensor) -> Tensor:
@@ -153,6 +156,8 @@ def _file(index: int) -> str:
 
 
 def _install(layer: nn.Module, saved: dict[str, Tensor]) -> LayerCodes:
+    where = next(layer.parameters()).device
+    saved = {key: tensor.to(where) for key, tensor in saved.items()}
     names = sorted({key.rsplit(":", 1)[0] for key in saved})
     codes = {name: Quantized(saved[f"{name}:codes"], scale := saved[f"{name}:scale"], torch.zeros_like(scale)) for name in names}
     for name, quantized in codes.items():
@@ -194,7 +199,7 @@ def _run_gptq(loaded: LoadedModel, spec: WeightSpec, writer: Writer, r4: bool, o
                 for names in groups:
                     stack.enter_context(_quantized_on_arrival(layer, names, spec, done))
             stack.callback(layer.register_forward_hook(_finished(writer, index, done, bar, on_part)).remove)
-        models.body(loaded)(ids, use_cache=False)
+        models.body(loaded)(ids.to(loaded.device), use_cache=False)
 
 
 @contextmanager

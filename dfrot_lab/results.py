@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from .evaluate import EvalResult, paired_difference
@@ -20,6 +21,9 @@ COLUMNS = (
     "metric", "value", "ci95", "windows", "seconds", "seed", "spec", "commit",
 )  # fmt: skip
 """Columns of every results row, in order. `ci95` is [low, high]; `spec` the key of the EvalSpec; `commit` the code's."""
+
+WHOLE = ("seed", "w_bits", "a_bits", "kv_bits")
+"""Columns of whole numbers, or of nothing."""
 
 PERPLEXITY = "perplexity"
 
@@ -129,8 +133,18 @@ def write_table(table: pd.DataFrame, out: Path) -> None:
 
 
 def load(path: Path) -> pd.DataFrame:
-    """All rows of a JSON-lines file as one table; a last line cut short by a killed writer is left out."""
-    rows = []
+    """All rows of a JSON-lines file as one table with COLUMNS; a last line cut short by a killed writer is left out."""
+    return table(_entries(path))
+
+
+def load_all(path: Path) -> pd.DataFrame:
+    """As `load`, with the columns of an experiment's own too."""
+    found = pd.DataFrame(_entries(path))
+    return found.astype(dict.fromkeys((name for name in WHOLE if name in found), "Int64"))
+
+
+def _entries(path: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
     lines = path.read_text(encoding="utf-8").splitlines()
     for number, line in enumerate(lines, 1):
         try:
@@ -138,12 +152,15 @@ def load(path: Path) -> pd.DataFrame:
         except json.JSONDecodeError as error:
             if number < len(lines):
                 raise ValueError(f"{path} line {number} must be one JSON object; got {line[:60]!r}") from error
-    return table(rows)
+    return rows
 
 
 def rows(table: pd.DataFrame) -> list[dict[str, Any]]:
-    """A table as JSON values, NaN as null."""
+    """A table as JSON values, NaN as null, infinity (a gamma) as itself."""
     found: list[dict[str, Any]] = json.loads(table.to_json(orient="records"))
+    for name, values in table.select_dtypes("float").items():
+        for number in np.isinf(values.to_numpy()).nonzero()[0].tolist():
+            found[number][str(name)] = float(values.iloc[number])
     return found
 
 

@@ -22,6 +22,9 @@ from .specs import QuantSpec
 Transform = Callable[[Tensor], Tensor]
 """A function of one activation (..., channels) to another of the same shape."""
 
+EDIT_ROWS = 1024
+"""Rows of a weight worked on at once."""
+
 
 def untie(loaded: LoadedModel) -> None:
     """Give lm_head its own copy of a tied embedding, since the two are about to be rotated and scaled differently. Logits unchanged."""
@@ -48,9 +51,8 @@ def fuse_norms(loaded: LoadedModel) -> None:
 
 def fuse_norm(norm: nn.Linear, linears: list[nn.Linear]) -> None:
     """Move one norm's gain g into the `linears` that alone read it, W -> W diag(g), g -> 1: their outputs stay as they were."""
-    gain = norm.weight.detach().double()
     for reader in linears:
-        _edit(reader, lambda w: w * gain)
+        reader.weight.data.mul_(norm.weight)  # one product a value: rounded once, as if it were taken in float64
     norm.weight.data.fill_(1)
 
 
@@ -66,15 +68,15 @@ def rotate_residual(loaded: LoadedModel, R: Tensor) -> None:
     _require_untied(loaded)
     if not norms_are_fused(loaded):
         raise ValueError("norm gains must be fused (surgery.fuse_norms) before R1: a gain that is not 1 does not commute with a rotation")
-    R = check(R, loaded.channels)
-    _edit(linear(loaded.model, loaded.roles.embedding), lambda w: w @ R)
+    R = check(R, loaded.channels).to(loaded.device)
+    _edit_rows(linear(loaded.model, loaded.roles.embedding), lambda w: w @ R)
     for layer in loaded.layers:
         for _, _, linears in loaded.roles.feeds:
             for name in linears:
-                _edit(linear(layer, name), lambda w: w @ R)
+                _edit_rows(linear(layer, name), lambda w: w @ R)
         for name in (loaded.roles.o, loaded.roles.down):
             _edit(linear(layer, name), lambda w: R.T @ w, lambda b: b @ R)
-    _edit(linear(loaded.model, loaded.roles.lm_head), lambda w: w @ R)
+    _edit_rows(linear(loaded.model, loaded.roles.lm_head), lambda w: w @ R)
 
 
 def rotate_heads(loaded: LoadedModel) -> None:
@@ -98,7 +100,7 @@ def rotate_down(loaded: LoadedModel) -> None:
     """Fuse the offline half of R4 into down_proj, W -> W H^T: right only together with `online(..., r4=True)`, which sends it x H^T."""
     _require_hadamard(linear(loaded.layers[0], loaded.roles.down).weight.shape[1], "the MLP's width, so no R4")
     for layer in loaded.layers:
-        _edit(linear(layer, loaded.roles.down), lambda w: hadamard_transform(w, w.shape[-1] ** -0.5))
+        _edit_rows(linear(layer, loaded.roles.down), lambda w: hadamard_transform(w, w.shape[-1] ** -0.5))
 
 
 def head_size(loaded: LoadedModel) -> int:
@@ -194,6 +196,13 @@ def _require_untied(loaded: LoadedModel) -> None:
 def _require_hadamard(n: int, what: str) -> None:
     if not has_hadamard(n):
         raise ValueError(f"no Hadamard matrix of order {n} is known here, and that is {what} can be applied: evaluate this model with NR only")
+
+
+def _edit_rows(module: nn.Linear, function: Transform) -> None:
+    """Replace a weight by a function of each of its rows, in float64 and cast once, a few rows at a time: what is between stays in cache."""
+    with torch.no_grad():
+        for part in module.weight.data.split(EDIT_ROWS):
+            part.copy_(function(part.double()))
 
 
 def _edit(module: nn.Linear, weight: Transform, bias: Transform | None = None) -> None:

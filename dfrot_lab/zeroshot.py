@@ -106,8 +106,7 @@ def _score(loaded: models.LoadedModel, task: str, path: Path | None, limit: int 
     from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns that a model is no name, and that it cannot check a device it does not choose
-    device = str(next(loaded.model.parameters()).device)
-    language_model = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=BATCH, device=device, max_length=loaded.context)
+    language_model = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=BATCH, device=str(loaded.device), max_length=loaded.context)
     with tempfile.TemporaryDirectory() as folder:
         manager = _local_task(task, path, Path(folder)) if path else TaskManager()
         try:

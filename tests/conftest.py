@@ -69,6 +69,12 @@ def save_tiny(folder: Path, family: str = "llama", **options) -> ModelSpec:
 
 
 @pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbers that tests know are the CPU's; tests/test_device.py compares a GPU's with them."""
+    monkeypatch.setenv(models.DEVICE, "cpu")
+
+
+@pytest.fixture(autouse=True)
 def few_threads(request: pytest.FixtureRequest) -> Iterator[None]:
     """One thread for tiny tensors, where a second one only waits; the marked tests on the default model keep all."""
     before = torch.get_num_threads()

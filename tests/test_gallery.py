@@ -1,6 +1,7 @@
 """Every experiment has a figure, which draws its table whole; table and figure are kept together, and a stopped write leaves what was there."""
 
 import json
+from dataclasses import replace
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -82,3 +83,20 @@ def test_replacing_a_table_leaves_the_old_one_where_writing_fails(tmp_path):
     assert path.read_text() == '{"value": 1}\n'
     results.replace(path, [{"value": 3}])
     assert path.read_text() == '{"value": 3}\n'
+
+
+def test_a_kept_table_is_read_where_its_setting_is_the_same_and_computed_where_not(lab: Lab, tmp_path, monkeypatch):  # noqa: F811
+    table = lab.table("gamma-sweep")
+    gallery.save_experiment("gamma-sweep", table, lab.setting, tmp_path / "data" / "results", tmp_path / "figures" / "text")
+    computed = []
+    monkeypatch.setattr(gallery.experiments, "run", lambda name, setting: computed.append((name, setting)) or table)
+    read = gallery.table("gamma-sweep", lab.setting, tmp_path)
+    assert not computed and list(read.columns) == list(table.columns)
+    assert read["value"].tolist() == pytest.approx(table["value"].tolist())
+    assert read["gamma"].fillna(-1).tolist() == table["gamma"].fillna(-1).tolist() and float("inf") in read["gamma"].tolist()
+    assert {name: str(read[name].dtype) for name in results.WHOLE} == {name: "Int64" for name in results.WHOLE}
+    plt.close(drawn("gamma-sweep", read))
+    other = replace(lab.setting, seed=7)
+    gallery.table("gamma-sweep", other, tmp_path)
+    gallery.table("clip-sweep", lab.setting, tmp_path)
+    assert computed == [("gamma-sweep", other), ("clip-sweep", lab.setting)]
