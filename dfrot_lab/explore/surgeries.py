@@ -162,7 +162,7 @@ class Bench:
         ids = self.loaded.tokenizer(prompt, return_tensors="pt").input_ids
         if ids.numel() == 0:
             raise ValueError("prompt must have at least one token; got none")
-        return ids
+        return ids.to(self.loaded.device)
 
     def _generate(self, ids: Tensor, step: Callable[[], None]) -> tuple[str, ...]:
         """The next tokens' texts, greedily, by the model's own generate."""
@@ -171,7 +171,7 @@ class Bench:
         class Step(StoppingCriteria):  # seen after every token: where the work can be left
             def __call__(self, input_ids: Tensor, _scores: Tensor, **_options: object) -> Tensor:
                 step()
-                return torch.zeros(len(input_ids), dtype=torch.bool)
+                return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
         tokenizer, options = self.loaded.tokenizer, {"max_new_tokens": NEW_TOKENS, "do_sample": False}
         pad = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else 0

@@ -34,7 +34,7 @@ def write(built: Built, prompt: Tensor, tokens: int, on_token: Callable[[int], N
     """
     model: Any = built.loaded.model
     ends = end_ids(built.loaded)
-    ids, cache, written = prompt[None], None, list[int]()
+    ids, cache, written = prompt[None].to(built.loaded.device), None, list[int]()
     while len(written) < tokens:
         output = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache, best = output.past_key_values, int(output.logits[0, -1].argmax())
@@ -42,7 +42,7 @@ def write(built: Built, prompt: Tensor, tokens: int, on_token: Callable[[int], N
         on_token(best)
         if best in ends:
             break
-        ids = torch.tensor([[best]])
+        ids = torch.tensor([[best]], device=ids.device)
     return written
 
 
@@ -55,7 +55,7 @@ def end_ids(loaded: models.LoadedModel) -> set[int]:
 @torch.inference_mode()
 def token_losses(built: Built, ids: Tensor) -> list[float]:
     """The loss in nats of each token of `ids` (tokens,) but the first, given those before it (tokens - 1,). Call it inside `evaluate.quantized`."""
-    model: Any = built.loaded.model
+    model, ids = built.loaded.model, ids.to(built.loaded.device)
     logits = model(ids[None], use_cache=False).logits[0, :-1].float()
     return torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none").tolist()
 
