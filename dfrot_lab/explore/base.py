@@ -14,7 +14,7 @@ import plotly.graph_objects as go
 from dfrot_lab.figures import COLOURS, MASSIVE_COLOUR, ORDINARY_COLOUR
 from dfrot_lab.markup import VISIBLE, safe, span, visible
 
-from .page import Fit, Plot
+from .page import Fit, Plot, Stage
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ GREY = "#808080"
 EXPECTED = (ValueError, KeyError, TypeError, RuntimeError, OSError, ImportError)
 """Errors whose message is for the reader; anything else is a defect and keeps its traceback."""
 
-__all__ = ["COLOURS", "MASSIVE_COLOUR", "ORDINARY_COLOUR", "VISIBLE", "safe", "span", "visible"]
+__all__ = ["COLOURS", "MASSIVE_COLOUR", "ORDINARY_COLOUR", "VISIBLE", "Stage", "safe", "span", "visible"]
 
 
 class Status:

@@ -168,11 +168,11 @@ class MassiveView:
 
     def _turn(self, _change: Any) -> None:
         self.redraw()
-        self.stage.children = [self.views[self.state.view].plot]
+        self.stage.turn(self.views[self.state.view].plot)
 
     def _layout(self) -> Any:
         c = self.controls
-        self.stage = widgets.Box([self.views[HEAT].plot], layout={"width": "66%", "height": f"{base.HEIGHT}px", "overflow": "hidden"})
+        self.stage = base.Stage(self.views[HEAT].plot, width="66%", height=f"{base.HEIGHT}px", overflow="hidden")
         beside = widgets.Box([self.profile.plot], layout={"width": "34%", "height": f"{base.HEIGHT}px", "overflow": "hidden"})
         look = base.row(c["text"], widgets.VBox([c["look"], c["cancel"]]), widgets.VBox([base.row(c["block"], c["open"]), c["tokens"]]))
         moves = base.row(c["play"], c["layer"], c["view"], c["rule"])
