@@ -267,19 +267,22 @@ def test_the_dark_theme(book):
 def test_a_spike_is_turned_by_keyboard(lesson):
     playground = lesson.explorer("playground")
     playground.shoot("1-open")
-    before = playground.root.inner_text()
-    handle = playground.root.locator(".widget-slider .noUi-handle").first
-    handle.focus()
+    before = playground.plot().evaluate("plot => JSON.stringify(plot._fullData.map(trace => trace.y))")
+    playground.slider("Angle 0-1").focus()
     for _ in range(5):
         lesson.page.keyboard.press("ArrowRight")
-    wait_until(lambda: playground.root.inner_text() != before)
+    wait_until(lambda: playground.slider("Angle 0-1").get_attribute("aria-valuenow") == "5.0")
+    wait_until(lambda: playground.plot().evaluate("plot => JSON.stringify(plot._fullData.map(trace => trace.y))") != before)
     playground.shoot("2-turned")
 
 
 def test_a_refinement_pauses_and_goes_on(lesson):
     refinement = lesson.explorer("refinement")
     refinement.shoot("1-open")
+    before = count(refinement)
     refinement.button("Start").click()
+    if before:  # the notebook ran one already
+        wait_until(lambda: count(refinement) < before, 60)
     wait_until(lambda: count(refinement) >= 3, 90)
     refinement.button("Pause").click()
     refinement.status("paused after step")
@@ -288,6 +291,7 @@ def test_a_refinement_pauses_and_goes_on(lesson):
     refinement.shoot("2-paused")
     time.sleep(3)
     assert count(refinement) == paused
+    refinement.status("paused after step")
     refinement.button("Resume").click()
     wait_until(lambda: count(refinement) > paused, 60)
     refinement.button("Cancel").click()

@@ -46,7 +46,7 @@ class MassiveView:
         self.state, self.status, self.job = MassiveState(layer=len(loaded.layers) // 2), base.Status(), base.Job(self._ended)
         self.views: dict[str, Heat | Space] = {HEAT: Heat(), SPACE: Space()}
         self.profile = Profile(lambda layer: self.state.set_trait("layer", layer))
-        self.sentence, self.words = panel(30), panel(30)
+        self.sentence, self.words = panel(58), panel(30)
         self.text, self.tokens, self.channels = panel(150, border=f"1px solid {base.GREY}", padding="4px"), panel(290), panel(290)
         self._lock = threading.RLock()
         self.controls = self._controls(tokens)

@@ -105,9 +105,9 @@ def paper_table(specs: Sequence[EvalSpec], lookup: Lookup) -> pd.DataFrame:
     return paper.beside_rows([lookup(spec) or EvalResult(spec, np.array([math.nan]), math.nan, "") for spec in specs])
 
 
-def empty_bars(width: int) -> go.FigureWidget:
+def empty_bars() -> go.FigureWidget:
     """A plot of rows: a trace for each rotation, filled, and hollow with massive tokens kept out."""
-    plot = base.figure(width=width, barmode="group", bargap=0.2, bargroupgap=0.08)
+    plot = base.figure(barmode="group", bargap=0.2, bargroupgap=0.08)
     for name in ROTATIONS:
         for kept in (False, True):
             colour = base.COLOURS[name]
