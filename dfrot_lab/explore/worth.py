@@ -88,7 +88,7 @@ class Worth(widgets.VBox):
         self.missing: list[EvalSpec] = []
         self.status, self.job = base.Status(), base.Job(self._ended)
         self.plot, self.paper_plot = worth_rows.empty_bars(), worth_rows.empty_bars()
-        self.rows, self.paper = (widgets.HTML(layout=widgets.Layout(height="250px", overflow="auto", width=width)) for width in WIDTHS)
+        self.rows, self.paper = (widgets.HTML(layout=widgets.Layout(height=height, overflow="auto", width="100%")) for height in ("250px", "220px"))
         self.bar = widgets.FloatProgress(min=0, max=1, description="Done", layout=widgets.Layout(width="300px"))
         self.note = widgets.HTML(layout=widgets.Layout(height="60px", overflow="auto"))
         self.controls = _controls(setting)
@@ -108,7 +108,8 @@ class Worth(widgets.VBox):
                 widgets.HBox(
                     [widgets.Box([plot], layout={"width": width}) for plot, width in zip((self.plot, self.paper_plot), WIDTHS, strict=True)]
                 ),
-                widgets.HBox([self.rows, self.paper]),
+                self.rows,
+                self.paper,
             ],
             layout=frame.layout,
         )

@@ -131,7 +131,7 @@ def draw_bars(plot: go.FigureWidget, table: pd.DataFrame, title: str) -> None:
         plot.layout.xaxis.categoryarray = [b for b in BITS if b in set(rows["bits"])]
         plot.layout.yaxis.range = [0, top]
         plot.layout.shapes = [{"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": y, "y1": y, "line": _DOTTED} for y in exact]
-        plot.layout.title.text = title + "".join(f"; dotted: full precision, {y:.2f}" for y in exact)
+        plot.layout.title.text = title + "".join(f"<br>dotted: full precision, {y:.2f}" for y in exact)
 
 
 _DOTTED = {"dash": "dot", "color": base.GREY, "width": 1.5}
