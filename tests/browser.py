@@ -14,6 +14,8 @@ from pathlib import Path
 
 from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, Request, Response
 
+from dfrot_lab.store import cache_dir
+
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 ARTEFACTS = Path(__file__).parent / "artefacts"
 """Where the screenshots go; not committed, made again by every run."""
@@ -44,11 +46,22 @@ def chromium() -> Iterator[Browser]:
         browser.close()
 
 
+def lend_cache(own: Path) -> None:
+    """A cache of its own that shares with the user's what is only read here: models, texts, captures, refined rotations. Results are its own."""
+    shared = ("downloads", "corpora", "store/model", "store/capture", "store/refine")
+    (own / "store").mkdir(parents=True)
+    for name in shared:
+        there = cache_dir() / name
+        there.mkdir(parents=True, exist_ok=True)
+        (own / name).symlink_to(there, target_is_directory=True)
+
+
 def surroundings(root: Path) -> dict[str, str]:
-    """The environment of a server that reads and writes nothing of the user's but the cache of models."""
+    """The environment of a server that changes nothing of the user's."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("JUPYTER", "IPYTHON"))}
     names = ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTERLAB_SETTINGS_DIR", "JUPYTERLAB_WORKSPACES_DIR", "IPYTHONDIR")
     own = {name: str(root / name.lower()) for name in names}
+    own["DFROT_LAB_CACHE"] = str(root / "cache")
     return {**kept, **own, "HF_HUB_OFFLINE": "1", "DFROT_LAB_PROFILE": "quick", "TOKENIZERS_PARALLELISM": "false"}
 
 
@@ -69,6 +82,7 @@ def jupyter_lab(root: Path) -> Iterator[str]:
     folder, log = root / "notebooks", root / "server.log"
     shutil.copytree(NOTEBOOKS, folder, ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
     environment = surroundings(root)
+    lend_cache(root / "cache")
     quiet = Path(environment["JUPYTERLAB_SETTINGS_DIR"]) / "@jupyterlab/apputils-extension/notification.jupyterlab-settings"
     quiet.parent.mkdir(parents=True)
     quiet.write_text(json.dumps({"fetchNews": "false", "checkForUpdates": False}))  # else it asks for news in a box over the page

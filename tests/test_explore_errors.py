@@ -122,7 +122,7 @@ def test_massive_tokens_are_drawn_larger_and_in_the_other_colour(top):
 
 def test_three_axes_are_a_plot_in_space_and_back(top):
     top.controls["z"].value = "NR"
-    assert top.space in top.view.stage.children and top.plot not in top.view.stage.children
+    assert top.view.stage.shown is top.space
     table = top.table()
     for letter, name in (("x", "RO"), ("y", "RH"), ("z", "NR")):
         assert np.array_equal(top.space.data[0][letter], table[name])
@@ -131,7 +131,7 @@ def test_three_axes_are_a_plot_in_space_and_back(top):
     event(top.space, "plotly_click", [9])
     assert top.state.token == 9
     top.controls["z"].value = "none"
-    assert top.plot in top.view.stage.children
+    assert top.view.stage.shown is top.plot
 
 
 def test_hover_shows_the_token_in_its_context():

@@ -115,7 +115,7 @@ def test_pooling_keeps_every_token_its_largest_channel_and_few_cells(tokens, cha
 
 def test_the_three_d_view_shows_the_same(top):
     top.controls["view"].value = "3-D"
-    assert top.space in top.view.stage.children and top.plot not in top.view.stage.children
+    assert top.view.stage.shown is top.space
     assert np.array_equal(unpacked(top.space.data[0].z), np.abs(unpacked(top.plot.data[0].customdata)[..., 0]))
     marked = top.table().loc[top.table()["massive"]].sort_values("token")
     assert list(top.space.data[1].x) == marked["token"].tolist()

@@ -187,7 +187,7 @@ def far_table() -> pd.DataFrame:
 
 
 def test_a_perplexity_off_the_scale_is_cut_and_written_out():
-    plot = worth_rows.empty_bars(700)
+    plot = worth_rows.empty_bars()
     worth_rows.draw_bars(plot, far_table(), "title")
     bars = {trace.name: trace for trace in plot.data if trace.visible}
     top = plot.layout.yaxis.range[1]

@@ -14,7 +14,7 @@ import plotly.graph_objects as go
 from dfrot_lab.figures import COLOURS, MASSIVE_COLOUR, ORDINARY_COLOUR
 from dfrot_lab.markup import VISIBLE, safe, span, visible
 
-from .page import Fit, Plot
+from .page import Fit, Plot, Stage
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ GREY = "#808080"
 EXPECTED = (ValueError, KeyError, TypeError, RuntimeError, OSError, ImportError)
 """Errors whose message is for the reader; anything else is a defect and keeps its traceback."""
 
-__all__ = ["COLOURS", "MASSIVE_COLOUR", "ORDINARY_COLOUR", "VISIBLE", "safe", "span", "visible"]
+__all__ = ["COLOURS", "MASSIVE_COLOUR", "ORDINARY_COLOUR", "VISIBLE", "Stage", "safe", "span", "visible"]
 
 
 class Status:
@@ -43,7 +43,7 @@ class Status:
 
     def busy(self, text: str) -> None:
         """Something is being computed."""
-        self._show("busy", f"\u23f3 {text}\u2026")
+        self._show("busy", f"\u25d4 {text}\u2026")
 
     def error(self, error: BaseException | str) -> None:
         """What went wrong, in one sentence."""
@@ -152,7 +152,8 @@ def figure(height: int = HEIGHT, **layout: Any) -> go.FigureWidget:
         plot_bgcolor="rgba(0,0,0,0)",
         font={"color": GREY, "size": 12},
         hovermode="closest",
-        hoverlabel={"namelength": -1, "align": "left"},
+        hoverlabel={"namelength": -1, "align": "left", "bgcolor": "#303030", "font": {"color": "#ffffff"}},
+        modebar={"bgcolor": "rgba(0,0,0,0)", "color": GREY, "activecolor": "#0072B2"},
         legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
         xaxis=axis,
         yaxis=axis,

@@ -219,11 +219,11 @@ class ErrorsView:
             c[name].on_click(act)
 
     def _turn(self, _change: Any) -> None:
-        self.stage.children = [self.scatter.plane if self.state.z == NONE else self.scatter.space]
+        self.stage.turn(self.scatter.plane if self.state.z == NONE else self.scatter.space)
 
     def _layout(self) -> Any:
         c, box = self.controls, {"height": f"{base.HEIGHT}px", "overflow": "hidden"}
-        self.stage = widgets.Box([self.scatter.plane], layout={"width": "64%", **box})
+        self.stage = base.Stage(self.scatter.plane, width="64%", **box)
         beside = widgets.Box([self.listed], layout={"width": "36%", **box})
         where = base.row(c["site"], c["bits"], c["symmetric"], c["clip"], c["seed"])
         axes = base.row(c["x"], c["y"], c["z"], c["path"], c["load"])

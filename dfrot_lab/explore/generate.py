@@ -18,6 +18,7 @@ from dfrot_lab.specs import EvalSpec
 from dfrot_lab.store import Store
 
 from . import base, writing
+from .parts import label
 from .worth_rows import BITS, FULL, ROTATIONS, duration
 from .writing import Written
 
@@ -224,7 +225,7 @@ def _column(name: str, head: str, text: str) -> str:
 
 def empty_strip() -> go.FigureWidget:
     """The loss strip with nothing in it: a line a model, a column a token."""
-    plot = base.figure(height=300, width=1200)
+    plot = base.figure(height=300)
     plot.add_heatmap(colorscale="Cividis", zmin=0, colorbar={"title": {"text": "loss (nats)"}}, xgap=1, ygap=2)
     plot.update_layout(yaxis={"autorange": "reversed", "type": "category"}, title={"text": "Loss of each token of one text", "font": {"size": 13}})
     return plot
@@ -232,7 +233,7 @@ def empty_strip() -> go.FigureWidget:
 
 def draw_strip(plot: go.FigureWidget, losses: pd.DataFrame, prompt: int) -> None:
     """Put `losses` into the strip; the line is where the prompt of `prompt` tokens ends."""
-    names, texts = models_of(losses), [base.safe(text) for text in losses["text"]]
+    names, texts = models_of(losses), [label(text) for text in losses["text"]]
     values = losses[names].to_numpy().T
     x = losses["position"].tolist()
     with plot.batch_update():

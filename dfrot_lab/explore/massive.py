@@ -46,7 +46,7 @@ class MassiveView:
         self.state, self.status, self.job = MassiveState(layer=len(loaded.layers) // 2), base.Status(), base.Job(self._ended)
         self.views: dict[str, Heat | Space] = {HEAT: Heat(), SPACE: Space()}
         self.profile = Profile(lambda layer: self.state.set_trait("layer", layer))
-        self.sentence, self.words = panel(30), panel(30)
+        self.sentence, self.words = panel(58), panel(30)
         self.text, self.tokens, self.channels = panel(150, border=f"1px solid {base.GREY}", padding="4px"), panel(290), panel(290)
         self._lock = threading.RLock()
         self.controls = self._controls(tokens)
@@ -168,11 +168,11 @@ class MassiveView:
 
     def _turn(self, _change: Any) -> None:
         self.redraw()
-        self.stage.children = [self.views[self.state.view].plot]
+        self.stage.turn(self.views[self.state.view].plot)
 
     def _layout(self) -> Any:
         c = self.controls
-        self.stage = widgets.Box([self.views[HEAT].plot], layout={"width": "66%", "height": f"{base.HEIGHT}px", "overflow": "hidden"})
+        self.stage = base.Stage(self.views[HEAT].plot, width="66%", height=f"{base.HEIGHT}px", overflow="hidden")
         beside = widgets.Box([self.profile.plot], layout={"width": "34%", "height": f"{base.HEIGHT}px", "overflow": "hidden"})
         look = base.row(c["text"], widgets.VBox([c["look"], c["cancel"]]), widgets.VBox([base.row(c["block"], c["open"]), c["tokens"]]))
         moves = base.row(c["play"], c["layer"], c["view"], c["rule"])

@@ -3,6 +3,7 @@
 from typing import Any
 
 import anywidget
+import ipywidgets as widgets
 import plotly.graph_objects as go
 from plotly.basedatatypes import Undefined
 
@@ -31,6 +32,27 @@ class Plot(go.FigureWidget):
         return [(now[name] if name in now else None) if value is Undefined else value for value, now in zip(values, present, strict=True)]  # noqa: SIM401
 
 
+class Stage(widgets.Box):
+    """One place for several plots, of which `shown` is on view.
+
+    A plot that was on view stays in the page, hidden: one that is taken off the page still gets its updates there, and fails at them.
+    """
+
+    def __init__(self, plot: Plot, **layout: Any) -> None:
+        super().__init__(layout=layout)
+        self._boxes: list[tuple[Plot, widgets.Box]] = []
+        self.turn(plot)
+
+    def turn(self, plot: Plot) -> None:
+        """Show this plot and hide the others."""
+        self.shown = plot
+        if all(known is not plot for known, _ in self._boxes):
+            self._boxes.append((plot, widgets.Box([plot], layout={"width": "100%"})))
+            self.children = [box for _, box in self._boxes]
+        for known, box in self._boxes:
+            box.layout.display = None if known is plot else "none"
+
+
 class Fit(anywidget.AnyWidget):
     """An element of no height that has the plots of its explorer fill their place when they are first drawn and when the page's width changes.
 
@@ -51,7 +73,7 @@ export default { render({ el }) {
     if (!element.isConnected && looks > 0) return setTimeout(fill, 50, element, looks - 1);  // drawn before it is put in its place
     if (!el.closest(".widget-vbox")?.contains(element)) return;
     Object.assign(element.style, { width: "100%", minWidth: 0, height: `${element._fullLayout.height}px` });
-    tell();
+    widths.observe(element);  // which tells at once, and again when a plot that was hidden is shown
   };
   const drawn = ({ detail: { element } }) => fill(element, 40);
   const widths = new ResizeObserver(tell);

@@ -234,7 +234,8 @@ class Refinement(widgets.VBox):
                 note(step, R())
 
         note(0, start)
-        self.status.busy(f"refining on {len(rows):,} rows, {int(mask.sum())} of them massive")
+        if not job.paused:
+            self.status.busy(f"refining on {len(rows):,} rows, {int(mask.sum())} of them massive")
         self._buttons()
         self.result = refine.refine(rows, spec, mask, on_step=on_step)
         self._now_R = self.result.R

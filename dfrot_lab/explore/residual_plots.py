@@ -69,7 +69,7 @@ class Space:
         axis = {"backgroundcolor": "rgba(0,0,0,0)", "gridcolor": "rgba(128,128,128,0.35)", "color": base.GREY}
         titles = {"xaxis": "token", "yaxis": "channel", "zaxis": "|x|"}
         scene = {name: {**axis, "title": {"text": title}} for name, title in titles.items()}
-        view = {"camera": {"eye": {"x": 0.9, "y": -1.9, "z": 0.8}}, "aspectmode": "manual", "aspectratio": {"x": 2, "y": 1, "z": 0.8}}
+        view = {"camera": {"eye": {"x": 1.0, "y": -2.5, "z": 0.9}}, "aspectmode": "manual", "aspectratio": {"x": 2, "y": 1, "z": 0.8}}
         self.plot.update_layout(scene={**scene, **view}, margin={"l": 0, "r": 0, "t": 0, "b": 0})
         self.contexts: list[str] = []
 

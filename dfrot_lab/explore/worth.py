@@ -23,6 +23,9 @@ from dfrot_lab.store import Store
 from . import base, worth_rows
 from .worth_rows import BITS, KEPT, PAPER_MODELS, ROTATIONS
 
+WIDTHS = ("60%", "40%")
+"""Of our rows, and of the paper's beside them."""
+
 
 class Choice(traitlets.HasTraits):
     """What is looked at: rotations, bits, how weights are quantized, whether massive tokens are kept out, the text and its windows."""
@@ -84,8 +87,8 @@ class Worth(widgets.VBox):
         self.text_key: evaluate.TextKey = cache(corpus.fingerprint)
         self.missing: list[EvalSpec] = []
         self.status, self.job = base.Status(), base.Job(self._ended)
-        self.plot, self.paper_plot = worth_rows.empty_bars(740), worth_rows.empty_bars(470)
-        self.rows, self.paper = (widgets.HTML(layout=widgets.Layout(height="230px", overflow="auto", width=width)) for width in ("740px", "470px"))
+        self.plot, self.paper_plot = worth_rows.empty_bars(), worth_rows.empty_bars()
+        self.rows, self.paper = (widgets.HTML(layout=widgets.Layout(height=height, overflow="auto", width="100%")) for height in ("250px", "220px"))
         self.bar = widgets.FloatProgress(min=0, max=1, description="Done", layout=widgets.Layout(width="300px"))
         self.note = widgets.HTML(layout=widgets.Layout(height="60px", overflow="auto"))
         self.controls = _controls(setting)
@@ -102,8 +105,11 @@ class Worth(widgets.VBox):
                 self.note,
                 base.row(self.controls["compute"], self.controls["cancel"], self.bar),
                 self.status.widget,
-                base.row(self.plot, self.paper_plot),
-                base.row(self.rows, self.paper),
+                widgets.HBox(
+                    [widgets.Box([plot], layout={"width": width}) for plot, width in zip((self.plot, self.paper_plot), WIDTHS, strict=True)]
+                ),
+                self.rows,
+                self.paper,
             ],
             layout=frame.layout,
         )

@@ -105,9 +105,9 @@ def paper_table(specs: Sequence[EvalSpec], lookup: Lookup) -> pd.DataFrame:
     return paper.beside_rows([lookup(spec) or EvalResult(spec, np.array([math.nan]), math.nan, "") for spec in specs])
 
 
-def empty_bars(width: int) -> go.FigureWidget:
+def empty_bars() -> go.FigureWidget:
     """A plot of rows: a trace for each rotation, filled, and hollow with massive tokens kept out."""
-    plot = base.figure(width=width, barmode="group", bargap=0.2, bargroupgap=0.08)
+    plot = base.figure(barmode="group", bargap=0.2, bargroupgap=0.08)
     for name in ROTATIONS:
         for kept in (False, True):
             colour = base.COLOURS[name]
@@ -131,7 +131,7 @@ def draw_bars(plot: go.FigureWidget, table: pd.DataFrame, title: str) -> None:
         plot.layout.xaxis.categoryarray = [b for b in BITS if b in set(rows["bits"])]
         plot.layout.yaxis.range = [0, top]
         plot.layout.shapes = [{"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": y, "y1": y, "line": _DOTTED} for y in exact]
-        plot.layout.title.text = title + "".join(f"; dotted: full precision, {y:.2f}" for y in exact)
+        plot.layout.title.text = title + "".join(f"<br>dotted: full precision, {y:.2f}" for y in exact)
 
 
 _DOTTED = {"dash": "dot", "color": base.GREY, "width": 1.5}
