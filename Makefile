@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 .DEFAULT_GOAL := help
 .PHONY: help run test lab figures bench lint doctor browser clean
 
-BENCHMARKS := refinement evaluation hadamard gptq capture growth
+BENCHMARKS := refinement evaluation hadamard gptq capture growth explorers
 
 help: ## list the verbs
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
