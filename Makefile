@@ -4,9 +4,9 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lab figures bench lint doctor clean
+.PHONY: help run test lab figures bench lint doctor browser clean
 
-BENCHMARKS := refinement evaluation hadamard gptq capture growth
+BENCHMARKS := refinement evaluation hadamard gptq capture growth explorers
 
 help: ## list the verbs
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -14,14 +14,14 @@ help: ## list the verbs
 run: $(VENV)/ready ## the main job, end to end, on the default model; results in runs/<date>/
 	$(BIN)/dfrot-lab run
 
-test: $(VENV)/ready-dev ## lint, types, unit tests, tests on the default model, notebooks
+test: $(VENV)/ready-dev browser ## lint, types, unit tests, tests on the default model, notebooks, explorers in a browser
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
 
-lab: $(VENV)/ready ## JupyterLab on the notebooks
-	$(BIN)/jupyter lab notebooks
+lab: $(VENV)/ready ## JupyterLab on the notebooks, at the explorers: Run > Run All Cells
+	$(BIN)/jupyter lab notebooks/09-explorer.ipynb
 
 figures: $(VENV)/ready ## rewrite figures/ and data/results/ from the same code; computes what is not stored (hours), goes on where stopped
 	$(BIN)/dfrot-lab figures
@@ -38,6 +38,13 @@ lint: $(VENV)/ready-dev ## ruff and mypy alone
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The browser tests drive the machine's own Chromium. Where there is none, Debian's package is installed if that can be done without asking.
+browser:
+	@for name in chromium chromium-browser google-chrome; do if command -v $$name >/dev/null; then exit 0; fi; done; \
+	get="env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium"; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then $$get >/dev/null || { apt-get update -qq && $$get >/dev/null; } && exit 0; fi; \
+	echo "No Chromium on PATH and none could be installed: the browser tests will be skipped (install chromium or google-chrome to run them)"
 
 clean: ## remove .venv (the cache of models and results stays)
 	rm -rf $(VENV)

@@ -68,9 +68,14 @@ class Capture:
 
     def rows(self, site: str) -> Tensor:
         """The norm's output at `site` (tokens, channels), memory-mapped."""
+        self.place(site)
+        return self.artefact.tensors(site)["x"]
+
+    def place(self, site: str) -> int:
+        """Where `site` is in `sites`; KeyError that names it if it is not there."""
         if site not in self.sites:
             raise KeyError(f"no site {site!r} in this capture; it has {self.sites[0]} .. {self.sites[-1]}")
-        return self.artefact.tensors(site)["x"]
+        return self.sites.index(site)
 
     def all_rows(self) -> Tensor:
         """Every site's rows below one another (sites * tokens, channels), in the order of `sites`: what R1 is refined on."""
@@ -102,7 +107,6 @@ def capture(spec: CaptureSpec | None = None, store: Store | None = None, loaded:
     """
     spec, store = spec or CaptureSpec(), store or Store()
     spec = spec.with_(corpus=corpus.resolve(spec.corpus))
-    inputs = {"spec": spec.to_dict(), "model": models.fingerprint(spec.model), "text": corpus.fingerprint(spec.corpus)}
 
     if loaded is not None and loaded.spec != spec.model:
         raise ValueError(f"capture.loaded must be a load of CaptureSpec.model {spec.model.source}; got one of {loaded.spec.source}")
@@ -120,7 +124,19 @@ def capture(spec: CaptureSpec | None = None, store: Store | None = None, loaded:
         writer.save_json("about", {"sites": sites, "channels": ready.channels, "ids": flat, "texts": texts})
         writer.note.update(provenance=ready.provenance, forward_seconds=time.perf_counter() - started)
 
-    return Capture(store.get_or_make("capture", inputs, make))
+    return Capture(store.get_or_make("capture", _inputs(spec), make))
+
+
+def stored(spec: CaptureSpec, store: Store) -> Capture | None:
+    """The capture `spec` describes if the store has it, else None; records nothing."""
+    artefact = store.open("capture", _inputs(spec))
+    return None if artefact is None else Capture(artefact)
+
+
+def _inputs(spec: CaptureSpec) -> dict[str, Any]:
+    """What a capture is keyed by: the spec, and the bytes of model and text."""
+    spec = spec.with_(corpus=corpus.resolve(spec.corpus))
+    return {"spec": spec.to_dict(), "model": models.fingerprint(spec.model), "text": corpus.fingerprint(spec.corpus)}
 
 
 def token_blocks(spec: CaptureSpec, loaded: LoadedModel) -> Tensor:

@@ -1,23 +1,20 @@
 """The command line: every step of the notebooks as one command. Heavy imports happen inside the commands, so that `--help` is instant."""
 
-import json
 import logging
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
+from .cli_output import show_facts, show_json, show_table
 from .memory import keep_freed_memory
 from .specs import DEFAULT_MODEL, CaptureSpec, CorpusSpec, ModelSpec, QuantSpec, RefineSpec, RotationSpec, eval_spec
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 log = logging.getLogger("dfrot_lab")
@@ -57,10 +54,6 @@ def _clear_errors() -> Iterator[None]:
         raise typer.Exit(1) from None
 
 
-def _print(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=1, default=str))
-
-
 @app.command()
 def run(
     model: Model = DEFAULT_MODEL, corpus: Corpus = "auto", seed: Seed = 0, out: Out = None, as_json: Json = False,
@@ -84,7 +77,7 @@ def run(
         result = mainjob.main(mainjob.Setting(model=ModelSpec(source=model), corpus=corpus, seed=seed, windows=windows, gamma=gamma))
         mainjob.save_run(result, folder)
         if as_json:
-            _print(results.rows(result.table))
+            show_json(results.rows(result.table))
         else:
             typer.echo(f"\n{mainjob.report(result)}\nRows, table, figures and log: {folder}/")
 
@@ -101,7 +94,8 @@ def capture_command(
     with _clear_errors():
         recorded = capture(_capture_spec(model, corpus, tokens))
         table = massive.table(recorded).sort_values("residual_max", ascending=False)
-        _report(table, out, as_json, {"key": recorded.key, "sites": len(recorded.sites), "tokens": recorded.tokens, "folder": recorded.artefact.path})
+        about = {"key": recorded.key, "sites": len(recorded.sites), "tokens": recorded.tokens, "folder": recorded.artefact.path}
+        show_table(table, out, as_json, about)
 
 
 @app.command("errors")
@@ -120,7 +114,7 @@ def errors_command(
         table = errors.token_errors(recorded, errors.default_rotations(recorded.channels, seed), [quantizer])
         if out:
             results.write_table(table, out)
-        _report(errors.summary(table), None, as_json, {"rows": len(table), "out": out})
+        show_table(errors.summary(table), None, as_json, {"rows": len(table), "out": out})
 
 
 @app.command("refine")
@@ -144,7 +138,7 @@ def refine_command(
         result = refined(spec)
         path = out or Path("R1.safetensors")
         rotations.save(result.R, path, spec)
-        _report(result.history.iloc[[0, -1]], None, as_json, {"out": path, "spec": spec.key})
+        show_table(result.history.iloc[[0, -1]], None, as_json, {"out": path, "spec": spec.key})
 
 
 @app.command("evaluate")
@@ -171,7 +165,7 @@ def evaluate_command(
         if out:
             results.append(out, [row])
         if as_json:
-            _print(row)
+            show_json(row)
         else:
             low, high = row["ci95"]
             typer.echo(
@@ -192,14 +186,14 @@ def experiment_command(
 
     with _clear_errors():
         if not name:
-            _report(experiments.listing(), None, as_json, {})
+            show_table(experiments.listing(), None, as_json, {})
             return
         setting = Setting(model=ModelSpec(source=model), corpus=corpus, seed=seed, windows=windows, limit=limit or None).resolved()
         setting = replace(setting, **QUICK) if quick else setting
         table = experiments.run(name, setting)
         written = gallery.save_experiment(name, table, setting, *[out or Path("runs") / "experiments"] * 2)
         shown = [column for column in table if column not in ("spec", "commit", "model", "corpus") and table[column].notna().any()]
-        _report(table if as_json else table[shown], None, as_json, {"written": list(map(str, written))})
+        show_table(table if as_json else table[shown], None, as_json, {"written": list(map(str, written))})
 
 
 @app.command("figures")
@@ -222,7 +216,29 @@ def figures_command(
         written = [rows, rows.with_suffix(".md"), *mainjob.save_main(result, pictures)]
         for name in experiments.EXPERIMENTS:
             written += gallery.save_experiment(name, experiments.run(name, result.setting), result.setting, rows.parent, pictures)
-        _print(written) if as_json else typer.echo("\n".join(map(str, written)))
+        show_json(written) if as_json else typer.echo("\n".join(map(str, written)))
+
+
+@app.command("report")
+def report_command(
+    model: Model = DEFAULT_MODEL, corpus: Corpus = "auto", seed: Seed = 0, out: Out = None, as_json: Json = False,
+    windows: Windows = 6, gamma: Gamma = 100.0,
+) -> None:  # fmt: skip
+    """One HTML file to send to a colleague: the main job's results for --model, figures inside, nothing loaded from the network.
+
+    --out: default report.html, in a folder that is there. Shown is what is stored; the capture alone is computed if it is missing, and
+    rows that are not stored are named with the command that computes them.
+    """
+    from . import mainjob, report
+
+    with _clear_errors():
+        path = report.check_out(out or Path("report.html"))
+        setting = mainjob.Setting(model=ModelSpec(source=model), corpus=corpus, seed=seed, windows=windows, gamma=gamma)
+        findings = report.collect(setting)
+        report.write(path, report.page(findings))
+        missing = [mainjob.row_name(spec) for spec in findings.missing]
+        computes = report.command(findings.result.setting) if missing else None
+        show_facts({"out": path, "bytes": path.stat().st_size, "rows not stored": missing, "which this computes": computes}, None, as_json)
 
 
 @app.command("models")
@@ -239,7 +255,7 @@ def models_command(
             "model": model, "provenance": loaded.provenance, "channels": loaded.channels, "layers": len(loaded.layers), "context": loaded.context,
             "fingerprint": loaded.fingerprint, "supported": list(models.ROLES), "refused": models.REFUSED,
         }  # fmt: skip
-        _emit(about, out, as_json)
+        show_facts(about, out, as_json)
 
 
 @app.command()
@@ -253,7 +269,7 @@ def fetch(model: Model = DEFAULT_MODEL, corpus: Corpus = "auto", seed: Seed = 0,
         loaded = models.load_model(ModelSpec(source=model))
         texts = {split: corpora.resolve(CorpusSpec(name=corpus, split=split)) for split in ("calibration", "evaluation")}
         sizes = {f"{spec.name} {split}": f"{len(corpora.load_text(spec)):,} characters" for split, spec in texts.items()}
-        _emit({"model": model, "provenance": loaded.provenance, **sizes}, out, as_json)
+        show_facts({"model": model, "provenance": loaded.provenance, **sizes}, out, as_json)
 
 
 @app.command()
@@ -264,7 +280,7 @@ def doctor(model: Model = DEFAULT_MODEL, corpus: Corpus = "auto", seed: Seed = 0
     del seed
     with _clear_errors():
         about, missing = checkup(ModelSpec(source=model), CorpusSpec(name=corpus))
-        _emit({**about, "missing": missing or "nothing"}, out, as_json)
+        show_facts({**about, "missing": missing or "nothing"}, out, as_json)
         if missing:
             raise typer.Exit(1)
 
@@ -275,7 +291,7 @@ def _dry_run(model: str, windows: int, as_json: bool) -> None:
     shape, machines = estimate.shape(ModelSpec(source=model)), [estimate.measure_machine(), estimate.GPU_80GB]
     if as_json:
         tables = [(machine.name, estimate.estimate(shape, machine, windows=windows)) for machine in machines]
-        _print([{"model": model, "machine": name, **row} for name, table in tables for row in table.to_dict("records")])
+        show_json([{"model": model, "machine": name, **row} for name, table in tables for row in table.to_dict("records")])
     else:
         typer.echo(estimate.describe(model, shape, machines, windows=windows))
 
@@ -292,27 +308,3 @@ def _rotation(name: str, seed: int, refinement: RefineSpec) -> RotationSpec | Re
     if Path(name).is_file():
         return RotationSpec(kind="file", path=name)
     raise ValueError(f"--rotation must be NR, RO, RH, DFRot or an existing safetensors file; got {name!r}")
-
-
-def _report(table: "pd.DataFrame", out: Path | None, as_json: bool, about: Mapping[str, Any]) -> None:
-    from . import results
-
-    if out:
-        results.write_table(table, out)
-    if as_json:
-        _print({**about, "rows": results.rows(table)})
-    else:
-        typer.echo(table.to_string(index=False, max_rows=30))
-        typer.echo("\n" + "\n".join(f"{name}: {value}" for name, value in about.items() if value is not None))
-
-
-def _emit(about: Mapping[str, Any], out: Path | None, as_json: bool) -> None:
-    if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(about, indent=1, default=str) + "\n", encoding="utf-8")
-    if as_json:
-        _print(about)
-    else:
-        for name, value in about.items():
-            lines = [f"  {k}: {v}" for k, v in value.items()] if isinstance(value, Mapping) else []
-            typer.echo(f"{name}: {'' if lines else value}".rstrip() + "".join(f"\n{line}" for line in lines))

@@ -36,7 +36,7 @@ def token_errors(
     """
     chosen = list(sites or capture.sites)
     matrices = rotation if rotation is not None else default_rotations(capture.channels)
-    verdicts = massive_names(capture, rules)
+    verdicts = dict(zip(chosen, massive_names(capture, rules, chosen), strict=True))
     texts = np.array(capture.texts, dtype=object)
     parts = []
     for site in chosen:
@@ -57,16 +57,16 @@ def token_errors(
             "quantizer": _repeated([part[2] for part in parts], tokens),
             "error": error,
             "root": np.sqrt(error),
-            "massive": np.concatenate([verdicts[capture.sites.index(part[0])] for part in parts]),
+            "massive": np.concatenate([verdicts[part[0]] for part in parts]),
         }
     )
 
 
-def massive_names(capture: Capture, rules: Sequence[str] = MASSIVE_RULES) -> np.ndarray:
-    """For each (site, token) the rules that call it massive, joined by commas: an object array (sites, tokens)."""
-    names = np.full((len(capture.sites), capture.tokens), "", dtype=object)
+def massive_names(capture: Capture, rules: Sequence[str] = MASSIVE_RULES, sites: Sequence[str] | None = None) -> np.ndarray:
+    """For each (site, token) the rules that call it massive, joined by commas: an object array (sites, tokens); all sites, or those named."""
+    names = np.full((len(capture.sites if sites is None else sites), capture.tokens), "", dtype=object)
     for rule in rules:
-        mask = massive.find(capture, rule).numpy()
+        mask = massive.find(capture, rule, sites).numpy()
         names[mask] = [f"{old},{rule}".lstrip(",") for old in names[mask]]
     return names
 

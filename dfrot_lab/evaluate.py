@@ -20,9 +20,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from . import corpus, gptq, integer, intervene, massive, models, refine, rotations, surgery
+from .gptq import OnPart, nothing
 from .models import LoadedModel
 from .quantize import fake_quantize, squared_error
-from .specs import KEEP_OUT_COUNTS, EvalSpec, RefineSpec, RotationSpec, WeightSpec
+from .specs import KEEP_OUT_COUNTS, CorpusSpec, EvalSpec, RefineSpec, RotationSpec, WeightSpec
 from .store import Artefact, Store, Writer
 
 log = logging.getLogger(__name__)
@@ -33,6 +34,8 @@ LOGIT_ROWS = 256
 RESAMPLES = 9999
 
 KIND = "evaluation"
+
+TextKey = Callable[[CorpusSpec], str]
 
 
 @dataclass(frozen=True)
@@ -118,9 +121,9 @@ def is_rotated(spec: EvalSpec) -> bool:
     return isinstance(spec.rotation, RefineSpec) or spec.rotation.kind != "NR"
 
 
-def rotation_key(spec: RotationSpec | RefineSpec) -> Any:
+def rotation_key(spec: RotationSpec | RefineSpec, text_key: TextKey = corpus.fingerprint) -> Any:
     """JSON-able identity of a rotation: its spec, a refined one's model bytes, a file's digest."""
-    return refine.identity(spec) if isinstance(spec, RefineSpec) else rotations.identity(spec)
+    return refine.identity(spec, text_key) if isinstance(spec, RefineSpec) else rotations.identity(spec)
 
 
 def rotation_matrix(spec: RotationSpec | RefineSpec, channels: int, store: Store) -> Tensor:
@@ -133,7 +136,7 @@ def build_key(spec: EvalSpec) -> Any:
     return {"model": models.fingerprint(spec.model), "rotation": rotation_key(spec.rotation), "weights": canonical(spec).weights.to_dict()}
 
 
-def build(spec: EvalSpec, store: Store) -> Built:
+def build(spec: EvalSpec, store: Store, on_part: OnPart = nothing) -> Built:
     """Load, untie, fuse norms, fuse R1 and R2 and the offline half of R4, quantize the weights: the model that `spec` evaluates."""
     loaded = models.load_model(spec.model, store)
     windows(spec, loaded)  # before minutes of work on weights: is there that much text, and does it fit?
@@ -144,9 +147,18 @@ def build(spec: EvalSpec, store: Store) -> Built:
         surgery.rotate_residual(loaded, R)
         surgery.rotate_heads(loaded)
         surgery.rotate_down(loaded)
-    key = {"model": models.fingerprint(spec.model), "rotation": rotation_key(spec.rotation)}
-    codes = gptq.quantize_weights(loaded, spec.weights, key, store, r4=R is not None)
+    codes = gptq.quantize_weights(loaded, spec.weights, _model_key(spec), store, r4=R is not None, on_part=on_part)
     return Built(loaded, None if R is None else R.to(next(loaded.model.parameters())), codes)
+
+
+def _model_key(spec: EvalSpec) -> Any:
+    """Identity of the rotated model before its weights are quantized."""
+    return {"model": models.fingerprint(spec.model), "rotation": rotation_key(spec.rotation)}
+
+
+def weights_stored(spec: EvalSpec, store: Store) -> bool:
+    """Whether `build` would find the quantized weights of `spec` in the store; always true at 16 bits."""
+    return gptq.is_stored(spec.weights, _model_key(spec), store)
 
 
 def keep_out(spec: EvalSpec, R: Tensor | None) -> surgery.Transform:
@@ -207,36 +219,37 @@ def window_loss(loaded: LoadedModel, ids: Tensor) -> float:
     return total / (len(ids) - 1)
 
 
-def evaluate(spec: EvalSpec, store: Store | None = None, build_model: Callable[[], Built] | None = None) -> EvalResult:
+def evaluate(spec: EvalSpec, store: Store | None = None, build_model: Callable[[], Built] | None = None, on_part: OnPart = nothing) -> EvalResult:
     """The losses `spec` describes, from the store or computed now; a stopped evaluation goes on at the window it was at.
 
     `build_model` supplies the built model when one is needed (so that rows with the same `build_key` can share it); by default it is built here.
+    `on_part` is called after each window that is finished and kept, and may raise to stop there.
     """
     store, spec = store or Store(), canonical(spec)
 
     def make(writer: Writer) -> None:
-        built = build_model() if build_model else build(spec, store)
-        losses, seconds = _losses(built, spec, windows(spec, built.loaded), writer)
+        built = build_model() if build_model else build(spec, store, on_part)
+        losses, seconds = _losses(built, spec, windows(spec, built.loaded), writer, on_part)
         writer.save_json("losses", losses)
         writer.note.update(provenance=built.loaded.provenance, scoring_seconds=seconds)
 
     return _result(spec, store.get_or_make(KIND, inputs(spec), make))
 
 
-def stored(spec: EvalSpec, store: Store) -> EvalResult | None:
-    """The losses `spec` describes if the store has them, else None; computes nothing."""
+def stored(spec: EvalSpec, store: Store, text_key: TextKey = corpus.fingerprint) -> EvalResult | None:
+    """The losses `spec` describes if the store has them, else None; computes nothing. `text_key`, where given, remembers fingerprints of texts."""
     spec = canonical(spec)
-    artefact = store.open(KIND, inputs(spec))
+    artefact = store.open(KIND, inputs(spec, text_key))
     return None if artefact is None else _result(spec, artefact)
 
 
-def inputs(spec: EvalSpec) -> dict[str, Any]:
+def inputs(spec: EvalSpec, text_key: TextKey = corpus.fingerprint) -> dict[str, Any]:
     """What an evaluation's artefact is keyed by: the spec, the rotation's identity, and the bytes of model and text."""
-    content = {**spec.to_dict(), "rotation": rotation_key(spec.rotation)}
-    key: dict[str, Any] = {"spec": content, "model": models.fingerprint(spec.model), "text": corpus.fingerprint(spec.corpus)}
-    key["calibration"] = corpus.fingerprint(spec.weights.corpus) if spec.weights.method == "gptq" else None
+    content = {**spec.to_dict(), "rotation": rotation_key(spec.rotation, text_key)}
+    key: dict[str, Any] = {"spec": content, "model": models.fingerprint(spec.model), "text": text_key(spec.corpus)}
+    key["calibration"] = text_key(spec.weights.corpus) if spec.weights.method == "gptq" else None
     means = spec.corpus.with_(split="calibration")  # whose massive values' means are set
-    return {**key, **({"means": corpus.fingerprint(means)} if spec.set_massive == "mean" else {})}
+    return {**key, **({"means": text_key(means)} if spec.set_massive == "mean" else {})}
 
 
 def windows(spec: EvalSpec, loaded: LoadedModel) -> Tensor:
@@ -255,23 +268,30 @@ def _result(spec: EvalSpec, artefact: Artefact) -> EvalResult:
     return EvalResult(spec, np.array(artefact.json("losses")), float(note["scoring_seconds"]), str(note["provenance"]))
 
 
-def _losses(built: Built, spec: EvalSpec, ids: Tensor, writer: Writer) -> tuple[list[float], float]:
+def _losses(built: Built, spec: EvalSpec, ids: Tensor, writer: Writer, on_part: OnPart) -> tuple[list[float], float]:
     """Each window's loss and the seconds of all, those of a run that was stopped included."""
     names = [f"window-{i:03d}" for i in range(len(ids))]
     with quantized(built, spec):
-        for name, window in zip(tqdm(names, desc=f"{spec.rotation.name} {spec.bits}", unit="window", leave=False), ids, strict=True):
+        bar = tqdm(names, desc=f"{spec.rotation.name} {spec.bits}", unit="window", leave=False)
+        for done, (name, window) in enumerate(zip(bar, ids, strict=True), 1):
             if not writer.has(name):
                 started = time.perf_counter()
                 loss = window_loss(built.loaded, window)
                 writer.save_json(name, [loss, time.perf_counter() - started])
+            on_part("window", done, len(ids))
     losses, seconds = zip(*(writer.load_json(name) for name in names), strict=True)
     for name in names:
         writer.drop(name)
     return list(losses), sum(seconds)
 
 
-def evaluate_all(specs: Sequence[EvalSpec], store: Store | None = None, on_result: Callable[[EvalResult], None] | None = None) -> list[EvalResult]:
-    """`evaluate` for each spec in turn; neighbours that share a built model build it once, and what is stored builds nothing."""
+def evaluate_all(
+    specs: Sequence[EvalSpec], store: Store | None = None, on_result: Callable[[EvalResult], None] | None = None, on_part: OnPart = nothing
+) -> list[EvalResult]:
+    """`evaluate` for each spec in turn; neighbours that share a built model build it once, and what is stored builds nothing.
+
+    `on_part` is told of each finished window, and of each finished layer of weights; what it raises stops the work there, with all that kept.
+    """
     store = store or Store()
     last: dict[str, Any] = {}
 
@@ -279,13 +299,13 @@ def evaluate_all(specs: Sequence[EvalSpec], store: Store | None = None, on_resul
         key = build_key(spec)
         if last.get("key") != key:
             last.clear()  # frees the model before the next one is built
-            last.update(key=key, built=build(spec, store))
+            last.update(key=key, built=build(spec, store, on_part))
         built: Built = last["built"]
         return built
 
     results = []
     for spec in specs:
-        results.append(evaluate(spec, store, partial(shared, spec)))
+        results.append(evaluate(spec, store, partial(shared, spec), on_part))
         if on_result:
             on_result(results[-1])
     return results

@@ -189,7 +189,7 @@ def plot_value_counts(values: pd.DataFrame, rotation: str, *, ax: Axes | None = 
 def plot_logit_errors(steps: pd.DataFrame, tolerance: float, *, ax: Axes | None = None) -> Axes:
     """Relative error of the logits after each step, on a log axis; red beyond `tolerance`, the dashed line. Columns: step, error."""
     ax = _axes(ax)
-    floor = float(steps.loc[steps["error"] > 0, "error"].min()) / 10
+    floor = min([tolerance, *steps.loc[steps["error"] > 0, "error"]]) / 10
     for place, error in enumerate(steps["error"]):
         colour = MASSIVE_COLOUR if error > tolerance else COLOURS["RH"]
         ax.plot(max(error, floor), place, ls="", marker="D" if error > tolerance else "o", c=colour, mfc=colour if error else "white", ms=7)

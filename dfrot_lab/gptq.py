@@ -6,7 +6,7 @@ really sends, activations unquantised (as QuaRot). Every finished layer is kept,
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -25,11 +25,18 @@ log = logging.getLogger(__name__)
 LayerCodes = dict[str, Quantized]
 """The quantized weights of one decoder layer by linear name."""
 
+OnPart = Callable[[str, int, int], None]
+"""Told of every finished part of long work: what it is (`layer`, `window`), how many are done, of how many. It may raise to stop the work there."""
+
 COLUMNS = 128
 """Columns quantized before the rest of the matrix hears of their error in one product: GPTQ's lazy batch."""
 
 HESSIAN_BLOCK = 192
 """Columns of a Hessian computed at once: half of it is known by symmetry, and narrower products are slower."""
+
+
+def nothing(_part: str, _done: int, _total: int) -> None:
+    """The OnPart that listens to nothing."""
 
 
 def rtn(weight: Tensor, spec: WeightSpec) -> Quantized:
@@ -108,27 +115,39 @@ def _codes(codes: Tensor, scale: Tensor, spec: WeightSpec) -> Quantized:
     return Quantized(codes.to(torch.int8 if spec.quantizer.bits <= 8 else torch.int32), scale, torch.zeros_like(scale))
 
 
-def quantize_weights(loaded: LoadedModel, spec: WeightSpec, key: Any, store: Store | None = None, *, r4: bool = True) -> list[LayerCodes]:
+def is_stored(spec: WeightSpec, key: Any, store: Store) -> bool:
+    """Whether `quantize_weights` of the model with identity `key` would find its codes in the store; always true at 16 bits."""
+    return spec.quantizer.bits == 16 or store.open("weights", _inputs(spec, key)) is not None
+
+
+def _inputs(spec: WeightSpec, key: Any) -> dict[str, Any]:
+    """What the quantized weights of the model with identity `key` are keyed by."""
+    spec = spec.with_(corpus=corpus.resolve(spec.corpus))
+    text = {"text": corpus.fingerprint(spec.corpus)} if spec.method == "gptq" else {}
+    return {"weights": spec.to_dict(), "model": key, **text}
+
+
+def quantize_weights(
+    loaded: LoadedModel, spec: WeightSpec, key: Any, store: Store | None = None, *, r4: bool = True, on_part: OnPart = nothing
+) -> list[LayerCodes]:
     """Put quantized weights into every linear of `loaded` (rotated as wanted; `r4` says whether down_proj gets R4), from the store or computed now.
 
     `key` is the JSON-able identity of the model as it is, bytes and rotation (so that `r4` follows from it): the weights are stored under it.
-    lm_head and embedding stay as they are. Returns the codes, one mapping a layer, memory-mapped; an empty list at 16 bits.
+    lm_head and embedding stay as they are. Returns the codes, one mapping a layer, memory-mapped; an empty list at 16 bits. `on_part` is told of each
+    layer once it is kept.
     """
     if spec.quantizer.bits == 16:
         return []
     spec = spec.with_(corpus=corpus.resolve(spec.corpus))
-    inputs: dict[str, Any] = {"weights": spec.to_dict(), "model": key}
-    if spec.method == "gptq":
-        inputs["text"] = corpus.fingerprint(spec.corpus)
     store = store or Store()
 
     def make(writer: Writer) -> None:
         if spec.method == "gptq":
-            _run_gptq(loaded, spec, writer, r4)
+            _run_gptq(loaded, spec, writer, r4, on_part)
         else:
-            _run_rtn(loaded, spec, writer)
+            _run_rtn(loaded, spec, writer, on_part)
 
-    artefact = store.get_or_make("weights", inputs, make)
+    artefact = store.get_or_make("weights", _inputs(spec, key), make)
     return [_install(layer, artefact.tensors(_file(index))) for index, layer in enumerate(loaded.layers)]
 
 
@@ -156,14 +175,15 @@ def _save(writer: Writer, index: int, done: dict[str, Quantized]) -> None:
     writer.save_tensors(_file(index), tensors)
 
 
-def _run_rtn(loaded: LoadedModel, spec: WeightSpec, writer: Writer) -> None:
+def _run_rtn(loaded: LoadedModel, spec: WeightSpec, writer: Writer, on_part: OnPart) -> None:
     for index, layer in enumerate(tqdm(loaded.layers, desc="RTN", unit="layer", leave=False)):
         if not writer.has(_file(index)):
             _save(writer, index, {name: rtn(models.linear(layer, name).weight, spec) for name in loaded.roles.linears})
+        on_part("layer", index + 1, len(loaded.layers))
 
 
 @torch.inference_mode()
-def _run_gptq(loaded: LoadedModel, spec: WeightSpec, writer: Writer, r4: bool) -> None:
+def _run_gptq(loaded: LoadedModel, spec: WeightSpec, writer: Writer, r4: bool, on_part: OnPart) -> None:
     models.check_tokens(loaded, spec.window)
     ids = corpus.token_blocks(spec.corpus, loaded.tokenizer, blocks=spec.windows, window=spec.window)
     log.info("GPTQ to %d bits on %d x %d tokens of %s", spec.quantizer.bits, *ids.shape, spec.corpus.name)
@@ -178,7 +198,7 @@ def _run_gptq(loaded: LoadedModel, spec: WeightSpec, writer: Writer, r4: bool) -
             else:
                 for names in groups:
                     stack.enter_context(_quantized_on_arrival(layer, names, spec, done))
-            stack.callback(layer.register_forward_hook(_finished(writer, index, done, bar)).remove)
+            stack.callback(layer.register_forward_hook(_finished(writer, index, done, bar, on_part)).remove)
         models.body(loaded)(ids.to(loaded.device), use_cache=False)
 
 
@@ -200,10 +220,11 @@ def _quantized_on_arrival(layer: nn.Module, names: tuple[str, ...], spec: Weight
         handle.remove()
 
 
-def _finished(writer: Writer, index: int, done: dict[str, Quantized], bar: Any) -> Any:
+def _finished(writer: Writer, index: int, done: dict[str, Quantized], bar: Any, on_part: OnPart) -> Any:
     def save(_layer: nn.Module, _args: Any, _output: Any) -> None:
         if done:
             _save(writer, index, done)
         bar.update()
+        on_part("layer", index + 1, bar.total)
 
     return save

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from matplotlib.figure import Figure
+from torch import Tensor
 
 from . import corpus, errors, evaluate, figures, massive, results
 from .capture import Capture, capture
@@ -84,6 +86,16 @@ class Setting:
         return spec.with_(weights=spec.weights.with_(method=weights or self.weights, **calibration))
 
 
+def row_label(spec: EvalSpec) -> str:
+    """A row's rotation in words: `RO`, `RO, kept out`, `full precision`."""
+    return "full precision" if spec.bits == "16-16-16" else spec.rotation.name + (", kept out" if spec.keep_out else "")
+
+
+def row_name(spec: EvalSpec) -> str:
+    """A row in words: `RO 4-4-16, kept out`."""
+    return "full precision" if spec.bits == "16-16-16" else f"{spec.rotation.name} {spec.bits}" + (", kept out" if spec.keep_out else "")
+
+
 def main_specs(setting: Setting) -> list[EvalSpec]:
     """Full precision; NR, RO, RH, DFRot at all bits, RO and RH also with massive tokens kept out; then RO and RH at 16-4-16 with more seeds.
 
@@ -127,12 +139,12 @@ def _minutes(seconds: float) -> str:
 
 @dataclass(frozen=True)
 class MainResult:
-    """What the main job found: results rows as a table, the evaluations, the capture and the refinement."""
+    """What the main job found: results rows as a table, the capture, and the refinement (None in a report made before there is one)."""
 
     setting: Setting
     table: pd.DataFrame
     capture: Capture
-    refinement: RefineResult
+    refinement: RefineResult | None
 
 
 def main(setting: Setting, store: Store | None = None) -> MainResult:
@@ -159,16 +171,22 @@ def main(setting: Setting, store: Store | None = None) -> MainResult:
 
 
 def costs(specs: Sequence[EvalSpec], store: Store) -> list[float]:
-    """Nominal seconds of each row: nothing if it is stored, else its windows, and the build where it is the first to need it."""
+    """Nominal seconds of each row: nothing if it is stored, else as `costs_of_missing`."""
+    missing = [spec for spec in specs if evaluate.stored(spec, store) is None]
+    cost = dict(zip(missing, costs_of_missing(missing), strict=True))
+    return [cost.get(spec, 0.0) for spec in specs]
+
+
+def costs_of_missing(specs: Sequence[EvalSpec]) -> list[float]:
+    """Nominal seconds of each row: its windows, and the build where it is the first to need it."""
     built: set[str] = set()
     costs = []
     for spec in specs:
-        cost, key = 0.0, str(evaluate.build_key(spec))
-        if evaluate.stored(spec, store) is None:
-            cost = NOMINAL_SECONDS["window"] * spec.windows
-            if key not in built:
-                cost += NOMINAL_SECONDS["build"] + NOMINAL_SECONDS["gptq"] * (spec.weights.quantizer.bits < 16)
-            built.add(key)
+        cost, key = NOMINAL_SECONDS["window"] * spec.windows, str(evaluate.build_key(spec))
+        if key not in built:
+            by_gptq = spec.weights.method == "gptq" and spec.weights.quantizer.bits < 16
+            cost += NOMINAL_SECONDS["build"] + NOMINAL_SECONDS["gptq"] * by_gptq
+        built.add(key)
         costs.append(cost)
     return costs
 
@@ -177,11 +195,12 @@ def main_table(found: Sequence[EvalResult]) -> pd.DataFrame:
     """Perplexity rows, then paired differences: each rotation minus RH at the same bits, and each keep-out row's gain over its own rotation."""
     rows: list[dict[str, Any]] = [results.row(result) for result in found]
     plain = {(r.spec.rotation.name, r.spec.bits, results.seed_of(r.spec)): r for r in found if r.spec.keep_out is None}
-    base = next(seed for name, _, seed in plain if name == "RH")
+    base = next((seed for name, _, seed in plain if name == "RH"), None)
     for result in found:
         name, bits, seed = result.spec.rotation.name, result.spec.bits, results.seed_of(result.spec)
         if result.spec.keep_out:
-            rows.append(results.difference_row(result, plain[name, bits, seed], name))
+            if reference := plain.get((name, bits, seed)):
+                rows.append(results.difference_row(result, reference, name))
         elif name != "RH" and (reference := plain.get(("RH", bits, base if seed is None else seed))):
             rows.append(results.difference_row(result, reference, "RH"))
     return results.table(rows)
@@ -200,32 +219,48 @@ def figure_site(sites: Sequence[str]) -> str:
 
 def save_main(result: MainResult, folder: Path) -> list[Path]:
     """Draw the main figures into `folder`: residual stream, errors, the massive token, refinement, perplexity. Returns the PNGs."""
-    recorded, site = result.capture, error_site(result.capture)
-    matrices = {**errors.default_rotations(recorded.channels, result.setting.seed), "DFRot": result.refinement.R}
-    token = int(recorded.residual_max[recorded.sites.index(site)].argmax())
-    quantizer = result.setting.refine.quantizer  # the evaluation's and the refinement's own
-    wide = errors.wide(errors.token_errors(recorded, matrices, [quantizer], sites=[site]))
     about = {
         "model": result.setting.model.source,
         "corpus": result.setting.corpus,
         "seed": result.setting.seed,
-        "capture": recorded.key,
-        "quantizer": quantizer.name,
+        "capture": result.capture.key,
+        "quantizer": result.setting.refine.quantizer.name,
     }
     with figures.theme():
-        residual, axes = figures.plt.subplots(1, 2, figsize=(10, 3.6))
-        figures.plot_residual(recorded.residual_max, recorded.residual_median, ax=axes[0])
-        figures.plot_history(result.refinement.history, ax=axes[1])
-        drawn: dict[str, tuple[Any, dict[str, Any]]] = {
-            "residual-and-refinement": (residual, {"refine": result.setting.refine.to_dict()}),
-            "token-errors": (figures.figure_errors(wide), {"site": site, "rows": len(wide)}),
-            "massive-token-values": (
-                figures.figure_massive_token(errors.massive_values(recorded, site, token, matrices, quantizer)),
-                {"site": site, "token": token},
-            ),
-            "perplexity": (figures.figure_perplexity(result.table), {"rows": sorted(set(result.table["spec"]))}),
-        }
+        drawn = main_figures(result, error_table(result))
         return [figures.save_figure(fig, name, folder, {**about, **extra}) for name, (fig, extra) in drawn.items()]
+
+
+def main_matrices(result: MainResult) -> dict[str, Tensor]:
+    """NR, RO, RH and, where there is a refinement, DFRot: float64 (channels, channels) each."""
+    refined_too = {} if result.refinement is None else {"DFRot": result.refinement.R}
+    return {**errors.default_rotations(result.capture.channels, result.setting.seed), **refined_too}
+
+
+def error_table(result: MainResult) -> pd.DataFrame:
+    """Each token's error at the main figures' site, a column a rotation, by the evaluation's and the refinement's own quantizer."""
+    site = error_site(result.capture)
+    return errors.wide(errors.token_errors(result.capture, main_matrices(result), [result.setting.refine.quantizer], sites=[site]))
+
+
+def main_figures(result: MainResult, wide: pd.DataFrame) -> dict[str, tuple[Figure, dict[str, Any]]]:
+    """The main figures by name, each with what it was made from; without refinement or rows their pictures are left out. Draw inside `theme`."""
+    recorded, quantizer, site = result.capture, result.setting.refine.quantizer, error_site(result.capture)
+    token = int(recorded.residual_max[recorded.sites.index(site)].argmax())
+    values = errors.massive_values(recorded, site, token, main_matrices(result), quantizer)
+    refined_too = result.refinement is not None
+    residual, axes = figures.plt.subplots(1, 1 + refined_too, figsize=(10 if refined_too else 5.2, 3.6), squeeze=False)
+    figures.plot_residual(recorded.residual_max, recorded.residual_median, ax=axes[0, 0])
+    if result.refinement is not None:
+        figures.plot_history(result.refinement.history, ax=axes[0, 1])
+    drawn: dict[str, tuple[Figure, dict[str, Any]]] = {
+        "residual-and-refinement": (residual, {"refine": result.setting.refine.to_dict()}),
+        "token-errors": (figures.figure_errors(wide), {"site": site, "rows": len(wide)}),
+        "massive-token-values": (figures.figure_massive_token(values), {"site": site, "token": token}),
+    }
+    if any(results.label(row) != "full precision" for row in results.records(result.table)):
+        drawn["perplexity"] = (figures.figure_perplexity(result.table), {"rows": sorted(set(result.table["spec"]))})
+    return drawn
 
 
 def save_run(result: MainResult, folder: Path) -> None:

@@ -11,6 +11,7 @@ The first and last need the residual stream, so they need a Capture; the other t
 takes almost all of the norm sqrt(C), so it lies on a symmetric grid already: that is why its unrotated error is *small*.
 """
 
+from collections.abc import Sequence
 from functools import cache
 
 import pandas as pd
@@ -27,6 +28,7 @@ NR_ERROR_ROOT, NR_ERROR_CHANNELS = 8.5, 4096
 KEEP_OUT_ROOT = 9.5
 """The released evaluation's own threshold for `QuaRot.FP16()`, a little wider than refinement's 8.5, at the same C = 4096."""
 PREFIX_RATIO = 64.0
+ROWS_RULES = ("nr_error", "ro_vs_nr")
 RULE_QUANTIZER = QuantSpec(bits=4, symmetric=True)
 
 
@@ -49,17 +51,24 @@ def rows_rule(x: Tensor, rule: str, *, root: float = NR_ERROR_ROOT) -> Tensor:
     raise ValueError(f"rule must be nr_error or ro_vs_nr for rows alone (sun and ratio need the residual stream of a Capture); got {rule!r}")
 
 
-def find(capture: Capture, rule: str) -> Tensor:
-    """Massive mask (sites, tokens) of a capture by one of the four rules."""
+def residual_rule(magnitude: Tensor, median: Tensor, rule: str) -> Tensor:
+    """Massive mask (sites, tokens) by `sun` or `ratio`, from each token's largest |a| in the residual stream and the median |a| (sites,)."""
     if rule == "sun":
-        magnitude = capture.residual_max
-        return (magnitude > SUN_ABSOLUTE) & (magnitude >= SUN_RATIO * capture.residual_median[:, None])
+        return (magnitude > SUN_ABSOLUTE) & (magnitude >= SUN_RATIO * median[:, None])
     if rule == "ratio":
-        magnitude = capture.residual_max
         return magnitude > PREFIX_RATIO * magnitude.median(dim=1, keepdim=True).values
+    raise ValueError(f"rule must be sun or ratio for the residual stream; got {rule!r}")
+
+
+def find(capture: Capture, rule: str, sites: Sequence[str] | None = None) -> Tensor:
+    """Massive mask (sites, tokens) of a capture by one of the four rules, at all its sites or those named."""
     if rule not in MASSIVE_RULES:
         raise ValueError(f"rule must be one of {', '.join(MASSIVE_RULES)}; got {rule!r}")
-    return torch.stack([rows_rule(capture.rows(site), rule) for site in capture.sites])
+    chosen = capture.sites if sites is None else list(sites)
+    if rule in ROWS_RULES:
+        return torch.stack([rows_rule(capture.rows(site), rule) for site in chosen])
+    places = [capture.place(site) for site in chosen]
+    return residual_rule(capture.residual_max[places], capture.residual_median[places], rule)
 
 
 def table(capture: Capture) -> pd.DataFrame:

@@ -1,16 +1,25 @@
 """The paper's published numbers beside ours: every number it prints, what we measured in its place, the command, or the reason there is none."""
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from . import results, zeroshot
-from .mainjob import figure_site
+from .evaluate import EvalResult
+from .mainjob import figure_site, row_label
 
 PLACE = ("table", "method", "weight_quantizer", "w_a_kv_bits", "metric", "note")
 """The columns that say which number of the paper a line is, whatever the model."""
+
+PUBLISHED = Path(__file__).parents[1] / "data" / "paper" / "published.csv"
+"""The published numbers in a checkout; an installed package is without them."""
+
+PERPLEXITY_TABLES = ("T2", "T1", "T2old")
+"""The paper's tables of perplexities, the newest first."""
 
 METHODS = {"NR": "GPTQ", "RO": "QuaRot-RO", "RH": "QuaRot-RH", "DFRot": "DFRot"}
 """Our rotations by the names of the paper's rows; without a rotation its row has the weight quantizer's name."""
@@ -51,6 +60,38 @@ def beside(numbers: pd.DataFrame, measured: pd.DataFrame) -> pd.DataFrame:
 
 def _reason(row: Mapping[str, Any]) -> str:
     return next((reason for holds, reason in ABSENT if holds(row)), "not measured yet: run the experiment")
+
+
+def beside_rows(found: Sequence[EvalResult]) -> pd.DataFrame:
+    """The paper's perplexities in the evaluations' places: row, bits, a column a model (as printed), ours last; empty outside a checkout."""
+    nothing = pd.DataFrame(columns=["row", "bits", "ours"])
+    if not PUBLISHED.exists() or not found:
+        return nothing
+    rows = [results.statistic_row(result, results.PERPLEXITY, result.perplexity, (math.nan, math.nan)) for result in found]
+    table = results.table(rows).assign(extra_minutes=math.nan)
+    numbers = _checkouts_numbers()
+    measured = ours({"main-table": table, "keep-out": table[table["weights"] == "gptq"]})
+    both = beside(numbers[numbers["metric"] == "wikitext2_ppl"], measured)
+    newest = pd.concat([both[(both["table"] == source) & both["command"].notna()] for source in PERPLEXITY_TABLES])
+    if newest.empty:
+        return nothing
+    newest = newest.assign(row=newest["method"].map(_row_label), bits=newest["w_a_kv_bits"])
+    models = list(dict.fromkeys(newest["model"]))
+    wide = newest.pivot_table(index=["row", "bits"], columns="model", values="printed", aggfunc="first", sort=False)[models]
+    mine = newest.groupby(["row", "bits"], sort=False)["ours"].first()
+    places = dict.fromkeys((row_label(result.spec), result.spec.bits) for result in found)
+    return wide.assign(ours=mine).loc[[place for place in places if place in wide.index]].reset_index().rename_axis(columns=None)
+
+
+@cache
+def _checkouts_numbers() -> pd.DataFrame:
+    return published(PUBLISHED)
+
+
+def _row_label(method: str) -> str:
+    """Our name of a row from the paper's."""
+    names = {name: rotation for rotation, name in METHODS.items()} | {"FP16": "full precision", "RTN": "NR"}
+    return names[method.removesuffix(".FP16()")] + (", kept out" if method.endswith(".FP16()") else "")
 
 
 def spread(both: pd.DataFrame, table: str) -> pd.DataFrame:

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -21,8 +22,8 @@ from . import corpus, descent, massive, models, rotations
 from .capture import capture
 from .descent import ROWS_AT_ONCE
 from .quantize import fake_quantize, squared_error
-from .specs import QuantSpec, RefineSpec
-from .store import Store, Writer
+from .specs import CorpusSpec, QuantSpec, RefineSpec
+from .store import Artefact, Store, Writer
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +66,8 @@ class _State:
 
 
 Checkpoint = Callable[[_State], None]
+OnStep = Callable[[int, Callable[[], Tensor]], None]
+"""Called after every step with its number and what gives that step's R (channels, channels) float64, made only if it is called."""
 
 
 def procrustes(a: Tensor, b: Tensor) -> Tensor:
@@ -119,12 +122,19 @@ def _losses(error: Tensor, weights: Tensor, mask: Tensor) -> dict[str, float]:
 
 
 def refine(
-    rows: Tensor, spec: RefineSpec, mask: Tensor | None = None, *, state: _State | None = None, checkpoint: Checkpoint | None = None
+    rows: Tensor,
+    spec: RefineSpec,
+    mask: Tensor | None = None,
+    *,
+    state: _State | None = None,
+    checkpoint: Checkpoint | None = None,
+    on_step: OnStep | None = None,
 ) -> RefineResult:
     """Refine R1 on normalised, unrotated `rows` (tokens, channels) float32 as `spec` says (its `capture` field is not looked at).
 
     `mask` (tokens,) marks massive rows; without it the spec's rule finds them (nr_error and ro_vs_nr need the rows alone). R stays orthogonal to
-    1e-5. Raises ValueError for rows that are not finite, and for gamma = inf with no massive row.
+    1e-5. With `on_step` there is no progress bar: who watches shows one. Raises ValueError for rows that are not finite, and for gamma = inf with no
+    massive row.
     """
     finite = torch.cat([part.isfinite().all(1) for part in rows.split(ROWS_AT_ONCE)])
     if not finite.all():
@@ -138,32 +148,39 @@ def refine(
     state.momentum = None if state.momentum is None else state.momentum.to(rows)
     weights = row_weights(mask, spec.gamma)
     run = {"accelerated": _accelerate, "as_released": _as_released}.get(spec.variant, _alternate)
-    run(rows, spec, mask, weights, start, state, checkpoint or (lambda _state: None))
+    run(rows, spec, mask, weights, start, state, checkpoint or (lambda _state: None), on_step)
     R = state.best if spec.variant in ("accelerated", "guarded") else state.R
     return RefineResult(rotations.check(R), pd.DataFrame(state.history))
 
 
-def _alternate(rows: Tensor, spec: RefineSpec, mask: Tensor, weights: Tensor, start: Tensor, state: _State, checkpoint: Checkpoint) -> None:
+def _alternate(
+    rows: Tensor, spec: RefineSpec, mask: Tensor, weights: Tensor, start: Tensor, state: _State, checkpoint: Checkpoint, on_step: OnStep | None
+) -> None:
     """The paper's steps (Eq. 4-8). The history's row t holds the losses of the R that t steps made, so it has steps + 1 rows."""
     steps = range(len(state.history), spec.steps + 1)
-    for step in tqdm(steps, desc=f"refine (gamma {spec.gamma:g})", unit="step", initial=len(state.history), total=spec.steps + 1, leave=False):
+    bar: Any = {"unit": "step", "initial": len(state.history), "total": spec.steps + 1, "leave": False, "disable": on_step is not None}
+    for step in tqdm(steps, desc=f"refine (gamma {spec.gamma:g})", **bar):
         product, losses = half_step(rows, state.R, weights, mask, spec.quantizer)
         if losses["objective"] < min((h["objective"] for h in state.history), default=math.inf):
             state.best = state.R
         _note(state, step, losses, start)
+        if on_step is not None:
+            on_step(step, partial(_current, state))
         if step < spec.steps:
             state.R = polar(product)
         if step % CHECKPOINT_EVERY == CHECKPOINT_EVERY - 1:
             checkpoint(state)
 
 
-def _accelerate(rows: Tensor, spec: RefineSpec, mask: Tensor, weights: Tensor, start: Tensor, state: _State, checkpoint: Checkpoint) -> None:
+def _accelerate(
+    rows: Tensor, spec: RefineSpec, mask: Tensor, weights: Tensor, start: Tensor, state: _State, checkpoint: Checkpoint, on_step: OnStep | None
+) -> None:
     """The paper's objective, minimised sooner: `descent`'s steps with momentum, each on a part of the rows, checked on all of them.
 
     The history has one row a check. A check that finds no gain goes back to the best R without momentum and halves the step.
     """
     metric, parts = descent.metric(rows, weights), descent.parts(mask, weights)
-    bar = tqdm(desc=f"refine (gamma {spec.gamma:g})", unit="step", total=spec.steps, leave=False)
+    bar = tqdm(desc=f"refine (gamma {spec.gamma:g})", unit="step", total=spec.steps, leave=False, disable=on_step is not None)
     while not state.history or state.history[-1]["step"] < spec.steps:
         done = int(state.history[-1]["step"]) if state.history else 0
         bar.update(done - bar.n)
@@ -174,6 +191,8 @@ def _accelerate(rows: Tensor, spec: RefineSpec, mask: Tensor, weights: Tensor, s
                 state.momentum = move if state.momentum is None else state.momentum.mul_(MOMENTUM).add_(move)
                 R = descent.turn(R, state.momentum, state.length)
                 bar.update()
+                if on_step is not None:
+                    on_step(step + 1, partial(metric.out_of, R))
             state.R = metric.out_of(R)
         losses = losses_of(rows, state.R, weights, mask, spec.quantizer)
         if losses["objective"] < min((h["objective"] for h in state.history), default=math.inf):
@@ -186,13 +205,15 @@ def _accelerate(rows: Tensor, spec: RefineSpec, mask: Tensor, weights: Tensor, s
     state.best = descent.orthonormal(state.best)
 
 
-def _as_released(rows: Tensor, spec: RefineSpec, mask: Tensor, weights: Tensor, start: Tensor, state: _State, checkpoint: Checkpoint) -> None:
+def _as_released(
+    rows: Tensor, spec: RefineSpec, mask: Tensor, weights: Tensor, start: Tensor, state: _State, checkpoint: Checkpoint, on_step: OnStep | None
+) -> None:
     """The released optimiser: SVD then QR (which flips column signs), and its accept test on the weighted Frobenius error.
 
     A rejected step would be tried again with the same outcome for ever, so the loop ends there.
     """
     R, bound = state.R, math.inf
-    for step in tqdm(range(spec.steps + 1), desc="refine (as released)", unit="step", leave=False):
+    for step in tqdm(range(spec.steps + 1), desc="refine (as released)", unit="step", leave=False, disable=on_step is not None):
         product, losses = half_step(rows, R, weights, mask, spec.quantizer)
         frobenius = math.sqrt(losses["objective"] * len(rows))
         if step and not bound - frobenius > RELEASED_GAIN:
@@ -200,8 +221,14 @@ def _as_released(rows: Tensor, spec: RefineSpec, mask: Tensor, weights: Tensor, 
         bound = frobenius + RELEASED_SLACK
         state.R = R
         _note(state, step, losses, start)
+        if on_step is not None:
+            on_step(step, partial(_current, state))
         R = torch.linalg.qr(polar(product))[0]
         checkpoint(state)
+
+
+def _current(state: _State) -> Tensor:
+    return state.R
 
 
 def _note(state: _State, step: int, losses: dict[str, float], start: Tensor) -> None:
@@ -209,27 +236,45 @@ def _note(state: _State, step: int, losses: dict[str, float], start: Tensor) -> 
     state.history.append({"step": step, **losses, "best": best, "distance": rotations.distance(state.R, start)})
 
 
-def refined(spec: RefineSpec, store: Store | None = None) -> RefineResult:
-    """The refinement `spec` describes, from the store or computed now on the rows of its capture; a stopped run goes on at its last checkpoint."""
+def stored(spec: RefineSpec, store: Store) -> RefineResult | None:
+    """The refinement `spec` describes if the store has it, else None; computes nothing."""
+    artefact = store.open("refine", {"refine": identity(spec)})
+    return None if artefact is None else _result(artefact)
+
+
+def refined(spec: RefineSpec, store: Store | None = None, checkpoint: Checkpoint | None = None) -> RefineResult:
+    """The refinement `spec` describes, from the store or computed now on the rows of its capture; a stopped run goes on at its last checkpoint.
+
+    `checkpoint` sees the state each time it has been saved; what it raises stops the run there.
+    """
     store = store or Store()
     recorded = capture(spec.capture, store)
 
     def make(writer: Writer) -> None:
-        rows, mask = (x.to(models.device()) for x in _sample(recorded.all_rows(), massive.find(recorded, spec.rule).flatten(), spec))
+        rows, mask = (x.to(models.device()) for x in sample_rows(recorded.all_rows(), massive.find(recorded, spec.rule).flatten(), spec))
         log.info("refining on %d rows, %d of them massive (%s)", len(rows), int(mask.sum()), spec.rule)
         started = time.perf_counter()
-        result = refine(rows, spec, mask, state=_resume(writer, spec), checkpoint=lambda state: _save_state(writer, state))
+
+        def save(state: _State) -> None:
+            _save_state(writer, state)
+            if checkpoint is not None:
+                checkpoint(state)
+
+        result = refine(rows, spec, mask, state=_resume(writer, spec), checkpoint=save)
         writer.save_tensors("R1", {"R1": result.R})
         writer.save_json("history", result.history.to_dict("records"))
         writer.note.update(seconds=time.perf_counter() - started)
         writer.drop("state")
 
-    artefact = store.get_or_make("refine", {"refine": identity(spec)}, make)
+    return _result(store.get_or_make("refine", {"refine": identity(spec)}, make))
+
+
+def _result(artefact: Artefact) -> RefineResult:
     history = pd.DataFrame(artefact.json("history"), columns=list(HISTORY))
     return RefineResult(artefact.tensors("R1")["R1"], history, float(artefact.manifest["note"].get("seconds", math.nan)))
 
 
-def _sample(rows: Tensor, mask: Tensor, spec: RefineSpec) -> tuple[Tensor, Tensor]:
+def sample_rows(rows: Tensor, mask: Tensor, spec: RefineSpec) -> tuple[Tensor, Tensor]:
     """The rows to refine on and their mask: all, or as many as the spec says, drawn with the seed of its start, in their order."""
     if spec.rows is None:
         return rows, mask
@@ -239,13 +284,13 @@ def _sample(rows: Tensor, mask: Tensor, spec: RefineSpec) -> tuple[Tensor, Tenso
     return rows[chosen], mask[chosen]
 
 
-def identity(spec: RefineSpec) -> dict[str, Any]:
+def identity(spec: RefineSpec, text_key: Callable[[CorpusSpec], str] = corpus.fingerprint) -> dict[str, Any]:
     """What a refined rotation is keyed by, without running anything: the spec, and the bytes of model, text and a start from a file."""
     text = corpus.resolve(spec.capture.corpus)
     return {
         "spec": spec.with_(capture=spec.capture.with_(corpus=text)).to_dict(),
         "model": models.fingerprint(spec.capture.model),
-        "text": corpus.fingerprint(text),
+        "text": text_key(text),
         "init": rotations.identity(spec.init),
     }
 

@@ -45,11 +45,12 @@ def fuse_norms(loaded: LoadedModel) -> None:
     _require_untied(loaded)
     for layer in loaded.layers:
         for _, norm, linears in loaded.roles.feeds:
-            _fuse_norm(linear(layer, norm), [linear(layer, name) for name in linears])
-    _fuse_norm(linear(loaded.model, loaded.roles.final_norm), [linear(loaded.model, loaded.roles.lm_head)])
+            fuse_norm(linear(layer, norm), [linear(layer, name) for name in linears])
+    fuse_norm(linear(loaded.model, loaded.roles.final_norm), [linear(loaded.model, loaded.roles.lm_head)])
 
 
-def _fuse_norm(norm: nn.Linear, linears: list[nn.Linear]) -> None:
+def fuse_norm(norm: nn.Linear, linears: list[nn.Linear]) -> None:
+    """Move one norm's gain g into the `linears` that alone read it, W -> W diag(g), g -> 1: their outputs stay as they were."""
     for reader in linears:
         reader.weight.data.mul_(norm.weight)  # one product a value: rounded once, as if it were taken in float64
     norm.weight.data.fill_(1)

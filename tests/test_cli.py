@@ -21,7 +21,7 @@ from dfrot_lab.specs import RotationSpec
 DONE = "[0-9a-f]*[0-9a-f]/manifest.json"
 """Finished artefacts only: the folder of one being made ends in .partial."""
 
-COMMANDS = ("run", "capture", "errors", "refine", "evaluate", "experiment", "figures", "models", "doctor", "fetch")
+COMMANDS = ("run", "capture", "errors", "refine", "evaluate", "experiment", "figures", "report", "models", "doctor", "fetch")
 
 
 @pytest.fixture

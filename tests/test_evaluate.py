@@ -11,7 +11,7 @@ from conftest import CONTEXT, FAMILIES, tiny_model
 from scipy import stats
 
 from dfrot_lab import evaluate as module
-from dfrot_lab import massive, models, rotations, surgery
+from dfrot_lab import gptq, massive, models, rotations, surgery
 from dfrot_lab.evaluate import (
     EvalResult,
     bootstrap,
@@ -395,9 +395,9 @@ def test_evaluate_all_builds_once_for_neighbours_that_share_a_model(base, store,
     built: list[str] = []
     real = module.build
 
-    def counted(spec: EvalSpec, store: Store) -> module.Built:
+    def counted(spec: EvalSpec, store: Store, *listener: gptq.OnPart) -> module.Built:
         built.append(f"{spec.rotation.name} {spec.bits}")
-        return real(spec, store)
+        return real(spec, store, *listener)
 
     monkeypatch.setattr(module, "build", counted)
     specs = [at(base, bits, rotation=rotation) for rotation in (RO, RH) for bits in ("16-4-16", "16-4-4", "16-16-16")]

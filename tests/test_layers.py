@@ -16,7 +16,7 @@ PACKAGE = Path(dfrot_lab.__file__).parent
 FILES = sorted(PACKAGE.glob("*.py"))
 
 LAYERS = (
-    ("specs", "memory"),
+    ("specs", "memory", "markup"),
     ("hadamard", "rotations", "quantize"),
     ("store", "wheels", "models", "corpus"),
     ("surgery", "capture", "massive", "errors", "integer", "intervene", "profiles", "theory", "descent"),
@@ -34,9 +34,11 @@ LAYERS = (
         "gallery",
         "explore",
         "doctor",
+        "report",
+        "report_page",
         "estimate",
     ),
-    ("cli", "__main__"),
+    ("cli", "cli_output", "__main__"),
 )
 """The layer table of the design, lowest first; `doctor` only looks at what the layers below it made."""
 LAYER = {module: number for number, modules in enumerate(LAYERS) for module in modules}

@@ -4,6 +4,7 @@ To make the outputs again after a change, from the repository's root (record_tim
 fetched, run it once more: progress bars are outputs too, and a test below refuses them.
 
     jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False notebooks/*.ipynb
+    python tests/strip_views.py notebooks/09-explorer.ipynb notebooks/10-teach.ipynb
 """
 
 import ast
@@ -16,8 +17,10 @@ from statistics import median
 import nbformat
 import pytest
 from nbclient import NotebookClient
+from strip_views import VIEW, strip_views
 
 from dfrot_lab import zeroshot
+from dfrot_lab.explore import lesson
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
@@ -25,6 +28,10 @@ MACHINE_PATH = re.compile(r"/(root|home|work|tmp|Users|mnt|opt|var)/|\b[A-Z]:\\"
 CELL_TIMEOUT_S = 900
 WITH_TASKS = {"06-w4a4-end-to-end", "07-paper-tables"}
 """Notebooks that score tasks, whose items are not in the package."""
+EXPLORERS = {"09-explorer", "10-teach"}
+"""Notebooks that show widgets, which only a running kernel can: they are committed without the views."""
+LESSONS = {"10-teach"}
+"""Notebooks in which a student repairs functions; the right ones are folded into the prose."""
 
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
@@ -53,8 +60,8 @@ def texts(path: Path) -> str:
 
 
 def test_notebooks_are_there():
-    assert [path.stem[:2] for path in NOTEBOOKS] == [f"{n:02d}" for n in range(9)]
-    assert {path.stem for path in NOTEBOOKS} >= WITH_TASKS
+    assert [path.stem[:2] for path in NOTEBOOKS] == [f"{n:02d}" for n in range(len(NOTEBOOKS))]
+    assert {path.stem for path in NOTEBOOKS} >= WITH_TASKS | EXPLORERS
 
 
 @each_notebook
@@ -92,7 +99,22 @@ def test_was_run_once_from_top_to_bottom(path):
 def test_outputs_are_results_and_nothing_else(path):
     kinds = {output.output_type for output in outputs(path)}
     assert kinds <= {"execute_result", "display_data"}, "no error, no log line, no warning"
-    assert not any("application/vnd.jupyter.widget-view+json" in output.data for output in outputs(path)), "no progress bar"
+    assert not any(VIEW in output.data for output in outputs(path)), "no progress bar; an explorer's view is stripped (the command is above)"
+
+
+@each_notebook
+def test_only_explorers_notebooks_show_widgets(path):
+    shows = any("explore." in cell.source for cell in code_cells(path))
+    assert shows == (path.stem in EXPLORERS)
+
+
+def test_strip_views_takes_views_and_state_and_nothing_else():
+    outputs = [nbformat.v4.new_output("display_data", {VIEW: {"model_id": "1"}, "text/plain": "VBox()"}), nbformat.v4.new_output("stream", text="a")]
+    cell = nbformat.v4.new_code_cell("explore.massive()", outputs=outputs, execution_count=1)
+    notebook = strip_views(nbformat.v4.new_notebook(cells=[cell], metadata={"widgets": {}, "kernelspec": {"name": "python3", "display_name": "p"}}))
+    assert [output.output_type for output in notebook.cells[0].outputs] == ["stream"]
+    assert notebook.cells[0].execution_count == 1
+    assert set(notebook.metadata) == {"kernelspec"}
 
 
 @each_notebook
@@ -109,7 +131,8 @@ def test_cells_are_short_and_define_nothing_of_substance(path):
     assert median(lines) <= 6
     assert max(lines) <= 20
     nodes = [node for cell in code_cells(path) for node in ast.walk(ast.parse(cell.source))]  # parses, so there is no magic either
-    assert sum(isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) for node in nodes) <= 1
+    if path.stem not in LESSONS:
+        assert sum(isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) for node in nodes) <= 1
     assert not any("sys.path" in cell.source for cell in code_cells(path))
 
 
@@ -120,6 +143,20 @@ def test_predicts_reads_checks_and_sums_up(path):
     assert prose.count("**Reading.**") >= 3
     assert re.findall(r"^## (.*)$", prose, re.MULTILINE)[-1] == "What we learned, what would change our mind"
     assert sum(cell.source.count("assert ") for cell in code_cells(path)) >= 3
+
+
+@pytest.mark.parametrize("path", [path for path in NOTEBOOKS if path.stem in LESSONS], ids=lambda path: path.stem)
+def test_folded_answers_are_right_and_the_attempts_are_not(path):
+    prose = "\n".join(cell.source for cell in read(path).cells if cell.cell_type == "markdown")
+    answers = "\n".join(re.findall(r"```python\n(.*?)```", prose, re.S))
+    tasks = [cell.source for cell in code_cells(path) if cell.source.splitlines()[-1].startswith("lesson.check_")]
+    assert len(tasks) >= 4
+    for attempt in tasks:
+        grade, known = attempt.splitlines()[-1], {"lesson": lesson}
+        exec(attempt, known)
+        assert not eval(grade, known), f"{grade} is passed by what the student finds there"
+        exec(answers, known)
+        assert eval(grade, known), eval(grade, known)
 
 
 @pytest.mark.notebook

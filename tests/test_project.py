@@ -134,7 +134,7 @@ def test_every_benchmark_runs_with_make_bench_or_says_it_does_not():
     scripts = {path.stem for path in (ROOT / "benchmarks").glob("*.py")}
     assert scripts - named == {"common", "page", "jitter"}
     rows = [json.loads(line) for line in (ROOT / "data" / "results" / "bench.jsonl").read_text().splitlines()]
-    assert {"refinement", "evaluation", "Hadamard", "GPTQ", "capture", "growth"} == {row["stage"] for row in rows}
+    assert {"refinement", "evaluation", "Hadamard", "GPTQ", "capture", "growth", "explorers"} == {row["stage"] for row in rows}
 
 
 def test_figures_have_what_they_were_made_from():

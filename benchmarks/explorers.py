@@ -1,0 +1,77 @@
+"""From a moved control to new data in the explorers' plots, in Python: `python benchmarks/explorers.py`.
+
+The bar is 0.3 s at 2048 tokens. Baseline: the same view made anew, as a notebook cell without the explorers would: the table and a whole new figure.
+The default model; the time the browser takes to draw comes on top.
+"""
+
+import itertools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+from common import Row, options, report, seconds
+
+from dfrot_lab import errors, explore
+from dfrot_lab.capture import capture
+from dfrot_lab.explore import residual
+from dfrot_lab.specs import QuantSpec
+from dfrot_lab.store import Store
+
+TOKENS, RUNS, BAR_S = 2048, 9, 0.3
+MOVES: dict[str, Iterable[object]] = {
+    "bits": (3, 4, 5, 6),
+    "clip": (0.9, 0.8, 0.7),
+    "symmetric": (False, True),
+    "site": [f"layers.{layer}.input_norm" for layer in range(16, 30)],
+    "seed": range(1, 100),
+    "token": range(TOKENS),
+}
+"""Control of the errors explorer: the values it is moved to; a site and a seed are new at each move."""
+
+
+def mover(control: Any, values: Iterable[object]) -> Callable[[], None]:
+    """Each call moves the control to its next value."""
+    places = itertools.cycle(values)
+    return lambda: setattr(control, "value", next(places))
+
+
+def new_heat_map(top: Any) -> None:
+    """A layer's table and a heat map of all its tokens and channels."""
+    seen, layer = top.view.seen, top.state.layer
+    residual.token_table(seen, layer, top.state.rule)
+    go.FigureWidget(go.Heatmap(z=np.log10(seen.layers[layer].x.abs().T.numpy() + 1e-3)))
+
+
+def new_scatter(top: Any) -> None:
+    """A site's error table and a scatter of it."""
+    rows = top.view.rows
+    table = errors.wide(errors.token_errors(rows.acts, rows.matrices, [QuantSpec(bits=top.state.bits)], sites=[top.state.site]))
+    go.FigureWidget(go.Scattergl(x=table["RO"], y=table["RH"], mode="markers", text=table["text"]))
+
+
+def row(explorer: str, what: str, move: Callable[[], None], baseline: float) -> Row:
+    """One control's row; the note says whether it holds the bar in seconds."""
+    ours = seconds(move, RUNS)
+    return Row("explorers", f"{explorer}, {what}", ours, baseline, at_least=True, note=f"{'within' if ours < BAR_S else 'beyond'} {BAR_S:g} s")
+
+
+def main() -> None:
+    """Measure and print."""
+    given = options(__doc__).parse_args()
+    store = Store()
+    acts = capture(store=store)
+    top = explore.massive(acts, store=store, tokens=TOKENS)
+    baseline = seconds(lambda: new_heat_map(top))
+    layers = range(len(top.view.seen.layers))
+    rows = [row("massive", "layer, heat map", mover(top.controls["layer"], layers), baseline)]
+    top.controls["view"].value = "3-D"
+    rows.append(row("massive", "layer, 3-D", mover(top.controls["layer"], layers), baseline))
+    top = explore.errors(acts, store=store)
+    baseline = seconds(lambda: new_scatter(top))
+    rows += [row("errors", name, mover(top.controls[name], values), baseline) for name, values in MOVES.items()]
+    report(rows, given.out)
+
+
+if __name__ == "__main__":
+    main()

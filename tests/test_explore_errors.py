@@ -1,0 +1,361 @@
+"""The errors explorer without a browser: its numbers are the error table's, brush and click do what a reader means, token text is safe."""
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import LAYERS, save_tiny
+from explorers import MALICIOUS, Page, assert_safe, event, shown_text
+from test_massive import handmade
+
+from dfrot_lab import errors, explore, refine, rotations
+from dfrot_lab.capture import Capture, capture
+from dfrot_lab.explore import error_rows
+from dfrot_lab.explore.parts import contexts, html_table, number, spec_of
+from dfrot_lab.quantize import fake_quantize
+from dfrot_lab.specs import CaptureSpec, CorpusSpec, QuantSpec, RefineSpec, RotationSpec
+
+TOKENS = 128
+
+
+@pytest.fixture
+def acts(tiny_spec, text_file, store) -> Capture:
+    return capture(CaptureSpec(model=tiny_spec, corpus=CorpusSpec(name=str(text_file), split="calibration"), tokens=TOKENS), store)
+
+
+@pytest.fixture
+def top(acts, store):
+    return explore.errors(acts, store=store)
+
+
+def expected(acts: Capture, matrices: dict, site: str, quantizer: QuantSpec) -> pd.DataFrame:
+    return errors.wide(errors.token_errors(acts, matrices, [quantizer], sites=[site]))
+
+
+def assert_same(found: pd.DataFrame, table: pd.DataFrame) -> None:
+    assert set(found.columns) == set(table.columns)
+    for name in found.columns:
+        assert found[name].tolist() == table[name].tolist(), name
+
+
+def view_of(top) -> tuple:
+    data = top.plot.data[0]
+    return data.x.tobytes(), data.y.tobytes(), top.view.about.value, top.view.listed.value, top.fig4.data[1].y.tobytes(), tuple(top.table().columns)
+
+
+# ---- the numbers ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_its_table_is_the_error_table(acts, top):
+    assert "dfrot-errors" in top._dom_classes
+    assert_same(top.table(), expected(acts, errors.default_rotations(64), "layers.0.input_norm", QuantSpec()))
+    moves = {"site": "layers.1.post_attention_norm", "bits": 3, "symmetric": False, "clip": 0.8, "seed": 5}
+    for name, value in moves.items():
+        top.controls[name].value = value
+    quantizer = QuantSpec(bits=3, symmetric=False, clip_ratio=0.8)
+    table = expected(acts, errors.default_rotations(64, seed=5), "layers.1.post_attention_norm", quantizer)
+    assert_same(top.table(), table)
+    assert np.array_equal(top.plot.data[0].x, table["RO"]) and np.array_equal(top.plot.data[0].y, table["RH"])
+    assert "layers.1.post_attention_norm, asym3-c0.8: 128 tokens" in top.status.text
+
+
+def test_going_back_gives_the_first_view_again(top):
+    before = view_of(top)
+    for name, there in (("site", "layers.1.input_norm"), ("bits", 2), ("symmetric", False), ("clip", 0.5), ("seed", 1)):
+        back = top.controls[name].value
+        top.controls[name].value = there
+        assert view_of(top)[:2] != before[:2], name
+        top.controls[name].value = back
+    assert view_of(top) == before
+
+
+def test_a_change_moves_the_data_in_place(top):
+    kept = (top.plot, top.plot.data[0], top.fig4, top.space)
+    before = view_of(top)
+    top.controls["bits"].value = 6
+    assert all(a is b for a, b in zip(kept, (top.plot, top.plot.data[0], top.fig4, top.space), strict=True))
+    assert view_of(top)[:2] != before[:2]
+
+
+def test_bits_and_clip_do_not_rotate_again(acts, top, monkeypatch):
+    def never(self, site):
+        raise AssertionError(f"the rows of {site} were read again")
+
+    top.controls["bits"].value = 3
+    monkeypatch.setattr(error_rows.ErrorRows, "put", never)
+    rotated = {name: top.view.rows.rotated(top.state.site, name) for name in ("RO", "RH")}
+    top.controls["clip"].value = 0.9
+    assert all(top.view.rows.rotated(top.state.site, name) is x for name, x in rotated.items())
+
+
+def test_only_the_newest_rotated_rows_are_kept(acts):
+    rows = error_rows.ErrorRows(acts, {f"R{i}": torch.eye(64, dtype=torch.float64) for i in range(2 * error_rows.KEPT)})
+    for name in rows.matrices:
+        rows.rotated(acts.sites[0], name)
+    assert len(rows._rotated) == error_rows.KEPT and (acts.sites[0], name) in rows._rotated
+
+
+def test_given_rotations_are_used_as_they_are_and_have_no_seed(acts, store):
+    R = rotations.make(RotationSpec(kind="RO", seed=7), 64)
+    top = explore.errors(acts, {"mine": R, "NR": torch.eye(64)}, store=store)
+    assert top.controls["seed"].disabled and top.controls["x"].options == ("mine", "NR")
+    assert_same(top.table(), expected(acts, {"mine": R, "NR": torch.eye(64)}, top.state.site, QuantSpec()))
+    with pytest.raises(ValueError, match=r"rotation\.shape must be \(64, 64\)"):
+        explore.errors(acts, {"wrong": torch.eye(32)}, store=store)
+    with pytest.raises(ValueError, match="rotation must name at least one matrix"):
+        explore.errors(acts, {}, store=store)
+
+
+# ---- massive tokens, three axes ---------------------------------------------------------------------------------------------------------
+
+
+def test_massive_tokens_are_drawn_larger_and_in_the_other_colour(top):
+    newline = (top.table()["text"] == "\n").to_numpy()
+    marker = top.plot.data[0].marker
+    assert np.array_equal(marker.color == 1, newline) and np.array_equal(marker.size > 5, newline)
+    assert f"{newline.sum()} massive" in top.status.text
+    assert top.table()["text"].iloc[top.state.token] == "\n"  # it opens on a massive token's Fig. 4
+
+
+def test_three_axes_are_a_plot_in_space_and_back(top):
+    top.controls["z"].value = "NR"
+    assert top.view.stage.shown is top.space
+    table = top.table()
+    for letter, name in (("x", "RO"), ("y", "RH"), ("z", "NR")):
+        assert np.array_equal(top.space.data[0][letter], table[name])
+        assert top.space.layout.scene[f"{letter}axis"].title.text == f"E({name})"
+    assert len(top.static().axes) == 1 and top.static().axes[0].get_zlabel() == "E(NR)"
+    event(top.space, "plotly_click", [9])
+    assert top.state.token == 9
+    top.controls["z"].value = "none"
+    assert top.view.stage.shown is top.plot
+
+
+def test_hover_shows_the_token_in_its_context():
+    found = contexts(["a", "<b>", "c", "d"], around=1)
+    assert found[1] == "\u2068a\u2069 \u25b8<b>\u2068&lt;b&gt;\u2069</b>\u25c2 \u2068c\u2069"
+    assert found[0].startswith(" \u25b8<b>\u2068a") and found[3].endswith("d\u2069</b>\u25c2 ")
+    assert "\u2026" in contexts(["x" * 100])[0]
+
+
+def test_hover_has_every_rotations_error(top):
+    data = top.plot.data[0]
+    assert np.array_equal(data.customdata, top.table()[["NR", "RO", "RH"]])
+    assert all(f"E({name}) %{{customdata[{i}]" in data.hovertemplate for i, name in enumerate(("NR", "RO", "RH")))
+    assert list(data.text) == contexts(top.table()["text"].tolist())
+
+
+# ---- brush and click --------------------------------------------------------------------------------------------------------------------
+
+
+def test_brushing_lists_exactly_the_points_inside(top):
+    table = top.table()
+    low, high = table["RO"].quantile([0.3, 0.6])
+    inside = table.index[table["RO"].between(low, high)].tolist()
+    assert 10 < len(inside) < TOKENS
+    event(top.plot, "plotly_selected", inside[::-1])
+    assert top.selected()["token"].tolist() == inside
+    page = Page(top.view.listed.value).text
+    assert page.startswith(f"{len(inside)} brushed tokens, largest E(RH) first")
+    rows = top.view.listed.value.count("<tr>") - 1
+    assert rows == len(inside)
+    top.controls["bits"].value = 3
+    assert top.selected()["RO"].tolist() == top.table()["RO"].iloc[inside].tolist()
+    event(top.plot, "plotly_deselect", [])
+    assert top.selected().empty and "Brush a region" in top.view.listed.value
+
+
+def test_a_click_opens_fig_4_of_that_token(acts, top):
+    quantizer, R = QuantSpec(), errors.default_rotations(64)
+    event(top.plot, "plotly_click", [17])
+    assert top.state.token == top.controls["token"].value == 17
+    values = errors.massive_values(acts, top.state.site, 17, R, quantizer)
+    for i, name in enumerate(("NR", "RO", "RH")):
+        part = values[values["rotation"] == name]
+        dots, rungs = top.fig4.data[2 * i + 1], top.fig4.data[2 * i]
+        assert np.array_equal(dots.x, part["value"]) and np.array_equal(dots.y, part["quantized"])
+        drawn = rungs.y[~np.isnan(rungs.x)]
+        assert set(np.round(part["quantized"], 4)) <= set(np.round(drawn, 4).astype(np.float32))
+        error = ((part["value"] - part["quantized"]) ** 2).sum()
+        assert top.fig4.layout.annotations[i].text == f"{name}: E = {error:.3g}"
+        assert error == pytest.approx(top.table()[name].iloc[17], rel=1e-4)
+    assert top.fig4.layout.xaxis4.visible is False and top.fig4.layout.annotations[3].text == ""
+    assert Page(top.view.about.value).text.startswith(f"Token 17 \u2018{shown_text(acts.texts[17])}\u2019 before and after quantization")
+    top.controls["token"].value = 18
+    assert np.array_equal(top.fig4.data[1].x, errors.massive_values(acts, top.state.site, 18, R)["value"].iloc[:64])
+
+
+def test_fig_4_shows_the_rotations_chosen_for_it(top):
+    top.controls["panels"].value = ("RH",)
+    assert top.fig4.layout.annotations[0].text.startswith("RH: E = ") and top.fig4.layout.xaxis2.visible is False
+    assert top.fig4.layout.xaxis.domain[1] > 0.9 and len(top.fig4.data[3].x) == 0
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_levels_are_all_values_the_quantizer_gives(bits, symmetric):
+    quantizer = QuantSpec(bits=bits, symmetric=symmetric, clip_ratio=0.9)
+    row = torch.randn(1, 4096, generator=torch.Generator().manual_seed(0)) + 1
+    found = error_rows.levels(row[0].numpy(), quantizer)
+    assert len(found) == 2**bits and (np.diff(found) > 0).all()
+    given = np.unique(fake_quantize(row, quantizer).numpy())
+    assert np.abs(given[:, None] - found).min(1).max() < 1e-5
+
+
+# ---- saved rotations, refinement --------------------------------------------------------------------------------------------------------
+
+
+def add(top, path: Path | str) -> None:
+    top.controls["path"].value = str(path)
+    top.controls["load"].click()
+
+
+def test_a_saved_rotation_joins_the_axes(acts, top, tmp_path):
+    R = rotations.make(RotationSpec(kind="RO", seed=9), 64)
+    rotations.save(R, tmp_path / "mine.safetensors", None)
+    add(top, tmp_path / "mine.safetensors")
+    assert (top.state.x, top.state.y, top.state.z) == ("RO", "mine.safetensors", "none")
+    assert top.controls["x"].options == ("NR", "RO", "RH", "mine.safetensors")
+    matrices = {**errors.default_rotations(64), "mine.safetensors": R}
+    assert_same(top.table(), expected(acts, matrices, top.state.site, QuantSpec()))
+    assert np.array_equal(top.plot.data[0].y, top.table()["mine.safetensors"])
+    assert top.fig4.layout.annotations[3].text.startswith("mine.safetensors: E = ")
+    rotations.save(R.T, tmp_path / "mine.safetensors", None)
+    add(top, tmp_path / "mine.safetensors")
+    assert_same(top.table(), expected(acts, {**matrices, "mine.safetensors": R.T}, top.state.site, QuantSpec()))
+
+
+def test_a_files_name_is_text_and_no_template(top, tmp_path):
+    name = "%{x}<b>'\".safetensors"
+    rotations.save(torch.eye(64), tmp_path / name, None)
+    add(top, tmp_path / name)
+    assert top.status.state == "ready" and top.state.y == name
+    assert_safe(top)
+    assert "&#37;{x}&lt;b&gt;" in top.plot.data[0].hovertemplate
+    assert top.plot.layout.yaxis.title.text == "E(%{x}&lt;b&gt;&#x27;&#34;.safetensors)"
+
+
+@pytest.mark.parametrize(
+    ("control", "value", "sentence"),
+    [
+        ("path", "nowhere.safetensors", "must be an existing safetensors file; got nowhere.safetensors"),
+        ("path", "", "must be an existing safetensors file"),
+        ("clip", 0.0, "QuantSpec.clip_ratio must be in (0, 1]; got 0.0"),
+        ("clip", -1.0, "QuantSpec.clip_ratio must be in (0, 1]; got -1.0"),
+    ],
+)
+def test_an_error_is_one_sentence_and_leaves_the_view(top, control, value, sentence):
+    before = view_of(top)
+    top.controls[control].value = value
+    if control == "path":
+        top.controls["load"].click()
+    assert top.status.state == "error" and sentence in top.status.text
+    assert view_of(top) == before
+    top.controls["clip"].value = 0.95
+    assert top.status.state == "ready" and view_of(top)[:2] != before[:2]
+
+
+def test_a_rotation_of_another_size_and_a_matrix_that_is_none_are_refused(top, tmp_path):
+    before = view_of(top)
+    rotations.save(torch.eye(32), tmp_path / "small.safetensors", None)
+    add(top, tmp_path / "small.safetensors")
+    assert "rotation.shape must be (64, 64); got (32, 32)" in top.status.text
+    (tmp_path / "broken.safetensors").write_bytes(b"\x00" * 40)
+    add(top, tmp_path / "broken.safetensors")
+    assert "must be a complete safetensors file" in top.status.text and view_of(top) == before
+
+
+def test_dfrot_is_taken_from_the_store_or_made_by_the_button(acts, top, store):
+    spec = RefineSpec(capture=spec_of(acts))
+    assert "DFRot" not in top.table().columns and error_rows.stored_dfrot(spec, store) is None
+    top.controls["refine"].click()
+    top.job.wait(120)
+    assert top.status.state == "ready", top.status.text
+    R = refine.refined(spec, store).R
+    assert_same(top.table(), expected(acts, {**errors.default_rotations(64), "DFRot": R}, top.state.site, QuantSpec()))
+    assert top.state.y == "DFRot" and top.controls["refine"].disabled
+    again = explore.errors(acts, store=store)
+    assert_same(again.table(), top.table())
+    assert again.controls["refine"] not in [part for box in again.children for part in getattr(box, "children", ())]
+
+
+def test_a_refinement_can_be_cancelled_and_goes_on_where_it_was(acts, top, store, monkeypatch):
+    reached, go, done = threading.Event(), threading.Event(), refine.refined
+
+    def slow(spec, store, checkpoint):
+        def seen(state):
+            reached.set()
+            assert go.wait(20)
+            checkpoint(state)
+
+        return done(spec, store, checkpoint=seen)
+
+    monkeypatch.setattr(refine, "refined", slow)
+    before = view_of(top)
+    top.controls["refine"].click()
+    assert reached.wait(60) and top.job.running and top.controls["refine"].disabled
+    top.controls["cancel"].click()
+    go.set()
+    top.job.wait(60)
+    assert "cancelled" in top.status.text and view_of(top) == before and not top.controls["refine"].disabled
+    steps = []
+    done(RefineSpec(capture=spec_of(acts)), store, checkpoint=lambda state: steps.append(state.history[-1]["step"]))
+    assert steps[0] == 20  # step 0 was saved before it was stopped
+
+
+def test_a_capture_that_does_not_say_how_it_was_made_has_no_refinement(store):
+    top = explore.errors(handmade(store, [[1.0, 2.0, 3.0]], [1.0], torch.randn(3, 16)), store=store)
+    assert top.controls["refine"].disabled and len(top.table()) == 3
+
+
+# ---- safe text, table and figure --------------------------------------------------------------------------------------------------------
+
+
+def test_token_text_never_becomes_markup(acts, store, monkeypatch):
+    texts = [MALICIOUS[i % len(MALICIOUS)] for i in range(TOKENS)]
+    monkeypatch.setattr(Capture, "texts", property(lambda self: texts))
+    top = explore.errors(acts, store=store)
+    event(top.plot, "plotly_selected", list(range(40)))
+    for token, text in enumerate(MALICIOUS):
+        top.state.token = token
+        assert_safe(top)
+        assert shown_text(text) in Page(top.view.about.value).text
+        assert shown_text(text) in Page(top.view.listed.value).text
+    assert "onerror" in top.plot.data[0].text[0] and "<img" not in top.plot.data[0].text[0]
+    assert "<b>\u2068&lt;b&gt;\u2069</b>" in top.plot.data[0].text[1]
+
+
+def test_table_and_static_agree_with_the_view(top):
+    top.controls["y"].value = "NR"
+    top.controls["bits"].value = 3
+    axes = top.static().axes[0]
+    offsets = np.concatenate([part.get_offsets() for part in axes.collections])
+    table = top.table()
+    assert np.allclose(np.sort(offsets[:, 0]), np.sort(table["RO"])) and np.allclose(np.sort(offsets[:, 1]), np.sort(table["NR"]))
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("E(RO)", "E(NR)")
+    figure = top.static_token()
+    assert [ax.get_title().split(":")[0] for ax in figure.axes] == ["NR", "RO", "RH"]
+    assert np.allclose(figure.axes[1].collections[0].get_offsets(), np.column_stack([top.fig4.data[3].x, top.fig4.data[3].y]))
+    table["RO"] = 0
+    assert top.table()["RO"].min() > 0  # a copy: a reader's changes do not reach the view
+
+
+def test_every_control_has_a_description(top):
+    assert all(control.description for control in top.controls.values())
+    assert top.controls["bits"].min == 2 and top.controls["bits"].max == 8
+    assert len(top.controls["site"].options) == 2 * LAYERS
+
+
+def test_tables_write_numbers_and_names():
+    made = Page(html_table(pd.DataFrame({"token": [3], "text": ["<i>"], "value": [np.float32(24816.1)]}), "A caption"))
+    assert made.text == "A captiontokentextvalue3<i>24,816" and "i" not in made.tags
+    assert [number(v) for v in (24816.1, 100, 99.95, 2.1495, -0.0031234)] == ["24,816", "100", "100", "2.15", "-0.00312"]
+
+
+def test_the_captures_spec_comes_back(tmp_path, text_file, store):
+    model = save_tiny(tmp_path / "other")
+    spec = CaptureSpec(model=model, corpus=CorpusSpec(name=str(text_file), split="evaluation"), tokens=64, skip=1)
+    assert spec_of(capture(spec, store)) == spec

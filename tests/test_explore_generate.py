@@ -1,0 +1,201 @@
+"""Generate: transformers' own words at 16 bits, the first token that departs, losses as a slow loop finds them, cancel at any token."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from test_evaluate import save_lively
+
+from dfrot_lab import evaluate, models, refine
+from dfrot_lab.explore import base
+from dfrot_lab.explore.generate import EXACT, Generate, generate
+from dfrot_lab.explore.writing import first_difference, token_losses, write
+from dfrot_lab.mainjob import Setting
+from dfrot_lab.store import Store
+
+PATIENCE = 120
+PROMPT = "12 sheep and\n7 goats <b>"
+
+
+@pytest.fixture
+def setting(tmp_path: Path, text_file: Path) -> Setting:
+    return Setting(
+        model=save_lively(tmp_path / "lively"), corpus=str(text_file), windows=3, window=64, gptq_windows=2, seeds=1, weights="rtn", steps=3
+    )
+
+
+@pytest.fixture
+def widget(setting: Setting, store: Store) -> Generate:
+    made = generate(setting, store)
+    made.controls["prompt"].value, made.controls["tokens"].value = PROMPT, 8
+    return made
+
+
+def written(widget: Generate) -> Generate:
+    widget.controls["write"].click()
+    widget.job.wait(PATIENCE)
+    assert not widget.job.running
+    return widget
+
+
+def test_full_precision_writes_what_transformers_writes(widget, setting):
+    written(widget)
+    loaded = models.load_model(setting.model)
+    ids = loaded.tokenizer(PROMPT, return_tensors="pt").input_ids
+    theirs = loaded.model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=8, pad_token_id=0)[0, ids.shape[1] :]
+    table = widget.table()
+    assert table.loc[table["model"] == EXACT, "id"].tolist() == theirs.tolist()
+    assert widget.status.text == "Done" and widget.bar.value == 1.0
+
+
+def test_rotations_at_16_bits_write_the_same(widget):
+    widget.controls["bits"].value, widget.controls["rotations"].value = "16-16-16", ("NR", "RO", "RH")
+    table = written(widget).table()
+    assert not table["departs"].any() and set(table["model"]) == {EXACT, "NR", "RO", "RH"}
+    assert "as full precision" in widget.columns["RH"].value
+    losses = widget.losses()
+    for name in ("NR", "RO", "RH"):
+        assert losses[name].to_numpy() == pytest.approx(losses[EXACT].to_numpy(), rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("bits", ["4-4-4", "16-4-16"])
+def test_the_cache_changes_nothing_a_model_writes(setting, store, bits):
+    """Greedy with transformers' cache, and by running the whole text again for every token: per-token quantization cannot tell them apart."""
+    spec = setting.row(bits, setting.rotation("RH"))
+    built = evaluate.build(spec, store)
+    ids = built.loaded.tokenizer(PROMPT, return_tensors="pt").input_ids[0]
+    with evaluate.quantized(built, spec), torch.inference_mode():
+        fast, slow = write(built, ids, 8, lambda _id: None), ids
+        for _ in range(8):
+            slow = torch.cat([slow, built.loaded.model(slow[None], use_cache=False).logits[0, -1].argmax()[None]])
+    assert fast == slow[len(ids) :].tolist()
+
+
+def test_losses_are_those_of_a_slow_loop(widget, setting, store):
+    losses = written(widget).losses()
+    ids = torch.tensor(widget.prompt_ids + widget.written[EXACT].ids)
+    assert losses["text"].tolist() == [widget.text(i) for i in ids.tolist()][1:]
+    for name in ("RO", "NR"):
+        spec = widget.specs()[name]
+        built = evaluate.build(spec, store)
+        with evaluate.quantized(built, spec), torch.inference_mode():
+            for place in range(1, len(ids)):
+                logits = built.loaded.model(ids[None, :place], use_cache=False).logits[0, -1]
+                assert losses[name][place - 1] == pytest.approx(float(-logits.log_softmax(-1)[ids[place]]), rel=1e-3, abs=1e-4)
+
+
+def test_the_mean_of_the_losses_is_the_windows_loss(setting, store):
+    spec = setting.row("4-4-16", setting.rotation("RH"))
+    built = evaluate.build(spec, store)
+    ids = torch.randint(0, 256, (40,), generator=torch.Generator().manual_seed(0))
+    with evaluate.quantized(built, spec):
+        assert sum(token_losses(built, ids)) / 39 == pytest.approx(evaluate.window_loss(built.loaded, ids), rel=1e-5)
+
+
+def test_the_first_token_that_departs_is_marked(widget):
+    table = written(widget).table()
+    exact = table.loc[table["model"] == EXACT, "id"].tolist()
+    departed = 0
+    for name in ("NR", "RO", "RH"):
+        own = table[table["model"] == name].reset_index()
+        expected = next((place for place, (a, b) in enumerate(zip(own["id"], exact, strict=True)) if a != b), None)
+        assert own.index[own["departs"]].tolist() == ([] if expected is None else [expected])
+        if expected is not None:
+            departed += 1
+            assert f"departs at token {expected + 1}" in widget.columns[name].value
+            title = f"token {expected + 1}, id {own['id'][expected]}; full precision wrote {base.visible(widget.text(exact[expected]))}"
+            assert base.span(own["text"][expected], base.MASSIVE_COLOUR, title) in widget.columns[name].value
+    assert departed, "no 4-bit model of these departs: the test shows nothing"
+
+
+@pytest.mark.parametrize(
+    ("ids", "reference", "place"),
+    [([1, 2, 3], [1, 2, 3], None), ([1, 5, 3], [1, 2, 3], 1), ([1, 2], [1, 2, 3], 2), ([1, 2, 3], [1, 2], 2), ([], [], None)],
+)
+def test_first_difference(ids, reference, place):
+    assert first_difference(ids, reference) == place
+
+
+def test_dfrot_waits_for_its_refinement_and_gptq_for_its_weights(widget, setting, store):
+    written(widget)
+    assert "press Refine DFRot" in widget.columns["DFRot"].value and "DFRot" not in widget.written
+    assert not widget.controls["refine"].disabled
+    widget.controls["refine"].click()
+    widget.job.wait(PATIENCE)
+    assert refine.stored(setting.refine, store) is not None and widget.controls["refine"].disabled
+    assert "DFRot" in written(widget).written
+    widget.controls["weights"].value = "gptq"
+    written(widget)
+    assert set(widget.written) == {EXACT} and "GPTQ weights are not stored" in widget.columns["RH"].value
+    evaluate.evaluate(setting.row("4-4-16", setting.rotation("RH"), weights="gptq"), store)
+    assert set(written(widget).written) == {EXACT, "RH"}
+
+
+def test_cancel_stops_at_a_token_and_the_widget_goes_on(widget):
+    widget.controls["rotations"].value = ("RH",)
+    show, shown = widget._show, []
+
+    def cancel_at_third(result):
+        show(result)
+        shown.append(result.name)
+        if len(shown) == 3:
+            widget.controls["cancel"].click()
+
+    widget._show = cancel_at_third
+    written(widget)
+    assert [(name, len(result.ids)) for name, result in widget.written.items()] == [(EXACT, 3)]
+    assert "Stopped: what is written stays" in widget.status.text and not widget.controls["write"].disabled
+    assert len(widget.losses()) == 0 and len(widget.table()) == 3
+    widget._show = show
+    assert {name: len(result.ids) for name, result in written(widget).written.items()} == {EXACT: 8, "RH": 8}
+
+
+def test_models_are_built_once_while_the_settings_stay(widget, monkeypatch):
+    built, real = [], evaluate.build
+    monkeypatch.setattr(evaluate, "build", lambda spec, store, *more: built.append(spec.bits) or real(spec, store, *more))
+    monkeypatch.setattr("dfrot_lab.explore.writing.ROOM", 0)
+    widget.controls["rotations"].value = ("RO", "RH")
+    written(widget)
+    widget.controls["prompt"].value = "other words"
+    written(widget)
+    assert built == ["16-16-16", "4-4-16", "4-4-16"]
+    widget.controls["bits"].value = "16-4-16"
+    written(widget)
+    assert built[3:] == ["16-4-16", "16-4-16"] and len(widget.workshop.kept) == 3
+    monkeypatch.setattr("dfrot_lab.explore.writing.ROOM", float("inf"))  # no memory to spare
+    widget.controls["bits"].value = "4-4-4"
+    written(widget)
+    assert len(widget.workshop.kept) == 1
+
+
+@pytest.mark.parametrize(("prompt", "tokens", "sentence"), [("", 8, "the prompt is empty"), ("x" * 125, 8, "context of 128 tokens; got 133")])
+def test_an_error_is_one_sentence(widget, prompt, tokens, sentence):
+    widget.controls["prompt"].value, widget.controls["tokens"].value = prompt, tokens
+    written(widget)
+    assert widget.status.state == "error" and sentence in widget.status.text and not widget.controls["write"].disabled
+
+
+def test_markup_in_prompt_and_tokens_is_inert(widget):
+    widget.controls["prompt"].value = "<img src=x onerror=alert(1)>"
+    written(widget)
+    for column in widget.columns.values():
+        assert "<img" not in column.value
+    assert "&lt;img" in widget.columns[EXACT].value
+    assert any("&gt;" in text for text in widget.plot.data[0].customdata[0])
+    assert not any("<" in text for text in widget.plot.data[0].customdata[0])
+
+
+def test_the_strip_shows_the_losses_and_so_does_the_static_figure(widget):
+    losses = written(widget).losses()
+    strip = widget.plot.data[0]
+    assert list(strip.y) == [EXACT, "NR", "RO", "RH"]
+    assert strip.z[2].tolist() == losses["RO"].tolist() and strip.zmax == losses[list(strip.y)].to_numpy().max()
+    assert widget.plot.layout.shapes[0].x0 == len(widget.prompt_ids) + 0.5
+    image = widget.static().axes[0].get_images()[0]
+    assert image.get_array().shape == (4, len(losses))
+
+
+def test_nothing_written_yet_says_so(widget):
+    assert len(widget.table()) == 0 and len(widget.losses()) == 0
+    with pytest.raises(ValueError, match="nothing is written yet"):
+        widget.static()

@@ -1,0 +1,213 @@
+"""The invariance bench: each of the 512 sets of steps is right or wrong as its reasons say, refusals are shown, weights come back."""
+
+import itertools
+import threading
+
+import pytest
+import torch
+from conftest import save_tiny, tiny_model
+
+from dfrot_lab import surgery
+from dfrot_lab.explore.invariance import Invariance, invariance, text_html, verdict_html
+from dfrot_lab.explore.latest import Latest
+from dfrot_lab.explore.surgeries import NEW_TOKENS, STEPS, TOLERANCE, WHY, Bench, Outcome, Steps, faults
+from dfrot_lab.specs import ModelSpec, RotationSpec
+
+PROMPT = "hello\nthere, sheep\nand goats"
+SEEN = 50 * TOLERANCE
+"""The least of the wrong sets is well above the tolerance, or a reason would depend on luck."""
+
+
+def every_set() -> list[Steps]:
+    return [Steps(**dict(zip(STEPS, flags, strict=True))) for flags in itertools.product([False, True], repeat=len(STEPS))]
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_a_set_of_steps_moves_the_logits_exactly_where_there_is_a_reason(tied):
+    bench = Bench(tiny_model(tied=tied))
+    outcomes = [bench.measure(steps, PROMPT, generate=False) for steps in every_set()]
+    right = [o for o in outcomes if not o.faults]
+    wrong = [o for o in outcomes if o.faults]
+    assert len(right) + len(wrong) == 512 and len(right) == (48 if tied else 80)
+    assert max(o.error for o in right) <= TOLERANCE
+    assert min(o.error for o in wrong) > SEEN
+    assert {sentence for o in wrong for sentence in o.faults} == set(WHY.values()) - (set() if tied else {WHY["tied"]})
+    assert all(not o.broken for o in right) and all(o.broken for o in wrong)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_other_families_too(family):
+    bench = Bench(tiny_model(family, tied=True))
+    everything = Steps(untie=True, fuse=True, r1=True, r2=True, r3=True, r4_fused=True, r4_online=True, rotation=RotationSpec(kind="RO", seed=3))
+    assert not bench.measure(everything, PROMPT).broken
+    assert bench.measure(Steps(r4_online=True), PROMPT).broken
+
+
+def test_the_packages_refusal_is_shown_and_the_step_done_all_the_same():
+    bench = Bench(tiny_model(tied=True))
+    fused = bench.measure(Steps(fuse=True), PROMPT)
+    assert "embeddings must be untied (surgery.untie) first" in fused.refusals[0] and WHY["tied"] in fused.verdict
+    turned = bench.measure(Steps(untie=True, r1=True), PROMPT)
+    assert "norm gains must be fused (surgery.fuse_norms) before R1" in turned.refusals[0] and turned.faults == (WHY["gain"],)
+    assert turned.refusals[0] in turned.verdict
+    assert not bench.measure(Steps(untie=True, fuse=True, r1=True), PROMPT).refusals
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_the_weights_come_back_to_the_bit(tied):
+    loaded = tiny_model(tied=tied)
+    before = {name: p.clone() for name, p in loaded.model.named_parameters()}
+    bench = Bench(loaded)
+    for steps in (Steps(untie=True, centre=True, fuse=True, drop=True, r1=True, r2=True, r4_fused=True), Steps(r2=True), Steps(fuse=True, r1=True)):
+        bench.apply(steps)
+        assert any(not torch.equal(p, before[name]) for name, p in loaded.model.named_parameters() if name in before)
+    bench.apply(Steps())
+    after = dict(loaded.model.named_parameters())
+    assert after.keys() == before.keys() and surgery.is_tied(loaded) == tied
+    assert all(torch.equal(after[name], p) for name, p in before.items())
+
+
+def test_the_shortcut_past_r1_gives_the_same_weights():
+    """R2 and R4 switched on and off on top of one R1, against a bench that starts over."""
+    bench = Bench(tiny_model(tied=True))
+    base = {"untie": True, "fuse": True, "r1": True}
+    for extra in ({"r2": True}, {"r4_fused": True}, {}, {"r2": True, "r4_fused": True}):
+        bench.apply(Steps(**base, **extra))
+        fresh = Bench(tiny_model(tied=True))
+        fresh.apply(Steps(**base, **extra))
+        wanted = fresh.loaded.model.state_dict()
+        assert all(torch.equal(tensor, wanted[name]) for name, tensor in bench.loaded.model.state_dict().items())
+
+
+def test_the_text_is_the_models_own_and_greedy():
+    loaded = tiny_model()
+    ids = loaded.tokenizer(PROMPT, return_tensors="pt").input_ids
+    wanted = []
+    with torch.no_grad():
+        for _ in range(NEW_TOKENS):
+            token = int(loaded.model(ids).logits[0, -1].argmax())
+            wanted.append(loaded.tokenizer.decode([token]))
+            ids = torch.cat([ids, torch.tensor([[token]])], 1)
+    assert Bench(loaded).measure(Steps(), PROMPT).tokens == tuple(wanted)
+
+
+def test_names_and_reasons():
+    assert Steps().name == "untouched"
+    assert Steps(untie=True, r1=True, rotation=RotationSpec(kind="RO")).name == "untie + R1 (RO)"
+    assert faults(Steps(fuse=True), tied=True) == [WHY["tied"]] and not faults(Steps(fuse=True), tied=False)
+    nan = Outcome(Steps(), float("nan"), (), (), ())
+    assert nan.broken, "logits that are not numbers are not within a tolerance"
+
+
+def test_token_text_is_escaped_and_the_sign_needs_no_colour():
+    bad = Outcome(Steps(), 1.0, ("<img src=x onerror=alert(1)>", "\n"), ("because <b>",), ())
+    good = Outcome(Steps(), 0.0, ("a", "\n"), (), ())
+    shown = text_html(bad, good) + verdict_html(bad)
+    assert "<img" not in shown and "because <b>" not in shown and "\u21b5" in shown
+    assert "\u2718 Broken" in verdict_html(bad) and "\u2714 Unchanged" in verdict_html(good)
+
+
+# ---- the widget -------------------------------------------------------------------------------------------------------------------------
+
+
+def opened(**options) -> Invariance:
+    view = invariance(loaded=tiny_model(tied=True, **options))
+    view.wait(60)
+    return view
+
+
+def test_a_switch_is_answered_in_plot_table_and_text():
+    view = opened()
+    assert "dfrot-invariance" in view._dom_classes and all(view.controls[name].description for name in view.controls)
+    view.controls["untie"].value = True
+    view.controls["r1"].value = True
+    outcome = view.wait(60)
+    assert outcome.steps == Steps(untie=True, r1=True) and outcome.broken
+    assert view.status.text == "untie + R1 (RH): broken" and WHY["gain"].split(":")[0] in view.verdict.value
+    assert view.plot.data[0].x[-1] == pytest.approx(outcome.error) and view.plot.data[0].marker.color[-1] == "#CC2936"
+    view.controls["correct"].click()
+    assert not view.wait(60).broken
+    view.controls["clear"].click()
+    assert view.wait(60).error == 0
+    table = view.table()
+    assert table["steps"].iloc[0] == "untouched" and table["why"].str.contains("do not commute").any()
+    assert view.static().axes[0].get_xscale() == "log"
+
+
+def test_the_figure_is_changed_in_place_and_shows_the_last_trials():
+    view = opened()
+    plot = view.plot
+    for seed in range(10):
+        view.set(untie=True, fuse=True, r1=True, seed=seed)
+        view.wait(60)
+    assert view.plot is plot and len(plot.data) == 1 and len(plot.data[0].x) == 8
+    assert len(view.table()) == 11
+
+
+def test_an_empty_prompt_is_one_clear_sentence_and_the_bench_goes_on():
+    view = opened()
+    view.controls["prompt"].value = ""
+    view.latest.wait(60)
+    assert view.status.state == "error" and "prompt must have at least one token; got none" in view.status.text
+    view.controls["prompt"].value = "again"
+    assert view.wait(60).error == 0 and view.status.state == "ready"
+
+
+def test_a_model_that_cannot_be_loaded_is_said(tmp_path, store):
+    view = invariance(ModelSpec(source=str(tmp_path / "nowhere")), store=store)
+    view.latest.wait(60)
+    assert view.status.state == "error" and "ModelSpec.source must be" in view.status.text
+    with pytest.raises(TimeoutError, match="no trial ended"):
+        view.wait(1)
+
+
+def test_a_spec_is_loaded_in_the_background(tmp_path, store):
+    view = invariance(save_tiny(tmp_path / "m"), store=store)
+    assert view.wait(60).error == 0
+
+
+# ---- newest wish first ------------------------------------------------------------------------------------------------------------------
+
+
+def test_only_the_newest_wish_is_computed_after_the_one_that_runs():
+    started, go, done = threading.Event(), threading.Event(), []
+
+    def compute(wish: int) -> None:
+        started.set()
+        assert go.wait(10)
+        latest.step()
+        done.append(wish)
+
+    latest = Latest(compute, lambda error: done.append(error))
+    latest.ask(0)
+    assert started.wait(10)
+    for wish in range(1, 6):
+        latest.ask(wish)
+    go.set()
+    latest.wait(10)
+    assert done == [5] and not latest.busy
+    latest.ask(6)
+    latest.wait(10)
+    assert done == [5, 6]
+
+
+def test_cancel_leaves_what_runs_and_what_waits():
+    started, go, seen = threading.Event(), threading.Event(), []
+
+    def compute(wish: int) -> None:
+        started.set()
+        assert go.wait(10)
+        latest.step()
+        seen.append(wish)
+
+    latest = Latest(compute, lambda error: seen.append(str(error)))
+    latest.ask(0)
+    assert started.wait(10)
+    latest.ask(1)
+    latest.cancel()
+    go.set()
+    latest.wait(10)
+    assert seen == ["cancelled"] and not latest.busy
+    latest.ask(2)
+    latest.wait(10)
+    assert seen == ["cancelled", 2]

@@ -1,0 +1,248 @@
+"""The massive explorer without a browser: it names the planted token, moves change data in place, token text is safe, errors are sentences."""
+
+import dataclasses
+import threading
+
+import numpy as np
+import pytest
+import torch
+from conftest import LAYERS, MASSIVE
+from explorers import MALICIOUS, Page, assert_safe, event, shown_text
+
+from dfrot_lab import explore, massive
+from dfrot_lab.capture import capture
+from dfrot_lab.explore import residual
+from dfrot_lab.explore.parts import packed, unpacked
+from dfrot_lab.specs import MASSIVE_RULES, CaptureSpec, CorpusSpec, ModelSpec
+
+BIG = max(MASSIVE, key=lambda channel: abs(MASSIVE[channel]))
+
+
+@pytest.fixture
+def corpus(text_file) -> CorpusSpec:
+    return CorpusSpec(name=str(text_file), split="calibration")
+
+
+@pytest.fixture
+def top(tiny_spec, corpus, store):
+    return explore.massive(model=tiny_spec, corpus=corpus, store=store, tokens=128)
+
+
+def look(top, text: str) -> None:
+    top.controls["text"].value = text
+    top.controls["look"].click()
+    top.job.wait(60)
+
+
+def state_of(top) -> tuple:
+    """All that a reader sees but the status."""
+    drawn = unpacked(top.plot.data[0].z).tobytes()
+    return drawn, top.view.sentence.value, top.view.text.value, top.view.tokens.value, len(top.table())
+
+
+def test_it_opens_on_the_planted_token_in_the_middle_layer(top):
+    assert "dfrot-massive" in top._dom_classes
+    assert top.state.layer == top.controls["layer"].value == LAYERS // 2
+    table, newlines = top.table(), [i for i, text in enumerate(top.view.seen.texts) if text == "\n"]
+    assert 2 <= len(newlines) <= 16
+    assert sorted(table.loc[table["massive"], "token"]) == newlines
+    first = table.iloc[0]
+    assert (first["text"], first["channel"]) == ("\n", BIG)
+    said = Page(top.view.sentence.value).text
+    assert said.startswith(f"Token {first['token']} \u2018\u21b5\u2019 reaches {abs(first['value']):,.0f} in channel {BIG} at layer 1: ")
+    assert f"Rule sun marks {len(newlines)} of 128 tokens." in said
+    assert "<td" in top.view.tokens.value and shown_text("\n") in Page(top.view.tokens.value).text
+    assert Page(top.view.channels.value).text.startswith(f"Largest channels at layer 1channelvalueratiotokentext{BIG}")
+    marked = top.view.text.value.count("background:")
+    assert marked == len(newlines) and f"channel {BIG}: " in top.view.text.value
+
+
+def test_its_numbers_are_the_models_own(top, tiny_spec, corpus, store):
+    recorded = capture(CaptureSpec(model=tiny_spec, corpus=corpus, tokens=128), store)
+    site = recorded.sites.index("layers.1.input_norm")
+    table = top.table().sort_values("token")
+    assert np.allclose(table["value"].abs(), recorded.residual_max[site], rtol=1e-5)
+    assert table["channel"].tolist() == recorded.residual_channel[site].tolist()
+    assert np.allclose(table["ratio"], recorded.residual_max[site] / recorded.residual_median[site], rtol=1e-5)
+    assert table["text"].tolist() == recorded.texts
+    for rule in MASSIVE_RULES:
+        assert torch.equal(top.view.seen.marked(1, rule), massive.find(recorded, rule, ["layers.1.input_norm"])[0]), rule
+
+
+def test_a_capture_opens_on_its_own_tokens_and_model(tiny_spec, corpus, store):
+    recorded = capture(CaptureSpec(model=tiny_spec, corpus=corpus, tokens=96), store)
+    top = explore.massive(recorded, store=store)
+    assert top.view.seen.texts == recorded.texts
+    assert top.view.loaded.spec == tiny_spec and top.view.corpus.name == corpus.name
+
+
+def test_a_slider_move_changes_the_data_in_place(top):
+    plot, profile, before, trace = top.plot, top.profile, state_of(top), top.plot.data[0]
+    top.controls["layer"].value = 0
+    assert top.plot is plot and top.plot.data[0] is trace and top.profile is profile
+    assert state_of(top)[0] != before[0]
+    assert " at layer 0: " in Page(top.view.sentence.value).text
+    assert list(profile.data[0].x) == [0, 0]
+    top.state.layer = 1
+    assert state_of(top) == before and top.controls["layer"].value == 1
+
+
+def test_the_cells_are_the_largest_of_their_channels_and_name_the_true_one(top):
+    x = top.view.seen.layers[1].x
+    drawn = unpacked(top.plot.data[0].customdata)
+    assert drawn.shape == (64, 128, 3) and top.plot.data[0].hovertemplate.count("customdata") == 3
+    token = int(top.table()["token"].iloc[0])
+    row = drawn[:, token]
+    best = row[np.abs(row[:, 0]).argmax()]
+    assert best[0] == pytest.approx(float(x[token, BIG]), rel=1e-4) and best[1] == BIG
+    assert best[2] == pytest.approx(float(x[token, BIG].abs() / x.abs().median()), rel=1e-4)
+    height = unpacked(top.plot.data[0].z)
+    assert np.allclose(height, np.log10(np.maximum(np.abs(drawn[..., 0]), 0.01)), atol=1e-4)
+    assert top.plot.data[0].x[token] == f"{token} \u2068\u21b5\u2069"
+
+
+@pytest.mark.parametrize(("tokens", "channels"), [(256, 576), (2048, 576), (7, 10), (1, 1), (300, 1000)])
+def test_pooling_keeps_every_token_its_largest_channel_and_few_cells(tokens, channels):
+    x = torch.randn(tokens, channels, generator=torch.Generator().manual_seed(0))
+    value, channel = residual.pooled(x)
+    assert value.shape == channel.shape == (tokens, len(residual.starts(tokens, channels)))
+    assert value.numel() <= residual.CELLS and value.shape[1] <= residual.COLUMNS
+    assert torch.equal(value, x.gather(1, channel))
+    assert torch.equal(value.abs().amax(1), x.abs().amax(1))
+    first = torch.tensor(residual.starts(tokens, channels))
+    assert bool((channel >= first).all())
+
+
+def test_the_three_d_view_shows_the_same(top):
+    top.controls["view"].value = "3-D"
+    assert top.view.stage.shown is top.space
+    assert np.array_equal(unpacked(top.space.data[0].z), np.abs(unpacked(top.plot.data[0].customdata)[..., 0]))
+    marked = top.table().loc[top.table()["massive"]].sort_values("token")
+    assert list(top.space.data[1].x) == marked["token"].tolist()
+    assert "\u21b5" in top.space.data[1].text[0]
+
+
+@pytest.mark.parametrize("rule", MASSIVE_RULES)
+def test_every_rule_says_its_threshold_and_marks_the_planted_tokens(top, rule):
+    top.controls["rule"].value = rule
+    assert rule in top.view.words.value and any(c.isdigit() for c in Page(top.view.words.value).text)
+    table = top.table()
+    assert set(table.loc[table["massive"], "text"]) == {"\n"}
+    diamonds = list(top.plot.data[1].x)
+    assert len(diamonds) == int(table["massive"].sum())
+
+
+def test_a_typed_text_takes_its_place(top):
+    look(top, "a\nb")
+    assert (top.status.state, top.table()["text"].tolist()[0]) == ("ready", "\n")
+    assert top.view.seen.texts == ["a", "\n", "b"]
+    look(top, "sheep")
+    assert Page(top.view.sentence.value).text.startswith("No token is massive here by rule sun.")
+
+
+def test_a_long_text_is_cut_and_says_so(top):
+    top.controls["tokens"].value = 64
+    look(top, "ab" * 50)
+    assert len(top.table()) == 64 and "the first 64 of 100 tokens" in top.status.text
+
+
+def test_a_block_of_the_corpus_takes_its_place(top, tiny_spec, corpus, store):
+    top.controls["block"].value = 2
+    top.controls["open"].click()
+    top.job.wait(60)
+    assert top.view.seen.texts == capture(CaptureSpec(model=tiny_spec, corpus=corpus, tokens=128, skip=2), store).texts
+
+
+@pytest.mark.parametrize(("block", "text", "sentence"), [(None, "", "at least one token"), (10_000, None, "token_blocks.blocks must be <=")])
+def test_an_error_is_one_sentence_and_leaves_the_view(top, block, text, sentence):
+    before = state_of(top)
+    if text is not None:
+        look(top, text)
+    else:
+        top.controls["block"].value = block
+        top.controls["open"].click()
+        top.job.wait(60)
+    assert top.status.state == "error" and sentence in top.status.text and "Traceback" not in top.status.line.value
+    assert state_of(top) == before
+    assert not top.controls["look"].disabled and top.controls["cancel"].disabled
+
+
+def test_cancel_stops_before_the_next_layer_and_leaves_the_view(top, monkeypatch):
+    before, reached, go = state_of(top), threading.Event(), threading.Event()
+    ids = residual.typed_ids
+
+    def slow(*arguments):
+        reached.set()
+        assert go.wait(20)
+        return ids(*arguments)
+
+    monkeypatch.setattr(residual, "typed_ids", slow)
+    top.controls["text"].value = "something else"
+    top.controls["look"].click()
+    assert reached.wait(20) and top.job.running and top.controls["look"].disabled
+    top.view.look_at_text()
+    assert "cancel it, or wait" in top.status.text
+    top.controls["cancel"].click()
+    go.set()
+    top.job.wait(20)
+    assert "cancelled" in top.status.text and state_of(top) == before and not top.controls["look"].disabled
+
+
+def test_a_text_that_overflows_the_model_is_refused(top):
+    loaded = top.view.loaded
+    loaded.model.get_submodule(loaded.roles.embedding).weight.data.fill_(torch.nan)
+    before = state_of(top)
+    look(top, "x")
+    assert top.status.state == "error" and "finite; got NaN or Inf before layer 0" in top.status.text
+    assert state_of(top) == before
+
+
+def test_token_text_never_becomes_markup(top):
+    texts = [MALICIOUS[i % len(MALICIOUS)] for i in range(len(top.view.seen.texts))]
+    for view in ("heat map", "3-D"):
+        top.state.view = view
+        top.view._show(dataclasses.replace(top.view.seen, texts=texts))
+        assert_safe(top)
+    shown = Page(top.view.text.value).text
+    for text in MALICIOUS:
+        assert shown_text(text) in shown, text
+    assert "<0x202E>" in shown and "onerror" in shown
+    assert top.plot.data[0].x[0] == "0 \u2068&lt;img\u2423src=x\u2423onerror=alert(1)&gt;\u2069"
+    assert top.plot.data[0].x[3] == "3 \u2068&#x27;&#34;&amp;quot;\u2069"  # plotly decodes numbers and amp, lt, gt, but not quot
+
+
+def test_the_profile_is_the_layers_own_and_a_click_on_it_goes_there(top):
+    for layer, here in enumerate(top.view.seen.layers):
+        magnitude = here.x.abs().flatten()
+        drawn = [trace.y[layer] for trace in top.profile.data[1:]]
+        assert drawn == pytest.approx([*magnitude.topk(3).values.tolist(), float(magnitude.median())])
+    assert top.profile.layout.yaxis.type == "log"
+    event(top.profile, "plotly_click", [0], trace=1)
+    assert top.state.layer == 0
+
+
+def test_table_and_static_agree_with_the_view(top):
+    top.state.layer = 0
+    figure = top.static()
+    heat, profile = figure.axes[:2]
+    assert "before layer 0" in heat.get_title()
+    assert np.allclose(heat.images[0].get_array(), unpacked(top.plot.data[0].z), atol=1e-4)
+    marked = top.table().loc[top.table()["massive"]].sort_values("token")
+    assert np.array_equal(heat.collections[0].get_offsets(), marked[["token", "channel"]])
+    assert [line.get_label() for line in profile.lines[:4]] == ["top 1", "top 2", "top 3", "median"]
+
+
+def test_every_control_has_a_description_and_the_plots_keep_their_height(top):
+    for control in top.controls.values():
+        assert control.description
+    assert {plot.layout.height for plot in (top.plot, top.space, top.profile)} == {420}
+
+
+def test_a_wrong_model_is_refused_with_the_reason(store):
+    with pytest.raises(ValueError, match=r"ModelSpec\.source must be"):
+        explore.massive(model=ModelSpec(source="no such folder"), store=store)
+
+
+def test_packed_arrays_are_short_decimals():
+    array = np.array([[24816.123, -0.0123456789], [0.0, 1 / 3]], dtype=np.float32)
+    assert packed(array).tolist() == [[24816.0, -0.012346], [0.0, 0.33333]]

@@ -1,0 +1,223 @@
+"""The live refinement: it is `refine.refine`, to the bit, however often it is paused; cancel ends it; what it saves can be loaded."""
+
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from dfrot_lab import massive, refine, rotations
+from dfrot_lab.capture import Capture, capture
+from dfrot_lab.explore.refinement import Refinement, refinement
+from dfrot_lab.explore.refinerows import WATCHED, choices, spec_of, watched
+from dfrot_lab.quantize import squared_error
+from dfrot_lab.specs import CaptureSpec, CorpusSpec, ModelSpec, QuantSpec, RefineSpec, RotationSpec
+
+VARIANTS = ["accelerated", "guarded", "as_paper", "as_released"]
+
+
+@pytest.fixture
+def recorded(tiny_spec, text_file, store) -> Capture:
+    return capture(CaptureSpec(model=tiny_spec, corpus=CorpusSpec(name=str(text_file)), tokens=128), store)
+
+
+@pytest.fixture
+def view(recorded, tmp_path) -> Refinement:
+    made = refinement(recorded, path=str(tmp_path / "R1.safetensors"))
+    made.job.wait(60)
+    return made
+
+
+def until(condition: Callable[[], bool], seconds: float = 30) -> None:
+    """Wait for a condition; a test that would wait for ever fails."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.002)
+
+
+def finish(view: Refinement) -> None:
+    view.job.wait(120)
+    assert not view.job.running
+
+
+# ---- refine's own seam ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_watching_every_step_changes_nothing(variant, recorded):
+    rows, mask = recorded.all_rows(), massive.find(recorded, "nr_error").flatten()
+    spec = RefineSpec(variant=variant, steps=30, quantizer=QuantSpec())
+    seen: list[tuple[int, torch.Tensor]] = []
+    plain = refine.refine(rows, spec, mask)
+    followed = refine.refine(rows, spec, mask, on_step=lambda step, R: seen.append((step, R())))
+    assert torch.equal(plain.R, followed.R) and plain.history.equals(followed.history)
+    steps = [step for step, _ in seen]
+    assert steps == sorted(set(steps)) and steps[-1] == int(plain.history["step"].iloc[-1])
+    assert len(steps) == (30 if variant == "accelerated" else len(plain.history))
+    assert all(rotations.orthogonality_error(R) < 1e-4 for _, R in seen)
+
+
+# ---- pure parts -------------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_spec_of_a_capture_is_the_one_it_was_made_with(recorded, tiny_spec, text_file):
+    spec = spec_of(recorded)
+    assert spec == CaptureSpec(model=tiny_spec, corpus=CorpusSpec(name=str(text_file)), tokens=128)
+    assert recorded.artefact.manifest["inputs"]["spec"] == spec.to_dict()
+
+
+def test_watched_rows_keep_massive_ones():
+    x = torch.arange(3.0 * WATCHED)[:, None].repeat(1, 2)
+    mask = torch.arange(len(x)) % 500 == 0
+    rows, heavy = watched(x, mask)
+    assert len(rows) == WATCHED and int(heavy.sum()) == int(mask.sum()) and len(rows[:, 0].unique()) == WATCHED
+    assert torch.equal(mask[rows[:, 0].long()], heavy)
+    few, none = watched(x[:10], mask[:10])
+    assert len(few) == len(none) == 10
+    many, half = watched(x, torch.ones(len(x), dtype=torch.bool))
+    assert len(many) == WATCHED // 4 and bool(half.all())
+
+
+def test_the_list_of_tokens_begins_with_the_most_massive(recorded):
+    site = recorded.sites[1]
+    labels, places = zip(*choices(recorded, site), strict=True)
+    assert places[0] == int(recorded.residual_max[1].argmax()) and len(set(places)) == len(places)
+    assert "\u21b5" in labels[0] and "\n" not in "".join(labels), "the massive token is the newline, shown as a sign"
+
+
+# ---- the widget -------------------------------------------------------------------------------------------------------------------------
+
+
+def test_it_opens_ready_and_every_control_says_what_it_is(view, recorded):
+    assert view.status.text == "ready: press Start" and "dfrot-refinement" in view._dom_classes
+    assert all(control.description for control in view.controls.values())
+    assert view.controls["site"].value == recorded.sites[2]
+    enabled = {name for name in ("start", "pause", "resume", "cancel", "save") if not view.controls[name].disabled}
+    assert enabled == {"start"}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_it_is_the_refinement_of_the_same_spec(view, store, variant):
+    for name, value in {"variant": variant, "gamma": 30.0, "kind": "RO", "seed": 2, "steps": 25, "symmetric": True, "rows": 0}.items():
+        view.controls[name].value = value
+    view.controls["start"].click()
+    finish(view)
+    wanted = refine.refined(view.make_spec(), store)
+    assert torch.equal(view.result.R, wanted.R) and view.result.history.equals(wanted.history.astype(view.result.history.dtypes))
+    assert view.spec == RefineSpec(
+        capture=view.spec.capture, variant=variant, gamma=30.0, init=RotationSpec(kind="RO", seed=2), steps=25, quantizer=QuantSpec()
+    )
+    table = view.table()
+    assert table["step"].iloc[0] == 0 and table["distance"].iloc[0] == 0 and table["step"].is_monotonic_increasing
+    assert table["step"].iloc[-1] == wanted.history["step"].iloc[-1]
+    assert view.status.text.startswith("done: ")
+
+
+def test_the_history_is_the_losses_of_each_steps_rotation(view, recorded):
+    view.state.variant = "as_paper"
+    view.state.steps = 3
+    view.start()
+    finish(view)
+    rows, mask = recorded.all_rows(), massive.find(recorded, "nr_error").flatten()
+    for steps in (1, 3):
+        R = refine.refine(rows, view.spec.with_(steps=steps), mask).R
+        error = squared_error(rows @ R.float(), view.spec.quantizer)
+        row = view.table().set_index("step").loc[steps]
+        assert row["normal"] == pytest.approx(float(error[~mask].mean()), rel=1e-4)
+        assert row["massive"] == pytest.approx(float(error[mask].mean()), rel=1e-4)
+        assert row["distance"] == pytest.approx(rotations.distance(R, rotations.make(RotationSpec(), recorded.channels)), rel=1e-9)
+
+
+def test_pause_stops_the_history_resume_goes_on_and_the_end_is_the_same_to_the_bit(view):
+    view.state.steps = 60
+    view.start()
+    finish(view)
+    straight, length = view.result.R, len(view.history)
+    view.start()
+    for part in (5, 15, 30):
+        until(lambda part=part: len(view.history) >= part)
+        view.controls["pause"].click()
+        until(lambda: view.job.paused)
+        time.sleep(0.1)  # the step that ran may still be noted
+        held = len(view.history)
+        time.sleep(0.3)
+        assert len(view.history) == held < length and view.job.running
+        assert "paused" in view.status.text and not view.controls["resume"].disabled and view.controls["pause"].disabled
+        view.controls["resume"].click()
+    finish(view)
+    assert torch.equal(view.result.R, straight) and len(view.history) == length == 61
+
+
+@pytest.mark.parametrize("paused", [False, True])
+def test_cancel_ends_it_and_another_can_start(view, paused):
+    view.state.steps = 1000
+    view.start()
+    until(lambda: len(view.history) >= 5)
+    if paused:
+        view.pause()
+    view.controls["cancel"].click()
+    finish(view)
+    assert view.result is None and 5 <= len(view.history) < 900
+    assert view.status.text == f"cancelled after step {view.history[-1]['step']}"
+    assert view.controls["save"].disabled and not view.controls["start"].disabled
+    view.state.steps = 5
+    view.start()
+    finish(view)
+    assert view.result is not None and len(view.history) == 6
+
+
+def test_a_saved_r1_loads_with_its_spec_and_is_not_overwritten(view, tmp_path):
+    view.save()
+    assert view.status.state == "error" and "no finished refinement" in view.status.text
+    view.state.steps = 5
+    view.start()
+    finish(view)
+    view.controls["save"].click()
+    path = tmp_path / "R1.safetensors"
+    assert torch.equal(rotations.load(path), view.result.R) and rotations.load_spec(path) == view.spec.to_dict()
+    assert "saved as" in view.status.text
+    before = path.read_bytes()
+    view.controls["save"].click()
+    assert view.status.state == "error" and "choose another name" in view.status.text and path.read_bytes() == before
+
+
+def test_plots_are_changed_in_place_and_show_the_chosen_token(view, recorded):
+    losses, entries = view.losses.plot, view.entries.plot
+    view.state.steps = 40
+    view.start()
+    finish(view)
+    assert view.losses.plot is losses and view.entries.plot is entries and view.plot is losses
+    table = view.table()
+    assert list(losses.data[1].y) == table["massive"].tolist() and list(losses.data[2].y) == table["distance"].tolist()
+    view.controls["site"].value = recorded.sites[1]
+    token = view.controls["token"].options[1][1]
+    view.controls["token"].value = token
+    x = recorded.rows(recorded.sites[1])[token].double()
+    error = float(squared_error((x @ view.result.R)[None], view.spec.quantizer))
+    assert f"{error:.2f} now" in entries.layout.xaxis.title.text
+    assert sum(entries.data[1].y) == sum(entries.data[2].y) == recorded.channels
+    assert len(view.static().axes) == 2
+
+
+def test_errors_are_one_sentence(view):
+    view.state.rule, view.state.gamma = "sun", float("inf")
+    view.state.variant = "as_released"
+    view.start()
+    assert view.status.state == "error" and "finite with variant as_released" in view.status.text
+    view.state.variant, view.state.gamma, view.state.steps = "accelerated", 10.0, 1000
+    view.start()
+    until(lambda: len(view.history) >= 2)
+    view.start()
+    assert view.status.state == "error" and "one refinement at a time" in view.status.text
+    assert len(view.history) >= 2, "the one that runs is not disturbed"
+    view.cancel()
+    finish(view)
+
+
+def test_a_capture_that_cannot_be_made_is_said(tmp_path, store):
+    view = refinement(CaptureSpec(model=ModelSpec(source=str(tmp_path / "nowhere"))), store=store)
+    view.job.wait(60)
+    assert view.status.state == "error" and "ModelSpec.source must be" in view.status.text
+    view.start()
+    assert view.status.state == "error" and "not open yet" in view.status.text

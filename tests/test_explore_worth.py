@@ -1,0 +1,217 @@
+"""What is it worth: stored rows at once and nothing computed, missing ones named, computed in the background, stopped without loss."""
+
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from test_evaluate import save_lively
+
+from dfrot_lab import evaluate, mainjob, results
+from dfrot_lab.explore import worth_rows
+from dfrot_lab.explore.worth import Tally, Worth, worth
+from dfrot_lab.mainjob import Setting
+from dfrot_lab.store import Store
+
+PATIENCE = 120
+"""Seconds after which a background job of a tiny model has hung."""
+
+
+@pytest.fixture
+def setting(tmp_path: Path, text_file: Path) -> Setting:
+    model = save_lively(tmp_path / "lively")
+    return Setting(model=model, corpus=str(text_file), windows=3, window=64, gptq_windows=2, seeds=1, weights="rtn", steps=3)
+
+
+def keys(store: Store) -> set[str]:
+    """Everything the store's folder holds that is finished, and what is in the making."""
+    return {f"{path.parent.name}/{path.name}" for path in store.root.glob("*/*") if path.is_dir()}
+
+
+def stored_row(setting: Setting, store: Store, kind: str, bits: str, keep_out: str | None = None) -> evaluate.EvalResult:
+    rotation = setting.refine if kind == "DFRot" else setting.rotation(kind)
+    return evaluate.evaluate(setting.row(bits, rotation, keep_out=keep_out), store)
+
+
+def computed(widget: Worth) -> None:
+    widget.controls["compute"].click()
+    widget.job.wait(PATIENCE)
+    assert not widget.job.running
+
+
+def test_stored_rows_are_shown_at_once_and_nothing_is_computed(setting, store):
+    rh, ro = stored_row(setting, store, "RH", "4-4-16"), stored_row(setting, store, "RO", "4-4-16")
+    before = keys(store)
+    widget = worth(setting, store)
+    table = widget.table().set_index(["row", "bits"])
+    assert keys(store) == before
+    assert table.loc[("RO", "4-4-16"), "perplexity"] == ro.perplexity
+    assert tuple(table.loc[("RO", "4-4-16"), ["low", "high"]]) == ro.ci95
+    value, interval = evaluate.paired_difference(ro, rh)
+    assert tuple(table.loc[("RO", "4-4-16"), ["minus_rh", "minus_rh_low", "minus_rh_high"]]) == (value, *interval)
+    assert np.isnan(table.loc[("RH", "4-4-16"), "minus_rh"])
+    assert table["stored"].sum() == 2
+    bar = {trace.name: trace for trace in widget.plot.data}["RO"]
+    assert (list(bar.x), list(bar.y), bar.visible) == (["4-4-16"], [pytest.approx(ro.perplexity)], True)
+    assert bar.error_y.array[0] == pytest.approx(ro.ci95[1] - ro.perplexity)
+    assert bar.error_y.arrayminus[0] == pytest.approx(ro.perplexity - ro.ci95[0])
+    assert f"{ro.perplexity:,.2f} [{ro.ci95[0]:,.2f}, {ro.ci95[1]:,.2f}]" in widget.rows.value
+
+
+def test_missing_rows_are_named_with_a_time_and_computed_in_the_background(setting, store):
+    stored_row(setting, store, "RH", "4-4-16")
+    widget = worth(setting, store)
+    widget.controls["rotations"].value, widget.controls["bits"].value = ("RO", "RH"), ("4-4-16", "16-16-16")
+    assert [mainjob.row_name(spec) for spec in widget.missing] == ["full precision", "RO 4-4-16"]
+    assert "Not stored: full precision; RO 4-4-16. To compute: about" in widget.note.value
+    computed(widget)
+    assert not widget.missing and widget.status.text == "3 of 3 rows are stored"
+    assert widget.bar.value == 1.0 and widget.controls["compute"].disabled and widget.controls["cancel"].disabled
+    alone = evaluate.evaluate(setting.row("4-4-16", setting.rotation("RO")), Store(store.root.parent / "alone"))
+    assert widget.table().set_index("row").loc["RO", "perplexity"] == alone.perplexity
+    shapes = widget.plot.layout.shapes
+    assert [shape.y0 for shape in shapes] == [pytest.approx(widget.table().set_index("row").loc["full precision", "perplexity"])]
+
+
+def test_dfrot_and_kept_out_rows_are_computed_too(setting, store):
+    widget = worth(setting, store)
+    widget.controls["keep_out"].value = ("nr_error",)
+    widget.controls["rotations"].value, widget.controls["bits"].value = ("DFRot",), ("16-4-16",)
+    computed(widget)
+    assert widget.table()["row"].tolist() == ["DFRot, kept out"] and widget.table()["stored"].all()
+    assert widget.table()["perplexity"][0] == stored_row(setting, store, "DFRot", "16-4-16", "nr_error").perplexity
+
+
+def test_a_cancelled_evaluation_keeps_its_windows_and_the_widget_goes_on(setting, store, monkeypatch):
+    """The first window is let through, then cancel is pressed while the second is on its way."""
+    widget = worth(setting, store)
+    widget.controls["rotations"].value, widget.controls["bits"].value = ("RH",), ("16-4-16",)
+    real, scored, reached, go = evaluate.window_loss, [], threading.Event(), threading.Event()
+
+    def slow(loaded, ids):
+        scored.append(len(scored))
+        if len(scored) == 2:
+            reached.set()
+            assert go.wait(PATIENCE)
+        return real(loaded, ids)
+
+    monkeypatch.setattr(evaluate, "window_loss", slow)
+    widget.controls["compute"].click()
+    assert reached.wait(PATIENCE)
+    widget.controls["cancel"].click()
+    go.set()
+    widget.job.wait(PATIENCE)
+    assert "Stopped. What is finished is kept" in widget.status.text and widget.status.state == "ready"
+    partial = [name for name in keys(store) if name.endswith(".partial")]
+    assert len(partial) == 1 and len(list((store.root / partial[0]).glob("window-*.json"))) == 2
+    assert len(widget.missing) == 1 and not widget.controls["compute"].disabled
+    computed(widget)
+    assert len(scored) == 3, "windows that were finished are not scored again"
+    whole = evaluate.evaluate(setting.row("16-4-16", setting.rotation("RH")), Store(store.root.parent / "alone"))
+    assert widget.table()["perplexity"][0] == whole.perplexity
+
+
+def test_cancel_stops_while_weights_are_made_and_keeps_their_layers(setting, store):
+    widget = worth(setting, store)
+    widget.controls["rotations"].value, widget.controls["bits"].value = ("RH",), ("4-4-16",)
+    told: list[str] = []
+    tell = widget._tell
+
+    def cancel_at_first(specs, tally, what):
+        tell(specs, tally, what)
+        told.append(what)
+        widget.job.cancel()
+
+    widget._tell = cancel_at_first
+    computed(widget)
+    assert told == ["layer 1 of 2"] and "Stopped" in widget.status.text
+    assert list(store.root.glob("weights/*.partial/layer-000.safetensors"))
+    widget._tell = tell
+    computed(widget)
+    assert widget.table()["stored"].all()
+
+
+def test_an_error_is_one_sentence_and_the_widget_goes_on(setting, store):
+    widget = worth(setting, store)
+    widget.controls["rotations"].value, widget.controls["bits"].value = ("RH",), ("16-4-16",)
+    widget.controls["windows"].value = 200
+    computed(widget)
+    assert widget.status.state == "error" and "token_blocks.blocks must be <=" in widget.status.text
+    widget.controls["windows"].value = 3
+    computed(widget)
+    assert widget.table()["stored"].all() and widget.status.state == "ready"
+
+
+def test_a_text_that_is_not_there_is_one_sentence(setting, store, monkeypatch):
+    monkeypatch.setenv("DFROT_LAB_DATA", "nowhere")
+    widget = worth(setting, store)
+    Path(setting.corpus).unlink()
+    widget.controls["windows"].value = 2
+    assert widget.status.state == "error" and "which is no file here" in widget.status.text
+
+
+def test_rows_picked_once_at_full_precision_and_models_side_by_side(setting):
+    specs = worth_rows.specs_of(setting, ("RO", "DFRot"), ("16-16-16", "4-4-16", "16-4-16"), "rtn", (None, "nr_error"))
+    names = [mainjob.row_name(spec) for spec in specs]
+    assert names[:3] == ["full precision", "RO 4-4-16", "RO 4-4-16, kept out"] and len(names) == len(set(names)) == 9
+
+
+def test_costs_count_gptq_builds_and_the_refinement_once(setting, store):
+    refined = worth_rows.specs_of(replace(setting, weights="gptq"), ("DFRot",), ("4-4-16", "4-4-4"), "gptq", (None,))
+    first, second = worth_rows.costs(refined, store)
+    rounded = worth_rows.costs(worth_rows.specs_of(setting, ("DFRot",), ("4-4-16",), "rtn", (None,)), store)[0]
+    assert first > rounded > second > 0
+    assert first - second == pytest.approx((8 + 75 + 30 + 15) * worth_rows.pace(refined[0]))
+
+
+def test_the_tally_reaches_the_end_and_never_goes_back():
+    tally = Tally([18.0, 10.0], scoring=10.0)
+    seen = []
+    for part, count in (("layer", 2), ("window", 2)):
+        for done in range(1, count + 1):
+            tally.at(part, done, count)
+            seen.append(tally.share)
+    tally.next()
+    tally.at("window", 2, 2)
+    assert seen == sorted(seen) and seen[0] == pytest.approx(4 / 28) and seen[-1] == pytest.approx(18 / 28)
+    assert tally.share == pytest.approx(1.0)
+
+
+def far_table() -> pd.DataFrame:
+    nan = float("nan")
+    rows = pd.DataFrame([("NR", 20000.0, 15000.0, 30000.0), ("RH", 40.0, 35.0, 45.0)], columns=["row", "perplexity", "low", "high"])
+    rows = rows.assign(rotation=rows["row"], kept_out=False, bits="4-4-16", weights="rtn", windows=6, stored=True)
+    return rows.assign(minus_rh=nan, minus_rh_low=nan, minus_rh_high=nan)
+
+
+def test_a_perplexity_off_the_scale_is_cut_and_written_out():
+    plot = worth_rows.empty_bars()
+    worth_rows.draw_bars(plot, far_table(), "title")
+    bars = {trace.name: trace for trace in plot.data if trace.visible}
+    top = plot.layout.yaxis.range[1]
+    assert top == pytest.approx(1.08 * 45) and bars["NR"].y == (top,) and bars["NR"].error_y.array == (0,)
+    assert bars["NR"].text == ("20,000, off the scale",) and bars["RH"].text == ("40.00",)
+
+
+def test_the_papers_numbers_stand_beside_the_same_rows(setting):
+    specs = worth_rows.specs_of(replace(setting, weights="gptq"), ("RO", "RH"), ("4-4-16",), "gptq", (None, "nr_error"))
+    beside = worth_rows.paper_table(specs, lambda _spec: None).set_index("row")
+    assert beside.loc["RO", "LLaMA2-7B"] == "7.71" and beside.loc["RO, kept out", "LLaMA2-7B"] == "6.10"
+    rtn = worth_rows.specs_of(setting, ("RO",), ("4-4-4",), "rtn", (None,))
+    assert len(worth_rows.paper_table(rtn, lambda _spec: None)) == 0, "the paper has no RTN number at 4-4-4"
+
+
+def test_markup_in_a_row_is_inert(setting, store):
+    table = far_table().assign(row="<img src=x onerror=alert(1)>")
+    assert "<img" not in worth_rows.shown(table) and "&lt;img" in worth_rows.shown(table)
+    assert results.PERPLEXITY in worth_rows.shown(table)
+
+
+def test_the_static_figure_draws_the_stored_rows_and_says_when_there_are_none(setting, store):
+    widget = worth(setting, store)
+    with pytest.raises(ValueError, match="nothing to draw"):
+        widget.static()
+    stored_row(setting, store, "RO", "4-4-16")
+    assert [ax.get_title() for ax in widget.static().axes] == ["4-4-16"]

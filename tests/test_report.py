@@ -1,0 +1,228 @@
+"""The report: one file that loads nothing, shows what is stored and names what is not, runs no token, and is written whole or not at all."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from conftest import save_tiny
+from test_evaluate import save_lively
+from typer.testing import CliRunner
+
+from dfrot_lab import evaluate, mainjob, report, report_page
+from dfrot_lab.cli import app
+from dfrot_lab.mainjob import Setting
+from dfrot_lab.specs import ModelSpec
+from dfrot_lab.store import Store
+
+CHROMIUM = Path("/usr/bin/chromium")
+EVIL = "<img src=x onerror=\"document.title='run'\"></script><script>document.title='run'</script>"
+ADDRESSES = ("src", "href", "xlink:href", "srcset", "data", "action", "poster", "background", "formaction")
+
+
+@pytest.fixture
+def setting(tmp_path: Path, text_file: Path) -> Setting:
+    model = save_lively(tmp_path / "lively")
+    return Setting(model=model, corpus=str(text_file), windows=2, window=64, gptq_windows=2, seeds=2, weights="rtn", steps=3)
+
+
+class Page(HTMLParser):
+    """Every tag with its attributes, every style, every script and the text a reader sees."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str]]] = []
+        self.inside = ""
+        self.styles, self.scripts, self.read = [], [], []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, {name: value or "" for name, value in attrs}))
+        self.inside = tag
+
+    def handle_endtag(self, tag):
+        self.inside = ""
+
+    def handle_data(self, data):
+        {"style": self.styles, "script": self.scripts}.get(self.inside, self.read).append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.read).split())
+
+
+def loads_nothing(page: Page) -> None:
+    addresses = [value for _, attributes in page.tags for name, value in attributes.items() if name in ADDRESSES]
+    assert addresses and all(value.startswith("data:image/svg+xml;base64,") for value in addresses)
+    assert not {tag for tag, _ in page.tags} & {"link", "iframe", "object", "embed", "base", "video", "audio"}
+    assert not any(word in style for style in page.styles for word in ("@import", "url(", "http"))
+    assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
+    ours = [script for script in page.scripts if len(script) < 1_000_000]
+    assert len(ours) >= 2 and len(page.scripts) == len(ours) + 1, "plotly's own bundle is the one long script"
+    assert not any("://" in script or "MathJax.js" in script for script in ours)
+
+
+def test_nothing_but_the_capture_is_computed_and_every_row_is_named(setting, store):
+    findings = report.collect(setting, store)
+    assert {path.name for path in store.root.iterdir()} == {"capture"}
+    assert findings.missing == mainjob.main_specs(setting) and not findings.found
+    page = Page(report.page(findings))
+    loads_nothing(page)
+    assert report.command(report.public(setting)) in page.text
+    for spec in findings.missing:
+        assert report.row_command(report.public(setting), spec) in page.text
+    assert "DFRot's rotation is not refined yet" in page.text
+
+
+def test_a_report_of_all_rows(setting, store):
+    found = mainjob.main(setting, store)
+    before = sorted(store.root.glob("*/*"))
+    findings = report.collect(setting, store)
+    assert sorted(store.root.glob("*/*")) == before and not findings.missing
+    text = report.page(findings)
+    page = Page(text)
+    loads_nothing(page)
+    assert 1_000_000 < len(text.encode()) < 10_000_000
+    for row in found.table.to_dict("records"):
+        if (pd.isna(row["seed"]) or row["seed"] == 0) and row["metric"] == "perplexity":
+            assert f"{row['value']:.2f} [{row['ci95'][0]:.2f}, {row['ci95'][1]:.2f}]" in page.text
+    assert "not stored" not in page.text and "seed 1" in page.text
+    assert len([tag for tag, _ in page.tags if tag == "img"]) == 4
+    for title in ("What was measured", "Massive tokens", "Quantization error of every token", "perplexity", "The paper's numbers", "Limits"):
+        assert title in page.text
+    about = dict(report.about(findings).itertuples(index=False))
+    for name in about.keys() - {"report made"}:  # the minute may have turned
+        assert " ".join(about[name].split()) in page.text
+    assert about["model's content hash"] and about["calibration text, sha256"] != about["evaluation text, sha256"]
+
+
+def test_a_report_tells_no_place_on_this_machine(setting, store, tmp_path):
+    text = report.page(report.collect(setting, store))
+    assert str(tmp_path) not in text and "lively" in text
+
+
+def test_the_massive_tokens_are_the_tables_own(setting, store):
+    findings = report.collect(setting, store)
+    tokens, own = report.massive_tokens(findings.massive), findings.massive
+    assert set(tokens["token"]) == set(own["token"]) and set(tokens["text"]) == {"\u21b5"}
+    assert tokens["largest |value|"][0] == f"{own['residual_max'].max():,.0f}"
+    first = own[own["token"] == tokens["token"][0]]
+    assert tokens["sites by nr_error"][0] == first["nr_error"].sum()
+
+
+def test_a_malicious_token_and_name_are_inert(setting, store):
+    findings = report.collect(setting, store)
+    evil = replace(findings, massive=findings.massive.assign(text=EVIL), errors=findings.errors.assign(text=EVIL))
+    evil = replace(evil, result=replace(evil.result, setting=replace(setting, model=setting.model)))
+    text = report.page(evil)
+    loads_nothing(Page(text))
+    assert EVIL not in text and "<img src=x" not in text and text.count("</script>") == len(Page(text).scripts)
+    titled = report_page.document(EVIL, EVIL, [report_page.section(EVIL, report_page.paragraph(EVIL), report_page.note(EVIL, EVIL))])
+    assert [tag for tag, _ in Page(titled).tags if tag in ("img", "script")] == []
+
+
+def test_a_path_with_markup_is_escaped(store, tmp_path, text_file):
+    spec = save_tiny(tmp_path / "<b>model&")
+    findings = report.collect(Setting(model=spec, corpus=str(text_file), windows=1, window=64, seeds=1), store)
+    text = report.page(findings)
+    assert "<b>model" not in text and "&lt;b&gt;model&amp;" in text
+
+
+@pytest.mark.skipif(not CHROMIUM.exists(), reason=f"{CHROMIUM} is not installed: Debian's package chromium")
+def test_chromium_draws_the_report_and_runs_no_token(setting, store, tmp_path):
+    evaluate.evaluate(setting.row("16-4-16", setting.rotation("RH")), store)
+    findings = report.collect(setting, store)
+    path = tmp_path / "report.html"
+    report.write(path, report.page(replace(findings, errors=findings.errors.assign(text=EVIL), massive=findings.massive.assign(text=EVIL))))
+    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'chromium'}", "--virtual-time-budget=20000"]
+    options += ["--enable-logging=stderr", "--v=0", "--host-resolver-rules=MAP * ~NOTFOUND", "--dump-dom", f"file://{path}"]
+    shown = subprocess.run([str(CHROMIUM), *options], capture_output=True, text=True, timeout=180, check=True)
+    page = Page(shown.stdout)
+    assert "CONSOLE" not in shown.stderr, "an error, or something the page's own policy refused"
+    points = [attributes for tag, attributes in page.tags if tag == "path" and attributes.get("class") == "point"]
+    assert len(points) == 64, "one point a token"
+    assert "<title>DFRot Lab: lively</title>" in shown.stdout
+    assert not [attributes for tag, attributes in page.tags if tag == "img" and "onerror" in attributes]
+
+
+def test_the_command_writes_the_file_and_the_commands_it_names_complete_it(tmp_path, text_file, monkeypatch):
+    monkeypatch.setenv("DFROT_LAB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("DFROT_LAB_DATA", raising=False)
+    monkeypatch.chdir(tmp_path)
+    text_file.write_text(text_file.read_text() * 6)
+    model = save_tiny(tmp_path / "a model", context=4096)
+    options = ["--model", model.source, "--corpus", str(text_file), "--windows", "1"]
+    shown = json.loads(CliRunner().invoke(app, ["report", *options, "--json"]).stdout)
+    assert shown["out"] == "report.html" and shown["bytes"] == (tmp_path / "report.html").stat().st_size < 10_000_000
+    setting = Setting(model=ModelSpec(source=model.source), corpus=str(text_file), windows=1)
+    assert shown["which this computes"] == report.command(setting) and "--model '" in report.command(setting)
+    specs = mainjob.main_specs(setting)
+    assert len(shown["rows not stored"]) == len(specs)
+    chosen = [spec for spec in specs if spec.bits == "16-4-16" and spec.rotation.name in ("RH", "DFRot")]
+    for spec in chosen:
+        program, *arguments = shlex.split(report.row_command(setting, spec))
+        result = CliRunner().invoke(app, arguments)
+        assert program == "dfrot-lab" and result.exit_code == 0, result.output
+        assert evaluate.stored(spec, Store()) is not None, f"{arguments} did not compute the row it is named for"
+    assert len(chosen) == 5
+    again = json.loads(CliRunner().invoke(app, ["report", *options, "--json"]).stdout)
+    assert len(again["rows not stored"]) == len(specs) - len(chosen)
+
+
+@pytest.mark.parametrize(("out", "sentence"), [(".", "is a folder"), ("not/there/report.html", "Make the folder not/there first")])
+def test_a_place_that_cannot_be_written_is_refused_before_any_work(tmp_path, monkeypatch, out, sentence):
+    monkeypatch.setenv("DFROT_LAB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, ["report", "--model", "no such model", "--out", out])
+    assert result.exit_code == 1 and sentence in result.stderr and "Traceback" not in result.output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_writing_replaces_a_file_whole(tmp_path):
+    path = tmp_path / "report.html"
+    report.write(path, "first")
+    report.write(path, "second")
+    assert path.read_text() == "second" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_killed_writer_leaves_the_old_file(tmp_path):
+    """The kernel kills the process in the middle of the file, at the size it may not pass."""
+    path = tmp_path / "report.html"
+    report.write(path, "the old report")
+    code = f"""
+import resource, signal
+from pathlib import Path
+from dfrot_lab import report
+signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+report.write(Path({str(path)!r}), "new" * 1_000_000)
+"""
+    killed = subprocess.run([sys.executable, "-c", code], capture_output=True, env=os.environ)
+    assert killed.returncode == -signal.SIGXFSZ, killed.stderr.decode()
+    assert path.read_text() == "the old report"
+    assert (tmp_path / ".report.html.part").stat().st_size == 100_000, "it was killed half-way"
+    report.write(path, "the new report")
+    assert path.read_text() == "the new report" and list(tmp_path.iterdir()) == [path]
+
+
+def test_the_interactive_plot_has_every_token_under_each_pair(setting, store):
+    findings = report.collect(setting, store)
+    plot = report_page.scatter_figure(findings.errors)
+    assert [len(trace.x) for trace in plot.data[:2]] == [(~heavy).sum() if ordinary else heavy.sum() for ordinary, heavy in _halves(findings.errors)]
+    pairs = {button.label: button.args[0] for button in plot.layout.updatemenus[0].buttons}
+    assert set(pairs) == {"RH against RO", "RO against NR", "RH against NR"}, "DFRot is not refined here"
+    (ordinary, massive, _), heavy = pairs["RO against NR"]["y"], findings.errors["massive"].str.contains("nr_error|sun")
+    assert list(ordinary) == findings.errors.loc[~heavy, "RO"].tolist() and list(massive) == findings.errors.loc[heavy, "RO"].tolist()
+
+
+def _halves(errors):
+    heavy = errors["massive"].str.contains("nr_error|sun")
+    return [(True, heavy), (False, heavy)]
