@@ -42,8 +42,8 @@ lint: $(VENV)/ready-dev ## ruff and mypy alone
 # The browser tests drive the machine's own Chromium. Where there is none, Debian's package is installed if that can be done without asking.
 browser:
 	@for name in chromium chromium-browser google-chrome; do if command -v $$name >/dev/null; then exit 0; fi; done; \
-	get="env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium"; \
-	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then $$get >/dev/null || { apt-get update -qq && $$get >/dev/null; } && exit 0; fi; \
+	get="timeout 300 env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium"; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then $$get >/dev/null || { timeout 120 apt-get update -qq && $$get >/dev/null; } && exit 0; fi; \
 	echo "No Chromium on PATH and none could be installed: the browser tests will be skipped (install chromium or google-chrome to run them)"
 
 clean: ## remove .venv (the cache of models and results stays)

@@ -20,7 +20,7 @@ NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 ARTEFACTS = Path(__file__).parent / "artefacts"
 """Where the screenshots go; not committed, made again by every run."""
 CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
-START_S, CELLS_S, STEP_S = 60.0, 180.0, 30.0
+START_S, CELLS_S, STEP_S = 120.0, 400.0, 60.0
 """Seconds allowed for the server, for all cells of a notebook, for one movement: several times what a quiet machine takes."""
 SOFTWARE_GL = ["--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"]
 """WebGL without a graphics card, for plotly's Scattergl and 3-D plots."""
