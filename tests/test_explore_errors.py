@@ -1,5 +1,6 @@
 """The errors explorer without a browser: its numbers are the error table's, brush and click do what a reader means, token text is safe."""
 
+import re
 import threading
 from pathlib import Path
 
@@ -160,6 +161,8 @@ def test_brushing_lists_exactly_the_points_inside(top):
     assert top.selected()["token"].tolist() == inside
     page = Page(top.view.listed.value).text
     assert page.startswith(f"{len(inside)} brushed tokens, largest E(RH) first")
+    heads = re.findall(r"<th[^>]*>([^<]*)</th>", top.view.listed.value)
+    assert heads[:4] == ["token", "text", *top.view.axes[:2]] and heads[-1] == "massive"
     rows = top.view.listed.value.count("<tr>") - 1
     assert rows == len(inside)
     top.controls["bits"].value = 3

@@ -88,7 +88,8 @@ class ErrorsView:
         rows = self.selected()
         name = self.axes[1]
         caption = f"{len(rows):,} brushed tokens, largest E({name}) first" if len(rows) else "Brush a region of the plot: its tokens are listed here"
-        shown = rows.sort_values(name, ascending=False).head(LISTED).drop(columns="site")
+        order = dict.fromkeys(["token", "text", *self.axes, *self.rows.matrices, "massive"])  # the plot's own rotations stay in sight
+        shown = rows.sort_values(name, ascending=False).head(LISTED)[list(order)]
         self.listed.value = html_table(shown if len(rows) else shown.iloc[:0, :2], caption)
 
     def _fig4(self) -> None:
