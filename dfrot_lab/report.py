@@ -154,7 +154,7 @@ def _abstract(findings: Findings) -> str:
     if len(findings.massive):
         head = findings.massive.iloc[0]
         text = (
-            f"The most massive token, {visible(head['text'])!r}, reaches |{head['residual_max']:,.0f}| in channel {head['channel']} of the residual "
+            f"The most massive token, {visible(head['text'])!r}, reaches {head['residual_max']:,.0f} in channel {head['channel']} of the residual "
             f"stream, {head['ratio_to_median']:,.0f} times the median. "
         )
     rows = results.records(findings.result.table, f"{results.PERPLEXITY} - RH")
