@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders
@@ -72,6 +73,13 @@ def save_tiny(folder: Path, family: str = "llama", **options) -> ModelSpec:
 def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Numbers that tests know are the CPU's; tests/test_device.py compares a GPU's with them."""
     monkeypatch.setenv(models.DEVICE, "cpu")
+
+
+@pytest.fixture(autouse=True)
+def no_open_figures() -> Iterator[None]:
+    """A figure that a test leaves open is not the one the next test draws on."""
+    yield
+    plt.close("all")
 
 
 @pytest.fixture(autouse=True)

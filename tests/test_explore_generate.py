@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 from test_evaluate import save_lively
@@ -192,6 +193,7 @@ def test_the_strip_shows_the_losses_and_so_does_the_static_figure(widget):
     assert strip.z[2].tolist() == losses["RO"].tolist() and strip.zmax == losses[list(strip.y)].to_numpy().max()
     assert widget.plot.layout.shapes[0].x0 == len(widget.prompt_ids) + 0.5
     image = widget.static().axes[0].get_images()[0]
+    assert not plt.get_fignums(), "a notebook would show an open figure twice"
     assert image.get_array().shape == (4, len(losses))
 
 

@@ -266,6 +266,7 @@ def figure_strip(losses: pd.DataFrame) -> Figure:
         ax.set(xlabel="token (white line: the prompt's end)")
         ax.grid(visible=False)
         fig.colorbar(image, label="loss (nats)")
+    figures.plt.close(fig)  # whoever asked for it shows it, once
     return fig
 
 

@@ -148,7 +148,9 @@ class Worth(widgets.VBox):
         if all(result.spec.bits == "16-16-16" for result in found):
             raise ValueError("nothing to draw: none of the rows that are picked is stored yet")
         with figures.theme():
-            return figures.figure_perplexity(mainjob.main_table(found))
+            drawn = figures.figure_perplexity(mainjob.main_table(found))
+        figures.plt.close(drawn)  # whoever asked for it shows it, once
+        return drawn
 
     def refresh(self) -> None:
         """Show what is stored of the rows picked, and name the rest."""
