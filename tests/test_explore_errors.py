@@ -273,7 +273,7 @@ def test_a_rotation_of_another_size_and_a_matrix_that_is_none_are_refused(top, t
 
 def test_dfrot_is_taken_from_the_store_or_made_by_the_button(acts, top, store):
     spec = RefineSpec(capture=spec_of(acts))
-    assert "DFRot" not in top.table().columns and error_rows.stored_dfrot(spec, store) is None
+    assert "DFRot" not in top.table().columns and refine.stored(spec, store) is None
     top.controls["refine"].click()
     top.job.wait(120)
     assert top.status.state == "ready", top.status.text

@@ -169,18 +169,25 @@ def test_a_spec_is_loaded_in_the_background(tmp_path, store):
 # ---- newest wish first ------------------------------------------------------------------------------------------------------------------
 
 
-def test_only_the_newest_wish_is_computed_after_the_one_that_runs():
-    started, go, done = threading.Event(), threading.Event(), []
+def held(seen: list[object]) -> tuple[Latest, threading.Event]:
+    """A Latest at work on wish 0, which goes on once the event is set; what is computed, and what errors say, is put into `seen`."""
+    started, go = threading.Event(), threading.Event()
 
     def compute(wish: int) -> None:
         started.set()
         assert go.wait(10)
         latest.step()
-        done.append(wish)
+        seen.append(wish)
 
-    latest = Latest(compute, lambda error: done.append(error))
+    latest = Latest(compute, lambda error: seen.append(str(error)))
     latest.ask(0)
     assert started.wait(10)
+    return latest, go
+
+
+def test_only_the_newest_wish_is_computed_after_the_one_that_runs():
+    done: list[object] = []
+    latest, go = held(done)
     for wish in range(1, 6):
         latest.ask(wish)
     go.set()
@@ -192,17 +199,8 @@ def test_only_the_newest_wish_is_computed_after_the_one_that_runs():
 
 
 def test_cancel_leaves_what_runs_and_what_waits():
-    started, go, seen = threading.Event(), threading.Event(), []
-
-    def compute(wish: int) -> None:
-        started.set()
-        assert go.wait(10)
-        latest.step()
-        seen.append(wish)
-
-    latest = Latest(compute, lambda error: seen.append(str(error)))
-    latest.ask(0)
-    assert started.wait(10)
+    seen: list[object] = []
+    latest, go = held(seen)
     latest.ask(1)
     latest.cancel()
     go.set()

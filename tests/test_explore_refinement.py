@@ -8,8 +8,9 @@ import torch
 
 from dfrot_lab import massive, refine, rotations
 from dfrot_lab.capture import Capture, capture
+from dfrot_lab.explore.parts import spec_of
 from dfrot_lab.explore.refinement import Refinement, refinement
-from dfrot_lab.explore.refinerows import WATCHED, choices, spec_of, watched
+from dfrot_lab.explore.refinerows import WATCHED, choices, watched
 from dfrot_lab.quantize import squared_error
 from dfrot_lab.specs import CaptureSpec, CorpusSpec, ModelSpec, QuantSpec, RefineSpec, RotationSpec
 

@@ -9,11 +9,10 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from dfrot_lab import errors, figures, refine, rotations
+from dfrot_lab import errors, figures, rotations
 from dfrot_lab.capture import Capture
 from dfrot_lab.quantize import code_range, scale_zero, squared_error
-from dfrot_lab.specs import QuantSpec, RefineSpec, RotationSpec
-from dfrot_lab.store import Store
+from dfrot_lab.specs import QuantSpec, RotationSpec
 
 from . import base
 
@@ -90,12 +89,6 @@ def is_massive(table: pd.DataFrame) -> np.ndarray:
 def seeded(channels: int, seed: int) -> dict[str, Tensor]:
     """RO and RH of a seed."""
     return {kind: rotations.make(RotationSpec(kind=kind, seed=seed), channels) for kind in SEEDED}
-
-
-def stored_dfrot(spec: RefineSpec, store: Store) -> Tensor | None:
-    """The default refinement's R1 if the store has it, without computing anything."""
-    found = store.open("refine", {"refine": refine.identity(spec)})
-    return None if found is None else found.tensors("R1")["R1"]
 
 
 def static(table: pd.DataFrame, axes: Sequence[str], title: str) -> Figure:

@@ -257,6 +257,6 @@ def errors(acts: Capture | None = None, rotation: Mapping[str, Tensor] | None = 
     if not given:
         raise ValueError("rotation must name at least one matrix; got none")
     matrices = {name: rotations.check(R, acts.channels) for name, R in given.items()}
-    if rotation is None and spec is not None and (R := error_rows.stored_dfrot(spec, store)) is not None:
-        matrices["DFRot"] = R
+    if rotation is None and spec is not None and (found := refine.stored(spec, store)) is not None:
+        matrices["DFRot"] = found.R
     return ErrorsView(ErrorRows(acts, matrices), rotation is None, spec, store).top

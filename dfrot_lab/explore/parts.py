@@ -27,14 +27,15 @@ def number(value: float) -> str:
 
 def html_table(table: pd.DataFrame, caption: str) -> str:
     """A table of whole numbers, floats and token texts as HTML, every text through `base.span`; `caption` is plain text."""
-    heads = "".join(f'<th scope="col" style="{CELL}">{base.safe(str(name)).replace(base.VISIBLE[" "], " ")}</th>' for name in table.columns)
+    heads = "".join(f'<th scope="col" style="{CELL}">{plain(str(name))}</th>' for name in table.columns)
     rows = ("".join(f'<td style="{CELL}">{_cell(value)}</td>' for value in row) for row in table.itertuples(index=False, name=None))
     body = "".join(f"<tr>{row}</tr>" for row in rows)
-    title = f'<caption style="text-align:left;color:{base.GREY};white-space:nowrap">{_plain(caption)}</caption>'
+    title = f'<caption style="text-align:left;color:{base.GREY};white-space:nowrap">{plain(caption)}</caption>'
     return f'<table class="dfrot-table" style="font-size:12px;line-height:1.35">{title}<thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>'
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
+    """Words that are no token, for HTML and hover labels: escaped, their spaces left as they are."""
     return base.safe(text).replace(base.VISIBLE[" "], " ")
 
 

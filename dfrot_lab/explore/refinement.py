@@ -19,9 +19,10 @@ from dfrot_lab.specs import MASSIVE_RULES, REFINE_VARIANTS, CaptureSpec, QuantSp
 from dfrot_lab.store import Store
 
 from . import base
+from .parts import spec_of
 from .plots import beside
 from .refineplots import EntriesPlot, HistoryPlot
-from .refinerows import choices, spec_of, watched
+from .refinerows import choices, watched
 
 REDRAW_S = 0.1
 """Least time between two redraws."""
@@ -88,9 +89,12 @@ class Refinement(widgets.VBox):
         """The controls as a RefineSpec; ValueError for what it refuses, and while the activations are not open."""
         if self.recorded is None:
             raise ValueError("the activations are not open yet: wait for the line above the plots")
+        made_by = spec_of(self.recorded)
+        if made_by is None:
+            raise ValueError("the activations must say what they were recorded from; these do not. Record them with dfrot_lab.capture")
         state, total = self.state, self.recorded.tokens * len(self.recorded.sites)
         return RefineSpec(
-            capture=spec_of(self.recorded),
+            capture=made_by,
             init=RotationSpec(kind=state.kind, seed=state.seed),
             gamma=state.gamma,
             rule=state.rule,

@@ -1,23 +1,14 @@
-"""What the refinement explorer takes from a capture: its spec, rows to watch, tokens to choose from."""
+"""What the refinement explorer takes from a capture: rows to watch, tokens to choose from."""
 
 import torch
 from torch import Tensor
 
 from dfrot_lab.capture import Capture
-from dfrot_lab.specs import CaptureSpec, CorpusSpec, ModelSpec
 
 from . import base
 
 WATCHED = 4096
 """Rows the losses are drawn of at every step; the refinement's own checks are on all its rows."""
-
-
-def spec_of(recorded: Capture) -> CaptureSpec:
-    """The spec a capture was made with, from its manifest."""
-    said = recorded.artefact.manifest["inputs"]["spec"]
-    parts = {name: {k: v for k, v in said[name].items() if k != "spec"} for name in ("model", "corpus")}
-    rest = {k: v for k, v in said.items() if k not in ("spec", "model", "corpus")}
-    return CaptureSpec(model=ModelSpec(**parts["model"]), corpus=CorpusSpec(**parts["corpus"]), **rest)
 
 
 def watched(rows: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -33,7 +24,7 @@ def watched(rows: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 
 def choices(recorded: Capture, site: str, massive_ones: int = 8, others: int = 4) -> list[tuple[str, int]]:
     """Tokens of a site worth a look, as (label, position): those with the largest value in the residual stream, and some ordinary ones."""
-    largest = recorded.residual_max[recorded.sites.index(site)]
+    largest = recorded.residual_max[recorded.place(site)]
     top = largest.argsort(descending=True)[:massive_ones].tolist()
     even = [i for i in torch.linspace(0, recorded.tokens - 1, others + 2).long().tolist()[1:-1] if i not in top]
     texts = recorded.texts

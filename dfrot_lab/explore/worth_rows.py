@@ -16,6 +16,7 @@ from dfrot_lab.specs import DEFAULT_MODEL, WINDOW, EvalSpec, RefineSpec
 from dfrot_lab.store import Store
 
 from . import base
+from .parts import plain
 
 ROTATIONS = ("NR", "RO", "RH", "DFRot")
 FULL = "16-16-16"
@@ -150,7 +151,7 @@ def _draw_bar(trace: Any, rows: pd.DataFrame, top: float) -> None:
 
 def _hover(row: Mapping[Any, Any]) -> str:
     difference = _interval(row["minus_rh"], row["minus_rh_low"], row["minus_rh_high"])
-    head = f"{safe(row['row']).replace(base.VISIBLE[' '], ' ')} at {row['bits']}: {_interval(row['perplexity'], row['low'], row['high'])}"
+    head = f"{plain(row['row'])} at {row['bits']}: {_interval(row['perplexity'], row['low'], row['high'])}"
     return head + (f"<br>minus RH: {difference}" if difference else "") + (f"<br>{row['windows']} windows" if row["windows"] else "")
 
 
