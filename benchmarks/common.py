@@ -1,6 +1,8 @@
-"""What every benchmark shares: medians, the eager baseline quantizer, peak memory in a fresh process, and rows with a verdict.
+"""What every benchmark shares: medians, the eager baseline quantizer, peak memory in a fresh process, and
+rows with a verdict.
 
-A script prints its rows and, with --out FILE, appends them to a JSON-lines file; `page.py` makes the tables of docs/performance.md from that.
+A script prints its rows and, with --out FILE, appends them to a JSON-lines file; `page.py` makes the tables
+of docs/performance.md from that.
 """
 
 import argparse
@@ -41,9 +43,14 @@ def eager(x: torch.Tensor) -> torch.Tensor:
 
 
 def peak_gb(script: str, *arguments: str, runs: int = 3) -> float:
-    """The least peak resident memory of `runs` fresh processes of a benchmark script, which must print it last (`print_peak`)."""
+    """The least peak resident memory of `runs` fresh processes of a benchmark script, which must print it
+    last (`print_peak`).
+    """
     command = [sys.executable, script, *arguments]
-    found = [subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1] for _ in range(runs)]
+    found = [
+        subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]
+        for _ in range(runs)
+    ]
     return min(map(float, found))
 
 
@@ -54,9 +61,11 @@ def print_peak() -> None:
 
 @dataclass(frozen=True)
 class Row:
-    """One measured ratio: what it compares, the two sides in seconds (or GB), the bar, and whether the ratio holds it.
+    """One measured ratio: what it compares, the two sides in seconds (or GB), the bar, and whether the ratio
+    holds it.
 
-    `at_least` tells a speed-up (ours must be that many times faster) from a cost (ours may take at most that many times the baseline).
+    `at_least` tells a speed-up (ours must be that many times faster) from a cost (ours may take at most that
+    many times the baseline).
     """
 
     stage: str
@@ -86,11 +95,19 @@ class Row:
         """The row as a line of a Markdown table."""
         bar = "" if self.bar is None else f"{'>=' if self.at_least else '<='} {self.bar:g}"
         floor = "" if self.floor is None else f"{self.floor:.3g} {self.unit}"
-        cells = [self.stage, self.what, f"{self.baseline:.3g} {self.unit}", f"{self.ours:.3g} {self.unit}", floor]
+        cells = [
+            self.stage,
+            self.what,
+            f"{self.baseline:.3g} {self.unit}",
+            f"{self.ours:.3g} {self.unit}",
+            floor,
+        ]
         return "| " + " | ".join([*cells, f"{self.ratio:.3g}", bar, self.verdict, self.note]) + " |"
 
 
-HEADER = "| stage | what | baseline | ours | floor | ratio | bar | | note |\n|---|---|---|---|---|---|---|---|---|"
+HEADER = (
+    "| stage | what | baseline | ours | floor | ratio | bar | | note |\n|---|---|---|---|---|---|---|---|---|"
+)
 
 
 def machine() -> str:
@@ -102,7 +119,9 @@ def options(doc: str | None) -> argparse.ArgumentParser:
     """The options every script takes."""
     parser = argparse.ArgumentParser(description=doc)
     parser.add_argument("--out", type=Path, help="append the rows to this JSON-lines file")
-    parser.add_argument("--memory", help=argparse.SUPPRESS)  # one measurement of peak memory, in a process of its own
+    parser.add_argument(
+        "--memory", help=argparse.SUPPRESS
+    )  # one measurement of peak memory, in a process of its own
     return parser
 
 
@@ -113,4 +132,6 @@ def report(rows: list[Row], out: Path | None) -> None:
         print(row.line(), flush=True)
     if out is not None:
         with out.open("a") as file:
-            file.writelines(json.dumps({**asdict(row), "ratio": row.ratio, "verdict": row.verdict}) + "\n" for row in rows)
+            file.writelines(
+                json.dumps({**asdict(row), "ratio": row.ratio, "verdict": row.verdict}) + "\n" for row in rows
+            )

@@ -1,4 +1,6 @@
-"""A 4-4-4 forward in integer arithmetic against the plain float32 forward and against eager fake quantization: `python benchmarks/evaluation.py`."""
+"""A 4-4-4 forward in integer arithmetic against the plain float32 forward and against eager fake
+quantization: `python benchmarks/evaluation.py`.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,12 +8,13 @@ from contextlib import contextmanager
 import torch
 from common import Row, eager, options, peak_gb, print_peak, report, seconds
 
-from dfrot_lab import estimate, models, surgery
-from dfrot_lab.evaluate import Built, build, canonical, quantized, window_loss
-from dfrot_lab.integer import IntegerLinear
-from dfrot_lab.quantize import fake_quantize
-from dfrot_lab.specs import CorpusSpec, EvalSpec, eval_spec
-from dfrot_lab.store import Store
+from dfrot_lab.disk.artefacts import Store
+from dfrot_lab.maths.quantizers import fake_quantize
+from dfrot_lab.model import loading, surgery
+from dfrot_lab.model.integer import IntegerLinear
+from dfrot_lab.recipe.specs import CorpusSpec, EvalSpec, eval_spec
+from dfrot_lab.score.perplexity import Built, build, canonical, quantized, window_loss
+from dfrot_lab.study import cost
 
 
 def spec() -> EvalSpec:
@@ -46,7 +49,7 @@ def worst_relative_difference(built: Built, ids: torch.Tensor) -> float:
         for module in built.loaded.model.modules():
             if isinstance(module, IntegerLinear):
                 module.register_forward_hook(compare)  # type: ignore[arg-type]
-        models.body(built.loaded)(ids, use_cache=False)
+        loading.body(built.loaded)(ids, use_cache=False)
     return max(found)
 
 
@@ -71,7 +74,7 @@ def main() -> None:
     built, ids = ready()
 
     def forward() -> object:
-        return models.body(built.loaded)(ids, use_cache=False)
+        return loading.body(built.loaded)(ids, use_cache=False)
 
     plain = seconds(forward)
     with quantized(built, spec()):
@@ -80,17 +83,46 @@ def main() -> None:
         fake = seconds(forward)
     with fake_eager(built):
         slow = seconds(forward)
-    linears = 2 * 2048 * sum(models.linear(layer, name).weight.numel() for layer in built.loaded.layers for name in built.loaded.roles.linears)
-    rates = estimate.measure_machine()
+    linears = (
+        2
+        * 2048
+        * sum(
+            loading.linear(layer, name).weight.numel()
+            for layer in built.loaded.layers
+            for name in built.loaded.roles.linears
+        )
+    )
+    rates = cost.measure_machine()
     floor = plain - linears / rates.float_rate + linears / rates.int8_rate
     worst = worst_relative_difference(built, ids)
     peaks = {kind: peak_gb(__file__, "--memory", kind) for kind in ("plain", "quantized")}
     rows = [
-        Row("evaluation", "4-4-4 forward of 2048 tokens / plain float32 forward", ours, plain, bar=1.3, floor=floor),
+        Row(
+            "evaluation",
+            "4-4-4 forward of 2048 tokens / plain float32 forward",
+            ours,
+            plain,
+            bar=1.3,
+            floor=floor,
+        ),
         Row("evaluation", "eager fake quantization / integer", ours, slow, at_least=True, floor=floor),
         Row("evaluation", "our fake quantization / integer", ours, fake, bar=1.0, at_least=True),
-        Row("evaluation", "worst relative difference of a linear to fake quantization / 1e-5", worst, 1e-5, unit="", bar=1.0),
-        Row("evaluation", "peak memory of a scored window / plain model's", peaks["quantized"], peaks["plain"], unit="GB", bar=1.2),
+        Row(
+            "evaluation",
+            "worst relative difference of a linear to fake quantization / 1e-5",
+            worst,
+            1e-5,
+            unit="",
+            bar=1.0,
+        ),
+        Row(
+            "evaluation",
+            "peak memory of a scored window / plain model's",
+            peaks["quantized"],
+            peaks["plain"],
+            unit="GB",
+            bar=1.2,
+        ),
     ]
     report(rows, given.out)
 

@@ -1,7 +1,7 @@
 """From a moved control to new data in the explorers' plots, in Python: `python benchmarks/explorers.py`.
 
-The bar is 0.3 s at 2048 tokens. Baseline: the same view made anew, as a notebook cell without the explorers would: the table and a whole new figure.
-The default model; the time the browser takes to draw comes on top.
+The bar is 0.3 s at 2048 tokens. Baseline: the same view made anew, as a notebook cell without the explorers
+would: the table and a whole new figure. The default model; the time the browser takes to draw comes on top.
 """
 
 import itertools
@@ -12,11 +12,12 @@ import numpy as np
 import plotly.graph_objects as go
 from common import Row, options, report, seconds
 
-from dfrot_lab import errors, explore
-from dfrot_lab.capture import capture
+from dfrot_lab import explore
+from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.explore import residual
-from dfrot_lab.specs import QuantSpec
-from dfrot_lab.store import Store
+from dfrot_lab.observe import errors
+from dfrot_lab.observe.capture import capture
+from dfrot_lab.recipe.specs import QuantSpec
 
 TOKENS, RUNS, BAR_S = 2048, 9, 0.3
 MOVES: dict[str, Iterable[object]] = {
@@ -46,14 +47,25 @@ def new_heat_map(top: Any) -> None:
 def new_scatter(top: Any) -> None:
     """A site's error table and a scatter of it."""
     rows = top.view.rows
-    table = errors.wide(errors.token_errors(rows.acts, rows.matrices, [QuantSpec(bits=top.state.bits)], sites=[top.state.site]))
+    table = errors.wide(
+        errors.token_errors(
+            rows.acts, rows.matrices, [QuantSpec(bits=top.state.bits)], sites=[top.state.site]
+        )
+    )
     go.FigureWidget(go.Scattergl(x=table["RO"], y=table["RH"], mode="markers", text=table["text"]))
 
 
 def row(explorer: str, what: str, move: Callable[[], None], baseline: float) -> Row:
     """One control's row; the note says whether it holds the bar in seconds."""
     ours = seconds(move, RUNS)
-    return Row("explorers", f"{explorer}, {what}", ours, baseline, at_least=True, note=f"{'within' if ours < BAR_S else 'beyond'} {BAR_S:g} s")
+    return Row(
+        "explorers",
+        f"{explorer}, {what}",
+        ours,
+        baseline,
+        at_least=True,
+        note=f"{'within' if ours < BAR_S else 'beyond'} {BAR_S:g} s",
+    )
 
 
 def main() -> None:
@@ -69,7 +81,9 @@ def main() -> None:
     rows.append(row("massive", "layer, 3-D", mover(top.controls["layer"], layers), baseline))
     top = explore.errors(acts, store=store)
     baseline = seconds(lambda: new_scatter(top))
-    rows += [row("errors", name, mover(top.controls[name], values), baseline) for name, values in MOVES.items()]
+    rows += [
+        row("errors", name, mover(top.controls[name], values), baseline) for name, values in MOVES.items()
+    ]
     report(rows, given.out)
 
 

@@ -1,4 +1,6 @@
-"""GPTQ of the default model against its calibration forwards alone, and one layer column by column: `python benchmarks/gptq.py [--windows 16]`."""
+"""GPTQ of the default model against its calibration forwards alone, and one layer column by column: `python
+benchmarks/gptq.py [--windows 16]`.
+"""
 
 import statistics
 import tempfile
@@ -9,17 +11,18 @@ import torch
 from common import RUNS, Row, options, report, seconds
 from tqdm.auto import tqdm
 
-from dfrot_lab import corpus, gptq, models, surgery
-from dfrot_lab.estimate import measure_machine
-from dfrot_lab.evaluate import build, canonical
-from dfrot_lab.memory import keep_freed_memory
-from dfrot_lab.specs import CorpusSpec, WeightSpec, eval_spec
-from dfrot_lab.store import Store
+from dfrot_lab.cli.malloc import keep_freed_memory
+from dfrot_lab.disk.artefacts import Store
+from dfrot_lab.model import corpus, loading, surgery
+from dfrot_lab.recipe.specs import CorpusSpec, WeightSpec, eval_spec
+from dfrot_lab.score.perplexity import build, canonical
+from dfrot_lab.study.cost import measure_machine
+from dfrot_lab.weights import gptq
 
 TEXT = CorpusSpec(name="wikipedia-sample")
 
 
-def rotated() -> models.LoadedModel:
+def rotated() -> loading.LoadedModel:
     """The default model under RH, not yet quantized."""
     return build(canonical(eval_spec("16-4-16", corpus=TEXT)), Store()).loaded
 
@@ -33,9 +36,16 @@ def whole(spec: WeightSpec) -> float:
         return time.perf_counter() - start
 
 
-def column_by_column(weight: torch.Tensor, hessian: torch.Tensor, scale: torch.Tensor, damping: float) -> torch.Tensor:
-    """GPTQ as its paper prints it: every column's error goes to all columns after it at once, with the inverse Hessian's own update."""
-    weight, inverse = weight.clone(), torch.linalg.inv(hessian.double() + damping * hessian.diagonal().mean() * torch.eye(len(hessian)))
+def column_by_column(
+    weight: torch.Tensor, hessian: torch.Tensor, scale: torch.Tensor, damping: float
+) -> torch.Tensor:
+    """GPTQ as its paper prints it: every column's error goes to all columns after it at once, with the
+    inverse Hessian's own update.
+    """
+    weight, inverse = (
+        weight.clone(),
+        torch.linalg.inv(hessian.double() + damping * hessian.diagonal().mean() * torch.eye(len(hessian))),
+    )
     factor = torch.linalg.cholesky(inverse, upper=True).float()
     codes = torch.empty_like(weight)
     for i in range(weight.shape[1]):
@@ -56,7 +66,7 @@ def main() -> None:
     loaded = rotated()
     ids = corpus.token_blocks(spec.corpus, loaded.tokenizer, blocks=given.windows, window=spec.window)
     with surgery.online(loaded, r4=True):
-        forwards = given.windows * seconds(lambda: models.body(loaded)(ids[:1], use_cache=False))
+        forwards = given.windows * seconds(lambda: loading.body(loaded)(ids[:1], use_cache=False))
     passes = [whole(spec) for _ in tqdm(range(RUNS), desc="GPTQ passes")]
     x = torch.randn(8192, 1536)
     weight, hessian = torch.randn(576, 1536), gptq.hessian_of(x)
@@ -64,13 +74,37 @@ def main() -> None:
     scale = gptq.rtn(weight, plain).scale
     ours = seconds(lambda: gptq.gptq(weight, hessian, plain))
     slow = seconds(lambda: column_by_column(weight, hessian, scale, plain.damping))
-    same = float((gptq.gptq(weight, hessian, plain).codes == column_by_column(weight, hessian, scale, plain.damping)).float().mean())
+    same = float(
+        (gptq.gptq(weight, hessian, plain).codes == column_by_column(weight, hessian, scale, plain.damping))
+        .float()
+        .mean()
+    )
     half = seconds(lambda: gptq.hessian_of(x))
     full = seconds(lambda: x.T @ x)
     rows = [
-        Row("GPTQ", f"{given.windows} x 2048 tokens / the forwards alone, one window at a time", statistics.median(passes), forwards, bar=2.5),
-        Row("GPTQ", "column by column / ours, a linear of 1536 to 576", ours, slow, at_least=True, note=f"{100 * same:.2f}% of codes equal"),
-        Row("GPTQ", "x^T x / the half that is not known by symmetry", half, full, at_least=True, floor=8192 * 1536**2 / measure_machine().float_rate),
+        Row(
+            "GPTQ",
+            f"{given.windows} x 2048 tokens / the forwards alone, one window at a time",
+            statistics.median(passes),
+            forwards,
+            bar=2.5,
+        ),
+        Row(
+            "GPTQ",
+            "column by column / ours, a linear of 1536 to 576",
+            ours,
+            slow,
+            at_least=True,
+            note=f"{100 * same:.2f}% of codes equal",
+        ),
+        Row(
+            "GPTQ",
+            "x^T x / the half that is not known by symmetry",
+            half,
+            full,
+            at_least=True,
+            floor=8192 * 1536**2 / measure_machine().float_rate,
+        ),
     ]
     report(rows, given.out)
 

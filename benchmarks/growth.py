@@ -1,8 +1,11 @@
-"""How the stages grow with the model: `python benchmarks/growth.py [--channels 288 576 1152 2304] [--rows 4096 16384 65536 131072] [--quick]`.
+"""How the stages grow with the model: `python benchmarks/growth.py [--channels 288 576 1152 2304] [--rows
+4096 16384 65536 131072] [--quick]`.
 
-Every stage runs on a random two-layer LLaMA of each width C (MLP about 8/3 C, a massive token planted) on 2048 random tokens, or on random rows. That
-is a timing and no figure of the paper: no stage's time depends on the values. Then time = a C^p rows^q is fitted in logs, and what LLaMA-2-7B and
-LLaMA-3-70B would need is said twice: by these laws, continued in C and in layers, and by the arithmetic of `dfrot_lab.estimate`. About 4 minutes.
+Every stage runs on a random two-layer LLaMA of each width C (MLP about 8/3 C, a massive token planted) on
+2048 random tokens, or on random rows. That is a timing and no figure of the paper: no stage's time depends on
+the values. Then time = a C^p rows^q is fitted in logs, and what LLaMA-2-7B and LLaMA-3-70B would need is said
+twice: by these laws, continued in C and in layers, and by the arithmetic of `dfrot_lab.study.cost`. About 4
+minutes.
 """
 
 import json
@@ -18,15 +21,28 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dfrot_lab import descent, estimate, gptq, models, rotations, surgery
-from dfrot_lab.capture import record
-from dfrot_lab.evaluate import Built, quantized
-from dfrot_lab.hadamard import has_hadamard
-from dfrot_lab.mainjob import Setting, main_specs
-from dfrot_lab.models import LoadedModel
-from dfrot_lab.quantize import squared_error
-from dfrot_lab.refine import CHECK_EVERY, half_step, row_weights
-from dfrot_lab.specs import WINDOW, ModelSpec, QuantSpec, RefineSpec, RotationSpec, WeightSpec, eval_spec
+from dfrot_lab.maths import rotations
+from dfrot_lab.maths.hadamard import has_hadamard
+from dfrot_lab.maths.quantizers import squared_error
+from dfrot_lab.model import loading, surgery
+from dfrot_lab.model.loading import LoadedModel
+from dfrot_lab.observe.capture import record
+from dfrot_lab.recipe.specs import (
+    WINDOW,
+    ModelSpec,
+    QuantSpec,
+    RefineSpec,
+    RotationSpec,
+    WeightSpec,
+    eval_spec,
+)
+from dfrot_lab.rotate import descent
+from dfrot_lab.rotate.dfrot import CHECK_EVERY, half_step, row_weights
+from dfrot_lab.score.perplexity import Built, quantized
+from dfrot_lab.study import cost
+from dfrot_lab.study.mainjob import main_specs
+from dfrot_lab.study.setting import Setting
+from dfrot_lab.weights import gptq
 
 LAYERS, VOCABULARY = 2, 512
 LARGEST = 4e9
@@ -81,7 +97,9 @@ def random_model(channels: int, tokens: int) -> LoadedModel:
     )  # fmt: skip
     model = LlamaForCausalLM(config).eval().requires_grad_(False)
     model.model.embed_tokens.weight[0, :2] += torch.tensor([40.0, -25.0])
-    loaded = LoadedModel(model, None, models.ROLES["LlamaForCausalLM"], ModelSpec(source="random"), "random", "random")
+    loaded = LoadedModel(
+        model, None, loading.ROLES["LlamaForCausalLM"], ModelSpec(source="random"), "random", "random"
+    )
     surgery.prepare(loaded)
     return loaded
 
@@ -96,26 +114,33 @@ def random_rows(channels: int, rows: int) -> tuple[Tensor, Tensor]:
 
 def model_works(loaded: LoadedModel, tokens: int) -> Iterator[tuple[str, float, Callable[[], object]]]:
     """What is timed on a model: the stage, its operations, and the call."""
-    shape = estimate.shape_of(loaded.model.config)
+    shape = cost.shape_of(loaded.model.config)
     ids = torch.randint(1, VOCABULARY, (1, tokens))
-    flops = estimate.forward(shape, tokens).float_flops
-    yield FORWARD, flops, lambda: models.body(loaded)(ids, use_cache=False)
+    flops = cost.forward(shape, tokens).float_flops
+    yield FORWARD, flops, lambda: loading.body(loaded)(ids, use_cache=False)
     yield CAPTURE, flops, lambda: record(loaded, ids, lambda _site, _x: None)
     inputs = {width: torch.randn(tokens, width) for width in shape.inputs}
-    yield HESSIAN, tokens * sum(width**2 for width in shape.inputs), lambda: [gptq.hessian_of(inputs[width]) for width in shape.inputs]
+    yield (
+        HESSIAN,
+        tokens * sum(width**2 for width in shape.inputs),
+        lambda: [gptq.hessian_of(inputs[width]) for width in shape.inputs],
+    )
     spec, names, layer = WeightSpec(), loaded.roles.linears, loaded.layers[0]
-    weights = [models.linear(layer, name).weight for name in names]
+    weights = [loading.linear(layer, name).weight for name in names]
     hessians = {width: gptq.hessian_of(x) for width, x in inputs.items()}
     cubes = 4 * sum(w.shape[1] ** 3 for w in weights)
     yield GPTQ, cubes, lambda: [gptq.gptq(w, hessians[w.shape[1]], spec) for w in weights]
-    codes = [{name: gptq.rtn(models.linear(layer, name).weight, spec) for name in names} for layer in loaded.layers]
+    codes = [
+        {name: gptq.rtn(loading.linear(layer, name).weight, spec) for name in names}
+        for layer in loaded.layers
+    ]
     yield INTEGER, flops / 3, lambda: integer_forward(Built(loaded, None, codes), ids)
 
 
 def integer_forward(built: Built, ids: Tensor) -> None:
     """A forward pass with integer linears, weights and activations at 4 bits."""
     with quantized(built, eval_spec("4-4-16")):
-        models.body(built.loaded)(ids, use_cache=False)
+        loading.body(built.loaded)(ids, use_cache=False)
 
 
 def row_works(x: Tensor, mask: Tensor, R: Tensor) -> Iterator[tuple[str, float, Callable[[], object]]]:
@@ -151,27 +176,36 @@ def fit(points: Sequence[Point]) -> Law:
     """The law of one stage's points, by least squares in logs."""
     columns = [[1.0, math.log(p.channels), *([math.log(p.rows)] if p.rows else [])] for p in points]
     constant, *powers = np.linalg.lstsq(np.array(columns), np.log([p.seconds for p in points]), rcond=None)[0]
-    return Law(points[0].what, math.exp(constant), float(powers[0]), float(powers[1]) if len(powers) > 1 else None)
+    return Law(
+        points[0].what, math.exp(constant), float(powers[0]), float(powers[1]) if len(powers) > 1 else None
+    )
 
 
-def by_laws(laws: dict[str, Law], shape: estimate.Shape, tokens: int) -> dict[str, float]:
-    """Seconds of the main job's stages by the fitted laws: per layer in C, times layers, windows and rows of the job.
+def by_laws(laws: dict[str, Law], shape: cost.Shape, tokens: int) -> dict[str, float]:
+    """Seconds of the main job's stages by the fitted laws: per layer in C, times layers, windows and rows of
+    the job.
 
-    The laws hold the MLP at 8/3 C and as many key-value heads as heads. Loading and lm_head were not measured. A refinement step counts as a pass of
-    Eq. 7 and 8 over its part of the rows, a look at all rows and the set-up as half a pass over all; the step's (C, C) products are left out.
+    The laws hold the MLP at 8/3 C and as many key-value heads as heads. Loading and lm_head were not
+    measured. A refinement step counts as a pass of Eq. 7 and 8 over its part of the rows, a look at all rows
+    and the set-up as half a pass over all; the step's (C, C) products are left out.
     """
     specs, steps = main_specs(Setting(model=ModelSpec())), RefineSpec().steps
-    _, _, builds, floats, integers = estimate.counts(specs)
-    C, rows, share, windows = shape.channels, 2 * shape.layers * tokens, shape.layers / LAYERS, specs[0].windows
+    _, _, builds, floats, integers = cost.counts(specs)
+    C, rows, share, windows = (
+        shape.channels,
+        2 * shape.layers * tokens,
+        shape.layers / LAYERS,
+        specs[0].windows,
+    )
     part, looks = rows / descent.PARTS, steps / CHECK_EVERY + 1
     calibration = WeightSpec().windows
     layer = calibration * (laws[FORWARD](C) / LAYERS + laws[HESSIAN](C)) + laws[GPTQ](C)
     return {
-        estimate.CAPTURE: laws[CAPTURE](C) * share,
-        estimate.REFINE: steps * laws[REFINE](C, part) + (looks + 1) * laws[REFINE](C, rows) / 2,
-        estimate.GPTQ: builds * shape.layers * layer,
-        estimate.FLOAT: floats * windows * laws[FORWARD](C) * share,
-        estimate.INTEGER: integers * windows * laws[INTEGER](C) * share,
+        cost.CAPTURE: laws[CAPTURE](C) * share,
+        cost.REFINE: steps * laws[REFINE](C, part) + (looks + 1) * laws[REFINE](C, rows) / 2,
+        cost.GPTQ: builds * shape.layers * layer,
+        cost.FLOAT: floats * windows * laws[FORWARD](C) * share,
+        cost.INTEGER: integers * windows * laws[INTEGER](C) * share,
     }
 
 
@@ -182,7 +216,9 @@ def laws_text(laws: dict[str, Law], points: Sequence[Point]) -> str:
         own = [p for p in points if p.what == what]
         power = f"C^{law.channels:.2f}" + (f" rows^{law.rows:.2f}" if law.rows is not None else "")
         rows = "" if law.rows is None else _range([p.rows or 0 for p in own])
-        lines.append(f"| {what} | {power} | {_range([p.channels for p in own])} | {rows} | {_range([float(f'{p.seconds:.2g}') for p in own])} |")
+        lines.append(
+            f"| {what} | {power} | {_range([p.channels for p in own])} | {rows} | {_range([float(f'{p.seconds:.2g}') for p in own])} |"
+        )
     return "\n".join(lines)
 
 
@@ -190,19 +226,27 @@ def _range(values: Sequence[float]) -> str:
     return f"{min(values):,} to {max(values):,}"
 
 
-def needs_text(laws: dict[str, Law], tokens: int, here: estimate.Machine) -> str:
-    """What each large model would need, by laws and by arithmetic here, and by arithmetic on one 80 GB GPU; the total of laws lacks their gaps."""
-    lines = ["| model | stage | by the laws, here | by arithmetic, here | by arithmetic, one 80 GB GPU | memory |", "|---|---|---|---|---|---|"]
-    machines = (here, estimate.GPU_80GB)
+def needs_text(laws: dict[str, Law], tokens: int, here: cost.Machine) -> str:
+    """What each large model would need, by laws and by arithmetic here, and by arithmetic on one 80 GB GPU;
+    the total of laws lacks their gaps.
+    """
+    lines = [
+        "| model | stage | by the laws, here | by arithmetic, here | by arithmetic, one 80 GB GPU | memory |",
+        "|---|---|---|---|---|---|",
+    ]
+    machines = (here, cost.GPU_80GB)
     for name in ("llama-2-7b", "llama-3-70b"):
-        shape = estimate.SHAPES[name]
-        found, tables = by_laws(laws, shape, tokens), [estimate.estimate(shape, m, tokens=tokens) for m in machines]
-        found[estimate.TOTAL] = sum(found.values())
+        shape = cost.SHAPES[name]
+        found, tables = (
+            by_laws(laws, shape, tokens),
+            [cost.estimate(shape, m, tokens=tokens) for m in machines],
+        )
+        found[cost.TOTAL] = sum(found.values())
         for own, gpu in zip(*(table.to_dict("records") for table in tables), strict=True):
-            law = estimate.duration(found[own["stage"]]) if own["stage"] in found else "-"
+            law = cost.duration(found[own["stage"]]) if own["stage"] in found else "-"
             short = [m.name for m, row in zip(machines, (own, gpu), strict=True) if not row["fits"]]
             fits = f", too much for {' and for '.join(short)}" if short else ""
-            times = f"{law} | {estimate.duration(own['seconds'])} | {estimate.duration(gpu['seconds'])}"
+            times = f"{law} | {cost.duration(own['seconds'])} | {cost.duration(gpu['seconds'])}"
             lines.append(f"| {name} | {own['stage']} | {times} | {own['memory_gb']:,.1f} GB{fits} |")
     return "\n".join(lines)
 
@@ -212,7 +256,14 @@ def save(out: Path, laws: dict[str, Law], points: Sequence[Point]) -> None:
     with out.open("a") as file:
         for what, law in laws.items():
             own = [{k: v for k, v in asdict(p).items() if k != "what"} for p in points if p.what == what]
-            row = {"stage": "growth", "what": what, "exponent_channels": law.channels, "exponent_rows": law.rows, "factor": law.a, "points": own}
+            row = {
+                "stage": "growth",
+                "what": what,
+                "exponent_channels": law.channels,
+                "exponent_rows": law.rows,
+                "factor": law.a,
+                "points": own,
+            }
             file.write(json.dumps({**row, "machine": machine()}) + "\n")
 
 
@@ -222,14 +273,20 @@ def main() -> None:
     parser.add_argument("--channels", type=int, nargs="+", default=[288, 576, 1152, 2304])
     parser.add_argument("--rows", type=int, nargs="+", default=[4096, 16384, 65536, 131072])
     parser.add_argument("--runs", type=int, default=5, help="runs of a measurement, at most")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it works: its numbers mean nothing")
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny sizes, to see that it works: its numbers mean nothing"
+    )
     chosen = parser.parse_args()
-    channels, rows, tokens = ([256, 512], [512, 1024], 128) if chosen.quick else (chosen.channels, chosen.rows, WINDOW)
+    channels, rows, tokens = (
+        ([256, 512], [512, 1024], 128) if chosen.quick else (chosen.channels, chosen.rows, WINDOW)
+    )
     if len(set(channels)) < 2 or len(set(rows)) < 2:
         parser.error("--channels and --rows need two sizes each: a power is fitted through them")
-    here = estimate.measure_machine()
+    here = cost.measure_machine()
     points = measure(channels, rows, tokens, here.float_rate, chosen.runs)
-    laws = {what: fit([p for p in points if p.what == what]) for what in dict.fromkeys(p.what for p in points)}
+    laws = {
+        what: fit([p for p in points if p.what == what]) for what in dict.fromkeys(p.what for p in points)
+    }
     print(f"{machine()}\n\n{laws_text(laws, points)}\n\n{needs_text(laws, tokens, here)}")
     if chosen.out:
         save(chosen.out, laws, points)

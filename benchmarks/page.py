@@ -1,4 +1,6 @@
-"""Put the rows of data/results/bench.jsonl into the tables of docs/performance.md: `python benchmarks/page.py`."""
+"""Put the rows of data/results/bench.jsonl into the tables of docs/performance.md: `python
+benchmarks/page.py`.
+"""
 
 import json
 from pathlib import Path
@@ -17,9 +19,16 @@ def load() -> list[dict[str, object]]:
 
 def tables(rows: list[dict[str, object]]) -> dict[str, str]:
     """The page's generated parts by name: the machine, the bars, the exponents."""
-    bars = [Row(**{k: v for k, v in row.items() if k not in ("ratio", "verdict")}) for row in rows if row["stage"] != "growth"]  # type: ignore[arg-type]
+    bars = [
+        Row(**{k: v for k, v in row.items() if k not in ("ratio", "verdict")})
+        for row in rows
+        if row["stage"] != "growth"
+    ]  # type: ignore[arg-type]
     growth = [row for row in rows if row["stage"] == "growth"]
-    laws = [f"| {row['what']} | {_number(row['exponent_channels'])} | {_number(row['exponent_rows'])} |" for row in growth]
+    laws = [
+        f"| {row['what']} | {_number(row['exponent_channels'])} | {_number(row['exponent_rows'])} |"
+        for row in growth
+    ]
     machines = sorted({str(row["machine"]) for row in rows})
     return {
         "machine": "Measured on: " + "; ".join(machines) + ".",

@@ -1,7 +1,9 @@
-"""Refinement against the published loop, written straightforwardly: `python benchmarks/refinement.py [--only default|wide]`.
+"""Refinement against the published loop, written straightforwardly: `python benchmarks/refinement.py [--only
+default|wide]`.
 
-default: seconds until the weighted objective, on all 122,880 rows of the default model, is what the published loop reaches in 100 steps.
-wide: seconds of a step at C = 4096 on 8,192 synthetic rows with planted spikes (a timing; nothing of the paper is read off them).
+default: seconds until the weighted objective, on all 122,880 rows of the default model, is what the published
+loop reaches in 100 steps. wide: seconds of a step at C = 4096 on 8,192 synthetic rows with planted spikes (a
+timing; nothing of the paper is read off them).
 """
 
 import contextlib
@@ -13,18 +15,22 @@ import torch
 from common import RUNS, Row, eager, options, peak_gb, report, seconds
 from tqdm.auto import tqdm
 
-from dfrot_lab import estimate, massive, rotations
-from dfrot_lab.capture import capture
-from dfrot_lab.memory import keep_freed_memory
-from dfrot_lab.refine import _State, refine
-from dfrot_lab.specs import CaptureSpec, CorpusSpec, RefineSpec
+from dfrot_lab.cli.malloc import keep_freed_memory
+from dfrot_lab.maths import rotations
+from dfrot_lab.observe import massive
+from dfrot_lab.observe.capture import capture
+from dfrot_lab.recipe.specs import CaptureSpec, CorpusSpec, RefineSpec
+from dfrot_lab.rotate.dfrot import _State, refine
+from dfrot_lab.study import cost
 
 SPEC = RefineSpec(capture=CaptureSpec(corpus=CorpusSpec(name="wikipedia-sample", split="calibration")))
 STEPS = 100
 
 
 def published_step(scaled: torch.Tensor, R: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """One step of the published loop on rows already scaled by gamma, all at once, float32: SVD, then QR, and the loss computed anew."""
+    """One step of the published loop on rows already scaled by gamma, all at once, float32: SVD, then QR, and
+    the loss computed anew.
+    """
     u, _, vt = torch.linalg.svd(scaled.T @ eager(scaled @ R))
     R = torch.linalg.qr(u @ vt)[0]
     return R, float((scaled @ R - eager(scaled @ R)).norm())
@@ -54,7 +60,9 @@ def spiked(rows: int = 8192, channels: int = 4096) -> tuple[torch.Tensor, torch.
 
 
 def seconds_to(target: float, rows: torch.Tensor, mask: torch.Tensor) -> tuple[float, int, dict[str, float]]:
-    """Seconds of `refine` from its rows until a check on all rows finds the target reached, the step of that check, and its losses."""
+    """Seconds of `refine` from its rows until a check on all rows finds the target reached, the step of that
+    check, and its losses.
+    """
     start = time.perf_counter()
     reached: list[tuple[float, dict[str, float]]] = []
 
@@ -85,17 +93,54 @@ def default() -> list[Row]:
     one = float(refine(rows, SPEC, mask).history["objective"].min())
     torch.set_num_threads(2)
     last, end = paper.iloc[-1], final.iloc[-1]
-    floor = step * 2 * 2 * len(rows) / 8 * rows.shape[1] ** 2 / estimate.measure_machine().float_rate
+    floor = step * 2 * 2 * len(rows) / 8 * rows.shape[1] ** 2 / cost.measure_machine().float_rate
     said = f"objective {losses['objective']:.2f} at step {step}; published {target:.2f} (normal {last['normal']:.3f}, massive {last['massive']:.3f})"
     ended = f"objective {end['objective']:.2f}, normal {end['normal']:.3f}, massive {end['massive']:.3f}"
     memory = float(peak_gb(__file__, "--memory", "default"))
     size = rows.numel() * 4 / 1e9
     return [
-        Row("refinement", "published loop, 100 steps / ours, to its objective", ours, published, bar=20, at_least=True, floor=floor, note=said),
-        Row("refinement", "published loop, 100 steps / ours, 100 steps", all_steps, published, at_least=True, note=ended),
-        Row("refinement", "the paper's steps: published loop / `guarded`", exact, published, at_least=True, note="the same steps to rounding"),
-        Row("refinement", "objective on 1 thread / on 2", one, float(final["objective"].min()), unit="", bar=1.01),
-        Row("refinement", "peak memory a refinement adds, its rows included / rows", memory, size, unit="GB", bar=1.5),
+        Row(
+            "refinement",
+            "published loop, 100 steps / ours, to its objective",
+            ours,
+            published,
+            bar=20,
+            at_least=True,
+            floor=floor,
+            note=said,
+        ),
+        Row(
+            "refinement",
+            "published loop, 100 steps / ours, 100 steps",
+            all_steps,
+            published,
+            at_least=True,
+            note=ended,
+        ),
+        Row(
+            "refinement",
+            "the paper's steps: published loop / `guarded`",
+            exact,
+            published,
+            at_least=True,
+            note="the same steps to rounding",
+        ),
+        Row(
+            "refinement",
+            "objective on 1 thread / on 2",
+            one,
+            float(final["objective"].min()),
+            unit="",
+            bar=1.01,
+        ),
+        Row(
+            "refinement",
+            "peak memory a refinement adds, its rows included / rows",
+            memory,
+            size,
+            unit="GB",
+            bar=1.5,
+        ),
     ]
 
 
@@ -107,7 +152,17 @@ def wide() -> list[Row]:
     history = refine(rows, SPEC, mask).history
     ours = (time.perf_counter() - start) / STEPS
     said = f"objective {history['objective'].iloc[0]:.0f} to {history['objective'].min():.0f}; eigenvectors and checks included"
-    return [Row("refinement", "C = 4096, 8,192 rows: a published step / one of ours", ours, published, bar=10, at_least=True, note=said)]
+    return [
+        Row(
+            "refinement",
+            "C = 4096, 8,192 rows: a published step / one of ours",
+            ours,
+            published,
+            bar=10,
+            at_least=True,
+            note=said,
+        )
+    ]
 
 
 def memory() -> None:
@@ -122,7 +177,15 @@ def memory() -> None:
 
 def status(name: str) -> float:
     """A line of this process's status, kB, in GB."""
-    return next(float(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name)) * 1024 / 1e9
+    return (
+        next(
+            float(line.split()[1])
+            for line in Path("/proc/self/status").read_text().splitlines()
+            if line.startswith(name)
+        )
+        * 1024
+        / 1e9
+    )
 
 
 def main() -> None:

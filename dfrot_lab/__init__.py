@@ -1,10 +1,11 @@
 """DFRot Lab: see, prove and use what rotation does to 4-bit language models.
 
-Words used everywhere: x (tokens, channels); R (channels, channels); `x @ R` is the rotation, in this direction only; NR, RO, RH are no rotation,
-random orthogonal and random Hadamard; a site is a place in the model whose activations we look at, such as `layers.12.input_norm`.
+Words used everywhere: x (tokens, channels); R (channels, channels); `x @ R` is the rotation, in this
+direction only; NR, RO, RH are no rotation, random orthogonal and random Hadamard; a site is a place in the
+model whose activations we look at, such as `layers.12.input_norm`.
 
-Importing this package is cheap: torch and transformers load with the first name that needs them. What shares its module's name is taken from
-there: `from dfrot_lab.capture import capture`.
+Importing this package is cheap: torch and transformers load with the first name that needs them. What shares
+its module's name is taken from there: `from dfrot_lab.observe.capture import capture`.
 """
 
 import importlib
@@ -13,9 +14,9 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOME = {
-    "ModelSpec": "specs", "CorpusSpec": "specs", "RotationSpec": "specs", "QuantSpec": "specs", "CaptureSpec": "specs", "RefineSpec": "specs",
-    "WeightSpec": "specs", "EvalSpec": "specs", "eval_spec": "specs",
-    "load_model": "models", "token_blocks": "corpus", "Store": "store", "token_errors": "errors",
+    "ModelSpec": "recipe.specs", "CorpusSpec": "recipe.specs", "RotationSpec": "recipe.specs", "QuantSpec": "recipe.specs", "CaptureSpec": "recipe.specs", "RefineSpec": "recipe.specs",
+    "WeightSpec": "recipe.specs", "EvalSpec": "recipe.specs", "eval_spec": "recipe.specs",
+    "load_model": "model.loading", "token_blocks": "model.corpus", "Store": "disk.artefacts", "token_errors": "observe.errors",
 }  # fmt: skip
 
 

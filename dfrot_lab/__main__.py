@@ -1,5 +1,5 @@
 """`python -m dfrot_lab` is the `dfrot-lab` command."""
 
-from .cli import app
+from dfrot_lab.cli.app import app
 
 app()

@@ -1,4 +1,6 @@
-"""A real JupyterLab and a real Chromium for the browser tests: a server of its own, a page that watches for errors, and a reader's few movements."""
+"""A real JupyterLab and a real Chromium for the browser tests: a server of its own, a page that watches for
+errors, and a reader's few movements.
+"""
 
 import json
 import os
@@ -14,14 +16,19 @@ from pathlib import Path
 
 from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, Request, Response
 
-from dfrot_lab.store import cache_dir
+from dfrot_lab.disk.artefacts import cache_dir
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 ARTEFACTS = Path(__file__).parent / "artefacts"
 """Where the screenshots go; not committed, made again by every run."""
-CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
+CHROMIUM = next(
+    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))),
+    None,
+)
 START_S, CELLS_S, STEP_S = 120.0, 400.0, 60.0
-"""Seconds allowed for the server, for all cells of a notebook, for one movement: several times what a quiet machine takes."""
+"""Seconds allowed for the server, for all cells of a notebook, for one movement: several times what a quiet
+machine takes.
+"""
 SOFTWARE_GL = ["--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"]
 """WebGL without a graphics card, for plotly's Scattergl and 3-D plots."""
 PROMPTS = "[...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].map(each => each.textContent)"
@@ -36,7 +43,9 @@ def is_root() -> bool:
 
 @contextmanager
 def chromium() -> Iterator[Browser]:
-    """The machine's own Chromium, headless. Playwright is imported here, for its event loop must not outlive the block."""
+    """The machine's own Chromium, headless. Playwright is imported here, for its event loop must not outlive
+    the block.
+    """
     from playwright.sync_api import sync_playwright
 
     sandbox = ["--no-sandbox"] if is_root() else []
@@ -47,7 +56,9 @@ def chromium() -> Iterator[Browser]:
 
 
 def lend_cache(own: Path) -> None:
-    """A cache of its own that shares with the user's what is only read here: models, texts, captures, refined rotations. Results are its own."""
+    """A cache of its own that shares with the user's what is only read here: models, texts, captures, refined
+    rotations. Results are its own.
+    """
     shared = ("downloads", "corpora", "store/model", "store/capture", "store/refine")
     (own / "store").mkdir(parents=True)
     for name in shared:
@@ -59,10 +70,23 @@ def lend_cache(own: Path) -> None:
 def surroundings(root: Path) -> dict[str, str]:
     """The environment of a server that changes nothing of the user's."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("JUPYTER", "IPYTHON"))}
-    names = ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTERLAB_SETTINGS_DIR", "JUPYTERLAB_WORKSPACES_DIR", "IPYTHONDIR")
+    names = (
+        "JUPYTER_CONFIG_DIR",
+        "JUPYTER_DATA_DIR",
+        "JUPYTER_RUNTIME_DIR",
+        "JUPYTERLAB_SETTINGS_DIR",
+        "JUPYTERLAB_WORKSPACES_DIR",
+        "IPYTHONDIR",
+    )
     own = {name: str(root / name.lower()) for name in names}
     own["DFROT_LAB_CACHE"] = str(root / "cache")
-    return {**kept, **own, "HF_HUB_OFFLINE": "1", "DFROT_LAB_PROFILE": "quick", "TOKENIZERS_PARALLELISM": "false"}
+    return {
+        **kept,
+        **own,
+        "HF_HUB_OFFLINE": "1",
+        "DFROT_LAB_PROFILE": "quick",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
 
 
 def stop(server: subprocess.Popen[bytes]) -> None:
@@ -78,15 +102,27 @@ def stop(server: subprocess.Popen[bytes]) -> None:
 
 @contextmanager
 def jupyter_lab(root: Path) -> Iterator[str]:
-    """A notebook's address, its name to be filled in, in a JupyterLab on a copy of our notebooks below `root`; RuntimeError if it does not start."""
+    """A notebook's address, its name to be filled in, in a JupyterLab on a copy of our notebooks below
+    `root`; RuntimeError if it does not start.
+    """
     folder, log = root / "notebooks", root / "server.log"
     shutil.copytree(NOTEBOOKS, folder, ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
     environment = surroundings(root)
     lend_cache(root / "cache")
-    quiet = Path(environment["JUPYTERLAB_SETTINGS_DIR"]) / "@jupyterlab/apputils-extension/notification.jupyterlab-settings"
+    quiet = (
+        Path(environment["JUPYTERLAB_SETTINGS_DIR"])
+        / "@jupyterlab/apputils-extension/notification.jupyterlab-settings"
+    )
     quiet.parent.mkdir(parents=True)
-    quiet.write_text(json.dumps({"fetchNews": "false", "checkForUpdates": False}))  # else it asks for news in a box over the page
-    own = ["--no-browser", "--ip=127.0.0.1", f"--ServerApp.root_dir={folder}", "--LabApp.extension_manager=readonly"]
+    quiet.write_text(
+        json.dumps({"fetchNews": "false", "checkForUpdates": False})
+    )  # else it asks for news in a box over the page
+    own = [
+        "--no-browser",
+        "--ip=127.0.0.1",
+        f"--ServerApp.root_dir={folder}",
+        "--LabApp.extension_manager=readonly",
+    ]
     command = [sys.executable, "-m", "jupyterlab", *own, *(["--allow-root"] if is_root() else [])]
     with log.open("wb") as out:
         server = subprocess.Popen(command, cwd=folder, env=environment, stdout=out, stderr=subprocess.STDOUT)
@@ -120,7 +156,9 @@ class Watch:
             self.faults.append(fault)
 
     def _console(self, message: ConsoleMessage) -> None:
-        lost = "WebGL" in message.text and message.type == "warning"  # plotly's points vanish without an error
+        lost = (
+            "WebGL" in message.text and message.type == "warning"
+        )  # plotly's points vanish without an error
         if message.type == "error" or lost:
             self._add(f"console: {message.text} ({message.location.get('url')})")
 
@@ -154,13 +192,19 @@ class Notebook:
 
     def start_all(self) -> None:
         """Run > Run All Cells."""
-        self.page.get_by_text("| Idle").wait_for(timeout=START_S * 1000)  # JupyterLab drops the order while the kernel starts
+        self.page.get_by_text("| Idle").wait_for(
+            timeout=START_S * 1000
+        )  # JupyterLab drops the order while the kernel starts
         self.menu("Run", "Run All Cells")
-        self.page.wait_for_function(f"() => {PROMPTS}.some(each => each.includes('*'))", timeout=STEP_S * 1000)
+        self.page.wait_for_function(
+            f"() => {PROMPTS}.some(each => each.includes('*'))", timeout=STEP_S * 1000
+        )
 
     def wait_all(self) -> None:
         """Until every code cell has its number; AssertionError with the text of the first that raised."""
-        self.page.wait_for_function(f"() => {PROMPTS}.every(each => /\\d/.test(each))", timeout=CELLS_S * 1000)
+        self.page.wait_for_function(
+            f"() => {PROMPTS}.every(each => /\\d/.test(each))", timeout=CELLS_S * 1000
+        )
         raised = self.page.locator('[data-mime-type="application/vnd.jupyter.error"]')
         assert raised.count() == 0, raised.first.text_content()
 
@@ -223,7 +267,12 @@ class Explorer:
     def slider(self, description: str) -> Locator:
         """The handle of a slider."""
         label = self.page.locator(".widget-label").get_by_text(description, exact=True)
-        return self.root.locator(".widget-slider, .widget-hslider").filter(has=label).locator(".noUi-handle").first
+        return (
+            self.root.locator(".widget-slider, .widget-hslider")
+            .filter(has=label)
+            .locator(".noUi-handle")
+            .first
+        )
 
     def button(self, description: str) -> Locator:
         """A button that can be pressed."""
@@ -234,7 +283,9 @@ class Explorer:
         ARTEFACTS.mkdir(exist_ok=True)
         box, usual = self.root.bounding_box(), self.page.viewport_size
         assert box and usual
-        if box["height"] > usual["height"] - 200:  # a notebook scrolls inside the page: what is out of sight would be grey
+        if (
+            box["height"] > usual["height"] - 200
+        ):  # a notebook scrolls inside the page: what is out of sight would be grey
             self.page.set_viewport_size({"width": usual["width"], "height": int(box["height"]) + 300})
         self.root.scroll_into_view_if_needed()
         self.page.wait_for_timeout(300)  # for plotly's own animation

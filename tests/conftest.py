@@ -1,4 +1,6 @@
-"""Tiny models with planted massive activations, a store of its own for every test, and the real default model for marked tests."""
+"""Tiny models with planted massive activations, a store of its own for every test, and the real default model
+for marked tests.
+"""
 
 import os
 from collections.abc import Iterator
@@ -12,18 +14,25 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from dfrot_lab import models
-from dfrot_lab.models import LoadedModel
-from dfrot_lab.specs import ModelSpec
-from dfrot_lab.store import Store
+from dfrot_lab.disk.artefacts import Store
+from dfrot_lab.model import loading
+from dfrot_lab.model.loading import LoadedModel
+from dfrot_lab.recipe.specs import ModelSpec
 
 CHANNELS, HEADS, KV_HEADS, HEAD_SIZE, INNER, LAYERS, CONTEXT = 64, 4, 2, 16, 96, 2, 128
 MASSIVE = {3: 400.0, 17: -250.0}
 """Channel: value added to the newline's embedding, which makes that token massive by every rule."""
 OUTLIER_CHANNEL, OUTLIER = 5, 6.0
-"""A channel that is large for every token, as in a real model: without it the 4-bit error of ordinary rows would be small too."""
+"""A channel that is large for every token, as in a real model: without it the 4-bit error of ordinary rows
+would be small too.
+"""
 
-FAMILIES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+FAMILIES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -36,9 +45,17 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tiny_model(
-    family: str = "llama", *, tied: bool = False, plant: bool = True, dtype: torch.dtype = torch.float32, seed: int = 0, context: int = CONTEXT
+    family: str = "llama",
+    *,
+    tied: bool = False,
+    plant: bool = True,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    context: int = CONTEXT,
 ) -> LoadedModel:
-    """A random two-layer model of a family, gains and biases away from 1 and 0 so that forgetting one shows; newlines are massive if planted."""
+    """A random two-layer model of a family, gains and biases away from 1 and 0 so that forgetting one shows;
+    newlines are massive if planted.
+    """
     tokenizer = byte_tokenizer()
     torch.manual_seed(seed)
     config = AutoConfig.for_model(
@@ -58,7 +75,14 @@ def tiny_model(
                     for channel, value in MASSIVE.items():
                         parameter[tokenizer("\n").input_ids[0], channel] += value
     model.requires_grad_(False)
-    return LoadedModel(model, tokenizer, models.ROLES[FAMILIES[family]], ModelSpec(source=f"tiny {family}"), f"tiny-{family}-{seed}", "random")
+    return LoadedModel(
+        model,
+        tokenizer,
+        loading.ROLES[FAMILIES[family]],
+        ModelSpec(source=f"tiny {family}"),
+        f"tiny-{family}-{seed}",
+        "random",
+    )
 
 
 def save_tiny(folder: Path, family: str = "llama", **options) -> ModelSpec:
@@ -72,7 +96,7 @@ def save_tiny(folder: Path, family: str = "llama", **options) -> ModelSpec:
 @pytest.fixture(autouse=True)
 def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Numbers that tests know are the CPU's; tests/test_device.py compares a GPU's with them."""
-    monkeypatch.setenv(models.DEVICE, "cpu")
+    monkeypatch.setenv(loading.DEVICE, "cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -84,7 +108,9 @@ def no_open_figures() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def few_threads(request: pytest.FixtureRequest) -> Iterator[None]:
-    """One thread for tiny tensors, where a second one only waits; the marked tests on the default model keep all."""
+    """One thread for tiny tensors, where a second one only waits; the marked tests on the default model keep
+    all.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(before if request.node.get_closest_marker("model") else 1)
     yield
@@ -119,7 +145,7 @@ def default_store() -> Store:
 @pytest.fixture
 def default_model(default_store: Store) -> LoadedModel:
     """The default model, freshly loaded (well under a second once converted), since surgery changes it."""
-    return models.load_model(ModelSpec(), default_store)
+    return loading.load_model(ModelSpec(), default_store)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,6 @@
-"""What the explorers' tests share: awkward tokens, a browser's own messages, and a look at everything a widget would put on the page."""
+"""What the explorers' tests share: awkward tokens, a browser's own messages, and a look at everything a
+widget would put on the page.
+"""
 
 import html.parser
 from typing import Any
@@ -8,8 +10,21 @@ import plotly.graph_objects as go
 
 from dfrot_lab.explore import base
 
-MALICIOUS = ["<img src=x onerror=alert(1)>", "<b>", "<0x0A>", "'\"&quot;", "\U0001f600", "\u05e9\u05dc\u05d5\u05dd", "\n", " \t", "\u202e", "%{x}"]
-"""Markup, a byte token, quotes, an emoji, right-to-left text, white space, a control that turns the writing direction, a plotly template."""
+MALICIOUS = [
+    "<img src=x onerror=alert(1)>",
+    "<b>",
+    "<0x0A>",
+    "'\"&quot;",
+    "\U0001f600",
+    "\u05e9\u05dc\u05d5\u05dd",
+    "\n",
+    " \t",
+    "\u202e",
+    "%{x}",
+]
+"""Markup, a byte token, quotes, an emoji, right-to-left text, white space, a control that turns the writing
+direction, a plotly template.
+"""
 ALLOWED = {"span", "bdi", "br", "wbr", "b", "div", "table", "caption", "thead", "tbody", "tr", "th", "td"}
 
 
@@ -38,7 +53,11 @@ class Page(html.parser.HTMLParser):
 
 def pieces(top: Any) -> list[str]:
     """Every piece of HTML the widget shows, and every text of its plots, hidden ones too."""
-    plots = [w for w in [*walk(top), *(getattr(top, name, None) for name in ("plot", "space", "profile", "fig4"))] if isinstance(w, go.FigureWidget)]
+    plots = [
+        w
+        for w in [*walk(top), *(getattr(top, name, None) for name in ("plot", "space", "profile", "fig4"))]
+        if isinstance(w, go.FigureWidget)
+    ]
     shown = [w.value for w in walk(top) if isinstance(w, widgets.HTML)]
     return shown + [text for plot in plots for text in strings(plot.to_dict())]
 
@@ -47,8 +66,18 @@ def strings(value: Any) -> list[str]:
     """All texts in a figure's dictionary."""
     if isinstance(value, str):
         return [value]
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else getattr(value, "tolist", list)()
-    return [text for part in (parts if isinstance(parts, list | tuple) or isinstance(value, dict) else []) for text in strings(part)]
+    parts = (
+        value.values()
+        if isinstance(value, dict)
+        else value
+        if isinstance(value, list | tuple)
+        else getattr(value, "tolist", list)()
+    )
+    return [
+        text
+        for part in (parts if isinstance(parts, list | tuple) or isinstance(value, dict) else [])
+        for text in strings(part)
+    ]
 
 
 def assert_safe(top: Any) -> None:
@@ -61,11 +90,27 @@ def assert_safe(top: Any) -> None:
 
 
 def event(plot: Any, kind: str, points: list[int], trace: int = 0) -> None:
-    """What plotly in a browser sends to a FigureWidget: `plotly_click`, `plotly_selected` or `plotly_deselect` at the points of a trace."""
+    """What plotly in a browser sends to a FigureWidget: `plotly_click`, `plotly_selected` or
+    `plotly_deselect` at the points of a trace.
+    """
     x, y = (list(plot.data[trace][axis]) for axis in "xy")
-    at = {"xs": [x[i] for i in points], "ys": [y[i] for i in points], "point_indexes": points, "trace_indexes": [trace] * len(points)}
-    selector = {"type": "box", "selector_state": {"xrange": [0, 1], "yrange": [0, 1]}} if kind == "plotly_selected" else None
-    plot._js2py_pointsCallback = {"event_type": kind, "points": at, "device_state": None, "selector": selector}
+    at = {
+        "xs": [x[i] for i in points],
+        "ys": [y[i] for i in points],
+        "point_indexes": points,
+        "trace_indexes": [trace] * len(points),
+    }
+    selector = (
+        {"type": "box", "selector_state": {"xrange": [0, 1], "yrange": [0, 1]}}
+        if kind == "plotly_selected"
+        else None
+    )
+    plot._js2py_pointsCallback = {
+        "event_type": kind,
+        "points": at,
+        "device_state": None,
+        "selector": selector,
+    }
 
 
 def shown_text(text: str) -> str:

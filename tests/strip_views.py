@@ -1,4 +1,6 @@
-"""Takes what only a running kernel can show out of explorers' notebooks, after they were executed: `python tests/strip_views.py NOTEBOOK...`."""
+"""Takes what only a running kernel can show out of explorers' notebooks, after they were executed: `python
+tests/strip_views.py NOTEBOOK...`.
+"""
 
 import sys
 from pathlib import Path

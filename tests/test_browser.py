@@ -1,6 +1,8 @@
-"""The explorers in a real JupyterLab, in Chromium, as a reader uses them: what only a browser shows. Pictures of every step go to tests/artefacts.
+"""The explorers in a real JupyterLab, in Chromium, as a reader uses them: what only a browser shows. Pictures
+of every step go to tests/artefacts.
 
-One server and one page a notebook serve all tests, in the quick profile; after each, the console must be clean and no request may have failed.
+One server and one page a notebook serve all tests, in the quick profile; after each, the console must be
+clean and no request may have failed.
 """
 
 import re
@@ -67,7 +69,9 @@ def book(chromium: Browser, server: str, say: Callable[[str], None]) -> Iterator
     book = opened(chromium, server, "09-explorer")
     book.start_all()
     book.page.locator(".dfrot-massive b", has_text="Token 0").first.wait_for(timeout=browser.CELLS_S * 1000)
-    say(f"first massive token on screen after {time.perf_counter() - start:.1f} s and {book.clicks} clicks ({BAR})")
+    say(
+        f"first massive token on screen after {time.perf_counter() - start:.1f} s and {book.clicks} clicks ({BAR})"
+    )
     book.wait_all()
     say(f"all cells of 09-explorer run after {time.perf_counter() - start:.1f} s")
     yield book
@@ -107,13 +111,17 @@ def count(explorer: Explorer, plot: int = 0) -> int:
     return int(explorer.plot(plot).evaluate("plot => plot._fullData[0].x.length"))
 
 
-# ---- massive ----------------------------------------------------------------------------------------------------------------------------------
+# ---- massive
+# ----------------------------------------------------------------------------------------------------------------------------------
 
 
 def test_the_first_massive_token_is_named(book):
     massive = book.explorer("massive")
     massive.shoot("1-open")
-    assert re.search(r"Token 0 .* reaches [\d,]+ in channel \d+ at layer \d+: [\d,]+ \u00d7 the median", massive.root.text_content())
+    assert re.search(
+        r"Token 0 .* reaches [\d,]+ in channel \d+ at layer \d+: [\d,]+ \u00d7 the median",
+        massive.root.text_content(),
+    )
 
 
 def test_plots_fill_their_place_and_hold_all_channels(book):
@@ -158,7 +166,12 @@ def test_a_malicious_text_is_shown_and_does_not_run(book):
     shown = massive.root.locator(".dfrot-text")
     wait_until(lambda: "onerror" in shown.text_content())
     massive.ready()
-    wait_until(lambda: massive.plot().evaluate("plot => plot._fullData[0].z[0].length") == shown.locator(".dfrot-token").count())
+    wait_until(
+        lambda: (
+            massive.plot().evaluate("plot => plot._fullData[0].z[0].length")
+            == shown.locator(".dfrot-token").count()
+        )
+    )
     assert shown.text_content().replace("\u2423", " ") == EVIL
     box = massive.plot().locator(".nsewdrag").first.bounding_box()
     label = massive.hover(box["x"] + 3, box["y"] + box["height"] / 2)
@@ -168,7 +181,8 @@ def test_a_malicious_text_is_shown_and_does_not_run(book):
     assert book.page.evaluate("window.hacked") is None
 
 
-# ---- errors -----------------------------------------------------------------------------------------------------------------------------------
+# ---- errors
+# -----------------------------------------------------------------------------------------------------------------------------------
 
 
 def test_hovering_a_point_names_its_token(book):
@@ -202,7 +216,9 @@ def test_brushing_lists_the_tokens(book):
 def test_clicking_a_point_opens_its_values_also_in_a_brushed_region(book):
     errors = book.explorer("errors")
     about = errors.root.locator(".dfrot-fig4")
-    token = errors.plot().evaluate("plot => plot._fullData[0].x.reduce((best, x, i, all) => x > all[best] ? i : best, 0)")  # nothing overlaps it
+    token = errors.plot().evaluate(
+        "plot => plot._fullData[0].x.reduce((best, x, i, all) => x > all[best] ? i : best, 0)"
+    )  # nothing overlaps it
     before = errors.plot(1).evaluate("plot => plot._fullData[1].x[0]")
     book.page.mouse.click(*errors.point(token))
     wait_until(lambda: f"Token {token} " in about.text_content())
@@ -210,7 +226,8 @@ def test_clicking_a_point_opens_its_values_also_in_a_brushed_region(book):
     errors.shoot("4-figure-4")
 
 
-# ---- worth and generate -----------------------------------------------------------------------------------------------------------------------
+# ---- worth and generate
+# -----------------------------------------------------------------------------------------------------------------------
 
 
 def test_an_evaluation_is_cancelled_and_the_kernel_stays_free(book):
@@ -252,16 +269,21 @@ def test_texts_are_written_side_by_side(book):
 
 def test_the_dark_theme(book):
     book.menu("Settings", "Theme", "JupyterLab Dark")
-    book.page.locator('body[data-jp-theme-light="false"]').wait_for(state="attached", timeout=browser.STEP_S * 1000)
+    book.page.locator('body[data-jp-theme-light="false"]').wait_for(
+        state="attached", timeout=browser.STEP_S * 1000
+    )
     for name in ("massive", "errors", "worth", "generate"):
         explorer = book.explorer(name)
         explorer.shoot("dark")
         assert explorer.plot().evaluate("plot => plot._fullLayout.paper_bgcolor") == "rgba(0,0,0,0)"
     book.menu("Settings", "Theme", "JupyterLab Light")
-    book.page.locator('body[data-jp-theme-light="true"]').wait_for(state="attached", timeout=browser.STEP_S * 1000)
+    book.page.locator('body[data-jp-theme-light="true"]').wait_for(
+        state="attached", timeout=browser.STEP_S * 1000
+    )
 
 
-# ---- the lesson -------------------------------------------------------------------------------------------------------------------------------
+# ---- the lesson
+# -------------------------------------------------------------------------------------------------------------------------------
 
 
 def test_a_spike_is_turned_by_keyboard(lesson):
@@ -272,7 +294,12 @@ def test_a_spike_is_turned_by_keyboard(lesson):
     for _ in range(5):
         lesson.page.keyboard.press("ArrowRight")
     wait_until(lambda: playground.slider("Angle 0-1").get_attribute("aria-valuenow") == "5.0")
-    wait_until(lambda: playground.plot().evaluate("plot => JSON.stringify(plot._fullData.map(trace => trace.y))") != before)
+    wait_until(
+        lambda: (
+            playground.plot().evaluate("plot => JSON.stringify(plot._fullData.map(trace => trace.y))")
+            != before
+        )
+    )
     playground.shoot("2-turned")
 
 
@@ -313,12 +340,15 @@ def test_a_wrong_step_is_red_and_says_why(lesson):
     assert "mean" in verdict.text_content()
 
 
-# ---- the report -------------------------------------------------------------------------------------------------------------------------------
+# ---- the report
+# -------------------------------------------------------------------------------------------------------------------------------
 
 
 def test_the_report_opens_from_disk_with_the_network_off(chromium, tmp_path):
     path = tmp_path / "report.html"
-    subprocess.run([sys.executable, "-m", "dfrot_lab", "report", "--out", str(path)], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-m", "dfrot_lab", "report", "--out", str(path)], check=True, capture_output=True
+    )
     assert path.stat().st_size < 10 * 2**20
     context = chromium.new_context(viewport={"width": 1280, "height": 900}, offline=True)
     page, watch, asked = context.new_page(), Watch(), []

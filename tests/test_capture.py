@@ -1,4 +1,6 @@
-"""Capture: what plain hooks see, nothing changed by looking, refused input that stores nothing, and an artefact that stands alone."""
+"""Capture: what plain hooks see, nothing changed by looking, refused input that stores nothing, and an
+artefact that stands alone.
+"""
 
 import json
 import os
@@ -12,12 +14,12 @@ import torch
 from conftest import CHANNELS, CONTEXT, FAMILIES, LAYERS, MASSIVE, save_tiny, tiny_model
 from torch import Tensor
 
-from dfrot_lab import capture as module
-from dfrot_lab import corpus, models, surgery
-from dfrot_lab.capture import Capture, capture, record
-from dfrot_lab.models import LoadedModel
-from dfrot_lab.specs import CaptureSpec, CorpusSpec, ModelSpec
-from dfrot_lab.store import Store
+from dfrot_lab.disk.artefacts import Store
+from dfrot_lab.model import corpus, loading, surgery
+from dfrot_lab.model.loading import LoadedModel
+from dfrot_lab.observe import capture as module
+from dfrot_lab.observe.capture import Capture, capture, record
+from dfrot_lab.recipe.specs import CaptureSpec, CorpusSpec, ModelSpec
 
 SITES = [f"layers.{i}.{norm}" for i in range(LAYERS) for norm in ("input_norm", "post_attention_norm")]
 NORMS = {"input_norm": "input_layernorm", "post_attention_norm": "post_attention_layernorm"}
@@ -44,7 +46,8 @@ def spec_of(model: ModelSpec, text: Path, tokens: int = CONTEXT) -> CaptureSpec:
     return CaptureSpec(model=model, corpus=CorpusSpec(name=str(text), split="calibration"), tokens=tokens)
 
 
-# ---- what is recorded -------------------------------------------------------------------------------------------------------------------
+# ---- what is recorded
+# -------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -76,7 +79,9 @@ def test_record_sees_what_plain_hooks_see(family, blocks):
 
 
 def test_the_residual_is_the_one_transformers_reports():
-    """From output_hidden_states alone: hidden_states[i] enters layer i, and is what its input norm reads; x / rms(x) is what leaves it."""
+    """From output_hidden_states alone: hidden_states[i] enters layer i, and is what its input norm reads; x /
+    rms(x) is what leaves it.
+    """
     loaded = prepared()
     ids = some_ids(loaded)
     _, seen, residual = recorded(loaded, ids)
@@ -85,7 +90,12 @@ def test_the_residual_is_the_one_transformers_reports():
         x = hidden[layer][0]
         assert torch.equal(residual["abs_max"][2 * layer], x.abs().amax(1))
         assert residual["median"][2 * layer] == x.abs().median()
-        torch.testing.assert_close(seen[f"layers.{layer}.input_norm"], x / (x.square().mean(1, keepdim=True) + 1e-6).sqrt(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            seen[f"layers.{layer}.input_norm"],
+            x / (x.square().mean(1, keepdim=True) + 1e-6).sqrt(),
+            rtol=1e-5,
+            atol=1e-6,
+        )
 
 
 def test_newlines_are_massive_in_the_planted_channel():
@@ -105,7 +115,9 @@ def test_hooks_change_nothing_and_are_gone_after():
     ids = some_ids(loaded)
     inside: list[Tensor] = []
     plain = loaded.model(ids).logits
-    watch = loaded.model.get_submodule("model.norm").register_forward_hook(lambda _m, _a, output: inside.append(output.clone()))
+    watch = loaded.model.get_submodule("model.norm").register_forward_hook(
+        lambda _m, _a, output: inside.append(output.clone())
+    )
     loaded.model(ids)
     record(loaded, ids, lambda site, x: None)
     watch.remove()
@@ -130,21 +142,27 @@ def test_rows_are_handed_over_one_site_at_a_time_and_hooks_go_after_an_error():
 
 
 def test_the_median_of_many_tokens_is_close_to_the_full_one():
-    x = torch.randn(4096, 576, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.5, 3, 4096)[:, None]
+    x = (
+        torch.randn(4096, 576, generator=torch.Generator().manual_seed(0))
+        * torch.linspace(0.5, 3, 4096)[:, None]
+    )
     assert x.numel() > module._MEDIAN_SAMPLE
     value, channel, median = module._extremes(x)
     assert torch.equal(value, x.abs().amax(1)) and torch.equal(channel, x.abs().argmax(1))
     assert float(median) == pytest.approx(float(x.abs().median()), rel=0.02)
 
 
-# ---- from spec to artefact --------------------------------------------------------------------------------------------------------------
+# ---- from spec to artefact
+# --------------------------------------------------------------------------------------------------------------
 
 
 def test_capture_stores_what_record_sees(tiny_spec: ModelSpec, text_file: Path, store: Store):
     found = capture(spec_of(tiny_spec, text_file, 100), store)
-    loaded = models.load_model(tiny_spec)
+    loaded = loading.load_model(tiny_spec)
     surgery.prepare(loaded)
-    ids = corpus.token_blocks(CorpusSpec(name=str(text_file), split="calibration"), loaded.tokenizer, blocks=1, window=100)
+    ids = corpus.token_blocks(
+        CorpusSpec(name=str(text_file), split="calibration"), loaded.tokenizer, blocks=1, window=100
+    )
     _, seen, residual = recorded(loaded, ids)
     assert (found.sites, found.tokens, found.channels) == (SITES, 100, CHANNELS)
     assert found.ids == ids.flatten().tolist()
@@ -158,9 +176,11 @@ def test_capture_stores_what_record_sees(tiny_spec: ModelSpec, text_file: Path, 
     assert found.artefact.manifest["note"]["provenance"].startswith("folder ")
 
 
-def test_a_given_model_is_used_as_the_loaded_one_would_be(tiny_spec: ModelSpec, text_file: Path, store: Store, tmp_path: Path):
+def test_a_given_model_is_used_as_the_loaded_one_would_be(
+    tiny_spec: ModelSpec, text_file: Path, store: Store, tmp_path: Path
+):
     spec = spec_of(tiny_spec, text_file)
-    given = capture(spec, store, models.load_model(tiny_spec))
+    given = capture(spec, store, loading.load_model(tiny_spec))
     own = capture(spec, Store(tmp_path / "other"))
     assert given.key == own.key
     assert torch.equal(given.all_rows(), own.all_rows())
@@ -168,7 +188,10 @@ def test_a_given_model_is_used_as_the_loaded_one_would_be(tiny_spec: ModelSpec, 
 
 def test_an_unknown_site_is_named(tiny_spec: ModelSpec, text_file: Path, store: Store):
     found = capture(spec_of(tiny_spec, text_file), store)
-    with pytest.raises(KeyError, match=r"no site 'layers\.7\.input_norm' in this capture; it has layers\.0\.input_norm \.\. layers\.1\.post_atten"):
+    with pytest.raises(
+        KeyError,
+        match=r"no site 'layers\.7\.input_norm' in this capture; it has layers\.0\.input_norm \.\. layers\.1\.post_atten",
+    ):
         found.rows("layers.7.input_norm")
 
 
@@ -183,7 +206,9 @@ def test_two_blocks_are_two_separate_windows(tmp_path: Path, store: Store):
     assert both.tokens == 4096 and both.ids[:2048] == first.ids
     for site in SITES:
         torch.testing.assert_close(both.rows(site)[:2048], first.rows(site), rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match=r"CaptureSpec\.tokens must be at most 2048 or a multiple of it; got 3000"):
+    with pytest.raises(
+        ValueError, match=r"CaptureSpec\.tokens must be at most 2048 or a multiple of it; got 3000"
+    ):
         capture(spec_of(model, text, 3000), store)
 
 
@@ -192,7 +217,7 @@ def test_skip_records_a_later_window(tiny_spec: ModelSpec, text_file: Path, stor
     spec = spec_of(tiny_spec, text_file, 100)
     found = capture(spec.with_(skip=skip), store)
     assert found.key != capture(spec, store).key
-    loaded = models.load_model(tiny_spec)
+    loaded = loading.load_model(tiny_spec)
     text = text_file.read_text()
     assert "".join(found.texts) == text[100 * skip : 100 * (skip + 1)]  # one token a byte
     ids = torch.tensor([loaded.tokenizer(text).input_ids[100 * skip : 100 * (skip + 1)]])
@@ -203,11 +228,15 @@ def test_skip_records_a_later_window(tiny_spec: ModelSpec, text_file: Path, stor
     assert torch.equal(found.residual_max, residual["abs_max"])
 
 
-def test_skip_beyond_the_text_is_refused_and_stores_nothing(tiny_spec: ModelSpec, text_file: Path, store: Store):
+def test_skip_beyond_the_text_is_refused_and_stores_nothing(
+    tiny_spec: ModelSpec, text_file: Path, store: Store
+):
     spec = spec_of(tiny_spec, text_file, 100)
     last = len(corpus.load_text(spec.corpus)) // 100 - 1
     assert capture(spec.with_(skip=last), store).tokens == 100
-    with pytest.raises(ValueError, match=rf"blocks must be <= {last + 1}: .* has .* whole windows of 100; got {last + 2}"):
+    with pytest.raises(
+        ValueError, match=rf"blocks must be <= {last + 1}: .* has .* whole windows of 100; got {last + 2}"
+    ):
         capture(spec.with_(skip=last + 1), store)
     assert [a.manifest["inputs"]["spec"].get("skip") for a in store.list()] == [last]
 
@@ -215,8 +244,8 @@ def test_skip_beyond_the_text_is_refused_and_stores_nothing(tiny_spec: ModelSpec
 OPEN_ALONE = """
 import sys
 from pathlib import Path
-from dfrot_lab.capture import Capture
-from dfrot_lab.store import Store
+from dfrot_lab.observe.capture import Capture
+from dfrot_lab.disk.artefacts import Store
 [artefact] = [a for a in Store(Path(sys.argv[1])).list() if a.kind == "capture"]
 found = Capture(artefact)
 assert found.all_rows().shape == (4 * 128, 64) and found.rows(found.sites[3]).isfinite().all()
@@ -242,9 +271,9 @@ def test_it_opens_where_neither_model_nor_corpus_is(tmp_path: Path, store: Store
 SECOND_CALL = """
 import json, sys
 from pathlib import Path
-from dfrot_lab.capture import capture
-from dfrot_lab.specs import CaptureSpec, CorpusSpec, ModelSpec
-from dfrot_lab.store import Store
+from dfrot_lab.observe.capture import capture
+from dfrot_lab.recipe.specs import CaptureSpec, CorpusSpec, ModelSpec
+from dfrot_lab.disk.artefacts import Store
 root, model, text = sys.argv[1:]
 spec = CaptureSpec(model=ModelSpec(source=model), corpus=CorpusSpec(name=text, split="calibration"), tokens=128)
 print(capture(spec, Store(Path(root))).key, "transformers" in sys.modules)
@@ -269,11 +298,14 @@ def test_other_bytes_of_model_or_text_are_another_capture(tmp_path: Path, text_f
     assert second.ids != third.ids
 
 
-# ---- bad input --------------------------------------------------------------------------------------------------------------------------
+# ---- bad input
+# --------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")], ids=str)
-def test_nan_and_inf_are_named_by_site_and_token_and_nothing_is_stored(tmp_path: Path, text_file: Path, store: Store, bad: float):
+def test_nan_and_inf_are_named_by_site_and_token_and_nothing_is_stored(
+    tmp_path: Path, text_file: Path, store: Store, bad: float
+):
     loaded = tiny_model()
     token = text_file.read_text().index("w")
     loaded.model.get_submodule("model.embed_tokens").weight[loaded.tokenizer("w").input_ids[0], 7] = bad
@@ -295,14 +327,18 @@ def test_a_nan_born_later_is_named_where_it_is_born():
 
 @pytest.mark.parametrize("tokens", [CONTEXT + 1, 2048])
 def test_more_tokens_than_the_context(tiny_spec: ModelSpec, text_file: Path, store: Store, tokens: int):
-    with pytest.raises(ValueError, match=rf"window must be at most the model's context of {CONTEXT} tokens; got {tokens}"):
+    with pytest.raises(
+        ValueError, match=rf"window must be at most the model's context of {CONTEXT} tokens; got {tokens}"
+    ):
         capture(spec_of(tiny_spec, text_file, tokens), store)
     assert store.list() == []
 
 
 def test_more_tokens_than_the_text(tiny_spec: ModelSpec, tmp_path: Path, store: Store):
     (tmp_path / "short.txt").write_text("too short\n\nby far")
-    with pytest.raises(ValueError, match=r"token_blocks\.blocks must be <= 0: .*short\.txt \(calibration\) has 11 tokens"):
+    with pytest.raises(
+        ValueError, match=r"token_blocks\.blocks must be <= 0: .*short\.txt \(calibration\) has 11 tokens"
+    ):
         capture(spec_of(tiny_spec, tmp_path / "short.txt"), store)
 
 
@@ -312,18 +348,19 @@ def test_no_tokens(tokens: int):
         CaptureSpec(tokens=tokens)
 
 
-# ---- memory -----------------------------------------------------------------------------------------------------------------------------
+# ---- memory
+# -----------------------------------------------------------------------------------------------------------------------------
 
 MEASURE = """
 import sys
 from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
-from dfrot_lab import models, surgery
-from dfrot_lab.capture import record
-from dfrot_lab.models import LoadedModel
-from dfrot_lab.specs import ModelSpec
-from dfrot_lab.store import Store
+from dfrot_lab.model import loading, surgery
+from dfrot_lab.observe.capture import record
+from dfrot_lab.model.loading import LoadedModel
+from dfrot_lab.recipe.specs import ModelSpec
+from dfrot_lab.disk.artefacts import Store
 
 def peak(work):
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
@@ -331,13 +368,13 @@ def peak(work):
     return next(int(line.split()[1]) / 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
 
 config = LlamaConfig(vocab_size=64, hidden_size=512, intermediate_size=512, num_hidden_layers=8, num_attention_heads=4, num_key_value_heads=1)
-loaded = LoadedModel(LlamaForCausalLM(config).eval().requires_grad_(False), None, models.Roles(), ModelSpec(source="x"), "x", "x")
+loaded = LoadedModel(LlamaForCausalLM(config).eval().requires_grad_(False), None, loading.Roles(), ModelSpec(source="x"), "x", "x")
 surgery.prepare(loaded)
 ids = torch.arange(2048)[None] % 64
 
 def plain():
     with torch.inference_mode():
-        models.body(loaded)(ids, use_cache=False)
+        loading.body(loaded)(ids, use_cache=False)
 
 def stored(name):
     def make(writer):
@@ -349,14 +386,21 @@ print(peak(plain), peak(stored("measured")))
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of one step is measured as Linux has it")
+@pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="the peak of one step is measured as Linux has it"
+)
 def test_peak_memory_above_a_plain_forward_is_at_most_three_sites(tmp_path: Path):
-    """Eight layers: all 16 sites at once would be 64 MiB. Compared with a plain forward in the same, warmed-up process."""
-    # Freed tensors go back to the system at once, so that the peak is of what is in use, not of what malloc keeps.
+    """Eight layers: all 16 sites at once would be 64 MiB. Compared with a plain forward in the same,
+    warmed-up process.
+    """
+    # Freed tensors go back to the system at once, so that the peak is of what is in use, not of what malloc
+    # keeps.
     given_back = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"}
     plain, captured = map(float, run(MEASURE, tmp_path, **given_back).split())
     site = 2048 * 512 * 4 / 2**20
-    assert captured - plain <= 3 * site, f"{captured - plain:.1f} MiB above a plain forward, sites of {site:.0f} MiB"
+    assert captured - plain <= 3 * site, (
+        f"{captured - plain:.1f} MiB above a plain forward, sites of {site:.0f} MiB"
+    )
 
 
 def test_a_capture_is_what_its_artefact_holds(tiny_spec: ModelSpec, text_file: Path, store: Store):

@@ -1,4 +1,6 @@
-"""Every command end to end on a tiny model: what it prints, what it writes, and how it refuses bad input with nothing lost."""
+"""Every command end to end on a tiny model: what it prints, what it writes, and how it refuses bad input with
+nothing lost.
+"""
 
 import json
 import os
@@ -13,15 +15,28 @@ import pytest
 from conftest import LAYERS, save_tiny
 from typer.testing import CliRunner
 
-from dfrot_lab import results, rotations
-from dfrot_lab.cli import app
-from dfrot_lab.experiments import EXPERIMENTS
-from dfrot_lab.specs import RotationSpec
+from dfrot_lab.cli.app import app
+from dfrot_lab.maths import rotations
+from dfrot_lab.recipe.specs import RotationSpec
+from dfrot_lab.score import results
+from dfrot_lab.study.experiments import EXPERIMENTS
 
 DONE = "[0-9a-f]*[0-9a-f]/manifest.json"
 """Finished artefacts only: the folder of one being made ends in .partial."""
 
-COMMANDS = ("run", "capture", "errors", "refine", "evaluate", "experiment", "figures", "report", "models", "doctor", "fetch")
+COMMANDS = (
+    "run",
+    "capture",
+    "errors",
+    "refine",
+    "evaluate",
+    "experiment",
+    "figures",
+    "report",
+    "models",
+    "doctor",
+    "fetch",
+)
 
 
 @pytest.fixture
@@ -37,7 +52,9 @@ def bench(tmp_path, text_file, monkeypatch):
 
 def invoke(*arguments: str, code: int = 0):
     result = CliRunner().invoke(app, list(arguments))
-    assert result.exit_code == code, f"{arguments}: exit {result.exit_code}\n{result.output}\n{result.exception!r}"
+    assert result.exit_code == code, (
+        f"{arguments}: exit {result.exit_code}\n{result.output}\n{result.exception!r}"
+    )
     return result
 
 
@@ -50,11 +67,18 @@ def test_every_command_has_help_and_the_common_options(command):
 
 def test_help_and_import_load_nothing_heavy():
     code = "import sys; from dfrot_lab import cli; print(sorted({'torch', 'transformers', 'pandas', 'matplotlib'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "[]"
+    )
 
 
 def test_capture_finds_the_planted_tokens(bench, tmp_path):
-    shown = json.loads(invoke("capture", *bench, "--tokens", "100", "--json", "--out", str(tmp_path / "t.csv")).stdout)
+    shown = json.loads(
+        invoke("capture", *bench, "--tokens", "100", "--json", "--out", str(tmp_path / "t.csv")).stdout
+    )
     assert shown["sites"] == 2 * LAYERS
     assert {row["text"] for row in shown["rows"]} == {"\n"}
     assert len(pd.read_csv(tmp_path / "t.csv")) == len(shown["rows"])
@@ -77,7 +101,11 @@ def test_refine_then_evaluate_the_saved_rotation(bench, tmp_path):
     path = tmp_path / "R1.safetensors"
     invoke("refine", *bench, "--tokens", "200", "--steps", "3", "--gamma", "10", "--out", str(path))
     assert rotations.orthogonality_error(rotations.load(path)) < 1e-5
-    row = json.loads(invoke("evaluate", *bench, "--rotation", str(path), "--bits", "16-4-16", "--windows", "2", "--json").stdout)
+    row = json.loads(
+        invoke(
+            "evaluate", *bench, "--rotation", str(path), "--bits", "16-4-16", "--windows", "2", "--json"
+        ).stdout
+    )
     assert tuple(row) == results.COLUMNS
     assert row["rotation"] == "R1.safetensors"
     assert row["value"] > 1
@@ -86,17 +114,41 @@ def test_refine_then_evaluate_the_saved_rotation(bench, tmp_path):
 def test_evaluate_adds_rows_to_a_file(bench, tmp_path):
     out = tmp_path / "rows.jsonl"
     for rotation in ("RH", "RO"):
-        invoke("evaluate", *bench, "--rotation", rotation, "--bits", "16-4-4", "--windows", "1", "--keep-out", "--out", str(out))
+        invoke(
+            "evaluate",
+            *bench,
+            "--rotation",
+            rotation,
+            "--bits",
+            "16-4-4",
+            "--windows",
+            "1",
+            "--keep-out",
+            "--out",
+            str(out),
+        )
     table = results.load(out)
     assert list(table["rotation"]) == ["RH", "RO"]
     assert list(table["keep_out"]) == [True, True]
 
 
 def run_program(bench, tmp_path, *more):
-    command = [sys.executable, "-m", "dfrot_lab", "run", *bench, "--windows", "2", "--out", str(tmp_path / "out"), *more]
+    command = [
+        sys.executable,
+        "-m",
+        "dfrot_lab",
+        "run",
+        *bench,
+        "--windows",
+        "2",
+        "--out",
+        str(tmp_path / "out"),
+        *more,
+    ]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job is deaf to Ctrl-C, and so would its children be
+        # a shell's background job is deaf to Ctrl-C, and so would its children be
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
 
 
@@ -113,7 +165,9 @@ def test_run_stopped_by_ctrl_c_goes_on_and_a_second_run_reuses_everything(bench,
     second = run_program(bench, tmp_path, "--json")
     output, errors = second.communicate(timeout=300)
     assert second.returncode == 0, errors
-    assert all(p.stat().st_mtime_ns == before for p, before in kept.items()), "a finished artefact was made again"
+    assert all(p.stat().st_mtime_ns == before for p, before in kept.items()), (
+        "a finished artefact was made again"
+    )
     rows = pd.DataFrame(json.loads(output))
     plain = rows[rows["metric"] == "perplexity"]
     assert set(zip(plain["rotation"], plain["keep_out"], strict=True)) == {
@@ -126,7 +180,14 @@ def test_run_stopped_by_ctrl_c_goes_on_and_a_second_run_reuses_everything(bench,
     assert third.returncode == 0, errors
     assert set((tmp_path / "cache" / "store").glob(f"*/{DONE}")) == made
     assert "stored" in errors
-    for name in ("rows.jsonl", "rows.md", "massive-tokens.csv", "log.txt", "figures/perplexity.png", "figures/token-errors.svg"):
+    for name in (
+        "rows.jsonl",
+        "rows.md",
+        "massive-tokens.csv",
+        "log.txt",
+        "figures/perplexity.png",
+        "figures/token-errors.svg",
+    ):
         assert (tmp_path / "out" / name).stat().st_size > 0
     assert len(results.load(tmp_path / "out" / "rows.jsonl")) == len(rows)
     assert "The most massive token: '\\n'" in output
@@ -134,9 +195,18 @@ def test_run_stopped_by_ctrl_c_goes_on_and_a_second_run_reuses_everything(bench,
 
 def test_a_dry_run_says_what_a_model_that_is_not_here_would_take_and_writes_nothing(bench, tmp_path):
     before = sorted(tmp_path.rglob("*"))
-    shown = invoke("run", "--dry-run", "--model", "llama-2-7b", "--out", str(tmp_path / "out"), "--windows", "2").stdout
+    shown = invoke(
+        "run", "--dry-run", "--model", "llama-2-7b", "--out", str(tmp_path / "out"), "--windows", "2"
+    ).stdout
     assert "llama-2-7b: 6,738,415,616 parameters" in shown
-    for name in ("this machine", "one 80 GB GPU", "not measured", "GPTQ", "total", "within a factor of about 2"):
+    for name in (
+        "this machine",
+        "one 80 GB GPU",
+        "not measured",
+        "GPTQ",
+        "total",
+        "within a factor of about 2",
+    ):
         assert name in shown
     rows = pd.DataFrame(json.loads(invoke("run", *bench, "--dry-run", "--json").stdout))
     assert set(rows["machine"]) == {"this machine", "one 80 GB GPU"}
@@ -145,7 +215,10 @@ def test_a_dry_run_says_what_a_model_that_is_not_here_would_take_and_writes_noth
 
 
 def test_only_a_dry_run_takes_a_name_that_cannot_be_loaded(bench, tmp_path):
-    assert "ModelSpec.source must be" in invoke("run", "--model", "llama-2-7b", "--out", str(tmp_path / "out"), code=1).stderr
+    assert (
+        "ModelSpec.source must be"
+        in invoke("run", "--model", "llama-2-7b", "--out", str(tmp_path / "out"), code=1).stderr
+    )
     assert "llama-2-7b, llama-3-70b" in invoke("run", "--dry-run", "--model", "llama-7b", code=1).stderr
     shown = CliRunner().invoke(app, ["run", "--help"], env={"COLUMNS": "200"}).output
     assert "--dry-run" in shown
@@ -156,14 +229,20 @@ BAD = [
     (["evaluate", "--bits", "4-4"], "bits must be WEIGHTS-ACTIVATIONS-KV such as 4-4-16; got '4-4'"),
     (["evaluate", "--bits", "1-4-16"], "QuantSpec.bits must be a whole number in 2..16; got 1"),
     (["evaluate", "--bits", "4-4-17"], "QuantSpec.bits must be a whole number in 2..16; got 17"),
-    (["evaluate", "--rotation", "XX"], "--rotation must be NR, RO, RH, DFRot or an existing safetensors file; got 'XX'"),
+    (
+        ["evaluate", "--rotation", "XX"],
+        "--rotation must be NR, RO, RH, DFRot or an existing safetensors file; got 'XX'",
+    ),
     (["evaluate", "--windows", "0"], "EvalSpec.windows must be a whole number >= 1; got 0"),
     (["evaluate", "--windows", "100000", "--bits", "16-4-16"], "windows"),
     (["refine", "--gamma", "0"], "RefineSpec.gamma must be > 0; got 0"),
     (["refine", "--rule", "big"], "RefineSpec.rule must be one of sun, nr_error, ro_vs_nr, ratio; got 'big'"),
     (["capture", "--tokens", "0"], "CaptureSpec.tokens must be a whole number >= 1; got 0"),
     (["capture", "--tokens", "-5"], "CaptureSpec.tokens must be a whole number >= 1; got -5"),
-    (["capture", "--tokens", "3000"], "CaptureSpec.tokens must be at most 2048 or a multiple of it; got 3000"),
+    (
+        ["capture", "--tokens", "3000"],
+        "CaptureSpec.tokens must be at most 2048 or a multiple of it; got 3000",
+    ),
     (["capture", "--tokens", "20480000"], "windows"),
     (["capture", "--corpus", "no-such-corpus"], "no-such-corpus"),
     (["capture", "--model", "no-such-model"], "ModelSpec.source must be"),
@@ -225,10 +304,16 @@ def test_experiments_are_listed_with_what_they_reproduce():
 
 
 def test_an_experiment_writes_its_table_and_figure_where_told(bench, tmp_path):
-    shown = json.loads(invoke("experiment", "clip-sweep", *bench, "--quick", "--json", "--out", str(tmp_path / "here")).stdout)
+    shown = json.loads(
+        invoke(
+            "experiment", "clip-sweep", *bench, "--quick", "--json", "--out", str(tmp_path / "here")
+        ).stdout
+    )
     pictures = {f"clip-sweep.{ending}" for ending in ("png", "svg", "json")}
     assert {path.name for path in (tmp_path / "here").iterdir()} == {"clip-sweep-text.jsonl"} | pictures
-    kept = [json.loads(line) for line in (tmp_path / "here" / "clip-sweep-text.jsonl").read_text().splitlines()]
+    kept = [
+        json.loads(line) for line in (tmp_path / "here" / "clip-sweep-text.jsonl").read_text().splitlines()
+    ]
     assert kept == shown["rows"]
     assert {row["clip"] for row in kept} == {0.6, 1.0}, "the quick profile has the first and the last"
     assert json.loads((tmp_path / "here" / "clip-sweep.json").read_text())["quick"]

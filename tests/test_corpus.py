@@ -1,4 +1,6 @@
-"""Text and token ids: the published protocol, the stripped sample, text files; a byte-level tokenizer made here stands for a model's."""
+"""Text and token ids: the published protocol, the stripped sample, text files; a byte-level tokenizer made
+here stands for a model's.
+"""
 
 import bz2
 import hashlib
@@ -13,26 +15,35 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from dfrot_lab import corpus
-from dfrot_lab.corpus import fingerprint, load_text, resolve, strip_markup, token_blocks, token_ids
-from dfrot_lab.specs import WINDOW, CorpusSpec
-from dfrot_lab.wheels import WIKIPEDIA_XML, fetch
+from dfrot_lab.disk.downloads import WIKIPEDIA_XML, fetch
+from dfrot_lab.model import corpus
+from dfrot_lab.model.corpus import fingerprint, load_text, resolve, strip_markup, token_blocks, token_ids
+from dfrot_lab.recipe.specs import WINDOW, CorpusSpec
 
 BOS = 256
 RAW_FILES = os.environ.get(corpus.DATA_FOLDER)
 needs_wikitext2 = pytest.mark.skipif(
-    not (corpus._raw_file("valid") and corpus._raw_file("test")), reason=f"WikiText-2's raw files are not in ${corpus.DATA_FOLDER}"
+    not (corpus._raw_file("valid") and corpus._raw_file("test")),
+    reason=f"WikiText-2's raw files are not in ${corpus.DATA_FOLDER}",
 )
 
 
-def byte_tokenizer(*, bos: bool = False, adds_bos: bool = False, max_length: int = 64) -> PreTrainedTokenizerFast:
+def byte_tokenizer(
+    *, bos: bool = False, adds_bos: bool = False, max_length: int = 64
+) -> PreTrainedTokenizerFast:
     """One token a byte, ids 0..255 in the byte-level alphabet's order, `<s>` is 256."""
-    vocabulary = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))} | {"<s>": BOS}
+    vocabulary = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))} | {
+        "<s>": BOS
+    }
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     if adds_bos:
-        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=max_length, **({"bos_token": "<s>"} if bos else {}))
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", BOS)]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, model_max_length=max_length, **({"bos_token": "<s>"} if bos else {})
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +57,9 @@ def empty_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pyte
 @pytest.fixture
 def text_file(tmp_path: Path) -> CorpusSpec:
     path = tmp_path / "notes.txt"
-    path.write_text("First paragraph.\n\nSecond one,\nwith a line break.\n\nThird: naïve café.\n", encoding="utf-8")
+    path.write_text(
+        "First paragraph.\n\nSecond one,\nwith a line break.\n\nThird: naïve café.\n", encoding="utf-8"
+    )
     return CorpusSpec(name=str(path), split="calibration")
 
 
@@ -77,7 +90,10 @@ def test_auto_takes_what_is_here(subfolder, files, split, taken, tmp_path, monke
 def test_other_names_stay_and_an_unknown_one_lists_the_choices(text_file: CorpusSpec):
     for spec in (text_file, CorpusSpec(name="wikitext2"), CorpusSpec(name="wikipedia-sample")):
         assert resolve(spec) is spec
-    with pytest.raises(ValueError, match=r"CorpusSpec.name must be auto, wikitext2, wikipedia-sample or the path of a text file; got 'wikitext-3'"):
+    with pytest.raises(
+        ValueError,
+        match=r"CorpusSpec.name must be auto, wikitext2, wikipedia-sample or the path of a text file; got 'wikitext-3'",
+    ):
         resolve(CorpusSpec(name="wikitext-3"))
 
 
@@ -95,7 +111,10 @@ def test_wrong_raw_file_is_refused_with_both_hashes(tmp_path: Path, monkeypatch:
     fake_raw_files(tmp_path)
     monkeypatch.setenv(corpus.DATA_FOLDER, str(tmp_path))
     found = hashlib.sha256((tmp_path / "wiki.test.raw").read_bytes()).hexdigest()
-    with pytest.raises(ValueError, match=rf"wiki.test.raw must be WikiText-2's raw test split, sha256 173c87a5\w+; got {found}: get the file again"):
+    with pytest.raises(
+        ValueError,
+        match=rf"wiki.test.raw must be WikiText-2's raw test split, sha256 173c87a5\w+; got {found}: get the file again",
+    ):
         load_text(CorpusSpec(name="wikitext2"))
     fake_raw_files(tmp_path, ("train",))  # its hash is not known, its number of rows is
     with pytest.raises(ValueError, match=r"train split of WikiText-2 must have 36718 rows; got 4 from"):
@@ -104,18 +123,27 @@ def test_wrong_raw_file_is_refused_with_both_hashes(tmp_path: Path, monkeypatch:
 
 def test_offline_says_what_to_do(tmp_path: Path):
     script = "from dfrot_lab.corpus import load_text\nfrom dfrot_lab.specs import CorpusSpec\nload_text(CorpusSpec(name='wikitext2'))"
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}  # both are read when the hub's client is imported
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    environment = os.environ | {
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(tmp_path),
+    }  # both are read when the hub's client is imported
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False
+    )
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("ConnectionError: WikiText-2 is not here and could not be loaded from the hub")
-    assert last.endswith("set $DFROT_LAB_DATA to a folder with wiki.test.raw, or use the corpus wikipedia-sample")
+    assert last.endswith(
+        "set $DFROT_LAB_DATA to a folder with wiki.test.raw, or use the corpus wikipedia-sample"
+    )
 
 
 @needs_wikitext2
 def test_real_wikitext2(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv(corpus.DATA_FOLDER, str(RAW_FILES))
     text = load_text(CorpusSpec(name="wikitext2"))
-    assert text.startswith("\n\n = Robert Boulter = \n\n\n\n\n Robert Boulter is an English film , television and theatre actor .")
+    assert text.startswith(
+        "\n\n = Robert Boulter = \n\n\n\n\n Robert Boulter is an English film , television and theatre actor ."
+    )
     assert text == load_text(CorpusSpec(name="wikitext2", split="test"))
     assert load_text(CorpusSpec(split="calibration")).startswith("\n\n = Homarus gammarus = \n")
 
@@ -166,16 +194,27 @@ def test_markup_becomes_prose():
 
 
 def test_markup_with_mistakes_leaves_no_markup():
-    text = strip_markup("Some ''text [[here.\n{| class=x\n|+ caption\n! head\n| cell\n\nMore text.<ref>''open</ref>")
+    text = strip_markup(
+        "Some ''text [[here.\n{| class=x\n|+ caption\n! head\n| cell\n\nMore text.<ref>''open</ref>"
+    )
     assert text == "Some text here.\n\nMore text.\n"
 
 
 def dump(folder: Path, titles: str = "ABCD") -> Path:
     """A MediaWiki dump with these articles, a redirect and a talk page."""
-    page = "<page><title>{}</title><ns>{}</ns>{}<revision><text>'''{}''' is a letter.</text></revision></page>"
-    pages = [page.format(t, 0, "", t) for t in titles] + [page.format("R", 0, '<redirect title="A"/>', "R"), page.format("Talk:A", 1, "", "T")]
+    page = (
+        "<page><title>{}</title><ns>{}</ns>{}<revision><text>'''{}''' is a letter.</text></revision></page>"
+    )
+    pages = [page.format(t, 0, "", t) for t in titles] + [
+        page.format("R", 0, '<redirect title="A"/>', "R"),
+        page.format("Talk:A", 1, "", "T"),
+    ]
     path = folder / "dump.xml.bz2"
-    path.write_bytes(bz2.compress(f'<mediawiki xmlns="http://www.mediawiki.org/xml/export-0.10/">{"".join(pages)}</mediawiki>'.encode()))
+    path.write_bytes(
+        bz2.compress(
+            f'<mediawiki xmlns="http://www.mediawiki.org/xml/export-0.10/">{"".join(pages)}</mediawiki>'.encode()
+        )
+    )
     return path
 
 
@@ -194,7 +233,9 @@ def test_sample_halves_are_every_other_article(small_sample: None):
     assert load_text(sample("evaluation")) == " = B = \n\nB is a letter.\n\n\n = D = \n\nD is a letter.\n"
 
 
-def test_sample_is_stripped_once_unless_its_file_is_damaged(small_sample: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog):
+def test_sample_is_stripped_once_unless_its_file_is_damaged(
+    small_sample: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog
+):
     text = load_text(sample())
     with monkeypatch.context() as no_fetch:
         no_fetch.setattr(corpus, "fetch", lambda _: pytest.fail("fetched twice"))
@@ -204,7 +245,9 @@ def test_sample_is_stripped_once_unless_its_file_is_damaged(small_sample: None, 
     assert "is damaged" in caplog.text
 
 
-def test_other_sample_is_said_and_other_dump_refused(small_sample: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+def test_other_sample_is_said_and_other_dump_refused(
+    small_sample: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
     assert f"(sha256 {fingerprint(sample())}, must be {corpus.SAMPLE_SHA256['calibration']})" in caplog.text
     monkeypatch.setattr(corpus, "SAMPLE_ARTICLES", 106)
     monkeypatch.setattr(corpus, "SAMPLE_VERSION", 2)  # so that it is stripped again
@@ -213,16 +256,24 @@ def test_other_sample_is_said_and_other_dump_refused(small_sample: None, monkeyp
 
 
 @pytest.mark.model
-def test_real_sample_is_the_recorded_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+def test_real_sample_is_the_recorded_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
     path = fetch(WIKIPEDIA_XML)
     monkeypatch.setenv("DFROT_LAB_CACHE", str(tmp_path))  # so that the markup is stripped now
     monkeypatch.setattr(corpus, "fetch", lambda _: path)
     halves = {split: load_text(sample(split)) for split in ("calibration", "evaluation")}
     assert {split: fingerprint(sample(split)) for split in halves} == corpus.SAMPLE_SHA256
     assert "not the text" not in caplog.text
-    assert halves["calibration"].startswith(" = Anarchism = \n\nAnarchism is a political philosophy that advocates self-governed societies")
+    assert halves["calibration"].startswith(
+        " = Anarchism = \n\nAnarchism is a political philosophy that advocates self-governed societies"
+    )
     for text in halves.values():
-        assert not [mark for mark in ("{{{", "[[", "]]", "<ref", "wikitable", "|thumb", "http://", "\n\n\n\n", "  ") if mark in text]
+        assert not [
+            mark
+            for mark in ("{{{", "[[", "]]", "<ref", "wikitable", "|thumb", "http://", "\n\n\n\n", "  ")
+            if mark in text
+        ]
 
 
 def test_text_file_is_cut_at_a_paragraph(text_file: CorpusSpec):
@@ -249,7 +300,9 @@ def test_text_file_without_paragraphs(text: str, first: str, tmp_path: Path):
 
 
 def test_text_file_has_two_splits_and_is_utf8(text_file: CorpusSpec):
-    with pytest.raises(ValueError, match=r"CorpusSpec.split must be calibration or evaluation for .*notes.txt .*; got 'test'"):
+    with pytest.raises(
+        ValueError, match=r"CorpusSpec.split must be calibration or evaluation for .*notes.txt .*; got 'test'"
+    ):
         load_text(text_file.with_(split="test"))
     Path(text_file.name).write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match=r"CorpusSpec.name must be a text file in UTF-8; got .*notes.txt"):
@@ -259,7 +312,11 @@ def test_text_file_has_two_splits_and_is_utf8(text_file: CorpusSpec):
 def test_fingerprint_is_of_the_text_alone(text_file: CorpusSpec, tmp_path: Path):
     copy = tmp_path / "copy.txt"
     copy.write_bytes(Path(text_file.name).read_bytes())
-    assert fingerprint(text_file) == fingerprint(text_file.with_(name=str(copy))) == hashlib.sha256(load_text(text_file).encode()).hexdigest()
+    assert (
+        fingerprint(text_file)
+        == fingerprint(text_file.with_(name=str(copy)))
+        == hashlib.sha256(load_text(text_file).encode()).hexdigest()
+    )
     assert fingerprint(text_file) != fingerprint(text_file.with_(split="evaluation"))
 
 
@@ -279,7 +336,9 @@ def test_bos_only_where_the_tokenizer_adds_it(text_file: CorpusSpec):
     torch.testing.assert_close(has_it, plain, rtol=0, atol=0)
     torch.testing.assert_close(adds_it, torch.cat([torch.tensor([BOS]), plain]), rtol=0, atol=0)
     Path(text_file.name).write_text("<s>ab\n\ncd", encoding="utf-8")
-    assert token_ids(text_file, byte_tokenizer(bos=True, adds_bos=True)).tolist().count(BOS) == 1  # never doubled
+    assert (
+        token_ids(text_file, byte_tokenizer(bos=True, adds_bos=True)).tolist().count(BOS) == 1
+    )  # never doubled
 
 
 def test_blocks_are_consecutive_windows(text_file: CorpusSpec):
@@ -290,10 +349,15 @@ def test_blocks_are_consecutive_windows(text_file: CorpusSpec):
 
 
 def test_impossible_blocks_say_what_there_is(text_file: CorpusSpec):
-    with pytest.raises(ValueError, match=r"blocks must be <= 3: .*notes.txt \(calibration\) has 50 tokens, 3 whole windows of 16; got 4"):
+    with pytest.raises(
+        ValueError,
+        match=r"blocks must be <= 3: .*notes.txt \(calibration\) has 50 tokens, 3 whole windows of 16; got 4",
+    ):
         token_blocks(text_file, byte_tokenizer(), blocks=4, window=16)
     with pytest.raises(ValueError, match=rf"blocks must be <= 0: .* whole windows of {WINDOW}; got 1"):
         token_blocks(text_file, byte_tokenizer(), blocks=1)
     for blocks, window in [(0, 16), (-1, 16), (1, 0)]:
-        with pytest.raises(ValueError, match=rf"token_blocks.blocks and window must be >= 1; got {blocks} and {window}"):
+        with pytest.raises(
+            ValueError, match=rf"token_blocks.blocks and window must be >= 1; got {blocks} and {window}"
+        ):
             token_blocks(text_file, byte_tokenizer(), blocks=blocks, window=window)

@@ -1,6 +1,8 @@
-"""The default model shows what it was chosen for: the published phenomenon in numbers, on WikiText-2 and on the packaged sample.
+"""The default model shows what it was chosen for: the published phenomenon in numbers, on WikiText-2 and on
+the packaged sample.
 
-The exact figures were measured before this package existed, by a separate script (float32, 2 CPU cores); RO and RH figures are means over five seeds.
+The exact figures were measured before this package existed, by a separate script (float32, 2 CPU cores); RO
+and RH figures are means over five seeds.
 """
 
 import numpy as np
@@ -8,16 +10,34 @@ import pandas as pd
 import pytest
 import torch
 
-from dfrot_lab import massive, models
-from dfrot_lab.capture import Capture, capture
-from dfrot_lab.errors import default_rotations, token_errors
-from dfrot_lab.evaluate import EvalResult, build, canonical, evaluate, evaluate_all, paired_difference, quantized
-from dfrot_lab.integer import IntegerLinear
-from dfrot_lab.models import LoadedModel
-from dfrot_lab.quantize import fake_quantize, squared_error
-from dfrot_lab.refine import refined
-from dfrot_lab.specs import CaptureSpec, CorpusSpec, EvalSpec, QuantSpec, RefineSpec, RotationSpec, WeightSpec, eval_spec
-from dfrot_lab.store import Store
+from dfrot_lab.disk.artefacts import Store
+from dfrot_lab.maths.quantizers import fake_quantize, squared_error
+from dfrot_lab.model import loading
+from dfrot_lab.model.integer import IntegerLinear
+from dfrot_lab.model.loading import LoadedModel
+from dfrot_lab.observe import massive
+from dfrot_lab.observe.capture import Capture, capture
+from dfrot_lab.observe.errors import default_rotations, token_errors
+from dfrot_lab.recipe.specs import (
+    CaptureSpec,
+    CorpusSpec,
+    EvalSpec,
+    QuantSpec,
+    RefineSpec,
+    RotationSpec,
+    WeightSpec,
+    eval_spec,
+)
+from dfrot_lab.rotate.dfrot import refined
+from dfrot_lab.score.perplexity import (
+    EvalResult,
+    build,
+    canonical,
+    evaluate,
+    evaluate_all,
+    paired_difference,
+    quantized,
+)
 
 pytestmark = pytest.mark.model
 
@@ -37,7 +57,9 @@ def late_sites(found: Capture) -> list[str]:
 
 
 def mean_roots(found: Capture, seeds: range) -> pd.DataFrame:
-    """Root error by seed and rotation: its mean over all tokens and sites, and token 0's median over the late sites."""
+    """Root error by seed and rotation: its mean over all tokens and sites, and token 0's median over the late
+    sites.
+    """
     rows = []
     for seed in seeds:
         matrices = default_rotations(found.channels, seed)
@@ -47,22 +69,42 @@ def mean_roots(found: Capture, seeds: range) -> pd.DataFrame:
         late = table[(table["token"] == 0) & table["site"].isin(late_sites(found))]
         for kind in matrices:
             every, first = table[table["rotation"] == kind]["root"], late[late["rotation"] == kind]["root"]
-            rows.append({"seed": seed, "rotation": kind, "mean": every.mean(), "token_0": first.median(), "low": first.min(), "high": first.max()})
+            rows.append(
+                {
+                    "seed": seed,
+                    "rotation": kind,
+                    "mean": every.mean(),
+                    "token_0": first.median(),
+                    "low": first.min(),
+                    "high": first.max(),
+                }
+            )
     return pd.DataFrame(rows)
 
 
-# ---- the model ------------------------------------------------------------------------------------------------------------------------------
+# ---- the model
+# ------------------------------------------------------------------------------------------------------------------------------
 
 
 def test_it_is_the_model_the_design_names(default_model: LoadedModel):
     config = default_model.model.config
-    assert (default_model.channels, len(default_model.layers), config.intermediate_size, config.vocab_size) == (576, 30, 1536, 49152)
-    assert (config.num_attention_heads, config.num_key_value_heads, config.tie_word_embeddings) == (9, 3, True)
+    assert (
+        default_model.channels,
+        len(default_model.layers),
+        config.intermediate_size,
+        config.vocab_size,
+    ) == (576, 30, 1536, 49152)
+    assert (config.num_attention_heads, config.num_key_value_heads, config.tie_word_embeddings) == (
+        9,
+        3,
+        True,
+    )
     assert default_model.provenance.startswith("dequantised Q4_1/Q8_0 of ")
     assert default_model.model.get_submodule("lm_head").weight.dtype == torch.float32
 
 
-# ---- massive activations --------------------------------------------------------------------------------------------------------------------
+# ---- massive activations
+# --------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(params=[WIKITEXT2, SAMPLE])
@@ -81,7 +123,9 @@ def test_token_0_is_massive_from_layer_12_to_28_and_no_other_token_is(found: Cap
     assert [row.nonzero().flatten().tolist() for row in sun[late]] == [[0]] * len(late)
     assert not sun[: late[0]].any(), "born in one step between the input norms of layers 11 and 12"
     assert bool(massive.find(found, "nr_error")[late, 0].all())
-    assert bool(massive.find(found, "ratio")[late[:-6], 0].all())  # by layer 26 or so the other tokens have grown too
+    assert bool(
+        massive.find(found, "ratio")[late[:-6], 0].all()
+    )  # by layer 26 or so the other tokens have grown too
 
 
 def test_the_massive_value_is_the_one_measured(wikitext2: None, default_store: Store):
@@ -95,20 +139,25 @@ def test_the_massive_value_is_the_one_measured(wikitext2: None, default_store: S
 
 
 def test_few_rows_are_massive(wikitext2: None, default_store: Store):
-    """Of 122,880 rows one in 350; most of those that the released code's rule marks have one value that takes nearly all of the norm of 24."""
+    """Of 122,880 rows one in 350; most of those that the released code's rule marks have one value that takes
+    nearly all of the norm of 24.
+    """
     rows = recorded(WIKITEXT2, default_store).all_rows()
     spiked, marked = rows.abs().amax(1) > 22, massive.rows_rule(rows, "nr_error")
     assert len(rows) == 122_880
     counts = [int(spiked.sum()), int(marked.sum()), int((spiked & marked).sum())]
-    # 336, 347 and 258 by the published protocol, whose joined rows differ from the raw file's bytes (321, 315 and 228) in their blank lines.
+    # 336, 347 and 258 by the published protocol, whose joined rows differ from the raw file's bytes (321, 315
+    # and 228) in their blank lines.
     assert counts == pytest.approx([336, 347, 258], abs=3)
 
 
-# ---- token errors ---------------------------------------------------------------------------------------------------------------------------
+# ---- token errors
+# ---------------------------------------------------------------------------------------------------------------------------
 
 
 def test_root_errors_are_the_ones_measured(wikitext2: None, default_store: Store):
-    """Measured here, seeds 0-4. All tokens: RO 3.337 3.174 3.239 3.233 3.288, RH 2.978 2.973 2.966 2.973 2.964.
+    """Measured here, seeds 0-4. All tokens: RO 3.337 3.174 3.239 3.233 3.288, RH 2.978 2.973 2.966 2.973
+    2.964.
 
     Token 0: NR 2.772, RO 3.526 3.036 3.204 3.183 2.904, RH 1.320 1.322 1.338 1.336 1.247.
     """
@@ -137,16 +186,21 @@ def test_the_packaged_sample_shows_the_same_order(default_store: Store):
 def test_ordinary_tokens_hardly_tell_ro_from_rh(wikitext2: None, default_store: Store):
     """Median root error of RO over that of RH at one late site: 1.10 (seed 0), against 2.7 for token 0."""
     x = recorded(WIKITEXT2, default_store).rows("layers.15.input_norm")
-    ro, rh = (squared_error(x @ default_rotations(576)[kind].float(), QuantSpec()).sqrt() for kind in ("RO", "RH"))
+    ro, rh = (
+        squared_error(x @ default_rotations(576)[kind].float(), QuantSpec()).sqrt() for kind in ("RO", "RH")
+    )
     assert float(ro[1:].median() / rh[1:].median()) == pytest.approx(1, abs=0.2)
     assert float(ro[0] / rh[0]) > 2
 
 
-# ---- perplexity -----------------------------------------------------------------------------------------------------------------------------
+# ---- perplexity
+# -----------------------------------------------------------------------------------------------------------------------------
 
 
 def at(bits: str, windows: int, kind: str = "RH", **fields: object) -> EvalSpec:
-    spec = eval_spec(bits, corpus=CorpusSpec(name=WIKITEXT2), rotation=RotationSpec(kind=kind), windows=windows, **fields)
+    spec = eval_spec(
+        bits, corpus=CorpusSpec(name=WIKITEXT2), rotation=RotationSpec(kind=kind), windows=windows, **fields
+    )
     return spec.with_(weights=spec.weights.with_(corpus=CorpusSpec(name=WIKITEXT2, split="calibration")))
 
 
@@ -166,15 +220,21 @@ def test_full_precision_is_the_perplexity_measured(full_precision: EvalResult):
     assert low < 22.06 < high
 
 
-def test_hadamard_beats_random_orthogonal_at_16_4_16(wikitext2: None, default_store: Store, full_precision: EvalResult):
-    """Measured on these 2 windows: RO 40.99, RH 30.40, difference 10.6 with an interval of 9.5 to 11.1; another seed moves each by a few."""
+def test_hadamard_beats_random_orthogonal_at_16_4_16(
+    wikitext2: None, default_store: Store, full_precision: EvalResult
+):
+    """Measured on these 2 windows: RO 40.99, RH 30.40, difference 10.6 with an interval of 9.5 to 11.1;
+    another seed moves each by a few.
+    """
     ro, rh = evaluate_all([at("16-4-16", 2, kind) for kind in ("RO", "RH")], default_store)
     value, (low, _) = paired_difference(ro, rh)
     assert value > 2 and low > 0
     assert 1.3 * first_windows(full_precision, 2) < rh.perplexity < 2 * first_windows(full_precision, 2)
 
 
-def test_gptq_at_4_16_16_loses_under_a_fifth(wikitext2: None, default_store: Store, full_precision: EvalResult):
+def test_gptq_at_4_16_16_loses_under_a_fifth(
+    wikitext2: None, default_store: Store, full_precision: EvalResult
+):
     """16 x 2048 tokens of calibration: minutes, once; the weights stay in the store."""
     found = evaluate(at("4-16-16", 2), default_store)
     assert found.spec.weights == WeightSpec(corpus=CorpusSpec(name=WIKITEXT2, split="calibration"))
@@ -182,13 +242,18 @@ def test_gptq_at_4_16_16_loses_under_a_fifth(wikitext2: None, default_store: Sto
     assert 1.02 < ratio < 1.2  # measured: 21.47 / 18.84 = 1.140
 
 
-# ---- fast, and the same ---------------------------------------------------------------------------------------------------------------------
+# ---- fast, and the same
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def test_the_accelerated_refinement_ends_below_the_papers_100_steps_in_both_parts(default_store: Store):
-    """All 122,880 rows, gamma 100. Measured: objective 15.05 (normal 6.49, massive 0.294) against 17.73 (6.55, 0.383), in a sixth of the time."""
+    """All 122,880 rows, gamma 100. Measured: objective 15.05 (normal 6.49, massive 0.294) against 17.73
+    (6.55, 0.383), in a sixth of the time.
+    """
     spec = RefineSpec(capture=CaptureSpec(corpus=CorpusSpec(name=SAMPLE, split="calibration")))
-    found, paper = (refined(spec.with_(variant=variant), default_store).history for variant in ("accelerated", "guarded"))
+    found, paper = (
+        refined(spec.with_(variant=variant), default_store).history for variant in ("accelerated", "guarded")
+    )
     sooner, end, published = found.set_index("step").loc[20], found.iloc[-1], paper.iloc[-1]
     assert sooner["objective"] < published["objective"]
     assert end["objective"] < 0.9 * published["objective"]
@@ -210,6 +275,6 @@ def test_every_integer_linear_equals_fake_quantization_to_1e_5(default_store: St
         for module in built.loaded.model.modules():
             if isinstance(module, IntegerLinear):
                 module.register_forward_hook(compare)
-        models.body(built.loaded)(torch.arange(256)[None], use_cache=False)
+        loading.body(built.loaded)(torch.arange(256)[None], use_cache=False)
     assert len(found) == 210
     assert max(found) < 1e-5  # measured: 8e-7

@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from dfrot_lab import descent, rotations
-from dfrot_lab.quantize import fake_quantize
-from dfrot_lab.refine import polar
-from dfrot_lab.specs import QuantSpec, RotationSpec
+from dfrot_lab.maths import rotations
+from dfrot_lab.maths.quantizers import fake_quantize
+from dfrot_lab.recipe.specs import QuantSpec, RotationSpec
+from dfrot_lab.rotate import descent
+from dfrot_lab.rotate.dfrot import polar
 
 FINE = QuantSpec(bits=8, symmetric=False)
 """Errors so small that a first-order step is nearly the whole step."""
@@ -23,7 +24,11 @@ def everything(x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
 
 def problem(tokens: int = 500, channels: int = 24) -> tuple[Tensor, Tensor, Tensor]:
     x = gaussian(tokens, channels) * torch.linspace(0.5, 2, channels, dtype=torch.float64)
-    return x, torch.where(torch.arange(tokens) < 5, 100.0, 1.0).double(), rotations.make(RotationSpec(kind="RO"), channels)
+    return (
+        x,
+        torch.where(torch.arange(tokens) < 5, 100.0, 1.0).double(),
+        rotations.make(RotationSpec(kind="RO"), channels),
+    )
 
 
 def test_a_move_is_a_procrustes_step_to_first_order():
@@ -33,7 +38,9 @@ def test_a_move_is_a_procrustes_step_to_first_order():
     move = descent.move(x, *everything(x, weights), metric, metric.into(R), FINE)
     found = metric.V @ descent.turn(metric.into(R), move, 1.0)
     assert rotations.distance(exact, R) > 1e-4, "nothing to do: the test is vacuous"
-    assert rotations.distance(found, exact) < 0.1 * rotations.distance(exact, R)  # the metric is damped a little
+    assert rotations.distance(found, exact) < 0.1 * rotations.distance(
+        exact, R
+    )  # the metric is damped a little
 
 
 def test_a_move_is_the_same_whichever_side_is_turned_into_the_frame():
@@ -41,7 +48,9 @@ def test_a_move_is_the_same_whichever_side_is_turned_into_the_frame():
     metric = descent.metric(x, weights)
     index, column = everything(x, weights)
     many = descent.move(x, index, column, metric, metric.into(R), FINE)
-    few = sum(descent.move(x, index[part], column[part], metric, metric.into(R), FINE) for part in index.split(20))
+    few = sum(
+        descent.move(x, index[part], column[part], metric, metric.into(R), FINE) for part in index.split(20)
+    )
     torch.testing.assert_close(few, many, rtol=0, atol=1e-12)
     assert torch.equal(many, -many.T)
 
@@ -53,7 +62,10 @@ def test_a_turn_is_the_matrix_exponential(angle):
     skew *= angle / float(torch.linalg.matrix_norm(skew, 2))
     R = rotations.make(RotationSpec(kind="RO"), 12)
     found = descent.turn(R, skew, 0.5)
-    assert float(torch.linalg.matrix_norm(found - torch.linalg.matrix_exp(-0.5 * skew) @ R, 2)) < 4 * descent.TURN_ERROR
+    assert (
+        float(torch.linalg.matrix_norm(found - torch.linalg.matrix_exp(-0.5 * skew) @ R, 2))
+        < 4 * descent.TURN_ERROR
+    )
     singular = torch.linalg.svdvals(found)
     assert float((singular - 1).abs().max()) < 4 * descent.TURN_ERROR
 

@@ -8,12 +8,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from dfrot_lab import massive, rotations
-from dfrot_lab.capture import Capture, capture
-from dfrot_lab.errors import default_rotations, massive_names, massive_values, orders, summary, token_errors, wide
-from dfrot_lab.quantize import fake_quantize, squared_error
-from dfrot_lab.specs import MASSIVE_RULES, CaptureSpec, CorpusSpec, ModelSpec, QuantSpec, RotationSpec
-from dfrot_lab.store import Store
+from dfrot_lab.disk.artefacts import Store
+from dfrot_lab.maths import rotations
+from dfrot_lab.maths.quantizers import fake_quantize, squared_error
+from dfrot_lab.observe import massive
+from dfrot_lab.observe.capture import Capture, capture
+from dfrot_lab.observe.errors import (
+    default_rotations,
+    massive_names,
+    massive_values,
+    orders,
+    summary,
+    token_errors,
+    wide,
+)
+from dfrot_lab.recipe.specs import MASSIVE_RULES, CaptureSpec, CorpusSpec, ModelSpec, QuantSpec, RotationSpec
 
 SYM4, ASYM4, SYM8 = QuantSpec(), QuantSpec(symmetric=False), QuantSpec(bits=8)
 TOKENS = 100
@@ -21,22 +30,43 @@ TOKENS = 100
 
 @pytest.fixture
 def recorded(tiny_spec: ModelSpec, text_file: Path, store: Store) -> Capture:
-    return capture(CaptureSpec(model=tiny_spec, corpus=CorpusSpec(name=str(text_file), split="calibration"), tokens=TOKENS), store)
+    return capture(
+        CaptureSpec(
+            model=tiny_spec, corpus=CorpusSpec(name=str(text_file), split="calibration"), tokens=TOKENS
+        ),
+        store,
+    )
 
 
 def custom(channels: int) -> Tensor:
-    return rotations.make(RotationSpec(kind="RO", seed=77), channels) @ rotations.make(RotationSpec(kind="RH", seed=78), channels)
+    return rotations.make(RotationSpec(kind="RO", seed=77), channels) @ rotations.make(
+        RotationSpec(kind="RH", seed=78), channels
+    )
 
 
-# ---- against a loop ---------------------------------------------------------------------------------------------------------------------
+# ---- against a loop
+# ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sites", [None, ["layers.1.input_norm"], ["layers.1.post_attention_norm", "layers.0.input_norm"]], ids=["all", "1", "2"])
+@pytest.mark.parametrize(
+    "sites",
+    [None, ["layers.1.input_norm"], ["layers.1.post_attention_norm", "layers.0.input_norm"]],
+    ids=["all", "1", "2"],
+)
 def test_token_errors_equal_a_direct_loop(recorded: Capture, sites: list[str] | None):
     matrices = {**default_rotations(64, seed=3), "mine": custom(64)}
     quantizers = (SYM4, ASYM4, SYM8)
     table = token_errors(recorded, matrices, quantizers, sites=sites)
-    assert list(table.columns) == ["site", "token", "text", "rotation", "quantizer", "error", "root", "massive"]
+    assert list(table.columns) == [
+        "site",
+        "token",
+        "text",
+        "rotation",
+        "quantizer",
+        "error",
+        "root",
+        "massive",
+    ]
     expected = []
     for site in sites or recorded.sites:
         x = recorded.rows(site)
@@ -47,9 +77,12 @@ def test_token_errors_equal_a_direct_loop(recorded: Capture, sites: list[str] | 
                     error = float((rotated - fake_quantize(rotated, quantizer)).square().sum())
                     expected.append((site, token, recorded.texts[token], name, quantizer.name, error))
     assert len(table) == len(expected)
-    for column, values in zip(["site", "token", "text", "rotation", "quantizer"], zip(*expected, strict=True), strict=False):
+    for column, values in zip(
+        ["site", "token", "text", "rotation", "quantizer"], zip(*expected, strict=True), strict=False
+    ):
         assert table[column].tolist() == list(values)
-    # A value at the border of two codes may round the other way in float32 than in float64: its error is the same to first order.
+    # A value at the border of two codes may round the other way in float32 than in float64: its error is the
+    # same to first order.
     np.testing.assert_allclose(table["error"], [row[-1] for row in expected], rtol=2e-3, atol=1e-6)
     np.testing.assert_allclose(table["root"] ** 2, table["error"], rtol=1e-5, atol=1e-12)
 
@@ -83,7 +116,8 @@ def test_an_unknown_rule_is_refused(recorded: Capture):
         token_errors(recorded, rules=("big",))
 
 
-# ---- massive tokens in the table --------------------------------------------------------------------------------------------------------
+# ---- massive tokens in the table
+# --------------------------------------------------------------------------------------------------------
 
 
 def test_massive_column_joins_the_rules_that_mark_the_token(recorded: Capture):
@@ -106,13 +140,19 @@ def test_wide_has_one_column_a_rotation(recorded: Capture):
     for rotation in ("NR", "RO", "RH"):
         part = table[table["rotation"] == rotation].set_index(["site", "token"])["error"]
         pd.testing.assert_series_equal(
-            spread.set_index(["site", "token"])[rotation], part, check_names=False, check_index_type=False, check_dtype=False
+            spread.set_index(["site", "token"])[rotation],
+            part,
+            check_names=False,
+            check_index_type=False,
+            check_dtype=False,
         )
     assert np.allclose(wide(table, "root")["RO"] ** 2, spread["RO"], rtol=1e-5)
 
 
 def test_wide_takes_one_quantizer(recorded: Capture):
-    with pytest.raises(ValueError, match=r"errors must hold one quantizer to be widened; got \['asym4', 'sym4'\]"):
+    with pytest.raises(
+        ValueError, match=r"errors must hold one quantizer to be widened; got \['asym4', 'sym4'\]"
+    ):
         wide(token_errors(recorded, quantizers=(SYM4, ASYM4)))
 
 
@@ -123,9 +163,13 @@ def test_summary_splits_massive_from_ordinary_tokens(recorded: Capture):
     assert len(found) == 2 * 3 * 2
     for row in found.itertuples():
         marked = table["massive"].str.contains("nr_error") == (row.tokens == "massive")
-        roots = table[(table["quantizer"] == row.quantizer) & (table["rotation"] == row.rotation) & marked]["root"]
+        roots = table[(table["quantizer"] == row.quantizer) & (table["rotation"] == row.rotation) & marked][
+            "root"
+        ]
         assert row.rows == len(roots) > 0
-        assert (row.mean, row.median, row.p99) == pytest.approx((roots.mean(), roots.median(), roots.quantile(0.99)), rel=1e-5)
+        assert (row.mean, row.median, row.p99) == pytest.approx(
+            (roots.mean(), roots.median(), roots.quantile(0.99)), rel=1e-5
+        )
 
 
 def test_massive_values_are_the_row_before_and_after_quantization(recorded: Capture):
@@ -139,10 +183,13 @@ def test_massive_values_are_the_row_before_and_after_quantization(recorded: Capt
         assert part["channel"].tolist() == list(range(64))
         np.testing.assert_allclose(part["value"], (row.double() @ R).numpy(), rtol=1e-4, atol=1e-5)
         error = ((part["value"] - part["quantized"]) ** 2).sum()
-        assert error == pytest.approx(float(squared_error((row.double() @ R)[None], SYM4)), rel=1e-3, abs=1e-6)
+        assert error == pytest.approx(
+            float(squared_error((row.double() @ R)[None], SYM4)), rel=1e-3, abs=1e-6
+        )
 
 
-# ---- the paper's claim ------------------------------------------------------------------------------------------------------------------
+# ---- the paper's claim
+# ------------------------------------------------------------------------------------------------------------------
 
 
 def roots(x: Tensor, kind: str, seed: int) -> Tensor:
@@ -152,7 +199,9 @@ def roots(x: Tensor, kind: str, seed: int) -> Tensor:
 @pytest.mark.parametrize("channels", [64, 576])
 @pytest.mark.parametrize("seed", range(5))
 def test_a_pure_spike_has_no_error_under_hadamard(channels: int, seed: int):
-    """sqrt(C) e_i becomes a row of +-1, which is on the symmetric grid; a random orthogonal matrix makes a Gaussian row of it."""
+    """sqrt(C) e_i becomes a row of +-1, which is on the symmetric grid; a random orthogonal matrix makes a
+    Gaussian row of it.
+    """
     spikes = torch.eye(channels, dtype=torch.float64)[::7] * channels**0.5
     assert roots(spikes, "RH", seed).max() < 1e-12
     assert roots(spikes, "NR", seed).max() < 1e-12
@@ -161,7 +210,9 @@ def test_a_pure_spike_has_no_error_under_hadamard(channels: int, seed: int):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_a_spike_among_small_values_orders_ro_nr_rh(seed: int):
-    """Values of 0.115 beside a spike of 24, as in token 0 of the default model: its measured roots are 2.77 (NR), about 3 (RO) and 1.3 (RH)."""
+    """Values of 0.115 beside a spike of 24, as in token 0 of the default model: its measured roots are 2.77
+    (NR), about 3 (RO) and 1.3 (RH).
+    """
     x = 0.115 * torch.randn(20, 576, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     x[torch.arange(20), torch.arange(20) * 7] = 24
     nr, ro, rh = (roots(x, kind, seed).mean() for kind in ("NR", "RO", "RH"))
@@ -182,7 +233,8 @@ def test_massive_tokens_of_the_tiny_model_prefer_hadamard(recorded: Capture):
     assert (marked["RH"] < marked["RO"]).mean() > 0.9
 
 
-# ---- orders -----------------------------------------------------------------------------------------------------------------------------
+# ---- orders
+# -----------------------------------------------------------------------------------------------------------------------------
 
 
 def slow_orders(table: pd.DataFrame, names: tuple[str, ...]) -> list[str]:
@@ -197,7 +249,9 @@ def slow_orders(table: pd.DataFrame, names: tuple[str, ...]) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("names", [("NR", "RO", "RH"), ("RO", "RH"), ("RH", "NR", "RO", "DFRot")], ids="-".join)
+@pytest.mark.parametrize(
+    "names", [("NR", "RO", "RH"), ("RO", "RH"), ("RH", "NR", "RO", "DFRot")], ids="-".join
+)
 def test_orders_are_those_of_a_row_by_row_sort(names: tuple[str, ...]):
     """Errors of few values, so that equal ones are frequent."""
     errors = np.random.default_rng(0).integers(0, 4, (300, 4)).astype(np.float32)

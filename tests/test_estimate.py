@@ -1,4 +1,6 @@
-"""The cost model counts what the code does: parameters and flops against real models, and the directions in which costs must grow."""
+"""The cost model counts what the code does: parameters and flops against real models, and the directions in
+which costs must grow.
+"""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,19 +13,31 @@ from test_models import write_gguf
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, LlamaConfig
 
-from dfrot_lab import estimate, gptq, models, rotations, surgery
-from dfrot_lab.estimate import GPU_80GB, SHAPES, Machine, Shape, Work, duration
-from dfrot_lab.mainjob import Setting, main_specs
-from dfrot_lab.specs import ModelSpec, RotationSpec
+from dfrot_lab.maths import rotations
+from dfrot_lab.model import loading, surgery
+from dfrot_lab.recipe.specs import ModelSpec, RotationSpec
+from dfrot_lab.study import cost
+from dfrot_lab.study.cost import GPU_80GB, SHAPES, Machine, Shape, Work, duration
+from dfrot_lab.study.mainjob import main_specs
+from dfrot_lab.study.setting import Setting
+from dfrot_lab.weights import gptq
 
 SMALL = Shape(64, 2, 96, 4, 2, 16, 256)
 """The shape of conftest's tiny model."""
 HERE = Machine("here", 1e11, 5e10, 4e11, 1e10, 24e9, "made up")
-STAGES = ["load and rotate", "capture", "refine", "GPTQ", "evaluate, 16-bit weights", "evaluate, integer", "total"]
+STAGES = [
+    "load and rotate",
+    "capture",
+    "refine",
+    "GPTQ",
+    "evaluate, 16-bit weights",
+    "evaluate, integer",
+    "total",
+]
 
 
 def seconds(shape: Shape, machine: Machine = HERE, **sizes: int) -> list[float]:
-    return list(estimate.estimate(shape, machine, **sizes)["seconds"])
+    return list(cost.estimate(shape, machine, **sizes)["seconds"])
 
 
 def flops(work: Callable[[], object]) -> int:
@@ -33,7 +47,10 @@ def flops(work: Callable[[], object]) -> int:
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize(("name", "count"), [("smollm2-135m", 134_515_008), ("llama-2-7b", 6_738_415_616), ("llama-3-70b", 70_553_706_496)])
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [("smollm2-135m", 134_515_008), ("llama-2-7b", 6_738_415_616), ("llama-3-70b", 70_553_706_496)],
+)
 def test_parameters_are_the_published_counts_norms_included(name, count):
     assert SHAPES[name].parameters == count
 
@@ -41,7 +58,7 @@ def test_parameters_are_the_published_counts_norms_included(name, count):
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_shape_of_a_model_counts_its_parameters_and_its_memory_once_untied(tied):
     loaded = tiny_model(tied=tied)
-    shape = estimate.shape_of(loaded.model.config)
+    shape = cost.shape_of(loaded.model.config)
     assert shape == replace(SMALL, tied=tied)
     assert shape.parameters == loaded.model.num_parameters()
     surgery.untie(loaded)
@@ -51,12 +68,12 @@ def test_the_shape_of_a_model_counts_its_parameters_and_its_memory_once_untied(t
 def test_a_config_without_head_size_or_key_value_heads_has_the_usual_ones():
     config = LlamaConfig(hidden_size=64, num_attention_heads=4)
     config.head_dim = config.num_key_value_heads = None
-    assert (estimate.shape_of(config).head, estimate.shape_of(config).kv_heads) == (16, 4)
+    assert (cost.shape_of(config).head, cost.shape_of(config).kv_heads) == (16, 4)
 
 
 def test_linears_and_their_inputs_are_the_models_in_order():
     loaded = tiny_model()
-    shapes = [tuple(models.linear(loaded.layers[0], name).weight.shape) for name in loaded.roles.linears]
+    shapes = [tuple(loading.linear(loaded.layers[0], name).weight.shape) for name in loaded.roles.linears]
     assert list(SMALL.linears) == shapes
     assert list(SMALL.inputs) == [shapes[i][1] for i in (0, 3, 4, 6)]
 
@@ -65,25 +82,30 @@ def test_forward_counts_the_products_of_a_forward_pass():
     loaded, ids = tiny_model(), torch.zeros(3, 32, dtype=torch.long)
     loaded.model.set_attn_implementation("eager")
     beyond_causal = 3 * LAYERS * 2 * 32**2 * 64  # eager attention computes all pairs of tokens
-    assert flops(lambda: models.body(loaded)(ids, use_cache=False)) - beyond_causal == estimate.forward(SMALL, 32, 3).float_flops
+    assert (
+        flops(lambda: loading.body(loaded)(ids, use_cache=False)) - beyond_causal
+        == cost.forward(SMALL, 32, 3).float_flops
+    )
 
 
 def test_load_counts_the_products_of_r1():
     loaded, R = tiny_model(), rotations.make(RotationSpec(kind="RH"), 64)
     surgery.prepare(loaded)
     counted = flops(lambda: surgery.rotate_residual(loaded, R)) - flops(lambda: rotations.check(R, 64))
-    assert counted == estimate.load(SMALL, loads=1, rotated=1).double_flops
+    assert counted == cost.load(SMALL, loads=1, rotated=1).double_flops
 
 
 def test_gptq_counts_half_a_hessian_for_each_input():
     full, half = replace(SMALL, channels=768, head=192, mlp=768), 16 * 32 * 4 * 768**2 * LAYERS
     columns = LAYERS * sum(out * into**2 for out, into in full.linears)
-    assert estimate.gptq(full, 32).float_flops - estimate.forward(full, 32, 16).float_flops - columns == half
-    assert 1 <= flops(lambda: gptq.hessian_of(torch.zeros(16, 768))) / (16 * 768**2) < 1.3  # the blocks on the diagonal are whole
+    assert cost.gptq(full, 32).float_flops - cost.forward(full, 32, 16).float_flops - columns == half
+    assert (
+        1 <= flops(lambda: gptq.hessian_of(torch.zeros(16, 768))) / (16 * 768**2) < 1.3
+    )  # the blocks on the diagonal are whole
 
 
 def test_integer_windows_move_the_linears_flops_to_int8_and_nothing_else():
-    floats, integers = estimate.float_window(SMALL, 32), estimate.integer_window(SMALL, 32)
+    floats, integers = cost.float_window(SMALL, 32), cost.integer_window(SMALL, 32)
     assert integers.int8_ops == 2 * SMALL.linear_weights * 32
     assert floats.float_flops == integers.float_flops + integers.int8_ops
     assert integers.memory >= floats.memory
@@ -91,12 +113,12 @@ def test_integer_windows_move_the_linears_flops_to_int8_and_nothing_else():
 
 def test_the_main_job_is_counted_from_its_specs():
     specs = main_specs(Setting(model=ModelSpec()))
-    assert estimate.counts(specs) == (12, 10, 4, 11, 12)
-    assert estimate.counts(specs[:1]) == (1, 0, 0, 1, 0)
+    assert cost.counts(specs) == (12, 10, 4, 11, 12)
+    assert cost.counts(specs[:1]) == (1, 0, 0, 1, 0)
 
 
 def test_the_table_has_every_stage_and_a_total():
-    table = estimate.estimate(SMALL, HERE)
+    table = cost.estimate(SMALL, HERE)
     assert list(table.columns) == ["stage", "seconds", "memory_gb", "fits"]
     assert list(table["stage"]) == STAGES
     assert table["seconds"].iloc[-1] == pytest.approx(table["seconds"].iloc[:-1].sum())
@@ -104,7 +126,9 @@ def test_the_table_has_every_stage_and_a_total():
     assert (table["seconds"] > 0).all()
 
 
-@pytest.mark.parametrize("bigger", [{"channels": 128, "head": 32}, {"layers": 3}, {"mlp": 192}, {"kv_heads": 4}], ids=str)
+@pytest.mark.parametrize(
+    "bigger", [{"channels": 128, "head": 32}, {"layers": 3}, {"mlp": 192}, {"kv_heads": 4}], ids=str
+)
 def test_a_larger_model_costs_more_at_every_stage(bigger):
     base, more = seconds(SMALL), seconds(replace(SMALL, **bigger))
     rises = [after > before for before, after in zip(base, more, strict=True)]
@@ -119,7 +143,15 @@ def test_more_windows_cost_evaluations_only_and_more_tokens_all_but_loading():
 
 
 def test_seconds_are_inverse_to_the_rates():
-    fast = Machine("fast", 3 * HERE.float_rate, 3 * HERE.double_rate, 3 * HERE.int8_rate, 3 * HERE.byte_rate, HERE.memory, "made up")
+    fast = Machine(
+        "fast",
+        3 * HERE.float_rate,
+        3 * HERE.double_rate,
+        3 * HERE.int8_rate,
+        3 * HERE.byte_rate,
+        HERE.memory,
+        "made up",
+    )
     assert seconds(SMALL, fast) == pytest.approx([s / 3 for s in seconds(SMALL)])
     work = Work("all", 2e11, 1e11, 8e11, 3e10)
     assert work.seconds(HERE) == 2 + 2 + 2 + 3
@@ -127,12 +159,12 @@ def test_seconds_are_inverse_to_the_rates():
 
 
 def test_what_fits_into_80_gb():
-    fits = {name: estimate.estimate(SHAPES[name], GPU_80GB)["fits"].iloc[-1] for name in SHAPES}
+    fits = {name: cost.estimate(SHAPES[name], GPU_80GB)["fits"].iloc[-1] for name in SHAPES}
     assert fits == {"smollm2-135m": True, "llama-2-7b": True, "llama-3-70b": False}
 
 
 def test_this_machine_is_measured():
-    machine = estimate.measure_machine()
+    machine = cost.measure_machine()
     assert 1e9 < machine.float_rate < 1e15
     assert machine.double_rate < 2 * machine.float_rate
     assert machine.int8_rate > 1e8
@@ -144,36 +176,52 @@ def test_a_folder_is_read_without_its_weights(tmp_path):
     spec = save_tiny(tmp_path / "tiny")
     for file in Path(spec.source).glob("*.safetensors"):
         file.unlink()
-    assert estimate.shape(spec) == SMALL
+    assert cost.shape(spec) == SMALL
 
 
 def test_a_gguf_file_is_read_too(tmp_path):
     path = tmp_path / "tiny.gguf"
     write_gguf(path, tiny_model())
-    assert estimate.shape(ModelSpec(source=str(path))) == SMALL
+    assert cost.shape(ModelSpec(source=str(path))) == SMALL
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(ValueError, match=r"tiny\.gguf is not a whole GGUF file"):
-        estimate.shape(ModelSpec(source=str(path)))
+        cost.shape(ModelSpec(source=str(path)))
 
 
 def test_what_the_package_refuses_has_no_estimate(tmp_path):
     with pytest.raises(
-        ValueError, match=r"got 'llama-7b', which is none of them\. To estimate without a model: smollm2-135m, llama-2-7b, llama-3-70b"
+        ValueError,
+        match=r"got 'llama-7b', which is none of them\. To estimate without a model: smollm2-135m, llama-2-7b, llama-3-70b",
     ):
-        estimate.shape(ModelSpec(source="llama-7b"))
+        cost.shape(ModelSpec(source="llama-7b"))
     GPT2Config(architectures=["GPT2LMHeadModel"]).save_pretrained(tmp_path / "gpt2")
     with pytest.raises(ValueError, match="GPT2LMHeadModel cannot be rotated"):
-        estimate.shape(ModelSpec(source=str(tmp_path / "gpt2")))
+        cost.shape(ModelSpec(source=str(tmp_path / "gpt2")))
 
 
 def test_the_text_names_model_machines_and_how_far_to_trust_it():
-    text = estimate.describe("llama-3-70b", SHAPES["llama-3-70b"], [HERE, GPU_80GB])
-    for part in ("llama-3-70b: 70,553,706,496 parameters", "made up", "not measured", "(does not fit)", "within a factor of about 2", *STAGES):
+    text = cost.describe("llama-3-70b", SHAPES["llama-3-70b"], [HERE, GPU_80GB])
+    for part in (
+        "llama-3-70b: 70,553,706,496 parameters",
+        "made up",
+        "not measured",
+        "(does not fit)",
+        "within a factor of about 2",
+        *STAGES,
+    ):
         assert part in text
 
 
 @pytest.mark.parametrize(
-    ("value", "words"), [(0.071, "0.071 s"), (4.46, "4.5 s"), (89, "89 s"), (720, "12 min"), (12240, "3.4 h"), (449280, "5.2 days")]
+    ("value", "words"),
+    [
+        (0.071, "0.071 s"),
+        (4.46, "4.5 s"),
+        (89, "89 s"),
+        (720, "12 min"),
+        (12240, "3.4 h"),
+        (449280, "5.2 days"),
+    ],
 )
 def test_durations_are_in_words(value, words):
     assert duration(value) == words

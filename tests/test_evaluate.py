@@ -1,4 +1,6 @@
-"""Evaluation: transformers' own loss, rotations that change nothing at 16 bits, honest intervals, equal work keyed once, and resuming."""
+"""Evaluation: transformers' own loss, rotations that change nothing at 16 bits, honest intervals, equal work
+keyed once, and resuming.
+"""
 
 import dataclasses
 import math
@@ -10,9 +12,24 @@ import torch
 from conftest import CONTEXT, FAMILIES, tiny_model
 from scipy import stats
 
-from dfrot_lab import evaluate as module
-from dfrot_lab import gptq, massive, models, rotations, surgery
-from dfrot_lab.evaluate import (
+from dfrot_lab.disk.artefacts import Store
+from dfrot_lab.maths import rotations
+from dfrot_lab.maths.quantizers import fake_quantize
+from dfrot_lab.model import loading, surgery
+from dfrot_lab.observe import massive
+from dfrot_lab.recipe.specs import (
+    CaptureSpec,
+    CorpusSpec,
+    EvalSpec,
+    ModelSpec,
+    QuantSpec,
+    RefineSpec,
+    RotationSpec,
+    WeightSpec,
+    eval_spec,
+)
+from dfrot_lab.score import perplexity as module
+from dfrot_lab.score.perplexity import (
     EvalResult,
     bootstrap,
     build,
@@ -28,15 +45,15 @@ from dfrot_lab.evaluate import (
     stored,
     window_loss,
 )
-from dfrot_lab.quantize import fake_quantize
-from dfrot_lab.specs import CaptureSpec, CorpusSpec, EvalSpec, ModelSpec, QuantSpec, RefineSpec, RotationSpec, WeightSpec, eval_spec
-from dfrot_lab.store import Store
+from dfrot_lab.weights import gptq
 
 NR, RO, RH = (RotationSpec(kind=kind) for kind in ("NR", "RO", "RH"))
 
 
 def save_lively(folder: Path, family: str = "llama", **options: object) -> ModelSpec:
-    """A tiny model whose linears speak up: at their initial size the loss is log 256 whatever is done to them, and no test could fail."""
+    """A tiny model whose linears speak up: at their initial size the loss is log 256 whatever is done to
+    them, and no test could fail.
+    """
     loaded = tiny_model(family, **options)
     for name, parameter in loaded.model.named_parameters():
         if "proj.weight" in name or name == "lm_head.weight":
@@ -48,12 +65,16 @@ def save_lively(folder: Path, family: str = "llama", **options: object) -> Model
 
 @pytest.fixture
 def base(tmp_path: Path, text_file: Path) -> EvalSpec:
-    """A tiny model at full precision on 3 windows of 64 tokens; calibration on the other half of the same text."""
+    """A tiny model at full precision on 3 windows of 64 tokens; calibration on the other half of the same
+    text.
+    """
     return spec_for(save_lively(tmp_path / "lively"), text_file)
 
 
 def spec_for(model: ModelSpec, text: Path, bits: str = "16-16-16", **fields: object) -> EvalSpec:
-    spec = eval_spec(bits, weights="rtn", model=model, corpus=CorpusSpec(name=str(text)), windows=3, window=64)
+    spec = eval_spec(
+        bits, weights="rtn", model=model, corpus=CorpusSpec(name=str(text)), windows=3, window=64
+    )
     calibration = CorpusSpec(name=str(text), split="calibration")
     return spec.with_(weights=spec.weights.with_(corpus=calibration, windows=2, window=64), **fields)
 
@@ -67,21 +88,24 @@ def result_of(losses: list[float], spec: EvalSpec | None = None) -> EvalResult:
     return EvalResult(spec or EvalSpec(), np.array(losses), 1.0, "made here")
 
 
-# ---- loss and perplexity ----------------------------------------------------------------------------------------------------------------
+# ---- loss and perplexity
+# ----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tokens", [2, 50, 128, 600])
 @pytest.mark.parametrize("tied", [False, True])
 def test_window_loss_is_transformers_own_loss(tmp_path, tokens, tied):
     """600 tokens are more than the logits are computed for at once."""
-    loaded = models.load_model(save_lively(tmp_path / "m", tied=tied))
+    loaded = loading.load_model(save_lively(tmp_path / "m", tied=tied))
     ids = torch.randint(0, 256, (tokens,), generator=torch.Generator().manual_seed(tokens))
-    assert window_loss(loaded, ids) == pytest.approx(float(loaded.model(ids[None], labels=ids[None]).loss.detach()), rel=1e-5)
+    assert window_loss(loaded, ids) == pytest.approx(
+        float(loaded.model(ids[None], labels=ids[None]).loss.detach()), rel=1e-5
+    )
 
 
 def test_evaluate_scores_the_first_windows_of_the_text(base, store, text_file):
     found = evaluate(base.with_(rotation=NR), store)
-    loaded = models.load_model(base.model)
+    loaded = loading.load_model(base.model)
     text = text_file.read_text()
     half = min((i + 1 for i, c in enumerate(text) if c == "\n"), key=lambda i: abs(i - len(text) / 2))
     ids = torch.tensor(loaded.tokenizer(text[half:]).input_ids[: 3 * 64]).view(3, 64)
@@ -102,7 +126,9 @@ def test_rotation_changes_nothing_at_16_bits(tmp_path, text_file, store, family)
 @pytest.mark.parametrize("bits", ["16-4-16", "16-16-4", "4-16-16", "4-4-4"])
 def test_each_kind_of_bits_changes_the_loss(base, store, bits):
     plain, rough = evaluate(base, store), evaluate(at(base, bits), store)
-    assert not np.allclose(rough.losses, plain.losses, rtol=1e-4), "a rotation test on this model at 1e-5 would prove nothing"
+    assert not np.allclose(rough.losses, plain.losses, rtol=1e-4), (
+        "a rotation test on this model at 1e-5 would prove nothing"
+    )
     fine = evaluate(at(base, bits.replace("4", "8")), store)
     assert np.abs(fine.losses - plain.losses).mean() < 0.5 * np.abs(rough.losses - plain.losses).mean()
 
@@ -111,7 +137,10 @@ def test_gptq_weights_are_evaluated_too(base, store):
     rtn = at(base, "4-16-16")
     gptq = rtn.with_(weights=rtn.weights.with_(method="gptq"))
     assert not np.array_equal(evaluate(gptq, store).losses, evaluate(rtn, store).losses)
-    assert sorted(a.manifest["inputs"]["weights"]["method"] for a in store.list() if a.kind == "weights") == ["gptq", "rtn"]
+    assert sorted(a.manifest["inputs"]["weights"]["method"] for a in store.list() if a.kind == "weights") == [
+        "gptq",
+        "rtn",
+    ]
 
 
 def test_a_rotation_from_a_file_and_a_refined_one_are_accepted(base, store, tmp_path):
@@ -148,7 +177,8 @@ def test_a_rotation_that_does_not_fit_is_refused(base, store, tmp_path, wrong):
         evaluate(base.with_(rotation=RotationSpec(kind="file", path=str(path))), store)
 
 
-# ---- intervals --------------------------------------------------------------------------------------------------------------------------
+# ---- intervals
+# --------------------------------------------------------------------------------------------------------------------------
 
 
 def test_ci95_is_the_percentile_bootstrap_of_the_perplexity():
@@ -173,7 +203,9 @@ def test_one_window_has_no_interval():
 
 
 def test_a_paired_interval_is_narrow_where_windows_move_together():
-    """Noisy in level, steady in difference: the pair's interval is off zero where the two separate intervals overlap."""
+    """Noisy in level, steady in difference: the pair's interval is off zero where the two separate intervals
+    overlap.
+    """
     level = np.random.default_rng(0).normal(3, 0.3, 6)
     worse, better = result_of((level + 0.1).tolist()), result_of(level.tolist())
     value, (low, high) = paired_difference(worse, better)
@@ -191,7 +223,11 @@ def test_a_difference_of_a_result_with_itself_is_zero():
 
 @pytest.mark.parametrize(
     "other",
-    [result_of([3.0, 3.1]), result_of([3.0] * 3, EvalSpec(corpus=CorpusSpec(split="calibration"))), result_of([3.0] * 3, EvalSpec(window=1024))],
+    [
+        result_of([3.0, 3.1]),
+        result_of([3.0] * 3, EvalSpec(corpus=CorpusSpec(split="calibration"))),
+        result_of([3.0] * 3, EvalSpec(window=1024)),
+    ],
     ids=["windows", "corpus", "window"],
 )
 def test_only_the_same_windows_can_be_paired(other):
@@ -201,16 +237,23 @@ def test_only_the_same_windows_can_be_paired(other):
 
 def test_statistic_of_two_is_the_paired_difference():
     a, b = result_of([3.0, 3.4, 2.9, 3.3]), result_of([2.9, 3.5, 2.7, 3.0])
-    assert statistic(lambda x, y, axis: np.exp(x.mean(axis)) - np.exp(y.mean(axis)), [a, b]) == paired_difference(a, b)
+    assert statistic(
+        lambda x, y, axis: np.exp(x.mean(axis)) - np.exp(y.mean(axis)), [a, b]
+    ) == paired_difference(a, b)
 
 
 def test_statistic_of_one_is_its_own_interval():
     one = result_of([3.0, 3.4, 2.9, 3.3])
-    assert statistic(lambda loss, axis: np.exp(loss.mean(axis)), [one]) == (pytest.approx(one.perplexity), one.ci95)
+    assert statistic(lambda loss, axis: np.exp(loss.mean(axis)), [one]) == (
+        pytest.approx(one.perplexity),
+        one.ci95,
+    )
 
 
 def test_statistic_hands_over_the_losses_in_order_and_resamples_them_together():
-    """The same windows of all of them are drawn: a combination that is constant in every window has an interval of no width."""
+    """The same windows of all of them are drawn: a combination that is constant in every window has an
+    interval of no width.
+    """
     a, b, c = (result_of(losses) for losses in ([3.0, 3.5, 2.0], [2.0, 2.5, 1.0], [1.0, 1.5, 0.0]))
     value, interval = statistic(lambda x, y, z, axis: (x + y - 2 * z).mean(axis), [a, b, c])
     assert value == pytest.approx(3) and interval == pytest.approx((3, 3))
@@ -219,13 +262,19 @@ def test_statistic_hands_over_the_losses_in_order_and_resamples_them_together():
 @pytest.mark.parametrize("place", [1, 2, 3])
 @pytest.mark.parametrize(
     "other",
-    [result_of([3.0, 3.1]), result_of([3.0] * 3, EvalSpec(corpus=CorpusSpec(split="calibration"))), result_of([3.0] * 3, EvalSpec(window=1024))],
+    [
+        result_of([3.0, 3.1]),
+        result_of([3.0] * 3, EvalSpec(corpus=CorpusSpec(split="calibration"))),
+        result_of([3.0] * 3, EvalSpec(window=1024)),
+    ],
     ids=["windows", "corpus", "window"],
 )
 def test_a_statistic_refuses_any_result_of_other_windows(place, other):
     found = [result_of([3.0] * 3) for _ in range(4)]
     found[place] = other
-    with pytest.raises(ValueError, match=r"paired results must share corpus, windows and window; got .* x 3 and .* x "):
+    with pytest.raises(
+        ValueError, match=r"paired results must share corpus, windows and window; got .* x 3 and .* x "
+    ):
         statistic(closed_share, found)
 
 
@@ -262,7 +311,8 @@ def test_bootstrap_of_a_mean():
     assert (low, high) == pytest.approx((49.5 - 1.96 * 2.89, 49.5 + 1.96 * 2.89), abs=0.4)
 
 
-# ---- equal work, one key ----------------------------------------------------------------------------------------------------------------
+# ---- equal work, one key
+# ----------------------------------------------------------------------------------------------------------------
 
 SIXTEEN = WeightSpec(method="rtn", quantizer=QuantSpec(bits=16, granularity="per_channel"))
 W4 = QuantSpec(bits=4, granularity="per_channel")
@@ -272,16 +322,40 @@ GROUPS = {"granularity": "per_group"}
 @pytest.mark.parametrize(
     ("a", "b"),
     [
-        ({"weights": SIXTEEN}, {"weights": SIXTEEN.with_(method="gptq", windows=99, damping=0.5, clip_search=False)}),
-        ({"weights": WeightSpec(method="rtn")}, {"weights": WeightSpec(method="rtn", windows=3, damping=0.5, corpus=CorpusSpec())}),
+        (
+            {"weights": SIXTEEN},
+            {"weights": SIXTEEN.with_(method="gptq", windows=99, damping=0.5, clip_search=False)},
+        ),
+        (
+            {"weights": WeightSpec(method="rtn")},
+            {"weights": WeightSpec(method="rtn", windows=3, damping=0.5, corpus=CorpusSpec())},
+        ),
         ({"activations": QuantSpec(bits=16)}, {"activations": QuantSpec(bits=16), "keep_out": "nr_error"}),
-        ({"activations": QuantSpec(bits=16)}, {"activations": QuantSpec(bits=16), "keep_out": "worst", "keep_out_tokens": 4}),
-        ({"activations": QuantSpec(bits=16)}, {"activations": QuantSpec(bits=16, symmetric=False, clip_ratio=0.9)}),
-        ({"kv": QuantSpec(bits=16, **GROUPS)}, {"kv": QuantSpec(bits=16, symmetric=False, clip_ratio=0.9, group_size=32, **GROUPS)}),
+        (
+            {"activations": QuantSpec(bits=16)},
+            {"activations": QuantSpec(bits=16), "keep_out": "worst", "keep_out_tokens": 4},
+        ),
+        (
+            {"activations": QuantSpec(bits=16)},
+            {"activations": QuantSpec(bits=16, symmetric=False, clip_ratio=0.9)},
+        ),
+        (
+            {"kv": QuantSpec(bits=16, **GROUPS)},
+            {"kv": QuantSpec(bits=16, symmetric=False, clip_ratio=0.9, group_size=32, **GROUPS)},
+        ),
         ({"rotation": NR}, {"rotation": RotationSpec(kind="NR", seed=5)}),
         ({"rotation": NR}, {"rotation": RotationSpec(kind="NR", block=8)}),
     ],
-    ids=["weights at 16", "rtn's calibration", "keep-out at 16", "counted", "activations at 16", "kv at 16", "NR's seed", "NR's block"],
+    ids=[
+        "weights at 16",
+        "rtn's calibration",
+        "keep-out at 16",
+        "counted",
+        "activations at 16",
+        "kv at 16",
+        "NR's seed",
+        "NR's block",
+    ],
 )
 def test_what_has_no_effect_is_not_in_the_key(a, b):
     assert canonical(EvalSpec(**a)) == canonical(EvalSpec(**b))
@@ -316,14 +390,17 @@ def test_another_calibration_text_at_the_same_path_is_another_evaluation(base, s
     """GPTQ's weights depend on it, so the perplexity does too."""
     calibration = tmp_path / "calibration.txt"
     calibration.write_text("sheep in the morning\n" * 50)
-    weights = WeightSpec(quantizer=W4, corpus=CorpusSpec(name=str(calibration), split="calibration"), windows=2, window=64)
+    weights = WeightSpec(
+        quantizer=W4, corpus=CorpusSpec(name=str(calibration), split="calibration"), windows=2, window=64
+    )
     spec = base.with_(weights=weights)
     before = evaluate(spec, store).losses
     calibration.write_text("0123456789 ABC xyz\n" * 50)
     assert not np.array_equal(evaluate(spec, store).losses, before)
 
 
-# ---- the store --------------------------------------------------------------------------------------------------------------------------
+# ---- the store
+# --------------------------------------------------------------------------------------------------------------------------
 
 
 def test_stored_is_none_then_the_result(base, store):
@@ -364,7 +441,9 @@ def test_a_stopped_evaluation_goes_on_at_its_window(base, store, tmp_path, monke
     monkeypatch.undo()
     assert stored(spec, store) is None
     again: list[int] = []
-    monkeypatch.setattr(module, "window_loss", lambda loaded, ids: again.append(int(ids[0])) or score(loaded, ids))
+    monkeypatch.setattr(
+        module, "window_loss", lambda loaded, ids: again.append(int(ids[0])) or score(loaded, ids)
+    )
     resumed = evaluate(spec, store)
     monkeypatch.undo()
     assert (len(scored), len(again)) == (2, 1)
@@ -400,7 +479,11 @@ def test_evaluate_all_builds_once_for_neighbours_that_share_a_model(base, store,
         return real(spec, store, *listener)
 
     monkeypatch.setattr(module, "build", counted)
-    specs = [at(base, bits, rotation=rotation) for rotation in (RO, RH) for bits in ("16-4-16", "16-4-4", "16-16-16")]
+    specs = [
+        at(base, bits, rotation=rotation)
+        for rotation in (RO, RH)
+        for bits in ("16-4-16", "16-4-4", "16-16-16")
+    ]
     specs[1] = specs[1].with_(keep_out="nr_error")
     seen: list[EvalResult] = []
     found = evaluate_all(specs, store, seen.append)
@@ -415,13 +498,17 @@ def test_evaluate_all_builds_once_for_neighbours_that_share_a_model(base, store,
 
 def test_build_keys_differ_where_models_do(base, text_file, tmp_path):
     w4 = at(base, "4-4-16")
-    keys = [build_key(s) for s in (base, w4, base.with_(rotation=RO), w4.with_(weights=w4.weights.with_(clip_search=False)))]
+    keys = [
+        build_key(s)
+        for s in (base, w4, base.with_(rotation=RO), w4.with_(weights=w4.weights.with_(clip_search=False)))
+    ]
     keys.append(build_key(spec_for(save_lively(tmp_path / "other", seed=1), text_file)))
     assert all(a != b for i, a in enumerate(keys) for b in keys[:i])
     assert build_key(base) == build_key(at(base, "16-4-4", keep_out="nr_error", windows=2))
 
 
-# ---- keep-out ---------------------------------------------------------------------------------------------------------------------------
+# ---- keep-out
+# ---------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rule", ["nr_error", "ro_vs_nr"])
@@ -446,10 +533,16 @@ def test_keep_out_brings_the_hidden_states_of_massive_tokens_nearer(base, store,
     newline = ids[0] == built.loaded.tokenizer("\n").input_ids[0]
     norm = built.loaded.layers[0].get_submodule("input_layernorm")
     seen = {}
-    for name, chosen in {"exact": at(base, "16-16-16", rotation=rotation), "all": spec, "kept": spec.with_(keep_out="nr_error")}.items():
+    for name, chosen in {
+        "exact": at(base, "16-16-16", rotation=rotation),
+        "all": spec,
+        "kept": spec.with_(keep_out="nr_error"),
+    }.items():
         with quantized(built, chosen), torch.inference_mode():
-            handle = norm.register_forward_hook(lambda _m, _a, output, name=name: seen.update({name: output[0].clone()}))
-            models.body(built.loaded)(ids)
+            handle = norm.register_forward_hook(
+                lambda _m, _a, output, name=name: seen.update({name: output[0].clone()})
+            )
+            loading.body(built.loaded)(ids)
             handle.remove()
     assert torch.equal(seen["kept"][newline], seen["exact"][newline])
     assert not torch.equal(seen["all"][newline], seen["exact"][newline])
@@ -457,7 +550,9 @@ def test_keep_out_brings_the_hidden_states_of_massive_tokens_nearer(base, store,
 
 
 def measures(x: torch.Tensor, R: torch.Tensor | None, spec: EvalSpec) -> dict[str, list[float]]:
-    """Of each row as the norm puts it out, rotated if R is given: the largest |value| before rotation, and the squared error, one at a time."""
+    """Of each row as the norm puts it out, rotated if R is given: the largest |value| before rotation, and
+    the squared error, one at a time.
+    """
     found: dict[str, list[float]] = {"most_massive": [], "worst": []}
     for row in x.reshape(-1, x.shape[-1]):
         before = row if R is None else row @ R.T
@@ -471,7 +566,9 @@ def measures(x: torch.Tensor, R: torch.Tensor | None, spec: EvalSpec) -> dict[st
 @pytest.mark.parametrize("which", ["most_massive", "worst"])
 @pytest.mark.parametrize("k", [1, 7, 59, 60, 200])
 def test_counted_keep_out_takes_the_k_largest(which, k, rotation):
-    """Values drawn with a scale of their own in each row, so that the two measures disagree; more than there are keeps all."""
+    """Values drawn with a scale of their own in each row, so that the two measures disagree; more than there
+    are keeps all.
+    """
     x = torch.randn(1, 60, 64, generator=torch.Generator().manual_seed(0))
     x *= torch.rand(60, generator=torch.Generator().manual_seed(1))[:, None] * 3
     x[:, 4, 9] = 40
@@ -484,11 +581,15 @@ def test_counted_keep_out_takes_the_k_largest(which, k, rotation):
     chosen = mask[0].nonzero().flatten().tolist()
     assert set(chosen) == set(sorted(range(60), key=lambda i: -found[which][i])[:k])
     other = "worst" if which == "most_massive" else "most_massive"
-    assert k != 7 or set(chosen) != set(sorted(range(60), key=lambda i: -found[other][i])[:k]), "the two measures agree: nothing was told apart"
+    assert k != 7 or set(chosen) != set(sorted(range(60), key=lambda i: -found[other][i])[:k]), (
+        "the two measures agree: nothing was told apart"
+    )
 
 
 def test_most_massive_and_worst_of_a_spike():
-    """A row that is one large value has the largest value and, without rotation, almost no error: first by one measure and last by the other."""
+    """A row that is one large value has the largest value and, without rotation, almost no error: first by
+    one measure and last by the other.
+    """
     x = torch.randn(20, 64, generator=torch.Generator().manual_seed(0))
     x[11] *= 1e-3
     x[11, 5] = 8
@@ -514,7 +615,9 @@ def test_random_keep_out_has_the_same_places_at_every_call_and_site(k):
 @pytest.mark.parametrize("which", ["most_massive", "worst", "random"])
 @pytest.mark.parametrize("bits", ["16-4-16", "4-4-4"])
 def test_keeping_all_tokens_out_leaves_norm_outputs_unquantized(base, store, which, bits):
-    """As an evaluation in which only the o and down inputs are quantized; in integer arithmetic the same to float rounding."""
+    """As an evaluation in which only the o and down inputs are quantized; in integer arithmetic the same to
+    float rounding.
+    """
     spec = canonical(at(base, bits, rotation=RH))
     built = build(spec, store)
     ids = torch.arange(64) * 3 % 250
@@ -522,7 +625,9 @@ def test_keeping_all_tokens_out_leaves_norm_outputs_unquantized(base, store, whi
     def act(x: torch.Tensor) -> torch.Tensor:
         return fake_quantize(x, spec.activations)
 
-    with surgery.online(built.loaded, r3=spec.kv.bits < 16, r4=True, linear_input=act, norm_output=lambda x: x, kv=spec.kv):
+    with surgery.online(
+        built.loaded, r3=spec.kv.bits < 16, r4=True, linear_input=act, norm_output=lambda x: x, kv=spec.kv
+    ):
         expected = window_loss(built.loaded, ids)
     kept = spec.with_(keep_out=which, keep_out_tokens=64)
     with quantized(built, kept, fake=True):
@@ -558,7 +663,7 @@ def test_nr_has_no_rotation_at_all(base, store):
     """NR at 16-4-16 is the plain model with fused norms and quantized inputs: no R4 either."""
     spec = canonical(at(base, "16-4-16", rotation=NR))
     built = build(spec, store)
-    plain = models.load_model(base.model)
+    plain = loading.load_model(base.model)
     surgery.prepare(plain)
     assert built.R is None
     ids = torch.arange(40)
@@ -570,17 +675,23 @@ def test_nr_has_no_rotation_at_all(base, store):
         assert window_loss(built.loaded, ids) == window_loss(plain, ids)
 
 
-# ---- bad input --------------------------------------------------------------------------------------------------------------------------
+# ---- bad input
+# --------------------------------------------------------------------------------------------------------------------------
 
 
 def test_more_windows_than_the_text(base, store):
-    with pytest.raises(ValueError, match=r"token_blocks\.blocks must be <= \d+: .*text\.txt \(evaluation\) has .* whole windows of 64; got 999"):
+    with pytest.raises(
+        ValueError,
+        match=r"token_blocks\.blocks must be <= \d+: .*text\.txt \(evaluation\) has .* whole windows of 64; got 999",
+    ):
         evaluate(base.with_(windows=999), store)
     assert stored(base.with_(windows=999), store) is None
 
 
 def test_a_window_longer_than_the_context(base, store):
-    with pytest.raises(ValueError, match=rf"window must be at most the model's context of {CONTEXT} tokens; got 200"):
+    with pytest.raises(
+        ValueError, match=rf"window must be at most the model's context of {CONTEXT} tokens; got 200"
+    ):
         evaluate(base.with_(window=200), store)
 
 
@@ -608,7 +719,10 @@ def test_specs_that_make_no_sense_are_refused(fields, message):
 
 @pytest.mark.parametrize("bits", ["4-4", "a-4-16", "4_4_16", "1-4-16", "4-17-16"])
 def test_bits_must_be_three_numbers_in_2_to_16(bits):
-    with pytest.raises(ValueError, match=r"bits must be (WEIGHTS-ACTIVATIONS-KV such as 4-4-16|a whole number in 2\.\.16); got"):
+    with pytest.raises(
+        ValueError,
+        match=r"bits must be (WEIGHTS-ACTIVATIONS-KV such as 4-4-16|a whole number in 2\.\.16); got",
+    ):
         eval_spec(bits)
 
 

@@ -1,4 +1,6 @@
-"""Experiments: tables that say what evaluating row by row says, computed once, and runs that are stopped or killed and lose or double no row."""
+"""Experiments: tables that say what evaluating row by row says, computed once, and runs that are stopped or
+killed and lose or double no row.
+"""
 
 import itertools
 import math
@@ -15,14 +17,27 @@ import pytest
 import torch
 from test_evaluate import save_lively
 
-from dfrot_lab import capture as capturing
-from dfrot_lab import corpus, errors, evaluate, experiments, gptq, mainjob, massive, refine, results
-from dfrot_lab.capture import capture
-from dfrot_lab.experiments import EXPERIMENTS, SHARE, Row
-from dfrot_lab.mainjob import PROFILE, Setting
-from dfrot_lab.quantize import fake_quantize, squared_error
-from dfrot_lab.specs import CaptureSpec, CorpusSpec, EvalSpec, ModelSpec, QuantSpec, RefineSpec, RotationSpec
-from dfrot_lab.store import Store
+from dfrot_lab.disk.artefacts import Store
+from dfrot_lab.maths.quantizers import fake_quantize, squared_error
+from dfrot_lab.model import corpus
+from dfrot_lab.observe import capture as capturing
+from dfrot_lab.observe import errors, massive
+from dfrot_lab.observe.capture import capture
+from dfrot_lab.recipe.specs import (
+    CaptureSpec,
+    CorpusSpec,
+    EvalSpec,
+    ModelSpec,
+    QuantSpec,
+    RefineSpec,
+    RotationSpec,
+)
+from dfrot_lab.rotate import dfrot
+from dfrot_lab.score import perplexity, results
+from dfrot_lab.study import experiments, mainjob
+from dfrot_lab.study.experiments import EXPERIMENTS, SHARE, Row
+from dfrot_lab.study.setting import PROFILE, Setting
+from dfrot_lab.weights import gptq
 
 EVALUATING = (
     "gamma-sweep", "keep-out", "main-table", "calibration", "clip-sweep", "symmetric-or-not", "variants", "massive-activations", "intervene",
@@ -30,7 +45,9 @@ EVALUATING = (
 LOOKING = ("token-errors-3d", "token-errors-2d", "token-orders", "massive-token", "massive-magnitudes")
 ELSEWHERE = ("zero-shot",)
 FEW_ROWS = (3, 1)
-"""Calibration rows for a tiny model, in units of the window: two layers have four sites, fewer than the least of the paper's counts."""
+"""Calibration rows for a tiny model, in units of the window: two layers have four sites, fewer than the least
+of the paper's counts.
+"""
 TEXT = "\n".join(f"{i} sheep and {i * 7 % 13} goats went over hill {i % 5};" for i in range(300))
 
 
@@ -57,8 +74,8 @@ class Lab:
         rows = self.rows[name]
         return [row for n, row in enumerate(rows) if row not in rows[:n]]
 
-    def result(self, spec: EvalSpec) -> evaluate.EvalResult:
-        found = evaluate.stored(spec, self.store)
+    def result(self, spec: EvalSpec) -> perplexity.EvalResult:
+        found = perplexity.stored(spec, self.store)
         assert found is not None, "a row of the table is not in the store"
         return found
 
@@ -72,7 +89,7 @@ def seen_rows(patch: pytest.MonkeyPatch) -> list[Row]:
     seen: list[Row] = []
     evaluated = experiments.evaluated
 
-    def listed(rows: Sequence[Row], store: Store) -> tuple[pd.DataFrame, dict[str, evaluate.EvalResult]]:
+    def listed(rows: Sequence[Row], store: Store) -> tuple[pd.DataFrame, dict[str, perplexity.EvalResult]]:
         seen.extend(rows)
         return evaluated(rows, store)
 
@@ -85,7 +102,16 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     folder = tmp_path_factory.mktemp("lab")
     (folder / "text.txt").write_text(TEXT)
     model = save_lively(folder / "model")
-    setting = Setting(model=model, corpus=str(folder / "text.txt"), windows=2, window=64, gptq_windows=2, seeds=2, quick=True, limit=2)
+    setting = Setting(
+        model=model,
+        corpus=str(folder / "text.txt"),
+        windows=2,
+        window=64,
+        gptq_windows=2,
+        seeds=2,
+        quick=True,
+        limit=2,
+    )
     yield Lab(setting, Store(folder / "store"))
 
 
@@ -105,7 +131,9 @@ def planned(monkeypatch: pytest.MonkeyPatch, store: Store):
 
         with monkeypatch.context() as patch:
             patch.setattr(experiments, "evaluated", only_list)
-            patch.setattr(refine, "refined", lambda *_: refine.RefineResult(torch.eye(64), pd.DataFrame(), 60.0))
+            patch.setattr(
+                dfrot, "refined", lambda *_: dfrot.RefineResult(torch.eye(64), pd.DataFrame(), 60.0)
+            )
             patch.setattr(experiments, "_final_losses", lambda *_: [])
             with pytest.raises(Enough):
                 experiments.run(name, setting, store)
@@ -123,12 +151,16 @@ def without_seconds(table: pd.DataFrame) -> pd.DataFrame:
     return table.drop(columns=[column for column in ("seconds", "extra_minutes") if column in table])
 
 
-# ---- tables of evaluations --------------------------------------------------------------------------------------------------------------
+# ---- tables of evaluations
+# --------------------------------------------------------------------------------------------------------------
 
 
 def test_every_experiment_is_tested_here_or_where_it_is_said():
     assert sorted(EXPERIMENTS) == sorted((*EVALUATING, *LOOKING, *ELSEWHERE))
-    assert all(experiment.name == name and experiment.reproduces and experiment.question.endswith("?") for name, experiment in EXPERIMENTS.items())
+    assert all(
+        experiment.name == name and experiment.reproduces and experiment.question.endswith("?")
+        for name, experiment in EXPERIMENTS.items()
+    )
 
 
 @pytest.mark.parametrize("name", EVALUATING)
@@ -139,23 +171,35 @@ def test_a_table_has_the_results_columns_and_a_line_a_row_and_metric(lab, name):
     assert not evaluations.duplicated([*labels_of(table), "spec", "metric"]).any()
     perplexity = evaluations[evaluations["metric"] == results.PERPLEXITY]
     assert not perplexity["spec"].duplicated().any()
-    assert set(evaluations["spec"]) == set(perplexity["spec"]) == {evaluate.canonical(row.spec).key for row in lab.rows[name]}
-    assert set(evaluations["model"]) == {lab.setting.model.source} and set(evaluations["corpus"]) == {lab.setting.corpus}
+    assert (
+        set(evaluations["spec"])
+        == set(perplexity["spec"])
+        == {perplexity.canonical(row.spec).key for row in lab.rows[name]}
+    )
+    assert set(evaluations["model"]) == {lab.setting.model.source} and set(evaluations["corpus"]) == {
+        lab.setting.corpus
+    }
     assert set(evaluations["windows"]) == {2} and (evaluations["seconds"] >= 0).all()
     assert table["value"].notna().all() and table["metric"].notna().all()
 
 
 @pytest.mark.parametrize("name", EVALUATING)
 def test_each_line_is_what_its_row_s_losses_say(lab, name):
-    """Perplexities and differences by hand from the stored losses, in the rows' order; a paired difference has the reference's own windows."""
+    """Perplexities and differences by hand from the stored losses, in the rows' order; a paired difference
+    has the reference's own windows.
+    """
     table = lab.table(name)
     expected = []
     for row in lab.distinct(name):
         losses = lab.result(row.spec).losses
-        expected.append((evaluate.canonical(row.spec).key, dict(row.labels), "perplexity", math.exp(losses.mean())))
+        expected.append(
+            (perplexity.canonical(row.spec).key, dict(row.labels), "perplexity", math.exp(losses.mean()))
+        )
         for called, reference in row.against.items():
             difference = math.exp(losses.mean()) - math.exp(lab.result(reference).losses.mean())
-            expected.append((evaluate.canonical(row.spec).key, dict(row.labels), f"perplexity - {called}", difference))
+            expected.append(
+                (perplexity.canonical(row.spec).key, dict(row.labels), f"perplexity - {called}", difference)
+            )
     lines = table[table["spec"].notna() & (table["metric"] != SHARE)].to_dict("records")
     assert len(lines) == len(expected)
     for line, (key, labels, metric, value) in zip(lines, expected, strict=True):
@@ -168,10 +212,12 @@ def test_each_line_is_what_its_row_s_losses_say(lab, name):
 
 @pytest.mark.parametrize("name", EVALUATING)
 def test_rows_equal_those_evaluated_alone_in_another_store(lab, name, tmp_path):
-    """The first, the last and one between, with nothing shared: no built model, capture, refinement or weights of the experiment's."""
+    """The first, the last and one between, with nothing shared: no built model, capture, refinement or
+    weights of the experiment's.
+    """
     rows, table = lab.distinct(name), lab.table(name)
     for row in {id(r): r for r in (rows[0], rows[len(rows) // 2], rows[-1])}.values():
-        alone = evaluate.evaluate(row.spec, Store(tmp_path / "alone"))
+        alone = perplexity.evaluate(row.spec, Store(tmp_path / "alone"))
         lines = table[(table["spec"] == alone.spec.key) & (table["metric"] == results.PERPLEXITY)]
         assert lines["value"].tolist() == [alone.perplexity]
         assert tuple(lines["ci95"].iloc[0]) == alone.ci95
@@ -185,34 +231,51 @@ def test_a_second_run_computes_nothing_and_gives_an_equal_table(lab, name, monke
         raise AssertionError("computed although it is stored")
 
     few_rows(monkeypatch)
-    for module, function in [(evaluate, "build"), (evaluate, "window_loss"), (refine, "refine"), (gptq, "quantize_weights"), (capturing, "record")]:
+    for module, function in [
+        (perplexity, "build"),
+        (perplexity, "window_loss"),
+        (dfrot, "refine"),
+        (gptq, "quantize_weights"),
+        (capturing, "record"),
+    ]:
         monkeypatch.setattr(module, function, never)
-    pd.testing.assert_frame_equal(experiments.run(name, lab.setting, Store(lab.store.root)), first, check_exact=True)
+    pd.testing.assert_frame_equal(
+        experiments.run(name, lab.setting, Store(lab.store.root)), first, check_exact=True
+    )
 
 
 def test_rows_that_experiments_share_are_evaluated_once(lab, tmp_path, monkeypatch):
     """RO and RH at 16-4-16 are clip-sweep's rows at clip 1, and those of intervene with nothing kept out."""
-    shared = {row.spec.key for row in lab.distinct("clip-sweep")} & {row.spec.key for row in lab.distinct("intervene")}
+    shared = {row.spec.key for row in lab.distinct("clip-sweep")} & {
+        row.spec.key for row in lab.distinct("intervene")
+    }
     assert len(shared) >= 2
     calls: list[int] = []
-    score = evaluate.window_loss
-    monkeypatch.setattr(evaluate, "window_loss", lambda loaded, ids: calls.append(1) or score(loaded, ids))
+    score = perplexity.window_loss
+    monkeypatch.setattr(perplexity, "window_loss", lambda loaded, ids: calls.append(1) or score(loaded, ids))
     few_rows(monkeypatch)
     store = Store(tmp_path / "both")
     for name in ("clip-sweep", "intervene"):
         experiments.run(name, lab.setting, store)
-    distinct = {evaluate.canonical(row.spec).key for name in ("clip-sweep", "intervene") for row in lab.distinct(name)}
+    distinct = {
+        perplexity.canonical(row.spec).key
+        for name in ("clip-sweep", "intervene")
+        for row in lab.distinct(name)
+    }
     assert len(calls) == lab.setting.windows * len(distinct)
 
 
 def test_equal_rows_are_one_line_and_the_same_spec_with_other_labels_is_another(lab):
     spec = lab.setting.row("16-16-16", lab.setting.rotation("NR"))
-    table, found = experiments.evaluated([Row(spec, {"as": "a"}), Row(spec, {"as": "b"}), Row(spec, {"as": "a"})], lab.store)
+    table, found = experiments.evaluated(
+        [Row(spec, {"as": "a"}), Row(spec, {"as": "b"}), Row(spec, {"as": "a"})], lab.store
+    )
     assert table["as"].tolist() == ["a", "b"] and len(set(table["value"])) == 1
     assert list(found) == [spec.key]
 
 
-# ---- single experiments -----------------------------------------------------------------------------------------------------------------
+# ---- single experiments
+# -----------------------------------------------------------------------------------------------------------------
 
 
 def test_the_share_is_the_one_computed_by_hand_from_the_tables_perplexities(lab):
@@ -224,10 +287,16 @@ def test_the_share_is_the_one_computed_by_hand_from_the_tables_perplexities(lab)
     assert len(gaps) == 3 * lab.setting.seeds and wide, "no gap is off zero: nothing was tested"
     perplexity = table[table["metric"] == results.PERPLEXITY]
     for line in shares.itertuples():
-        same = perplexity[(perplexity["seed"] == line.seed) & (perplexity["w_bits"] == line.w_bits) & (perplexity["a_bits"] == line.a_bits)]
+        same = perplexity[
+            (perplexity["seed"] == line.seed)
+            & (perplexity["w_bits"] == line.w_bits)
+            & (perplexity["a_bits"] == line.a_bits)
+        ]
         same = same[same["kv_bits"] == line.kv_bits]
         [ro], [kept_ro], [rh], [kept_rh] = (
-            same.loc[(same["rotation"] == kind) & (same["keep_out"] == kept), "value"] for kind in ("RO", "RH") for kept in (False, True)
+            same.loc[(same["rotation"] == kind) & (same["keep_out"] == kept), "value"]
+            for kind in ("RO", "RH")
+            for kept in (False, True)
         )
         assert line.value == pytest.approx(1 - (kept_ro - kept_rh) / (ro - rh), rel=1e-9)
         assert (line.rotation, line.keep_out) == ("RO", True)
@@ -236,7 +305,7 @@ def test_the_share_is_the_one_computed_by_hand_from_the_tables_perplexities(lab)
 
 
 def test_a_gap_that_may_be_zero_has_no_share(lab, monkeypatch):
-    monkeypatch.setattr(evaluate, "paired_difference", lambda *_: (0.1, (-1.0, 1.2)))
+    monkeypatch.setattr(perplexity, "paired_difference", lambda *_: (0.1, (-1.0, 1.2)))
     table = lab.table("keep-out")
     found = experiments.run("keep-out", lab.setting, lab.store)
     pd.testing.assert_frame_equal(found, table[table["metric"] != SHARE], check_exact=True)
@@ -245,24 +314,37 @@ def test_a_gap_that_may_be_zero_has_no_share(lab, monkeypatch):
 def test_keep_out_has_every_seed_at_every_setting(lab):
     table = lab.table("keep-out")
     perplexity = table[table["metric"] == results.PERPLEXITY]
-    found = {(r["rotation"], results.bits(r), r["keep_out"], r["seed"]) for r in perplexity.to_dict("records") if r["rotation"] != "NR"}
+    found = {
+        (r["rotation"], results.bits(r), r["keep_out"], r["seed"])
+        for r in perplexity.to_dict("records")
+        if r["rotation"] != "NR"
+    }
     assert found == set(itertools.product(("RO", "RH"), ("4-4-4", "4-4-16", "4-8-16"), (True, False), (0, 1)))
     unrotated = perplexity[perplexity["rotation"] == "NR"]
-    assert {results.bits(r) for r in unrotated.to_dict("records")} == {"16-16-16", "4-4-4", "4-4-16", "4-8-16"}
+    assert {results.bits(r) for r in unrotated.to_dict("records")} == {
+        "16-16-16",
+        "4-4-4",
+        "4-4-16",
+        "4-8-16",
+    }
 
 
 def test_main_table_says_the_minutes_of_dfrot_alone(lab):
     table = lab.table("main-table")
-    minutes = refine.refined(lab.setting.refine, lab.store).seconds / 60
+    minutes = dfrot.refined(lab.setting.refine, lab.store).seconds / 60
     assert set(table.loc[table["rotation"] == "DFRot", "extra_minutes"]) == {minutes} and minutes > 0
     assert set(table.loc[table["rotation"] != "DFRot", "extra_minutes"]) == {0.0}
     perplexity = table[(table["metric"] == results.PERPLEXITY) & (table["w_bits"] == 4)]
     assert len(perplexity) == 16 and set(perplexity.groupby("rotation").size()) == {4}
-    assert {results.bits(r) for r in perplexity.to_dict("records")} == {"4-4-4", "4-4-16"} and set(perplexity["weights"]) == {"rtn", "gptq"}
+    assert {results.bits(r) for r in perplexity.to_dict("records")} == {"4-4-4", "4-4-16"} and set(
+        perplexity["weights"]
+    ) == {"rtn", "gptq"}
 
 
 def test_variants_compares_the_losses_of_all_under_one_quantizer(lab):
-    """By hand: the rows of the capture under the evaluation's asymmetric quantizer, whatever the refinement used."""
+    """By hand: the rows of the capture under the evaluation's asymmetric quantizer, whatever the refinement
+    used.
+    """
     table = lab.table("variants")
     lines = table[table["spec"].isna()].set_index(["variant", "seed", "metric"])["value"].sort_index()
     assert len(lines) == 3 * lab.setting.seeds * 4
@@ -271,18 +353,28 @@ def test_variants_compares_the_losses_of_all_under_one_quantizer(lab):
     for row in lab.distinct("variants"):
         spec = row.spec.rotation
         if isinstance(spec, RefineSpec):
-            error = squared_error(recorded.all_rows() @ refine.refined(spec, lab.store).R.float(), QuantSpec(symmetric=False)).double()
+            error = squared_error(
+                recorded.all_rows() @ dfrot.refined(spec, lab.store).R.float(), QuantSpec(symmetric=False)
+            ).double()
             named = lines[row.labels["variant"], spec.init.seed]
             weighted = error * torch.where(mask, lab.setting.gamma**2, 1.0)
-            for metric, value in {"objective": weighted.mean(), "normal": error[~mask].mean(), "massive": error[mask].mean()}.items():
+            for metric, value in {
+                "objective": weighted.mean(),
+                "normal": error[~mask].mean(),
+                "massive": error[mask].mean(),
+            }.items():
                 assert named[metric] == pytest.approx(float(value), rel=1e-4)
-            assert named["seconds of refinement"] == refine.refined(spec, lab.store).seconds > 0
+            assert named["seconds of refinement"] == dfrot.refined(spec, lab.store).seconds > 0
 
 
 def test_massive_activations_has_evaluations_then_the_profile(lab):
     table = lab.table("massive-activations")
     evaluations = table[table["spec"].notna()]
-    assert evaluations.loc[evaluations["metric"] == "perplexity", "set_massive"].tolist() == ["left alone", "zero", "mean"]
+    assert evaluations.loc[evaluations["metric"] == "perplexity", "set_massive"].tolist() == [
+        "left alone",
+        "zero",
+        "mean",
+    ]
     profile = table[table["spec"].isna()]
     assert len(profile) == 2 * 4 and set(profile["metric"]) == {"top 1", "top 2", "top 3", "median"}
 
@@ -301,8 +393,12 @@ def test_calibration_on_one_text_is_tested_on_the_other(lab, tmp_path, monkeypat
     for row in exchanged:
         fitted, tested = row.labels["level"].split(" -> ")
         assert row.spec.rotation.capture.corpus == CorpusSpec(name=fitted, split="calibration")
-        assert row.spec.corpus == CorpusSpec(name=tested) and row.spec.weights.corpus == CorpusSpec(name=tested, split="calibration")
-        assert row.against["RH"].corpus == row.spec.corpus and row.against["RH"].rotation == lab.setting.rotation("RH")
+        assert row.spec.corpus == CorpusSpec(name=tested) and row.spec.weights.corpus == CorpusSpec(
+            name=tested, split="calibration"
+        )
+        assert row.against["RH"].corpus == row.spec.corpus and row.against[
+            "RH"
+        ].rotation == lab.setting.rotation("RH")
     lines = table[(table["varied"] == "text") & (table["metric"] == "perplexity - RH")]
     assert lines["level"].tolist() == [f"{a} -> {b}" for a, b in itertools.product(texts, texts)] * 2
     assert lines["corpus"].tolist() == [b for _, b in itertools.product(texts, texts)] * 2
@@ -313,7 +409,8 @@ def test_one_text_where_there_is_no_other(lab, monkeypatch):
     assert experiments._texts(replace(lab.setting, quick=False)) == [lab.setting.corpus]
 
 
-# ---- the full profile, planned but not run ----------------------------------------------------------------------------------------------
+# ---- the full profile, planned but not run
+# ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", EVALUATING)
@@ -326,29 +423,54 @@ def test_every_reference_is_itself_a_row_and_no_label_is_lost(lab, planned, name
     said = [(row.spec.key, tuple(row.labels.items())) for row in rows]
     repeated = {said[n] for n in range(len(said)) if said[n] in said[:n]}
     for what in repeated:  # listed again, but as the very same row, so that it is one line
-        assert len({tuple(row.against) for row in rows if (row.spec.key, tuple(row.labels.items())) == what}) == 1
+        assert (
+            len({tuple(row.against) for row in rows if (row.spec.key, tuple(row.labels.items())) == what})
+            == 1
+        )
     assert all(list(row.labels) == list(rows[0].labels) for row in rows) or name == "keep-out"
 
 
 def test_the_full_profile_has_all_values_of_each_sweep(lab, planned, monkeypatch):
     full = replace(lab.setting, quick=False, seeds=3)
-    gammas = {row.spec.rotation.gamma for row in planned("gamma-sweep", full) if isinstance(row.spec.rotation, RefineSpec)}
+    gammas = {
+        row.spec.rotation.gamma
+        for row in planned("gamma-sweep", full)
+        if isinstance(row.spec.rotation, RefineSpec)
+    }
     assert gammas == {1, 5, 10, 20, 50, 100, 200, 500, math.inf}
     seeds = {(row.spec.bits, results.seed_of(row.spec)) for row in planned("gamma-sweep", full)}
     assert seeds == {("16-4-16", 0), ("16-4-16", 1), ("16-4-16", 2), ("4-4-16", 0)}
     rows = planned("clip-sweep", full)
-    assert len({(r.spec.rotation.name, r.labels["clip"]) for r in rows}) == 3 * 9 and max(r.labels["clip"] for r in rows) == 1
+    assert (
+        len({(r.spec.rotation.name, r.labels["clip"]) for r in rows}) == 3 * 9
+        and max(r.labels["clip"] for r in rows) == 1
+    )
     assert experiments.ROW_COUNTS == (48, 32, 24, 16, 8)
     monkeypatch.setattr(experiments, "ROW_COUNTS", (5, 4, 3, 1))
-    fitted = [row.spec.rotation for row in planned("calibration", full) if isinstance(row.spec.rotation, RefineSpec)]
+    fitted = [
+        row.spec.rotation for row in planned("calibration", full) if isinstance(row.spec.rotation, RefineSpec)
+    ]
     assert {spec.capture.skip for spec in fitted} == {0, 1, 2, 3, 4}
-    assert {spec.rows for spec in fitted} == {None, 4 * 64, 3 * 64, 64}  # 5 windows of rows are more than the model's four sites have
+    assert {spec.rows for spec in fitted} == {
+        None,
+        4 * 64,
+        3 * 64,
+        64,
+    }  # 5 windows of rows are more than the model's four sites have
     kept = {(row.spec.keep_out, row.spec.keep_out_tokens) for row in planned("intervene", full)}
-    assert kept == {(None, None), ("nr_error", None), *itertools.product(("most_massive", "worst", "random"), (1, 4, 16, 64))}
+    assert kept == {
+        (None, None),
+        ("nr_error", None),
+        *itertools.product(("most_massive", "worst", "random"), (1, 4, 16, 64)),
+    }
 
 
 def test_the_quick_profile_has_the_first_and_the_last(lab, planned):
-    gammas = {row.spec.rotation.gamma for row in planned("gamma-sweep", lab.setting) if isinstance(row.spec.rotation, RefineSpec)}
+    gammas = {
+        row.spec.rotation.gamma
+        for row in planned("gamma-sweep", lab.setting)
+        if isinstance(row.spec.rotation, RefineSpec)
+    }
     assert gammas == {1, math.inf}
     assert {row.labels["clip"] for row in planned("clip-sweep", lab.setting)} == {0.6, 1.0}
 
@@ -360,11 +482,12 @@ def test_a_clipped_rotation_is_refined_with_the_clip_it_is_tested_with(lab, plan
             assert row.spec.rotation.quantizer == row.spec.activations
 
 
-# ---- errors, token by token -------------------------------------------------------------------------------------------------------------
+# ---- errors, token by token
+# -------------------------------------------------------------------------------------------------------------
 
 
 def rotations_of(lab: Lab) -> dict[str, torch.Tensor]:
-    return {**errors.default_rotations(64), "DFRot": refine.refined(lab.setting.refine, lab.store).R}
+    return {**errors.default_rotations(64), "DFRot": dfrot.refined(lab.setting.refine, lab.store).R}
 
 
 @pytest.mark.parametrize("name", ["token-errors-3d", "token-errors-2d"])
@@ -381,12 +504,16 @@ def test_token_errors_are_those_of_the_four_rotations(lab, name):
 
 def test_token_orders_count_the_tokens_of_each_site(lab):
     table, tokens = lab.table("token-orders"), lab.table("token-errors-3d")
-    counted = {(site, order): part for (site, order), part in tokens.groupby(["site", "order"], observed=True)}
+    counted = {
+        (site, order): part for (site, order), part in tokens.groupby(["site", "order"], observed=True)
+    }
     assert {(row.site, row.order) for row in table.itertuples()} == set(counted)
     for row in table.itertuples():
         part = counted[row.site, row.order]
         assert row.tokens == len(part)
-        assert (row.NR, row.RO, row.RH, row.DFRot) == pytest.approx(tuple(part[["NR", "RO", "RH", "DFRot"]].mean()), rel=1e-5)
+        assert (row.NR, row.RO, row.RH, row.DFRot) == pytest.approx(
+            tuple(part[["NR", "RO", "RH", "DFRot"]].mean()), rel=1e-5
+        )
     assert table["tokens"].sum() == len(tokens)
 
 
@@ -394,17 +521,27 @@ def test_the_massive_token_is_a_newline_at_the_sites_where_it_is_massive(lab):
     table = lab.table("massive-token")
     recorded = capture(lab.setting.capture, lab.store)
     [token] = set(table["token"])
-    assert set(table["text"]) == {"\n"} and recorded.residual_max[:, token].max() == recorded.residual_max.max()
+    assert (
+        set(table["text"]) == {"\n"} and recorded.residual_max[:, token].max() == recorded.residual_max.max()
+    )
     heavy = [
-        float(most[token]) > max(100, 1000 * float(median)) for most, median in zip(recorded.residual_max, recorded.residual_median, strict=True)
+        float(most[token]) > max(100, 1000 * float(median))
+        for most, median in zip(recorded.residual_max, recorded.residual_median, strict=True)
     ]
-    expected = {site for site, is_heavy in zip(recorded.sites, heavy, strict=True) if is_heavy and site.endswith("input_norm")}
+    expected = {
+        site
+        for site, is_heavy in zip(recorded.sites, heavy, strict=True)
+        if is_heavy and site.endswith("input_norm")
+    }
     assert set(table["rotation"]) == {"NR", "RO", "RH", "DFRot"} and set(table["site"]) == expected
     for (site, kind), part in table.groupby(["site", "rotation"]):
         R = rotations_of(lab)[kind].float()
         row = recorded.rows(site)[token][None] @ R
         np.testing.assert_allclose(part["value"], row[0], rtol=1e-4, atol=1e-5)
-        np.testing.assert_allclose(part["quantized"], fake_quantize(torch.tensor(part["value"].to_numpy())[None], QuantSpec(symmetric=False))[0])
+        np.testing.assert_allclose(
+            part["quantized"],
+            fake_quantize(torch.tensor(part["value"].to_numpy())[None], QuantSpec(symmetric=False))[0],
+        )
 
 
 def test_massive_magnitudes_are_of_the_middle_layer(lab):
@@ -414,14 +551,15 @@ def test_massive_magnitudes_are_of_the_middle_layer(lab):
     assert table.groupby("token")["magnitude"].max().tolist() == pytest.approx(seen[:32].tolist(), rel=1e-5)
 
 
-# ---- stopped, killed, resumed -----------------------------------------------------------------------------------------------------------
+# ---- stopped, killed, resumed
+# -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("name", "stop"), [("keep-out", KeyboardInterrupt), ("intervene", RuntimeError)])
 def test_a_run_stopped_again_and_again_ends_with_the_same_table(lab, name, stop, tmp_path, monkeypatch):
     """Seven windows at a time: each window is scored once in all, and no row is lost or doubled."""
     whole = lab.table(name)
-    score, scored, left = evaluate.window_loss, [], [0]
+    score, scored, left = perplexity.window_loss, [], [0]
 
     def until_stopped(loaded, ids):
         if not left[0]:
@@ -430,7 +568,7 @@ def test_a_run_stopped_again_and_again_ends_with_the_same_table(lab, name, stop,
         scored.append(1)
         return score(loaded, ids)
 
-    monkeypatch.setattr(evaluate, "window_loss", until_stopped)
+    monkeypatch.setattr(perplexity, "window_loss", until_stopped)
     stops = 0
     while True:
         left[0] = 7
@@ -440,7 +578,9 @@ def test_a_run_stopped_again_and_again_ends_with_the_same_table(lab, name, stop,
         except stop:
             stops += 1
     assert stops == math.ceil(len(scored) / 7) - 1 >= 4
-    assert len(scored) == lab.setting.windows * len({evaluate.canonical(row.spec).key for row in lab.distinct(name)})
+    assert len(scored) == lab.setting.windows * len(
+        {perplexity.canonical(row.spec).key for row in lab.distinct(name)}
+    )
     pd.testing.assert_frame_equal(without_seconds(found), without_seconds(whole), check_exact=True)
 
 
@@ -461,28 +601,33 @@ def test_a_run_stopped_between_two_rows_goes_on_at_the_next(lab, at, tmp_path, m
         with pytest.raises(KeyboardInterrupt):
             experiments.run("main-table", lab.setting, store)
     rows = lab.distinct("main-table")
-    assert [evaluate.stored(row.spec, store) is not None for row in rows] == [n < at for n in range(len(rows))]
+    assert [perplexity.stored(row.spec, store) is not None for row in rows] == [
+        n < at for n in range(len(rows))
+    ]
     found = experiments.run("main-table", lab.setting, store)
-    pd.testing.assert_frame_equal(without_seconds(found), without_seconds(lab.table("main-table")), check_exact=True)
+    pd.testing.assert_frame_equal(
+        without_seconds(found), without_seconds(lab.table("main-table")), check_exact=True
+    )
 
 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
 import torch
-from dfrot_lab import evaluate, experiments
-from dfrot_lab.mainjob import Setting
-from dfrot_lab.specs import ModelSpec
-from dfrot_lab.store import Store
+from dfrot_lab.score import perplexity
+from dfrot_lab.study import experiments
+from dfrot_lab.study.setting import Setting
+from dfrot_lab.recipe.specs import ModelSpec
+from dfrot_lab.disk.artefacts import Store
 root, model, text, windows = sys.argv[1:]
 torch.set_num_threads(1)
-score, left = evaluate.window_loss, [int(windows)]
+score, left = perplexity.window_loss, [int(windows)]
 def and_die(loaded, ids):
     if not left[0]:
         os.kill(os.getpid(), signal.SIGKILL)
     left[0] -= 1
     return score(loaded, ids)
-evaluate.window_loss = and_die
+perplexity.window_loss = and_die
 setting = Setting(model=ModelSpec(source=model), corpus=text, windows=2, window=64, gptq_windows=2, seeds=2, quick=True)
 experiments.run("keep-out", setting, Store(Path(root)))
 """
@@ -492,25 +637,36 @@ experiments.run("keep-out", setting, Store(Path(root)))
 def test_a_run_killed_in_the_middle_of_a_row_loses_nothing_it_had(lab, tmp_path, monkeypatch):
     whole = lab.table("keep-out")
     store = Store(tmp_path / "store")
-    command = [sys.executable, "-c", KILLED, str(store.root), lab.setting.model.source, lab.setting.corpus, "9"]
+    command = [
+        sys.executable,
+        "-c",
+        KILLED,
+        str(store.root),
+        lab.setting.model.source,
+        lab.setting.corpus,
+        "9",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    kept = [evaluate.stored(row.spec, store) is not None for row in lab.distinct("keep-out")]
+    kept = [perplexity.stored(row.spec, store) is not None for row in lab.distinct("keep-out")]
     assert kept == [True] * 4 + [False] * (len(kept) - 4), "nine windows are four rows of two and half a row"
     assert len(list(store.root.glob("evaluation/*.partial"))) == 1
-    score, scored = evaluate.window_loss, []
-    monkeypatch.setattr(evaluate, "window_loss", lambda loaded, ids: scored.append(1) or score(loaded, ids))
+    score, scored = perplexity.window_loss, []
+    monkeypatch.setattr(perplexity, "window_loss", lambda loaded, ids: scored.append(1) or score(loaded, ids))
     found = experiments.run("keep-out", lab.setting, store)
     assert len(scored) == 2 * len(kept) - 9
     assert not list(store.root.glob("*/*.partial"))
     pd.testing.assert_frame_equal(without_seconds(found), without_seconds(whole), check_exact=True)
 
 
-# ---- names and settings -----------------------------------------------------------------------------------------------------------------
+# ---- names and settings
+# -----------------------------------------------------------------------------------------------------------------
 
 
 def test_an_unknown_name_is_refused_with_the_names(store):
-    with pytest.raises(KeyError, match=r"no experiment 'table-1'; there are .*keep-out, main-table, ") as caught:
+    with pytest.raises(
+        KeyError, match=r"no experiment 'table-1'; there are .*keep-out, main-table, "
+    ) as caught:
         experiments.run("table-1", Setting(), store)
     assert all(name in str(caught.value) for name in EXPERIMENTS)
     assert not store.root.exists()
@@ -533,19 +689,33 @@ def test_profiles_and_choices(text_file, monkeypatch):
     assert Setting.of_profile(**chosen) == Setting(**chosen)
     monkeypatch.setenv(PROFILE, "quick")
     found = Setting.of_profile(**chosen)
-    assert found.quick and found.seed == 5 and found.window < Setting().window and found.windows < Setting().windows
+    assert (
+        found.quick
+        and found.seed == 5
+        and found.window < Setting().window
+        and found.windows < Setting().windows
+    )
     assert Setting.of_profile(windows=7, **chosen) == replace(found, windows=7)
 
 
 def test_a_setting_s_specs_are_of_its_model_text_and_windows():
-    setting = Setting(model=ModelSpec(source="m"), corpus="t", seed=4, windows=3, gamma=7, window=64, gptq_windows=5)
+    setting = Setting(
+        model=ModelSpec(source="m"), corpus="t", seed=4, windows=3, gamma=7, window=64, gptq_windows=5
+    )
     calibration = CorpusSpec(name="t", split="calibration")
     assert setting.capture == CaptureSpec(model=ModelSpec(source="m"), corpus=calibration, tokens=64)
-    assert setting.refine == RefineSpec(capture=setting.capture, gamma=7, init=RotationSpec(kind="RH", seed=4))
+    assert setting.refine == RefineSpec(
+        capture=setting.capture, gamma=7, init=RotationSpec(kind="RH", seed=4)
+    )
     assert setting.rotation("RO", 2) == RotationSpec(kind="RO", seed=6)
     row = setting.row("4-4-16", setting.rotation("RH"), weights="rtn", keep_out="nr_error")
     assert (row.model, row.corpus, row.windows, row.window) == (setting.model, CorpusSpec(name="t"), 3, 64)
-    assert (row.weights.method, row.weights.corpus, row.weights.windows, row.weights.window) == ("rtn", calibration, 5, 64)
+    assert (row.weights.method, row.weights.corpus, row.weights.windows, row.weights.window) == (
+        "rtn",
+        calibration,
+        5,
+        64,
+    )
     assert (row.bits, row.keep_out, row.rotation) == ("4-4-16", "nr_error", RotationSpec(kind="RH", seed=4))
     by_rtn = replace(setting, weights="rtn")
     assert [s.row("4-4-16", RotationSpec()).weights.method for s in (setting, by_rtn)] == ["gptq", "rtn"]
@@ -556,4 +726,6 @@ def test_the_main_job_s_keys_are_those_of_the_default_windows():
     """A setting of the defaults makes the specs that results are stored under."""
     row = Setting(corpus="wikitext2").row("4-4-16", RotationSpec())
     text = CorpusSpec(name="wikitext2")
-    assert row == EvalSpec(corpus=text, weights=EvalSpec().weights.with_(corpus=text.with_(split="calibration")))
+    assert row == EvalSpec(
+        corpus=text, weights=EvalSpec().weights.with_(corpus=text.with_(split="calibration"))
+    )

@@ -1,4 +1,6 @@
-"""The explorers' base: token text is shown and never run, the status is one sentence, a job pauses, resumes, is cancelled and runs alone."""
+"""The explorers' base: token text is shown and never run, the status is one sentence, a job pauses, resumes,
+is cancelled and runs alone.
+"""
 
 import html
 import threading
@@ -9,7 +11,8 @@ from explorers import MALICIOUS, Page
 
 from dfrot_lab.explore import base
 
-# ---- token text -------------------------------------------------------------------------------------------------------------------------
+# ---- token text
+# -------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -38,11 +41,16 @@ def test_safe_text_is_text_and_nothing_else(text):
 @pytest.mark.parametrize("text", MALICIOUS)
 def test_a_span_holds_the_text_its_colour_and_its_tooltip(text):
     page = Page(base.span(text, "#CC2936", title=text))
-    assert page.tags == {"bdi"} and page.attributes == {"class", "title", "style"} and page.text == base.visible(text)
+    assert (
+        page.tags == {"bdi"}
+        and page.attributes == {"class", "title", "style"}
+        and page.text == base.visible(text)
+    )
     assert "background:#CC2936" in base.span(text, "#CC2936") and "background" not in base.span(text)
 
 
-# ---- status -----------------------------------------------------------------------------------------------------------------------------
+# ---- status
+# -----------------------------------------------------------------------------------------------------------------------------
 
 
 def test_the_status_is_one_line_of_fixed_height_in_three_states():
@@ -53,7 +61,11 @@ def test_the_status_is_one_line_of_fixed_height_in_three_states():
         tell("what <b>happens</b>")
         assert status.state == state and "what <b>happens</b>" in status.text
         page = Page(status.line.value)
-        assert page.tags == {"span"} and status.text == page.text and f'class="dfrot-{state}"' in status.line.value
+        assert (
+            page.tags == {"span"}
+            and status.text == page.text
+            and f'class="dfrot-{state}"' in status.line.value
+        )
     assert status.line.layout.height == height == "28px"
 
 
@@ -75,7 +87,8 @@ def test_doing_ends_with_its_own_words_and_lets_a_defect_through():
         raise ZeroDivisionError
 
 
-# ---- jobs -------------------------------------------------------------------------------------------------------------------------------
+# ---- jobs
+# -------------------------------------------------------------------------------------------------------------------------------
 
 
 class Counting:
@@ -161,7 +174,9 @@ def test_an_expected_error_is_handed_on():
     job = base.Job(ended.append)
     job.start(fail)
     job.wait(10)
-    assert [str(error) for error in ended] == ["gamma must be > 0; got -3"] and isinstance(ended[0], ValueError)
+    assert [str(error) for error in ended] == ["gamma must be > 0; got -3"] and isinstance(
+        ended[0], ValueError
+    )
 
 
 def test_one_job_at_a_time():
@@ -174,7 +189,8 @@ def test_one_job_at_a_time():
     assert len(work.ended) == 1
 
 
-# ---- figures ----------------------------------------------------------------------------------------------------------------------------
+# ---- figures
+# ----------------------------------------------------------------------------------------------------------------------------
 
 
 def test_a_figure_has_a_fixed_height_and_no_background():

@@ -1,4 +1,6 @@
-"""The errors explorer without a browser: its numbers are the error table's, brush and click do what a reader means, token text is safe."""
+"""The errors explorer without a browser: its numbers are the error table's, brush and click do what a reader
+means, token text is safe.
+"""
 
 import re
 import threading
@@ -12,19 +14,27 @@ from conftest import LAYERS, save_tiny
 from explorers import MALICIOUS, Page, assert_safe, event, shown_text
 from test_massive import handmade
 
-from dfrot_lab import errors, explore, refine, rotations
-from dfrot_lab.capture import Capture, capture
+from dfrot_lab import explore
 from dfrot_lab.explore import error_rows
 from dfrot_lab.explore.parts import contexts, html_table, number, spec_of
-from dfrot_lab.quantize import fake_quantize
-from dfrot_lab.specs import CaptureSpec, CorpusSpec, QuantSpec, RefineSpec, RotationSpec
+from dfrot_lab.maths import rotations
+from dfrot_lab.maths.quantizers import fake_quantize
+from dfrot_lab.observe import errors
+from dfrot_lab.observe.capture import Capture, capture
+from dfrot_lab.recipe.specs import CaptureSpec, CorpusSpec, QuantSpec, RefineSpec, RotationSpec
+from dfrot_lab.rotate import dfrot
 
 TOKENS = 128
 
 
 @pytest.fixture
 def acts(tiny_spec, text_file, store) -> Capture:
-    return capture(CaptureSpec(model=tiny_spec, corpus=CorpusSpec(name=str(text_file), split="calibration"), tokens=TOKENS), store)
+    return capture(
+        CaptureSpec(
+            model=tiny_spec, corpus=CorpusSpec(name=str(text_file), split="calibration"), tokens=TOKENS
+        ),
+        store,
+    )
 
 
 @pytest.fixture
@@ -44,10 +54,18 @@ def assert_same(found: pd.DataFrame, table: pd.DataFrame) -> None:
 
 def view_of(top) -> tuple:
     data = top.plot.data[0]
-    return data.x.tobytes(), data.y.tobytes(), top.view.about.value, top.view.listed.value, top.fig4.data[1].y.tobytes(), tuple(top.table().columns)
+    return (
+        data.x.tobytes(),
+        data.y.tobytes(),
+        top.view.about.value,
+        top.view.listed.value,
+        top.fig4.data[1].y.tobytes(),
+        tuple(top.table().columns),
+    )
 
 
-# ---- the numbers ------------------------------------------------------------------------------------------------------------------------
+# ---- the numbers
+# ------------------------------------------------------------------------------------------------------------------------
 
 
 def test_its_table_is_the_error_table(acts, top):
@@ -65,7 +83,13 @@ def test_its_table_is_the_error_table(acts, top):
 
 def test_going_back_gives_the_first_view_again(top):
     before = view_of(top)
-    for name, there in (("site", "layers.1.input_norm"), ("bits", 2), ("symmetric", False), ("clip", 0.5), ("seed", 1)):
+    for name, there in (
+        ("site", "layers.1.input_norm"),
+        ("bits", 2),
+        ("symmetric", False),
+        ("clip", 0.5),
+        ("seed", 1),
+    ):
         back = top.controls[name].value
         top.controls[name].value = there
         assert view_of(top)[:2] != before[:2], name
@@ -93,7 +117,9 @@ def test_bits_and_clip_do_not_rotate_again(acts, top, monkeypatch):
 
 
 def test_only_the_newest_rotated_rows_are_kept(acts):
-    rows = error_rows.ErrorRows(acts, {f"R{i}": torch.eye(64, dtype=torch.float64) for i in range(2 * error_rows.KEPT)})
+    rows = error_rows.ErrorRows(
+        acts, {f"R{i}": torch.eye(64, dtype=torch.float64) for i in range(2 * error_rows.KEPT)}
+    )
     for name in rows.matrices:
         rows.rotated(acts.sites[0], name)
     assert len(rows._rotated) == error_rows.KEPT and (acts.sites[0], name) in rows._rotated
@@ -110,7 +136,8 @@ def test_given_rotations_are_used_as_they_are_and_have_no_seed(acts, store):
         explore.errors(acts, {}, store=store)
 
 
-# ---- massive tokens, three axes ---------------------------------------------------------------------------------------------------------
+# ---- massive tokens, three axes
+# ---------------------------------------------------------------------------------------------------------
 
 
 def test_massive_tokens_are_drawn_larger_and_in_the_other_colour(top):
@@ -145,11 +172,14 @@ def test_hover_shows_the_token_in_its_context():
 def test_hover_has_every_rotations_error(top):
     data = top.plot.data[0]
     assert np.array_equal(data.customdata, top.table()[["NR", "RO", "RH"]])
-    assert all(f"E({name}) %{{customdata[{i}]" in data.hovertemplate for i, name in enumerate(("NR", "RO", "RH")))
+    assert all(
+        f"E({name}) %{{customdata[{i}]" in data.hovertemplate for i, name in enumerate(("NR", "RO", "RH"))
+    )
     assert list(data.text) == contexts(top.table()["text"].tolist())
 
 
-# ---- brush and click --------------------------------------------------------------------------------------------------------------------
+# ---- brush and click
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def test_brushing_lists_exactly_the_points_inside(top):
@@ -186,14 +216,20 @@ def test_a_click_opens_fig_4_of_that_token(acts, top):
         assert top.fig4.layout.annotations[i].text == f"{name}: E = {error:.3g}"
         assert error == pytest.approx(top.table()[name].iloc[17], rel=1e-4)
     assert top.fig4.layout.xaxis4.visible is False and top.fig4.layout.annotations[3].text == ""
-    assert Page(top.view.about.value).text.startswith(f"Token 17 \u2018{shown_text(acts.texts[17])}\u2019 before and after quantization")
+    assert Page(top.view.about.value).text.startswith(
+        f"Token 17 \u2018{shown_text(acts.texts[17])}\u2019 before and after quantization"
+    )
     top.controls["token"].value = 18
-    assert np.array_equal(top.fig4.data[1].x, errors.massive_values(acts, top.state.site, 18, R)["value"].iloc[:64])
+    assert np.array_equal(
+        top.fig4.data[1].x, errors.massive_values(acts, top.state.site, 18, R)["value"].iloc[:64]
+    )
 
 
 def test_fig_4_shows_the_rotations_chosen_for_it(top):
     top.controls["panels"].value = ("RH",)
-    assert top.fig4.layout.annotations[0].text.startswith("RH: E = ") and top.fig4.layout.xaxis2.visible is False
+    assert (
+        top.fig4.layout.annotations[0].text.startswith("RH: E = ") and top.fig4.layout.xaxis2.visible is False
+    )
     assert top.fig4.layout.xaxis.domain[1] > 0.9 and len(top.fig4.data[3].x) == 0
 
 
@@ -208,7 +244,8 @@ def test_levels_are_all_values_the_quantizer_gives(bits, symmetric):
     assert np.abs(given[:, None] - found).min(1).max() < 1e-5
 
 
-# ---- saved rotations, refinement --------------------------------------------------------------------------------------------------------
+# ---- saved rotations, refinement
+# --------------------------------------------------------------------------------------------------------
 
 
 def add(top, path: Path | str) -> None:
@@ -228,7 +265,9 @@ def test_a_saved_rotation_joins_the_axes(acts, top, tmp_path):
     assert top.fig4.layout.annotations[3].text.startswith("mine.safetensors: E = ")
     rotations.save(R.T, tmp_path / "mine.safetensors", None)
     add(top, tmp_path / "mine.safetensors")
-    assert_same(top.table(), expected(acts, {**matrices, "mine.safetensors": R.T}, top.state.site, QuantSpec()))
+    assert_same(
+        top.table(), expected(acts, {**matrices, "mine.safetensors": R.T}, top.state.site, QuantSpec())
+    )
 
 
 def test_a_files_name_is_text_and_no_template(top, tmp_path):
@@ -273,20 +312,24 @@ def test_a_rotation_of_another_size_and_a_matrix_that_is_none_are_refused(top, t
 
 def test_dfrot_is_taken_from_the_store_or_made_by_the_button(acts, top, store):
     spec = RefineSpec(capture=spec_of(acts))
-    assert "DFRot" not in top.table().columns and refine.stored(spec, store) is None
+    assert "DFRot" not in top.table().columns and dfrot.stored(spec, store) is None
     top.controls["refine"].click()
     top.job.wait(120)
     assert top.status.state == "ready", top.status.text
-    R = refine.refined(spec, store).R
-    assert_same(top.table(), expected(acts, {**errors.default_rotations(64), "DFRot": R}, top.state.site, QuantSpec()))
+    R = dfrot.refined(spec, store).R
+    assert_same(
+        top.table(), expected(acts, {**errors.default_rotations(64), "DFRot": R}, top.state.site, QuantSpec())
+    )
     assert top.state.y == "DFRot" and top.controls["refine"].disabled
     again = explore.errors(acts, store=store)
     assert_same(again.table(), top.table())
-    assert again.controls["refine"] not in [part for box in again.children for part in getattr(box, "children", ())]
+    assert again.controls["refine"] not in [
+        part for box in again.children for part in getattr(box, "children", ())
+    ]
 
 
 def test_a_refinement_can_be_cancelled_and_goes_on_where_it_was(acts, top, store, monkeypatch):
-    reached, go, done = threading.Event(), threading.Event(), refine.refined
+    reached, go, done = threading.Event(), threading.Event(), dfrot.refined
 
     def slow(spec, store, checkpoint):
         def seen(state):
@@ -296,7 +339,7 @@ def test_a_refinement_can_be_cancelled_and_goes_on_where_it_was(acts, top, store
 
         return done(spec, store, checkpoint=seen)
 
-    monkeypatch.setattr(refine, "refined", slow)
+    monkeypatch.setattr(dfrot, "refined", slow)
     before = view_of(top)
     top.controls["refine"].click()
     assert reached.wait(60) and top.job.running and top.controls["refine"].disabled
@@ -305,7 +348,11 @@ def test_a_refinement_can_be_cancelled_and_goes_on_where_it_was(acts, top, store
     top.job.wait(60)
     assert "cancelled" in top.status.text and view_of(top) == before and not top.controls["refine"].disabled
     steps = []
-    done(RefineSpec(capture=spec_of(acts)), store, checkpoint=lambda state: steps.append(state.history[-1]["step"]))
+    done(
+        RefineSpec(capture=spec_of(acts)),
+        store,
+        checkpoint=lambda state: steps.append(state.history[-1]["step"]),
+    )
     assert steps[0] == 20  # step 0 was saved before it was stopped
 
 
@@ -314,7 +361,8 @@ def test_a_capture_that_does_not_say_how_it_was_made_has_no_refinement(store):
     assert top.controls["refine"].disabled and len(top.table()) == 3
 
 
-# ---- safe text, table and figure --------------------------------------------------------------------------------------------------------
+# ---- safe text, table and figure
+# --------------------------------------------------------------------------------------------------------
 
 
 def test_token_text_never_becomes_markup(acts, store, monkeypatch):
@@ -337,11 +385,15 @@ def test_table_and_static_agree_with_the_view(top):
     axes = top.static().axes[0]
     offsets = np.concatenate([part.get_offsets() for part in axes.collections])
     table = top.table()
-    assert np.allclose(np.sort(offsets[:, 0]), np.sort(table["RO"])) and np.allclose(np.sort(offsets[:, 1]), np.sort(table["NR"]))
+    assert np.allclose(np.sort(offsets[:, 0]), np.sort(table["RO"])) and np.allclose(
+        np.sort(offsets[:, 1]), np.sort(table["NR"])
+    )
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("E(RO)", "E(NR)")
     figure = top.static_token()
     assert [ax.get_title().split(":")[0] for ax in figure.axes] == ["NR", "RO", "RH"]
-    assert np.allclose(figure.axes[1].collections[0].get_offsets(), np.column_stack([top.fig4.data[3].x, top.fig4.data[3].y]))
+    assert np.allclose(
+        figure.axes[1].collections[0].get_offsets(), np.column_stack([top.fig4.data[3].x, top.fig4.data[3].y])
+    )
     table["RO"] = 0
     assert top.table()["RO"].min() > 0  # a copy: a reader's changes do not reach the view
 
@@ -353,12 +405,22 @@ def test_every_control_has_a_description(top):
 
 
 def test_tables_write_numbers_and_names():
-    made = Page(html_table(pd.DataFrame({"token": [3], "text": ["<i>"], "value": [np.float32(24816.1)]}), "A caption"))
+    made = Page(
+        html_table(pd.DataFrame({"token": [3], "text": ["<i>"], "value": [np.float32(24816.1)]}), "A caption")
+    )
     assert made.text == "A captiontokentextvalue3<i>24,816" and "i" not in made.tags
-    assert [number(v) for v in (24816.1, 100, 99.95, 2.1495, -0.0031234)] == ["24,816", "100", "100", "2.15", "-0.00312"]
+    assert [number(v) for v in (24816.1, 100, 99.95, 2.1495, -0.0031234)] == [
+        "24,816",
+        "100",
+        "100",
+        "2.15",
+        "-0.00312",
+    ]
 
 
 def test_the_captures_spec_comes_back(tmp_path, text_file, store):
     model = save_tiny(tmp_path / "other")
-    spec = CaptureSpec(model=model, corpus=CorpusSpec(name=str(text_file), split="evaluation"), tokens=64, skip=1)
+    spec = CaptureSpec(
+        model=model, corpus=CorpusSpec(name=str(text_file), split="evaluation"), tokens=64, skip=1
+    )
     assert spec_of(capture(spec, store)) == spec

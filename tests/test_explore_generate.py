@@ -1,4 +1,6 @@
-"""Generate: transformers' own words at 16 bits, the first token that departs, losses as a slow loop finds them, cancel at any token."""
+"""Generate: transformers' own words at 16 bits, the first token that departs, losses as a slow loop finds
+them, cancel at any token.
+"""
 
 from pathlib import Path
 
@@ -7,12 +9,14 @@ import pytest
 import torch
 from test_evaluate import save_lively
 
-from dfrot_lab import evaluate, models, refine
+from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.explore import base
 from dfrot_lab.explore.generate import EXACT, Generate, generate
 from dfrot_lab.explore.writing import first_difference, token_losses, write
-from dfrot_lab.mainjob import Setting
-from dfrot_lab.store import Store
+from dfrot_lab.model import loading
+from dfrot_lab.rotate import dfrot
+from dfrot_lab.score import perplexity
+from dfrot_lab.study.setting import Setting
 
 PATIENCE = 120
 PROMPT = "12 sheep and\n7 goats <b>"
@@ -21,7 +25,14 @@ PROMPT = "12 sheep and\n7 goats <b>"
 @pytest.fixture
 def setting(tmp_path: Path, text_file: Path) -> Setting:
     return Setting(
-        model=save_lively(tmp_path / "lively"), corpus=str(text_file), windows=3, window=64, gptq_windows=2, seeds=1, weights="rtn", steps=3
+        model=save_lively(tmp_path / "lively"),
+        corpus=str(text_file),
+        windows=3,
+        window=64,
+        gptq_windows=2,
+        seeds=1,
+        weights="rtn",
+        steps=3,
     )
 
 
@@ -41,9 +52,11 @@ def written(widget: Generate) -> Generate:
 
 def test_full_precision_writes_what_transformers_writes(widget, setting):
     written(widget)
-    loaded = models.load_model(setting.model)
+    loaded = loading.load_model(setting.model)
     ids = loaded.tokenizer(PROMPT, return_tensors="pt").input_ids
-    theirs = loaded.model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=8, pad_token_id=0)[0, ids.shape[1] :]
+    theirs = loaded.model.generate(
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=8, pad_token_id=0
+    )[0, ids.shape[1] :]
     table = widget.table()
     assert table.loc[table["model"] == EXACT, "id"].tolist() == theirs.tolist()
     assert widget.status.text == "Done" and widget.bar.value == 1.0
@@ -61,14 +74,18 @@ def test_rotations_at_16_bits_write_the_same(widget):
 
 @pytest.mark.parametrize("bits", ["4-4-4", "16-4-16"])
 def test_the_cache_changes_nothing_a_model_writes(setting, store, bits):
-    """Greedy with transformers' cache, and by running the whole text again for every token: per-token quantization cannot tell them apart."""
+    """Greedy with transformers' cache, and by running the whole text again for every token: per-token
+    quantization cannot tell them apart.
+    """
     spec = setting.row(bits, setting.rotation("RH"))
-    built = evaluate.build(spec, store)
+    built = perplexity.build(spec, store)
     ids = built.loaded.tokenizer(PROMPT, return_tensors="pt").input_ids[0]
-    with evaluate.quantized(built, spec), torch.inference_mode():
+    with perplexity.quantized(built, spec), torch.inference_mode():
         fast, slow = write(built, ids, 8, lambda _id: None), ids
         for _ in range(8):
-            slow = torch.cat([slow, built.loaded.model(slow[None], use_cache=False).logits[0, -1].argmax()[None]])
+            slow = torch.cat(
+                [slow, built.loaded.model(slow[None], use_cache=False).logits[0, -1].argmax()[None]]
+            )
     assert fast == slow[len(ids) :].tolist()
 
 
@@ -78,19 +95,23 @@ def test_losses_are_those_of_a_slow_loop(widget, setting, store):
     assert losses["text"].tolist() == [widget.text(i) for i in ids.tolist()][1:]
     for name in ("RO", "NR"):
         spec = widget.specs()[name]
-        built = evaluate.build(spec, store)
-        with evaluate.quantized(built, spec), torch.inference_mode():
+        built = perplexity.build(spec, store)
+        with perplexity.quantized(built, spec), torch.inference_mode():
             for place in range(1, len(ids)):
                 logits = built.loaded.model(ids[None, :place], use_cache=False).logits[0, -1]
-                assert losses[name][place - 1] == pytest.approx(float(-logits.log_softmax(-1)[ids[place]]), rel=1e-3, abs=1e-4)
+                assert losses[name][place - 1] == pytest.approx(
+                    float(-logits.log_softmax(-1)[ids[place]]), rel=1e-3, abs=1e-4
+                )
 
 
 def test_the_mean_of_the_losses_is_the_windows_loss(setting, store):
     spec = setting.row("4-4-16", setting.rotation("RH"))
-    built = evaluate.build(spec, store)
+    built = perplexity.build(spec, store)
     ids = torch.randint(0, 256, (40,), generator=torch.Generator().manual_seed(0))
-    with evaluate.quantized(built, spec):
-        assert sum(token_losses(built, ids)) / 39 == pytest.approx(evaluate.window_loss(built.loaded, ids), rel=1e-5)
+    with perplexity.quantized(built, spec):
+        assert sum(token_losses(built, ids)) / 39 == pytest.approx(
+            perplexity.window_loss(built.loaded, ids), rel=1e-5
+        )
 
 
 def test_the_first_token_that_departs_is_marked(widget):
@@ -99,7 +120,9 @@ def test_the_first_token_that_departs_is_marked(widget):
     departed = 0
     for name in ("NR", "RO", "RH"):
         own = table[table["model"] == name].reset_index()
-        expected = next((place for place, (a, b) in enumerate(zip(own["id"], exact, strict=True)) if a != b), None)
+        expected = next(
+            (place for place, (a, b) in enumerate(zip(own["id"], exact, strict=True)) if a != b), None
+        )
         assert own.index[own["departs"]].tolist() == ([] if expected is None else [expected])
         if expected is not None:
             departed += 1
@@ -111,7 +134,13 @@ def test_the_first_token_that_departs_is_marked(widget):
 
 @pytest.mark.parametrize(
     ("ids", "reference", "place"),
-    [([1, 2, 3], [1, 2, 3], None), ([1, 5, 3], [1, 2, 3], 1), ([1, 2], [1, 2, 3], 2), ([1, 2, 3], [1, 2], 2), ([], [], None)],
+    [
+        ([1, 2, 3], [1, 2, 3], None),
+        ([1, 5, 3], [1, 2, 3], 1),
+        ([1, 2], [1, 2, 3], 2),
+        ([1, 2, 3], [1, 2], 2),
+        ([], [], None),
+    ],
 )
 def test_first_difference(ids, reference, place):
     assert first_difference(ids, reference) == place
@@ -123,12 +152,12 @@ def test_dfrot_waits_for_its_refinement_and_gptq_for_its_weights(widget, setting
     assert not widget.controls["refine"].disabled
     widget.controls["refine"].click()
     widget.job.wait(PATIENCE)
-    assert refine.stored(setting.refine, store) is not None and widget.controls["refine"].disabled
+    assert dfrot.stored(setting.refine, store) is not None and widget.controls["refine"].disabled
     assert "DFRot" in written(widget).written
     widget.controls["weights"].value = "gptq"
     written(widget)
     assert set(widget.written) == {EXACT} and "GPTQ weights are not stored" in widget.columns["RH"].value
-    evaluate.evaluate(setting.row("4-4-16", setting.rotation("RH"), weights="gptq"), store)
+    perplexity.evaluate(setting.row("4-4-16", setting.rotation("RH"), weights="gptq"), store)
     assert set(written(widget).written) == {EXACT, "RH"}
 
 
@@ -152,8 +181,10 @@ def test_cancel_stops_at_a_token_and_the_widget_goes_on(widget):
 
 
 def test_models_are_built_once_while_the_settings_stay(widget, monkeypatch):
-    built, real = [], evaluate.build
-    monkeypatch.setattr(evaluate, "build", lambda spec, store, *more: built.append(spec.bits) or real(spec, store, *more))
+    built, real = [], perplexity.build
+    monkeypatch.setattr(
+        perplexity, "build", lambda spec, store, *more: built.append(spec.bits) or real(spec, store, *more)
+    )
     monkeypatch.setattr("dfrot_lab.explore.writing.ROOM", 0)
     widget.controls["rotations"].value = ("RO", "RH")
     written(widget)
@@ -169,11 +200,18 @@ def test_models_are_built_once_while_the_settings_stay(widget, monkeypatch):
     assert len(widget.workshop.kept) == 1
 
 
-@pytest.mark.parametrize(("prompt", "tokens", "sentence"), [("", 8, "the prompt is empty"), ("x" * 125, 8, "context of 128 tokens; got 133")])
+@pytest.mark.parametrize(
+    ("prompt", "tokens", "sentence"),
+    [("", 8, "the prompt is empty"), ("x" * 125, 8, "context of 128 tokens; got 133")],
+)
 def test_an_error_is_one_sentence(widget, prompt, tokens, sentence):
     widget.controls["prompt"].value, widget.controls["tokens"].value = prompt, tokens
     written(widget)
-    assert widget.status.state == "error" and sentence in widget.status.text and not widget.controls["write"].disabled
+    assert (
+        widget.status.state == "error"
+        and sentence in widget.status.text
+        and not widget.controls["write"].disabled
+    )
 
 
 def test_markup_in_prompt_and_tokens_is_inert(widget):
@@ -190,7 +228,9 @@ def test_the_strip_shows_the_losses_and_so_does_the_static_figure(widget):
     losses = written(widget).losses()
     strip = widget.plot.data[0]
     assert list(strip.y) == [EXACT, "NR", "RO", "RH"]
-    assert strip.z[2].tolist() == losses["RO"].tolist() and strip.zmax == losses[list(strip.y)].to_numpy().max()
+    assert (
+        strip.z[2].tolist() == losses["RO"].tolist() and strip.zmax == losses[list(strip.y)].to_numpy().max()
+    )
     assert widget.plot.layout.shapes[0].x0 == len(widget.prompt_ids) + 0.5
     image = widget.static().axes[0].get_images()[0]
     assert not plt.get_fignums(), "a notebook would show an open figure twice"

@@ -1,4 +1,6 @@
-"""The invariance bench: each of the 512 sets of steps is right or wrong as its reasons say, refusals are shown, weights come back."""
+"""The invariance bench: each of the 512 sets of steps is right or wrong as its reasons say, refusals are
+shown, weights come back.
+"""
 
 import itertools
 import threading
@@ -7,11 +9,11 @@ import pytest
 import torch
 from conftest import save_tiny, tiny_model
 
-from dfrot_lab import surgery
 from dfrot_lab.explore.invariance import Invariance, invariance, text_html, verdict_html
 from dfrot_lab.explore.latest import Latest
 from dfrot_lab.explore.surgeries import NEW_TOKENS, STEPS, TOLERANCE, WHY, Bench, Outcome, Steps, faults
-from dfrot_lab.specs import ModelSpec, RotationSpec
+from dfrot_lab.model import surgery
+from dfrot_lab.recipe.specs import ModelSpec, RotationSpec
 
 PROMPT = "hello\nthere, sheep\nand goats"
 SEEN = 50 * TOLERANCE
@@ -19,7 +21,10 @@ SEEN = 50 * TOLERANCE
 
 
 def every_set() -> list[Steps]:
-    return [Steps(**dict(zip(STEPS, flags, strict=True))) for flags in itertools.product([False, True], repeat=len(STEPS))]
+    return [
+        Steps(**dict(zip(STEPS, flags, strict=True)))
+        for flags in itertools.product([False, True], repeat=len(STEPS))
+    ]
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
@@ -31,14 +36,25 @@ def test_a_set_of_steps_moves_the_logits_exactly_where_there_is_a_reason(tied):
     assert len(right) + len(wrong) == 512 and len(right) == (48 if tied else 80)
     assert max(o.error for o in right) <= TOLERANCE
     assert min(o.error for o in wrong) > SEEN
-    assert {sentence for o in wrong for sentence in o.faults} == set(WHY.values()) - (set() if tied else {WHY["tied"]})
+    assert {sentence for o in wrong for sentence in o.faults} == set(WHY.values()) - (
+        set() if tied else {WHY["tied"]}
+    )
     assert all(not o.broken for o in right) and all(o.broken for o in wrong)
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
 def test_other_families_too(family):
     bench = Bench(tiny_model(family, tied=True))
-    everything = Steps(untie=True, fuse=True, r1=True, r2=True, r3=True, r4_fused=True, r4_online=True, rotation=RotationSpec(kind="RO", seed=3))
+    everything = Steps(
+        untie=True,
+        fuse=True,
+        r1=True,
+        r2=True,
+        r3=True,
+        r4_fused=True,
+        r4_online=True,
+        rotation=RotationSpec(kind="RO", seed=3),
+    )
     assert not bench.measure(everything, PROMPT).broken
     assert bench.measure(Steps(r4_online=True), PROMPT).broken
 
@@ -46,9 +62,14 @@ def test_other_families_too(family):
 def test_the_packages_refusal_is_shown_and_the_step_done_all_the_same():
     bench = Bench(tiny_model(tied=True))
     fused = bench.measure(Steps(fuse=True), PROMPT)
-    assert "embeddings must be untied (surgery.untie) first" in fused.refusals[0] and WHY["tied"] in fused.verdict
+    assert (
+        "embeddings must be untied (surgery.untie) first" in fused.refusals[0]
+        and WHY["tied"] in fused.verdict
+    )
     turned = bench.measure(Steps(untie=True, r1=True), PROMPT)
-    assert "norm gains must be fused (surgery.fuse_norms) before R1" in turned.refusals[0] and turned.faults == (WHY["gain"],)
+    assert "norm gains must be fused (surgery.fuse_norms) before R1" in turned.refusals[
+        0
+    ] and turned.faults == (WHY["gain"],)
     assert turned.refusals[0] in turned.verdict
     assert not bench.measure(Steps(untie=True, fuse=True, r1=True), PROMPT).refusals
 
@@ -58,9 +79,15 @@ def test_the_weights_come_back_to_the_bit(tied):
     loaded = tiny_model(tied=tied)
     before = {name: p.clone() for name, p in loaded.model.named_parameters()}
     bench = Bench(loaded)
-    for steps in (Steps(untie=True, centre=True, fuse=True, drop=True, r1=True, r2=True, r4_fused=True), Steps(r2=True), Steps(fuse=True, r1=True)):
+    for steps in (
+        Steps(untie=True, centre=True, fuse=True, drop=True, r1=True, r2=True, r4_fused=True),
+        Steps(r2=True),
+        Steps(fuse=True, r1=True),
+    ):
         bench.apply(steps)
-        assert any(not torch.equal(p, before[name]) for name, p in loaded.model.named_parameters() if name in before)
+        assert any(
+            not torch.equal(p, before[name]) for name, p in loaded.model.named_parameters() if name in before
+        )
     bench.apply(Steps())
     after = dict(loaded.model.named_parameters())
     assert after.keys() == before.keys() and surgery.is_tied(loaded) == tied
@@ -76,7 +103,9 @@ def test_the_shortcut_past_r1_gives_the_same_weights():
         fresh = Bench(tiny_model(tied=True))
         fresh.apply(Steps(**base, **extra))
         wanted = fresh.loaded.model.state_dict()
-        assert all(torch.equal(tensor, wanted[name]) for name, tensor in bench.loaded.model.state_dict().items())
+        assert all(
+            torch.equal(tensor, wanted[name]) for name, tensor in bench.loaded.model.state_dict().items()
+        )
 
 
 def test_the_text_is_the_models_own_and_greedy():
@@ -107,7 +136,8 @@ def test_token_text_is_escaped_and_the_sign_needs_no_colour():
     assert "\u2718 Broken" in verdict_html(bad) and "\u2714 Unchanged" in verdict_html(good)
 
 
-# ---- the widget -------------------------------------------------------------------------------------------------------------------------
+# ---- the widget
+# -------------------------------------------------------------------------------------------------------------------------
 
 
 def opened(**options) -> Invariance:
@@ -118,13 +148,18 @@ def opened(**options) -> Invariance:
 
 def test_a_switch_is_answered_in_plot_table_and_text():
     view = opened()
-    assert "dfrot-invariance" in view._dom_classes and all(view.controls[name].description for name in view.controls)
+    assert "dfrot-invariance" in view._dom_classes and all(
+        view.controls[name].description for name in view.controls
+    )
     view.controls["untie"].value = True
     view.controls["r1"].value = True
     outcome = view.wait(60)
     assert outcome.steps == Steps(untie=True, r1=True) and outcome.broken
     assert view.status.text == "untie + R1 (RH): broken" and WHY["gain"].split(":")[0] in view.verdict.value
-    assert view.plot.data[0].x[-1] == pytest.approx(outcome.error) and view.plot.data[0].marker.color[-1] == "#CC2936"
+    assert (
+        view.plot.data[0].x[-1] == pytest.approx(outcome.error)
+        and view.plot.data[0].marker.color[-1] == "#CC2936"
+    )
     view.controls["correct"].click()
     assert not view.wait(60).broken
     view.controls["clear"].click()
@@ -148,7 +183,9 @@ def test_an_empty_prompt_is_one_clear_sentence_and_the_bench_goes_on():
     view = opened()
     view.controls["prompt"].value = ""
     view.latest.wait(60)
-    assert view.status.state == "error" and "prompt must have at least one token; got none" in view.status.text
+    assert (
+        view.status.state == "error" and "prompt must have at least one token; got none" in view.status.text
+    )
     view.controls["prompt"].value = "again"
     assert view.wait(60).error == 0 and view.status.state == "ready"
 
@@ -166,11 +203,14 @@ def test_a_spec_is_loaded_in_the_background(tmp_path, store):
     assert view.wait(60).error == 0
 
 
-# ---- newest wish first ------------------------------------------------------------------------------------------------------------------
+# ---- newest wish first
+# ------------------------------------------------------------------------------------------------------------------
 
 
 def held(seen: list[object]) -> tuple[Latest, threading.Event]:
-    """A Latest at work on wish 0, which goes on once the event is set; what is computed, and what errors say, is put into `seen`."""
+    """A Latest at work on wish 0, which goes on once the event is set; what is computed, and what errors say,
+    is put into `seen`.
+    """
     started, go = threading.Event(), threading.Event()
 
     def compute(wish: int) -> None:

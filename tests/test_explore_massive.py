@@ -1,4 +1,6 @@
-"""The massive explorer without a browser: it names the planted token, moves change data in place, token text is safe, errors are sentences."""
+"""The massive explorer without a browser: it names the planted token, moves change data in place, token text
+is safe, errors are sentences.
+"""
 
 import dataclasses
 import threading
@@ -9,11 +11,12 @@ import torch
 from conftest import LAYERS, MASSIVE
 from explorers import MALICIOUS, Page, assert_safe, event, shown_text
 
-from dfrot_lab import explore, massive
-from dfrot_lab.capture import capture
+from dfrot_lab import explore
 from dfrot_lab.explore import residual
 from dfrot_lab.explore.parts import packed, unpacked
-from dfrot_lab.specs import MASSIVE_RULES, CaptureSpec, CorpusSpec, ModelSpec
+from dfrot_lab.observe import massive
+from dfrot_lab.observe.capture import capture
+from dfrot_lab.recipe.specs import MASSIVE_RULES, CaptureSpec, CorpusSpec, ModelSpec
 
 BIG = max(MASSIVE, key=lambda channel: abs(MASSIVE[channel]))
 
@@ -49,10 +52,14 @@ def test_it_opens_on_the_planted_token_in_the_middle_layer(top):
     first = table.iloc[0]
     assert (first["text"], first["channel"]) == ("\n", BIG)
     said = Page(top.view.sentence.value).text
-    assert said.startswith(f"Token {first['token']} \u2018\u21b5\u2019 reaches {abs(first['value']):,.0f} in channel {BIG} at layer 1: ")
+    assert said.startswith(
+        f"Token {first['token']} \u2018\u21b5\u2019 reaches {abs(first['value']):,.0f} in channel {BIG} at layer 1: "
+    )
     assert f"Rule sun marks {len(newlines)} of 128 tokens." in said
     assert "<td" in top.view.tokens.value and shown_text("\n") in Page(top.view.tokens.value).text
-    assert Page(top.view.channels.value).text.startswith(f"Largest channels at layer 1channelvalueratiotokentext{BIG}")
+    assert Page(top.view.channels.value).text.startswith(
+        f"Largest channels at layer 1channelvalueratiotokentext{BIG}"
+    )
     marked = top.view.text.value.count("background:")
     assert marked == len(newlines) and f"channel {BIG}: " in top.view.text.value
 
@@ -63,10 +70,14 @@ def test_its_numbers_are_the_models_own(top, tiny_spec, corpus, store):
     table = top.table().sort_values("token")
     assert np.allclose(table["value"].abs(), recorded.residual_max[site], rtol=1e-5)
     assert table["channel"].tolist() == recorded.residual_channel[site].tolist()
-    assert np.allclose(table["ratio"], recorded.residual_max[site] / recorded.residual_median[site], rtol=1e-5)
+    assert np.allclose(
+        table["ratio"], recorded.residual_max[site] / recorded.residual_median[site], rtol=1e-5
+    )
     assert table["text"].tolist() == recorded.texts
     for rule in MASSIVE_RULES:
-        assert torch.equal(top.view.seen.marked(1, rule), massive.find(recorded, rule, ["layers.1.input_norm"])[0]), rule
+        assert torch.equal(
+            top.view.seen.marked(1, rule), massive.find(recorded, rule, ["layers.1.input_norm"])[0]
+        ), rule
 
 
 def test_a_capture_opens_on_its_own_tokens_and_model(tiny_spec, corpus, store):
@@ -116,7 +127,9 @@ def test_pooling_keeps_every_token_its_largest_channel_and_few_cells(tokens, cha
 def test_the_three_d_view_shows_the_same(top):
     top.controls["view"].value = "3-D"
     assert top.view.stage.shown is top.space
-    assert np.array_equal(unpacked(top.space.data[0].z), np.abs(unpacked(top.plot.data[0].customdata)[..., 0]))
+    assert np.array_equal(
+        unpacked(top.space.data[0].z), np.abs(unpacked(top.plot.data[0].customdata)[..., 0])
+    )
     marked = top.table().loc[top.table()["massive"]].sort_values("token")
     assert list(top.space.data[1].x) == marked["token"].tolist()
     assert "\u21b5" in top.space.data[1].text[0]
@@ -150,10 +163,16 @@ def test_a_block_of_the_corpus_takes_its_place(top, tiny_spec, corpus, store):
     top.controls["block"].value = 2
     top.controls["open"].click()
     top.job.wait(60)
-    assert top.view.seen.texts == capture(CaptureSpec(model=tiny_spec, corpus=corpus, tokens=128, skip=2), store).texts
+    assert (
+        top.view.seen.texts
+        == capture(CaptureSpec(model=tiny_spec, corpus=corpus, tokens=128, skip=2), store).texts
+    )
 
 
-@pytest.mark.parametrize(("block", "text", "sentence"), [(None, "", "at least one token"), (10_000, None, "token_blocks.blocks must be <=")])
+@pytest.mark.parametrize(
+    ("block", "text", "sentence"),
+    [(None, "", "at least one token"), (10_000, None, "token_blocks.blocks must be <=")],
+)
 def test_an_error_is_one_sentence_and_leaves_the_view(top, block, text, sentence):
     before = state_of(top)
     if text is not None:
@@ -162,7 +181,11 @@ def test_an_error_is_one_sentence_and_leaves_the_view(top, block, text, sentence
         top.controls["block"].value = block
         top.controls["open"].click()
         top.job.wait(60)
-    assert top.status.state == "error" and sentence in top.status.text and "Traceback" not in top.status.line.value
+    assert (
+        top.status.state == "error"
+        and sentence in top.status.text
+        and "Traceback" not in top.status.line.value
+    )
     assert state_of(top) == before
     assert not top.controls["look"].disabled and top.controls["cancel"].disabled
 
@@ -208,7 +231,9 @@ def test_token_text_never_becomes_markup(top):
         assert shown_text(text) in shown, text
     assert "<0x202E>" in shown and "onerror" in shown
     assert top.plot.data[0].x[0] == "0 \u2068&lt;img\u2423src=x\u2423onerror=alert(1)&gt;\u2069"
-    assert top.plot.data[0].x[3] == "3 \u2068&#x27;&#34;&amp;quot;\u2069"  # plotly decodes numbers and amp, lt, gt, but not quot
+    assert (
+        top.plot.data[0].x[3] == "3 \u2068&#x27;&#34;&amp;quot;\u2069"
+    )  # plotly decodes numbers and amp, lt, gt, but not quot
 
 
 def test_the_profile_is_the_layers_own_and_a_click_on_it_goes_there(top):

@@ -1,4 +1,6 @@
-"""What makes plotly's figures at home in a page, as far as it can be seen without one: batches that are whole, plots that stay."""
+"""What makes plotly's figures at home in a page, as far as it can be seen without one: batches that are
+whole, plots that stay.
+"""
 
 import numpy as np
 from plotly.basedatatypes import Undefined

@@ -1,4 +1,6 @@
-"""The playground: its numbers are the quantizer's and the theory's, its plots show them, the model's spike comes from the store."""
+"""The playground: its numbers are the quantizer's and the theory's, its plots show them, the model's spike
+comes from the store.
+"""
 
 import math
 
@@ -8,17 +10,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dfrot_lab import rotations, theory
-from dfrot_lab.capture import capture
 from dfrot_lab.explore import toy
 from dfrot_lab.explore.playground import Playground, playground
-from dfrot_lab.quantize import fake_quantize, quantize, squared_error
-from dfrot_lab.specs import CaptureSpec, CorpusSpec, ModelSpec, QuantSpec, RotationSpec
+from dfrot_lab.maths import rotations, theory
+from dfrot_lab.maths.quantizers import fake_quantize, quantize, squared_error
+from dfrot_lab.observe.capture import capture
+from dfrot_lab.recipe.specs import CaptureSpec, CorpusSpec, ModelSpec, QuantSpec, RotationSpec
 
 SYM4, ASYM4 = QuantSpec(), QuantSpec(symmetric=False)
 
 
-# ---- numbers ----------------------------------------------------------------------------------------------------------------------------
+# ---- numbers
+# ----------------------------------------------------------------------------------------------------------------------------
 
 
 def test_one_angle_turns_the_first_channel_into_cosine_and_sine():
@@ -39,7 +42,9 @@ def test_two_angles_are_refused():
         toy.by_angles([1, 2])
 
 
-@pytest.mark.parametrize("quantizer", [SYM4, ASYM4, QuantSpec(bits=2), QuantSpec(bits=3, symmetric=False)], ids=lambda q: q.name)
+@pytest.mark.parametrize(
+    "quantizer", [SYM4, ASYM4, QuantSpec(bits=2), QuantSpec(bits=3, symmetric=False)], ids=lambda q: q.name
+)
 def test_every_rounded_value_is_a_level_and_the_levels_are_as_many_as_codes(quantizer):
     x = toy.planted_token(0.5, 64, seed=4)
     levels = toy.levels(x, quantizer)
@@ -56,10 +61,16 @@ def test_the_reading_is_the_quantizers(degrees, quantizer):
     R = toy.by_angles(degrees)
     x = toy.hand_token(5, len(R), seed=1)
     found, y = toy.reading(x, R, quantizer), x @ R
-    assert found["error"] == float(squared_error(y[None], quantizer)) and found["unrotated"] == float(squared_error(x[None], quantizer))
+    assert found["error"] == float(squared_error(y[None], quantizer)) and found["unrotated"] == float(
+        squared_error(x[None], quantizer)
+    )
     levels = toy.levels(y, quantizer)
     assert found["step"] == pytest.approx(float(levels[1] - levels[0]))
-    wanted = y.abs().max() if quantizer.symmetric else max(y.max(), torch.tensor(0)) - min(y.min(), torch.tensor(0))
+    wanted = (
+        y.abs().max()
+        if quantizer.symmetric
+        else max(y.max(), torch.tensor(0)) - min(y.min(), torch.tensor(0))
+    )
     assert found["range"] == pytest.approx(float(wanted))
     assert found["range"] == pytest.approx(found["step"] * (7 if quantizer.symmetric else 15))
 
@@ -68,7 +79,9 @@ def test_the_sweep_passes_through_the_reading():
     x = toy.hand_token(5, 3, seed=1)
     line = toy.sweep(x, [0, 40, 70], SYM4)
     for angle in (0, 45, 111):
-        assert line.loc[angle, "error"] == pytest.approx(toy.reading(x, toy.by_angles([angle, 40, 70]), SYM4)["error"], rel=1e-12)
+        assert line.loc[angle, "error"] == pytest.approx(
+            toy.reading(x, toy.by_angles([angle, 40, 70]), SYM4)["error"], rel=1e-12
+        )
 
 
 def test_a_spike_alone_is_exact_at_45_degrees_and_at_none_but_not_between():
@@ -84,7 +97,9 @@ def test_measured_is_the_error_of_the_rotated_spike(channels):
     assert found["rotation"].tolist() == ["NR", "RO", "RO", "RH", "RH"]
     for row in found.itertuples():
         R = rotations.make(RotationSpec(kind=row.rotation, seed=row.seed), channels)
-        assert row.error == float(squared_error((x @ R)[None], SYM4)) and row.largest == float((x @ R).abs().max())
+        assert row.error == float(squared_error((x @ R)[None], SYM4)) and row.largest == float(
+            (x @ R).abs().max()
+        )
 
 
 @pytest.mark.parametrize("quantizer", [SYM4, ASYM4], ids=lambda q: q.name)
@@ -99,7 +114,9 @@ def test_the_why_panel_is_the_theory(quantizer):
     x = toy.planted_token(8, 64)
     table = toy.why(toy.measured(x, quantizer), predicted).set_index("rotation")
     assert table["predicted"].to_dict() == predicted
-    assert table.loc["RO", "measured"] == pytest.approx(np.mean([squared_error((x @ toy.matrix("RO", s, 64))[None], quantizer) for s in range(5)]))
+    assert table.loc["RO", "measured"] == pytest.approx(
+        np.mean([squared_error((x @ toy.matrix("RO", s, 64))[None], quantizer) for s in range(5)])
+    )
     assert table["ratio"].tolist() == pytest.approx((table["measured"] / table["predicted"]).tolist())
 
 
@@ -113,7 +130,8 @@ def test_few_channels_have_no_prediction():
     assert not any(math.isnan(value) for value in toy.expected(8, 32, SYM4).values())
 
 
-# ---- the widget -------------------------------------------------------------------------------------------------------------------------
+# ---- the widget
+# -------------------------------------------------------------------------------------------------------------------------
 
 
 def put(view: Playground, **values: object) -> None:
@@ -128,7 +146,19 @@ def shared() -> Playground:
 
 @pytest.fixture
 def view(shared: Playground) -> Playground:
-    put(shared, dims=2, angle=0.0, angle_02=0.0, angle_12=0.0, snr=8.0, seed=0, bits=4, symmetric=True, channels=64, source="planted")
+    put(
+        shared,
+        dims=2,
+        angle=0.0,
+        angle_02=0.0,
+        angle_12=0.0,
+        snr=8.0,
+        seed=0,
+        bits=4,
+        symmetric=True,
+        channels=64,
+        source="planted",
+    )
     return shared
 
 
@@ -195,7 +225,9 @@ def test_the_models_spike_is_its_first_token_at_a_middle_site(tiny_spec, text_fi
     x = recorded.rows(recorded.sites[2])[0].double()
     assert torch.equal(view.token(), x) and view.controls["channels"].disabled
     assert recorded.sites[2] in view.status.text and recorded.sites[2] in view.why.value
-    assert view.table()["predicted"].tolist() == pytest.approx(theory.predict(x[None], SYM4, spikes=3).iloc[0].tolist())
+    assert view.table()["predicted"].tolist() == pytest.approx(
+        theory.predict(x[None], SYM4, spikes=3).iloc[0].tolist()
+    )
     view.controls["source"].value = "planted"
     assert len(view.token()) == 576 and not view.controls["channels"].disabled
 

@@ -1,4 +1,6 @@
-"""The live refinement: it is `refine.refine`, to the bit, however often it is paused; cancel ends it; what it saves can be loaded."""
+"""The live refinement: it is `refine.refine`, to the bit, however often it is paused; cancel ends it; what it
+saves can be loaded.
+"""
 
 import time
 from collections.abc import Callable
@@ -6,13 +8,15 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from dfrot_lab import massive, refine, rotations
-from dfrot_lab.capture import Capture, capture
 from dfrot_lab.explore.parts import spec_of
 from dfrot_lab.explore.refinement import Refinement, refinement
 from dfrot_lab.explore.refinerows import WATCHED, choices, watched
-from dfrot_lab.quantize import squared_error
-from dfrot_lab.specs import CaptureSpec, CorpusSpec, ModelSpec, QuantSpec, RefineSpec, RotationSpec
+from dfrot_lab.maths import rotations
+from dfrot_lab.maths.quantizers import squared_error
+from dfrot_lab.observe import massive
+from dfrot_lab.observe.capture import Capture, capture
+from dfrot_lab.recipe.specs import CaptureSpec, CorpusSpec, ModelSpec, QuantSpec, RefineSpec, RotationSpec
+from dfrot_lab.rotate import dfrot
 
 VARIANTS = ["accelerated", "guarded", "as_paper", "as_released"]
 
@@ -42,7 +46,8 @@ def finish(view: Refinement) -> None:
     assert not view.job.running
 
 
-# ---- refine's own seam ------------------------------------------------------------------------------------------------------------------
+# ---- refine's own seam
+# ------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -50,8 +55,8 @@ def test_watching_every_step_changes_nothing(variant, recorded):
     rows, mask = recorded.all_rows(), massive.find(recorded, "nr_error").flatten()
     spec = RefineSpec(variant=variant, steps=30, quantizer=QuantSpec())
     seen: list[tuple[int, torch.Tensor]] = []
-    plain = refine.refine(rows, spec, mask)
-    followed = refine.refine(rows, spec, mask, on_step=lambda step, R: seen.append((step, R())))
+    plain = dfrot.refine(rows, spec, mask)
+    followed = dfrot.refine(rows, spec, mask, on_step=lambda step, R: seen.append((step, R())))
     assert torch.equal(plain.R, followed.R) and plain.history.equals(followed.history)
     steps = [step for step, _ in seen]
     assert steps == sorted(set(steps)) and steps[-1] == int(plain.history["step"].iloc[-1])
@@ -59,7 +64,8 @@ def test_watching_every_step_changes_nothing(variant, recorded):
     assert all(rotations.orthogonality_error(R) < 1e-4 for _, R in seen)
 
 
-# ---- pure parts -------------------------------------------------------------------------------------------------------------------------
+# ---- pure parts
+# -------------------------------------------------------------------------------------------------------------------------
 
 
 def test_the_spec_of_a_capture_is_the_one_it_was_made_with(recorded, tiny_spec, text_file):
@@ -72,7 +78,9 @@ def test_watched_rows_keep_massive_ones():
     x = torch.arange(3.0 * WATCHED)[:, None].repeat(1, 2)
     mask = torch.arange(len(x)) % 500 == 0
     rows, heavy = watched(x, mask)
-    assert len(rows) == WATCHED and int(heavy.sum()) == int(mask.sum()) and len(rows[:, 0].unique()) == WATCHED
+    assert (
+        len(rows) == WATCHED and int(heavy.sum()) == int(mask.sum()) and len(rows[:, 0].unique()) == WATCHED
+    )
     assert torch.equal(mask[rows[:, 0].long()], heavy)
     few, none = watched(x[:10], mask[:10])
     assert len(few) == len(none) == 10
@@ -84,33 +92,57 @@ def test_the_list_of_tokens_begins_with_the_most_massive(recorded):
     site = recorded.sites[1]
     labels, places = zip(*choices(recorded, site), strict=True)
     assert places[0] == int(recorded.residual_max[1].argmax()) and len(set(places)) == len(places)
-    assert "\u21b5" in labels[0] and "\n" not in "".join(labels), "the massive token is the newline, shown as a sign"
+    assert "\u21b5" in labels[0] and "\n" not in "".join(labels), (
+        "the massive token is the newline, shown as a sign"
+    )
 
 
-# ---- the widget -------------------------------------------------------------------------------------------------------------------------
+# ---- the widget
+# -------------------------------------------------------------------------------------------------------------------------
 
 
 def test_it_opens_ready_and_every_control_says_what_it_is(view, recorded):
     assert view.status.text == "ready: press Start" and "dfrot-refinement" in view._dom_classes
     assert all(control.description for control in view.controls.values())
     assert view.controls["site"].value == recorded.sites[2]
-    enabled = {name for name in ("start", "pause", "resume", "cancel", "save") if not view.controls[name].disabled}
+    enabled = {
+        name for name in ("start", "pause", "resume", "cancel", "save") if not view.controls[name].disabled
+    }
     assert enabled == {"start"}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_it_is_the_refinement_of_the_same_spec(view, store, variant):
-    for name, value in {"variant": variant, "gamma": 30.0, "kind": "RO", "seed": 2, "steps": 25, "symmetric": True, "rows": 0}.items():
+    for name, value in {
+        "variant": variant,
+        "gamma": 30.0,
+        "kind": "RO",
+        "seed": 2,
+        "steps": 25,
+        "symmetric": True,
+        "rows": 0,
+    }.items():
         view.controls[name].value = value
     view.controls["start"].click()
     finish(view)
-    wanted = refine.refined(view.make_spec(), store)
-    assert torch.equal(view.result.R, wanted.R) and view.result.history.equals(wanted.history.astype(view.result.history.dtypes))
+    wanted = dfrot.refined(view.make_spec(), store)
+    assert torch.equal(view.result.R, wanted.R) and view.result.history.equals(
+        wanted.history.astype(view.result.history.dtypes)
+    )
     assert view.spec == RefineSpec(
-        capture=view.spec.capture, variant=variant, gamma=30.0, init=RotationSpec(kind="RO", seed=2), steps=25, quantizer=QuantSpec()
+        capture=view.spec.capture,
+        variant=variant,
+        gamma=30.0,
+        init=RotationSpec(kind="RO", seed=2),
+        steps=25,
+        quantizer=QuantSpec(),
     )
     table = view.table()
-    assert table["step"].iloc[0] == 0 and table["distance"].iloc[0] == 0 and table["step"].is_monotonic_increasing
+    assert (
+        table["step"].iloc[0] == 0
+        and table["distance"].iloc[0] == 0
+        and table["step"].is_monotonic_increasing
+    )
     assert table["step"].iloc[-1] == wanted.history["step"].iloc[-1]
     assert view.status.text.startswith("done: ")
 
@@ -122,12 +154,14 @@ def test_the_history_is_the_losses_of_each_steps_rotation(view, recorded):
     finish(view)
     rows, mask = recorded.all_rows(), massive.find(recorded, "nr_error").flatten()
     for steps in (1, 3):
-        R = refine.refine(rows, view.spec.with_(steps=steps), mask).R
+        R = dfrot.refine(rows, view.spec.with_(steps=steps), mask).R
         error = squared_error(rows @ R.float(), view.spec.quantizer)
         row = view.table().set_index("step").loc[steps]
         assert row["normal"] == pytest.approx(float(error[~mask].mean()), rel=1e-4)
         assert row["massive"] == pytest.approx(float(error[mask].mean()), rel=1e-4)
-        assert row["distance"] == pytest.approx(rotations.distance(R, rotations.make(RotationSpec(), recorded.channels)), rel=1e-9)
+        assert row["distance"] == pytest.approx(
+            rotations.distance(R, rotations.make(RotationSpec(), recorded.channels)), rel=1e-9
+        )
 
 
 def test_pause_stops_the_history_resume_goes_on_and_the_end_is_the_same_to_the_bit(view):
@@ -144,7 +178,11 @@ def test_pause_stops_the_history_resume_goes_on_and_the_end_is_the_same_to_the_b
         held = len(view.history)
         time.sleep(0.3)
         assert len(view.history) == held < length and view.job.running
-        assert "paused" in view.status.text and not view.controls["resume"].disabled and view.controls["pause"].disabled
+        assert (
+            "paused" in view.status.text
+            and not view.controls["resume"].disabled
+            and view.controls["pause"].disabled
+        )
         view.controls["resume"].click()
     finish(view)
     assert torch.equal(view.result.R, straight) and len(view.history) == length == 61
@@ -176,11 +214,17 @@ def test_a_saved_r1_loads_with_its_spec_and_is_not_overwritten(view, tmp_path):
     finish(view)
     view.controls["save"].click()
     path = tmp_path / "R1.safetensors"
-    assert torch.equal(rotations.load(path), view.result.R) and rotations.load_spec(path) == view.spec.to_dict()
+    assert (
+        torch.equal(rotations.load(path), view.result.R) and rotations.load_spec(path) == view.spec.to_dict()
+    )
     assert "saved as" in view.status.text
     before = path.read_bytes()
     view.controls["save"].click()
-    assert view.status.state == "error" and "choose another name" in view.status.text and path.read_bytes() == before
+    assert (
+        view.status.state == "error"
+        and "choose another name" in view.status.text
+        and path.read_bytes() == before
+    )
 
 
 def test_plots_are_changed_in_place_and_show_the_chosen_token(view, recorded):
@@ -190,7 +234,10 @@ def test_plots_are_changed_in_place_and_show_the_chosen_token(view, recorded):
     finish(view)
     assert view.losses.plot is losses and view.entries.plot is entries and view.plot is losses
     table = view.table()
-    assert list(losses.data[1].y) == table["massive"].tolist() and list(losses.data[2].y) == table["distance"].tolist()
+    assert (
+        list(losses.data[1].y) == table["massive"].tolist()
+        and list(losses.data[2].y) == table["distance"].tolist()
+    )
     view.controls["site"].value = recorded.sites[1]
     token = view.controls["token"].options[1][1]
     view.controls["token"].value = token

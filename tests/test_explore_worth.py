@@ -1,4 +1,6 @@
-"""What is it worth: stored rows at once and nothing computed, missing ones named, computed in the background, stopped without loss."""
+"""What is it worth: stored rows at once and nothing computed, missing ones named, computed in the background,
+stopped without loss.
+"""
 
 import threading
 from dataclasses import replace
@@ -9,11 +11,12 @@ import pandas as pd
 import pytest
 from test_evaluate import save_lively
 
-from dfrot_lab import evaluate, mainjob, results
+from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.explore import worth_rows
 from dfrot_lab.explore.worth import Tally, Worth, worth
-from dfrot_lab.mainjob import Setting
-from dfrot_lab.store import Store
+from dfrot_lab.score import perplexity, results
+from dfrot_lab.study import mainjob
+from dfrot_lab.study.setting import Setting
 
 PATIENCE = 120
 """Seconds after which a background job of a tiny model has hung."""
@@ -22,7 +25,16 @@ PATIENCE = 120
 @pytest.fixture
 def setting(tmp_path: Path, text_file: Path) -> Setting:
     model = save_lively(tmp_path / "lively")
-    return Setting(model=model, corpus=str(text_file), windows=3, window=64, gptq_windows=2, seeds=1, weights="rtn", steps=3)
+    return Setting(
+        model=model,
+        corpus=str(text_file),
+        windows=3,
+        window=64,
+        gptq_windows=2,
+        seeds=1,
+        weights="rtn",
+        steps=3,
+    )
 
 
 def keys(store: Store) -> set[str]:
@@ -30,9 +42,11 @@ def keys(store: Store) -> set[str]:
     return {f"{path.parent.name}/{path.name}" for path in store.root.glob("*/*") if path.is_dir()}
 
 
-def stored_row(setting: Setting, store: Store, kind: str, bits: str, keep_out: str | None = None) -> evaluate.EvalResult:
+def stored_row(
+    setting: Setting, store: Store, kind: str, bits: str, keep_out: str | None = None
+) -> perplexity.EvalResult:
     rotation = setting.refine if kind == "DFRot" else setting.rotation(kind)
-    return evaluate.evaluate(setting.row(bits, rotation, keep_out=keep_out), store)
+    return perplexity.evaluate(setting.row(bits, rotation, keep_out=keep_out), store)
 
 
 def computed(widget: Worth) -> None:
@@ -49,8 +63,11 @@ def test_stored_rows_are_shown_at_once_and_nothing_is_computed(setting, store):
     assert keys(store) == before
     assert table.loc[("RO", "4-4-16"), "perplexity"] == ro.perplexity
     assert tuple(table.loc[("RO", "4-4-16"), ["low", "high"]]) == ro.ci95
-    value, interval = evaluate.paired_difference(ro, rh)
-    assert tuple(table.loc[("RO", "4-4-16"), ["minus_rh", "minus_rh_low", "minus_rh_high"]]) == (value, *interval)
+    value, interval = perplexity.paired_difference(ro, rh)
+    assert tuple(table.loc[("RO", "4-4-16"), ["minus_rh", "minus_rh_low", "minus_rh_high"]]) == (
+        value,
+        *interval,
+    )
     assert np.isnan(table.loc[("RH", "4-4-16"), "minus_rh"])
     assert table["stored"].sum() == 2
     bar = {trace.name: trace for trace in widget.plot.data}["RO"]
@@ -68,11 +85,17 @@ def test_missing_rows_are_named_with_a_time_and_computed_in_the_background(setti
     assert "Not stored: full precision; RO 4-4-16. To compute: about" in widget.note.value
     computed(widget)
     assert not widget.missing and widget.status.text == "3 of 3 rows are stored"
-    assert widget.bar.value == 1.0 and widget.controls["compute"].disabled and widget.controls["cancel"].disabled
-    alone = evaluate.evaluate(setting.row("4-4-16", setting.rotation("RO")), Store(store.root.parent / "alone"))
+    assert (
+        widget.bar.value == 1.0 and widget.controls["compute"].disabled and widget.controls["cancel"].disabled
+    )
+    alone = perplexity.evaluate(
+        setting.row("4-4-16", setting.rotation("RO")), Store(store.root.parent / "alone")
+    )
     assert widget.table().set_index("row").loc["RO", "perplexity"] == alone.perplexity
     shapes = widget.plot.layout.shapes
-    assert [shape.y0 for shape in shapes] == [pytest.approx(widget.table().set_index("row").loc["full precision", "perplexity"])]
+    assert [shape.y0 for shape in shapes] == [
+        pytest.approx(widget.table().set_index("row").loc["full precision", "perplexity"])
+    ]
 
 
 def test_dfrot_and_kept_out_rows_are_computed_too(setting, store):
@@ -81,14 +104,17 @@ def test_dfrot_and_kept_out_rows_are_computed_too(setting, store):
     widget.controls["rotations"].value, widget.controls["bits"].value = ("DFRot",), ("16-4-16",)
     computed(widget)
     assert widget.table()["row"].tolist() == ["DFRot, kept out"] and widget.table()["stored"].all()
-    assert widget.table()["perplexity"][0] == stored_row(setting, store, "DFRot", "16-4-16", "nr_error").perplexity
+    assert (
+        widget.table()["perplexity"][0]
+        == stored_row(setting, store, "DFRot", "16-4-16", "nr_error").perplexity
+    )
 
 
 def test_a_cancelled_evaluation_keeps_its_windows_and_the_widget_goes_on(setting, store, monkeypatch):
     """The first window is let through, then cancel is pressed while the second is on its way."""
     widget = worth(setting, store)
     widget.controls["rotations"].value, widget.controls["bits"].value = ("RH",), ("16-4-16",)
-    real, scored, reached, go = evaluate.window_loss, [], threading.Event(), threading.Event()
+    real, scored, reached, go = perplexity.window_loss, [], threading.Event(), threading.Event()
 
     def slow(loaded, ids):
         scored.append(len(scored))
@@ -97,7 +123,7 @@ def test_a_cancelled_evaluation_keeps_its_windows_and_the_widget_goes_on(setting
             assert go.wait(PATIENCE)
         return real(loaded, ids)
 
-    monkeypatch.setattr(evaluate, "window_loss", slow)
+    monkeypatch.setattr(perplexity, "window_loss", slow)
     widget.controls["compute"].click()
     assert reached.wait(PATIENCE)
     widget.controls["cancel"].click()
@@ -109,7 +135,9 @@ def test_a_cancelled_evaluation_keeps_its_windows_and_the_widget_goes_on(setting
     assert len(widget.missing) == 1 and not widget.controls["compute"].disabled
     computed(widget)
     assert len(scored) == 3, "windows that were finished are not scored again"
-    whole = evaluate.evaluate(setting.row("16-4-16", setting.rotation("RH")), Store(store.root.parent / "alone"))
+    whole = perplexity.evaluate(
+        setting.row("16-4-16", setting.rotation("RH")), Store(store.root.parent / "alone")
+    )
     assert widget.table()["perplexity"][0] == whole.perplexity
 
 
@@ -153,15 +181,24 @@ def test_a_text_that_is_not_there_is_one_sentence(setting, store, monkeypatch):
 
 
 def test_rows_picked_once_at_full_precision_and_models_side_by_side(setting):
-    specs = worth_rows.specs_of(setting, ("RO", "DFRot"), ("16-16-16", "4-4-16", "16-4-16"), "rtn", (None, "nr_error"))
+    specs = worth_rows.specs_of(
+        setting, ("RO", "DFRot"), ("16-16-16", "4-4-16", "16-4-16"), "rtn", (None, "nr_error")
+    )
     names = [mainjob.row_name(spec) for spec in specs]
-    assert names[:3] == ["full precision", "RO 4-4-16", "RO 4-4-16, kept out"] and len(names) == len(set(names)) == 9
+    assert (
+        names[:3] == ["full precision", "RO 4-4-16", "RO 4-4-16, kept out"]
+        and len(names) == len(set(names)) == 9
+    )
 
 
 def test_costs_count_gptq_builds_and_the_refinement_once(setting, store):
-    refined = worth_rows.specs_of(replace(setting, weights="gptq"), ("DFRot",), ("4-4-16", "4-4-4"), "gptq", (None,))
+    refined = worth_rows.specs_of(
+        replace(setting, weights="gptq"), ("DFRot",), ("4-4-16", "4-4-4"), "gptq", (None,)
+    )
     first, second = worth_rows.costs(refined, store)
-    rounded = worth_rows.costs(worth_rows.specs_of(setting, ("DFRot",), ("4-4-16",), "rtn", (None,)), store)[0]
+    rounded = worth_rows.costs(worth_rows.specs_of(setting, ("DFRot",), ("4-4-16",), "rtn", (None,)), store)[
+        0
+    ]
     assert first > rounded > second > 0
     assert first - second == pytest.approx((8 + 75 + 30 + 15) * worth_rows.pace(refined[0]))
 
@@ -181,8 +218,13 @@ def test_the_tally_reaches_the_end_and_never_goes_back():
 
 def far_table() -> pd.DataFrame:
     nan = float("nan")
-    rows = pd.DataFrame([("NR", 20000.0, 15000.0, 30000.0), ("RH", 40.0, 35.0, 45.0)], columns=["row", "perplexity", "low", "high"])
-    rows = rows.assign(rotation=rows["row"], kept_out=False, bits="4-4-16", weights="rtn", windows=6, stored=True)
+    rows = pd.DataFrame(
+        [("NR", 20000.0, 15000.0, 30000.0), ("RH", 40.0, 35.0, 45.0)],
+        columns=["row", "perplexity", "low", "high"],
+    )
+    rows = rows.assign(
+        rotation=rows["row"], kept_out=False, bits="4-4-16", weights="rtn", windows=6, stored=True
+    )
     return rows.assign(minus_rh=nan, minus_rh_low=nan, minus_rh_high=nan)
 
 
@@ -196,7 +238,9 @@ def test_a_perplexity_off_the_scale_is_cut_and_written_out():
 
 
 def test_the_papers_numbers_stand_beside_the_same_rows(setting):
-    specs = worth_rows.specs_of(replace(setting, weights="gptq"), ("RO", "RH"), ("4-4-16",), "gptq", (None, "nr_error"))
+    specs = worth_rows.specs_of(
+        replace(setting, weights="gptq"), ("RO", "RH"), ("4-4-16",), "gptq", (None, "nr_error")
+    )
     beside = worth_rows.paper_table(specs, lambda _spec: None).set_index("row")
     assert beside.loc["RO", "LLaMA2-7B"] == "7.71" and beside.loc["RO, kept out", "LLaMA2-7B"] == "6.10"
     rtn = worth_rows.specs_of(setting, ("RO",), ("4-4-4",), "rtn", (None,))

@@ -1,4 +1,6 @@
-"""Every experiment has a figure, which draws its table whole; table and figure are kept together, and a stopped write leaves what was there."""
+"""Every experiment has a figure, which draws its table whole; table and figure are kept together, and a
+stopped write leaves what was there.
+"""
 
 import json
 from dataclasses import replace
@@ -9,9 +11,10 @@ import pytest
 from matplotlib.figure import Figure
 from test_experiments import EVALUATING, LOOKING, Lab, lab  # noqa: F401 (a fixture is used by its name)
 
-from dfrot_lab import figures, gallery, results
-from dfrot_lab.experiments import EXPERIMENTS
-from dfrot_lab.figures_tokens import ORDERS
+from dfrot_lab.score import results
+from dfrot_lab.show import figures, gallery
+from dfrot_lab.show.figures_tokens import ORDERS
+from dfrot_lab.study.experiments import EXPERIMENTS
 
 
 def test_every_experiment_has_a_figure_and_every_figure_an_experiment():
@@ -48,21 +51,39 @@ def test_tasks_are_drawn_with_their_errors():
     figure = drawn("zero-shot", pd.DataFrame(rows))
     ax = figure.axes[0]
     assert [label.get_text() for label in ax.get_xticklabels()] == list(tasks)
-    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["plain transformers", "RO 4-4-16", "DFRot 4-4-16"]
-    heights = sorted(round(float(line.get_ydata()[0]), 6) for line in ax.lines if line.get_marker() not in ("_", "None", ""))
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == [
+        "plain transformers",
+        "RO 4-4-16",
+        "DFRot 4-4-16",
+    ]
+    heights = sorted(
+        round(float(line.get_ydata()[0]), 6)
+        for line in ax.lines
+        if line.get_marker() not in ("_", "None", "")
+    )
     assert {40.0, 45.0, 50.0} <= set(heights)
     plt.close(figure)
 
 
 def test_colours_and_markers_tell_the_orders_apart():
-    assert len({colour for colour, _ in ORDERS.values()}) == len({marker for _, marker in ORDERS.values()}) == 6
+    assert (
+        len({colour for colour, _ in ORDERS.values()}) == len({marker for _, marker in ORDERS.values()}) == 6
+    )
 
 
 @pytest.mark.parametrize(("limit", "ending"), [(5000, "jsonl"), (3, "parquet")])
-def test_table_and_figure_are_kept_with_what_they_were_made_from(lab: Lab, tmp_path, monkeypatch, limit, ending):  # noqa: F811
+def test_table_and_figure_are_kept_with_what_they_were_made_from(
+    lab: Lab,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+    limit,
+    ending,
+):
     monkeypatch.setattr(gallery, "SMALL", limit)
     table = lab.table("clip-sweep")
-    written = gallery.save_experiment("clip-sweep", table, lab.setting, tmp_path / "tables", tmp_path / "figures")
+    written = gallery.save_experiment(
+        "clip-sweep", table, lab.setting, tmp_path / "tables", tmp_path / "figures"
+    )
     assert [path.name for path in written] == [f"clip-sweep-text.{ending}", "clip-sweep.png"]
     if ending == "jsonl":
         lines = [json.loads(line) for line in written[0].read_text().splitlines()]
@@ -85,16 +106,29 @@ def test_replacing_a_table_leaves_the_old_one_where_writing_fails(tmp_path):
     assert path.read_text() == '{"value": 3}\n'
 
 
-def test_a_kept_table_is_read_where_its_setting_is_the_same_and_computed_where_not(lab: Lab, tmp_path, monkeypatch):  # noqa: F811
+def test_a_kept_table_is_read_where_its_setting_is_the_same_and_computed_where_not(
+    lab: Lab,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+):
     table = lab.table("gamma-sweep")
-    gallery.save_experiment("gamma-sweep", table, lab.setting, tmp_path / "data" / "results", tmp_path / "figures" / "text")
+    gallery.save_experiment(
+        "gamma-sweep", table, lab.setting, tmp_path / "data" / "results", tmp_path / "figures" / "text"
+    )
     computed = []
-    monkeypatch.setattr(gallery.experiments, "run", lambda name, setting: computed.append((name, setting)) or table)
+    monkeypatch.setattr(
+        gallery.experiments, "run", lambda name, setting: computed.append((name, setting)) or table
+    )
     read = gallery.table("gamma-sweep", lab.setting, tmp_path)
     assert not computed and list(read.columns) == list(table.columns)
     assert read["value"].tolist() == pytest.approx(table["value"].tolist())
-    assert read["gamma"].fillna(-1).tolist() == table["gamma"].fillna(-1).tolist() and float("inf") in read["gamma"].tolist()
-    assert {name: str(read[name].dtype) for name in results.WHOLE} == {name: "Int64" for name in results.WHOLE}
+    assert (
+        read["gamma"].fillna(-1).tolist() == table["gamma"].fillna(-1).tolist()
+        and float("inf") in read["gamma"].tolist()
+    )
+    assert {name: str(read[name].dtype) for name in results.WHOLE} == {
+        name: "Int64" for name in results.WHOLE
+    }
     plt.close(drawn("gamma-sweep", read))
     other = replace(lab.setting, seed=7)
     gallery.table("gamma-sweep", other, tmp_path)

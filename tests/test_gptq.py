@@ -1,4 +1,6 @@
-"""Weight quantization: GPTQ against its definition, better than rounding where inputs correlate, layer by layer, and a run that was stopped."""
+"""Weight quantization: GPTQ against its definition, better than rounding where inputs correlate, layer by
+layer, and a run that was stopped.
+"""
 
 from pathlib import Path
 
@@ -9,13 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dfrot_lab import corpus, models, rotations, surgery
-from dfrot_lab import gptq as module
-from dfrot_lab.gptq import gptq, quantize_weights, rtn
-from dfrot_lab.models import LoadedModel, linear
-from dfrot_lab.quantize import clip_search, dequantize
-from dfrot_lab.specs import CorpusSpec, QuantSpec, RotationSpec, WeightSpec
-from dfrot_lab.store import Artefact, Store
+from dfrot_lab.disk.artefacts import Artefact, Store
+from dfrot_lab.maths import rotations
+from dfrot_lab.maths.quantizers import clip_search, dequantize
+from dfrot_lab.model import corpus, loading, surgery
+from dfrot_lab.model.loading import LoadedModel, linear
+from dfrot_lab.recipe.specs import CorpusSpec, QuantSpec, RotationSpec, WeightSpec
+from dfrot_lab.weights import gptq as module
+from dfrot_lab.weights.gptq import gptq, quantize_weights, rtn
 
 SPEC = WeightSpec()
 UNCLIPPED = WeightSpec(clip_search=False)
@@ -27,7 +30,9 @@ def gaussian(*shape: int, seed: int = 0) -> Tensor:
 
 def hessian_of(channels: int, tokens: int = 600, seed: int = 0, mix: float = 1.0) -> Tensor:
     """sum x x^T of inputs whose channels correlate."""
-    x = gaussian(tokens, channels, seed=seed) @ (torch.eye(channels) + mix * gaussian(channels, channels, seed=seed + 1) / channels**0.5)
+    x = gaussian(tokens, channels, seed=seed) @ (
+        torch.eye(channels) + mix * gaussian(channels, channels, seed=seed + 1) / channels**0.5
+    )
     return x.T @ x
 
 
@@ -38,13 +43,19 @@ def output_error(weight: Tensor, codes: Tensor, scale: Tensor, hessian: Tensor) 
 
 
 def slow_gptq(weight: Tensor, hessian: Tensor, spec: WeightSpec) -> Tensor:
-    """Codes by the definition (Optimal Brain Quantization in a fixed order), in float64, the inverse Hessian shrunk by one input a step."""
+    """Codes by the definition (Optimal Brain Quantization in a fixed order), in float64, the inverse Hessian
+    shrunk by one input a step.
+    """
     high = 2 ** (spec.quantizer.bits - 1) - 1
     weight, hessian = weight.double().clone(), hessian.double().clone()
     dead = hessian.diagonal() == 0
     hessian[dead, dead] = 1
     weight[:, dead] = 0
-    scale = clip_search(weight.float(), spec.quantizer).double() if spec.clip_search else weight.abs().amax(1, keepdim=True) / high
+    scale = (
+        clip_search(weight.float(), spec.quantizer).double()
+        if spec.clip_search
+        else weight.abs().amax(1, keepdim=True) / high
+    )
     inverse = torch.linalg.inv(hessian + spec.damping * hessian.diagonal().mean() * torch.eye(len(hessian)))
     codes = torch.zeros_like(weight)
     for i in range(weight.shape[1]):
@@ -55,16 +66,22 @@ def slow_gptq(weight: Tensor, hessian: Tensor, spec: WeightSpec) -> Tensor:
     return codes
 
 
-# ---- one matrix -------------------------------------------------------------------------------------------------------------------------
+# ---- one matrix
+# -------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("channels", [1, 20, 128, 129, 300])
-@pytest.mark.parametrize("spec", [SPEC, UNCLIPPED, SPEC.with_(quantizer=QuantSpec(bits=3, granularity="per_channel"))], ids=["4", "4 unclipped", "3"])
+@pytest.mark.parametrize(
+    "spec",
+    [SPEC, UNCLIPPED, SPEC.with_(quantizer=QuantSpec(bits=3, granularity="per_channel"))],
+    ids=["4", "4 unclipped", "3"],
+)
 def test_gptq_equals_its_definition(channels, spec):
     """Sizes below, at and above one block of 128 columns, and no multiple of it."""
     weight, hessian = gaussian(12, channels, seed=channels), hessian_of(channels, seed=channels)
     found, expected = gptq(weight, hessian, spec), slow_gptq(weight, hessian, spec)
-    # A weight at the border of two codes may go the other way in float32, and the weights after it a little otherwise.
+    # A weight at the border of two codes may go the other way in float32, and the weights after it a little
+    # otherwise.
     assert (found.codes.double() == expected).double().mean() > 0.98
     error = output_error(weight, found.codes, found.scale, hessian)
     assert error == pytest.approx(output_error(weight, expected, found.scale, hessian), rel=0.03, abs=1e-6)
@@ -105,7 +122,9 @@ def test_rtn_rounds_to_the_nearest_point_of_its_grid():
     assert bool(((weight - dequantize(found, weight.shape)).abs() <= found.scale * 0.50001).all())
     clipped = rtn(weight, SPEC)
     assert torch.equal(clipped.scale, clip_search(weight, SPEC.quantizer))
-    assert (weight - dequantize(clipped, weight.shape)).square().sum() < (weight - dequantize(found, weight.shape)).square().sum()
+    assert (weight - dequantize(clipped, weight.shape)).square().sum() < (
+        weight - dequantize(found, weight.shape)
+    ).square().sum()
 
 
 def test_inputs_that_are_always_zero_have_their_weights_set_to_zero():
@@ -125,7 +144,10 @@ def test_inputs_that_are_always_zero_have_their_weights_set_to_zero():
 def test_a_hessian_that_is_not_finite_is_refused(bad):
     hessian = hessian_of(20)
     hessian[3, 3] = bad
-    with pytest.raises(ValueError, match=r"the calibration Hessian must be positive definite; it is not .* Look for NaN or Inf in the activations"):
+    with pytest.raises(
+        ValueError,
+        match=r"the calibration Hessian must be positive definite; it is not .* Look for NaN or Inf in the activations",
+    ):
         gptq(gaussian(4, 20), hessian, SPEC)
 
 
@@ -137,7 +159,8 @@ def test_the_arguments_are_left_as_they_were():
     assert torch.equal(weight, before[0]) and torch.equal(hessian, before[1])
 
 
-# ---- a model ----------------------------------------------------------------------------------------------------------------------------
+# ---- a model
+# ----------------------------------------------------------------------------------------------------------------------------
 
 
 def weight_spec(text: Path, **fields: object) -> WeightSpec:
@@ -165,7 +188,10 @@ def the_artefact(store: Store) -> Artefact:
 
 
 def same_weights(a: LoadedModel, b: LoadedModel) -> bool:
-    return all(torch.equal(w, other) for w, other in zip(a.model.state_dict().values(), b.model.state_dict().values(), strict=True))
+    return all(
+        torch.equal(w, other)
+        for w, other in zip(a.model.state_dict().values(), b.model.state_dict().values(), strict=True)
+    )
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
@@ -192,7 +218,9 @@ def test_every_linear_is_on_its_grid_and_nothing_else_changes(text_file, store, 
 
 @pytest.mark.parametrize("rotated", [False, True], ids=["NR", "RH with R4"])
 def test_one_pass_equals_a_pass_a_group(text_file, store, rotated):
-    """Each group calibrated on a pass of its own through the model as quantized so far, R4 acting, activations as they are."""
+    """Each group calibrated on a pass of its own through the model as quantized so far, R4 acting,
+    activations as they are.
+    """
     loaded, slow = fresh(rotated=rotated), fresh(rotated=rotated)
     spec = weight_spec(text_file)
     quantize_weights(loaded, spec, {"model": "tiny"}, store, r4=rotated)
@@ -202,12 +230,18 @@ def test_one_pass_equals_a_pass_a_group(text_file, store, rotated):
         for group in ((q, k, v), (o,), (gate, up), (down,)):
             seen: list[Tensor] = []
             with surgery.online(slow, r4=rotated), torch.inference_mode():
-                handle = layer.get_submodule(group[0]).register_forward_pre_hook(lambda _m, args, seen=seen: seen.append(args[0].reshape(120, -1)))
-                models.body(slow)(ids)
+                handle = layer.get_submodule(group[0]).register_forward_pre_hook(
+                    lambda _m, args, seen=seen: seen.append(args[0].reshape(120, -1))
+                )
+                loading.body(slow)(ids)
                 handle.remove()
             for name in group:
                 module_ = linear(layer, name)
-                module_.weight.copy_(dequantize(gptq(module_.weight, (seen[0].T @ seen[0]).clone(), spec), module_.weight.shape))
+                module_.weight.copy_(
+                    dequantize(
+                        gptq(module_.weight, (seen[0].T @ seen[0]).clone(), spec), module_.weight.shape
+                    )
+                )
     for (name, found), expected in zip(linears(loaded).items(), linears(slow).values(), strict=True):
         assert float((found - expected).norm() / expected.norm()) < 1e-4, name
 
@@ -263,19 +297,31 @@ def test_a_stopped_run_goes_on_at_its_layer(text_file, store, tmp_path, monkeypa
     quantize_weights(resumed, spec, {"model": "tiny"}, store, r4=False)
     quantize_weights(whole, spec, {"model": "tiny"}, Store(tmp_path / "one go"), r4=False)
     assert same_weights(resumed, whole)
-    assert (the_artefact(store).path / "layer-000.safetensors").stat().st_mtime_ns == finished, "the finished layer was made again"
+    assert (the_artefact(store).path / "layer-000.safetensors").stat().st_mtime_ns == finished, (
+        "the finished layer was made again"
+    )
 
 
 def test_16_bits_leave_the_model_and_the_store_alone(text_file, store):
     loaded, original = fresh(), fresh()
-    quantize_weights(loaded, weight_spec(text_file, quantizer=QuantSpec(bits=16, granularity="per_channel")), {"model": "tiny"}, store, r4=False)
+    quantize_weights(
+        loaded,
+        weight_spec(text_file, quantizer=QuantSpec(bits=16, granularity="per_channel")),
+        {"model": "tiny"},
+        store,
+        r4=False,
+    )
     assert same_weights(loaded, original)
     assert store.list() == []
 
 
 def test_another_model_spec_or_text_is_another_artefact(text_file, store):
     spec = weight_spec(text_file)
-    for key, chosen in (({"model": "a"}, spec), ({"model": "b"}, spec), ({"model": "a"}, spec.with_(damping=0.02))):
+    for key, chosen in (
+        ({"model": "a"}, spec),
+        ({"model": "b"}, spec),
+        ({"model": "a"}, spec.with_(damping=0.02)),
+    ):
         quantize_weights(fresh(), chosen, key, store, r4=False)
     text_file.write_text("other words\n" + text_file.read_text())
     quantize_weights(fresh(), spec, {"model": "a"}, store, r4=False)
@@ -291,8 +337,14 @@ def test_nan_in_the_calibration_is_refused_and_nothing_is_stored(text_file, stor
 
 
 def test_more_calibration_than_context_or_text(text_file, store):
-    with pytest.raises(ValueError, match=r"window must be at most the model's context of 128 tokens; got 129"):
-        quantize_weights(fresh(), weight_spec(text_file).with_(window=129), {"model": "tiny"}, store, r4=False)
+    with pytest.raises(
+        ValueError, match=r"window must be at most the model's context of 128 tokens; got 129"
+    ):
+        quantize_weights(
+            fresh(), weight_spec(text_file).with_(window=129), {"model": "tiny"}, store, r4=False
+        )
     with pytest.raises(ValueError, match=r"token_blocks\.blocks must be <= \d+: .* got 9999"):
-        quantize_weights(fresh(), weight_spec(text_file).with_(windows=9999), {"model": "tiny"}, store, r4=False)
+        quantize_weights(
+            fresh(), weight_spec(text_file).with_(windows=9999), {"model": "tiny"}, store, r4=False
+        )
     assert store.list() == []

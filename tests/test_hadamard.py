@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.linalg import hadamard as scipy_hadamard
 
-from dfrot_lab import hadamard
-from dfrot_lab.hadamard import factors, hadamard_matrix, hadamard_transform, has_hadamard, largest_block
+from dfrot_lab.maths import hadamard
+from dfrot_lab.maths.hadamard import factors, hadamard_matrix, hadamard_transform, has_hadamard, largest_block
 
 MODEL_SIZES = {
     64: (64,),  # head size of SmolLM2-135M and Qwen2.5-0.5B (R3)
@@ -60,7 +60,9 @@ def test_model_sizes_are_exactly_hadamard(n):
 
 @pytest.mark.parametrize("n", MODEL_SIZES)
 def test_transform_keeps_inner_products_exactly_at_model_sizes(n):
-    """Small integers make float64 exact, so (x H.T)(y H.T).T = n x y.T must hold to the last bit, without an n x n product."""
+    """Small integers make float64 exact, so (x H.T)(y H.T).T = n x y.T must hold to the last bit, without an
+    n x n product.
+    """
     x = torch.randint(-8, 9, (4, n), generator=torch.Generator().manual_seed(n)).double()
     y = hadamard_transform(x)
     assert torch.equal(y @ y.T, n * (x @ x.T))
@@ -82,7 +84,9 @@ def test_powers_of_two_are_scipys(n):
     assert torch.equal(hadamard_matrix(n, dtype=torch.int64), torch.from_numpy(scipy_hadamard(n)))
 
 
-@pytest.mark.parametrize(("n", "expected"), [*MODEL_SIZES.items(), (1, (1,)), (12, (12, 1)), (1680, (28, 60, 1))])
+@pytest.mark.parametrize(
+    ("n", "expected"), [*MODEL_SIZES.items(), (1, (1,)), (12, (12, 1)), (1680, (28, 60, 1))]
+)
 def test_factors_are_as_documented(n, expected):
     assert factors(n) == expected
     assert has_hadamard(n) and largest_block(n) == n
@@ -105,11 +109,15 @@ def test_sizes_without_a_matrix_have_no_factors(n):
     assert factors(n) is None and not has_hadamard(n)
 
 
-@pytest.mark.parametrize(("n", "block"), [(10920, 312), (13696, 128), (6, 2)])  # 13696: MLP of Qwen1.5-14B and ChatGLM3-6B
+@pytest.mark.parametrize(
+    ("n", "block"), [(10920, 312), (13696, 128), (6, 2)]
+)  # 13696: MLP of Qwen1.5-14B and ChatGLM3-6B
 @pytest.mark.parametrize("function", [hadamard_matrix, lambda n: hadamard_transform(torch.zeros(1, n))])
 def test_a_missing_order_is_refused_and_the_block_form_offered(n, block, function):
     text = rf"hadamard\.n must be .*; got {n}: no Hadamard matrix of that order is known here\. "
-    with pytest.raises(ValueError, match=text + rf"Use RH-b{block} \(RotationSpec\(kind='RH', block={block}\)\)"):
+    with pytest.raises(
+        ValueError, match=text + rf"Use RH-b{block} \(RotationSpec\(kind='RH', block={block}\)\)"
+    ):
         function(n)
     assert largest_block(n) == block
 
@@ -129,7 +137,9 @@ def test_sizes_below_one_are_refused():
 
 @pytest.mark.parametrize("n", [1, 2, 12, 172, 256, 576, 896, 1024, 1536, 1680, 2048])
 def test_transform_is_the_dense_product_within_its_own_error(n):
-    """Both sum n float32 terms; the fast one in fewer steps, so twice the dense product's own error is a fair limit (and one ulp where that is 0)."""
+    """Both sum n float32 terms; the fast one in fewer steps, so twice the dense product's own error is a fair
+    limit (and one ulp where that is 0).
+    """
     x = random_rows(33, n)
     exact = dense(x.double(), 0.37)
     own_error = (dense(x, 0.37) - exact).abs().max()
@@ -171,7 +181,9 @@ def test_an_empty_batch_stays_empty(shape):
 
 @pytest.mark.parametrize("x", [torch.zeros(2, 4, dtype=torch.int64), torch.tensor(1.0)])
 def test_inputs_that_are_not_float_rows_are_refused(x):
-    with pytest.raises(ValueError, match=r"hadamard_transform\.x must be \(\.\.\., n\) of a float dtype; got shape"):
+    with pytest.raises(
+        ValueError, match=r"hadamard_transform\.x must be \(\.\.\., n\) of a float dtype; got shape"
+    ):
         hadamard_transform(x)
 
 
@@ -200,7 +212,9 @@ def fresh_kernel_search():
 
 @pytest.mark.usefixtures("fresh_kernel_search")
 def test_a_broken_kernel_package_is_said_once_and_not_used(tmp_path, monkeypatch, caplog):
-    (tmp_path / "fast_hadamard_transform.py").write_text("import fast_hadamard_transform_cuda_that_was_not_built\n")
+    (tmp_path / "fast_hadamard_transform.py").write_text(
+        "import fast_hadamard_transform_cuda_that_was_not_built\n"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     with caplog.at_level(logging.WARNING, "dfrot_lab"):
         assert hadamard._cuda_kernel() is None and hadamard._cuda_kernel() is None
@@ -214,4 +228,6 @@ def test_cuda_agrees_with_the_cpu(n, dtype):
     x = random_rows(7, n).to(dtype)
     y = hadamard_transform(x.cuda(), n**-0.5)
     assert y.is_cuda and y.dtype == dtype
-    assert torch.allclose(y.cpu().double(), hadamard_transform(x.double(), n**-0.5), rtol=torch.finfo(dtype).eps, atol=1e-5)
+    assert torch.allclose(
+        y.cpu().double(), hadamard_transform(x.double(), n**-0.5), rtol=torch.finfo(dtype).eps, atol=1e-5
+    )

@@ -1,4 +1,6 @@
-"""Integer linears: the product exact, the result that of fake quantization, for every family, and the model as it was afterwards."""
+"""Integer linears: the product exact, the result that of fake quantization, for every family, and the model
+as it was afterwards.
+"""
 
 from collections.abc import Callable
 
@@ -7,12 +9,14 @@ import torch
 from conftest import save_tiny
 from torch import Tensor, nn
 
-from dfrot_lab import gptq, integer, models, rotations, surgery
-from dfrot_lab.evaluate import Built, is_integer, quantized
-from dfrot_lab.integer import IntegerLinear, _Input, fits, product
-from dfrot_lab.quantize import fake_quantize
-from dfrot_lab.specs import QuantSpec, RotationSpec, WeightSpec, eval_spec
-from dfrot_lab.store import Store
+from dfrot_lab.disk.artefacts import Store
+from dfrot_lab.maths import rotations
+from dfrot_lab.maths.quantizers import fake_quantize
+from dfrot_lab.model import integer, loading, surgery
+from dfrot_lab.model.integer import IntegerLinear, _Input, fits, product
+from dfrot_lab.recipe.specs import QuantSpec, RotationSpec, WeightSpec, eval_spec
+from dfrot_lab.score.perplexity import Built, is_integer, quantized
+from dfrot_lab.weights import gptq
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -28,13 +32,24 @@ def activations(tokens: int = 700, channels: int = 64) -> Tensor:
     return x
 
 
-def pair(bits: int = 4, bias: bool = True, spec: QuantSpec | None = None, **options: object) -> tuple[IntegerLinear, nn.Linear, QuantSpec]:
+def pair(
+    bits: int = 4, bias: bool = True, spec: QuantSpec | None = None, **options: object
+) -> tuple[IntegerLinear, nn.Linear, QuantSpec]:
     """An integer linear and the float one it stands for, whose weight is on the grid."""
     torch.manual_seed(0)
     spec, original = spec or QuantSpec(symmetric=False), nn.Linear(64, 24, bias=bias).requires_grad_(False)
-    weight = gptq.rtn(original.weight, WeightSpec(method="rtn", quantizer=QuantSpec(bits=bits, granularity="per_channel"), clip_search=False))
+    weight = gptq.rtn(
+        original.weight,
+        WeightSpec(
+            method="rtn", quantizer=QuantSpec(bits=bits, granularity="per_channel"), clip_search=False
+        ),
+    )
     original.weight.copy_(weight.codes * weight.scale)
-    return IntegerLinear(original, weight, _Input(spec), options.get("before"), options.get("spare")), original, spec  # type: ignore[arg-type]
+    return (
+        IntegerLinear(original, weight, _Input(spec), options.get("before"), options.get("spare")),
+        original,
+        spec,
+    )  # type: ignore[arg-type]
 
 
 def relative(a: Tensor, b: Tensor) -> float:
@@ -61,7 +76,13 @@ def test_without_an_int8_product_the_result_is_the_same(monkeypatch, low):
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
-@pytest.mark.parametrize("spec", [QuantSpec(bits=b, symmetric=s) for b, s in [(2, True), (4, True), (8, True), (2, False), (4, False), (7, False)]])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        QuantSpec(bits=b, symmetric=s)
+        for b, s in [(2, True), (4, True), (8, True), (2, False), (4, False), (7, False)]
+    ],
+)
 def test_equals_fake_quantization_to_1e_5(spec, bits):
     found, original, _ = pair(bits, spec=spec)
     x = activations()
@@ -89,7 +110,9 @@ def test_shapes_bias_and_dtype():
         x = activations()[:6].to(dtype)
         y = found(x.reshape(2, 3, 64))
         assert y.shape == (2, 3, 24) and y.dtype == dtype
-        assert relative(y.reshape(6, 24).float(), original(fake_quantize(x, spec).float())) < (1e-2 if dtype == torch.bfloat16 else 1e-6)
+        assert relative(y.reshape(6, 24).float(), original(fake_quantize(x, spec).float())) < (
+            1e-2 if dtype == torch.bfloat16 else 1e-6
+        )
 
 
 def test_a_row_of_zeros_gives_the_bias():
@@ -120,10 +143,14 @@ def test_spared_rows_are_the_float_linears():
 
 def test_linears_that_read_one_tensor_quantize_it_once(monkeypatch):
     first, _, _ = pair()
-    second = IntegerLinear(first.original, gptq.rtn(first.original.weight, WeightSpec(method="rtn")), first.source, None, None)
+    second = IntegerLinear(
+        first.original, gptq.rtn(first.original.weight, WeightSpec(method="rtn")), first.source, None, None
+    )
     calls: list[int] = []
     whole: Callable[..., Tensor] = integer.centred
-    monkeypatch.setattr(integer, "centred", lambda part, spec, out: calls.append(len(part)) or whole(part, spec, out))
+    monkeypatch.setattr(
+        integer, "centred", lambda part, spec, out: calls.append(len(part)) or whole(part, spec, out)
+    )
     x = activations(tokens=100)
     assert relative(first(x), second(x)) < 1e-6 and calls == [100]
     first(x.clone())
@@ -131,18 +158,22 @@ def test_linears_that_read_one_tensor_quantize_it_once(monkeypatch):
 
 
 def built(tmp_path, family: str) -> Built:
-    """A tiny model, RTN at 4 bits, R1 to R4, in float64, where a value that falls on another code by float rounding is rare."""
-    loaded = models.load_model(save_tiny(tmp_path / "model", family))
+    """A tiny model, RTN at 4 bits, R1 to R4, in float64, where a value that falls on another code by float
+    rounding is rare.
+    """
+    loaded = loading.load_model(save_tiny(tmp_path / "model", family))
     surgery.prepare(loaded)
     R = rotations.make(RotationSpec(), loaded.channels)
     surgery.rotate_residual(loaded, R)
     surgery.rotate_heads(loaded)
     surgery.rotate_down(loaded)
-    weights = gptq.quantize_weights(loaded, WeightSpec(method="rtn", clip_search=False), "tiny", Store(tmp_path / "store"))
+    weights = gptq.quantize_weights(
+        loaded, WeightSpec(method="rtn", clip_search=False), "tiny", Store(tmp_path / "store")
+    )
     loaded.model.double()
     for layer, found in zip(loaded.layers, weights, strict=True):
         for name, weight in found.items():
-            models.linear(layer, name).weight.data.copy_(weight.codes * weight.scale.double())
+            loading.linear(layer, name).weight.data.copy_(weight.codes * weight.scale.double())
     return Built(loaded, R, weights)
 
 
@@ -157,7 +188,9 @@ def test_a_whole_model_computes_what_fake_quantization_does(tmp_path, family, ke
         with quantized(ready, spec, fake=True):
             fake = ready.loaded.model(ids).logits
         with quantized(ready, spec):
-            assert sum(isinstance(m, IntegerLinear) for m in ready.loaded.model.modules()) == 7 * len(ready.loaded.layers)
+            assert sum(isinstance(m, IntegerLinear) for m in ready.loaded.model.modules()) == 7 * len(
+                ready.loaded.layers
+            )
             found = ready.loaded.model(ids).logits
     assert relative(found, fake) < 1e-9
     assert relative(plain, fake) > 1e-3

@@ -1,4 +1,6 @@
-"""The residual stream, seen and overwritten: what enters a layer is what transformers reports, only massive values change, and hooks go."""
+"""The residual stream, seen and overwritten: what enters a layer is what transformers reports, only massive
+values change, and hooks go.
+"""
 
 from pathlib import Path
 
@@ -8,10 +10,12 @@ import torch
 from conftest import CHANNELS, FAMILIES, LAYERS, MASSIVE, tiny_model
 from torch import Tensor
 
-from dfrot_lab import corpus, evaluate, models, profiles
-from dfrot_lab.intervene import before_layers, massive_mask, massive_set, mean_massive
-from dfrot_lab.models import LoadedModel
-from dfrot_lab.specs import CaptureSpec, CorpusSpec, ModelSpec, RotationSpec, eval_spec
+from dfrot_lab.model import corpus, loading
+from dfrot_lab.model.loading import LoadedModel
+from dfrot_lab.observe import residual
+from dfrot_lab.observe.intervene import before_layers, massive_mask, massive_set, mean_massive
+from dfrot_lab.recipe.specs import CaptureSpec, CorpusSpec, ModelSpec, RotationSpec, eval_spec
+from dfrot_lab.score import perplexity
 
 TEXT = "a sheep went over the hill;\nand a goat came back\n" * 20
 
@@ -36,7 +40,8 @@ def slow_mask(x: Tensor) -> Tensor:
     return torch.tensor([abs(v) > 100 and abs(v) >= 1000 * middle for v in values]).view(x.shape)
 
 
-# ---- which values are massive -----------------------------------------------------------------------------------------------------------
+# ---- which values are massive
+# -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(7, 8), (3, 7, 8), (1, 1, 40)], ids=str)
@@ -53,7 +58,9 @@ def test_both_thresholds_are_where_they_are_said_to_be():
     assert massive_mask(x)[0, 0, :4].tolist() == [False, True, True, True] and int(massive_mask(x).sum()) == 3
     x = torch.full((1, 5, 64), 0.01)
     x[0, 0, :4] = torch.tensor([99.0, 100.0, 100.1, -100.1])
-    assert massive_mask(x)[0, 0, :4].tolist() == [False, False, True, True] and int(massive_mask(x).sum()) == 2
+    assert (
+        massive_mask(x)[0, 0, :4].tolist() == [False, False, True, True] and int(massive_mask(x).sum()) == 2
+    )
 
 
 def test_newlines_are_massive_in_the_largest_planted_channel_alone():
@@ -67,7 +74,8 @@ def test_newlines_are_massive_in_the_largest_planted_channel_alone():
     assert newline.any() and torch.equal(massive_mask(row), expected)
 
 
-# ---- overwriting ------------------------------------------------------------------------------------------------------------------------
+# ---- overwriting
+# ------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("to", ["zero", "mean"])
@@ -83,16 +91,26 @@ def test_where_nothing_is_massive_the_logits_are_the_same_to_the_bit(family, to)
 @pytest.mark.parametrize("to", ["zero", "mean"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_exactly_the_massive_values_that_enter_a_layer_are_set(family, to):
-    """Seen by plain hooks: one registered before the block, which runs first, and one inside it, which sees what the layer gets."""
+    """Seen by plain hooks: one registered before the block, which runs first, and one inside it, which sees
+    what the layer gets.
+    """
     loaded = tiny_model(family)
     ids = windows_of(loaded)
-    value = torch.zeros(LAYERS, CHANNELS) if to == "zero" else mean_massive(loaded, windows_of(loaded, 3)).float()
+    value = (
+        torch.zeros(LAYERS, CHANNELS) if to == "zero" else mean_massive(loaded, windows_of(loaded, 3)).float()
+    )
     before: list[Tensor] = []
     after: list[Tensor] = []
-    handles = [layer.register_forward_pre_hook(lambda _m, args: before.append(args[0].clone())) for layer in loaded.layers]
+    handles = [
+        layer.register_forward_pre_hook(lambda _m, args: before.append(args[0].clone()))
+        for layer in loaded.layers
+    ]
     with massive_set(loaded, to, windows_of(loaded, 3)), torch.inference_mode():
         before.clear()  # of mean_massive's own forward passes
-        handles += [layer.register_forward_pre_hook(lambda _m, args: after.append(args[0].clone())) for layer in loaded.layers]
+        handles += [
+            layer.register_forward_pre_hook(lambda _m, args: after.append(args[0].clone()))
+            for layer in loaded.layers
+        ]
         loaded.model(ids)
     for handle in handles:
         handle.remove()
@@ -117,7 +135,9 @@ def test_zero_is_the_model_on_embeddings_without_the_massive_value():
 
 
 def test_the_mean_is_that_of_a_loop_over_windows():
-    """Windows with different numbers of massive values: a mean of the windows' means would differ. Each window has its own median."""
+    """Windows with different numbers of massive values: a mean of the windows' means would differ. Each
+    window has its own median.
+    """
     loaded = tiny_model()
     ids = windows_of(loaded, 3)
     ids[1, :20] = loaded.tokenizer("\n").input_ids[0]
@@ -146,7 +166,8 @@ def test_the_mean_is_of_the_model_as_it_is_and_leaves_it_so():
     assert hooks(loaded) == 0 and torch.equal(loaded.model(ids).logits, plain)
 
 
-# ---- hooks ------------------------------------------------------------------------------------------------------------------------------
+# ---- hooks
+# ------------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -199,78 +220,97 @@ def test_hooks_are_gone_when_what_they_call_fails():
     assert hooks(loaded) == 0
 
 
-# ---- as a row of an evaluation ----------------------------------------------------------------------------------------------------------
+# ---- as a row of an evaluation
+# ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bits", ["16-16-16", "16-4-16"])
 @pytest.mark.parametrize("to", ["zero", "mean"])
 def test_an_evaluation_overwrites_in_every_window(tiny_spec, text_file, store, to, bits):
-    """Means are over as many windows of the calibration half of the same text as are scored, of the model before it is quantized."""
+    """Means are over as many windows of the calibration half of the same text as are scored, of the model
+    before it is quantized.
+    """
     text = CorpusSpec(name=str(text_file))
-    plain = eval_spec(bits, model=tiny_spec, corpus=text, rotation=RotationSpec(kind="NR"), windows=3, window=64)
-    spec = plain.with_(set_massive=to)
-    built = evaluate.build(evaluate.canonical(plain), store)
-    calibration, scored = (
-        corpus.token_blocks(text.with_(split=split), built.loaded.tokenizer, blocks=3, window=64) for split in ("calibration", "evaluation")
+    plain = eval_spec(
+        bits, model=tiny_spec, corpus=text, rotation=RotationSpec(kind="NR"), windows=3, window=64
     )
-    with massive_set(built.loaded, to, calibration), evaluate.quantized(built, plain):
-        expected = [evaluate.window_loss(built.loaded, window) for window in scored]
-    found = evaluate.evaluate(spec, store).losses
+    spec = plain.with_(set_massive=to)
+    built = perplexity.build(perplexity.canonical(plain), store)
+    calibration, scored = (
+        corpus.token_blocks(text.with_(split=split), built.loaded.tokenizer, blocks=3, window=64)
+        for split in ("calibration", "evaluation")
+    )
+    with massive_set(built.loaded, to, calibration), perplexity.quantized(built, plain):
+        expected = [perplexity.window_loss(built.loaded, window) for window in scored]
+    found = perplexity.evaluate(spec, store).losses
     assert found.tolist() == expected
     if to == "zero":  # a mean of equal values is the value, up to rounding
-        assert not np.array_equal(found, evaluate.evaluate(plain, store).losses)
+        assert not np.array_equal(found, perplexity.evaluate(plain, store).losses)
 
 
 def test_means_from_another_calibration_text_are_another_evaluation(tiny_spec, text_file):
     def spec(to: str | None) -> dict[str, object]:
-        row = eval_spec("16-16-16", model=tiny_spec, corpus=CorpusSpec(name=str(text_file)), rotation=RotationSpec(kind="NR"), set_massive=to)
-        return evaluate.inputs(evaluate.canonical(row))
+        row = eval_spec(
+            "16-16-16",
+            model=tiny_spec,
+            corpus=CorpusSpec(name=str(text_file)),
+            rotation=RotationSpec(kind="NR"),
+            set_massive=to,
+        )
+        return perplexity.inputs(perplexity.canonical(row))
 
     before = {to: spec(to) for to in (None, "mean")}
     text = text_file.read_text()
-    text_file.write_text(text[:3000].replace("sheep", "geese") + text[3000:])  # the first half alone, of the same length
+    text_file.write_text(
+        text[:3000].replace("sheep", "geese") + text[3000:]
+    )  # the first half alone, of the same length
     assert spec("mean") != before["mean"]
     assert spec(None) == before[None]
 
 
-# ---- profiles ---------------------------------------------------------------------------------------------------------------------------
+# ---- profiles
+# ---------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_streams_are_transformers_hidden_states(family):
     loaded = tiny_model(family)
     [ids] = windows_of(loaded)
-    found = profiles.streams(loaded, ids)
+    found = residual.streams(loaded, ids)
     assert len(found) == LAYERS and hooks(loaded) == 0
     assert all(torch.equal(x, other[0]) for x, other in zip(found, entering(loaded, ids[None]), strict=True))
 
 
 def spec_of(model: ModelSpec, text: Path, **fields: int) -> CaptureSpec:
-    return CaptureSpec(model=model, corpus=CorpusSpec(name=str(text), split="calibration"), **{"tokens": 100, **fields})
+    return CaptureSpec(
+        model=model, corpus=CorpusSpec(name=str(text), split="calibration"), **{"tokens": 100, **fields}
+    )
 
 
 def magnitudes_of(spec: CaptureSpec, text: Path, start: int = 0) -> list[np.ndarray]:
     """By transformers and numpy alone; one token a byte."""
-    loaded = models.load_model(spec.model)
+    loaded = loading.load_model(spec.model)
     ids = torch.tensor([loaded.tokenizer(text.read_text()).input_ids[start : start + 100]])
     return [np.abs(x[0].detach().numpy()) for x in entering(loaded, ids)]
 
 
 def test_the_profile_is_the_three_largest_and_the_median_of_each_layer(tiny_spec, text_file, store):
-    table = profiles.residual_profile(spec_of(tiny_spec, text_file), store)
+    table = residual.residual_profile(spec_of(tiny_spec, text_file), store)
     assert list(table.columns) == ["model", "corpus", "layer", "metric", "value"]
     assert set(table["model"]) == {tiny_spec.source} and set(table["corpus"]) == {str(text_file)}
     lines = []
     for layer, x in enumerate(magnitudes_of(spec_of(tiny_spec, text_file), text_file)):
         ordered = np.sort(x, axis=None)
-        lines += [(layer, f"top {n}", float(ordered[-n])) for n in (1, 2, 3)] + [(layer, "median", float(ordered[(x.size - 1) // 2]))]
+        lines += [(layer, f"top {n}", float(ordered[-n])) for n in (1, 2, 3)] + [
+            (layer, "median", float(ordered[(x.size - 1) // 2]))
+        ]
     assert list(table[["layer", "metric", "value"]].itertuples(index=False, name=None)) == lines
     assert table["value"].max() > 300 > 1 > table.loc[table["metric"] == "median", "value"].max()
 
 
 def test_the_profile_of_a_later_window_is_of_that_window(tiny_spec, text_file, store):
     spec = spec_of(tiny_spec, text_file, skip=2)
-    table = profiles.residual_profile(spec, store)
+    table = residual.residual_profile(spec, store)
     expected = [np.sort(x, axis=None)[-1] for x in magnitudes_of(spec, text_file, 200)]
     assert table.loc[table["metric"] == "top 1", "value"].tolist() == pytest.approx(expected)
 
@@ -278,7 +318,7 @@ def test_the_profile_of_a_later_window_is_of_that_window(tiny_spec, text_file, s
 @pytest.mark.parametrize(("layer", "tokens"), [(0, 32), (1, 5), (1, 100), (0, 999)])
 def test_magnitudes_have_a_line_for_each_token_and_channel(tiny_spec, text_file, store, layer, tokens):
     spec = spec_of(tiny_spec, text_file)
-    table = profiles.magnitudes(spec, layer, tokens, store)
+    table = residual.magnitudes(spec, layer, tokens, store)
     count = min(tokens, 100)
     assert sorted(table.columns) == ["channel", "magnitude", "text", "token"]
     assert len(table) == count * CHANNELS
@@ -289,13 +329,15 @@ def test_magnitudes_have_a_line_for_each_token_and_channel(tiny_spec, text_file,
 
 
 def test_magnitudes_show_where_the_massive_token_is(tiny_spec, text_file, store):
-    table = profiles.magnitudes(spec_of(tiny_spec, text_file), 0, 100, store)
+    table = residual.magnitudes(spec_of(tiny_spec, text_file), 0, 100, store)
     largest = table.loc[table["magnitude"].idxmax()]
     assert largest["text"] == "\n" and largest["channel"] == 3
 
 
-def test_profiles_refuse_a_layer_that_is_not_there_and_a_window_beyond_the_context(tiny_spec, text_file, store):
+def test_profiles_refuse_a_layer_that_is_not_there_and_a_window_beyond_the_context(
+    tiny_spec, text_file, store
+):
     with pytest.raises(IndexError):
-        profiles.magnitudes(spec_of(tiny_spec, text_file), LAYERS, store=store)
+        residual.magnitudes(spec_of(tiny_spec, text_file), LAYERS, store=store)
     with pytest.raises(ValueError, match="context of 128 tokens; got 500"):
-        profiles.residual_profile(spec_of(tiny_spec, text_file, tokens=500), store)
+        residual.residual_profile(spec_of(tiny_spec, text_file, tokens=500), store)

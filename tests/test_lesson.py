@@ -1,4 +1,6 @@
-"""The lesson's graders: right functions pass in every spelling, wrong and unfinished ones are refused with the mistake named."""
+"""The lesson's graders: right functions pass in every spelling, wrong and unfinished ones are refused with
+the mistake named.
+"""
 
 import re
 from collections.abc import Callable
@@ -7,9 +9,9 @@ import pytest
 import torch
 from conftest import tiny_model
 
-from dfrot_lab import surgery
 from dfrot_lab.explore import lesson
-from dfrot_lab.models import linear
+from dfrot_lab.model import surgery
+from dfrot_lab.model.loading import linear
 
 
 def by_rows(x, R):
@@ -92,10 +94,18 @@ def test_wrong_functions_are_refused_with_the_reason(grader, function, reason):
 WEIGHTS: list[tuple[Callable, Callable, str]] = [
     (lambda weight, R: weight @ R.T, lambda weight, R: R.T @ weight, "reader turns backwards"),
     (lambda weight, R: weight, lambda weight, R: R.T @ weight, "reader was not changed"),
-    (lambda weight, R: R.T @ weight if len(weight) == 8 else weight @ R, lambda weight, R: R.T @ weight, "reader was turned on its output side"),
+    (
+        lambda weight, R: R.T @ weight if len(weight) == 8 else weight @ R,
+        lambda weight, R: R.T @ weight,
+        "reader was turned on its output side",
+    ),
     (lambda weight, R: weight @ R, lambda weight, R: R @ weight, "writer turns backwards"),
     (lambda weight, R: weight @ R, lambda weight, R: weight, "writer was not changed"),
-    (lambda weight, R: weight @ R, lambda weight, R: weight @ R if weight.shape[1] == 8 else R.T @ weight, "writer was turned on its input side"),
+    (
+        lambda weight, R: weight @ R,
+        lambda weight, R: weight @ R if weight.shape[1] == 8 else R.T @ weight,
+        "writer was turned on its input side",
+    ),
 ]
 
 

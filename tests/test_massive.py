@@ -1,4 +1,6 @@
-"""Massive tokens: every rule marks the planted ones and no other, each rule's threshold is where it says, and the table shows the verdicts."""
+"""Massive tokens: every rule marks the planted ones and no other, each rule's threshold is where it says, and
+the table shows the verdicts.
+"""
 
 from pathlib import Path
 
@@ -7,22 +9,27 @@ import torch
 from conftest import FAMILIES, LAYERS, MASSIVE, save_tiny
 from torch import Tensor
 
-from dfrot_lab import massive
-from dfrot_lab.capture import Capture, capture
-from dfrot_lab.quantize import squared_error
-from dfrot_lab.rotations import make
-from dfrot_lab.specs import MASSIVE_RULES, CaptureSpec, CorpusSpec, QuantSpec, RotationSpec
-from dfrot_lab.store import Store, Writer
+from dfrot_lab.disk.artefacts import Store, Writer
+from dfrot_lab.maths.quantizers import squared_error
+from dfrot_lab.maths.rotations import make
+from dfrot_lab.observe import massive
+from dfrot_lab.observe.capture import Capture, capture
+from dfrot_lab.recipe.specs import MASSIVE_RULES, CaptureSpec, CorpusSpec, QuantSpec, RotationSpec
 
 SYM4 = QuantSpec(bits=4, symmetric=True)
 
 
 def planted(tmp_path: Path, text_file: Path, store: Store, family: str = "llama", **options: bool) -> Capture:
     model = save_tiny(tmp_path / family, family, **options)
-    return capture(CaptureSpec(model=model, corpus=CorpusSpec(name=str(text_file), split="calibration"), tokens=128), store)
+    return capture(
+        CaptureSpec(model=model, corpus=CorpusSpec(name=str(text_file), split="calibration"), tokens=128),
+        store,
+    )
 
 
-def handmade(store: Store, abs_max: list[list[float]], median: list[float], rows: Tensor | None = None) -> Capture:
+def handmade(
+    store: Store, abs_max: list[list[float]], median: list[float], rows: Tensor | None = None
+) -> Capture:
     """A capture whose residual maxima (sites, tokens) and medians (sites,) are given."""
     largest = torch.tensor(abs_max)
     sites = [f"layers.{i}.input_norm" for i in range(len(largest))]
@@ -30,16 +37,27 @@ def handmade(store: Store, abs_max: list[list[float]], median: list[float], rows
 
     def put(writer: Writer) -> None:
         channel = torch.zeros(largest.shape, dtype=torch.int64)
-        writer.save_tensors("residual", {"abs_max": largest, "channel": channel, "median": torch.tensor(median)})
+        writer.save_tensors(
+            "residual", {"abs_max": largest, "channel": channel, "median": torch.tensor(median)}
+        )
         for site in sites:
             writer.save_tensors(site, {"x": rows})
         tokens = range(largest.shape[1])
-        writer.save_json("about", {"sites": sites, "channels": rows.shape[1], "ids": list(tokens), "texts": [f"t{i}" for i in tokens]})
+        writer.save_json(
+            "about",
+            {
+                "sites": sites,
+                "channels": rows.shape[1],
+                "ids": list(tokens),
+                "texts": [f"t{i}" for i in tokens],
+            },
+        )
 
     return Capture(store.get_or_make("capture", {"abs_max": abs_max, "median": median}, put))
 
 
-# ---- the planted models -----------------------------------------------------------------------------------------------------------------
+# ---- the planted models
+# -----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -50,7 +68,9 @@ def test_every_rule_marks_exactly_the_newlines(tmp_path, text_file, store, famil
     assert 2 <= int(newline.sum()) <= 16
     mask = massive.find(found, rule)
     assert mask.shape == (2 * LAYERS, 128) and mask.dtype == torch.bool
-    assert torch.equal(mask, newline.expand(2 * LAYERS, 128)), [found.texts[i] for i in (mask != newline).any(0).nonzero()]
+    assert torch.equal(mask, newline.expand(2 * LAYERS, 128)), [
+        found.texts[i] for i in (mask != newline).any(0).nonzero()
+    ]
 
 
 @pytest.mark.parametrize("rule", ["sun", "ratio", "nr_error"])
@@ -58,7 +78,8 @@ def test_a_model_without_massive_tokens_has_none(tmp_path, text_file, store, rul
     assert not massive.find(planted(tmp_path, text_file, store, plant=False), rule).any()
 
 
-# ---- thresholds -------------------------------------------------------------------------------------------------------------------------
+# ---- thresholds
+# -------------------------------------------------------------------------------------------------------------------------
 
 
 def test_sun_needs_more_than_100_and_at_least_1000_medians(store):
@@ -77,7 +98,9 @@ def test_ratio_needs_more_than_64_medians_of_the_tokens_maxima(store):
 @pytest.mark.parametrize("root", [massive.NR_ERROR_ROOT, massive.KEEP_OUT_ROOT])
 def test_nr_error_threshold_scales_with_the_root_of_the_channels(channels, root):
     row = torch.randn(1, channels, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    row *= root * (channels / 4096) ** 0.5 / squared_error(row, SYM4).sqrt()  # its root error is now the threshold
+    row *= (
+        root * (channels / 4096) ** 0.5 / squared_error(row, SYM4).sqrt()
+    )  # its root error is now the threshold
     rows = torch.cat([row * (1 - 1e-6), row * (1 + 1e-6)])
     assert massive.rows_rule(rows, "nr_error", root=root).tolist() == [True, False]
 
@@ -110,7 +133,8 @@ def test_rows_may_have_more_dimensions_and_another_dtype(rule):
     assert torch.equal(massive.rows_rule(x.double(), rule).flatten(), flat)
 
 
-# ---- bad input, table -------------------------------------------------------------------------------------------------------------------
+# ---- bad input, table
+# -------------------------------------------------------------------------------------------------------------------
 
 
 def test_an_unknown_rule_is_refused_with_the_choices(store):
@@ -118,16 +142,29 @@ def test_an_unknown_rule_is_refused_with_the_choices(store):
     with pytest.raises(ValueError, match=r"rule must be one of sun, nr_error, ro_vs_nr, ratio; got 'mass'"):
         massive.find(found, "mass")
     for rule in ("sun", "ratio", "mass"):
-        with pytest.raises(ValueError, match=rf"rule must be nr_error or ro_vs_nr for rows alone .*; got '{rule}'"):
+        with pytest.raises(
+            ValueError, match=rf"rule must be nr_error or ro_vs_nr for rows alone .*; got '{rule}'"
+        ):
             massive.rows_rule(torch.ones(2, 16), rule)
 
 
 def test_table_has_one_row_a_marked_token(tmp_path, text_file, store):
     found = planted(tmp_path, text_file, store)
     table = massive.table(found)
-    assert list(table.columns) == ["site", "token", "text", "residual_max", "channel", "median", "ratio_to_median", *MASSIVE_RULES]
+    assert list(table.columns) == [
+        "site",
+        "token",
+        "text",
+        "residual_max",
+        "channel",
+        "median",
+        "ratio_to_median",
+        *MASSIVE_RULES,
+    ]
     newlines = [i for i, text in enumerate(found.texts) if text == "\n"]
-    assert list(zip(table["site"], table["token"], strict=True)) == [(site, token) for site in found.sites for token in newlines]
+    assert list(zip(table["site"], table["token"], strict=True)) == [
+        (site, token) for site in found.sites for token in newlines
+    ]
     assert set(table["text"]) == {"\n"}
     assert set(table["channel"]) == {max(MASSIVE, key=lambda c: abs(MASSIVE[c]))}
     for row in table.itertuples():
@@ -140,6 +177,13 @@ def test_table_has_one_row_a_marked_token(tmp_path, text_file, store):
 
 
 def test_table_says_which_rule_marks_and_which_does_not(store):
-    table = massive.table(handmade(store, [[1.0, 1.0, 1.0, 90.0]], [1.0], torch.randn(4, 64, generator=torch.Generator().manual_seed(0)) * 9))
+    table = massive.table(
+        handmade(
+            store,
+            [[1.0, 1.0, 1.0, 90.0]],
+            [1.0],
+            torch.randn(4, 64, generator=torch.Generator().manual_seed(0)) * 9,
+        )
+    )
     by_token = table.set_index("token")
     assert by_token.loc[3, ["sun", "ratio", "nr_error"]].tolist() == [False, True, False]

@@ -6,12 +6,12 @@ import sys
 
 import pytest
 
-from dfrot_lab import memory
+from dfrot_lab.cli import malloc
 
 COUNT_FAULTS = """
 import resource, sys
 import torch
-from dfrot_lab.memory import keep_freed_memory
+from dfrot_lab.cli.malloc import keep_freed_memory
 if sys.argv[1] == "kept":
     assert keep_freed_memory()
 for _ in range(10):
@@ -24,7 +24,11 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 def faults(how: str) -> int:
-    return int(subprocess.run([sys.executable, "-c", COUNT_FAULTS, how], capture_output=True, text=True, check=True).stdout)
+    return int(
+        subprocess.run(
+            [sys.executable, "-c", COUNT_FAULTS, how], capture_output=True, text=True, check=True
+        ).stdout
+    )
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
@@ -33,8 +37,8 @@ def test_pages_are_fetched_once_and_not_for_every_tensor():
 
 
 def test_elsewhere_nothing_happens(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(memory.sys, "platform", "win32")
-    assert memory.keep_freed_memory() is False
-    monkeypatch.setattr(memory.sys, "platform", "linux")
-    monkeypatch.setattr(memory.ctypes, "CDLL", lambda _: object())
-    assert memory.keep_freed_memory() is False
+    monkeypatch.setattr(malloc.sys, "platform", "win32")
+    assert malloc.keep_freed_memory() is False
+    monkeypatch.setattr(malloc.sys, "platform", "linux")
+    monkeypatch.setattr(malloc.ctypes, "CDLL", lambda _: object())
+    assert malloc.keep_freed_memory() is False

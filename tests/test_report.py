@@ -1,4 +1,6 @@
-"""The report: one file that loads nothing, shows what is stored and names what is not, runs no token, and is written whole or not at all."""
+"""The report: one file that loads nothing, shows what is stored and names what is not, runs no token, and is
+written whole or not at all.
+"""
 
 import json
 import os
@@ -16,11 +18,13 @@ from conftest import save_tiny
 from test_evaluate import save_lively
 from typer.testing import CliRunner
 
-from dfrot_lab import evaluate, mainjob, report, report_page
-from dfrot_lab.cli import app
-from dfrot_lab.mainjob import Setting
-from dfrot_lab.specs import ModelSpec
-from dfrot_lab.store import Store
+from dfrot_lab.cli.app import app
+from dfrot_lab.disk.artefacts import Store
+from dfrot_lab.recipe.specs import ModelSpec
+from dfrot_lab.score import perplexity
+from dfrot_lab.show import report, report_page
+from dfrot_lab.study import mainjob
+from dfrot_lab.study.setting import Setting
 
 CHROMIUM = Path("/usr/bin/chromium")
 EVIL = "<img src=x onerror=\"document.title='run'\"></script><script>document.title='run'</script>"
@@ -30,7 +34,16 @@ ADDRESSES = ("src", "href", "xlink:href", "srcset", "data", "action", "poster", 
 @pytest.fixture
 def setting(tmp_path: Path, text_file: Path) -> Setting:
     model = save_lively(tmp_path / "lively")
-    return Setting(model=model, corpus=str(text_file), windows=2, window=64, gptq_windows=2, seeds=2, weights="rtn", steps=3)
+    return Setting(
+        model=model,
+        corpus=str(text_file),
+        windows=2,
+        window=64,
+        gptq_windows=2,
+        seeds=2,
+        weights="rtn",
+        steps=3,
+    )
 
 
 class Page(HTMLParser):
@@ -60,7 +73,9 @@ class Page(HTMLParser):
 
 
 def loads_nothing(page: Page) -> None:
-    addresses = [value for _, attributes in page.tags for name, value in attributes.items() if name in ADDRESSES]
+    addresses = [
+        value for _, attributes in page.tags for name, value in attributes.items() if name in ADDRESSES
+    ]
     assert addresses and all(value.startswith("data:image/svg+xml;base64,") for value in addresses)
     assert not {tag for tag, _ in page.tags} & {"link", "iframe", "object", "embed", "base", "video", "audio"}
     assert not any(word in style for style in page.styles for word in ("@import", "url(", "http"))
@@ -96,12 +111,22 @@ def test_a_report_of_all_rows(setting, store):
             assert f"{row['value']:.2f} [{row['ci95'][0]:.2f}, {row['ci95'][1]:.2f}]" in page.text
     assert "not stored" not in page.text and "seed 1" in page.text
     assert len([tag for tag, _ in page.tags if tag == "img"]) == 4
-    for title in ("What was measured", "Massive tokens", "Quantization error of every token", "perplexity", "The paper's numbers", "Limits"):
+    for title in (
+        "What was measured",
+        "Massive tokens",
+        "Quantization error of every token",
+        "perplexity",
+        "The paper's numbers",
+        "Limits",
+    ):
         assert title in page.text
     about = dict(report.about(findings).itertuples(index=False))
     for name in about.keys() - {"report made"}:  # the minute may have turned
         assert " ".join(about[name].split()) in page.text
-    assert about["model's content hash"] and about["calibration text, sha256"] != about["evaluation text, sha256"]
+    assert (
+        about["model's content hash"]
+        and about["calibration text, sha256"] != about["evaluation text, sha256"]
+    )
 
 
 def test_a_report_tells_no_place_on_this_machine(setting, store, tmp_path):
@@ -120,34 +145,63 @@ def test_the_massive_tokens_are_the_tables_own(setting, store):
 
 def test_a_malicious_token_and_name_are_inert(setting, store):
     findings = report.collect(setting, store)
-    evil = replace(findings, massive=findings.massive.assign(text=EVIL), errors=findings.errors.assign(text=EVIL))
+    evil = replace(
+        findings, massive=findings.massive.assign(text=EVIL), errors=findings.errors.assign(text=EVIL)
+    )
     evil = replace(evil, result=replace(evil.result, setting=replace(setting, model=setting.model)))
     text = report.page(evil)
     loads_nothing(Page(text))
-    assert EVIL not in text and "<img src=x" not in text and text.count("</script>") == len(Page(text).scripts)
-    titled = report_page.document(EVIL, EVIL, [report_page.section(EVIL, report_page.paragraph(EVIL), report_page.note(EVIL, EVIL))])
+    assert (
+        EVIL not in text and "<img src=x" not in text and text.count("</script>") == len(Page(text).scripts)
+    )
+    titled = report_page.document(
+        EVIL, EVIL, [report_page.section(EVIL, report_page.paragraph(EVIL), report_page.note(EVIL, EVIL))]
+    )
     assert [tag for tag, _ in Page(titled).tags if tag in ("img", "script")] == []
 
 
 def test_a_path_with_markup_is_escaped(store, tmp_path, text_file):
     spec = save_tiny(tmp_path / "<b>model&")
-    findings = report.collect(Setting(model=spec, corpus=str(text_file), windows=1, window=64, seeds=1), store)
+    findings = report.collect(
+        Setting(model=spec, corpus=str(text_file), windows=1, window=64, seeds=1), store
+    )
     text = report.page(findings)
     assert "<b>model" not in text and "&lt;b&gt;model&amp;" in text
 
 
 @pytest.mark.skipif(not CHROMIUM.exists(), reason=f"{CHROMIUM} is not installed: Debian's package chromium")
 def test_chromium_draws_the_report_and_runs_no_token(setting, store, tmp_path):
-    evaluate.evaluate(setting.row("16-4-16", setting.rotation("RH")), store)
+    perplexity.evaluate(setting.row("16-4-16", setting.rotation("RH")), store)
     findings = report.collect(setting, store)
     path = tmp_path / "report.html"
-    report.write(path, report.page(replace(findings, errors=findings.errors.assign(text=EVIL), massive=findings.massive.assign(text=EVIL))))
-    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'chromium'}", "--virtual-time-budget=20000"]
-    options += ["--enable-logging=stderr", "--v=0", "--host-resolver-rules=MAP * ~NOTFOUND", "--dump-dom", f"file://{path}"]
+    report.write(
+        path,
+        report.page(
+            replace(
+                findings, errors=findings.errors.assign(text=EVIL), massive=findings.massive.assign(text=EVIL)
+            )
+        ),
+    )
+    options = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={tmp_path / 'chromium'}",
+        "--virtual-time-budget=20000",
+    ]
+    options += [
+        "--enable-logging=stderr",
+        "--v=0",
+        "--host-resolver-rules=MAP * ~NOTFOUND",
+        "--dump-dom",
+        f"file://{path}",
+    ]
     shown = subprocess.run([str(CHROMIUM), *options], capture_output=True, text=True, timeout=180, check=True)
     page = Page(shown.stdout)
     assert "CONSOLE" not in shown.stderr, "an error, or something the page's own policy refused"
-    points = [attributes for tag, attributes in page.tags if tag == "path" and attributes.get("class") == "point"]
+    points = [
+        attributes for tag, attributes in page.tags if tag == "path" and attributes.get("class") == "point"
+    ]
     assert len(points) == 64, "one point a token"
     assert "<title>DFRot Lab: lively</title>" in shown.stdout
     assert not [attributes for tag, attributes in page.tags if tag == "img" and "onerror" in attributes]
@@ -161,7 +215,10 @@ def test_the_command_writes_the_file_and_the_commands_it_names_complete_it(tmp_p
     model = save_tiny(tmp_path / "a model", context=4096)
     options = ["--model", model.source, "--corpus", str(text_file), "--windows", "1"]
     shown = json.loads(CliRunner().invoke(app, ["report", *options, "--json"]).stdout)
-    assert shown["out"] == "report.html" and shown["bytes"] == (tmp_path / "report.html").stat().st_size < 10_000_000
+    assert (
+        shown["out"] == "report.html"
+        and shown["bytes"] == (tmp_path / "report.html").stat().st_size < 10_000_000
+    )
     setting = Setting(model=ModelSpec(source=model.source), corpus=str(text_file), windows=1)
     assert shown["which this computes"] == report.command(setting) and "--model '" in report.command(setting)
     specs = mainjob.main_specs(setting)
@@ -171,13 +228,17 @@ def test_the_command_writes_the_file_and_the_commands_it_names_complete_it(tmp_p
         program, *arguments = shlex.split(report.row_command(setting, spec))
         result = CliRunner().invoke(app, arguments)
         assert program == "dfrot-lab" and result.exit_code == 0, result.output
-        assert evaluate.stored(spec, Store()) is not None, f"{arguments} did not compute the row it is named for"
+        assert perplexity.stored(spec, Store()) is not None, (
+            f"{arguments} did not compute the row it is named for"
+        )
     assert len(chosen) == 5
     again = json.loads(CliRunner().invoke(app, ["report", *options, "--json"]).stdout)
     assert len(again["rows not stored"]) == len(specs) - len(chosen)
 
 
-@pytest.mark.parametrize(("out", "sentence"), [(".", "is a folder"), ("not/there/report.html", "Make the folder not/there first")])
+@pytest.mark.parametrize(
+    ("out", "sentence"), [(".", "is a folder"), ("not/there/report.html", "Make the folder not/there first")]
+)
 def test_a_place_that_cannot_be_written_is_refused_before_any_work(tmp_path, monkeypatch, out, sentence):
     monkeypatch.setenv("DFROT_LAB_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
@@ -200,7 +261,7 @@ def test_a_killed_writer_leaves_the_old_file(tmp_path):
     code = f"""
 import resource, signal
 from pathlib import Path
-from dfrot_lab import report
+from dfrot_lab.show import report
 signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 report.write(Path({str(path)!r}), "new" * 1_000_000)
@@ -216,11 +277,19 @@ report.write(Path({str(path)!r}), "new" * 1_000_000)
 def test_the_interactive_plot_has_every_token_under_each_pair(setting, store):
     findings = report.collect(setting, store)
     plot = report_page.scatter_figure(findings.errors)
-    assert [len(trace.x) for trace in plot.data[:2]] == [(~heavy).sum() if ordinary else heavy.sum() for ordinary, heavy in _halves(findings.errors)]
+    assert [len(trace.x) for trace in plot.data[:2]] == [
+        (~heavy).sum() if ordinary else heavy.sum() for ordinary, heavy in _halves(findings.errors)
+    ]
     pairs = {button.label: button.args[0] for button in plot.layout.updatemenus[0].buttons}
     assert set(pairs) == {"RH against RO", "RO against NR", "RH against NR"}, "DFRot is not refined here"
-    (ordinary, massive, _), heavy = pairs["RO against NR"]["y"], findings.errors["massive"].str.contains("nr_error|sun")
-    assert list(ordinary) == findings.errors.loc[~heavy, "RO"].tolist() and list(massive) == findings.errors.loc[heavy, "RO"].tolist()
+    (ordinary, massive, _), heavy = (
+        pairs["RO against NR"]["y"],
+        findings.errors["massive"].str.contains("nr_error|sun"),
+    )
+    assert (
+        list(ordinary) == findings.errors.loc[~heavy, "RO"].tolist()
+        and list(massive) == findings.errors.loc[heavy, "RO"].tolist()
+    )
 
 
 def _halves(errors):

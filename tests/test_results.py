@@ -1,4 +1,6 @@
-"""Results: rows that carry their provenance, a file that survives a killed writer, and tables as the paper prints them."""
+"""Results: rows that carry their provenance, a file that survives a killed writer, and tables as the paper
+prints them.
+"""
 
 import json
 import math
@@ -8,20 +10,26 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from dfrot_lab import results
-from dfrot_lab.evaluate import EvalResult
-from dfrot_lab.results import COLUMNS, append, comparison, difference_row, load, markdown, row
-from dfrot_lab.specs import EvalSpec, RefineSpec, RotationSpec, eval_spec
+from dfrot_lab.recipe.specs import EvalSpec, RefineSpec, RotationSpec, eval_spec
+from dfrot_lab.score import results
+from dfrot_lab.score.perplexity import EvalResult
+from dfrot_lab.score.results import COLUMNS, append, comparison, difference_row, load, markdown, row
 
 COMMIT = results.commit()
 
 
-def result(bits: str = "4-4-16", losses: tuple[float, ...] = (3.0, 3.2, 3.1), seconds: float = 12.345, **fields: object) -> EvalResult:
+def result(
+    bits: str = "4-4-16",
+    losses: tuple[float, ...] = (3.0, 3.2, 3.1),
+    seconds: float = 12.345,
+    **fields: object,
+) -> EvalResult:
     spec: EvalSpec = eval_spec(bits, **fields)
     return EvalResult(spec, np.array(losses), seconds, "made here")
 
 
-# ---- rows -------------------------------------------------------------------------------------------------------------------------------
+# ---- rows
+# -------------------------------------------------------------------------------------------------------------------------------
 
 
 def test_a_row_has_the_columns_in_order_and_their_values():
@@ -39,7 +47,13 @@ def test_a_row_has_the_columns_in_order_and_their_values():
 
 def test_a_refined_rotation_has_gamma_rule_and_the_seed_of_its_start():
     found = row(result(rotation=RefineSpec(gamma=50, rule="ro_vs_nr", init=RotationSpec(kind="RH", seed=3))))
-    assert [found[name] for name in ("rotation", "gamma", "rule", "seed", "keep_out")] == ["DFRot", 50, "ro_vs_nr", 3, False]
+    assert [found[name] for name in ("rotation", "gamma", "rule", "seed", "keep_out")] == [
+        "DFRot",
+        50,
+        "ro_vs_nr",
+        3,
+        False,
+    ]
 
 
 def test_weights_of_16_bits_have_no_method():
@@ -52,7 +66,10 @@ def test_the_commit_is_a_hash_or_none():
 
 
 def test_a_difference_is_result_minus_reference():
-    worse, better = result(losses=(3.0, 3.2, 3.1), rotation=RotationSpec(kind="RO")), result(losses=(2.9, 3.0, 3.0))
+    worse, better = (
+        result(losses=(3.0, 3.2, 3.1), rotation=RotationSpec(kind="RO")),
+        result(losses=(2.9, 3.0, 3.0)),
+    )
     found = difference_row(worse, better, "RH")
     assert tuple(found) == COLUMNS
     assert found["metric"] == "perplexity - RH" and found["rotation"] == "RO"
@@ -61,12 +78,17 @@ def test_a_difference_is_result_minus_reference():
     assert difference_row(better, worse, "RO")["value"] == pytest.approx(-found["value"])
 
 
-# ---- the file ---------------------------------------------------------------------------------------------------------------------------
+# ---- the file
+# ---------------------------------------------------------------------------------------------------------------------------
 
 
 def test_append_and_load_round_trip(tmp_path: Path):
     path = tmp_path / "new" / "rows.jsonl"
-    rows = [row(result(bits, rotation=rotation)) for bits in ("4-4-16", "16-4-16") for rotation in (RotationSpec(kind="RO"), RefineSpec())]
+    rows = [
+        row(result(bits, rotation=rotation))
+        for bits in ("4-4-16", "16-4-16")
+        for rotation in (RotationSpec(kind="RO"), RefineSpec())
+    ]
     append(path, rows[:1])
     append(path, rows[1:])
     table = load(path)
@@ -101,7 +123,11 @@ def test_rows_appended_behind_a_line_cut_short_are_not_lost(tmp_path: Path):
     append(path, [row(result("4-4-16")), row(result("16-4-16"))])
     path.write_text(path.read_text()[:-30])
     append(path, [row(result("4-4-4")), row(result("4-16-16"))])
-    assert load(path)[["w_bits", "a_bits", "kv_bits"]].to_numpy().tolist() == [[4, 4, 16], [4, 4, 4], [4, 16, 16]]
+    assert load(path)[["w_bits", "a_bits", "kv_bits"]].to_numpy().tolist() == [
+        [4, 4, 16],
+        [4, 4, 4],
+        [4, 16, 16],
+    ]
 
 
 def test_a_bad_line_in_the_middle_is_named(tmp_path: Path):
@@ -109,7 +135,9 @@ def test_a_bad_line_in_the_middle_is_named(tmp_path: Path):
     append(path, [row(result())])
     good = path.read_text()
     path.write_text(f'{good}{{"model": half\n{good}')
-    with pytest.raises(ValueError, match=r"rows\.jsonl line 2 must be one JSON object; got '\{\"model\": half'"):
+    with pytest.raises(
+        ValueError, match=r"rows\.jsonl line 2 must be one JSON object; got '\{\"model\": half'"
+    ):
         load(path)
 
 
@@ -119,7 +147,8 @@ def test_an_empty_file_is_a_table_without_rows(tmp_path: Path):
     assert len(table) == 0 and tuple(table.columns) == COLUMNS
 
 
-# ---- tables -----------------------------------------------------------------------------------------------------------------------------
+# ---- tables
+# -----------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

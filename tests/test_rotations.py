@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import dfrot_lab
-from dfrot_lab.hadamard import hadamard_matrix, hadamard_transform
-from dfrot_lab.rotations import check, distance, load, load_spec, make, orthogonality_error, save
-from dfrot_lab.specs import RotationSpec
+from dfrot_lab.maths.hadamard import hadamard_matrix, hadamard_transform
+from dfrot_lab.maths.rotations import check, distance, load, load_spec, make, orthogonality_error, save
+from dfrot_lab.recipe.specs import RotationSpec
 
 
 def random_rows(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -20,7 +20,9 @@ def random_rows(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def symmetric_error(x: torch.Tensor) -> torch.Tensor:
-    """Squared per-token error of symmetric 4-bit rounding, written here so that the claim does not lean on the package's quantizer."""
+    """Squared per-token error of symmetric 4-bit rounding, written here so that the claim does not lean on
+    the package's quantizer.
+    """
     step = x.abs().amax(dim=1, keepdim=True) / 7
     return ((x - (x / step).round() * step) ** 2).sum(dim=1)
 
@@ -29,7 +31,11 @@ def test_nr_is_the_identity():
     assert torch.equal(make(RotationSpec(kind="NR"), 48), torch.eye(48, dtype=torch.float64))
 
 
-@given(kind=st.sampled_from(["RO", "RH"]), channels=st.sampled_from([1, 2, 12, 64, 172, 576]), seed=st.integers(0, 2**32))
+@given(
+    kind=st.sampled_from(["RO", "RH"]),
+    channels=st.sampled_from([1, 2, 12, 64, 172, 576]),
+    seed=st.integers(0, 2**32),
+)
 @settings(max_examples=25, deadline=None)
 def test_random_rotations_are_orthogonal_and_repeatable(kind, channels, seed):
     spec = RotationSpec(kind=kind, seed=seed)
@@ -48,7 +54,9 @@ def test_another_seed_is_another_rotation_and_the_global_generator_is_not_used(k
 
 
 def test_ro_is_haar_distributed():
-    """For Haar matrices the trace has mean 0 and variance 1 (Diaconis and Shahshahani 1994); Q without the sign fix has a negative mean trace."""
+    """For Haar matrices the trace has mean 0 and variance 1 (Diaconis and Shahshahani 1994); Q without the
+    sign fix has a negative mean trace.
+    """
     traces = torch.stack([make(RotationSpec(kind="RO", seed=seed), 16).trace() for seed in range(400)])
     assert abs(traces.mean()) < 4 / math.sqrt(400)  # four standard errors
     assert 0.7 < traces.var() < 1.3
@@ -101,8 +109,16 @@ def test_a_size_without_a_hadamard_matrix_has_a_block_rotation():
     [
         (RotationSpec(kind="NR"), 0, r"rotation\.channels must be >= 1; got 0"),
         (RotationSpec(kind="RO"), -3, r"rotation\.channels must be >= 1; got -3"),
-        (RotationSpec(block=32), 48, r"RotationSpec\.block must divide the 48 channels; got 32\. Use one of \[1, 2, 3, 4"),
-        (RotationSpec(kind="file", path="a.safetensors", block=8), 48, r"RotationSpec\.block must be None for kind 'file'; got 8"),
+        (
+            RotationSpec(block=32),
+            48,
+            r"RotationSpec\.block must divide the 48 channels; got 32\. Use one of \[1, 2, 3, 4",
+        ),
+        (
+            RotationSpec(kind="file", path="a.safetensors", block=8),
+            48,
+            r"RotationSpec\.block must be None for kind 'file'; got 8",
+        ),
     ],
 )
 def test_impossible_sizes_are_refused(spec, channels, text):
@@ -115,7 +131,9 @@ def test_distance_is_zero_for_equal_and_two_for_opposite():
     assert distance(R, R) == 0
     assert distance(R, -R) == pytest.approx(2)
     assert distance(R, R0) == pytest.approx(math.sqrt(2), abs=0.05)
-    with pytest.raises(ValueError, match=r"distance\.R0 must have the shape of R, \(128, 128\); got \(2, 2\)"):
+    with pytest.raises(
+        ValueError, match=r"distance\.R0 must have the shape of R, \(128, 128\); got \(2, 2\)"
+    ):
         distance(R, torch.eye(2))
 
 
@@ -133,7 +151,11 @@ def test_check_returns_float64_and_accepts_float32_rounding():
         (torch.eye(4), 8, r"rotation\.shape must be \(8, 8\); got \(4, 4\)"),
         (torch.eye(4, dtype=torch.int64), None, r"rotation\.dtype must be a float dtype; got torch\.int64"),
         (torch.eye(4) * math.nan, None, r"rotation\.values must be finite; got 16 NaN or Inf of 16"),
-        (torch.eye(4) * 1.001, None, r"rotation\.orthogonality_error must be <= 0\.0001; got 0\.002\. Save it in float32"),
+        (
+            torch.eye(4) * 1.001,
+            None,
+            r"rotation\.orthogonality_error must be <= 0\.0001; got 0\.002\. Save it in float32",
+        ),
     ],
 )
 def test_what_is_not_a_rotation_is_refused(R, channels, text, tmp_path):
@@ -173,7 +195,7 @@ def test_a_refused_or_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
         target.write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr("dfrot_lab.rotations.save_file", fail_halfway)
+    monkeypatch.setattr("dfrot_lab.maths.rotations.save_file", fail_halfway)
     with pytest.raises(OSError, match="disk full"):
         save(-torch.eye(4), path, None)
     assert torch.equal(load(path), torch.eye(4, dtype=torch.float64)) and list(tmp_path.iterdir()) == [path]
@@ -190,18 +212,24 @@ def test_another_programs_file_with_one_square_tensor_is_read(tmp_path, dtype):
 @pytest.mark.parametrize("tensors", [{}, {"a": torch.eye(2), "b": torch.eye(2)}, {"a": torch.zeros(2, 3)}])
 def test_a_file_without_one_rotation_is_refused(tmp_path, tensors):
     save_file(tensors, tmp_path / "r.safetensors")
-    with pytest.raises(ValueError, match=r"rotation\.path must hold a tensor 'R1' or exactly one square tensor; got"):
+    with pytest.raises(
+        ValueError, match=r"rotation\.path must hold a tensor 'R1' or exactly one square tensor; got"
+    ):
         load(tmp_path / "r.safetensors")
 
 
 def test_missing_truncated_and_foreign_files_are_refused(tmp_path):
     path = tmp_path / "r.safetensors"
-    with pytest.raises(FileNotFoundError, match=r"rotation\.path must be an existing safetensors file; got .*r\.safetensors"):
+    with pytest.raises(
+        FileNotFoundError, match=r"rotation\.path must be an existing safetensors file; got .*r\.safetensors"
+    ):
         load(path)
     save(make(RotationSpec(), 64), path, RotationSpec())
     path.write_bytes(path.read_bytes()[:-100])
     for read in (load, load_spec):
-        with pytest.raises(ValueError, match=r"rotation\.path must be a complete safetensors file; got .*r\.safetensors"):
+        with pytest.raises(
+            ValueError, match=r"rotation\.path must be a complete safetensors file; got .*r\.safetensors"
+        ):
             read(path)
     path.write_text("not safetensors at all")
     with pytest.raises(ValueError, match=r"must be a complete safetensors file"):

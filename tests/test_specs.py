@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from dfrot_lab import specs
-from dfrot_lab.specs import (
+from dfrot_lab.recipe import specs
+from dfrot_lab.recipe.specs import (
     CaptureSpec,
     CorpusSpec,
     EvalSpec,
@@ -51,7 +51,12 @@ BAD = [
     (QuantSpec, {"clip_ratio": 0.0}, "clip_ratio", "in (0, 1]"),
     (QuantSpec, {"clip_ratio": 1.5}, "clip_ratio", "in (0, 1]"),
     (QuantSpec, {"clip_ratio": math.nan}, "clip_ratio", "in (0, 1]"),
-    (QuantSpec, {"granularity": "per_row"}, "granularity", "one of per_token, per_channel, per_group, per_tensor"),
+    (
+        QuantSpec,
+        {"granularity": "per_row"},
+        "granularity",
+        "one of per_token, per_channel, per_group, per_tensor",
+    ),
     (QuantSpec, {"group_size": 32}, "group_size", "with granularity per_group"),
     (QuantSpec, {"group_size": 0, "granularity": "per_group"}, "group_size", "a whole number >= 1"),
     (CaptureSpec, {"tokens": 0}, "tokens", "a whole number >= 1"),
@@ -67,21 +72,51 @@ BAD = [
     (RefineSpec, {"quantizer": NOTHING}, "quantizer", "fewer than 16 bits"),
     (RefineSpec, {"rows": 0}, "rows", "a whole number >= 1"),
     (RefineSpec, {"rows": -8}, "rows", "a whole number >= 1"),
-    (RefineSpec, {"quantizer": SYMMETRIC, "variant": "as_released", "gamma": math.inf}, "gamma", "finite with variant as_released"),
+    (
+        RefineSpec,
+        {"quantizer": SYMMETRIC, "variant": "as_released", "gamma": math.inf},
+        "gamma",
+        "finite with variant as_released",
+    ),
     (WeightSpec, {"method": "awq"}, "method", "one of gptq, rtn"),
     (WeightSpec, {"damping": 0.0}, "damping", "> 0"),
     (WeightSpec, {"windows": 0}, "windows", "a whole number >= 1"),
     (WeightSpec, {"window": 1}, "window", "a whole number >= 2"),
     (WeightSpec, {"quantizer": SYMMETRIC}, "quantizer", "per_channel and symmetric"),
-    (WeightSpec, {"quantizer": QuantSpec(granularity="per_channel", symmetric=False)}, "quantizer", "per_channel and symmetric"),
+    (
+        WeightSpec,
+        {"quantizer": QuantSpec(granularity="per_channel", symmetric=False)},
+        "quantizer",
+        "per_channel and symmetric",
+    ),
     (EvalSpec, {"windows": 0}, "windows", "a whole number >= 1"),
     (EvalSpec, {"window": 1}, "window", "a whole number >= 2"),
     (EvalSpec, {"activations": QuantSpec(granularity="per_tensor")}, "activations", "per_token"),
     (EvalSpec, {"kv": SYMMETRIC}, "kv", "per_group"),
-    (EvalSpec, {"keep_out": "sun"}, "keep_out", "one of None, nr_error, ro_vs_nr, most_massive, worst, random"),
-    (EvalSpec, {"keep_out_tokens": 4}, "keep_out_tokens", "given for keep_out most_massive, worst, random alone"),
-    (EvalSpec, {"keep_out": "nr_error", "keep_out_tokens": 4}, "keep_out_tokens", "given for keep_out most_massive, worst, random alone"),
-    (EvalSpec, {"keep_out": "worst"}, "keep_out_tokens", "given for keep_out most_massive, worst, random alone"),
+    (
+        EvalSpec,
+        {"keep_out": "sun"},
+        "keep_out",
+        "one of None, nr_error, ro_vs_nr, most_massive, worst, random",
+    ),
+    (
+        EvalSpec,
+        {"keep_out_tokens": 4},
+        "keep_out_tokens",
+        "given for keep_out most_massive, worst, random alone",
+    ),
+    (
+        EvalSpec,
+        {"keep_out": "nr_error", "keep_out_tokens": 4},
+        "keep_out_tokens",
+        "given for keep_out most_massive, worst, random alone",
+    ),
+    (
+        EvalSpec,
+        {"keep_out": "worst"},
+        "keep_out_tokens",
+        "given for keep_out most_massive, worst, random alone",
+    ),
     (EvalSpec, {"set_massive": "one", "rotation": UNROTATED}, "set_massive", "one of None, zero, mean"),
     (EvalSpec, {"set_massive": "zero"}, "set_massive", "None with a rotation"),
     (EvalSpec, {"set_massive": "mean", "rotation": RefineSpec()}, "set_massive", "None with a rotation"),
@@ -90,7 +125,8 @@ BAD = [
 OTHER_VALUES = {
     ModelSpec: {"source": "hub:owner/name", "dtype": "float64", "revision": "main"},
     CorpusSpec: {"name": "wikitext2", "split": "test"},
-    RotationSpec: {"kind": "RO", "seed": 1, "block": 32, "path": None},  # path can differ for kind file only: below
+    # path can differ for kind file only: below
+    RotationSpec: {"kind": "RO", "seed": 1, "block": 32, "path": None},
     QuantSpec: {"bits": 5, "symmetric": False, "clip_ratio": 0.9, "granularity": "per_group", "group_size": None},
     CaptureSpec: {"model": ModelSpec(dtype="float64"), "corpus": CorpusSpec(), "tokens": 7, "skip": 1},
     RefineSpec: {
@@ -107,20 +143,34 @@ OTHER_VALUES = {
         "keep_out_tokens": 7, "set_massive": "zero",
     },
 }  # fmt: skip
-DEPENDENT = {(RotationSpec, "path"), (QuantSpec, "group_size"), (EvalSpec, "keep_out_tokens"), (EvalSpec, "set_massive")}
+DEPENDENT = {
+    (RotationSpec, "path"),
+    (QuantSpec, "group_size"),
+    (EvalSpec, "keep_out_tokens"),
+    (EvalSpec, "set_massive"),
+}
 """Fields that may leave their default only together with another: tested by themselves."""
 
 
 def test_every_spec_of_the_module_is_tested_here():
-    defined = {value for value in vars(specs).values() if isinstance(value, type) and issubclass(value, Spec) and value is not Spec}
+    defined = {
+        value
+        for value in vars(specs).values()
+        if isinstance(value, type) and issubclass(value, Spec) and value is not Spec
+    }
     assert defined == set(SPECS)
     assert {spec for spec, *_ in BAD} == set(SPECS)
 
 
-@pytest.mark.parametrize(("spec", "values", "field", "rule"), BAD, ids=lambda v: v.__name__ if isinstance(v, type) else None)
+@pytest.mark.parametrize(
+    ("spec", "values", "field", "rule"), BAD, ids=lambda v: v.__name__ if isinstance(v, type) else None
+)
 def test_a_bad_value_is_refused_by_field_rule_and_value(spec, values, field, rule):
     message = f"{spec.__name__}.{field} must be "
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}.*{re.escape(rule)}.*; got {re.escape(repr(values.get(field)))}$"):
+    with pytest.raises(
+        ValueError,
+        match=f"^{re.escape(message)}.*{re.escape(rule)}.*; got {re.escape(repr(values.get(field)))}$",
+    ):
         spec(**values)
 
 
@@ -145,7 +195,11 @@ def test_frozen_and_hashable(spec):
 def test_the_key_differs_when_any_field_differs(spec):
     names = {f.name for f in fields(spec)}
     assert set(OTHER_VALUES[spec]) == names, "a new field needs another value here"
-    changed = [spec().with_(**{name: OTHER_VALUES[spec][name]}) for name in sorted(names) if (spec, name) not in DEPENDENT]
+    changed = [
+        spec().with_(**{name: OTHER_VALUES[spec][name]})
+        for name in sorted(names)
+        if (spec, name) not in DEPENDENT
+    ]
     keys = [spec().key, *(other.key for other in changed)]
     assert len(set(keys)) == len(keys) >= 3
     assert all(re.fullmatch(r"[0-9a-f]{32}", key) for key in keys)
@@ -155,7 +209,11 @@ def test_the_key_differs_in_the_fields_that_need_another():
     assert RotationSpec(kind="file", path="a").key != RotationSpec(kind="file", path="b").key
     keys = {QuantSpec(granularity="per_group", group_size=size).key for size in (None, 16, 32)}
     assert len(keys) == 3
-    keys = {EvalSpec(keep_out=which, keep_out_tokens=count).key for which in ("most_massive", "worst", "random") for count in (1, 2)}
+    keys = {
+        EvalSpec(keep_out=which, keep_out_tokens=count).key
+        for which in ("most_massive", "worst", "random")
+        for count in (1, 2)
+    }
     assert len(keys) == 6
     assert len({EvalSpec(rotation=UNROTATED, set_massive=to).key for to in (None, "zero", "mean")}) == 3
 
@@ -165,7 +223,9 @@ BEFORE_THEY_WERE_ADDED = {
     RefineSpec: ("rows", "6666dc46523d8e9cf84cfd8ff7d1951d"),
     EvalSpec: ("keep_out_tokens set_massive", "13c9a30a1525400b3ac54bc5563609a7"),
 }
-"""Spec: the fields that came when results were stored already, and the key the spec had without them (commit 1f9d142)."""
+"""Spec: the fields that came when results were stored already, and the key the spec had without them (commit
+1f9d142).
+"""
 
 
 @pytest.mark.parametrize("spec", BEFORE_THEY_WERE_ADDED)
@@ -182,10 +242,18 @@ def test_fields_added_later_are_in_the_dict_and_key_once_set():
     assert whole.to_dict()["rotation"]["capture"]["skip"] == 2
     assert whole.to_dict()["rotation"]["rows"] == 9
     plain = EvalSpec(rotation=RefineSpec())
-    keys = {plain.key, whole.key, plain.with_(rotation=RefineSpec(rows=9)).key, plain.with_(rotation=RefineSpec(capture=inner)).key}
+    keys = {
+        plain.key,
+        whole.key,
+        plain.with_(rotation=RefineSpec(rows=9)).key,
+        plain.with_(rotation=RefineSpec(capture=inner)).key,
+    }
     assert len(keys) == 4
     kept = EvalSpec(keep_out="random", keep_out_tokens=3)
-    assert {name: kept.to_dict().get(name) for name in ("keep_out_tokens", "set_massive")} == {"keep_out_tokens": 3, "set_massive": None}
+    assert {name: kept.to_dict().get(name) for name in ("keep_out_tokens", "set_massive")} == {
+        "keep_out_tokens": 3,
+        "set_massive": None,
+    }
     assert EvalSpec(rotation=UNROTATED, set_massive="mean").to_dict()["set_massive"] == "mean"
 
 
@@ -198,7 +266,9 @@ def test_specs_of_two_classes_with_equal_fields_differ():
 def test_keys_are_equal_in_another_process(seed):
     code = f"from dfrot_lab import specs; print(*[getattr(specs, name)().key for name in {[s.__name__ for s in SPECS]}])"
     environment = {**os.environ, "PYTHONHASHSEED": seed}
-    told = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True).stdout.split()
+    told = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    ).stdout.split()
     assert told == [spec().key for spec in SPECS]
 
 
@@ -258,7 +328,9 @@ def test_names_for_tables(spec, name):
     assert spec.name == name
 
 
-@pytest.mark.parametrize(("text", "bits"), [("4-4-16", (4, 4, 16)), ("16-4-16", (16, 4, 16)), ("2-8-3", (2, 8, 3))])
+@pytest.mark.parametrize(
+    ("text", "bits"), [("4-4-16", (4, 4, 16)), ("16-4-16", (16, 4, 16)), ("2-8-3", (2, 8, 3))]
+)
 def test_parse_bits_and_eval_spec(text, bits):
     assert parse_bits(text) == bits
     spec = eval_spec(text)
@@ -266,9 +338,13 @@ def test_parse_bits_and_eval_spec(text, bits):
     assert spec.bits == text
 
 
-@pytest.mark.parametrize("text", ["4-4", "4-4-16-16", "", "4,4,16", "w4-a4-kv16", "4--4", "4-4-", "4.0-4-16", "-4-4-16", "²-4-16"])
+@pytest.mark.parametrize(
+    "text", ["4-4", "4-4-16-16", "", "4,4,16", "w4-a4-kv16", "4--4", "4-4-", "4.0-4-16", "-4-4-16", "²-4-16"]
+)
 def test_bits_of_another_form_are_refused(text):
-    with pytest.raises(ValueError, match=f"bits must be WEIGHTS-ACTIVATIONS-KV such as 4-4-16; got {re.escape(repr(text))}"):
+    with pytest.raises(
+        ValueError, match=f"bits must be WEIGHTS-ACTIVATIONS-KV such as 4-4-16; got {re.escape(repr(text))}"
+    ):
         parse_bits(text)
 
 

@@ -1,4 +1,6 @@
-"""The store: what is asked for twice is computed once, and what a kill, a bad disk or a full one leaves behind is never used."""
+"""The store: what is asked for twice is computed once, and what a kill, a bad disk or a full one leaves
+behind is never used.
+"""
 
 import errno
 import json
@@ -13,9 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dfrot_lab import store as store_module
-from dfrot_lab.specs import CaptureSpec, content_key
-from dfrot_lab.store import Artefact, CorruptArtefact, Store, Writer, cache_dir
+from dfrot_lab.disk import artefacts as store_module
+from dfrot_lab.disk.artefacts import Artefact, CorruptArtefact, Store, Writer, cache_dir
+from dfrot_lab.recipe.specs import CaptureSpec, content_key
 
 INPUTS = {"spec": "a", "tokens": 8}
 KEY = content_key({"kind": "capture", "format": store_module.FORMAT, "inputs": INPUTS})
@@ -41,7 +43,9 @@ def flip_a_bit(path: Path, offset: int = -1) -> None:
 
 def start(script: str, *args: object, **env: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", script, *map(str, args)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **env})
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **env}
+    )
 
 
 def finished(process: subprocess.Popen[str]) -> str:
@@ -50,7 +54,8 @@ def finished(process: subprocess.Popen[str]) -> str:
     return out
 
 
-# ---- round trip -------------------------------------------------------------------------------------------------------------------------
+# ---- round trip
+# -------------------------------------------------------------------------------------------------------------------------
 
 
 def test_round_trip(tmp_path: Path) -> None:
@@ -61,9 +66,15 @@ def test_round_trip(tmp_path: Path) -> None:
         assert artefact.path == tmp_path / "capture" / KEY
         assert (artefact.kind, artefact.key) == ("capture", KEY)
         assert artefact.names == ["layers.0.input_norm", "table"]
-        assert torch.equal(artefact.tensors("layers.0.input_norm")["x"], torch.arange(1000.0).reshape(10, 100))
+        assert torch.equal(
+            artefact.tensors("layers.0.input_norm")["x"], torch.arange(1000.0).reshape(10, 100)
+        )
         assert artefact.json("table") == [1, 2.5, "three", None]
-    assert sorted(p.name for p in made.path.iterdir()) == ["layers.0.input_norm.safetensors", "manifest.json", "table.json"]
+    assert sorted(p.name for p in made.path.iterdir()) == [
+        "layers.0.input_norm.safetensors",
+        "manifest.json",
+        "table.json",
+    ]
     assert not made.path.with_name(f"{KEY}.partial").exists()
 
 
@@ -73,7 +84,9 @@ def test_manifest_says_what_made_it(tmp_path: Path) -> None:
     assert manifest["note"] == {"rows": 10}
     assert manifest["versions"]["torch"] == torch.__version__
     assert set(manifest["versions"]) == {"python", "torch", "transformers", "dfrot_lab"}
-    assert manifest["files"]["table.json"]["bytes"] == (tmp_path / "capture" / KEY / "table.json").stat().st_size
+    assert (
+        manifest["files"]["table.json"]["bytes"] == (tmp_path / "capture" / KEY / "table.json").stat().st_size
+    )
     assert len(manifest["files"]["table.json"]["xxh3_128"]) == 32
     assert manifest["created"].endswith("+00:00")
     assert manifest["seconds"] >= 0
@@ -89,15 +102,24 @@ def test_same_inputs_are_made_once(tmp_path: Path) -> None:
 
 def test_other_inputs_or_another_kind_are_another_artefact(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    paths = {store.get_or_make(kind, inputs, make).path for kind in ("capture", "refine") for inputs in (INPUTS, {**INPUTS, "tokens": 9})}
+    paths = {
+        store.get_or_make(kind, inputs, make).path
+        for kind in ("capture", "refine")
+        for inputs in (INPUTS, {**INPUTS, "tokens": 9})
+    }
     assert len(paths) == 4
     assert [a.path for a in store.list()] == sorted(paths)
 
 
 def test_a_spec_is_an_input_by_its_dict_and_nothing_is_keyed_by_its_repr(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    artefact = store.get_or_make("capture", {"spec": CaptureSpec().to_dict(), "layers": (0, 1), "by": {10: "a", 9: "b"}}, make)
-    assert store.open("capture", {"spec": CaptureSpec().to_dict(), "layers": [0, 1], "by": {10: "a", 9: "b"}}) is not None
+    artefact = store.get_or_make(
+        "capture", {"spec": CaptureSpec().to_dict(), "layers": (0, 1), "by": {10: "a", 9: "b"}}, make
+    )
+    assert (
+        store.open("capture", {"spec": CaptureSpec().to_dict(), "layers": [0, 1], "by": {10: "a", 9: "b"}})
+        is not None
+    )
     assert artefact.manifest["inputs"]["layers"] == [0, 1]
     with pytest.raises(TypeError, match="CaptureSpec is not JSON serializable"):
         store.open("capture", {"spec": CaptureSpec()})
@@ -157,7 +179,9 @@ def test_a_name_is_one_file(tmp_path: Path) -> None:
 
 def test_an_unknown_name_is_a_key_error_that_lists_the_names(tmp_path: Path) -> None:
     artefact = Store(tmp_path).get_or_make("capture", INPUTS, make)
-    with pytest.raises(KeyError, match=r"R1\.safetensors is not in .*layers\.0\.input_norm\.safetensors, table\.json"):
+    with pytest.raises(
+        KeyError, match=r"R1\.safetensors is not in .*layers\.0\.input_norm\.safetensors, table\.json"
+    ):
         artefact.tensors("R1")
 
 
@@ -177,7 +201,8 @@ def test_a_checkpoint_can_be_saved_again_read_and_dropped(tmp_path: Path) -> Non
     assert sorted(p.name for p in artefact.path.iterdir()) == ["manifest.json", "step.json"]
 
 
-# ---- corrupt artefacts ------------------------------------------------------------------------------------------------------------------
+# ---- corrupt artefacts
+# ------------------------------------------------------------------------------------------------------------------
 
 
 def truncate(folder: Path) -> None:
@@ -245,13 +270,17 @@ def test_get_or_make_never_returns_damage(tmp_path: Path, damage) -> None:
     assert again.json("table") == [1, 2.5, "three", None]
 
 
-def test_a_flipped_bit_in_a_large_artefact_is_found_at_first_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_flipped_bit_in_a_large_artefact_is_found_at_first_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(store_module, "HASH_AT_OPEN", 1000)  # so that a small artefact counts as a large one
     store = Store(tmp_path)
     flip(store.get_or_make("capture", INPUTS, make).path)
     artefact = store.get_or_make("capture", INPUTS, never)
     assert artefact.json("table") == [1, 2.5, "three", None]
-    with pytest.raises(CorruptArtefact, match="has a wrong checksum; run the same command again to recompute it"):
+    with pytest.raises(
+        CorruptArtefact, match="has a wrong checksum; run the same command again to recompute it"
+    ):
         artefact.tensors("layers.0.input_norm")
     assert not artefact.path.exists()
     assert (tmp_path / "capture" / f"{KEY}.corrupt-1").exists()
@@ -266,10 +295,13 @@ def test_an_artefact_under_anothers_name_is_not_used(tmp_path: Path) -> None:
     assert store.open("capture", {"other": 1}) is None
 
 
-# ---- resume -----------------------------------------------------------------------------------------------------------------------------
+# ---- resume
+# -----------------------------------------------------------------------------------------------------------------------------
 
 
-def test_an_exception_in_make_keeps_the_finished_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_exception_in_make_keeps_the_finished_files(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     def interrupted(writer: Writer) -> None:
         writer.note["first"] = 1
         writer.save_tensors("one", {"x": torch.ones(3)})
@@ -292,15 +324,22 @@ def test_an_exception_in_make_keeps_the_finished_files(tmp_path: Path, caplog: p
     assert artefact.manifest["note"] == {"first": 1}
 
 
-@pytest.mark.parametrize(("damage", "left"), [(flip, ["table"]), (truncate, ["table"]), (remove, ["layers.0.input_norm"]), (cut_manifest, [])])
-def test_a_damaged_partial_folder_is_used_as_far_as_it_is_good(tmp_path: Path, caplog: pytest.LogCaptureFixture, damage, left: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("damage", "left"),
+    [(flip, ["table"]), (truncate, ["table"]), (remove, ["layers.0.input_norm"]), (cut_manifest, [])],
+)
+def test_a_damaged_partial_folder_is_used_as_far_as_it_is_good(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage, left: list[str]
+) -> None:
     def interrupted(writer: Writer) -> None:
         make(writer)
         raise KeyboardInterrupt
 
     def resumed(writer: Writer) -> None:
         assert writer.names == left
-        assert sorted(p.name for p in writer.path.iterdir() if p.name != "manifest.json") == sorted(writer.manifest["files"])
+        assert sorted(p.name for p in writer.path.iterdir() if p.name != "manifest.json") == sorted(
+            writer.manifest["files"]
+        )
         make(writer)
 
     with pytest.raises(KeyboardInterrupt):
@@ -319,7 +358,7 @@ WORK = """
 import logging, sys, time
 from pathlib import Path
 import torch
-from dfrot_lab.store import Store
+from dfrot_lab.disk.artefacts import Store
 
 root, log, n, pause = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])
 
@@ -366,7 +405,9 @@ def assert_good_work(root: Path, log: Path, n: int) -> None:
 
 @posix
 def test_killed_at_random_moments(tmp_path: Path) -> None:
-    """Eight children of one process, which has imported torch for them, each killed in the middle of its work; the ninth finishes."""
+    """Eight children of one process, which has imported torch for them, each killed in the middle of its
+    work; the ninth finishes.
+    """
     script = """
 import os, random, signal
 torch.set_num_threads(1)
@@ -390,7 +431,9 @@ run()
 
 @posix
 def test_killed_before_and_after_every_rename(tmp_path: Path) -> None:
-    """One child for each rename, and each side of it: the moments when a file or the journal changes, and the folder gets its name."""
+    """One child for each rename, and each side of it: the moments when a file or the journal changes, and the
+    folder gets its name.
+    """
     n = 2
     script = """
 import os, signal
@@ -427,17 +470,20 @@ while killed:
 print(at - 1)
 """
     renames = int(finished(start(WORK + script, tmp_path, "-", n, 0)))
-    assert renames == 2 * 2 * n + 3  # a file and its journal, n parts and n checkpoints; the journal of the drop; the manifest; the folder
+    assert (
+        renames == 2 * 2 * n + 3
+    )  # a file and its journal, n parts and n checkpoints; the journal of the drop; the manifest; the folder
     for folder in tmp_path.iterdir():
         assert_good_work(folder / "store", folder / "log", n)
 
 
-# ---- several processes ------------------------------------------------------------------------------------------------------------------
+# ---- several processes
+# ------------------------------------------------------------------------------------------------------------------
 
 ONCE = """
 import sys, time
 from pathlib import Path
-from dfrot_lab.store import Store
+from dfrot_lab.disk.artefacts import Store
 
 def make(writer):
     with Path(sys.argv[2]).open("a") as file:
@@ -453,7 +499,9 @@ print(Store(Path(sys.argv[1])).get_or_make("k", {}, make).json("x"))
 
 def test_two_processes_make_it_once(tmp_path: Path) -> None:
     command = [sys.executable, "-c", ONCE, str(tmp_path / "store"), str(tmp_path / "count")]
-    pair = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    pair = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)
+    ]
     for process in pair:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
@@ -470,7 +518,7 @@ def test_an_artefact_opens_without_transformers_and_the_module_without_torch(tmp
     script = f"""
 import sys
 from pathlib import Path
-from dfrot_lab.store import Store
+from dfrot_lab.disk.artefacts import Store
 artefact = Store(Path(sys.argv[1])).open("capture", {INPUTS!r})
 assert artefact.json("table")[0] == 1
 assert "torch" not in sys.modules
@@ -482,17 +530,22 @@ assert "transformers" not in sys.modules and "datasets" not in sys.modules
 
 def test_no_pickle_is_written_or_read() -> None:
     source = Path(store_module.__file__).read_text(encoding="utf-8")
-    assert not [word for word in ("pickle", "torch.load", "torch.save", "weights_only", "joblib", "shelve") if word in source]
+    assert not [
+        word
+        for word in ("pickle", "torch.load", "torch.save", "weights_only", "joblib", "shelve")
+        if word in source
+    ]
 
 
-# ---- full and unwritable disks ----------------------------------------------------------------------------------------------------------
+# ---- full and unwritable disks
+# ----------------------------------------------------------------------------------------------------------
 
 # The first save fits, the second does not, as tensors and as JSON; says what is left and what was raised.
 TOO_BIG = """
 import errno, json, sys
 from pathlib import Path
 import torch
-from dfrot_lab.store import Store
+from dfrot_lab.disk.artefacts import Store
 
 root = Path(sys.argv[1])
 
@@ -532,7 +585,9 @@ def assert_refused(out: str, code: str, folder: Path) -> None:
 
 @posix
 def test_a_file_that_the_disk_does_not_take(tmp_path: Path) -> None:
-    """A real refused write that needs no rights: the process's own limit on the size of a file, which fails half-way as a full disk does."""
+    """A real refused write that needs no rights: the process's own limit on the size of a file, which fails
+    half-way as a full disk does.
+    """
     out = finished(start(FILE_LIMIT + TOO_BIG, tmp_path))
     assert_refused(out, "EFBIG", tmp_path / "k")
     done = Store(tmp_path).get_or_make("k", {}, lambda w: w.save_json("had", w.names))
@@ -540,13 +595,23 @@ def test_a_file_that_the_disk_does_not_take(tmp_path: Path) -> None:
 
 
 def in_small_disk(tmp_path: Path, command: str) -> list[str]:
-    return ["unshare", "--mount", "--map-root-user", "sh", "-c", f"mount -t tmpfs -o size=2m tmpfs '{tmp_path}' && {command}"]
+    return [
+        "unshare",
+        "--mount",
+        "--map-root-user",
+        "sh",
+        "-c",
+        f"mount -t tmpfs -o size=2m tmpfs '{tmp_path}' && {command}",
+    ]
 
 
 @posix
 def test_a_full_disk(tmp_path: Path) -> None:
     """A disk of 2 MB in a mount namespace of its own, where the system lets a user make one."""
-    if shutil.which("unshare") is None or subprocess.run(in_small_disk(tmp_path, "true"), capture_output=True).returncode:
+    if (
+        shutil.which("unshare") is None
+        or subprocess.run(in_small_disk(tmp_path, "true"), capture_output=True).returncode
+    ):
         pytest.skip("no private mount here")
     command = in_small_disk(tmp_path, f"exec '{sys.executable}' -c \"$0\" '{tmp_path}'")
     ran = subprocess.run([*command, TOO_BIG], capture_output=True, text=True)
@@ -554,7 +619,9 @@ def test_a_full_disk(tmp_path: Path) -> None:
     assert_refused(ran.stdout, "ENOSPC", tmp_path / "k")
 
 
-def test_a_cache_folder_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_folder_that_cannot_be_written_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").write_text("not a folder")
     blocked = tmp_path / "file" / "cache"  # below a regular file not even root can write
     monkeypatch.setenv("DFROT_LAB_CACHE", str(blocked))
@@ -568,18 +635,24 @@ def test_a_cache_folder_that_cannot_be_written_is_named(tmp_path: Path, monkeypa
     assert caught.value.errno == errno.ENOTDIR or os.name != "posix"
 
 
-def test_the_cache_folder_is_the_variables_or_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_folder_is_the_variables_or_the_users(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("DFROT_LAB_CACHE", str(tmp_path / "mine"))
     assert cache_dir() == tmp_path / "mine"
     assert (tmp_path / "mine").is_dir()
     assert Store().root == tmp_path / "mine" / "store"
     monkeypatch.delenv("DFROT_LAB_CACHE")
-    monkeypatch.setattr(store_module, "user_cache_path", lambda name: tmp_path / "user" / name)  # leave the real one alone
+    monkeypatch.setattr(
+        store_module, "user_cache_path", lambda name: tmp_path / "user" / name
+    )  # leave the real one alone
     assert cache_dir() == tmp_path / "user" / "dfrot-lab"
 
 
 def test_a_large_artefact_opens_at_once(tmp_path: Path) -> None:
-    """60 files of 5 MB, about what a capture of 30 layers is. The time is printed, not asserted: machines differ."""
+    """60 files of 5 MB, about what a capture of 30 layers is. The time is printed, not asserted: machines
+    differ.
+    """
 
     def sixty(writer: Writer) -> None:
         for i in range(60):
@@ -592,4 +665,6 @@ def test_a_large_artefact_opens_at_once(tmp_path: Path) -> None:
     assert isinstance(artefact, Artefact)
     assert artefact.tensors("layers.59")["x"][-1] == 59
     first = time.perf_counter() - opened
-    print(f"made in {made.manifest['seconds']} s, opened in {opened - start:.4f} s, first file in {first:.4f} s")  # noqa: T201  shown by pytest -s
+    print(  # noqa: T201
+        f"made in {made.manifest['seconds']} s, opened in {opened - start:.4f} s, first file in {first:.4f} s"
+    )

@@ -1,4 +1,6 @@
-"""stories260K, the smallest model that speaks English, as a witness: the reader is right, and surgery keeps a trained model's function."""
+"""stories260K, the smallest model that speaks English, as a witness: the reader is right, and surgery keeps a
+trained model's function.
+"""
 
 import os
 import struct
@@ -12,10 +14,11 @@ import torch
 from stories260k import Tokenizer, half_split, read_checkpoint
 from torch import Tensor
 
-from dfrot_lab import rotations, surgery
-from dfrot_lab.hadamard import factors
-from dfrot_lab.models import LoadedModel, linear
-from dfrot_lab.specs import RotationSpec
+from dfrot_lab.maths import rotations
+from dfrot_lab.maths.hadamard import factors
+from dfrot_lab.model import surgery
+from dfrot_lab.model.loading import LoadedModel, linear
+from dfrot_lab.recipe.specs import RotationSpec
 
 FLOAT32 = 1e-5
 """Relative to the largest logit: rounding once per weight, 1e-7, through 5 layers, with room."""
@@ -47,7 +50,9 @@ def stories(folder: Path) -> LoadedModel:
 def told(loaded: LoadedModel, tokens: int = 120) -> Tensor:
     """The story (1, 1 + tokens) that the model tells greedily from BOS."""
     start = torch.tensor([[stories260k.BOS]])
-    return loaded.model.generate(start, attention_mask=torch.ones_like(start), max_new_tokens=tokens, do_sample=False, pad_token_id=0)
+    return loaded.model.generate(
+        start, attention_mask=torch.ones_like(start), max_new_tokens=tokens, do_sample=False, pad_token_id=0
+    )
 
 
 def logits(loaded: LoadedModel, ids: Tensor) -> Tensor:
@@ -67,14 +72,23 @@ def test_it_tells_an_english_story(stories: LoadedModel):
 
 def test_its_sizes(stories: LoadedModel):
     config = stories.model.config
-    assert (stories.channels, config.intermediate_size, len(stories.layers), stories.context) == (64, 172, 5, 512)
+    assert (stories.channels, config.intermediate_size, len(stories.layers), stories.context) == (
+        64,
+        172,
+        5,
+        512,
+    )
     assert (config.num_attention_heads, config.num_key_value_heads, config.vocab_size) == (8, 4, 512)
     assert surgery.is_tied(stories)
-    assert factors(172) == (172, 1), "R4 needs a Hadamard matrix of 172, which is no power of two times a small one"
+    assert factors(172) == (172, 1), (
+        "R4 needs a Hadamard matrix of 172, which is no power of two times a small one"
+    )
 
 
 def test_without_sorting_the_rows_for_rope_it_stammers(stories: LoadedModel):
-    """The reader's one subtle step shows: the same text is much less likely with q and k as they lie in the file."""
+    """The reader's one subtle step shows: the same text is much less likely with q and k as they lie in the
+    file.
+    """
     ids = told(stories)
 
     def loss() -> float:
@@ -84,7 +98,9 @@ def test_without_sorting_the_rows_for_rope_it_stammers(stories: LoadedModel):
     for layer in stories.layers:
         for name in ("q_proj", "k_proj"):
             weight = linear(layer, f"self_attn.{name}").weight
-            weight.copy_(weight.reshape(-1, 2, 4, 64).transpose(1, 2).reshape(weight.shape))  # back to interleaved, head size 8
+            weight.copy_(
+                weight.reshape(-1, 2, 4, 64).transpose(1, 2).reshape(weight.shape)
+            )  # back to interleaved, head size 8
     assert right < 1 < loss() - right
 
 
@@ -103,12 +119,17 @@ def test_surgery_keeps_its_logits_and_its_story(stories: LoadedModel, kind: str)
 
 
 def test_how_massive_its_activations_are(stories: LoadedModel):
-    """Only looked at: whether a model this small has massive tokens is not known beforehand (`pytest -s` shows the numbers)."""
+    """Only looked at: whether a model this small has massive tokens is not known beforehand (`pytest -s`
+    shows the numbers).
+    """
     ids = told(stories)
     with torch.no_grad():
         hidden = torch.stack(stories.model.model(ids, output_hidden_states=True).hidden_states[:-1])[:, 0]
     ratios = hidden.abs().amax(dim=(1, 2)) / hidden.abs().flatten(1).median(dim=1).values
-    print("stories260K, max / median of |residual stream| before each layer:", [round(ratio, 1) for ratio in ratios.tolist()])  # noqa: T201
+    print(  # noqa: T201
+        "stories260K, max / median of |residual stream| before each layer:",
+        [round(ratio, 1) for ratio in ratios.tolist()],
+    )
     assert ratios.shape == (5,) and ratios.isfinite().all()
 
 
@@ -126,17 +147,29 @@ def test_the_tokenizer_goes_there_and_back(folder: Path):
 
 
 def write_tokenizer(path: Path, pieces: list[tuple[bytes, float]]) -> Path:
-    path.write_bytes(struct.pack("<i", 9) + b"".join(struct.pack("<fi", score, len(piece)) + piece for piece, score in pieces))
+    path.write_bytes(
+        struct.pack("<i", 9)
+        + b"".join(struct.pack("<fi", score, len(piece)) + piece for piece, score in pieces)
+    )
     return path
 
 
 def test_the_best_scored_pair_is_merged_first(tmp_path: Path):
-    special = [(b"<unk>", 0.0), (b"<s>", 0.0), (b"</s>", 0.0), *((b"<0x%02X>" % byte, 0.0) for byte in range(256))]
+    special = [
+        (b"<unk>", 0.0),
+        (b"<s>", 0.0),
+        (b"</s>", 0.0),
+        *((b"<0x%02X>" % byte, 0.0) for byte in range(256)),
+    ]
     letters = [(letter, -9.0) for letter in (b" ", b"a", b"b", b"c")]
-    path = write_tokenizer(tmp_path / "tok.bin", [*special, *letters, (b"ab", -2.0), (b"bc", -1.0), (b" a", -3.0), (b"aa", -1.0)])
+    path = write_tokenizer(
+        tmp_path / "tok.bin", [*special, *letters, (b"ab", -2.0), (b"bc", -1.0), (b" a", -3.0), (b"aa", -1.0)]
+    )
     tokenizer = Tokenizer(path)
     assert [tokenizer.pieces[i] for i in tokenizer("abc").input_ids[1:]] == [b" a", b"bc"]
-    assert [tokenizer.pieces[i] for i in tokenizer("aaa").input_ids[1:]] == [b" ", b"aa", b"a"], "of equal scores the first"
+    assert [tokenizer.pieces[i] for i in tokenizer("aaa").input_ids[1:]] == [b" ", b"aa", b"a"], (
+        "of equal scores the first"
+    )
     assert tokenizer("é", add_special_tokens=False).input_ids == [259, 3 + 0xC3, 3 + 0xA9]
     assert tokenizer.decode(tokenizer("abc é").input_ids) == "abc é"
     path.write_bytes(path.read_bytes()[:-1])
@@ -155,21 +188,30 @@ def test_a_checkpoint_is_read_to_its_last_float(tmp_path: Path, shared: bool):
     head = dim // heads
     angles = np.arange(context)[:, None] / 10000.0 ** (np.arange(0, head, 2) / head)
     weights = np.random.default_rng(0).normal(
-        size=vocabulary * dim + layers * (2 * dim + 2 * dim * dim + 2 * kv_heads * head * dim + 3 * dim * hidden) + dim
+        size=vocabulary * dim
+        + layers * (2 * dim + 2 * dim * dim + 2 * kv_heads * head * dim + 3 * dim * hidden)
+        + dim
     )
     floats = [weights, np.cos(angles), np.sin(angles), *([] if shared else [np.full((vocabulary, dim), 7.0)])]
-    data = struct.pack("<7i", dim, hidden, layers, heads, kv_heads, vocabulary if shared else -vocabulary, context)
+    data = struct.pack(
+        "<7i", dim, hidden, layers, heads, kv_heads, vocabulary if shared else -vocabulary, context
+    )
     data += b"".join(part.astype(np.float32).tobytes() for part in floats)
     path = tmp_path / "tiny.bin"
     path.write_bytes(data)
     model = read_checkpoint(path)
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == shared
     assert shared or bool((model.lm_head.weight == 7).all())
-    assert np.array_equal(model.model.embed_tokens.weight.numpy().ravel(), weights[: vocabulary * dim].astype(np.float32))
+    assert np.array_equal(
+        model.model.embed_tokens.weight.numpy().ravel(), weights[: vocabulary * dim].astype(np.float32)
+    )
     assert np.array_equal(model.model.norm.weight.numpy(), weights[-dim:].astype(np.float32))
     for wrong in (data[:-4], data + bytes(4), data[: 28 + 400]):
         path.write_bytes(wrong)
-        with pytest.raises(ValueError, match=f"tiny.bin must have {(len(data) - 28) // 4} floats by its header; got {(len(wrong) - 28) // 4}"):
+        with pytest.raises(
+            ValueError,
+            match=f"tiny.bin must have {(len(data) - 28) // 4} floats by its header; got {(len(wrong) - 28) // 4}",
+        ):
             read_checkpoint(path)
 
 

@@ -1,7 +1,9 @@
-"""Surgery leaves every logit as it was, at each step alone and together; what would not is refused, and what is online goes away again.
+"""Surgery leaves every logit as it was, at each step alone and together; what would not is refused, and what
+is online goes away again.
 
-Tolerances are relative to the largest logit. TINY: 1e-6 in float64, since transformers' RMSNorm computes in float32 inside a float64 model, and about
-7e-8 is what remains of exact steps. DEFAULT: 2e-5 in float32 through 30 layers.
+Tolerances are relative to the largest logit. TINY: 1e-6 in float64, since transformers' RMSNorm computes in
+float32 inside a float64 model, and about 7e-8 is what remains of exact steps. DEFAULT: 2e-5 in float32
+through 30 layers.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,11 +16,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from dfrot_lab import rotations, surgery
-from dfrot_lab.hadamard import hadamard_matrix
-from dfrot_lab.models import LoadedModel, linear
-from dfrot_lab.quantize import fake_quantize
-from dfrot_lab.specs import QuantSpec, RotationSpec
+from dfrot_lab.maths import rotations
+from dfrot_lab.maths.hadamard import hadamard_matrix
+from dfrot_lab.maths.quantizers import fake_quantize
+from dfrot_lab.model import surgery
+from dfrot_lab.model.loading import LoadedModel, linear
+from dfrot_lab.recipe.specs import QuantSpec, RotationSpec
 
 TINY, DEFAULT = 1e-6, 2e-5
 SEEN = 1e-3
@@ -32,7 +35,10 @@ ROTATIONS = {
     "RH-b16": RotationSpec(block=16),
 }
 
-TEXT = "\n".join(f"{i} sheep and {i * 7 % 13} goats went over hill {i % 5}; nobody counted them but the dog." for i in range(20))
+TEXT = "\n".join(
+    f"{i} sheep and {i * 7 % 13} goats went over hill {i % 5}; nobody counted them but the dog."
+    for i in range(20)
+)
 
 
 def relative(found: Tensor, wanted: Tensor) -> float:
@@ -61,7 +67,11 @@ def changed(loaded: LoadedModel, before: dict[str, Tensor]) -> set[str]:
     """Which tensors are no longer what they were, without the layers' numbers."""
     now = loaded.model.state_dict()
     assert now.keys() == before.keys()
-    return {".".join(part for part in name.split(".") if not part.isdigit()) for name in now if not torch.equal(now[name], before[name])}
+    return {
+        ".".join(part for part in name.split(".") if not part.isdigit())
+        for name in now
+        if not torch.equal(now[name], before[name])
+    }
 
 
 def hooks(loaded: LoadedModel) -> int:
@@ -88,8 +98,16 @@ def everything(loaded: LoadedModel, r1: str = "RH") -> None:
 R1_TENSORS = {f"model.layers.{part}.weight" for part in (
     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
 )} | {"model.embed_tokens.weight", "lm_head.weight"}  # fmt: skip
-NORMS = {"model.norm.weight", "model.layers.input_layernorm.weight", "model.layers.post_attention_layernorm.weight"}
-READERS = R1_TENSORS - {"model.embed_tokens.weight", "model.layers.self_attn.o_proj.weight", "model.layers.mlp.down_proj.weight"}
+NORMS = {
+    "model.norm.weight",
+    "model.layers.input_layernorm.weight",
+    "model.layers.post_attention_layernorm.weight",
+}
+READERS = R1_TENSORS - {
+    "model.embed_tokens.weight",
+    "model.layers.self_attn.o_proj.weight",
+    "model.layers.mlp.down_proj.weight",
+}
 R2_TENSORS = {"model.layers.self_attn.v_proj.weight", "model.layers.self_attn.o_proj.weight"}
 R4_TENSORS = {"model.layers.mlp.down_proj.weight"}
 
@@ -106,7 +124,9 @@ STEPS: dict[str, tuple[Callable[[LoadedModel], None], dict[str, bool], set[str]]
     "everything, RO": (lambda loaded: everything(loaded, "RO"), {"r3": True, "r4": True}, NORMS | R1_TENSORS),
     "everything, RH": (everything, {"r3": True, "r4": True}, NORMS | R1_TENSORS),
 }
-"""Step: what it does to the weights, what runs online with it, which tensors must have changed (so that a step that does nothing fails)."""
+"""Step: what it does to the weights, what runs online with it, which tensors must have changed (so that a
+step that does nothing fails).
+"""
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -119,7 +139,11 @@ def test_logits_stay_equal(family: str, tied: bool, step: str):
     apply(loaded)
     with surgery.online(loaded, **online):
         assert relative(logits(loaded), wanted) <= TINY
-    biases = {"model.layers.self_attn.v_proj.bias"} if family == "qwen2" and "model.layers.self_attn.v_proj.weight" in touched & R2_TENSORS else set()
+    biases = (
+        {"model.layers.self_attn.v_proj.bias"}
+        if family == "qwen2" and "model.layers.self_attn.v_proj.weight" in touched & R2_TENSORS
+        else set()
+    )
     assert changed(loaded, before) - {"model.layers.self_attn.v_proj.bias"} == touched
     if step in ("R2", "everything, RH"):
         assert biases <= changed(loaded, before)
@@ -131,7 +155,9 @@ def test_the_residual_stream_is_x_at_R(family: str):
     surgery.prepare(loaded)
     rotate("RO")(rotated)
     R = rotations.make(ROTATIONS["RO"], CHANNELS)
-    plain, turned = ([*m.model(ids_of(m), output_hidden_states=True).hidden_states] for m in (loaded, rotated))
+    plain, turned = (
+        [*m.model(ids_of(m), output_hidden_states=True).hidden_states] for m in (loaded, rotated)
+    )
     assert len(plain) == LAYERS + 1
     for x, y in zip(plain, turned, strict=True):
         assert relative(y, x @ R) <= TINY
@@ -139,7 +165,9 @@ def test_the_residual_stream_is_x_at_R(family: str):
 
 
 def with_output_biases() -> LoadedModel:
-    """A Llama whose o and down have biases too, as some fine-tunes do: they live in the residual stream and must turn with it."""
+    """A Llama whose o and down have biases too, as some fine-tunes do: they live in the residual stream and
+    must turn with it.
+    """
     loaded = tiny_model("llama", dtype=torch.float64)
     loaded.model.config.attention_bias = loaded.model.config.mlp_bias = True
     torch.manual_seed(0)
@@ -160,7 +188,9 @@ def test_biases_of_o_and_down_turn_with_the_stream(step: str):
         assert relative(logits(loaded), wanted) <= TINY
 
 
-def other_sizes(*, head: int = HEAD_SIZE, inner: int = INNER, sliding_window: int | None = None, family: str = "llama") -> LoadedModel:
+def other_sizes(
+    *, head: int = HEAD_SIZE, inner: int = INNER, sliding_window: int | None = None, family: str = "llama"
+) -> LoadedModel:
     """A float64 tiny model of other sizes, or with a sliding window."""
     loaded = tiny_model(family, dtype=torch.float64)
     config = loaded.model.config
@@ -196,8 +226,12 @@ def test_the_default_model_keeps_its_logits_in_float32_at_a_step_alone(step: str
 
 @pytest.mark.model
 @pytest.mark.parametrize("kind", ["RO", "RH"])
-def test_the_default_model_keeps_its_logits_in_float32_after_every_further_step(kind: str, default_model: LoadedModel):
-    """One step on top of the other, as an evaluation takes them: nearly all the time is the float64 products of R1."""
+def test_the_default_model_keeps_its_logits_in_float32_after_every_further_step(
+    kind: str, default_model: LoadedModel
+):
+    """One step on top of the other, as an evaluation takes them: nearly all the time is the float64 products
+    of R1.
+    """
     ids = ids_of(default_model, 256)
     wanted = logits(default_model, ids)
     R = rotations.make(RotationSpec(kind=kind), default_model.channels)
@@ -229,7 +263,10 @@ def test_the_dtype_stays_and_the_cast_comes_last(dtype: torch.dtype):
     R = R.float().double()
     now = loaded.model.state_dict()
     assert {tensor.dtype for tensor in now.values()} == {dtype}
-    for name, rotated in (("model.layers.0.self_attn.q_proj", lambda w: w @ R), ("model.layers.1.mlp.down_proj", lambda w: R.T @ w)):
+    for name, rotated in (
+        ("model.layers.0.self_attn.q_proj", lambda w: w @ R),
+        ("model.layers.1.mlp.down_proj", lambda w: R.T @ w),
+    ):
         assert torch.equal(now[f"{name}.weight"], rotated(before[f"{name}.weight"].double()).to(dtype))
 
 
@@ -240,7 +277,10 @@ def test_a_rotation_and_its_transpose_give_the_weights_back():
     R = rotations.make(ROTATIONS["RH"], CHANNELS)
     surgery.rotate_residual(loaded, R)
     surgery.rotate_residual(loaded, R.T)
-    assert all(torch.allclose(now, before[name], rtol=0, atol=1e-11) for name, now in loaded.model.state_dict().items())
+    assert all(
+        torch.allclose(now, before[name], rtol=0, atol=1e-11)
+        for name, now in loaded.model.state_dict().items()
+    )
 
 
 def test_untying_and_preparing_twice_is_preparing_once():
@@ -269,7 +309,10 @@ def nothing_changes(loaded: LoadedModel) -> Iterator[None]:
 def test_rotating_before_fusing_is_refused(family: str):
     loaded = tiny_model(family)
     surgery.untie(loaded)
-    with nothing_changes(loaded), pytest.raises(ValueError, match=r"norm gains must be fused \(surgery\.fuse_norms\) before R1"):
+    with (
+        nothing_changes(loaded),
+        pytest.raises(ValueError, match=r"norm gains must be fused \(surgery\.fuse_norms\) before R1"),
+    ):
         surgery.rotate_residual(loaded, rotations.make(ROTATIONS["RH"], CHANNELS))
 
 
@@ -282,10 +325,17 @@ def test_one_gain_that_is_not_1_is_enough_to_be_refused(gain: str):
         surgery.rotate_residual(loaded, rotations.make(ROTATIONS["RH"], CHANNELS))
 
 
-@pytest.mark.parametrize("step", [surgery.fuse_norms, lambda loaded: surgery.rotate_residual(loaded, torch.eye(CHANNELS))], ids=["fuse", "R1"])
+@pytest.mark.parametrize(
+    "step",
+    [surgery.fuse_norms, lambda loaded: surgery.rotate_residual(loaded, torch.eye(CHANNELS))],
+    ids=["fuse", "R1"],
+)
 def test_a_tied_model_is_refused_until_it_is_untied(step: Callable[[LoadedModel], None]):
     loaded = tiny_model(tied=True)
-    with nothing_changes(loaded), pytest.raises(ValueError, match=r"embeddings must be untied \(surgery\.untie\) first"):
+    with (
+        nothing_changes(loaded),
+        pytest.raises(ValueError, match=r"embeddings must be untied \(surgery\.untie\) first"),
+    ):
         step(loaded)
 
 
@@ -298,9 +348,15 @@ def bad_rotations() -> dict[str, tuple[Tensor, str]]:
         "too large": (torch.eye(CHANNELS + 1), r"rotation\.shape must be \(64, 64\); got \(65, 65\)"),
         "not square": (R[:, :32], r"rotation\.shape must be \(channels, channels\); got \(64, 32\)"),
         "scaled": (1.001 * R, r"rotation\.orthogonality_error must be <= 0\.0001; got 0\.002"),
-        "singular": (torch.zeros(CHANNELS, CHANNELS), r"rotation\.orthogonality_error must be <= 0\.0001; got 1\."),
+        "singular": (
+            torch.zeros(CHANNELS, CHANNELS),
+            r"rotation\.orthogonality_error must be <= 0\.0001; got 1\.",
+        ),
         "NaN": (nan, r"rotation\.values must be finite; got 1 NaN or Inf of 4096"),
-        "whole numbers": (torch.eye(CHANNELS, dtype=torch.int64), r"rotation\.dtype must be a float dtype; got torch\.int64"),
+        "whole numbers": (
+            torch.eye(CHANNELS, dtype=torch.int64),
+            r"rotation\.dtype must be a float dtype; got torch\.int64",
+        ),
     }
 
 
@@ -318,11 +374,16 @@ def test_a_matrix_that_is_no_rotation_of_this_model_is_refused(case: str):
     [(surgery.rotate_heads, {"head": 6}, 6), (surgery.rotate_down, {"inner": 98}, 98)],
     ids=["R2", "R4"],
 )
-def test_a_size_without_a_hadamard_matrix_is_refused_before_anything_changes(step: Callable[[LoadedModel], None], sizes: dict[str, int], number: int):
+def test_a_size_without_a_hadamard_matrix_is_refused_before_anything_changes(
+    step: Callable[[LoadedModel], None], sizes: dict[str, int], number: int
+):
     loaded = other_sizes(**sizes)
     with (
         nothing_changes(loaded),
-        pytest.raises(ValueError, match=f"no Hadamard matrix of order {number} is known here, .* evaluate this model with NR only"),
+        pytest.raises(
+            ValueError,
+            match=f"no Hadamard matrix of order {number} is known here, .* evaluate this model with NR only",
+        ),
     ):
         step(loaded)
 
@@ -330,7 +391,12 @@ def test_a_size_without_a_hadamard_matrix_is_refused_before_anything_changes(ste
 def test_r3_of_a_head_size_without_a_hadamard_matrix_is_refused_and_leaves_the_model_working():
     loaded = other_sizes(head=6)
     wanted = logits(loaded)
-    with pytest.raises(ValueError, match="no Hadamard matrix of order 6 is known here, and that is a head's size"), surgery.online(loaded, r3=True):
+    with (
+        pytest.raises(
+            ValueError, match="no Hadamard matrix of order 6 is known here, and that is a head's size"
+        ),
+        surgery.online(loaded, r3=True),
+    ):
         logits(loaded)
     assert torch.equal(logits(loaded), wanted)
 
@@ -430,8 +496,14 @@ def test_everything_online_is_gone_after_the_block(fails: bool, attention: str):
     loaded = tiny_model()
     loaded.model.set_attn_implementation(attention)
     wanted = logits(loaded)
-    with pytest.raises(RuntimeError, match="inside") if fails else nullcontext(), surgery.online(loaded, **ALL_ONLINE):
-        assert hooks(loaded) == 5 * LAYERS and loaded.model.config._attn_implementation not in ("sdpa", "eager")
+    with (
+        pytest.raises(RuntimeError, match="inside") if fails else nullcontext(),
+        surgery.online(loaded, **ALL_ONLINE),
+    ):
+        assert hooks(loaded) == 5 * LAYERS and loaded.model.config._attn_implementation not in (
+            "sdpa",
+            "eager",
+        )
         assert relative(logits(loaded), wanted) > SEEN
         if fails:
             raise RuntimeError("inside")
@@ -446,7 +518,10 @@ def test_an_error_inside_the_forward_pass_leaves_nothing_behind():
     def refuse(x: Tensor) -> Tensor:
         raise ArithmeticError(f"no {tuple(x.shape)}")
 
-    with pytest.raises(ArithmeticError, match=r"no \(1, 60, 64\)"), surgery.online(loaded, r3=True, r4=True, linear_input=refuse):
+    with (
+        pytest.raises(ArithmeticError, match=r"no \(1, 60, 64\)"),
+        surgery.online(loaded, r3=True, r4=True, linear_input=refuse),
+    ):
         logits(loaded)
     assert hooks(loaded) == 0 and loaded.model.config._attn_implementation == "sdpa"
 
@@ -491,14 +566,22 @@ def test_r3_with_a_batch_and_a_padded_mask(family: str, padding: str):
 def test_generating_with_a_cache_gives_the_same_tokens(family: str):
     original, rotated = rotated_pair(family)
     ids = ids_of(original, 40).reshape(2, 20)
-    options = {"max_new_tokens": 16, "do_sample": False, "output_logits": True, "return_dict_in_generate": True, "pad_token_id": 0}
+    options = {
+        "max_new_tokens": 16,
+        "do_sample": False,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+        "pad_token_id": 0,
+    }
     mask = torch.ones_like(ids)
     wanted = original.model.generate(ids, attention_mask=mask, **options)
     with surgery.online(rotated, r3=True, r4=True):
         found = rotated.model.generate(ids, attention_mask=mask, **options)
         uncached = rotated.model.generate(ids, attention_mask=mask, use_cache=False, **options)
     assert found.past_key_values.get_seq_length() == 35 and uncached.past_key_values is None
-    assert torch.equal(found.sequences, wanted.sequences) and torch.equal(uncached.sequences, wanted.sequences)
+    assert torch.equal(found.sequences, wanted.sequences) and torch.equal(
+        uncached.sequences, wanted.sequences
+    )
     assert found.sequences.shape == (2, 36) and len(found.sequences[:, 20:].unique()) > 1
     assert relative(torch.stack(found.logits), torch.stack(wanted.logits)) <= TINY
 
@@ -509,7 +592,9 @@ def test_a_sliding_window_shorter_than_the_text():
     wanted = logits(original)
     with surgery.online(rotated, r3=True, r4=True):
         assert relative(logits(rotated), wanted) <= TINY
-    assert relative(logits(other_sizes(family="mistral", sliding_window=1000)), wanted) > SEEN, "the window matters"
+    assert relative(logits(other_sizes(family="mistral", sliding_window=1000)), wanted) > SEEN, (
+        "the window matters"
+    )
 
 
 # The KV cache
@@ -531,11 +616,15 @@ def slowly_quantized(x: Tensor) -> Tensor:
         low, high = min(float(row.min()), 0.0), max(float(row.max()), 0.0)
         scale = (high - low) / 15
         zero = round(-low / scale)
-        out[tuple(place)] = torch.tensor([scale * (min(max(round(v / scale) + zero, 0), 15) - zero) for v in row.tolist()], dtype=x.dtype)
+        out[tuple(place)] = torch.tensor(
+            [scale * (min(max(round(v / scale) + zero, 0), 15) - zero) for v in row.tolist()], dtype=x.dtype
+        )
     return out
 
 
-def attention_by_hand(attention: torch.nn.Module, x: Tensor, cos_sin: tuple[Tensor, Tensor], r3: bool) -> Tensor:
+def attention_by_hand(
+    attention: torch.nn.Module, x: Tensor, cos_sin: tuple[Tensor, Tensor], r3: bool
+) -> Tensor:
     """Layer 0's attention with keys and values at 4 bits: grouped heads, causal, one query at a time."""
     heads = (1, x.shape[1], -1, HEAD_SIZE)
     q, k, v = (getattr(attention, f"{name}_proj")(x).view(heads) for name in "qkv")
@@ -569,7 +658,9 @@ def test_4_bit_keys_and_values_are_quantized_after_r3_per_token_and_head(family:
         logits(loaded, ids_of(loaded, 24))
     handle.remove()
     assert relative(met["out"], attention_by_hand(attention, met["x"], met["cos_sin"], r3)) <= 1e-9
-    assert relative(met["out"], attention_by_hand(attention, met["x"], met["cos_sin"], not r3)) > 1e-4, "R3 matters to the keys' error"
+    assert relative(met["out"], attention_by_hand(attention, met["x"], met["cos_sin"], not r3)) > 1e-4, (
+        "R3 matters to the keys' error"
+    )
 
 
 def test_quantized_keys_in_the_cache_give_the_same_logits_as_the_whole_text_at_once():
@@ -584,7 +675,9 @@ def test_quantized_keys_in_the_cache_give_the_same_logits_as_the_whole_text_at_o
 
 
 def test_the_norm_output_can_be_quantized_as_an_evaluation_does():
-    """4 bits on inputs: a difference that shows without rotation, smaller with RH on a model with massive tokens and an outlier channel."""
+    """4 bits on inputs: a difference that shows without rotation, smaller with RH on a model with massive
+    tokens and an outlier channel.
+    """
     quantize = QuantSpec(bits=4, symmetric=False)
     errors = {}
     for name in ("NR", "RH"):

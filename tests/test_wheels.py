@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from dfrot_lab import wheels
-from dfrot_lab.wheels import WheelFile, fetch
+from dfrot_lab.disk import downloads
+from dfrot_lab.disk.downloads import WheelFile, fetch
 
 CONTENT = b"forty bytes of data, or so\n" * 1000
 
@@ -22,8 +22,13 @@ def build_wheel(folder: Path) -> Path:
     path = folder / "tinydata-1.0-py3-none-any.whl"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("tinydata/data.bin", CONTENT)
-        archive.writestr("tinydata-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tinydata\nVersion: 1.0\n")
-        archive.writestr("tinydata-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(
+            "tinydata-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tinydata\nVersion: 1.0\n"
+        )
+        archive.writestr(
+            "tinydata-1.0.dist-info/WHEEL",
+            "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        )
         archive.writestr("tinydata-1.0.dist-info/RECORD", "")
     return path
 
@@ -54,7 +59,9 @@ def tiny(index: Path) -> WheelFile:
     )
 
 
-def test_fetches_once_and_says_so(tiny: WheelFile, index: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_fetches_once_and_says_so(
+    tiny: WheelFile, index: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
     with caplog.at_level(logging.INFO, logger="dfrot_lab"):
         path = fetch(tiny)
     assert path == tmp_path / "cache" / "downloads" / tiny.member_sha256[:16] / "data.bin"
@@ -67,7 +74,9 @@ def test_fetches_once_and_says_so(tiny: WheelFile, index: Path, tmp_path: Path, 
 
 def test_second_look_does_not_hash(tiny: WheelFile, monkeypatch: pytest.MonkeyPatch):
     path = fetch(tiny)
-    monkeypatch.setattr(wheels.hashlib, "file_digest", lambda *_: pytest.fail("hashed a file that was verified before"))
+    monkeypatch.setattr(
+        downloads.hashlib, "file_digest", lambda *_: pytest.fail("hashed a file that was verified before")
+    )
     assert fetch(tiny) == path
 
 
@@ -107,13 +116,18 @@ def test_wheel_with_another_hash_is_refused(tiny: WheelFile):
 
 def test_member_with_another_hash_is_refused(tiny: WheelFile):
     wrong = replace(tiny, member_sha256="1" * 64)
-    with pytest.raises(ValueError, match=rf"WheelFile.member_sha256 must be {tiny.member_sha256}.*got {'1' * 64}"):
+    with pytest.raises(
+        ValueError, match=rf"WheelFile.member_sha256 must be {tiny.member_sha256}.*got {'1' * 64}"
+    ):
         fetch(wrong)
     assert not wrong.path().exists()
 
 
 def test_member_that_is_not_there_is_named(tiny: WheelFile):
-    with pytest.raises(ValueError, match=r"WheelFile.member must be a file inside tinydata-1.0-py3-none-any.whl; got 'tinydata/other.bin'"):
+    with pytest.raises(
+        ValueError,
+        match=r"WheelFile.member must be a file inside tinydata-1.0-py3-none-any.whl; got 'tinydata/other.bin'",
+    ):
         fetch(replace(tiny, member="tinydata/other.bin"))
 
 
@@ -129,7 +143,12 @@ def test_without_network_says_what_to_do(tiny: WheelFile, index: Path):
 
 def test_two_processes_download_once(tiny: WheelFile):
     script = f"import logging; logging.basicConfig(level=logging.INFO)\nfrom dfrot_lab.wheels import WheelFile, fetch\nprint(fetch({tiny!r}))"
-    running = [subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
     said = [process.communicate(timeout=60) for process in running]
     assert [process.returncode for process in running] == [0, 0], said
     assert {Path(out.strip()) for out, _ in said} == {tiny.path()}
@@ -138,6 +157,6 @@ def test_two_processes_download_once(tiny: WheelFile):
 
 @pytest.mark.model
 def test_wikipedia_wheel_is_found_on_any_system(tmp_path: Path):
-    path = fetch(wheels.WIKIPEDIA_XML, folder=tmp_path)
+    path = fetch(downloads.WIKIPEDIA_XML, folder=tmp_path)
     assert path.read_bytes()[:3] == b"BZh"
     assert path.stat().st_size == 1_695_871

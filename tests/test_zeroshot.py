@@ -1,4 +1,6 @@
-"""Zero-shot: the tasks' own files found and scored, averages by hand, each table computed once; and that a rotation alone changes no answer."""
+"""Zero-shot: the tasks' own files found and scored, averages by hand, each table computed once; and that a
+rotation alone changes no answer.
+"""
 
 import json
 import math
@@ -12,11 +14,12 @@ import torch
 from test_evaluate import save_lively
 from transformers import AutoTokenizer
 
-from dfrot_lab import evaluate, models, zeroshot
-from dfrot_lab.models import LoadedModel
-from dfrot_lab.specs import CorpusSpec, EvalSpec, ModelSpec, RotationSpec, eval_spec
-from dfrot_lab.store import Store
-from dfrot_lab.zeroshot import AVERAGE, METRICS, TASKS, local_file, table
+from dfrot_lab.disk.artefacts import Store
+from dfrot_lab.model import loading
+from dfrot_lab.model.loading import LoadedModel
+from dfrot_lab.recipe.specs import CorpusSpec, EvalSpec, ModelSpec, RotationSpec, eval_spec
+from dfrot_lab.score import perplexity, zeroshot
+from dfrot_lab.score.zeroshot import AVERAGE, METRICS, TASKS, local_file, table
 
 ITEMS: dict[str, list[dict[str, Any]]] = {
     "piqa": [
@@ -25,9 +28,19 @@ ITEMS: dict[str, list[dict[str, Any]]] = {
         {"goal": "cut wool", "sol1": "shears", "sol2": "soup", "label": 0},
     ],
     "winogrande": [
-        {"sentence": "The dog bit the cat as _ was angry.", "option1": "dog", "option2": "cat", "answer": "1"},
+        {
+            "sentence": "The dog bit the cat as _ was angry.",
+            "option1": "dog",
+            "option2": "cat",
+            "answer": "1",
+        },
         {"sentence": "Ann paid Bo because _ was owed.", "option1": "Ann", "option2": "Bo", "answer": "2"},
-        {"sentence": "The pot fell on the jar and _ broke.", "option1": "pot", "option2": "jar", "answer": "2"},
+        {
+            "sentence": "The pot fell on the jar and _ broke.",
+            "option1": "pot",
+            "option2": "jar",
+            "answer": "2",
+        },
     ],
     "hellaswag": [
         {
@@ -41,16 +54,28 @@ ITEMS: dict[str, list[dict[str, Any]]] = {
         for n in range(3)
     ],
     "arc_easy": [
-        {"id": str(n), "question": f"What is {n} + 1?", "choices": {"text": ["0", "1 apple", "2", "3!"], "label": list("ABCD")}, "answerKey": key}
+        {
+            "id": str(n),
+            "question": f"What is {n} + 1?",
+            "choices": {"text": ["0", "1 apple", "2", "3!"], "label": list("ABCD")},
+            "answerKey": key,
+        }
         for n, key in enumerate("BCD")
     ],
     "arc_challenge": [
-        {"id": str(n), "question": f"Why {n}?", "choices": {"text": ["so", "no reason at all", "luck"], "label": list("ABC")}, "answerKey": key}
+        {
+            "id": str(n),
+            "question": f"Why {n}?",
+            "choices": {"text": ["so", "no reason at all", "luck"], "label": list("ABC")},
+            "answerKey": key,
+        }
         for n, key in enumerate("ABC")
     ],
     "lambada_openai": [{"text": f"the sheep number {n} went over the hill"} for n in range(3)],
 }
-"""Three items of each task, in the field names of lm-eval's task files, short enough for a tiny model's context."""
+"""Three items of each task, in the field names of lm-eval's task files, short enough for a tiny model's
+context.
+"""
 
 
 @pytest.fixture
@@ -69,7 +94,15 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def row_of(model: ModelSpec, text: Path, bits: str = "16-16-16", kind: str = "NR") -> EvalSpec:
     calibration = {"corpus": CorpusSpec(name=str(text), split="calibration"), "windows": 2, "window": 64}
-    spec = eval_spec(bits, weights="rtn", model=model, corpus=CorpusSpec(name=str(text)), rotation=RotationSpec(kind=kind), windows=2, window=64)
+    spec = eval_spec(
+        bits,
+        weights="rtn",
+        model=model,
+        corpus=CorpusSpec(name=str(text)),
+        rotation=RotationSpec(kind=kind),
+        windows=2,
+        window=64,
+    )
     return spec.with_(weights=spec.weights.with_(**calibration))
 
 
@@ -82,7 +115,8 @@ def saved_model(folder: Path) -> ModelSpec:
     return spec
 
 
-# ---- where items are --------------------------------------------------------------------------------------------------------------------
+# ---- where items are
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def test_a_local_file_is_found_where_the_variable_says(tmp_path, monkeypatch):
@@ -91,7 +125,9 @@ def test_a_local_file_is_found_where_the_variable_says(tmp_path, monkeypatch):
     (tmp_path / "zero_shot").mkdir()
     (tmp_path / "zero_shot" / "piqa.jsonl").write_text("{}\n")
     (tmp_path / "zero_shot" / "winogrande.jsonl").mkdir()  # a folder is no file
-    assert {task: local_file(task) for task in TASKS if local_file(task)} == {"piqa": tmp_path / "zero_shot" / "piqa.jsonl"}
+    assert {task: local_file(task) for task in TASKS if local_file(task)} == {
+        "piqa": tmp_path / "zero_shot" / "piqa.jsonl"
+    }
 
 
 def test_there_is_no_local_file_without_the_variable(tmp_path, monkeypatch):
@@ -100,26 +136,46 @@ def test_there_is_no_local_file_without_the_variable(tmp_path, monkeypatch):
     assert all(local_file(task) is None for task in TASKS)
 
 
-# ---- averages ---------------------------------------------------------------------------------------------------------------------------
+# ---- averages
+# ---------------------------------------------------------------------------------------------------------------------------
 
 
 def line(task: str, metric: str, value: float, stderr: float = 0.01, items: int = 10) -> dict[str, Any]:
-    return {"row": "r", "task": task, "metric": metric, "value": value, "stderr": stderr, "items": items, "version": "1", "source": "hub"}
+    return {
+        "row": "r",
+        "task": task,
+        "metric": metric,
+        "value": value,
+        "stderr": stderr,
+        "items": items,
+        "version": "1",
+        "source": "hub",
+    }
 
 
 def six_tasks() -> list[dict[str, Any]]:
-    """Task n has acc n/10, stderr n/100 and n items; those with a length-normalised accuracy have it 0.05 above."""
+    """Task n has acc n/10, stderr n/100 and n items; those with a length-normalised accuracy have it 0.05
+    above.
+    """
     lines = [line(task, "acc", n / 10, n / 100, n) for n, task in enumerate(TASKS, 1)]
     normalised = ("piqa", "hellaswag", "arc_easy", "arc_challenge")
-    return lines + [line(task, "acc_norm", n / 10 + 0.05, 0.02, n) for n, task in enumerate(TASKS, 1) if task in normalised]
+    return lines + [
+        line(task, "acc_norm", n / 10 + 0.05, 0.02, n)
+        for n, task in enumerate(TASKS, 1)
+        if task in normalised
+    ]
 
 
 def test_averages_are_those_computed_by_hand():
-    """(0.1 + ... + 0.6) / 6, errors added in squares; acc_norm takes acc where a task has no acc_norm: here winogrande and lambada."""
+    """(0.1 + ... + 0.6) / 6, errors added in squares; acc_norm takes acc where a task has no acc_norm: here
+    winogrande and lambada.
+    """
     acc, acc_norm = zeroshot._averages(six_tasks())
     assert (acc["row"], acc["task"], acc["metric"], acc["items"]) == ("r", AVERAGE, "acc", 21)
     assert acc["value"] == pytest.approx(0.35)
-    assert acc["stderr"] == pytest.approx(math.sqrt(0.01**2 + 0.02**2 + 0.03**2 + 0.04**2 + 0.05**2 + 0.06**2) / 6)
+    assert acc["stderr"] == pytest.approx(
+        math.sqrt(0.01**2 + 0.02**2 + 0.03**2 + 0.04**2 + 0.05**2 + 0.06**2) / 6
+    )
     assert (acc_norm["metric"], acc_norm["items"]) == ("acc_norm", 21)
     assert acc_norm["value"] == pytest.approx((0.15 + 0.2 + 0.35 + 0.45 + 0.55 + 0.6) / 6)
     assert acc_norm["stderr"] == pytest.approx(math.sqrt(4 * 0.02**2 + 0.02**2 + 0.06**2) / 6)
@@ -130,7 +186,8 @@ def test_there_is_no_average_where_a_task_is_missing(missing):
     assert zeroshot._averages([found for found in six_tasks() if found["task"] != missing]) == []
 
 
-# ---- scoring, on a tiny model and a few items of each task ------------------------------------------------------------------------------
+# ---- scoring, on a tiny model and a few items of each task
+# ------------------------------------------------------------------------------
 
 
 def log_likelihoods(loaded: LoadedModel, context: str, continuations: list[str]) -> list[float]:
@@ -150,19 +207,28 @@ def hits(scores: list[float], right: int) -> float:
 
 @torch.inference_mode()
 def by_hand(loaded: LoadedModel, limit: int) -> dict[tuple[str, str], float]:
-    """Accuracies of arc_easy and piqa (the likeliest choice; per character for acc_norm), winogrande (the likeliest start) and lambada (greedy)."""
+    """Accuracies of arc_easy and piqa (the likeliest choice; per character for acc_norm), winogrande (the
+    likeliest start) and lambada (greedy).
+    """
     seen: dict[tuple[str, str], list[float]] = {}
     for task in ("arc_easy", "piqa"):
         for item in ITEMS[task][:limit]:
             question = item["question"] if task == "arc_easy" else item["goal"]
             choices = item["choices"]["text"] if task == "arc_easy" else [item["sol1"], item["sol2"]]
             right = "ABCD".index(item["answerKey"]) if task == "arc_easy" else item["label"]
-            scores = log_likelihoods(loaded, f"Question: {question}\nAnswer:", [f" {choice}" for choice in choices])
+            scores = log_likelihoods(
+                loaded, f"Question: {question}\nAnswer:", [f" {choice}" for choice in choices]
+            )
             seen.setdefault((task, "acc"), []).append(hits(scores, right))
-            seen.setdefault((task, "acc_norm"), []).append(hits([s / len(c) for s, c in zip(scores, choices, strict=True)], right))
+            seen.setdefault((task, "acc_norm"), []).append(
+                hits([s / len(c) for s, c in zip(scores, choices, strict=True)], right)
+            )
     for item in ITEMS["winogrande"][:limit]:
         before, after = item["sentence"].split("_")
-        scores = [log_likelihoods(loaded, before + option, [f" {after.strip()}"])[0] for option in (item["option1"], item["option2"])]
+        scores = [
+            log_likelihoods(loaded, before + option, [f" {after.strip()}"])[0]
+            for option in (item["option1"], item["option2"])
+        ]
         seen.setdefault(("winogrande", "acc"), []).append(hits(scores, int(item["answer"]) - 1))
     for item in ITEMS["lambada_openai"][:limit]:
         context, last = item["text"].rsplit(" ", 1)
@@ -173,30 +239,53 @@ def by_hand(loaded: LoadedModel, limit: int) -> dict[tuple[str, str], float]:
 
 
 def test_accuracies_are_those_of_a_loop_over_items(tmp_path, store, folder, monkeypatch):
-    """Four tasks that are each scored in their own way; hellaswag is scored as piqa is, and arc_challenge as arc_easy."""
-    monkeypatch.setattr(zeroshot, "TASKS", {name: TASKS[name] for name in ("piqa", "winogrande", "arc_easy", "lambada_openai")})
+    """Four tasks that are each scored in their own way; hellaswag is scored as piqa is, and arc_challenge as
+    arc_easy.
+    """
+    monkeypatch.setattr(
+        zeroshot,
+        "TASKS",
+        {name: TASKS[name] for name in ("piqa", "winogrande", "arc_easy", "lambada_openai")},
+    )
     model, items = saved_model(tmp_path / "model"), 2
     found = table("plain", None, model, items, store)
     accuracy = {(row.task, row.metric): row.value for row in found.itertuples()}
-    expected = by_hand(models.load_model(model), items)
+    expected = by_hand(loading.load_model(model), items)
     assert {key: value for key, value in accuracy.items() if key[0] != AVERAGE} == pytest.approx(expected)
     assert set(found["task"]) == {*zeroshot.TASKS, AVERAGE} and set(found["metric"]) == set(METRICS)
     of_tasks = found[found["task"] != AVERAGE]
-    assert set(of_tasks["items"]) == {items} and set(found.loc[found["task"] == AVERAGE, "items"]) == {4 * items}
+    assert set(of_tasks["items"]) == {items} and set(found.loc[found["task"] == AVERAGE, "items"]) == {
+        4 * items
+    }
     assert set(of_tasks["source"]) == {"local file"} and set(found["model"]) == {model.source}
     for row in of_tasks.itertuples():
-        assert row.stderr == pytest.approx(math.sqrt(row.value * (1 - row.value) / (items - 1)))  # of a mean of zeros and ones
+        assert row.stderr == pytest.approx(
+            math.sqrt(row.value * (1 - row.value) / (items - 1))
+        )  # of a mean of zeros and ones
 
 
-def test_a_table_is_computed_once_and_a_row_is_another_with_other_items_limit_or_bits(tmp_path, store, folder, text_file, monkeypatch):
+def test_a_table_is_computed_once_and_a_row_is_another_with_other_items_limit_or_bits(
+    tmp_path, store, folder, text_file, monkeypatch
+):
     monkeypatch.setattr(zeroshot, "TASKS", {name: TASKS[name] for name in ("arc_easy", "winogrande")})
     model = saved_model(tmp_path / "model")
     scored: list[tuple[str, int | None]] = []
 
-    def counted(_loaded: LoadedModel, task: str, path: Path | None, limit: int | None) -> list[dict[str, Any]]:
+    def counted(
+        _loaded: LoadedModel, task: str, path: Path | None, limit: int | None
+    ) -> list[dict[str, Any]]:
         assert path == folder / f"{task}.jsonl"
         scored.append((task, limit))
-        return [{"metric": "acc", "value": 0.5, "stderr": 0.1, "items": len(path.read_text().splitlines()), "version": "1", "source": "local file"}]
+        return [
+            {
+                "metric": "acc",
+                "value": 0.5,
+                "stderr": 0.1,
+                "items": len(path.read_text().splitlines()),
+                "version": "1",
+                "source": "local file",
+            }
+        ]
 
     monkeypatch.setattr(zeroshot, "_score", counted)
     spec = row_of(model, text_file)
@@ -220,11 +309,22 @@ def test_a_stopped_table_goes_on_at_its_task(tmp_path, store, folder, monkeypatc
     model = saved_model(tmp_path / "model")
     scored: list[str] = []
 
-    def stop_at_third(_loaded: LoadedModel, task: str, _path: Path | None, _limit: int | None) -> list[dict[str, Any]]:
+    def stop_at_third(
+        _loaded: LoadedModel, task: str, _path: Path | None, _limit: int | None
+    ) -> list[dict[str, Any]]:
         if len(scored) == 2 and "go on" not in os.environ:
             raise KeyboardInterrupt
         scored.append(task)
-        return [{"metric": "acc", "value": len(scored) / 10, "stderr": 0.0, "items": 3, "version": "1", "source": "local file"}]
+        return [
+            {
+                "metric": "acc",
+                "value": len(scored) / 10,
+                "stderr": 0.0,
+                "items": 3,
+                "version": "1",
+                "source": "local file",
+            }
+        ]
 
     monkeypatch.setattr(zeroshot, "_score", stop_at_third)
     with pytest.raises(KeyboardInterrupt):
@@ -232,7 +332,9 @@ def test_a_stopped_table_goes_on_at_its_task(tmp_path, store, folder, monkeypatc
     monkeypatch.setenv("go on", "1")
     found = table("plain", None, model, 3, store)
     assert scored == list(TASKS)
-    assert found.loc[found["task"] != AVERAGE, "value"].tolist() == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
+    assert found.loc[found["task"] != AVERAGE, "value"].tolist() == pytest.approx(
+        [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
+    )
 
 
 def test_a_quantized_row_is_scored_as_it_is_evaluated(tmp_path, store, folder, text_file, monkeypatch):
@@ -252,15 +354,16 @@ def test_a_quantized_row_is_scored_as_it_is_evaluated(tmp_path, store, folder, t
 
     monkeypatch.setattr(zeroshot, "_score", look)
     table("RH", spec, model, 2, store)
-    canonical = evaluate.canonical(spec)
-    built = evaluate.build(canonical, Store(tmp_path / "alone"))
-    with evaluate.quantized(built, canonical), torch.inference_mode():
+    canonical = perplexity.canonical(spec)
+    built = perplexity.build(canonical, Store(tmp_path / "alone"))
+    with perplexity.quantized(built, canonical), torch.inference_mode():
         expected = built.loaded.model(ids).logits
     assert torch.equal(logits[0], expected)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in seen[0].model.modules())
 
 
-# ---- the default model ------------------------------------------------------------------------------------------------------------------
+# ---- the default model
+# ------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.model
@@ -270,11 +373,16 @@ def test_norms_fused_and_nothing_quantized_answers_as_the_plain_model_does(tmp_p
         pytest.skip("DFROT_LAB_DATA names no folder with zero_shot/<task>.jsonl of all six tasks")
     store = Store(tmp_path / "store")
     spec = eval_spec("16-16-16", rotation=RotationSpec(kind="NR"))
-    plain, fused = table("plain", None, ModelSpec(), 2, store), table("NR 16-16-16", spec, ModelSpec(), 2, store)
+    plain, fused = (
+        table("plain", None, ModelSpec(), 2, store),
+        table("NR 16-16-16", spec, ModelSpec(), 2, store),
+    )
     columns = ["task", "metric", "value", "stderr", "items", "version", "source"]
     pd.testing.assert_frame_equal(plain[columns], fused[columns], check_exact=True)
     assert set(plain["task"]) == {*TASKS, AVERAGE}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(zeroshot, "_score", None)
-        patch.setattr(models, "load_model", None)
-        pd.testing.assert_frame_equal(table("NR 16-16-16", spec, ModelSpec(), 2, store), fused, check_exact=True)
+        patch.setattr(loading, "load_model", None)
+        pd.testing.assert_frame_equal(
+            table("NR 16-16-16", spec, ModelSpec(), 2, store), fused, check_exact=True
+        )

@@ -1,4 +1,6 @@
-"""Explorers: functions that return a widget to look, touch and teach with in JupyterLab. `explore.massive(acts)`, `explore.errors(acts)`, ..."""
+"""Explorers: functions that return a widget to look, touch and teach with in JupyterLab.
+`explore.massive(acts)`, `explore.errors(acts)`, ...
+"""
 
 from .errors import errors as errors
 from .generate import generate as generate

@@ -1,4 +1,6 @@
-"""What every explorer is made of: safe token text, a status line that never moves the page, work that can be paused and cancelled, plain plots."""
+"""What every explorer is made of: safe token text, a status line that never moves the page, work that can be
+paused and cancelled, plain plots.
+"""
 
 import html
 import logging
@@ -11,8 +13,8 @@ from typing import Any
 import ipywidgets as widgets
 import plotly.graph_objects as go
 
-from dfrot_lab.figures import COLOURS, MASSIVE_COLOUR, ORDINARY_COLOUR
-from dfrot_lab.markup import VISIBLE, safe, span, visible
+from dfrot_lab.show.figures import COLOURS, MASSIVE_COLOUR, ORDINARY_COLOUR
+from dfrot_lab.show.markup import VISIBLE, safe, span, visible
 
 from .page import Fit, Plot, Stage
 
@@ -29,11 +31,15 @@ __all__ = ["COLOURS", "MASSIVE_COLOUR", "ORDINARY_COLOUR", "VISIBLE", "Stage", "
 
 
 class Status:
-    """One line below the controls: busy, done, or what went wrong in one sentence. Its height never changes. With it comes what fits the plots."""
+    """One line below the controls: busy, done, or what went wrong in one sentence. Its height never changes.
+    With it comes what fits the plots.
+    """
 
     def __init__(self) -> None:
         self.line = widgets.HTML(layout=widgets.Layout(height="28px", overflow="hidden"))
-        self.widget = widgets.Box([self.line, Fit()], layout=widgets.Layout(flex_flow="column", overflow="hidden", flex="0 0 auto"))
+        self.widget = widgets.Box(
+            [self.line, Fit()], layout=widgets.Layout(flex_flow="column", overflow="hidden", flex="0 0 auto")
+        )
         self.widget.add_class("dfrot-status")
         self.say("")
 
@@ -47,7 +53,9 @@ class Status:
 
     def error(self, error: BaseException | str) -> None:
         """What went wrong, in one sentence."""
-        text = error.args[0] if isinstance(error, KeyError) and error.args else error  # str() of a KeyError adds quotes
+        text = (
+            error.args[0] if isinstance(error, KeyError) and error.args else error
+        )  # str() of a KeyError adds quotes
         self._show("error", f"\u26a0 {text}")
 
     def _show(self, state: str, text: str) -> None:
@@ -75,9 +83,11 @@ class Cancelled(Exception):
 
 @dataclass
 class Job:
-    """Work off the kernel's own thread: `start(work)` runs `work(job)`, which calls `job.step()` between its parts.
+    """Work off the kernel's own thread: `start(work)` runs `work(job)`, which calls `job.step()` between its
+    parts.
 
-    `step` waits while the job is paused and raises Cancelled once it is cancelled. `on_done` is called with None or the error, in the same thread.
+    `step` waits while the job is paused and raises Cancelled once it is cancelled. `on_done` is called with
+    None or the error, in the same thread.
     """
 
     on_done: Callable[[BaseException | None], None] = lambda _error: None
@@ -144,7 +154,12 @@ class Job:
 def figure(height: int = HEIGHT, **layout: Any) -> go.FigureWidget:
     """An empty plotly figure in the explorers' look: transparent, grey text, fixed height, no animation."""
     shown = Plot()
-    axis = {"gridcolor": "rgba(128,128,128,0.25)", "zerolinecolor": "rgba(128,128,128,0.5)", "linecolor": GREY, "automargin": True}
+    axis = {
+        "gridcolor": "rgba(128,128,128,0.25)",
+        "zerolinecolor": "rgba(128,128,128,0.5)",
+        "linecolor": GREY,
+        "automargin": True,
+    }
     shown.update_layout(
         height=height,
         margin={"l": 60, "r": 16, "t": 36, "b": 48},
@@ -175,4 +190,6 @@ def column(*parts: Any) -> widgets.VBox:
 
 def row(*parts: Any) -> widgets.HBox:
     """Controls beside one another, wrapped where the page is narrow."""
-    return widgets.HBox(list(parts), layout=widgets.Layout(flex_flow="row wrap", align_items="center", grid_gap="4px 12px"))
+    return widgets.HBox(
+        list(parts), layout=widgets.Layout(flex_flow="row wrap", align_items="center", grid_gap="4px 12px")
+    )

@@ -1,4 +1,6 @@
-"""The errors explorer's plots: tokens in the plane or in space, and one token's values over the quantization grid; data change in place."""
+"""The errors explorer's plots: tokens in the plane or in space, and one token's values over the quantization
+grid; data change in place.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -17,19 +19,39 @@ PANEL_HEIGHT = 320
 
 
 class Scatter:
-    """A point a token. `on_click(token)` and `on_brush(tokens)` are called when a reader does so (brushing in the plane alone)."""
+    """A point a token. `on_click(token)` and `on_brush(tokens)` are called when a reader does so (brushing in
+    the plane alone).
+    """
 
-    def __init__(self, texts: Sequence[str], on_click: Callable[[int], None], on_brush: Callable[[list[int]], None]) -> None:
+    def __init__(
+        self, texts: Sequence[str], on_click: Callable[[int], None], on_brush: Callable[[list[int]], None]
+    ) -> None:
         self.contexts = contexts(texts)
         self.plane, self.space = base.figure(dragmode="select"), base.figure()
         marker = {"colorscale": TWO_COLOURS, "cmin": 0, "cmax": 1, "line": {"width": 0}}
-        self.plane.add_trace(go.Scattergl(mode="markers", text=self.contexts, marker=marker, showlegend=False))
-        self.plane.add_trace(go.Scatter(mode="lines", line={"color": base.GREY, "dash": "dash", "width": 1}, hoverinfo="skip", name="equal errors"))
-        self.space.add_trace(go.Scatter3d(mode="markers", text=self.contexts, marker=marker, showlegend=False))
+        self.plane.add_trace(
+            go.Scattergl(mode="markers", text=self.contexts, marker=marker, showlegend=False)
+        )
+        self.plane.add_trace(
+            go.Scatter(
+                mode="lines",
+                line={"color": base.GREY, "dash": "dash", "width": 1},
+                hoverinfo="skip",
+                name="equal errors",
+            )
+        )
+        self.space.add_trace(
+            go.Scatter3d(mode="markers", text=self.contexts, marker=marker, showlegend=False)
+        )
         axis = {"backgroundcolor": "rgba(0,0,0,0)", "gridcolor": "rgba(128,128,128,0.35)", "color": base.GREY}
-        self.space.update_layout(scene={name: axis for name in ("xaxis", "yaxis", "zaxis")}, margin={"l": 0, "r": 0, "t": 0, "b": 0})
+        self.space.update_layout(
+            scene={name: axis for name in ("xaxis", "yaxis", "zaxis")},
+            margin={"l": 0, "r": 0, "t": 0, "b": 0},
+        )
         for plot in (self.plane, self.space):
-            plot.data[0].on_click(lambda _trace, points, _state: on_click(points.point_inds[0]) if points.point_inds else None)
+            plot.data[0].on_click(
+                lambda _trace, points, _state: on_click(points.point_inds[0]) if points.point_inds else None
+            )
         self.plane.data[0].on_selection(lambda _trace, points, _region: on_brush(sorted(points.point_inds)))
         self.plane.data[0].on_deselect(lambda _trace, _points: on_brush([]))
 
@@ -43,9 +65,14 @@ class Scatter:
         marker = {"color": heavy.astype(np.float32), "opacity": 0.75}
         sizes = np.where(heavy, 11, 5) if len(axes) == 2 else np.where(heavy, 6, 2.5)
         with plot.batch_update():
-            plot.data[0].update(**found, customdata=table[list(names)].to_numpy(np.float32), hovertemplate=hover)
+            plot.data[0].update(
+                **found, customdata=table[list(names)].to_numpy(np.float32), hovertemplate=hover
+            )
             plot.data[0].marker.update(size=sizes.astype(np.float32), **marker)
-            titles = {f"{letter}axis": {"title": {"text": f"E({_in_title(name)})"}} for letter, name in zip("xyz", axes, strict=False)}
+            titles = {
+                f"{letter}axis": {"title": {"text": f"E({_in_title(name)})"}}
+                for letter, name in zip("xyz", axes, strict=False)
+            }
             plot.update_layout(**(titles if len(axes) == 2 else {"scene": titles}))
             if len(axes) == 2:
                 end = float(min(found["x"].max(), found["y"].max()))
@@ -53,7 +80,9 @@ class Scatter:
 
 
 class Panels:
-    """Fig. 4: one token's values before (across) and after quantization (up) under each rotation, over the levels of the grid."""
+    """Fig. 4: one token's values before (across) and after quantization (up) under each rotation, over the
+    levels of the grid.
+    """
 
     def __init__(self) -> None:
         self.plot = base.figure(PANEL_HEIGHT, showlegend=False)
@@ -63,13 +92,35 @@ class Panels:
         for n in map(_suffix, range(PANELS)):
             grid = {"showgrid": False, "zeroline": False, "visible": False}
             self.plot.update_layout(
-                {f"xaxis{n}": {**axes["xaxis"], **grid, "anchor": f"y{n}"}, f"yaxis{n}": {**axes["yaxis"], **grid, "anchor": f"x{n}"}}
+                {
+                    f"xaxis{n}": {**axes["xaxis"], **grid, "anchor": f"y{n}"},
+                    f"yaxis{n}": {**axes["yaxis"], **grid, "anchor": f"x{n}"},
+                }
             )
             where = {"xaxis": f"x{n}", "yaxis": f"y{n}"}
-            self.plot.add_trace(go.Scatter(mode="lines", line={"color": "rgba(128,128,128,0.6)", "width": 1}, hoverinfo="skip", **where))
+            self.plot.add_trace(
+                go.Scatter(
+                    mode="lines",
+                    line={"color": "rgba(128,128,128,0.6)", "width": 1},
+                    hoverinfo="skip",
+                    **where,
+                )
+            )
             hover = "channel %{pointNumber}<br>value %{x:.4g}<br>quantized %{y:.4g}<extra></extra>"
-            self.plot.add_trace(go.Scatter(mode="markers", marker={"size": 5, "opacity": 0.7}, hovertemplate=hover, **where))
-            marks.append({"text": "", "showarrow": False, "xref": f"x{n} domain", "yref": f"y{n} domain", "x": 0.5, "y": 1.02, "yanchor": "bottom"})
+            self.plot.add_trace(
+                go.Scatter(mode="markers", marker={"size": 5, "opacity": 0.7}, hovertemplate=hover, **where)
+            )
+            marks.append(
+                {
+                    "text": "",
+                    "showarrow": False,
+                    "xref": f"x{n} domain",
+                    "yref": f"y{n} domain",
+                    "x": 0.5,
+                    "y": 1.02,
+                    "yanchor": "bottom",
+                }
+            )
         self.plot.update_layout(annotations=marks, margin={"t": 64})
 
     def draw(self, values: pd.DataFrame, levels: Mapping[str, np.ndarray]) -> None:
@@ -83,7 +134,9 @@ class Panels:
                 value, quantized = part["value"].to_numpy(), part["quantized"].to_numpy()
                 self.plot.data[2 * i].update(_rungs(levels[name], value))
                 self.plot.data[2 * i + 1].update(x=value, y=quantized)
-                self.plot.layout.annotations[i].text = f"{_in_title(name)}: E = {float(((value - quantized) ** 2).sum()):.3g}"
+                self.plot.layout.annotations[
+                    i
+                ].text = f"{_in_title(name)}: E = {float(((value - quantized) ** 2).sum()):.3g}"
 
     def _arrange(self, names: list[str]) -> None:
         """As many panels side by side as there are names; the rest empty and out of sight."""
@@ -93,7 +146,9 @@ class Panels:
             domain = [i * wide + 0.03, (i + 1) * wide - 0.02] if used else [0, 1]
             axes[f"xaxis{_suffix(i)}"] = {"domain": domain, "visible": used, "title": {"text": "value"}}
             axes[f"yaxis{_suffix(i)}"] = {"visible": used, "title": {"text": "" if i else "quantized value"}}
-            self.plot.data[2 * i + 1].update(marker={"color": base.COLOURS.get(names[i] if used else "", "#CC79A7")})
+            self.plot.data[2 * i + 1].update(
+                marker={"color": base.COLOURS.get(names[i] if used else "", "#CC79A7")}
+            )
             if not used:
                 self.plot.layout.annotations[i].text = ""
                 for trace in self.plot.data[2 * i : 2 * i + 2]:

@@ -1,4 +1,6 @@
-"""The errors explorer's numbers: one site's tokens under every rotation, rotated once and quantized again at each move of a control."""
+"""The errors explorer's numbers: one site's tokens under every rotation, rotated once and quantized again at
+each move of a control.
+"""
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -9,10 +11,12 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from dfrot_lab import errors, figures, rotations
-from dfrot_lab.capture import Capture
-from dfrot_lab.quantize import code_range, scale_zero, squared_error
-from dfrot_lab.specs import QuantSpec, RotationSpec
+from dfrot_lab.maths import rotations
+from dfrot_lab.maths.quantizers import code_range, scale_zero, squared_error
+from dfrot_lab.observe import errors
+from dfrot_lab.observe.capture import Capture
+from dfrot_lab.recipe.specs import QuantSpec, RotationSpec
+from dfrot_lab.show import figures
 
 from . import base
 
@@ -24,7 +28,9 @@ MASSIVE_RULES = "nr_error|sun"
 
 
 class ErrorRows:
-    """A capture's rows under named rotations R (channels, channels); what is asked for twice is computed once."""
+    """A capture's rows under named rotations R (channels, channels); what is asked for twice is computed
+    once.
+    """
 
     def __init__(self, acts: Capture, matrices: Mapping[str, Tensor]) -> None:
         self.acts, self.matrices, self.texts = acts, dict(matrices), acts.texts
@@ -63,15 +69,24 @@ class ErrorRows:
         return self._verdicts[site]
 
     def table(self, site: str, quantizer: QuantSpec) -> pd.DataFrame:
-        """Each token's E(x R) at a site: site, token, text, massive, and a column a rotation, as `errors.wide` of `errors.token_errors` has them."""
+        """Each token's E(x R) at a site: site, token, text, massive, and a column a rotation, as
+        `errors.wide` of `errors.token_errors` has them.
+        """
         found = {name: squared_error(self.rotated(site, name), quantizer).numpy() for name in self.matrices}
-        about = {"site": site, "token": np.arange(len(self.texts)), "text": self.texts, "massive": self.verdicts(site)}
+        about = {
+            "site": site,
+            "token": np.arange(len(self.texts)),
+            "text": self.texts,
+            "massive": self.verdicts(site),
+        }
         return pd.DataFrame({**about, **found})
 
     def values(self, site: str, token: int, names: Sequence[str], quantizer: QuantSpec) -> pd.DataFrame:
         """One token before and after quantization (Fig. 4): rotation, channel, value, quantized."""
         x = self.acts.rows(site)
-        return errors.massive_values(self.acts, site, token, {name: self.matrix(name, x) for name in names}, quantizer)
+        return errors.massive_values(
+            self.acts, site, token, {name: self.matrix(name, x) for name in names}, quantizer
+        )
 
 
 def levels(value: np.ndarray, quantizer: QuantSpec) -> np.ndarray:
@@ -100,7 +115,10 @@ def static(table: pd.DataFrame, axes: Sequence[str], title: str) -> Figure:
         else:
             ax = fig.add_subplot(projection="3d")
             heavy = is_massive(table)
-            for part, colour, size in ((table[~heavy], base.ORDINARY_COLOUR, 6), (table[heavy], base.MASSIVE_COLOUR, 30)):
+            for part, colour, size in (
+                (table[~heavy], base.ORDINARY_COLOUR, 6),
+                (table[heavy], base.MASSIVE_COLOUR, 30),
+            ):
                 ax.scatter(*(part[name] for name in axes), c=colour, s=size)
             ax.set(**{f"{letter}label": f"E({name})" for letter, name in zip("xyz", axes, strict=True)})
         fig.suptitle(title, fontsize=10)

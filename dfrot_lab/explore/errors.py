@@ -1,4 +1,6 @@
-"""Token errors: every token's quantization error under two rotations or three; brush to list tokens, click one to see its values on the grid."""
+"""Token errors: every token's quantization error under two rotations or three; brush to list tokens, click
+one to see its values on the grid.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,11 +11,13 @@ import pandas as pd
 import traitlets
 from torch import Tensor
 
-from dfrot_lab import mainjob, refine, rotations
-from dfrot_lab.capture import Capture, capture
-from dfrot_lab.errors import default_rotations
-from dfrot_lab.specs import QuantSpec, RefineSpec
-from dfrot_lab.store import Store
+from dfrot_lab.disk.artefacts import Store
+from dfrot_lab.maths import rotations
+from dfrot_lab.observe.capture import Capture, capture
+from dfrot_lab.observe.errors import default_rotations
+from dfrot_lab.recipe.specs import QuantSpec, RefineSpec
+from dfrot_lab.rotate import dfrot
+from dfrot_lab.study import setting
 
 from . import base, error_rows
 from .error_plots import PANEL_HEIGHT, PANELS, Panels, Scatter
@@ -28,7 +32,9 @@ NAMES = ("site", "bits", "symmetric", "clip", "x", "y", "z", "panels")
 
 
 class ErrorsState(traitlets.HasTraits):
-    """Where a reader stands: site and quantizer, the seed of RO and RH, the rotations on the axes and in Fig. 4, the token, what is brushed."""
+    """Where a reader stands: site and quantizer, the seed of RO and RH, the rotations on the axes and in Fig.
+    4, the token, what is brushed.
+    """
 
     site = traitlets.Unicode()
     bits = traitlets.Int(4)
@@ -46,7 +52,7 @@ class ErrorsView:
 
     def __init__(self, rows: ErrorRows, seeded: bool, spec: RefineSpec | None, store: Store) -> None:
         self.rows, self.spec, self.store, self._quiet = rows, spec, store, False
-        site = mainjob.figure_site(rows.acts.sites)
+        site = setting.figure_site(rows.acts.sites)
         names = list(rows.matrices)
         token = int(rows.acts.residual_max[rows.acts.sites.index(site)].argmax())
         x, y = ("RO", "RH") if {"RO", "RH"} <= set(names) else (names[0], names[-1])
@@ -60,10 +66,13 @@ class ErrorsView:
         self._connect()
         self.top = self._layout()
 
-    # ---- what is shown ------------------------------------------------------------------------------------------------------------------
+    # ---- what is shown
+    # ------------------------------------------------------------------------------------------------------------------
 
     def redraw(self, *_: Any) -> None:
-        """All plots and tables as the controls say; where they ask for the impossible, the status says so and the view stays."""
+        """All plots and tables as the controls say; where they ask for the impossible, the status says so and
+        the view stays.
+        """
         if self._quiet:
             return
         with self.status.doing("computing"):
@@ -81,14 +90,22 @@ class ErrorsView:
         heavy = error_rows.is_massive(self.shown)
         medians = ", ".join(f"{name} {self.shown[name].median():.3g}" for name in self.rows.matrices)
         where = f"{self.state.site}, {self.quantizer.name}"
-        return f"{where}: {len(heavy):,} tokens, {int(heavy.sum())} massive (red, larger). Median E: {medians}"
+        return (
+            f"{where}: {len(heavy):,} tokens, {int(heavy.sum())} massive (red, larger). Median E: {medians}"
+        )
 
     def _list(self) -> None:
         """The brushed tokens, largest error on the y axis first."""
         rows = self.selected()
         name = self.axes[1]
-        caption = f"{len(rows):,} brushed tokens, largest E({name}) first" if len(rows) else "Brush a region of the plot: its tokens are listed here"
-        order = dict.fromkeys(["token", "text", *self.axes, *self.rows.matrices, "massive"])  # the plot's own rotations stay in sight
+        caption = (
+            f"{len(rows):,} brushed tokens, largest E({name}) first"
+            if len(rows)
+            else "Brush a region of the plot: its tokens are listed here"
+        )
+        order = dict.fromkeys(
+            ["token", "text", *self.axes, *self.rows.matrices, "massive"]
+        )  # the plot's own rotations stay in sight
         shown = rows.sort_values(name, ascending=False).head(LISTED)[list(order)]
         self.listed.value = html_table(shown if len(rows) else shown.iloc[:0, :2], caption)
 
@@ -99,7 +116,10 @@ class ErrorsView:
         if not 0 <= token < len(self.rows.texts):
             raise ValueError(f"token must be in 0..{len(self.rows.texts) - 1}; got {token}")
         self.values = self.rows.values(site, token, names[:PANELS], self.quantizer)
-        grid = {str(name): error_rows.levels(part["value"].to_numpy(), self.quantizer) for name, part in self.values.groupby("rotation", sort=False)}
+        grid = {
+            str(name): error_rows.levels(part["value"].to_numpy(), self.quantizer)
+            for name, part in self.values.groupby("rotation", sort=False)
+        }
         self.panels.draw(self.values, grid)
         rules = self.shown["massive"].iloc[token].replace(",", ", ") or "no rule"
         text = f"Token {token} \u2018{base.span(self.rows.texts[token])}\u2019 before and after quantization; massive by {rules}. Lines: the grid."
@@ -109,7 +129,8 @@ class ErrorsView:
         """The brushed tokens' rows of `table()`."""
         return self.shown.iloc[list(self.state.brushed)].reset_index(drop=True)
 
-    # ---- what a reader does -------------------------------------------------------------------------------------------------------------
+    # ---- what a reader does
+    # -------------------------------------------------------------------------------------------------------------
 
     def _click(self, token: int) -> None:
         self.state.token = token
@@ -165,7 +186,7 @@ class ErrorsView:
                 self.status.busy(f"refining: step {state.history[-1]['step']} of {spec.steps}")
                 job.step()
 
-            R = refine.refined(spec, store, checkpoint=seen).R
+            R = dfrot.refined(spec, store, checkpoint=seen).R
             job.step()
             self.add("DFRot", R)
 
@@ -180,28 +201,55 @@ class ErrorsView:
             self.status.error(error)
         self.controls["refine"].disabled, self.controls["cancel"].disabled = error is None, True
 
-    # ---- controls -----------------------------------------------------------------------------------------------------------------------
+    # ---- controls
+    # -----------------------------------------------------------------------------------------------------------------------
 
     def _controls(self, seeded: bool) -> dict[str, Any]:
         s, names, narrow = self.state, list(self.rows.matrices), {"layout": {"width": "190px"}}
         sites = {"layout": {"width": "560px"}, "continuous_update": False}
         made = {
-            "site": widgets.SelectionSlider(description="site", options=self.rows.acts.sites, value=s.site, **sites),
-            "bits": widgets.IntSlider(description="bits", value=s.bits, min=2, max=8, layout={"width": "220px"}),
-            "symmetric": widgets.Checkbox(description="symmetric", value=s.symmetric, indent=False, layout={"width": "110px"}),
-            "clip": widgets.FloatText(description="clip ratio", value=s.clip, step=0.05, layout={"width": "150px"}),
-            "seed": widgets.BoundedIntText(description="seed of RO, RH", value=0, max=10_000, disabled=not seeded, layout={"width": "190px"}),
+            "site": widgets.SelectionSlider(
+                description="site", options=self.rows.acts.sites, value=s.site, **sites
+            ),
+            "bits": widgets.IntSlider(
+                description="bits", value=s.bits, min=2, max=8, layout={"width": "220px"}
+            ),
+            "symmetric": widgets.Checkbox(
+                description="symmetric", value=s.symmetric, indent=False, layout={"width": "110px"}
+            ),
+            "clip": widgets.FloatText(
+                description="clip ratio", value=s.clip, step=0.05, layout={"width": "150px"}
+            ),
+            "seed": widgets.BoundedIntText(
+                description="seed of RO, RH",
+                value=0,
+                max=10_000,
+                disabled=not seeded,
+                layout={"width": "190px"},
+            ),
             "x": widgets.Dropdown(description="x axis", options=names, value=s.x, **narrow),
             "y": widgets.Dropdown(description="y axis", options=names, value=s.y, **narrow),
             "z": widgets.Dropdown(description="z axis", options=[NONE, *names], value=s.z, **narrow),
-            "path": widgets.Text(description="saved R1", placeholder="path of a .safetensors file", layout={"width": "420px"}),
-            "token": widgets.BoundedIntText(description="token", value=s.token, max=len(self.rows.texts) - 1, layout={"width": "140px"}),
-            "panels": widgets.SelectMultiple(description="rotations shown", options=names, value=s.panels, rows=4, layout={"width": "300px"}),
+            "path": widgets.Text(
+                description="saved R1", placeholder="path of a .safetensors file", layout={"width": "420px"}
+            ),
+            "token": widgets.BoundedIntText(
+                description="token", value=s.token, max=len(self.rows.texts) - 1, layout={"width": "140px"}
+            ),
+            "panels": widgets.SelectMultiple(
+                description="rotations shown",
+                options=names,
+                value=s.panels,
+                rows=4,
+                layout={"width": "300px"},
+            ),
         }
         buttons = {
             "load": widgets.Button(description="add", tooltip="add the rotation in this file"),
             "refine": widgets.Button(
-                description="refine (about 15 s)", tooltip="compute DFRot with the default settings", disabled=self.spec is None
+                description="refine (about 15 s)",
+                tooltip="compute DFRot with the default settings",
+                disabled=self.spec is None,
             ),
             "cancel": widgets.Button(description="cancel", tooltip="stop refining", disabled=True),
         }
@@ -216,7 +264,11 @@ class ErrorsView:
         self.state.observe(self._reseed, "seed")
         self.state.observe(self._pick, "token")
         self.state.observe(lambda _change: self._list(), "brushed")
-        for name, act in (("load", self.load), ("refine", self.refine), ("cancel", lambda _b: self.job.cancel())):
+        for name, act in (
+            ("load", self.load),
+            ("refine", self.refine),
+            ("cancel", lambda _b: self.job.cancel()),
+        ):
             c[name].on_click(act)
 
     def _turn(self, _change: Any) -> None:
@@ -229,25 +281,46 @@ class ErrorsView:
         where = base.row(c["site"], c["bits"], c["symmetric"], c["clip"], c["seed"])
         axes = base.row(c["x"], c["y"], c["z"], c["path"], c["load"])
         more = [] if "DFRot" in self.rows.matrices else [c["refine"], c["cancel"]]
-        fig4 = widgets.Box([self.panels.plot], layout={"width": "100%", "height": f"{PANEL_HEIGHT}px", "overflow": "hidden"})
-        parts = (where, axes, *([base.row(*more)] if more else []), self.status.widget, widgets.HBox([self.stage, beside]))
+        fig4 = widgets.Box(
+            [self.panels.plot], layout={"width": "100%", "height": f"{PANEL_HEIGHT}px", "overflow": "hidden"}
+        )
+        parts = (
+            where,
+            axes,
+            *([base.row(*more)] if more else []),
+            self.status.widget,
+            widgets.HBox([self.stage, beside]),
+        )
         top = base.column(*parts, base.row(c["token"], c["panels"]), self.about, fig4)
         top.add_class("dfrot-errors")
         for name in ("state", "controls", "status", "job"):
             setattr(top, name, getattr(self, name))
-        top.view, top.plot, top.space, top.fig4 = self, self.scatter.plane, self.scatter.space, self.panels.plot
+        top.view, top.plot, top.space, top.fig4 = (
+            self,
+            self.scatter.plane,
+            self.scatter.space,
+            self.panels.plot,
+        )
         top.table, top.selected = lambda: self.shown.copy(), self.selected
-        top.static = lambda: error_rows.static(self.shown, self.axes, f"{self.shown['site'].iloc[0]}, {self.quantizer.name}")
-        top.static_token = lambda: error_rows.static_token(self.values, self.quantizer, f"token {self.state.token} at {self.state.site}")
+        top.static = lambda: error_rows.static(
+            self.shown, self.axes, f"{self.shown['site'].iloc[0]}, {self.quantizer.name}"
+        )
+        top.static_token = lambda: error_rows.static_token(
+            self.values, self.quantizer, f"token {self.state.token} at {self.state.site}"
+        )
         return top
 
 
-def errors(acts: Capture | None = None, rotation: Mapping[str, Tensor] | None = None, *, store: Store | None = None) -> Any:
-    """A widget that shows each token's error E(x R) at a site of `acts` (default: the default capture) under two rotations or three.
+def errors(
+    acts: Capture | None = None, rotation: Mapping[str, Tensor] | None = None, *, store: Store | None = None
+) -> Any:
+    """A widget that shows each token's error E(x R) at a site of `acts` (default: the default capture) under
+    two rotations or three.
 
-    `rotation` names matrices R (channels, channels), as `errors.token_errors` takes them; default NR, RO, RH, whose seed can then be turned, and
-    DFRot where the store has it (else a button computes it). The widget has `table()` (one row a token at the site shown), `selected()` (those
-    brushed), `static()` and `static_token()` (matplotlib figures), `state`, `controls`, `status`, `plot`, `space` and `fig4`.
+    `rotation` names matrices R (channels, channels), as `errors.token_errors` takes them; default NR, RO, RH,
+    whose seed can then be turned, and DFRot where the store has it (else a button computes it). The widget
+    has `table()` (one row a token at the site shown), `selected()` (those brushed), `static()` and
+    `static_token()` (matplotlib figures), `state`, `controls`, `status`, `plot`, `space` and `fig4`.
     """
     store = store or Store()
     acts = acts or capture(store=store)
@@ -257,6 +330,6 @@ def errors(acts: Capture | None = None, rotation: Mapping[str, Tensor] | None = 
     if not given:
         raise ValueError("rotation must name at least one matrix; got none")
     matrices = {name: rotations.check(R, acts.channels) for name, R in given.items()}
-    if rotation is None and spec is not None and (found := refine.stored(spec, store)) is not None:
+    if rotation is None and spec is not None and (found := dfrot.stored(spec, store)) is not None:
         matrices["DFRot"] = found.R
     return ErrorsView(ErrorRows(acts, matrices), rotation is None, spec, store).top

@@ -12,10 +12,11 @@ class Overtaken(Exception):
 
 
 class Latest:
-    """`ask(wish)` runs `compute(wish)` off the kernel's thread; wishes that come meanwhile replace one another, and the last is computed next.
+    """`ask(wish)` runs `compute(wish)` off the kernel's thread; wishes that come meanwhile replace one
+    another, and the last is computed next.
 
-    `compute` calls `step` between its parts, which raises where the work is cancelled or its wish is overtaken. `on_error` gets an expected error,
-    or Cancelled, in the same thread.
+    `compute` calls `step` between its parts, which raises where the work is cancelled or its wish is
+    overtaken. `on_error` gets an expected error, or Cancelled, in the same thread.
     """
 
     def __init__(self, compute: Callable[[Any], None], on_error: Callable[[BaseException], None]) -> None:

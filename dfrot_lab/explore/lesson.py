@@ -1,6 +1,8 @@
-"""Graders for the lesson: each calls a student's own function on random inputs and says in one sentence what is right or what is wrong.
+"""Graders for the lesson: each calls a student's own function on random inputs and says in one sentence what
+is right or what is wrong.
 
-Nothing is run from text: a grader takes the function itself. What it is compared with is the package's own function, or the rule that defines it.
+Nothing is run from text: a grader takes the function itself. What it is compared with is the package's own
+function, or the rule that defines it.
 """
 
 from collections.abc import Callable
@@ -10,14 +12,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dfrot_lab import rotations
-from dfrot_lab.quantize import fake_quantize, quantize
-from dfrot_lab.specs import QuantSpec, RotationSpec
-from dfrot_lab.surgery import fuse_norm
+from dfrot_lab.maths import rotations
+from dfrot_lab.maths.quantizers import fake_quantize, quantize
+from dfrot_lab.model.surgery import fuse_norm
+from dfrot_lab.recipe.specs import QuantSpec, RotationSpec
 
 CLOSE = 1e-9
 """Largest relative difference from the right answer, in float64."""
-MISTAKES = (ArithmeticError, AssertionError, AttributeError, LookupError, NameError, OSError, RuntimeError, TypeError, ValueError)
+MISTAKES = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    NameError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 """What a function that is not finished may raise."""
 Answer = Callable[..., Any]
 
@@ -49,7 +61,9 @@ def _graded(check: Callable[[], None], praise: str) -> Verdict:
 
 
 def _call(function: Answer, wanted: Tensor, *inputs: Any) -> Tensor:
-    """What the function makes of `inputs`, if it is a tensor of `wanted`'s shape and the inputs are as they were."""
+    """What the function makes of `inputs`, if it is a tensor of `wanted`'s shape and the inputs are as they
+    were.
+    """
     before = [value.clone() if isinstance(value, Tensor) else value for value in inputs]
     try:
         found = function(*inputs)
@@ -61,9 +75,13 @@ def _call(function: Answer, wanted: Tensor, *inputs: Any) -> Tensor:
         raise _Wrong(f"your function returned a {type(found).__name__}, a tensor was expected.")
     for old, new in zip(before, inputs, strict=True):
         if isinstance(old, Tensor) and not torch.equal(old, new):
-            raise _Wrong("your function changed its input: make a new tensor, others may still read the old one.")
+            raise _Wrong(
+                "your function changed its input: make a new tensor, others may still read the old one."
+            )
     if found.shape != wanted.shape:
-        raise _Wrong(f"your function returned shape {tuple(found.shape)}, {tuple(wanted.shape)} was expected.")
+        raise _Wrong(
+            f"your function returned shape {tuple(found.shape)}, {tuple(wanted.shape)} was expected."
+        )
     return found.detach().double()
 
 
@@ -92,19 +110,29 @@ def check_rotate_row(function: Answer) -> Verdict:
         for seed, tokens in enumerate((6, 1, 3)):
             x, R = _random(tokens, 6, seed=seed), rotations.make(RotationSpec(kind="RO", seed=seed), 6)
             known = {
-                "you turned backwards: that is x @ R.T, which undoes R. In this house a row is turned by x @ R.": x @ R.T,
+                "you turned backwards: that is x @ R.T, which undoes R. In this house a row is turned by x @ R.": x
+                @ R.T,
                 "nothing was turned: the rows came back as they were.": x,
             }
             if tokens == 6:
                 known["you put R on the left, R @ x: that mixes tokens, not channels."] = R @ x
-                known["you multiplied entry by entry (*): a rotation mixes channels, so use the matrix product @."] = x * R
-            _first(_call(function, x, x, R), x @ R, known, "the rows are not x @ R: try x = (1, 0, ...), which must come back as R's first row.")
+                known[
+                    "you multiplied entry by entry (*): a rotation mixes channels, so use the matrix product @."
+                ] = x * R
+            _first(
+                _call(function, x, x, R),
+                x @ R,
+                known,
+                "the rows are not x @ R: try x = (1, 0, ...), which must come back as R's first row.",
+            )
 
     return _graded(check, "x @ R turns every row and keeps its length.")
 
 
 def check_quantize(function: Answer) -> Verdict:
-    """Grade `quantize_row(x, bits)`: one row x (channels,) rounded to its symmetric grid of that many bits, as values (not codes)."""
+    """Grade `quantize_row(x, bits)`: one row x (channels,) rounded to its symmetric grid of that many bits,
+    as values (not codes).
+    """
 
     def check() -> None:
         for seed, bits in enumerate((4, 3, 8)):
@@ -119,7 +147,9 @@ def check_quantize(function: Answer) -> Verdict:
                     f"you divided by 2^(bits-1) = {top + 1}: the largest code is {top}, so the largest entry would not be on the grid.": (
                         (x / wide).round().clamp(-top - 1, top) * wide
                     ),
-                    "you returned the codes: multiply them by the step again.": quantize(x[None], spec).codes[0].double(),
+                    "you returned the codes: multiply them by the step again.": quantize(x[None], spec)
+                    .codes[0]
+                    .double(),
                     "you cut off instead of rounding to the nearest: use round.": (x / scale).trunc() * scale,
                     "you rounded down instead of to the nearest: use round.": (x / scale).floor() * scale,
                     "the step came from the largest entry, sign and all: take the largest absolute value.": (
@@ -137,28 +167,43 @@ def check_quantize(function: Answer) -> Verdict:
 
 
 def check_fuse_norm(function: Answer) -> Verdict:
-    """Grade `fuse_norm(gain, weight)`: the weight (out, channels) of a linear that takes over the gain (channels,) of the norm it reads."""
+    """Grade `fuse_norm(gain, weight)`: the weight (out, channels) of a linear that takes over the gain
+    (channels,) of the norm it reads.
+    """
 
     def check() -> None:
         for seed, out in enumerate((8, 5, 3)):
             gain, weight = 1 + 0.5 * _random(8, seed=seed), _random(out, 8, seed=seed + 10)
             known = {
-                "you divided by the gain: the norm no longer multiplies by it, so the linear must.": weight / gain,
+                "you divided by the gain: the norm no longer multiplies by it, so the linear must.": weight
+                / gain,
                 "the gain is not in it: the weight came back as it was.": weight,
                 "you added the gain: it is a factor.": weight + gain,
             }
             if out == len(gain):
-                known["you scaled the rows, the linear's outputs: the gain belongs to its inputs, the columns."] = weight * gain[:, None]
+                known[
+                    "you scaled the rows, the linear's outputs: the gain belongs to its inputs, the columns."
+                ] = weight * gain[:, None]
             found = _call(function, weight, gain, weight)
-            _first(found, _fused(gain, weight), known, "norm(x) without its gain, times your weight, is not what the layer gave before.")
+            _first(
+                found,
+                _fused(gain, weight),
+                known,
+                "norm(x) without its gain, times your weight, is not what the layer gave before.",
+            )
 
-    return _graded(check, "W diag(g): column by column the linear takes over what the norm gives up, and its outputs stay.")
+    return _graded(
+        check,
+        "W diag(g): column by column the linear takes over what the norm gives up, and its outputs stay.",
+    )
 
 
 def check_rotate_weights(reader: Answer, writer: Answer) -> Verdict:
-    """Grade `reader(weight, R)` for linears that read the residual stream (out, channels), `writer(weight, R)` for those that write it (channels, n).
+    """Grade `reader(weight, R)` for linears that read the residual stream (out, channels), `writer(weight,
+    R)` for those that write it (channels, n).
 
-    Rows: x @ W.T. A reader gets x @ R and must give what it gave before; a writer's output must come out times R.
+    Rows: x @ W.T. A reader gets x @ R and must give what it gave before; a writer's output must come out
+    times R.
     """
 
     def check() -> None:
@@ -168,22 +213,51 @@ def check_rotate_weights(reader: Answer, writer: Answer) -> Verdict:
             known = {
                 "the reader turns backwards: (x R)(W R.T).T is not x W.T; it needs W @ R.": read @ R.T,
                 "the reader was not changed.": read,
-                **({"the reader was turned on its output side: R belongs to its inputs, the columns.": R.T @ read} if other == 8 else {}),
+                **(
+                    {
+                        "the reader was turned on its output side: R belongs to its inputs, the columns.": R.T
+                        @ read
+                    }
+                    if other == 8
+                    else {}
+                ),
             }
-            _first(_call(reader, read, read, R), read @ R, known, "the reader does not undo R: (x @ R) @ W_new.T must be x @ W.T.")
+            _first(
+                _call(reader, read, read, R),
+                read @ R,
+                known,
+                "the reader does not undo R: (x @ R) @ W_new.T must be x @ W.T.",
+            )
             known = {
-                "the writer turns backwards: its output would come out times R.T; it needs R.T @ W.": R @ write,
+                "the writer turns backwards: its output would come out times R.T; it needs R.T @ W.": R
+                @ write,
                 "the writer was not changed.": write,
-                **({"the writer was turned on its input side: R belongs to its outputs, the rows.": write @ R} if other == 8 else {}),
+                **(
+                    {
+                        "the writer was turned on its input side: R belongs to its outputs, the rows.": write
+                        @ R
+                    }
+                    if other == 8
+                    else {}
+                ),
             }
-            _first(_call(writer, write, write, R), R.T @ write, known, "the writer's output must come out times R: h @ W_new.T must be h @ W.T @ R.")
+            _first(
+                _call(writer, write, write, R),
+                R.T @ write,
+                known,
+                "the writer's output must come out times R: h @ W_new.T must be h @ W.T @ R.",
+            )
 
-    return _graded(check, "readers take W @ R, writers R.T @ W: together they leave every logit where it was.")
+    return _graded(
+        check, "readers take W @ R, writers R.T @ W: together they leave every logit where it was."
+    )
 
 
 def _fused(gain: Tensor, weight: Tensor) -> Tensor:
     """What the package's own surgery makes of a norm's gain and the linear behind it."""
     norm, linear = nn.Linear(1, 1), nn.Linear(1, 1)
-    norm.weight, linear.weight = (nn.Parameter(value.clone(), requires_grad=False) for value in (gain, weight))
+    norm.weight, linear.weight = (
+        nn.Parameter(value.clone(), requires_grad=False) for value in (gain, weight)
+    )
     fuse_norm(norm, [linear])
     return linear.weight.detach()

@@ -1,4 +1,6 @@
-"""What plotly's figures lack to be at home in a notebook's page: a width that fits, and updates that arrive whole."""
+"""What plotly's figures lack to be at home in a notebook's page: a width that fits, and updates that arrive
+whole.
+"""
 
 from typing import Any
 
@@ -11,31 +13,44 @@ from plotly.basedatatypes import Undefined
 class Plot(go.FigureWidget):
     """A FigureWidget that follows the page's width and may be updated in batches before it is shown.
 
-    In a batch that sets other properties of one trace than of the next, plotly marks those not set as undefined, and a figure that is not on the page
-    yet takes that for their value. So they are sent as they are.
+    In a batch that sets other properties of one trace than of the next, plotly marks those not set as
+    undefined, and a figure that is not on the page yet takes that for their value. So they are sent as they
+    are.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.set_trait("_config", {"responsive": True, "displaylogo": False})
 
-    def _send_update_msg(self, restyle_data: dict[str, Any], relayout_data: Any, trace_indexes: Any = None, source_view_id: Any = None) -> None:
+    def _send_update_msg(
+        self,
+        restyle_data: dict[str, Any],
+        relayout_data: Any,
+        trace_indexes: Any = None,
+        source_view_id: Any = None,
+    ) -> None:
         traces = self._normalize_trace_indexes(trace_indexes)
         whole = {name: self._whole(name, values, traces) for name, values in (restyle_data or {}).items()}
         super()._send_update_msg(whole, relayout_data, trace_indexes, source_view_id)
 
     def _whole(self, name: str, values: Any, traces: list[int]) -> Any:
-        """A batch's values of one property, where undefined what the trace has now: None, which removes nothing, for a property that is not set."""
+        """A batch's values of one property, where undefined what the trace has now: None, which removes
+        nothing, for a property that is not set.
+        """
         if not isinstance(values, list) or not any(value is Undefined for value in values):
             return values
         present = [self.data[trace] for trace in traces]
-        return [(now[name] if name in now else None) if value is Undefined else value for value, now in zip(values, present, strict=True)]  # noqa: SIM401
+        return [
+            (now[name] if name in now else None) if value is Undefined else value  # noqa: SIM401
+            for value, now in zip(values, present, strict=True)
+        ]
 
 
 class Stage(widgets.Box):
     """One place for several plots, of which `shown` is on view.
 
-    A plot that was on view stays in the page, hidden: one that is taken off the page still gets its updates there, and fails at them.
+    A plot that was on view stays in the page, hidden: one that is taken off the page still gets its updates
+    there, and fails at them.
     """
 
     def __init__(self, plot: Plot, **layout: Any) -> None:
@@ -54,10 +69,12 @@ class Stage(widgets.Box):
 
 
 class Fit(anywidget.AnyWidget):
-    """An element of no height that has the plots of its explorer fill their place when they are first drawn and when the page's width changes.
+    """An element of no height that has the plots of its explorer fill their place when they are first drawn
+    and when the page's width changes.
 
-    Plotly draws a figure before it is on the page, 700 pixels wide, and then listens to the window alone. So this tells the window. A plot's height
-    stays what its layout says, whatever is in it. A brushed region lets clicks through to the points in it.
+    Plotly draws a figure before it is on the page, 700 pixels wide, and then listens to the window alone. So
+    this tells the window. A plot's height stays what its layout says, whatever is in it. A brushed region
+    lets clicks through to the points in it.
     """
 
     _css = """

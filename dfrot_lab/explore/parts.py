@@ -1,4 +1,6 @@
-"""What the explorers of tokens share: labels for plotly, tables of tokens as HTML, arrays as compact messages, numbers in words."""
+"""What the explorers of tokens share: labels for plotly, tables of tokens as HTML, arrays as compact
+messages, numbers in words.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,8 +9,8 @@ import ipywidgets as widgets
 import numpy as np
 import pandas as pd
 
-from dfrot_lab.capture import Capture
-from dfrot_lab.specs import CaptureSpec, CorpusSpec, ModelSpec
+from dfrot_lab.observe.capture import Capture
+from dfrot_lab.recipe.specs import CaptureSpec, CorpusSpec, ModelSpec
 
 from . import base
 
@@ -16,7 +18,9 @@ CELL = "padding:1px 10px;text-align:left;white-space:nowrap"
 
 
 def label(text: str) -> str:
-    """A token for a plotly label: `safe`, quotes as numbers (plotly does not know &quot;), isolated from its neighbours' writing direction."""
+    """A token for a plotly label: `safe`, quotes as numbers (plotly does not know &quot;), isolated from its
+    neighbours' writing direction.
+    """
     return f"\u2068{base.safe(text).replace('&quot;', '&#34;')}\u2069"
 
 
@@ -26,11 +30,18 @@ def number(value: float) -> str:
 
 
 def html_table(table: pd.DataFrame, caption: str) -> str:
-    """A table of whole numbers, floats and token texts as HTML, every text through `base.span`; `caption` is plain text."""
+    """A table of whole numbers, floats and token texts as HTML, every text through `base.span`; `caption` is
+    plain text.
+    """
     heads = "".join(f'<th scope="col" style="{CELL}">{plain(str(name))}</th>' for name in table.columns)
-    rows = ("".join(f'<td style="{CELL}">{_cell(value)}</td>' for value in row) for row in table.itertuples(index=False, name=None))
+    rows = (
+        "".join(f'<td style="{CELL}">{_cell(value)}</td>' for value in row)
+        for row in table.itertuples(index=False, name=None)
+    )
     body = "".join(f"<tr>{row}</tr>" for row in rows)
-    title = f'<caption style="text-align:left;color:{base.GREY};white-space:nowrap">{plain(caption)}</caption>'
+    title = (
+        f'<caption style="text-align:left;color:{base.GREY};white-space:nowrap">{plain(caption)}</caption>'
+    )
     return f'<table class="dfrot-table" style="font-size:12px;line-height:1.35">{title}<thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>'
 
 
@@ -46,9 +57,11 @@ def _cell(value: Any) -> str:
 
 
 def packed(array: np.ndarray) -> np.ndarray:
-    """An array of two or three dimensions as a FigureWidget takes it fastest: five significant digits, since it is written out as decimals.
+    """An array of two or three dimensions as a FigureWidget takes it fastest: five significant digits, since
+    it is written out as decimals.
 
-    Plotly's base64 form is smaller on its way out, but plotly.js then sends each row back with the buffer of the whole array behind it: gigabytes.
+    Plotly's base64 form is smaller on its way out, but plotly.js then sends each row back with the buffer of
+    the whole array behind it: gigabytes.
     """
     data = np.asarray(array, dtype=np.float64)
     scale = 10.0 ** (4 - np.floor(np.log10(np.maximum(np.abs(data), 1e-30))))
@@ -77,8 +90,13 @@ def spec_of(acts: Capture) -> CaptureSpec | None:
 
 
 def contexts(texts: Sequence[str], around: int = 4, longest: int = 24) -> list[str]:
-    """Each token in its text as a plotly label: `around` tokens before and after it, itself in bold between arrows."""
+    """Each token in its text as a plotly label: `around` tokens before and after it, itself in bold between
+    arrows.
+    """
     labels = [label(text if len(text) <= longest else f"{text[:longest]}\u2026") for text in texts]
     return [
-        "".join([*labels[max(0, i - around) : i], f" \u25b8<b>{text}</b>\u25c2 ", *labels[i + 1 : i + 1 + around]]) for i, text in enumerate(labels)
+        "".join(
+            [*labels[max(0, i - around) : i], f" \u25b8<b>{text}</b>\u25c2 ", *labels[i + 1 : i + 1 + around]]
+        )
+        for i, text in enumerate(labels)
     ]

@@ -1,4 +1,6 @@
-"""The rotation playground: turn a spike by hand in two or three channels, then with matrices in up to 576, and see why the error is what it is."""
+"""The rotation playground: turn a spike by hand in two or three channels, then with matrices in up to 576,
+and see why the error is what it is.
+"""
 
 import math
 from typing import Any
@@ -9,10 +11,10 @@ import traitlets
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from dfrot_lab import figures
-from dfrot_lab.capture import capture
-from dfrot_lab.specs import CaptureSpec, QuantSpec
-from dfrot_lab.store import Store
+from dfrot_lab.disk.artefacts import Store
+from dfrot_lab.observe.capture import capture
+from dfrot_lab.recipe.specs import CaptureSpec, QuantSpec
+from dfrot_lab.show import figures
 
 from . import base, toy
 from .plots import ErrorPlot, HandPlot, SpacePlot, SweepPlot, ValuesPlot, beside
@@ -22,7 +24,9 @@ SIZES = (4, 16, 64, 576)
 
 
 class Hand(traitlets.HasTraits):
-    """The state: dims, the three angles in degrees, the token (snr, seed), the quantizer, channels, and whose spike is shown."""
+    """The state: dims, the three angles in degrees, the token (snr, seed), the quantizer, channels, and whose
+    spike is shown.
+    """
 
     dims = traitlets.Enum((2, 3), 2)
     angle, angle_02, angle_12 = traitlets.Float(0.0), traitlets.Float(0.0), traitlets.Float(0.0)
@@ -51,7 +55,11 @@ class Hand(traitlets.HasTraits):
 
 def reading_html(found: dict[str, float]) -> str:
     """Range, step and errors as one line."""
-    parts = [f"range <b>{found['range']:.3f}</b>", f"step <b>{found['step']:.3f}</b>", f"error <b>{found['error']:.4f}</b>"]
+    parts = [
+        f"range <b>{found['range']:.3f}</b>",
+        f"step <b>{found['step']:.3f}</b>",
+        f"error <b>{found['error']:.4f}</b>",
+    ]
     change = found["error"] / found["unrotated"] if found["unrotated"] else math.nan
     return " &nbsp; ".join([*parts, f"not rotated: {found['unrotated']:.4f} (ratio {change:.2f})"])
 
@@ -73,13 +81,19 @@ def why_html(table: pd.DataFrame, what: str) -> str:
         "<b>RO</b>: the entries become Gaussian, whatever the token was; the largest of C sets the step, and the error is C step\u00b2/12.",
         "<b>RH</b>: the spike becomes \u00b1m/\u221aC everywhere; only the noise about these two levels is rounded.",
     ]
-    small = f"Below {toy.FEWEST} channels there is no closed form: each entry then moves the step itself." if table["predicted"].isna().any() else ""
+    small = (
+        f"Below {toy.FEWEST} channels there is no closed form: each entry then moves the step itself."
+        if table["predicted"].isna().any()
+        else ""
+    )
     lines = "<br>".join([f"Why ({base.html.escape(what)}):", *reasons, small])
     return f'<div style="display:flex;gap:24px;flex-wrap:wrap"><table class="dfrot-why">{head}{"".join(cells)}</table><div>{lines}</div></div>'
 
 
 class Playground(widgets.VBox):
-    """The widget of `playground`. Parts: state, controls, hand, space, sweep, values, errors (plots), status, job, reading(), table(), static()."""
+    """The widget of `playground`. Parts: state, controls, hand, space, sweep, values, errors (plots), status,
+    job, reading(), table(), static().
+    """
 
     def __init__(self, spec: CaptureSpec, store: Store | None) -> None:
         self.spec, self.store = spec, store
@@ -88,7 +102,13 @@ class Playground(widgets.VBox):
         self.state, self.status = Hand(), base.Status()
         self.job = base.Job(on_done=self._opened)
         self.controls = self._controls()
-        self.hand, self.space, self.sweep, self.values, self.errors = HandPlot(), SpacePlot(), SweepPlot(), ValuesPlot(), ErrorPlot()
+        self.hand, self.space, self.sweep, self.values, self.errors = (
+            HandPlot(),
+            SpacePlot(),
+            SweepPlot(),
+            ValuesPlot(),
+            ErrorPlot(),
+        )
         first, second = beside(self.hand.plot, self.sweep.plot), beside(self.values.plot, self.errors.plot)
         self.stage = first.children[0]
         self.read = widgets.HTML(layout=widgets.Layout(min_height="28px"))
@@ -131,7 +151,9 @@ class Playground(widgets.VBox):
         """The second part: one row a rotation, measured beside the closed form (`toy.why`)."""
         x, quantizer = self.token(), self.state.quantizer
         real = x is self.model_token
-        predicted = toy.expected_real(x, quantizer) if real else toy.expected(self.state.snr, len(x), quantizer)
+        predicted = (
+            toy.expected_real(x, quantizer) if real else toy.expected(self.state.snr, len(x), quantizer)
+        )
         return toy.why(toy.measured(x, quantizer), predicted)
 
     def static(self) -> Figure:
@@ -142,8 +164,19 @@ class Playground(widgets.VBox):
             left.plot(line["angle"], line["error"], c=base.COLOURS["DFRot"])
             left.axvline(self.state.angle % 180, ls="--", c="#333333", lw=1)
             left.set(xlabel="angle (degrees)", ylabel="squared error", title=f"{self.state.dims} channels")
-            right.bar(table["rotation"], table["measured"], color=[base.COLOURS[kind] for kind in table["rotation"]])
-            right.plot(table["rotation"], table["predicted"], ls="", marker="_", ms=28, mew=2, c="k", label="closed form")
+            right.bar(
+                table["rotation"], table["measured"], color=[base.COLOURS[kind] for kind in table["rotation"]]
+            )
+            right.plot(
+                table["rotation"],
+                table["predicted"],
+                ls="",
+                marker="_",
+                ms=28,
+                mew=2,
+                c="k",
+                label="closed form",
+            )
             right.set(ylabel="squared error", title=f"{len(self.token())} channels")
             right.legend()
         figures.plt.close(drawn)
@@ -152,18 +185,28 @@ class Playground(widgets.VBox):
     def _controls(self) -> dict[str, Any]:
         wide = widgets.Layout(width="340px")
         made: dict[str, Any] = {
-            "dims": widgets.ToggleButtons(options=[("2 channels", 2), ("3 channels", 3)], description="Turn in"),
-            "snr": widgets.FloatLogSlider(min=-0.5, max=2, step=0.05, readout_format=".2f", description="Spike / noise", layout=wide),
-            "seed": widgets.BoundedIntText(min=0, max=10**6, description="Noise seed", layout=widgets.Layout(width="180px")),
+            "dims": widgets.ToggleButtons(
+                options=[("2 channels", 2), ("3 channels", 3)], description="Turn in"
+            ),
+            "snr": widgets.FloatLogSlider(
+                min=-0.5, max=2, step=0.05, readout_format=".2f", description="Spike / noise", layout=wide
+            ),
+            "seed": widgets.BoundedIntText(
+                min=0, max=10**6, description="Noise seed", layout=widgets.Layout(width="180px")
+            ),
             "bits": widgets.IntSlider(min=2, max=8, description="Bits", layout=widgets.Layout(width="260px")),
             "symmetric": widgets.Checkbox(description="Symmetric grid", indent=False),
             "channels": widgets.Dropdown(options=SIZES, description="Channels"),
             "source": widgets.ToggleButtons(
-                options=[("planted", "planted"), ("token 0 of the model", "model")], description="Spike", style={"button_width": "160px"}
+                options=[("planted", "planted"), ("token 0 of the model", "model")],
+                description="Spike",
+                style={"button_width": "160px"},
             ),
         }
         for name, text in zip(ANGLES, ("Angle 0-1", "Angle 0-2", "Angle 1-2"), strict=True):
-            made[name] = widgets.FloatSlider(min=0, max=180, step=1, readout_format=".0f", description=text, layout=wide)
+            made[name] = widgets.FloatSlider(
+                min=0, max=180, step=1, readout_format=".0f", description=text, layout=wide
+            )
         for name, control in made.items():
             base.wide_label(control)
             traitlets.link((self.state, name), (control, "value"))
@@ -192,7 +235,9 @@ class Playground(widgets.VBox):
         turned = {kind: x @ toy.matrix(kind, 0, len(x)) for kind in toy.KINDS}
         self.values.draw(turned, {kind: toy.levels(y, quantizer) for kind, y in turned.items()})
         self.errors.draw(toy.measured(x, quantizer), table)
-        self.why.value = why_html(table, self.model_name if x is self.model_token else f"a planted spike in {len(x)} channels")
+        self.why.value = why_html(
+            table, self.model_name if x is self.model_token else f"a planted spike in {len(x)} channels"
+        )
 
     def _choose(self) -> None:
         """The model's spike is opened in the background at the first look."""
@@ -219,8 +264,10 @@ class Playground(widgets.VBox):
 
 
 def playground(spec: CaptureSpec | None = None, store: Store | None = None) -> Playground:
-    """Rotate a spike by hand in 2 or 3 channels and watch grid, range and error; then RO and RH in 4 to 576 channels beside the closed form.
+    """Rotate a spike by hand in 2 or 3 channels and watch grid, range and error; then RO and RH in 4 to 576
+    channels beside the closed form.
 
-    `spec` says which model's token 0 is shown on demand (at its middle site), from the store or recorded in the background.
+    `spec` says which model's token 0 is shown on demand (at its middle site), from the store or recorded in
+    the background.
     """
     return Playground(spec or CaptureSpec(), store)

@@ -18,9 +18,14 @@ TURNED, ROUNDED = "turned", "rounded"
 
 
 def beside(*plots: Any) -> widgets.HBox:
-    """Plots beside one another, each an equal part of the page's width, whatever that is, and of fixed height."""
+    """Plots beside one another, each an equal part of the page's width, whatever that is, and of fixed
+    height.
+    """
     share = {"width": f"{100 / len(plots):g}%", "height": f"{base.HEIGHT}px", "overflow": "hidden"}
-    return widgets.HBox([widgets.Box([plot], layout=widgets.Layout(**share)) for plot in plots], layout=widgets.Layout(width="100%"))
+    return widgets.HBox(
+        [widgets.Box([plot], layout=widgets.Layout(**share)) for plot in plots],
+        layout=widgets.Layout(width="100%"),
+    )
 
 
 def _lines(places: np.ndarray, low: float, high: float) -> tuple[list[float | None], list[float | None]]:
@@ -39,9 +44,17 @@ class HandPlot:
     def __init__(self) -> None:
         self.plot = base.figure()
         self.plot.add_scatter(mode="lines", line={"color": GRID, "width": 1}, name="grid", hoverinfo="skip")
-        self.plot.add_scatter(mode="markers", marker={"symbol": "circle-open", "size": 11, "color": base.GREY}, name="not turned")
-        self.plot.add_scatter(mode="lines+markers", marker={"size": [0, 12], "color": POINT}, line={"color": POINT}, name=TURNED)
-        self.plot.add_scatter(mode="markers", marker={"symbol": "x", "size": 11, "color": base.COLOURS["RO"]}, name=ROUNDED)
+        self.plot.add_scatter(
+            mode="markers",
+            marker={"symbol": "circle-open", "size": 11, "color": base.GREY},
+            name="not turned",
+        )
+        self.plot.add_scatter(
+            mode="lines+markers", marker={"size": [0, 12], "color": POINT}, line={"color": POINT}, name=TURNED
+        )
+        self.plot.add_scatter(
+            mode="markers", marker={"symbol": "x", "size": 11, "color": base.COLOURS["RO"]}, name=ROUNDED
+        )
         self.plot.add_scatter(mode="lines", line={"color": base.MASSIVE_COLOUR, "width": 3}, name="error")
         self.plot.update_xaxes(title="channel 0", showgrid=False)
         self.plot.update_yaxes(title="channel 1", showgrid=False, scaleanchor="x")
@@ -51,7 +64,13 @@ class HandPlot:
         reach = 1.25 * float(x.norm())
         at, along = _lines(levels.numpy(), -reach, reach)
         (x0, x1), (y0, y1), (p0, p1) = x.tolist(), y.tolist(), point.tolist()
-        data = ((at + along, along + at), ([x0], [x1]), ([0, y0], [0, y1]), ([p0], [p1]), ([y0, p0], [y1, p1]))
+        data = (
+            (at + along, along + at),
+            ([x0], [x1]),
+            ([0, y0], [0, y1]),
+            ([p0], [p1]),
+            ([y0, p0], [y1, p1]),
+        )
         with self.plot.batch_update():
             for trace, (first, second) in zip(self.plot.data, data, strict=True):
                 trace.x, trace.y = first, second
@@ -59,18 +78,33 @@ class HandPlot:
 
 
 class SpacePlot:
-    """Three channels: the same, with the grid's levels on the three axes and the eight grid points about the token."""
+    """Three channels: the same, with the grid's levels on the three axes and the eight grid points about the
+    token.
+    """
 
     def __init__(self) -> None:
         self.plot = base.figure()
-        self.plot.add_scatter3d(mode="markers", marker={"size": 1.5, "color": base.GREY}, name="grid", hoverinfo="skip")
-        self.plot.add_scatter3d(mode="markers", marker={"symbol": "circle-open", "size": 6, "color": base.GREY}, name="not turned")
-        self.plot.add_scatter3d(mode="lines+markers", marker={"size": [0, 7], "color": POINT}, line={"color": POINT, "width": 4}, name=TURNED)
-        self.plot.add_scatter3d(mode="markers", marker={"symbol": "x", "size": 5, "color": base.COLOURS["RO"]}, name=ROUNDED)
+        self.plot.add_scatter3d(
+            mode="markers", marker={"size": 1.5, "color": base.GREY}, name="grid", hoverinfo="skip"
+        )
+        self.plot.add_scatter3d(
+            mode="markers", marker={"symbol": "circle-open", "size": 6, "color": base.GREY}, name="not turned"
+        )
+        self.plot.add_scatter3d(
+            mode="lines+markers",
+            marker={"size": [0, 7], "color": POINT},
+            line={"color": POINT, "width": 4},
+            name=TURNED,
+        )
+        self.plot.add_scatter3d(
+            mode="markers", marker={"symbol": "x", "size": 5, "color": base.COLOURS["RO"]}, name=ROUNDED
+        )
         self.plot.add_scatter3d(mode="lines", line={"color": base.MASSIVE_COLOUR, "width": 7}, name="error")
         axis = {"gridcolor": GRID, "zerolinecolor": base.GREY, "showbackground": False, "color": base.GREY}
         scene = {f"{name}axis": {**axis, "title": f"channel {i}"} for i, name in enumerate("xyz")}
-        self.plot.update_layout(scene={**scene, "aspectmode": "cube", "uirevision": "kept"}, margin={"l": 0, "r": 0, "b": 0})
+        self.plot.update_layout(
+            scene={**scene, "aspectmode": "cube", "uirevision": "kept"}, margin={"l": 0, "r": 0, "b": 0}
+        )
 
     def draw(self, x: Tensor, y: Tensor, point: Tensor, levels: Tensor) -> None:
         """The token x (3,), turned to y and rounded to `point`, on the grid of `levels`."""
@@ -100,7 +134,9 @@ class SweepPlot:
 
     def __init__(self) -> None:
         self.plot = base.figure()
-        self.plot.add_scatter(mode="lines", line={"color": base.COLOURS["DFRot"], "width": 2}, name="error at each angle")
+        self.plot.add_scatter(
+            mode="lines", line={"color": base.COLOURS["DFRot"], "width": 2}, name="error at each angle"
+        )
         self.plot.add_scatter(mode="markers", marker={"size": 12, "color": base.MASSIVE_COLOUR}, name="now")
         self.plot.add_vline(x=45, line_dash="dot", line_color=base.GREY, annotation_text="45\u00b0: Hadamard")
         self.plot.update_xaxes(title="angle 0-1 (degrees)", range=[0, 180], dtick=45)
@@ -122,11 +158,14 @@ class ValuesPlot:
         self.plot = base.figure(bargap=0, showlegend=False)
         for i, kind in enumerate(self.KINDS):
             axis = "y" if i == 0 else f"y{i + 1}"
-            self.plot.add_scatter(mode="lines", line={"color": GRID, "width": 1}, hoverinfo="skip", yaxis=axis)
+            self.plot.add_scatter(
+                mode="lines", line={"color": GRID, "width": 1}, hoverinfo="skip", yaxis=axis
+            )
             self.plot.add_bar(marker={"color": COLOUR[kind], "line": {"width": 0}}, yaxis=axis, name=kind)
         look = {"gridcolor": "rgba(0,0,0,0)", "zerolinecolor": GRID, "automargin": True}
         places = {
-            f"yaxis{i + 1 if i else ''}": {**look, "domain": [0.69 - 0.345 * i, 0.98 - 0.335 * i], "title": k} for i, k in enumerate(self.KINDS)
+            f"yaxis{i + 1 if i else ''}": {**look, "domain": [0.69 - 0.345 * i, 0.98 - 0.335 * i], "title": k}
+            for i, k in enumerate(self.KINDS)
         }
         self.plot.update_layout(**places)
         self.plot.update_xaxes(title="channel (lines: the grid; seed 0)", anchor="y3")
@@ -147,9 +186,13 @@ class ErrorPlot:
 
     def __init__(self) -> None:
         self.plot = base.figure()
-        self.plot.add_scatter(mode="markers", marker={"size": 10, "opacity": 0.75}, name="measured, a point a seed")
         self.plot.add_scatter(
-            mode="markers", marker={"symbol": "line-ew", "size": 44, "line": {"width": 3, "color": base.MASSIVE_COLOUR}}, name="closed form"
+            mode="markers", marker={"size": 10, "opacity": 0.75}, name="measured, a point a seed"
+        )
+        self.plot.add_scatter(
+            mode="markers",
+            marker={"symbol": "line-ew", "size": 44, "line": {"width": 3, "color": base.MASSIVE_COLOUR}},
+            name="closed form",
         )
         self.plot.update_xaxes(title="rotation", type="category", range=[-0.6, 2.6])
         self.plot.update_yaxes(title="squared error of the token", rangemode="tozero")

@@ -1,4 +1,6 @@
-"""Refinement, live: start, pause, resume and cancel it, and watch losses, distance and one token's entries move."""
+"""Refinement, live: start, pause, resume and cancel it, and watch losses, distance and one token's entries
+move.
+"""
 
 import threading
 import time
@@ -12,11 +14,21 @@ import traitlets
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from dfrot_lab import capture as recording
-from dfrot_lab import figures, massive, refine, rotations
-from dfrot_lab.capture import Capture
-from dfrot_lab.specs import MASSIVE_RULES, REFINE_VARIANTS, CaptureSpec, QuantSpec, RefineSpec, RotationSpec
-from dfrot_lab.store import Store
+from dfrot_lab.disk.artefacts import Store
+from dfrot_lab.maths import rotations
+from dfrot_lab.observe import capture as recording
+from dfrot_lab.observe import massive
+from dfrot_lab.observe.capture import Capture
+from dfrot_lab.recipe.specs import (
+    MASSIVE_RULES,
+    REFINE_VARIANTS,
+    CaptureSpec,
+    QuantSpec,
+    RefineSpec,
+    RotationSpec,
+)
+from dfrot_lab.rotate import dfrot
+from dfrot_lab.show import figures
 
 from . import base
 from .parts import spec_of
@@ -48,13 +60,15 @@ class Settings(traitlets.HasTraits):
 
 
 class Refinement(widgets.VBox):
-    """The widget of `refinement`. Parts: state, controls, history (live, a dict a step), plot, entries, status, job, result, table(), static()."""
+    """The widget of `refinement`. Parts: state, controls, history (live, a dict a step), plot, entries,
+    status, job, result, table(), static().
+    """
 
     def __init__(self, acts: Capture | CaptureSpec | None, store: Store | None, path: str) -> None:
         self.acts, self.store = acts, store
         self.recorded: Capture | None = None
         self.history: list[dict[str, Any]] = []
-        self.result: refine.RefineResult | None = None
+        self.result: dfrot.RefineResult | None = None
         self.spec: RefineSpec | None = None
         self._all_rows: Tensor | None = None
         self._start_R: Tensor | None = None
@@ -69,7 +83,12 @@ class Refinement(widgets.VBox):
         c = self.controls
         super().__init__(
             [
-                base.row(*(c[name] for name in ("gamma", "rule", "kind", "seed", "steps", "variant", "rows", "symmetric"))),
+                base.row(
+                    *(
+                        c[name]
+                        for name in ("gamma", "rule", "kind", "seed", "steps", "variant", "rows", "symmetric")
+                    )
+                ),
                 base.row(*(c[name] for name in ("start", "pause", "resume", "cancel")), self.progress),
                 self.status.widget,
                 beside(self.losses.plot, self.entries.plot),
@@ -86,12 +105,16 @@ class Refinement(widgets.VBox):
         self.job.start(self._open)
 
     def make_spec(self) -> RefineSpec:
-        """The controls as a RefineSpec; ValueError for what it refuses, and while the activations are not open."""
+        """The controls as a RefineSpec; ValueError for what it refuses, and while the activations are not
+        open.
+        """
         if self.recorded is None:
             raise ValueError("the activations are not open yet: wait for the line above the plots")
         made_by = spec_of(self.recorded)
         if made_by is None:
-            raise ValueError("the activations must say what they were recorded from; these do not. Record them with dfrot_lab.capture")
+            raise ValueError(
+                "the activations must say what they were recorded from; these do not. Record them with dfrot_lab.observe.capture"
+            )
         state, total = self.state, self.recorded.tokens * len(self.recorded.sites)
         return RefineSpec(
             capture=made_by,
@@ -136,7 +159,9 @@ class Refinement(widgets.VBox):
         self.job.cancel()
 
     def save(self) -> None:
-        """Write the finished R1 with its spec to the path in the box; a file that is there is not overwritten."""
+        """Write the finished R1 with its spec to the path in the box; a file that is there is not
+        overwritten.
+        """
         path = Path(self.controls["path"].value).expanduser()
         with self.status.doing("saving", then=f"R1 saved as {path}"):
             if self.result is None:
@@ -146,7 +171,9 @@ class Refinement(widgets.VBox):
             rotations.save(self.result.R, path, self.spec, made_with="explore.refinement")
 
     def table(self) -> pd.DataFrame:
-        """The losses so far: step, normal, massive (mean squared error of those rows), distance from the start, and on which rows."""
+        """The losses so far: step, normal, massive (mean squared error of those rows), distance from the
+        start, and on which rows.
+        """
         return pd.DataFrame(self.history, columns=COLUMNS)
 
     def static(self) -> Figure:
@@ -163,7 +190,9 @@ class Refinement(widgets.VBox):
     def _controls(self, path: str) -> dict[str, Any]:
         narrow, wide = widgets.Layout(width="190px"), widgets.Layout(width="420px")
         made: dict[str, Any] = {
-            "gamma": widgets.SelectionSlider(options=[(f"{g:g}", g) for g in GAMMAS], value=100.0, description="Gamma"),
+            "gamma": widgets.SelectionSlider(
+                options=[(f"{g:g}", g) for g in GAMMAS], value=100.0, description="Gamma"
+            ),
             "rule": widgets.Dropdown(options=MASSIVE_RULES, description="Massive rule"),
             "kind": widgets.Dropdown(options=["RH", "RO", "NR"], description="Start from", layout=narrow),
             "seed": widgets.BoundedIntText(min=0, max=10**6, description="Seed", layout=narrow),
@@ -191,13 +220,21 @@ class Refinement(widgets.VBox):
 
     def _buttons(self, ended: bool = False) -> None:
         running, paused = self.job.running and not ended, self.job.paused and not ended
-        enabled = {"start": not running, "pause": running and not paused, "resume": paused, "cancel": running, "save": self.result is not None}
+        enabled = {
+            "start": not running,
+            "pause": running and not paused,
+            "resume": paused,
+            "cancel": running,
+            "save": self.result is not None,
+        }
         for name, on in enabled.items():
             self.controls[name].disabled = not on
 
     def _open(self, _job: base.Job) -> None:
         """In the background: the capture, recorded first where the store has none."""
-        self.recorded = self.acts if isinstance(self.acts, Capture) else recording.capture(self.acts, self.store)
+        self.recorded = (
+            self.acts if isinstance(self.acts, Capture) else recording.capture(self.acts, self.store)
+        )
         self.controls["site"].options = self.recorded.sites
         self.controls["site"].value = self.recorded.sites[len(self.recorded.sites) // 2]
 
@@ -214,7 +251,7 @@ class Refinement(widgets.VBox):
         assert self.recorded is not None
         if self._all_rows is None:
             self._all_rows = self.recorded.all_rows()
-        return refine.sample_rows(self._all_rows, massive.find(self.recorded, spec.rule).flatten(), spec)
+        return dfrot.sample_rows(self._all_rows, massive.find(self.recorded, spec.rule).flatten(), spec)
 
     def _refine(self, job: base.Job) -> None:
         """In the background: the refinement, paused and cancelled at its steps."""
@@ -223,10 +260,10 @@ class Refinement(widgets.VBox):
         rows, mask = self._rows(spec)
         start = self._start_R = self._now_R = rotations.make(spec.init, rows.shape[1])
         some, heavy = watched(rows, mask)
-        weights = refine.row_weights(heavy, spec.gamma)
+        weights = dfrot.row_weights(heavy, spec.gamma)
 
         def note(step: int, R: Tensor) -> None:
-            losses = refine.losses_of(some, R, weights, heavy, spec.quantizer)
+            losses = dfrot.losses_of(some, R, weights, heavy, spec.quantizer)
             place = {"step": step, "distance": rotations.distance(R, start), "on": f"{len(some)} rows"}
             self.history.append({**place, "normal": losses["normal"], "massive": losses["massive"]})
             self._now_R, self.progress.value = R, step
@@ -241,7 +278,7 @@ class Refinement(widgets.VBox):
         if not job.paused:
             self.status.busy(f"refining on {len(rows):,} rows, {int(mask.sum())} of them massive")
         self._buttons()
-        self.result = refine.refine(rows, spec, mask, on_step=on_step)
+        self.result = dfrot.refine(rows, spec, mask, on_step=on_step)
         self._now_R = self.result.R
 
     def _ended(self, error: BaseException | None) -> None:
@@ -252,7 +289,9 @@ class Refinement(widgets.VBox):
             self.status.error(error)
         elif self.result is not None:
             last = self.result.history.iloc[-1]
-            self.status.say(f"done: on all its rows normal {last['normal']:.2f}, massive {last['massive']:.2f}, distance {last['distance']:.3f}")
+            self.status.say(
+                f"done: on all its rows normal {last['normal']:.2f}, massive {last['massive']:.2f}, distance {last['distance']:.3f}"
+            )
         else:
             self.status.say("ready: press Start")
         self._buttons(ended=True)
@@ -266,15 +305,20 @@ class Refinement(widgets.VBox):
             if self.recorded is not None and self.state.site:
                 x = self.recorded.rows(self.state.site)[self.state.token].double()
                 start = (
-                    self._start_R if self._start_R is not None else rotations.make(RotationSpec(kind=self.state.kind, seed=self.state.seed), len(x))
+                    self._start_R
+                    if self._start_R is not None
+                    else rotations.make(RotationSpec(kind=self.state.kind, seed=self.state.seed), len(x))
                 )
                 now = self._now_R if self._now_R is not None else start
                 self.entries.draw(x @ start, x @ now, QuantSpec(symmetric=self.state.symmetric))
             self._drawn = time.monotonic()
 
 
-def refinement(acts: Capture | CaptureSpec | None = None, *, store: Store | None = None, path: str = "R1.safetensors") -> Refinement:
-    """Refine R1 live on a capture (the default model's, where none is given): losses, distance and one token's entries at every step; save R1.
+def refinement(
+    acts: Capture | CaptureSpec | None = None, *, store: Store | None = None, path: str = "R1.safetensors"
+) -> Refinement:
+    """Refine R1 live on a capture (the default model's, where none is given): losses, distance and one
+    token's entries at every step; save R1.
 
     `path` is what the box for the file says at first. A cancelled refinement keeps nothing.
     """

@@ -1,11 +1,13 @@
-"""The refinement explorer's two plots: losses and distance step by step, and the histogram of one token's entries."""
+"""The refinement explorer's two plots: losses and distance step by step, and the histogram of one token's
+entries.
+"""
 
 import numpy as np
 import pandas as pd
 from torch import Tensor
 
-from dfrot_lab.quantize import squared_error
-from dfrot_lab.specs import QuantSpec
+from dfrot_lab.maths.quantizers import squared_error
+from dfrot_lab.recipe.specs import QuantSpec
 
 from . import base
 from .toy import levels
@@ -22,7 +24,13 @@ class HistoryPlot:
         for name, colour in (("normal", base.ORDINARY_COLOUR), ("massive", base.MASSIVE_COLOUR)):
             line = {"color": colour, "width": 2, "dash": dash[name]}
             self.plot.add_scatter(mode="lines+markers", marker={"size": 4}, line=line, name=f"{name} rows")
-        self.plot.add_scatter(mode="lines", line={"color": base.COLOURS["DFRot"], "width": 2}, name="distance", yaxis="y2", showlegend=False)
+        self.plot.add_scatter(
+            mode="lines",
+            line={"color": base.COLOURS["DFRot"], "width": 2},
+            name="distance",
+            yaxis="y2",
+            showlegend=False,
+        )
         look = {"gridcolor": "rgba(128,128,128,0.25)", "automargin": True}
         self.plot.update_layout(
             yaxis={**look, "domain": [0.42, 1], "type": "log", "title": "mean squared error"},
@@ -42,9 +50,18 @@ class EntriesPlot:
 
     def __init__(self) -> None:
         self.plot = base.figure(bargap=0)
-        self.plot.add_scatter(mode="lines", line={"color": "rgba(128,128,128,0.5)", "width": 1}, name="levels now", hoverinfo="skip")
+        self.plot.add_scatter(
+            mode="lines",
+            line={"color": "rgba(128,128,128,0.5)", "width": 1},
+            name="levels now",
+            hoverinfo="skip",
+        )
         self.plot.add_bar(marker={"color": base.COLOURS["DFRot"], "line": {"width": 0}}, name="x R now")
-        self.plot.add_scatter(mode="lines", line={"color": base.COLOURS["RO"], "shape": "hvh", "width": 2}, name="x R at the start")
+        self.plot.add_scatter(
+            mode="lines",
+            line={"color": base.COLOURS["RO"], "shape": "hvh", "width": 2},
+            name="x R at the start",
+        )
         self.plot.update_xaxes(title="entry of the token")
         self.plot.update_yaxes(title="channels", rangemode="tozero")
 
@@ -63,4 +80,6 @@ class EntriesPlot:
             bars.x, bars.y = centres, counts[1]
             steps.x, steps.y = centres, counts[0]
             self.plot.layout.xaxis.range = [-reach, reach]
-            self.plot.layout.xaxis.title.text = f"entry of the token (error {before:.2f} at the start, {after:.2f} now)"
+            self.plot.layout.xaxis.title.text = (
+                f"entry of the token (error {before:.2f} at the start, {after:.2f} now)"
+            )

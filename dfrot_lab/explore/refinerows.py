@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dfrot_lab.capture import Capture
+from dfrot_lab.observe.capture import Capture
 
 from . import base
 
@@ -12,20 +12,31 @@ WATCHED = 4096
 
 
 def watched(rows: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """At most WATCHED of the rows (tokens, channels) and their mask: a quarter of them massive where there are so many."""
+    """At most WATCHED of the rows (tokens, channels) and their mask: a quarter of them massive where there
+    are so many.
+    """
     if len(rows) <= WATCHED:
         return rows, mask
     generator = torch.Generator().manual_seed(0)
-    heavy, light = (found[torch.randperm(len(found), generator=generator)] for found in (mask.nonzero().flatten(), (~mask).nonzero().flatten()))
+    heavy, light = (
+        found[torch.randperm(len(found), generator=generator)]
+        for found in (mask.nonzero().flatten(), (~mask).nonzero().flatten())
+    )
     heavy = heavy[: WATCHED // 4]
     chosen = torch.cat([heavy, light[: WATCHED - len(heavy)]])
     return rows[chosen], mask[chosen]
 
 
 def choices(recorded: Capture, site: str, massive_ones: int = 8, others: int = 4) -> list[tuple[str, int]]:
-    """Tokens of a site worth a look, as (label, position): those with the largest value in the residual stream, and some ordinary ones."""
+    """Tokens of a site worth a look, as (label, position): those with the largest value in the residual
+    stream, and some ordinary ones.
+    """
     largest = recorded.residual_max[recorded.place(site)]
     top = largest.argsort(descending=True)[:massive_ones].tolist()
-    even = [i for i in torch.linspace(0, recorded.tokens - 1, others + 2).long().tolist()[1:-1] if i not in top]
+    even = [
+        i for i in torch.linspace(0, recorded.tokens - 1, others + 2).long().tolist()[1:-1] if i not in top
+    ]
     texts = recorded.texts
-    return [(f"{i}: {base.visible(texts[i])}  (residual |max| {float(largest[i]):.0f})", i) for i in [*top, *even]]
+    return [
+        (f"{i}: {base.visible(texts[i])}  (residual |max| {float(largest[i]):.0f})", i) for i in [*top, *even]
+    ]

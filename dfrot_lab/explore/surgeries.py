@@ -1,6 +1,8 @@
-"""Any set of surgery steps, right or wrong, tried on one model: how far the logits move, what the model then says, and why a wrong set is wrong.
+"""Any set of surgery steps, right or wrong, tried on one model: how far the logits move, what the model then
+says, and why a wrong set is wrong.
 
-What the package refuses is refused here too, and then done by hand all the same, so that the damage can be seen.
+What the package refuses is refused here too, and then done by hand all the same, so that the damage can be
+seen.
 """
 
 from collections.abc import Callable, Iterator
@@ -10,12 +12,15 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from dfrot_lab import rotations, surgery
-from dfrot_lab.models import LoadedModel, linear
-from dfrot_lab.specs import RotationSpec
+from dfrot_lab.maths import rotations
+from dfrot_lab.model import surgery
+from dfrot_lab.model.loading import LoadedModel, linear
+from dfrot_lab.recipe.specs import RotationSpec
 
 TOLERANCE = 2e-5
-"""Relative error of the logits that float32 rounding may cause through some 30 layers; mistakes begin a hundred times higher."""
+"""Relative error of the logits that float32 rounding may cause through some 30 layers; mistakes begin a
+hundred times higher.
+"""
 NEW_TOKENS = 12
 PROMPT = "The capital of France is Paris. The capital of Germany is"
 
@@ -31,7 +36,15 @@ STEPS = {
     "r4_online": "R4: the online half before down_proj",
 }
 """Every switch and its label, in the order the steps are taken."""
-SHORT = {"untie": "untie", "centre": "centre", "fuse": "fuse", "drop": "gains to 1", "r1": "R1", "r2": "R2", "r3": "R3"}
+SHORT = {
+    "untie": "untie",
+    "centre": "centre",
+    "fuse": "fuse",
+    "drop": "gains to 1",
+    "r1": "R1",
+    "r2": "R2",
+    "r3": "R3",
+}
 SHORT |= {"r4_fused": "R4 fused", "r4_online": "R4 online"}
 
 WHY = {
@@ -62,7 +75,11 @@ class Steps:
     @property
     def name(self) -> str:
         """`untie + fuse + R1 (RH)`; `untouched` with no step on."""
-        on = [f"R1 ({self.rotation.name})" if key == "r1" else short for key, short in SHORT.items() if getattr(self, key)]
+        on = [
+            f"R1 ({self.rotation.name})" if key == "r1" else short
+            for key, short in SHORT.items()
+            if getattr(self, key)
+        ]
         return " + ".join(on) or "untouched"
 
     @property
@@ -72,7 +89,9 @@ class Steps:
 
 
 def faults(steps: Steps, tied: bool) -> list[str]:
-    """Why `steps` change the logits of a model whose embedding is `tied` or not: one sentence a reason, none for a right set."""
+    """Why `steps` change the logits of a model whose embedding is `tied` or not: one sentence a reason, none
+    for a right set.
+    """
     found = {
         "tied": tied and not steps.untie and steps.fuse,
         "gain": steps.r1 and not steps.fuse and not steps.drop,
@@ -86,7 +105,9 @@ def faults(steps: Steps, tied: bool) -> list[str]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One trial: relative error of the logits, the tokens generated, the reasons it is wrong and what the package refused."""
+    """One trial: relative error of the logits, the tokens generated, the reasons it is wrong and what the
+    package refused.
+    """
 
     steps: Steps
     error: float
@@ -104,8 +125,17 @@ class Outcome:
         """One paragraph for the reader."""
         if not self.broken:
             return f"The logits stay: relative error {self.error:.1e}, tolerance {TOLERANCE:g}."
-        refused = [f"The package refuses this: \u201c{text}\u201d. Done by hand all the same:" for text in self.refusals]
-        return " ".join([*refused, f"the logits move by {self.error:.1e}.", *(self.faults or ("No known reason: please report it.",))])
+        refused = [
+            f"The package refuses this: \u201c{text}\u201d. Done by hand all the same:"
+            for text in self.refusals
+        ]
+        return " ".join(
+            [
+                *refused,
+                f"the logits move by {self.error:.1e}.",
+                *(self.faults or ("No known reason: please report it.",)),
+            ]
+        )
 
 
 class Bench:
@@ -121,8 +151,17 @@ class Bench:
         self._truth: tuple[str, Tensor] | None = None
 
     @torch.no_grad()
-    def measure(self, steps: Steps, prompt: str = PROMPT, *, generate: bool = True, step: Callable[[], None] = lambda: None) -> Outcome:
-        """Try `steps` and compare with the untouched model on `prompt`; `step` is called between the parts. ValueError: an empty prompt."""
+    def measure(
+        self,
+        steps: Steps,
+        prompt: str = PROMPT,
+        *,
+        generate: bool = True,
+        step: Callable[[], None] = lambda: None,
+    ) -> Outcome:
+        """Try `steps` and compare with the untouched model on `prompt`; `step` is called between the parts.
+        ValueError: an empty prompt.
+        """
         ids = self._ids(prompt)
         if self._truth is None or self._truth[0] != prompt:
             self.apply(Steps())
@@ -154,7 +193,9 @@ class Bench:
         return self._refusals
 
     def _edited_later(self) -> tuple[str, ...]:
-        """Names of what R2 and R4 change: a copy of these few weights spares the many products of R1 at the next trial."""
+        """Names of what R2 and R4 change: a copy of these few weights spares the many products of R1 at the
+        next trial.
+        """
         roles = self.loaded.roles
         return tuple(f".{name}." for name in (roles.v, roles.o, roles.down))
 
@@ -176,13 +217,19 @@ class Bench:
         tokenizer, options = self.loaded.tokenizer, {"max_new_tokens": NEW_TOKENS, "do_sample": False}
         pad = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else 0
         stop, mask = StoppingCriteriaList([Step()]), torch.ones_like(ids)
-        out = self.loaded.model.generate(ids, attention_mask=mask, pad_token_id=pad, stopping_criteria=stop, **options)  # type: ignore[operator]
+        out = self.loaded.model.generate(
+            ids, attention_mask=mask, pad_token_id=pad, stopping_criteria=stop, **options
+        )  # type: ignore[operator]
         return tuple(tokenizer.decode([i]) for i in out[0, ids.shape[1] :].tolist())
 
 
 def _copy(loaded: LoadedModel, parts: tuple[str, ...] = ("",)) -> dict[str, Tensor]:
     """A copy of all parameters whose name has one of `parts` in it."""
-    return {name: parameter.detach().clone() for name, parameter in loaded.model.named_parameters() if any(part in name for part in parts)}
+    return {
+        name: parameter.detach().clone()
+        for name, parameter in loaded.model.named_parameters()
+        if any(part in name for part in parts)
+    }
 
 
 @torch.no_grad()
@@ -237,14 +284,20 @@ def _residual(loaded: LoadedModel, steps: Steps) -> list[str]:
             norm.weight.fill_(1)
     if steps.r1:
         R = rotations.make(steps.rotation, loaded.channels)
-        refusals += [text for text in _insist(loaded, lambda m: surgery.rotate_residual(m, R), aside=True) if text not in refusals]
+        refusals += [
+            text
+            for text in _insist(loaded, lambda m: surgery.rotate_residual(m, R), aside=True)
+            if text not in refusals
+        ]
     if tied:
         _tie(loaded)
     return refusals
 
 
 def _insist(loaded: LoadedModel, change: Callable[[LoadedModel], None], *, aside: bool) -> list[str]:
-    """Make the change; where it is refused, do it on an untied copy with the gains out of the way, and return the refusal."""
+    """Make the change; where it is refused, do it on an untied copy with the gains out of the way, and return
+    the refusal.
+    """
     try:
         change(loaded)
     except ValueError as refusal:

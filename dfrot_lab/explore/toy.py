@@ -1,4 +1,6 @@
-"""The playground's numbers: a spike and noise, rotated by angles or by matrices, its grid, its error, and what the closed form says it should be."""
+"""The playground's numbers: a spike and noise, rotated by angles or by matrices, its grid, its error, and
+what the closed form says it should be.
+"""
 
 import functools
 import math
@@ -9,21 +11,27 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from dfrot_lab import rotations, theory
-from dfrot_lab.quantize import code_range, fake_quantize, scale_zero, squared_error
-from dfrot_lab.specs import QuantSpec, RotationSpec
+from dfrot_lab.maths import rotations, theory
+from dfrot_lab.maths.quantizers import code_range, fake_quantize, scale_zero, squared_error
+from dfrot_lab.recipe.specs import QuantSpec, RotationSpec
 
 KINDS = ("NR", "RO", "RH")
 SEEDS = 5
 """Matrices a kind whose errors are shown."""
 SPIKES = 3
-"""Largest entries of a real token that the theory takes as spikes: as many as the model's massive tokens have."""
+"""Largest entries of a real token that the theory takes as spikes: as many as the model's massive tokens
+have.
+"""
 FEWEST = 32
-"""Channels below which there is no prediction: the theory takes the grid's step as independent of each entry, and it is not among a few."""
+"""Channels below which there is no prediction: the theory takes the grid's step as independent of each entry,
+and it is not among a few.
+"""
 
 
 def hand_token(snr: float, dims: int, seed: int = 0) -> Tensor:
-    """A spike in the first channel and Gaussian noise (dims,), float64, of signal-to-noise ratio `snr` and expected mean square 1."""
+    """A spike in the first channel and Gaussian noise (dims,), float64, of signal-to-noise ratio `snr` and
+    expected mean square 1.
+    """
     m, sigma = theory.unit_rms(snr, dims)
     x = sigma * torch.randn(dims, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     x[0] += m
@@ -37,12 +45,15 @@ def planted_token(snr: float, channels: int, seed: int = 0) -> Tensor:
 
 
 def by_angles(degrees: Sequence[float]) -> Tensor:
-    """The rotation R (2, 2) of one angle, or (3, 3) of three: in the planes of channels 0 and 1, 0 and 2, 1 and 2, one after the other.
+    """The rotation R (2, 2) of one angle, or (3, 3) of three: in the planes of channels 0 and 1, 0 and 2, 1
+    and 2, one after the other.
 
     x = (1, 0) turned by a is x @ R = (cos a, sin a). ValueError: neither one angle nor three.
     """
     if len(degrees) not in (1, 3):
-        raise ValueError(f"by_angles.degrees must be one angle (2 channels) or three (3 channels); got {len(degrees)}")
+        raise ValueError(
+            f"by_angles.degrees must be one angle (2 channels) or three (3 channels); got {len(degrees)}"
+        )
     dims = 2 if len(degrees) == 1 else 3
     R = torch.eye(dims, dtype=torch.float64)
     for angle, (i, j) in zip(degrees, ((0, 1), (0, 2), (1, 2)), strict=False):
@@ -61,7 +72,9 @@ def levels(x: Tensor, quantizer: QuantSpec) -> Tensor:
 
 
 def reading(x: Tensor, R: Tensor, quantizer: QuantSpec) -> dict[str, float]:
-    """What the grid of x @ R is: range (largest |entry|, or largest less smallest), step, error, and the error of x itself, all in x's unit."""
+    """What the grid of x @ R is: range (largest |entry|, or largest less smallest), step, error, and the
+    error of x itself, all in x's unit.
+    """
     y = x @ R
     scale, _ = scale_zero(y[None], quantizer)
     span = y.abs().max() if quantizer.symmetric else y.max().clamp(min=0) - y.min().clamp(max=0)
@@ -80,7 +93,9 @@ def rounded(x: Tensor, R: Tensor, quantizer: QuantSpec) -> tuple[Tensor, Tensor]
 
 
 def sweep(x: Tensor, degrees: Sequence[float], quantizer: QuantSpec) -> pd.DataFrame:
-    """The error at each whole first angle from 0 to 180 degrees, the other angles as they are. Columns: angle, error."""
+    """The error at each whole first angle from 0 to 180 degrees, the other angles as they are. Columns:
+    angle, error.
+    """
     angles = np.arange(181)
     turned = torch.stack([x @ by_angles([float(angle), *degrees[1:]]) for angle in angles])
     return pd.DataFrame({"angle": angles, "error": squared_error(turned, quantizer).numpy()})
@@ -88,12 +103,16 @@ def sweep(x: Tensor, degrees: Sequence[float], quantizer: QuantSpec) -> pd.DataF
 
 @functools.lru_cache(maxsize=64)
 def matrix(kind: str, seed: int, channels: int) -> Tensor:
-    """The rotation of a kind and seed (channels, channels), kept: a slider asks for the same ones again and again."""
+    """The rotation of a kind and seed (channels, channels), kept: a slider asks for the same ones again and
+    again.
+    """
     return rotations.make(RotationSpec(kind=kind, seed=seed), channels)
 
 
 def measured(x: Tensor, quantizer: QuantSpec, seeds: Sequence[int] = range(SEEDS)) -> pd.DataFrame:
-    """Error of one token x (channels,) without rotation and under RO and RH of each seed. Columns: rotation, seed, largest (|entry|), error."""
+    """Error of one token x (channels,) without rotation and under RO and RH of each seed. Columns: rotation,
+    seed, largest (|entry|), error.
+    """
     drawn = [("NR", 0), *((kind, seed) for kind in KINDS[1:] for seed in seeds)]
     rows = []
     for kind, seed in drawn:
@@ -112,11 +131,20 @@ def expected(snr: float, channels: int, quantizer: QuantSpec) -> dict[str, float
 
 def expected_real(x: Tensor, quantizer: QuantSpec) -> dict[str, float]:
     """The same for a real token x (channels,): its largest entries are the spikes, the rest is the noise."""
-    return {str(kind): float(value) for kind, value in theory.predict(x[None], quantizer, spikes=SPIKES).iloc[0].items()}
+    return {
+        str(kind): float(value)
+        for kind, value in theory.predict(x[None], quantizer, spikes=SPIKES).iloc[0].items()
+    }
 
 
 def why(found: pd.DataFrame, predicted: dict[str, float]) -> pd.DataFrame:
-    """`measured`'s table beside the closed form: one row a kind. Columns: rotation, measured (mean over seeds), low, high, predicted, ratio."""
-    error = found.groupby("rotation", sort=False)["error"].agg(measured="mean", low="min", high="max").reset_index()
+    """`measured`'s table beside the closed form: one row a kind. Columns: rotation, measured (mean over
+    seeds), low, high, predicted, ratio.
+    """
+    error = (
+        found.groupby("rotation", sort=False)["error"]
+        .agg(measured="mean", low="min", high="max")
+        .reset_index()
+    )
     error["predicted"] = error["rotation"].map(predicted)
     return error.assign(ratio=error["measured"] / error["predicted"])

@@ -1,4 +1,6 @@
-"""What is a rotation worth: the perplexity of the rows one picks. What is stored is shown at once, the rest is computed in the background."""
+"""What is a rotation worth: the perplexity of the rows one picks. What is stored is shown at once, the rest
+is computed in the background.
+"""
 
 import html
 import threading
@@ -14,11 +16,14 @@ import pandas as pd
 import traitlets
 from matplotlib.figure import Figure
 
-from dfrot_lab import corpus, evaluate, figures, mainjob
-from dfrot_lab.evaluate import EvalResult
-from dfrot_lab.mainjob import Setting
-from dfrot_lab.specs import EvalSpec
-from dfrot_lab.store import Store
+from dfrot_lab.disk.artefacts import Store
+from dfrot_lab.model import corpus
+from dfrot_lab.recipe.specs import EvalSpec
+from dfrot_lab.score import perplexity
+from dfrot_lab.score.perplexity import EvalResult
+from dfrot_lab.show import figures
+from dfrot_lab.study import mainjob
+from dfrot_lab.study.setting import MAIN_BITS, Setting
 
 from . import base, worth_rows
 from .worth_rows import BITS, KEPT, PAPER_MODELS, ROTATIONS
@@ -28,10 +33,12 @@ WIDTHS = ("60%", "40%")
 
 
 class Choice(traitlets.HasTraits):
-    """What is looked at: rotations, bits, how weights are quantized, whether massive tokens are kept out, the text and its windows."""
+    """What is looked at: rotations, bits, how weights are quantized, whether massive tokens are kept out, the
+    text and its windows.
+    """
 
     rotations = traitlets.Tuple(default_value=ROTATIONS)
-    bits = traitlets.Tuple(default_value=("16-16-16", *mainjob.MAIN_BITS))
+    bits = traitlets.Tuple(default_value=("16-16-16", *MAIN_BITS))
     weights = traitlets.Unicode("gptq")
     keep_out = traitlets.Tuple(default_value=("none",))
     corpus = traitlets.Unicode("auto")
@@ -41,7 +48,9 @@ class Choice(traitlets.HasTraits):
 
 @dataclass
 class Tally:
-    """How far the background work is: nominal seconds of every row and of scoring one; the rows done, and what is done of the one being made."""
+    """How far the background work is: nominal seconds of every row and of scoring one; the rows done, and
+    what is done of the one being made.
+    """
 
     costs: list[float]
     scoring: float
@@ -73,23 +82,32 @@ class Tally:
 
 
 def worth(setting: Setting | None = None, store: Store | None = None) -> "Worth":
-    """A widget that shows what the rotations are worth end to end: stored rows at once, missing ones named, timed, and computed on a button."""
+    """A widget that shows what the rotations are worth end to end: stored rows at once, missing ones named,
+    timed, and computed on a button.
+    """
     return Worth((setting or Setting.of_profile()).resolved(), store or Store())
 
 
 class Worth(widgets.VBox):
-    """The explorer: `state` (Choice), `controls`, `plot`, `paper_plot`, `status`, `bar`, `job`; `table()`, `static()`, `missing`."""
+    """The explorer: `state` (Choice), `controls`, `plot`, `paper_plot`, `status`, `bar`, `job`; `table()`,
+    `static()`, `missing`.
+    """
 
     def __init__(self, setting: Setting, store: Store) -> None:
         self.setting, self.store = setting, store
         self.state = Choice(weights=setting.weights, corpus=setting.corpus, windows=setting.windows)
         self.found: dict[str, EvalResult] = {}
-        self.text_key: evaluate.TextKey = cache(corpus.fingerprint)
+        self.text_key: perplexity.TextKey = cache(corpus.fingerprint)
         self.missing: list[EvalSpec] = []
         self.status, self.job = base.Status(), base.Job(self._ended)
         self.plot, self.paper_plot = worth_rows.empty_bars(), worth_rows.empty_bars()
-        self.rows, self.paper = (widgets.HTML(layout=widgets.Layout(height=height, overflow="auto", width="100%")) for height in ("250px", "220px"))
-        self.bar = widgets.FloatProgress(min=0, max=1, description="Done", layout=widgets.Layout(width="300px"))
+        self.rows, self.paper = (
+            widgets.HTML(layout=widgets.Layout(height=height, overflow="auto", width="100%"))
+            for height in ("250px", "220px")
+        )
+        self.bar = widgets.FloatProgress(
+            min=0, max=1, description="Done", layout=widgets.Layout(width="300px")
+        )
         self.note = widgets.HTML(layout=widgets.Layout(height="60px", overflow="auto"))
         self.controls = _controls(setting)
         self._lock = threading.RLock()
@@ -101,12 +119,18 @@ class Worth(widgets.VBox):
         frame = base.column()
         super().__init__(
             [
-                base.row(*(self.controls[name] for name in pick), widgets.VBox([self.controls[name] for name in texts])),
+                base.row(
+                    *(self.controls[name] for name in pick),
+                    widgets.VBox([self.controls[name] for name in texts]),
+                ),
                 self.note,
                 base.row(self.controls["compute"], self.controls["cancel"], self.bar),
                 self.status.widget,
                 widgets.HBox(
-                    [widgets.Box([plot], layout={"width": width}) for plot, width in zip((self.plot, self.paper_plot), WIDTHS, strict=True)]
+                    [
+                        widgets.Box([plot], layout={"width": width})
+                        for plot, width in zip((self.plot, self.paper_plot), WIDTHS, strict=True)
+                    ]
                 ),
                 self.rows,
                 self.paper,
@@ -125,21 +149,30 @@ class Worth(widgets.VBox):
     def specs(self) -> list[EvalSpec]:
         """The rows that are picked, rows that share a built model side by side."""
         kept = [KEPT[name] for name in self.state.keep_out]
-        return worth_rows.specs_of(self.chosen, self.state.rotations, self.state.bits, self.state.weights, kept)
+        return worth_rows.specs_of(
+            self.chosen, self.state.rotations, self.state.bits, self.state.weights, kept
+        )
 
     def lookup(self, spec: EvalSpec) -> EvalResult | None:
         """The row's result from the store, looked up once."""
-        if spec.key not in self.found and (result := evaluate.stored(spec, self.store, self.text_key)):
+        if spec.key not in self.found and (result := perplexity.stored(spec, self.store, self.text_key)):
             self.found[spec.key] = result
         return self.found.get(spec.key)
 
     def table(self) -> pd.DataFrame:
-        """The rows that are picked: perplexity, its 95% interval, the paired difference to RH at the same bits, and whether it is there."""
-        references = {bits: self.lookup(self.chosen.row(bits, self.chosen.rotation("RH"), weights=self.state.weights)) for bits in self.state.bits}
+        """The rows that are picked: perplexity, its 95% interval, the paired difference to RH at the same
+        bits, and whether it is there.
+        """
+        references = {
+            bits: self.lookup(self.chosen.row(bits, self.chosen.rotation("RH"), weights=self.state.weights))
+            for bits in self.state.bits
+        }
         return worth_rows.rows_table(self.specs(), self.lookup, references)
 
     def paper_table(self) -> pd.DataFrame:
-        """The paper's numbers for the same rotations, bits and weights, a column a model, ours last; empty where the paper has none."""
+        """The paper's numbers for the same rotations, bits and weights, a column a model, ours last; empty
+        where the paper has none.
+        """
         return worth_rows.paper_table(self.specs(), self.lookup)
 
     def static(self) -> Figure:
@@ -155,11 +188,18 @@ class Worth(widgets.VBox):
     def refresh(self) -> None:
         """Show what is stored of the rows picked, and name the rest."""
         with self._lock, self.status.doing("looking in the store", ""):
-            specs, self.text_key = self.specs(), cache(corpus.fingerprint)  # a text file may have changed since
+            specs, self.text_key = (
+                self.specs(),
+                cache(corpus.fingerprint),
+            )  # a text file may have changed since
             self.missing = [spec for spec in specs if self.lookup(spec) is None]
             table, beside = self.table(), self.paper_table()
             worth_rows.draw_bars(self.plot, table, "Perplexity and its 95% interval")
-            worth_rows.draw_bars(self.paper_plot, worth_rows.paper_rows(beside, self.state.paper_model), f"The paper's {self.state.paper_model}")
+            worth_rows.draw_bars(
+                self.paper_plot,
+                worth_rows.paper_rows(beside, self.state.paper_model),
+                f"The paper's {self.state.paper_model}",
+            )
             self.rows.value = worth_rows.shown(table)
             self.paper.value = worth_rows.shown_paper(beside, self.state.corpus)
             self.note.value = f"<span>{html.escape(worth_rows.said(self.missing, self.store))}</span>"
@@ -195,13 +235,18 @@ class Worth(widgets.VBox):
             self.refresh()
             self._tell(specs, tally, "")
 
-        evaluate.evaluate_all(specs, self.store, on_result, on_part)
+        perplexity.evaluate_all(specs, self.store, on_result, on_part)
 
     def _tell(self, specs: Sequence[EvalSpec], tally: Tally, what: str) -> None:
         self.bar.value = tally.share
         if tally.done < len(specs):
             row = f"row {tally.done + 1} of {len(specs)}"
-            parts = [mainjob.row_name(specs[tally.done]), what, row, f"about {worth_rows.duration(tally.left)} left"]
+            parts = [
+                mainjob.row_name(specs[tally.done]),
+                what,
+                row,
+                f"about {worth_rows.duration(tally.left)} left",
+            ]
             self.status.busy("computing " + ", ".join(filter(None, parts)))
 
     def _ended(self, error: BaseException | None) -> None:
@@ -222,15 +267,31 @@ def _controls(setting: Setting) -> dict[str, Any]:
         "rotations": widgets.SelectMultiple(options=ROTATIONS, description="Rotations", **several),
         "bits": widgets.SelectMultiple(options=BITS, description="Bits W-A-KV", **several),
         "keep_out": widgets.SelectMultiple(options=list(KEPT), description="Kept out", **several),
-        "weights": widgets.ToggleButtons(options=["rtn", "gptq"], description="Weights", style={"button_width": "70px"}),
+        "weights": widgets.ToggleButtons(
+            options=["rtn", "gptq"], description="Weights", style={"button_width": "70px"}
+        ),
         "corpus": widgets.Dropdown(options=[(Path(text).name, text) for text in texts], description="Text"),
         "paper_model": widgets.Dropdown(options=PAPER_MODELS, value="LLaMA2-7B", description="Paper's"),
-        "windows": widgets.BoundedIntText(min=1, max=200, description="Windows", layout=widgets.Layout(width="180px")),
-        "compute": widgets.Button(description="Compute missing rows", icon="play", layout=widgets.Layout(width="220px")),
+        "windows": widgets.BoundedIntText(
+            min=1, max=200, description="Windows", layout=widgets.Layout(width="180px")
+        ),
+        "compute": widgets.Button(
+            description="Compute missing rows", icon="play", layout=widgets.Layout(width="220px")
+        ),
         "cancel": widgets.Button(description="Cancel", icon="stop", disabled=True),
     }
-    made["rotations"].tooltip = made["bits"].tooltip = made["keep_out"].tooltip = "several: hold Ctrl or Shift"
+    made["rotations"].tooltip = made["bits"].tooltip = made["keep_out"].tooltip = (
+        "several: hold Ctrl or Shift"
+    )
     defaults = Choice()
-    made["rotations"].value, made["bits"].value, made["keep_out"].value = defaults.rotations, defaults.bits, defaults.keep_out
-    made["weights"].value, made["corpus"].value, made["windows"].value = setting.weights, setting.corpus, setting.windows
+    made["rotations"].value, made["bits"].value, made["keep_out"].value = (
+        defaults.rotations,
+        defaults.bits,
+        defaults.keep_out,
+    )
+    made["weights"].value, made["corpus"].value, made["windows"].value = (
+        setting.weights,
+        setting.corpus,
+        setting.windows,
+    )
     return made

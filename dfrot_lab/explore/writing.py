@@ -1,4 +1,6 @@
-"""What quantized models write, and how they score the same text. Pure functions of a built model: no widget is needed here."""
+"""What quantized models write, and how they score the same text. Pure functions of a built model: no widget
+is needed here.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -8,10 +10,11 @@ import psutil
 import torch
 from torch import Tensor
 
-from dfrot_lab import evaluate, models
-from dfrot_lab.evaluate import Built
-from dfrot_lab.specs import EvalSpec
-from dfrot_lab.store import Store
+from dfrot_lab.disk.artefacts import Store
+from dfrot_lab.model import loading
+from dfrot_lab.recipe.specs import EvalSpec
+from dfrot_lab.score import perplexity
+from dfrot_lab.score.perplexity import Built
 
 ROOM = 4
 """A built model is kept for the next prompt while the free memory is this many times its weights."""
@@ -19,7 +22,9 @@ ROOM = 4
 
 @dataclass
 class Written:
-    """What one model wrote after the prompt, and the loss it gives each token of the text all models are scored on, in nats (tokens - 1,)."""
+    """What one model wrote after the prompt, and the loss it gives each token of the text all models are
+    scored on, in nats (tokens - 1,).
+    """
 
     name: str
     ids: list[int]
@@ -28,7 +33,8 @@ class Written:
 
 @torch.inference_mode()
 def write(built: Built, prompt: Tensor, tokens: int, on_token: Callable[[int], None]) -> list[int]:
-    """Greedy continuation of `prompt` (tokens,): up to `tokens` ids, fewer where the model ends its text. Call it inside `evaluate.quantized`.
+    """Greedy continuation of `prompt` (tokens,): up to `tokens` ids, fewer where the model ends its text.
+    Call it inside `evaluate.quantized`.
 
     `on_token` is called with each id as it is written, and may raise to stop.
     """
@@ -46,7 +52,7 @@ def write(built: Built, prompt: Tensor, tokens: int, on_token: Callable[[int], N
     return written
 
 
-def end_ids(loaded: models.LoadedModel) -> set[int]:
+def end_ids(loaded: loading.LoadedModel) -> set[int]:
     """Ids that end a text, as transformers' own generation takes them."""
     found: Any = loaded.model.generation_config.eos_token_id  # type: ignore[union-attr]
     return set() if found is None else set(found) if isinstance(found, list) else {int(found)}
@@ -54,21 +60,27 @@ def end_ids(loaded: models.LoadedModel) -> set[int]:
 
 @torch.inference_mode()
 def token_losses(built: Built, ids: Tensor) -> list[float]:
-    """The loss in nats of each token of `ids` (tokens,) but the first, given those before it (tokens - 1,). Call it inside `evaluate.quantized`."""
+    """The loss in nats of each token of `ids` (tokens,) but the first, given those before it (tokens - 1,).
+    Call it inside `evaluate.quantized`.
+    """
     model, ids = built.loaded.model, ids.to(built.loaded.device)
     logits = model(ids[None], use_cache=False).logits[0, :-1].float()
     return torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none").tolist()
 
 
 def first_difference(ids: Sequence[int], reference: Sequence[int]) -> int | None:
-    """The place of the first id that is not the reference's, or where one of them ends before the other; None where they are equal."""
+    """The place of the first id that is not the reference's, or where one of them ends before the other; None
+    where they are equal.
+    """
     equal = next((place for place, (a, b) in enumerate(zip(ids, reference, strict=False)) if a != b), None)
     shorter = min(len(ids), len(reference))
     return equal if equal is not None else shorter if len(ids) != len(reference) else None
 
 
 class Workshop:
-    """Models as they are built, kept for the next prompt while there is room in memory; at least the one in use."""
+    """Models as they are built, kept for the next prompt while there is room in memory; at least the one in
+    use.
+    """
 
     def __init__(self, store: Store) -> None:
         self.store = store
@@ -80,18 +92,22 @@ class Workshop:
         for key in [key for key in self.kept if key not in wanted]:
             del self.kept[key]
 
-    def built(self, spec: EvalSpec, on_part: evaluate.OnPart) -> Built:
-        """The model that `spec` evaluates, built now unless it is kept; others go first where memory is short."""
+    def built(self, spec: EvalSpec, on_part: perplexity.OnPart) -> Built:
+        """The model that `spec` evaluates, built now unless it is kept; others go first where memory is
+        short.
+        """
         key = self._key(spec)
         if key not in self.kept:
-            if self.kept and psutil.virtual_memory().available < ROOM * _bytes(next(iter(self.kept.values()))):
+            if self.kept and psutil.virtual_memory().available < ROOM * _bytes(
+                next(iter(self.kept.values()))
+            ):
                 self.kept.clear()
-            self.kept[key] = evaluate.build(spec, self.store, on_part)
+            self.kept[key] = perplexity.build(spec, self.store, on_part)
         return self.kept[key]
 
     @staticmethod
     def _key(spec: EvalSpec) -> str:
-        return str(evaluate.build_key(spec))
+        return str(perplexity.build_key(spec))
 
 
 def _bytes(built: Built) -> int:

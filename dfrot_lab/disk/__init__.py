@@ -1,0 +1,1 @@
+"""Compute once, keep, verify: artefacts, downloads, tables."""

@@ -1,0 +1,1 @@
+"""Load a model, know its parts, change it without changing its function."""

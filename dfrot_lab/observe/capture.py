@@ -1,0 +1,227 @@
+"""Record sites during one forward pass: every norm's output, written to the store site by site, and the
+residual stream's largest value a token.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dfrot_lab.disk.artefacts import Artefact, Store, Writer
+from dfrot_lab.model import corpus, loading, surgery
+from dfrot_lab.model.loading import LoadedModel
+from dfrot_lab.recipe.specs import WINDOW, CaptureSpec
+
+log = logging.getLogger(__name__)
+
+_MEDIAN_SAMPLE = 1 << 16
+"""Values the residual median is taken over (whole tokens, evenly spaced): the full median costs a fifth of
+the forward pass.
+"""
+
+
+@dataclass(frozen=True)
+class Capture:
+    """A recorded forward pass, opened from the store without model or corpus."""
+
+    artefact: Artefact
+
+    @cached_property
+    def _about(self) -> dict[str, Any]:
+        return dict(self.artefact.json("about"))
+
+    @cached_property
+    def _residual(self) -> dict[str, Tensor]:
+        return self.artefact.tensors("residual")
+
+    @property
+    def key(self) -> str:
+        """The artefact's content key."""
+        return self.artefact.key
+
+    @property
+    def sites(self) -> list[str]:
+        """Site names in the order the forward pass meets them: layers.0.input_norm,
+        layers.0.post_attention_norm, ...
+        """
+        return list(self._about["sites"])
+
+    @property
+    def tokens(self) -> int:
+        """Rows of each site."""
+        return len(self._about["ids"])
+
+    @property
+    def channels(self) -> int:
+        """Columns of each site."""
+        return int(self._about["channels"])
+
+    @property
+    def ids(self) -> list[int]:
+        """Token ids, one a row."""
+        return list(self._about["ids"])
+
+    @property
+    def texts(self) -> list[str]:
+        """Each token's text as the tokenizer decodes it alone (white space kept, not escaped)."""
+        return list(self._about["texts"])
+
+    def rows(self, site: str) -> Tensor:
+        """The norm's output at `site` (tokens, channels), memory-mapped."""
+        self.place(site)
+        return self.artefact.tensors(site)["x"]
+
+    def place(self, site: str) -> int:
+        """Where `site` is in `sites`; KeyError that names it if it is not there."""
+        if site not in self.sites:
+            raise KeyError(f"no site {site!r} in this capture; it has {self.sites[0]} .. {self.sites[-1]}")
+        return self.sites.index(site)
+
+    def all_rows(self) -> Tensor:
+        """Every site's rows below one another (sites * tokens, channels), in the order of `sites`: what R1 is
+        refined on.
+        """
+        out = torch.empty(len(self.sites) * self.tokens, self.channels)
+        for i, site in enumerate(self.sites):
+            out[i * self.tokens : (i + 1) * self.tokens] = self.rows(site)
+        return out
+
+    @property
+    def residual_max(self) -> Tensor:
+        """Largest |value| of each token in the residual stream before each norm (sites, tokens)."""
+        return self._residual["abs_max"]
+
+    @property
+    def residual_channel(self) -> Tensor:
+        """The channel that largest value sits in (sites, tokens)."""
+        return self._residual["channel"]
+
+    @property
+    def residual_median(self) -> Tensor:
+        """Median |value| of the residual stream before each norm (sites,), over evenly spaced tokens."""
+        return self._residual["median"]
+
+
+def capture(
+    spec: CaptureSpec | None = None, store: Store | None = None, loaded: LoadedModel | None = None
+) -> Capture:
+    """The capture `spec` describes, from the store or recorded now. `loaded`, where given, must be a fresh
+    load of `spec.model`; it gets prepared.
+
+    Raises ValueError for more tokens than the corpus or the model's context has, and for NaN or Inf, naming
+    site and token.
+    """
+    spec, store = spec or CaptureSpec(), store or Store()
+    spec = spec.with_(corpus=corpus.resolve(spec.corpus))
+
+    if loaded is not None and loaded.spec != spec.model:
+        raise ValueError(
+            f"capture.loaded must be a load of CaptureSpec.model {spec.model.source}; got one of {loaded.spec.source}"
+        )
+
+    def make(writer: Writer) -> None:
+        ready = loaded or loading.load_model(spec.model, store)
+        ids = token_blocks(spec, ready)
+        surgery.prepare(ready)
+        log.info("capturing %d sites of %d tokens (%.2f GB)", *_size(ready, ids))
+        started = time.perf_counter()
+        sites, residual = record(ready, ids, lambda site, x: writer.save_tensors(site, {"x": x}))
+        writer.save_tensors("residual", residual)
+        flat = ids.flatten().tolist()
+        texts = [ready.tokenizer.decode([i]) for i in flat]
+        writer.save_json("about", {"sites": sites, "channels": ready.channels, "ids": flat, "texts": texts})
+        writer.note.update(provenance=ready.provenance, forward_seconds=time.perf_counter() - started)
+
+    return Capture(store.get_or_make("capture", _inputs(spec), make))
+
+
+def stored(spec: CaptureSpec, store: Store) -> Capture | None:
+    """The capture `spec` describes if the store has it, else None; records nothing."""
+    artefact = store.open("capture", _inputs(spec))
+    return None if artefact is None else Capture(artefact)
+
+
+def _inputs(spec: CaptureSpec) -> dict[str, Any]:
+    """What a capture is keyed by: the spec, and the bytes of model and text."""
+    spec = spec.with_(corpus=corpus.resolve(spec.corpus))
+    return {
+        "spec": spec.to_dict(),
+        "model": loading.fingerprint(spec.model),
+        "text": corpus.fingerprint(spec.corpus),
+    }
+
+
+def token_blocks(spec: CaptureSpec, loaded: LoadedModel) -> Tensor:
+    """Token ids (blocks, window): one block of up to 2048 tokens, or whole blocks of 2048."""
+    if spec.tokens > WINDOW and spec.tokens % WINDOW:
+        raise ValueError(
+            f"CaptureSpec.tokens must be at most {WINDOW} or a multiple of it; got {spec.tokens}"
+        )
+    window = min(spec.tokens, WINDOW)
+    loading.check_tokens(loaded, window)
+    return corpus.token_blocks(
+        spec.corpus, loaded.tokenizer, blocks=spec.skip + spec.tokens // window, window=window
+    )[spec.skip :]
+
+
+def _size(loaded: LoadedModel, ids: Tensor) -> tuple[int, int, float]:
+    sites = len(loaded.layers) * len(loaded.roles.feeds)
+    return sites, ids.numel(), sites * ids.numel() * loaded.channels * 4 / 1e9
+
+
+def record(
+    loaded: LoadedModel, ids: Tensor, save: Callable[[str, Tensor], None]
+) -> tuple[list[str], dict[str, Tensor]]:
+    """Run `ids` (blocks, window) once and hand each norm's output (tokens, channels) to `save` as it appears;
+    nothing is kept.
+
+    Returns the site names and {abs_max, channel: (sites, tokens); median: (sites,)} of the residual stream
+    before each norm.
+    """
+    names: list[str] = []
+    rows: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def hook(site: str) -> Callable[..., None]:
+        def see(
+            _module: nn.Module, args: tuple[Tensor, ...], output: Tensor
+        ) -> None:  # returns None: the output stays as it is
+            x = output.detach().reshape(-1, output.shape[-1])
+            _require_finite(x, site)
+            names.append(site)
+            rows.append(_extremes(args[0].detach().reshape(x.shape)))
+            save(site, x)
+
+        return see
+
+    with ExitStack() as stack, torch.inference_mode():
+        for index, layer in enumerate(loaded.layers):
+            for name, norm, _ in loaded.roles.feeds:
+                handle = layer.get_submodule(norm).register_forward_hook(hook(f"layers.{index}.{name}"))
+                stack.callback(handle.remove)
+        loading.body(loaded)(ids.to(loaded.device), use_cache=False)
+    abs_max, channel, median = (torch.stack(column) for column in zip(*rows, strict=True))
+    return names, {"abs_max": abs_max, "channel": channel, "median": median}
+
+
+def _extremes(residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Largest |value| and its channel for each token (tokens,), and the median |value| (scalar) of a residual
+    stream (tokens, channels).
+    """
+    magnitude = residual.abs()
+    value, channel = magnitude.max(-1)
+    step = max(1, residual.numel() // _MEDIAN_SAMPLE)
+    return value, channel, magnitude[::step].median()
+
+
+def _require_finite(x: Tensor, site: str) -> None:
+    if not torch.isfinite(x).all():
+        token = int((~torch.isfinite(x)).any(-1).nonzero()[0])
+        raise ValueError(
+            f"activations must be finite; got NaN or Inf at site {site}, token {token}. The model is broken, or its dtype too small."
+        )

@@ -1,0 +1,1 @@
+"""Say, immutably and validly, what to do: specs and the keys of what is made from them."""

@@ -1,0 +1,1 @@
+"""How to make the transforms of a model: one file a method."""

@@ -1,0 +1,1 @@
+"""What a recipe is worth: perplexity, tasks, results rows."""

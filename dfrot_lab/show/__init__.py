@@ -1,0 +1,1 @@
+"""Pictures and reports of what was found; nothing here computes a result."""

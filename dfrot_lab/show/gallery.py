@@ -1,0 +1,99 @@
+"""Every experiment's figure, and how table and figure are kept."""
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from dfrot_lab.model import loading
+from dfrot_lab.score import results
+from dfrot_lab.show import figures_sweeps as sweeps
+from dfrot_lab.show import figures_tokens as tokens
+from dfrot_lab.show.figures import save_figure, theme
+from dfrot_lab.study import experiments
+from dfrot_lab.study.setting import Setting
+
+log = logging.getLogger(__name__)
+
+FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {
+    "token-errors-3d": tokens.figure_errors_3d,
+    "token-errors-2d": tokens.figure_errors_2d,
+    "token-orders": tokens.figure_orders,
+    "massive-token": tokens.figure_massive_token,
+    "gamma-sweep": sweeps.figure_gamma,
+    "keep-out": sweeps.figure_keep_out,
+    "main-table": sweeps.figure_main_table,
+    "calibration": sweeps.figure_calibration,
+    "zero-shot": sweeps.figure_zero_shot,
+    "clip-sweep": sweeps.figure_clip,
+    "symmetric-or-not": sweeps.figure_symmetric,
+    "variants": sweeps.figure_variants,
+    "massive-activations": tokens.figure_massive_activations,
+    "massive-magnitudes": tokens.figure_magnitudes,
+    "intervene": sweeps.figure_intervene,
+}
+"""The figure that draws each experiment's table."""
+
+SMALL = 5000
+"""Rows up to which an experiment's table is kept as JSON lines, to be read and compared; above it as Parquet,
+beside the figure alone.
+"""
+
+
+def save_experiment(
+    name: str, table: pd.DataFrame, setting: Setting, tables: Path, folder: Path
+) -> list[Path]:
+    """Write an experiment's table into `tables`, named after it and the corpus, and its figure into `folder`;
+    what was written.
+    """
+    rows = _file(name, setting, tables, "jsonl" if len(table) <= SMALL else "parquet")
+    if len(table) <= SMALL:
+        results.replace(rows, results.rows(table))
+    else:
+        results.write_table(table, rows)
+    specs = sorted(set(table["spec"].dropna())) if "spec" in table else []
+    about = {
+        "experiment": name,
+        "model": setting.model.source,
+        "corpus": setting.corpus,
+        "seed": setting.seed,
+        "quick": setting.quick,
+    }
+    about |= {"device": loading.device_name(), "setting": _plain(setting)}
+    with theme():
+        picture = save_figure(
+            FIGURES[name](table), name, folder, {**about, "rows": len(table), "specs": specs}
+        )
+    return [rows, picture]
+
+
+def table(name: str, setting: Setting, root: Path) -> pd.DataFrame:
+    """The experiment's table: the one kept under `root` (data/results/, figures/) if it was made with this
+    very setting, else computed now.
+
+    For sweeps of hours, which one machine computes and everybody reads; `experiments.run` computes in any
+    case.
+    """
+    rows = _file(name, setting, root / "data" / "results", "jsonl")
+    beside = root / "figures" / Path(setting.corpus).stem / f"{name}.json"
+    about: dict[str, Any] = (
+        json.loads(beside.read_text(encoding="utf-8")) if rows.is_file() and beside.is_file() else {}
+    )
+    if about.get("setting") != _plain(setting):
+        return experiments.run(name, setting)
+    log.info("%s: read from %s, computed on %s", name, rows.name, about["device"])
+    return results.load_all(rows)
+
+
+def _file(name: str, setting: Setting, tables: Path, suffix: str) -> Path:
+    return tables / f"{name}-{Path(setting.corpus).stem}.{suffix}"
+
+
+def _plain(setting: Setting) -> dict[str, Any]:
+    """A setting as JSON values."""
+    return {**asdict(setting), "model": setting.model.to_dict()}

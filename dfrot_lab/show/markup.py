@@ -1,0 +1,30 @@
+"""Token text made safe to show: white space visible, markup escaped, so that no token is ever run."""
+
+import html
+import unicodedata
+
+VISIBLE = {" ": "\u2423", "\n": "\u21b5", "\t": "\u21e5", "\r": "\u240d", "\u00a0": "\u237d"}
+"""What stands for white space in a token."""
+
+
+def visible(text: str) -> str:
+    """`text` with white space and control characters made visible, as plain text: not yet safe for HTML."""
+    return "".join(
+        VISIBLE.get(c) or (f"<0x{ord(c):02X}>" if unicodedata.category(c) in ("Cc", "Cf", "Co", "Cs") else c)
+        for c in text
+    )
+
+
+def safe(text: str) -> str:
+    """A token's text for HTML and for plotly's hover labels: white space visible, markup escaped, so that no
+    token is ever run.
+    """
+    return html.escape(visible(text), quote=True)
+
+
+def span(text: str, colour: str | None = None, title: str = "") -> str:
+    """One token as an HTML span, isolated from the writing direction of its neighbours; with `colour` it is
+    marked, with `title` it has a tooltip.
+    """
+    style = f"background:{colour};color:#fff;" if colour else ""
+    return f'<bdi class="dfrot-token" title="{html.escape(title, quote=True)}" style="{style}border-radius:3px;padding:0 1px">{safe(text)}</bdi>'

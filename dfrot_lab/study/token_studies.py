@@ -1,0 +1,71 @@
+"""The experiments that look at single tokens: their errors at every site, one massive token's values, the
+residual stream's.
+"""
+
+import pandas as pd
+from torch import Tensor
+
+from dfrot_lab.disk.artefacts import Store
+from dfrot_lab.observe import errors, massive, residual
+from dfrot_lab.observe.capture import capture
+from dfrot_lab.rotate import dfrot
+from dfrot_lab.study.setting import FIGURE_LAYER, Setting
+
+
+def token_errors(setting: Setting, store: Store) -> pd.DataFrame:
+    """Each token's squared error at every site under NR, RO, RH and DFRot, a column each, and the order of
+    the first three (Fig. 2 and 3).
+    """
+    recorded = capture(setting.capture, store)
+    table = errors.wide(errors.token_errors(recorded, matrices(setting, store), [setting.refine.quantizer]))
+    return table.assign(order=errors.orders(table))
+
+
+def token_orders(setting: Setting, store: Store) -> pd.DataFrame:
+    """How many tokens of each site have which order of their errors, and the errors' means: Fig. 2 and 13 to
+    24 in numbers.
+    """
+    groups = token_errors(setting, store).groupby(["site", "order"], observed=True, sort=False)
+    counts = groups[["NR", "RO", "RH", "DFRot"]].mean().assign(tokens=groups.size()).reset_index()
+    return counts.astype({"site": str, "order": str}).assign(
+        model=setting.model.source, corpus=setting.corpus
+    )
+
+
+def massive_magnitudes(setting: Setting, store: Store) -> pd.DataFrame:
+    """Sun et al., Fig. 1: |residual stream| of the first tokens over all channels, in the middle of the
+    model.
+    """
+    layers = len(capture(setting.capture, store).sites) // 2
+    return residual.magnitudes(setting.capture, min(FIGURE_LAYER, layers // 2), store=store)
+
+
+def massive_token(setting: Setting, store: Store) -> pd.DataFrame:
+    """The most massive token's values before and after quantization under each rotation, at the sites where
+    it is massive (Fig. 4).
+    """
+    recorded = capture(setting.capture, store)
+    token = int(recorded.residual_max.amax(0).argmax())
+    first = recorded.sites[0].rsplit(".", 1)[-1]
+    marked = massive.find(recorded, "sun")[:, token].tolist()
+    sites = [
+        site for site, heavy in zip(recorded.sites, marked, strict=True) if heavy and site.endswith(first)
+    ]
+    sites = sites or [
+        recorded.sites[int(recorded.residual_max[:, token].argmax())]
+    ]  # massive by no rule: where it is largest
+    quantizer, rotation = setting.refine.quantizer, matrices(setting, store)
+    tables = [
+        errors.massive_values(recorded, site, token, rotation, quantizer).assign(site=site) for site in sites
+    ]
+    table = pd.concat(tables, ignore_index=True).assign(token=token, text=recorded.texts[token])
+    return table.assign(model=setting.model.source, corpus=setting.corpus)
+
+
+def matrices(setting: Setting, store: Store) -> dict[str, Tensor]:
+    """NR, RO, RH of the setting's seed and its DFRot: float64 (channels, channels) each."""
+    recorded = capture(setting.capture, store)
+    return {
+        **errors.default_rotations(recorded.channels, setting.seed),
+        "DFRot": dfrot.refined(setting.refine, store).R,
+    }

@@ -1,0 +1,1 @@
+"""How to quantize weights: one file a quantizer."""
