@@ -12,14 +12,14 @@ from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.maths.quantizers import fake_quantize
 from dfrot_lab.model import loading, surgery
 from dfrot_lab.model.integer import IntegerLinear
-from dfrot_lab.recipe.specs import CorpusSpec, EvalSpec, eval_spec
+from dfrot_lab.recipe.specs import CorpusSpec, Recipe, recipe_of
 from dfrot_lab.score.perplexity import Built, build, canonical, quantized, window_loss
 from dfrot_lab.study import cost
 
 
-def spec() -> EvalSpec:
+def spec() -> Recipe:
     """RH at 4-4-4 with weights rounded to nearest: how they were rounded costs a forward nothing."""
-    return canonical(eval_spec("4-4-4", weights="rtn", corpus=CorpusSpec(name="wikipedia-sample"), windows=1))
+    return canonical(recipe_of("4-4-4", weights="rtn", corpus=CorpusSpec(name="wikipedia-sample"), windows=1))
 
 
 def ready() -> tuple[Built, torch.Tensor]:

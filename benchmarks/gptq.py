@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from dfrot_lab.cli.malloc import keep_freed_memory
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.model import corpus, loading, surgery
-from dfrot_lab.recipe.specs import CorpusSpec, WeightSpec, eval_spec
+from dfrot_lab.recipe.specs import CorpusSpec, WeightSpec, recipe_of
 from dfrot_lab.score.perplexity import build, canonical
 from dfrot_lab.study.cost import measure_machine
 from dfrot_lab.weights import gptq
@@ -24,7 +24,7 @@ TEXT = CorpusSpec(name="wikipedia-sample")
 
 def rotated() -> loading.LoadedModel:
     """The default model under RH, not yet quantized."""
-    return build(canonical(eval_spec("16-4-16", corpus=TEXT)), Store()).loaded
+    return build(canonical(recipe_of("16-4-16", corpus=TEXT)), Store()).loaded
 
 
 def whole(spec: WeightSpec) -> float:

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from common import machine, options, seconds
+from dfrot_lab.study.mainjob import main_specs
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -34,13 +35,12 @@ from dfrot_lab.recipe.specs import (
     RefineSpec,
     RotationSpec,
     WeightSpec,
-    eval_spec,
+    recipe_of,
 )
 from dfrot_lab.rotate import descent
 from dfrot_lab.rotate.dfrot import CHECK_EVERY, half_step, row_weights
 from dfrot_lab.score.perplexity import Built, quantized
 from dfrot_lab.study import cost
-from dfrot_lab.study.mainjob import main_specs
 from dfrot_lab.study.setting import Setting
 from dfrot_lab.weights import gptq
 
@@ -139,13 +139,13 @@ def model_works(loaded: LoadedModel, tokens: int) -> Iterator[tuple[str, float, 
 
 def integer_forward(built: Built, ids: Tensor) -> None:
     """A forward pass with integer linears, weights and activations at 4 bits."""
-    with quantized(built, eval_spec("4-4-16")):
+    with quantized(built, recipe_of("4-4-16")):
         loading.body(built.loaded)(ids, use_cache=False)
 
 
 def row_works(x: Tensor, mask: Tensor, R: Tensor) -> Iterator[tuple[str, float, Callable[[], object]]]:
     """What is timed on rows: their errors, window by window, and one pass of the refinement over them."""
-    quantizer, weights = QuantSpec(symmetric=False), row_weights(mask, 100.0)
+    quantizer, weights = QuantSpec(scheme="asymmetric"), row_weights(mask, 100.0)
     rotation, flops = R.to(x), 2 * x.numel() * x.shape[1]
     yield ERRORS, flops, lambda: [squared_error(part @ rotation, quantizer) for part in x.split(WINDOW)]
     yield REFINE, 2 * flops, lambda: half_step(x, R, weights, mask, quantizer)

@@ -10,7 +10,7 @@ import argparse
 import numpy as np
 import torch
 
-from dfrot_lab import eval_spec
+from dfrot_lab import recipe_of
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.model import corpus
 from dfrot_lab.recipe.specs import CorpusSpec, RotationSpec
@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--jitters", type=int, default=3)
     options = parser.parse_args()
     for kind in ("RO", "RH"):
-        spec = eval_spec(
+        spec = recipe_of(
             "16-4-16",
             corpus=CorpusSpec(name="wikipedia-sample"),
             rotation=RotationSpec(kind=kind),

@@ -16,9 +16,9 @@ from conftest import LAYERS, save_tiny
 from typer.testing import CliRunner
 
 from dfrot_lab.cli.app import app
-from dfrot_lab.maths import rotations
+from dfrot_lab.disk import row_files
+from dfrot_lab.maths import rotations, tables
 from dfrot_lab.recipe.specs import RotationSpec
-from dfrot_lab.score import results
 from dfrot_lab.study.experiments import EXPERIMENTS
 
 DONE = "[0-9a-f]*[0-9a-f]/manifest.json"
@@ -106,7 +106,7 @@ def test_refine_then_evaluate_the_saved_rotation(bench, tmp_path):
             "evaluate", *bench, "--rotation", str(path), "--bits", "16-4-16", "--windows", "2", "--json"
         ).stdout
     )
-    assert tuple(row) == results.COLUMNS
+    assert tuple(row) == tables.COLUMNS
     assert row["rotation"] == "R1.safetensors"
     assert row["value"] > 1
 
@@ -127,7 +127,7 @@ def test_evaluate_adds_rows_to_a_file(bench, tmp_path):
             "--out",
             str(out),
         )
-    table = results.load(out)
+    table = row_files.load(out)
     assert list(table["rotation"]) == ["RH", "RO"]
     assert list(table["keep_out"]) == [True, True]
 
@@ -189,7 +189,7 @@ def test_run_stopped_by_ctrl_c_goes_on_and_a_second_run_reuses_everything(bench,
         "figures/token-errors.svg",
     ):
         assert (tmp_path / "out" / name).stat().st_size > 0
-    assert len(results.load(tmp_path / "out" / "rows.jsonl")) == len(rows)
+    assert len(row_files.load(tmp_path / "out" / "rows.jsonl")) == len(rows)
     assert "The most massive token: '\\n'" in output
 
 
@@ -233,7 +233,7 @@ BAD = [
         ["evaluate", "--rotation", "XX"],
         "--rotation must be NR, RO, RH, DFRot or an existing safetensors file; got 'XX'",
     ),
-    (["evaluate", "--windows", "0"], "EvalSpec.windows must be a whole number >= 1; got 0"),
+    (["evaluate", "--windows", "0"], "Recipe.windows must be a whole number >= 1; got 0"),
     (["evaluate", "--windows", "100000", "--bits", "16-4-16"], "windows"),
     (["refine", "--gamma", "0"], "RefineSpec.gamma must be > 0; got 0"),
     (["refine", "--rule", "big"], "RefineSpec.rule must be one of sun, nr_error, ro_vs_nr, ratio; got 'big'"),

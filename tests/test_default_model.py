@@ -21,12 +21,12 @@ from dfrot_lab.observe.errors import default_rotations, token_errors
 from dfrot_lab.recipe.specs import (
     CaptureSpec,
     CorpusSpec,
-    EvalSpec,
     QuantSpec,
+    Recipe,
     RefineSpec,
     RotationSpec,
     WeightSpec,
-    eval_spec,
+    recipe_of,
 )
 from dfrot_lab.rotate.dfrot import refined
 from dfrot_lab.score.perplexity import (
@@ -197,8 +197,8 @@ def test_ordinary_tokens_hardly_tell_ro_from_rh(wikitext2: None, default_store: 
 # -----------------------------------------------------------------------------------------------------------------------------
 
 
-def at(bits: str, windows: int, kind: str = "RH", **fields: object) -> EvalSpec:
-    spec = eval_spec(
+def at(bits: str, windows: int, kind: str = "RH", **fields: object) -> Recipe:
+    spec = recipe_of(
         bits, corpus=CorpusSpec(name=WIKITEXT2), rotation=RotationSpec(kind=kind), windows=windows, **fields
     )
     return spec.with_(weights=spec.weights.with_(corpus=CorpusSpec(name=WIKITEXT2, split="calibration")))
@@ -257,12 +257,12 @@ def test_the_accelerated_refinement_ends_below_the_papers_100_steps_in_both_part
     sooner, end, published = found.set_index("step").loc[20], found.iloc[-1], paper.iloc[-1]
     assert sooner["objective"] < published["objective"]
     assert end["objective"] < 0.9 * published["objective"]
-    assert end["normal"] < published["normal"] and end["massive"] < published["massive"]
+    assert end["ordinary"] < published["ordinary"] and end["massive"] < published["massive"]
 
 
 @torch.inference_mode()
 def test_every_integer_linear_equals_fake_quantization_to_1e_5(default_store: Store):
-    spec = canonical(eval_spec("4-4-4", weights="rtn", corpus=CorpusSpec(name=SAMPLE), windows=1))
+    spec = canonical(recipe_of("4-4-4", weights="rtn", corpus=CorpusSpec(name=SAMPLE), windows=1))
     built = build(spec, default_store)
     found: list[float] = []
 

@@ -10,7 +10,7 @@ from dfrot_lab.recipe.specs import QuantSpec, RotationSpec
 from dfrot_lab.rotate import descent
 from dfrot_lab.rotate.dfrot import polar
 
-FINE = QuantSpec(bits=8, symmetric=False)
+FINE = QuantSpec(bits=8, scheme="asymmetric")
 """Errors so small that a first-order step is nearly the whole step."""
 
 

@@ -13,11 +13,11 @@ from dfrot_lab.observe.capture import capture
 from dfrot_lab.recipe.specs import (
     CaptureSpec,
     CorpusSpec,
-    EvalSpec,
     ModelSpec,
+    Recipe,
     RefineSpec,
     RotationSpec,
-    eval_spec,
+    recipe_of,
 )
 from dfrot_lab.rotate.dfrot import refined
 from dfrot_lab.score import perplexity
@@ -26,8 +26,8 @@ with_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUD
 BITS_AND_WEIGHTS = (("16-16-16", "rtn"), ("16-4-16", "rtn"), ("4-4-16", "rtn"), ("4-4-4", "gptq"))
 
 
-def row(model: ModelSpec, text: Path, bits: str, weights: str, **fields: object) -> EvalSpec:
-    spec = eval_spec(
+def row(model: ModelSpec, text: Path, bits: str, weights: str, **fields: object) -> Recipe:
+    spec = recipe_of(
         bits, weights=weights, model=model, corpus=CorpusSpec(name=str(text)), windows=3, window=64
     )
     calibration = CorpusSpec(name=str(text), split="calibration")

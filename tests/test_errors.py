@@ -24,7 +24,7 @@ from dfrot_lab.observe.errors import (
 )
 from dfrot_lab.recipe.specs import MASSIVE_RULES, CaptureSpec, CorpusSpec, ModelSpec, QuantSpec, RotationSpec
 
-SYM4, ASYM4, SYM8 = QuantSpec(), QuantSpec(symmetric=False), QuantSpec(bits=8)
+SYM4, ASYM4, SYM8 = QuantSpec(), QuantSpec(scheme="asymmetric"), QuantSpec(bits=8)
 TOKENS = 100
 
 

@@ -18,6 +18,7 @@ import torch
 from test_evaluate import save_lively
 
 from dfrot_lab.disk.artefacts import Store
+from dfrot_lab.maths import tables
 from dfrot_lab.maths.quantizers import fake_quantize, squared_error
 from dfrot_lab.model import corpus
 from dfrot_lab.observe import capture as capturing
@@ -26,9 +27,9 @@ from dfrot_lab.observe.capture import capture
 from dfrot_lab.recipe.specs import (
     CaptureSpec,
     CorpusSpec,
-    EvalSpec,
     ModelSpec,
     QuantSpec,
+    Recipe,
     RefineSpec,
     RotationSpec,
 )
@@ -74,7 +75,7 @@ class Lab:
         rows = self.rows[name]
         return [row for n, row in enumerate(rows) if row not in rows[:n]]
 
-    def result(self, spec: EvalSpec) -> perplexity.EvalResult:
+    def result(self, spec: Recipe) -> perplexity.EvalResult:
         found = perplexity.stored(spec, self.store)
         assert found is not None, "a row of the table is not in the store"
         return found
@@ -143,7 +144,7 @@ def planned(monkeypatch: pytest.MonkeyPatch, store: Store):
 
 
 def labels_of(table: pd.DataFrame) -> list[str]:
-    return [column for column in table.columns if column not in results.COLUMNS]
+    return [column for column in table.columns if column not in tables.COLUMNS]
 
 
 def without_seconds(table: pd.DataFrame) -> pd.DataFrame:
@@ -166,10 +167,10 @@ def test_every_experiment_is_tested_here_or_where_it_is_said():
 @pytest.mark.parametrize("name", EVALUATING)
 def test_a_table_has_the_results_columns_and_a_line_a_row_and_metric(lab, name):
     table = lab.table(name)
-    assert [column for column in table.columns if column in results.COLUMNS] == list(results.COLUMNS)
+    assert [column for column in table.columns if column in tables.COLUMNS] == list(tables.COLUMNS)
     evaluations = table[table["spec"].notna()]
     assert not evaluations.duplicated([*labels_of(table), "spec", "metric"]).any()
-    perplexity = evaluations[evaluations["metric"] == results.PERPLEXITY]
+    perplexity = evaluations[evaluations["metric"] == tables.PERPLEXITY]
     assert not perplexity["spec"].duplicated().any()
     assert (
         set(evaluations["spec"])
@@ -218,7 +219,7 @@ def test_rows_equal_those_evaluated_alone_in_another_store(lab, name, tmp_path):
     rows, table = lab.distinct(name), lab.table(name)
     for row in {id(r): r for r in (rows[0], rows[len(rows) // 2], rows[-1])}.values():
         alone = perplexity.evaluate(row.spec, Store(tmp_path / "alone"))
-        lines = table[(table["spec"] == alone.spec.key) & (table["metric"] == results.PERPLEXITY)]
+        lines = table[(table["spec"] == alone.spec.key) & (table["metric"] == tables.PERPLEXITY)]
         assert lines["value"].tolist() == [alone.perplexity]
         assert tuple(lines["ci95"].iloc[0]) == alone.ci95
 
@@ -282,10 +283,10 @@ def test_the_share_is_the_one_computed_by_hand_from_the_tables_perplexities(lab)
     table = lab.table("keep-out")
     shares = table[table["metric"] == SHARE]
     gaps = table[(table["metric"] == "perplexity - RH") & ~table["keep_out"].astype(bool)].to_dict("records")
-    wide = [(gap["seed"], results.bits(gap)) for gap in gaps if not gap["ci95"][0] <= 0 <= gap["ci95"][1]]
-    assert [(line["seed"], results.bits(line)) for line in shares.to_dict("records")] == wide
+    wide = [(gap["seed"], tables.bits(gap)) for gap in gaps if not gap["ci95"][0] <= 0 <= gap["ci95"][1]]
+    assert [(line["seed"], tables.bits(line)) for line in shares.to_dict("records")] == wide
     assert len(gaps) == 3 * lab.setting.seeds and wide, "no gap is off zero: nothing was tested"
-    perplexity = table[table["metric"] == results.PERPLEXITY]
+    perplexity = table[table["metric"] == tables.PERPLEXITY]
     for line in shares.itertuples():
         same = perplexity[
             (perplexity["seed"] == line.seed)
@@ -313,20 +314,15 @@ def test_a_gap_that_may_be_zero_has_no_share(lab, monkeypatch):
 
 def test_keep_out_has_every_seed_at_every_setting(lab):
     table = lab.table("keep-out")
-    perplexity = table[table["metric"] == results.PERPLEXITY]
+    perplexity = table[table["metric"] == tables.PERPLEXITY]
     found = {
-        (r["rotation"], results.bits(r), r["keep_out"], r["seed"])
+        (r["rotation"], tables.bits(r), r["keep_out"], r["seed"])
         for r in perplexity.to_dict("records")
         if r["rotation"] != "NR"
     }
     assert found == set(itertools.product(("RO", "RH"), ("4-4-4", "4-4-16", "4-8-16"), (True, False), (0, 1)))
     unrotated = perplexity[perplexity["rotation"] == "NR"]
-    assert {results.bits(r) for r in unrotated.to_dict("records")} == {
-        "16-16-16",
-        "4-4-4",
-        "4-4-16",
-        "4-8-16",
-    }
+    assert {tables.bits(r) for r in unrotated.to_dict("records")} == {"16-16-16", "4-4-4", "4-4-16", "4-8-16"}
 
 
 def test_main_table_says_the_minutes_of_dfrot_alone(lab):
@@ -334,9 +330,9 @@ def test_main_table_says_the_minutes_of_dfrot_alone(lab):
     minutes = dfrot.refined(lab.setting.refine, lab.store).seconds / 60
     assert set(table.loc[table["rotation"] == "DFRot", "extra_minutes"]) == {minutes} and minutes > 0
     assert set(table.loc[table["rotation"] != "DFRot", "extra_minutes"]) == {0.0}
-    perplexity = table[(table["metric"] == results.PERPLEXITY) & (table["w_bits"] == 4)]
+    perplexity = table[(table["metric"] == tables.PERPLEXITY) & (table["w_bits"] == 4)]
     assert len(perplexity) == 16 and set(perplexity.groupby("rotation").size()) == {4}
-    assert {results.bits(r) for r in perplexity.to_dict("records")} == {"4-4-4", "4-4-16"} and set(
+    assert {tables.bits(r) for r in perplexity.to_dict("records")} == {"4-4-4", "4-4-16"} and set(
         perplexity["weights"]
     ) == {"rtn", "gptq"}
 
@@ -354,13 +350,13 @@ def test_variants_compares_the_losses_of_all_under_one_quantizer(lab):
         spec = row.spec.rotation
         if isinstance(spec, RefineSpec):
             error = squared_error(
-                recorded.all_rows() @ dfrot.refined(spec, lab.store).R.float(), QuantSpec(symmetric=False)
+                recorded.all_rows() @ dfrot.refined(spec, lab.store).R.float(), QuantSpec(scheme="asymmetric")
             ).double()
             named = lines[row.labels["variant"], spec.init.seed]
             weighted = error * torch.where(mask, lab.setting.gamma**2, 1.0)
             for metric, value in {
                 "objective": weighted.mean(),
-                "normal": error[~mask].mean(),
+                "ordinary": error[~mask].mean(),
                 "massive": error[mask].mean(),
             }.items():
                 assert named[metric] == pytest.approx(float(value), rel=1e-4)
@@ -477,7 +473,7 @@ def test_the_quick_profile_has_the_first_and_the_last(lab, planned):
 
 def test_a_clipped_rotation_is_refined_with_the_clip_it_is_tested_with(lab, planned):
     for row in planned("clip-sweep", lab.setting):
-        assert row.spec.activations == QuantSpec(symmetric=False, clip_ratio=row.labels["clip"])
+        assert row.spec.activations == QuantSpec(scheme="asymmetric", clip_ratio=row.labels["clip"])
         if isinstance(row.spec.rotation, RefineSpec):
             assert row.spec.rotation.quantizer == row.spec.activations
 
@@ -497,7 +493,7 @@ def test_token_errors_are_those_of_the_four_rotations(lab, name):
     assert list(table.columns) == ["site", "token", "text", "massive", "NR", "RO", "RH", "DFRot", "order"]
     assert len(table) == len(recorded.sites) * 64
     for kind, R in rotations_of(lab).items():
-        expected = squared_error(recorded.all_rows() @ R.float(), QuantSpec(symmetric=False)).numpy()
+        expected = squared_error(recorded.all_rows() @ R.float(), QuantSpec(scheme="asymmetric")).numpy()
         np.testing.assert_allclose(table[kind], expected, rtol=1e-3)
     assert table["order"].tolist() == errors.orders(table).tolist()
 
@@ -540,7 +536,7 @@ def test_the_massive_token_is_a_newline_at_the_sites_where_it_is_massive(lab):
         np.testing.assert_allclose(part["value"], row[0], rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(
             part["quantized"],
-            fake_quantize(torch.tensor(part["value"].to_numpy())[None], QuantSpec(symmetric=False))[0],
+            fake_quantize(torch.tensor(part["value"].to_numpy())[None], QuantSpec(scheme="asymmetric"))[0],
         )
 
 
@@ -726,6 +722,4 @@ def test_the_main_job_s_keys_are_those_of_the_default_windows():
     """A setting of the defaults makes the specs that results are stored under."""
     row = Setting(corpus="wikitext2").row("4-4-16", RotationSpec())
     text = CorpusSpec(name="wikitext2")
-    assert row == EvalSpec(
-        corpus=text, weights=EvalSpec().weights.with_(corpus=text.with_(split="calibration"))
-    )
+    assert row == Recipe(corpus=text, weights=Recipe().weights.with_(corpus=text.with_(split="calibration")))

@@ -74,7 +74,7 @@ def test_its_table_is_the_error_table(acts, top):
     moves = {"site": "layers.1.post_attention_norm", "bits": 3, "symmetric": False, "clip": 0.8, "seed": 5}
     for name, value in moves.items():
         top.controls[name].value = value
-    quantizer = QuantSpec(bits=3, symmetric=False, clip_ratio=0.8)
+    quantizer = QuantSpec(bits=3, scheme="asymmetric", clip_ratio=0.8)
     table = expected(acts, errors.default_rotations(64, seed=5), "layers.1.post_attention_norm", quantizer)
     assert_same(top.table(), table)
     assert np.array_equal(top.plot.data[0].x, table["RO"]) and np.array_equal(top.plot.data[0].y, table["RH"])
@@ -236,7 +236,7 @@ def test_fig_4_shows_the_rotations_chosen_for_it(top):
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_levels_are_all_values_the_quantizer_gives(bits, symmetric):
-    quantizer = QuantSpec(bits=bits, symmetric=symmetric, clip_ratio=0.9)
+    quantizer = QuantSpec(bits=bits, scheme="symmetric" if symmetric else "asymmetric", clip_ratio=0.9)
     row = torch.randn(1, 4096, generator=torch.Generator().manual_seed(0)) + 1
     found = error_rows.levels(row[0].numpy(), quantizer)
     assert len(found) == 2**bits and (np.diff(found) > 0).all()

@@ -17,7 +17,7 @@ from dfrot_lab.maths.quantizers import fake_quantize, quantize, squared_error
 from dfrot_lab.observe.capture import capture
 from dfrot_lab.recipe.specs import CaptureSpec, CorpusSpec, ModelSpec, QuantSpec, RotationSpec
 
-SYM4, ASYM4 = QuantSpec(), QuantSpec(symmetric=False)
+SYM4, ASYM4 = QuantSpec(), QuantSpec(scheme="asymmetric")
 
 
 # ---- numbers
@@ -43,7 +43,9 @@ def test_two_angles_are_refused():
 
 
 @pytest.mark.parametrize(
-    "quantizer", [SYM4, ASYM4, QuantSpec(bits=2), QuantSpec(bits=3, symmetric=False)], ids=lambda q: q.name
+    "quantizer",
+    [SYM4, ASYM4, QuantSpec(bits=2), QuantSpec(bits=3, scheme="asymmetric")],
+    ids=lambda q: q.name,
 )
 def test_every_rounded_value_is_a_level_and_the_levels_are_as_many_as_codes(quantizer):
     x = toy.planted_token(0.5, 64, seed=4)
@@ -155,7 +157,7 @@ def view(shared: Playground) -> Playground:
         snr=8.0,
         seed=0,
         bits=4,
-        symmetric=True,
+        scheme="symmetric",
         channels=64,
         source="planted",
     )
@@ -195,7 +197,7 @@ def test_bits_and_kind_of_grid_reach_every_part(view):
     view.state.bits = 6
     assert view.table()["measured"].sum() < coarse / 4
     view.state.symmetric = False
-    assert view.state.quantizer == QuantSpec(bits=6, symmetric=False)
+    assert view.state.quantizer == QuantSpec(bits=6, scheme="asymmetric")
     y = view.token() @ toy.matrix("RH", 0, 64)
     heights = [v for v in view.values.plot.data[4].y if v is not None][::2]
     assert heights == pytest.approx(toy.levels(y, view.state.quantizer).tolist())

@@ -157,7 +157,7 @@ def test_the_history_is_the_losses_of_each_steps_rotation(view, recorded):
         R = dfrot.refine(rows, view.spec.with_(steps=steps), mask).R
         error = squared_error(rows @ R.float(), view.spec.quantizer)
         row = view.table().set_index("step").loc[steps]
-        assert row["normal"] == pytest.approx(float(error[~mask].mean()), rel=1e-4)
+        assert row["ordinary"] == pytest.approx(float(error[~mask].mean()), rel=1e-4)
         assert row["massive"] == pytest.approx(float(error[mask].mean()), rel=1e-4)
         assert row["distance"] == pytest.approx(
             rotations.distance(R, rotations.make(RotationSpec(), recorded.channels)), rel=1e-9

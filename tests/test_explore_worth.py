@@ -14,7 +14,8 @@ from test_evaluate import save_lively
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.explore import worth_rows
 from dfrot_lab.explore.worth import Tally, Worth, worth
-from dfrot_lab.score import perplexity, results
+from dfrot_lab.maths import tables
+from dfrot_lab.score import perplexity
 from dfrot_lab.study import mainjob
 from dfrot_lab.study.setting import Setting
 
@@ -250,7 +251,7 @@ def test_the_papers_numbers_stand_beside_the_same_rows(setting):
 def test_markup_in_a_row_is_inert(setting, store):
     table = far_table().assign(row="<img src=x onerror=alert(1)>")
     assert "<img" not in worth_rows.shown(table) and "&lt;img" in worth_rows.shown(table)
-    assert results.PERPLEXITY in worth_rows.shown(table)
+    assert tables.PERPLEXITY in worth_rows.shown(table)
 
 
 def test_the_static_figure_draws_the_stored_rows_and_says_when_there_are_none(setting, store):

@@ -14,7 +14,7 @@ from dfrot_lab.maths import rotations
 from dfrot_lab.maths.quantizers import fake_quantize
 from dfrot_lab.model import integer, loading, surgery
 from dfrot_lab.model.integer import IntegerLinear, _Input, fits, product
-from dfrot_lab.recipe.specs import QuantSpec, RotationSpec, WeightSpec, eval_spec
+from dfrot_lab.recipe.specs import QuantSpec, RotationSpec, WeightSpec, recipe_of
 from dfrot_lab.score.perplexity import Built, is_integer, quantized
 from dfrot_lab.weights import gptq
 
@@ -37,7 +37,10 @@ def pair(
 ) -> tuple[IntegerLinear, nn.Linear, QuantSpec]:
     """An integer linear and the float one it stands for, whose weight is on the grid."""
     torch.manual_seed(0)
-    spec, original = spec or QuantSpec(symmetric=False), nn.Linear(64, 24, bias=bias).requires_grad_(False)
+    spec, original = (
+        spec or QuantSpec(scheme="asymmetric"),
+        nn.Linear(64, 24, bias=bias).requires_grad_(False),
+    )
     weight = gptq.rtn(
         original.weight,
         WeightSpec(
@@ -79,7 +82,7 @@ def test_without_an_int8_product_the_result_is_the_same(monkeypatch, low):
 @pytest.mark.parametrize(
     "spec",
     [
-        QuantSpec(bits=b, symmetric=s)
+        QuantSpec(bits=b, scheme="symmetric" if s else "asymmetric")
         for b, s in [(2, True), (4, True), (8, True), (2, False), (4, False), (7, False)]
     ],
 )
@@ -93,15 +96,15 @@ def test_equals_fake_quantization_to_1e_5(spec, bits):
 
 
 def test_clipped_activations_too():
-    found, original, spec = pair(spec=QuantSpec(symmetric=False, clip_ratio=0.9))
+    found, original, spec = pair(spec=QuantSpec(scheme="asymmetric", clip_ratio=0.9))
     x = activations()
     assert relative(found(x), original(fake_quantize(x, spec))) < 1e-6
 
 
-@pytest.mark.parametrize("spec", [QuantSpec(bits=8, symmetric=False), QuantSpec(bits=9)])
+@pytest.mark.parametrize("spec", [QuantSpec(bits=8, scheme="asymmetric"), QuantSpec(bits=9)])
 def test_what_does_not_fit_int8_is_not_integer(spec):
     assert not fits(spec)
-    assert not is_integer(eval_spec("4-8-16").with_(activations=spec))
+    assert not is_integer(recipe_of("4-8-16").with_(activations=spec))
 
 
 def test_shapes_bias_and_dtype():
@@ -180,7 +183,7 @@ def built(tmp_path, family: str) -> Built:
 @pytest.mark.parametrize("keep", [None, "nr_error"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_whole_model_computes_what_fake_quantization_does(tmp_path, family, keep):
-    ready, spec = built(tmp_path, family), eval_spec("4-4-4", keep_out=keep)
+    ready, spec = built(tmp_path, family), recipe_of("4-4-4", keep_out=keep)
     ids = torch.arange(40)[None] % 90
     linears = [type(m) for m in ready.loaded.model.modules()]
     with torch.inference_mode():
@@ -200,7 +203,7 @@ def test_a_whole_model_computes_what_fake_quantization_does(tmp_path, family, ke
 def test_after_an_error_the_model_is_as_before_and_nothing_is_held(tmp_path):
     ready = built(tmp_path, "llama")
     before = {name: id(module) for name, module in ready.loaded.model.named_modules()}
-    with pytest.raises(KeyboardInterrupt), torch.inference_mode(), quantized(ready, eval_spec("4-4-4")):
+    with pytest.raises(KeyboardInterrupt), torch.inference_mode(), quantized(ready, recipe_of("4-4-4")):
         source = ready.loaded.layers[0].get_submodule("mlp.down_proj").source
         ready.loaded.model(torch.arange(8)[None])
         assert source.last is not None

@@ -14,7 +14,7 @@ from dfrot_lab.model import corpus, loading
 from dfrot_lab.model.loading import LoadedModel
 from dfrot_lab.observe import residual
 from dfrot_lab.observe.intervene import before_layers, massive_mask, massive_set, mean_massive
-from dfrot_lab.recipe.specs import CaptureSpec, CorpusSpec, ModelSpec, RotationSpec, eval_spec
+from dfrot_lab.recipe.specs import CaptureSpec, CorpusSpec, ModelSpec, RotationSpec, recipe_of
 from dfrot_lab.score import perplexity
 
 TEXT = "a sheep went over the hill;\nand a goat came back\n" * 20
@@ -231,7 +231,7 @@ def test_an_evaluation_overwrites_in_every_window(tiny_spec, text_file, store, t
     before it is quantized.
     """
     text = CorpusSpec(name=str(text_file))
-    plain = eval_spec(
+    plain = recipe_of(
         bits, model=tiny_spec, corpus=text, rotation=RotationSpec(kind="NR"), windows=3, window=64
     )
     spec = plain.with_(set_massive=to)
@@ -250,7 +250,7 @@ def test_an_evaluation_overwrites_in_every_window(tiny_spec, text_file, store, t
 
 def test_means_from_another_calibration_text_are_another_evaluation(tiny_spec, text_file):
     def spec(to: str | None) -> dict[str, object]:
-        row = eval_spec(
+        row = recipe_of(
             "16-16-16",
             model=tiny_spec,
             corpus=CorpusSpec(name=str(text_file)),

@@ -251,7 +251,7 @@ def test_importing_the_package_loads_nothing_heavy_and_takes_no_time():
 
 def test_specs_load_nothing_heavy_either():
     modules = set(
-        in_a_fresh_process("import dfrot_lab\ndfrot_lab.EvalSpec().key\nprint(json.dumps(list(sys.modules)))")
+        in_a_fresh_process("import dfrot_lab\ndfrot_lab.Recipe().key\nprint(json.dumps(list(sys.modules)))")
     )
     assert "dfrot_lab.recipe.specs" in modules
     assert not modules & set(HEAVY)

@@ -16,7 +16,7 @@ from dfrot_lab.observe import massive
 from dfrot_lab.observe.capture import Capture, capture
 from dfrot_lab.recipe.specs import MASSIVE_RULES, CaptureSpec, CorpusSpec, QuantSpec, RotationSpec
 
-SYM4 = QuantSpec(bits=4, symmetric=True)
+SYM4 = QuantSpec(bits=4, scheme="symmetric")
 
 
 def planted(tmp_path: Path, text_file: Path, store: Store, family: str = "llama", **options: bool) -> Capture:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from dfrot_lab.score import results
+from dfrot_lab.maths import tables
 from dfrot_lab.study import paper
 from dfrot_lab.study.experiments import EXPERIMENTS
 
@@ -31,7 +31,7 @@ def row(rotation: str, value: float, seed: int | None = 0, **changes) -> dict:
     about |= {
         "kv_bits": 16,
         "keep_out": False,
-        "metric": results.PERPLEXITY,
+        "metric": tables.PERPLEXITY,
         "value": value,
         "ci95": [value - 1, value + 1],
         "windows": 6,

@@ -13,7 +13,8 @@ import pytest
 from typer.testing import CliRunner
 
 from dfrot_lab.cli.app import app
-from dfrot_lab.score import results
+from dfrot_lab.disk import row_files
+from dfrot_lab.maths import tables
 from dfrot_lab.study.experiments import EXPERIMENTS
 
 ROOT = Path(__file__).parents[1]
@@ -101,9 +102,9 @@ def test_readmes_files_and_pictures_exist():
 
 @pytest.mark.parametrize("name", ["main-wikitext2", "main-wikipedia-sample"])
 def test_readmes_tables_are_the_committed_results(name):
-    table = results.load(ROOT / "data" / "results" / f"{name}.jsonl")
+    table = row_files.load(ROOT / "data" / "results" / f"{name}.jsonl")
     assert len(table) > 20
-    shown = results.markdown(results.comparison(table))
+    shown = tables.markdown(tables.comparison(table))
     assert shown in (ROOT / "data" / "results" / f"{name}.md").read_text()
     assert shown in README, f"README's table is not that of {name}.jsonl: copy data/results/{name}.md"
 
@@ -113,7 +114,7 @@ def test_committed_results_have_provenance():
     assert files
     for file in files:
         rows = [json.loads(line) for line in file.read_text().splitlines()]
-        assert all(tuple(row) == results.COLUMNS for row in rows)
+        assert all(tuple(row) == tables.COLUMNS for row in rows)
         assert all(row["commit"] and row["spec"] and row["windows"] for row in rows)
 
 

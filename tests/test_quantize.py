@@ -22,9 +22,11 @@ from dfrot_lab.maths.quantizers import (
 )
 from dfrot_lab.recipe.specs import QuantSpec
 
-SYM, ASYM = (QuantSpec(bits=4, symmetric=symmetric) for symmetric in (True, False))
+SYM, ASYM = (
+    QuantSpec(bits=4, scheme="symmetric" if symmetric else "asymmetric") for symmetric in (True, False)
+)
 SPECS = [
-    QuantSpec(bits=bits, symmetric=symmetric, clip_ratio=clip)
+    QuantSpec(bits=bits, scheme="symmetric" if symmetric else "asymmetric", clip_ratio=clip)
     for bits, symmetric, clip in itertools.product(range(2, 9), (True, False), (1.0, 0.83))
 ]
 GRANULARITIES = [
@@ -97,7 +99,7 @@ def test_asymmetric_is_equation_5_for_rows_with_both_signs(bits):
     assert len(x) > 40, "too few rows with both signs: the test is vacuous"
     expected = torch.tensor([eq5(row, bits) for row in x.tolist()], dtype=torch.float64)
     torch.testing.assert_close(
-        fake_quantize(x, QuantSpec(bits=bits, symmetric=False)), expected, rtol=1e-12, atol=1e-14
+        fake_quantize(x, QuantSpec(bits=bits, scheme="asymmetric")), expected, rtol=1e-12, atol=1e-14
     )
 
 
@@ -144,7 +146,10 @@ def test_symmetric_unclipped_is_idempotent(bits, granularity):
 def test_error_decreases_with_bits(symmetric):
     x = rows(200, 64)
     errors = [
-        float(squared_error(x, QuantSpec(bits=bits, symmetric=symmetric)).mean()) for bits in range(2, 17)
+        float(
+            squared_error(x, QuantSpec(bits=bits, scheme="symmetric" if symmetric else "asymmetric")).mean()
+        )
+        for bits in range(2, 17)
     ]
     assert all(more < 0.6 * fewer for fewer, more in itertools.pairwise(errors)), (
         errors
@@ -154,7 +159,7 @@ def test_error_decreases_with_bits(symmetric):
 
 @given(
     bits=st.integers(2, 15),
-    symmetric=st.booleans(),
+    scheme=st.sampled_from(["symmetric", "asymmetric", "free"]),
     values=st.lists(st.floats(-1, 1, width=32), min_size=1, max_size=12),
     magnitude=st.sampled_from([1e-30, 1e-3, 1.0, 1e4, 1e30]),
 )
@@ -163,7 +168,7 @@ def test_no_value_moves_by_more_than_half_a_step(bits, symmetric, values, magnit
     """For any row, however large or small: what makes E(x) a rounding error and nothing else."""
     x = torch.tensor([values], dtype=torch.float32) * magnitude
     assume(not x.any() or x.abs().max() > 1e-34)  # below that the step itself is not a normal float32
-    spec = QuantSpec(bits=bits, symmetric=symmetric)
+    spec = QuantSpec(bits=bits, scheme="symmetric" if symmetric else "asymmetric")
     quantized = quantize(x, spec)
     error = (fake_quantize(x, spec).double() - x.double()).abs()
     slack = 1e-5 + 2.0 ** (bits - 22)  # x / step is known to float32's 24 bits
@@ -183,7 +188,9 @@ def test_rows_of_zeros_stay_zeros(spec):
 @pytest.mark.parametrize("value", [3.7, -3.7, 1e-20, -1e20])
 def test_constant_rows_come_back(symmetric, value):
     x = torch.full((2, 8), value)
-    torch.testing.assert_close(fake_quantize(x, QuantSpec(symmetric=symmetric)), x, rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        fake_quantize(x, QuantSpec(scheme="symmetric" if symmetric else "asymmetric")), x, rtol=1e-6, atol=0
+    )
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -202,7 +209,7 @@ def test_values_near_the_largest_of_the_dtype_stay_finite(dtype, symmetric):
     """
     largest = torch.finfo(dtype).max
     x = torch.tensor([[-0.7 * largest, 0.1 * largest, 0.7 * largest]], dtype=dtype)
-    found = fake_quantize(x, QuantSpec(symmetric=symmetric))
+    found = fake_quantize(x, QuantSpec(scheme="symmetric" if symmetric else "asymmetric"))
     assert bool(found.isfinite().all())
     torch.testing.assert_close(found.double() / largest, x.double() / largest, rtol=0, atol=0.06)
 
@@ -230,7 +237,9 @@ def test_sign_flips_change_the_asymmetric_error():
 @pytest.mark.parametrize("bits", range(2, 16))
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_codes_are_in_range_and_of_the_smallest_dtype(bits, symmetric):
-    spec = QuantSpec(bits=bits, symmetric=symmetric, clip_ratio=0.5)  # clipped, so that both ends are met
+    spec = QuantSpec(
+        bits=bits, scheme="symmetric" if symmetric else "asymmetric", clip_ratio=0.5
+    )  # clipped, so that both ends are met
     low, high = code_range(spec)
     assert (low, high) == ((-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if symmetric else (0, 2**bits - 1))
     quantized = quantize(rows(64, 32, dtype=torch.float32), spec)
@@ -261,7 +270,7 @@ def test_the_input_is_left_as_it_was():
 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_16_bits_leave_the_tensor_alone(symmetric):
-    spec, x = QuantSpec(bits=16, symmetric=symmetric), rows(2, 3, 8)
+    spec, x = QuantSpec(bits=16, scheme="symmetric" if symmetric else "asymmetric"), rows(2, 3, 8)
     assert fake_quantize(x, spec) is x
     assert torch.equal(squared_error(x, spec), torch.zeros(2, 3, dtype=torch.float64))
     with pytest.raises(ValueError, match=r"QuantSpec\.bits must be below 16 to have codes; got 16"):
@@ -285,7 +294,7 @@ def test_a_group_size_must_divide_the_last_dimension():
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("shape", [(1000, 576), (2, module._CHUNK + 5), (4, 250, 576)], ids=str)
 def test_chunks_do_not_matter(symmetric, shape):
-    spec, x = QuantSpec(symmetric=symmetric), rows(*shape, dtype=torch.float32)
+    spec, x = QuantSpec(scheme="symmetric" if symmetric else "asymmetric"), rows(*shape, dtype=torch.float32)
     assert x.numel() > module._CHUNK, "one chunk would do: the test is vacuous"
     flat = x.reshape(-1, shape[-1])
     assert torch.equal(

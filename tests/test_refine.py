@@ -38,8 +38,8 @@ from dfrot_lab.rotate.dfrot import (
     row_weights,
 )
 
-SYM4, ASYM4 = QuantSpec(), QuantSpec(symmetric=False)
-HISTORY = ["step", "objective", "normal", "massive", "best", "distance"]
+SYM4, ASYM4 = QuantSpec(), QuantSpec(scheme="asymmetric")
+HISTORY = ["step", "objective", "ordinary", "massive", "best", "distance"]
 
 
 def gaussian(*shape: int, seed: int = 0) -> Tensor:
@@ -122,7 +122,7 @@ def test_half_step_equals_a_slow_loop(quantizer, gamma):
     assert losses == pytest.approx(
         {
             "objective": float((errors * weights).mean()),
-            "normal": float(errors[~mask].mean()),
+            "ordinary": float(errors[~mask].mean()),
             "massive": float(errors[mask].mean()),
         },
         rel=1e-10,
@@ -202,7 +202,7 @@ def test_the_history_says_what_each_step_reached():
             float(error[~mask].mean()),
             float(error[mask].mean()),
         ]
-        assert found.history.loc[row, ["objective", "normal", "massive"]].tolist() == pytest.approx(
+        assert found.history.loc[row, ["objective", "ordinary", "massive"]].tolist() == pytest.approx(
             expected, rel=1e-5
         )
         assert found.history.loc[row, "distance"] == pytest.approx(rotations.distance(R, start), abs=1e-6)
@@ -463,7 +463,7 @@ def test_no_massive_rows_refine_the_plain_objective():
     x, mask = planted()
     found = refine(x, RefineSpec(steps=5), torch.zeros_like(mask))
     assert found.history["massive"].isna().all()
-    assert found.history["objective"].tolist() == pytest.approx(found.history["normal"].tolist())
+    assert found.history["objective"].tolist() == pytest.approx(found.history["ordinary"].tolist())
 
 
 @pytest.mark.parametrize("variant", ["accelerated", "guarded", "as_released"])

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-
-from dfrot_lab.recipe.specs import EvalSpec, RefineSpec, RotationSpec, eval_spec
-from dfrot_lab.score import results
-from dfrot_lab.score.perplexity import EvalResult
 from dfrot_lab.score.results import COLUMNS, append, comparison, difference_row, load, markdown, row
 
-COMMIT = results.commit()
+from dfrot_lab.recipe.specs import Recipe, RefineSpec, RotationSpec, recipe_of
+from dfrot_lab.score import rows as score_rows
+from dfrot_lab.score.perplexity import EvalResult
+
+COMMIT = score_rows.commit()
 
 
 def result(
@@ -24,7 +24,7 @@ def result(
     seconds: float = 12.345,
     **fields: object,
 ) -> EvalResult:
-    spec: EvalSpec = eval_spec(bits, **fields)
+    spec: Recipe = recipe_of(bits, **fields)
     return EvalResult(spec, np.array(losses), seconds, "made here")
 
 

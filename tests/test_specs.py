@@ -16,22 +16,22 @@ from dfrot_lab.recipe import specs
 from dfrot_lab.recipe.specs import (
     CaptureSpec,
     CorpusSpec,
-    EvalSpec,
     ModelSpec,
     QuantSpec,
+    Recipe,
     RefineSpec,
     RotationSpec,
     Spec,
     WeightSpec,
     content_key,
-    eval_spec,
     file_digest,
     parse_bits,
+    recipe_of,
 )
 
-SPECS = (ModelSpec, CorpusSpec, RotationSpec, QuantSpec, CaptureSpec, RefineSpec, WeightSpec, EvalSpec)
+SPECS = (ModelSpec, CorpusSpec, RotationSpec, QuantSpec, CaptureSpec, RefineSpec, WeightSpec, Recipe)
 
-SYMMETRIC, ASYMMETRIC = QuantSpec(), QuantSpec(symmetric=False)
+SYMMETRIC, ASYMMETRIC = QuantSpec(), QuantSpec(scheme="asymmetric")
 NOTHING = QuantSpec(bits=16)
 UNROTATED = RotationSpec(kind="NR")
 
@@ -85,41 +85,36 @@ BAD = [
     (WeightSpec, {"quantizer": SYMMETRIC}, "quantizer", "per_channel and symmetric"),
     (
         WeightSpec,
-        {"quantizer": QuantSpec(granularity="per_channel", symmetric=False)},
+        {"quantizer": QuantSpec(granularity="per_channel", scheme="asymmetric")},
         "quantizer",
         "per_channel and symmetric",
     ),
-    (EvalSpec, {"windows": 0}, "windows", "a whole number >= 1"),
-    (EvalSpec, {"window": 1}, "window", "a whole number >= 2"),
-    (EvalSpec, {"activations": QuantSpec(granularity="per_tensor")}, "activations", "per_token"),
-    (EvalSpec, {"kv": SYMMETRIC}, "kv", "per_group"),
+    (Recipe, {"windows": 0}, "windows", "a whole number >= 1"),
+    (Recipe, {"window": 1}, "window", "a whole number >= 2"),
+    (Recipe, {"activations": QuantSpec(granularity="per_tensor")}, "activations", "per_token"),
+    (Recipe, {"kv": SYMMETRIC}, "kv", "per_group"),
+    (Recipe, {"keep_out": "sun"}, "keep_out", "one of None, nr_error, ro_vs_nr, most_massive, worst, random"),
     (
-        EvalSpec,
-        {"keep_out": "sun"},
-        "keep_out",
-        "one of None, nr_error, ro_vs_nr, most_massive, worst, random",
-    ),
-    (
-        EvalSpec,
+        Recipe,
         {"keep_out_tokens": 4},
         "keep_out_tokens",
         "given for keep_out most_massive, worst, random alone",
     ),
     (
-        EvalSpec,
+        Recipe,
         {"keep_out": "nr_error", "keep_out_tokens": 4},
         "keep_out_tokens",
         "given for keep_out most_massive, worst, random alone",
     ),
     (
-        EvalSpec,
+        Recipe,
         {"keep_out": "worst"},
         "keep_out_tokens",
         "given for keep_out most_massive, worst, random alone",
     ),
-    (EvalSpec, {"set_massive": "one", "rotation": UNROTATED}, "set_massive", "one of None, zero, mean"),
-    (EvalSpec, {"set_massive": "zero"}, "set_massive", "None with a rotation"),
-    (EvalSpec, {"set_massive": "mean", "rotation": RefineSpec()}, "set_massive", "None with a rotation"),
+    (Recipe, {"set_massive": "one", "rotation": UNROTATED}, "set_massive", "one of None, zero, mean"),
+    (Recipe, {"set_massive": "zero"}, "set_massive", "None with a rotation"),
+    (Recipe, {"set_massive": "mean", "rotation": RefineSpec()}, "set_massive", "None with a rotation"),
 ]
 
 OTHER_VALUES = {
@@ -137,7 +132,7 @@ OTHER_VALUES = {
         "method": "rtn", "quantizer": QuantSpec(bits=3, granularity="per_channel"), "clip_search": False, "damping": 0.1, "corpus": CorpusSpec(),
         "windows": 7, "window": 7,
     },
-    EvalSpec: {
+    Recipe: {
         "model": ModelSpec(dtype="float64"), "corpus": CorpusSpec(split="test"), "rotation": RefineSpec(), "weights": WeightSpec(method="rtn"),
         "activations": SYMMETRIC, "kv": QuantSpec(granularity="per_group"), "keep_out": "nr_error", "windows": 7, "window": 7,
         "keep_out_tokens": 7, "set_massive": "zero",
@@ -146,8 +141,8 @@ OTHER_VALUES = {
 DEPENDENT = {
     (RotationSpec, "path"),
     (QuantSpec, "group_size"),
-    (EvalSpec, "keep_out_tokens"),
-    (EvalSpec, "set_massive"),
+    (Recipe, "keep_out_tokens"),
+    (Recipe, "set_massive"),
 }
 """Fields that may leave their default only together with another: tested by themselves."""
 
@@ -210,18 +205,18 @@ def test_the_key_differs_in_the_fields_that_need_another():
     keys = {QuantSpec(granularity="per_group", group_size=size).key for size in (None, 16, 32)}
     assert len(keys) == 3
     keys = {
-        EvalSpec(keep_out=which, keep_out_tokens=count).key
+        Recipe(keep_out=which, keep_out_tokens=count).key
         for which in ("most_massive", "worst", "random")
         for count in (1, 2)
     }
     assert len(keys) == 6
-    assert len({EvalSpec(rotation=UNROTATED, set_massive=to).key for to in (None, "zero", "mean")}) == 3
+    assert len({Recipe(rotation=UNROTATED, set_massive=to).key for to in (None, "zero", "mean")}) == 3
 
 
 BEFORE_THEY_WERE_ADDED = {
     CaptureSpec: ("skip", "75ece2bde3cf2994bb1ad82761fd3af6"),
     RefineSpec: ("rows", "6666dc46523d8e9cf84cfd8ff7d1951d"),
-    EvalSpec: ("keep_out_tokens set_massive", "13c9a30a1525400b3ac54bc5563609a7"),
+    Recipe: ("keep_out_tokens set_massive", "13c9a30a1525400b3ac54bc5563609a7"),
 }
 """Spec: the fields that came when results were stored already, and the key the spec had without them (commit
 1f9d142).
@@ -238,10 +233,10 @@ def test_fields_added_later_leave_the_key_alone_at_their_default(spec):
 
 def test_fields_added_later_are_in_the_dict_and_key_once_set():
     inner = CaptureSpec(skip=2)
-    whole = EvalSpec(rotation=RefineSpec(capture=inner, rows=9))
+    whole = Recipe(rotation=RefineSpec(capture=inner, rows=9))
     assert whole.to_dict()["rotation"]["capture"]["skip"] == 2
     assert whole.to_dict()["rotation"]["rows"] == 9
-    plain = EvalSpec(rotation=RefineSpec())
+    plain = Recipe(rotation=RefineSpec())
     keys = {
         plain.key,
         whole.key,
@@ -249,12 +244,12 @@ def test_fields_added_later_are_in_the_dict_and_key_once_set():
         plain.with_(rotation=RefineSpec(capture=inner)).key,
     }
     assert len(keys) == 4
-    kept = EvalSpec(keep_out="random", keep_out_tokens=3)
+    kept = Recipe(keep_out="random", keep_out_tokens=3)
     assert {name: kept.to_dict().get(name) for name in ("keep_out_tokens", "set_massive")} == {
         "keep_out_tokens": 3,
         "set_massive": None,
     }
-    assert EvalSpec(rotation=UNROTATED, set_massive="mean").to_dict()["set_massive"] == "mean"
+    assert Recipe(rotation=UNROTATED, set_massive="mean").to_dict()["set_massive"] == "mean"
 
 
 def test_specs_of_two_classes_with_equal_fields_differ():
@@ -287,9 +282,9 @@ def test_equal_specs_have_equal_keys(whole, real):
 
 
 def test_nested_specs_are_part_of_the_dict_and_key():
-    spec = EvalSpec(rotation=RefineSpec(capture=CaptureSpec(tokens=5)))
+    spec = Recipe(rotation=RefineSpec(capture=CaptureSpec(tokens=5)))
     assert spec.to_dict()["rotation"]["capture"]["tokens"] == 5
-    assert spec.key != EvalSpec(rotation=RefineSpec(capture=CaptureSpec(tokens=6))).key
+    assert spec.key != Recipe(rotation=RefineSpec(capture=CaptureSpec(tokens=6))).key
     assert json.loads(json.dumps(spec.to_dict(), allow_nan=False)) == spec.to_dict()
 
 
@@ -320,8 +315,8 @@ def test_with_changes_a_copy_and_validates_again():
         (RotationSpec(kind="file", path="C:\\some\\R1.safetensors"), "R1.safetensors"),
         (RefineSpec(variant="as_paper"), "DFRot"),
         (QuantSpec(), "sym4"),
-        (QuantSpec(bits=3, symmetric=False, clip_ratio=0.9), "asym3-c0.9"),
-        (QuantSpec(bits=16, symmetric=False), "none"),
+        (QuantSpec(bits=3, scheme="asymmetric", clip_ratio=0.9), "asym3-c0.9"),
+        (QuantSpec(bits=16, scheme="asymmetric"), "none"),
     ],
 )
 def test_names_for_tables(spec, name):
@@ -333,7 +328,7 @@ def test_names_for_tables(spec, name):
 )
 def test_parse_bits_and_eval_spec(text, bits):
     assert parse_bits(text) == bits
-    spec = eval_spec(text)
+    spec = recipe_of(text)
     assert (spec.weights.quantizer.bits, spec.activations.bits, spec.kv.bits) == bits
     assert spec.bits == text
 
@@ -351,16 +346,16 @@ def test_bits_of_another_form_are_refused(text):
 @pytest.mark.parametrize(("text", "value"), [("1-4-16", 1), ("4-17-16", 17), ("4-4-0", 0), ("4-4-32", 32)])
 def test_bits_out_of_range_are_refused(text, value):
     with pytest.raises(ValueError, match=rf"QuantSpec\.bits must be a whole number in 2\.\.16; got {value}$"):
-        eval_spec(text)
+        recipe_of(text)
 
 
 def test_eval_spec_has_the_design_s_quantizers_and_passes_fields_on():
-    spec = eval_spec("4-4-4", weights="rtn", windows=2, keep_out="ro_vs_nr")
+    spec = recipe_of("4-4-4", weights="rtn", windows=2, keep_out="ro_vs_nr")
     assert (spec.weights.method, spec.windows, spec.keep_out) == ("rtn", 2, "ro_vs_nr")
     assert spec.weights.quantizer == QuantSpec(granularity="per_channel")
-    assert spec.activations == QuantSpec(symmetric=False)
-    assert spec.kv == QuantSpec(symmetric=False, granularity="per_group")
-    assert eval_spec("4-4-16") == EvalSpec()
+    assert spec.activations == QuantSpec(scheme="asymmetric")
+    assert spec.kv == QuantSpec(scheme="asymmetric", granularity="per_group")
+    assert recipe_of("4-4-16") == Recipe()
 
 
 def test_file_digest_is_of_the_bytes_alone(tmp_path: Path):

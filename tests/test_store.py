@@ -20,7 +20,7 @@ from dfrot_lab.disk.artefacts import Artefact, CorruptArtefact, Store, Writer, c
 from dfrot_lab.recipe.specs import CaptureSpec, content_key
 
 INPUTS = {"spec": "a", "tokens": 8}
-KEY = content_key({"kind": "capture", "format": store_module.FORMAT, "inputs": INPUTS})
+KEY = content_key({"kind": "capture", "formulas": store_module.FORMULAS, "inputs": INPUTS})
 
 posix = pytest.mark.skipif(os.name != "posix", reason="kills and limits as POSIX has them")
 
@@ -290,7 +290,7 @@ def test_a_flipped_bit_in_a_large_artefact_is_found_at_first_read(
 def test_an_artefact_under_anothers_name_is_not_used(tmp_path: Path) -> None:
     store = Store(tmp_path)
     made = store.get_or_make("capture", INPUTS, make)
-    other = content_key({"kind": "capture", "format": store_module.FORMAT, "inputs": {"other": 1}})
+    other = content_key({"kind": "capture", "formulas": store_module.FORMULAS, "inputs": {"other": 1}})
     shutil.copytree(made.path, made.path.with_name(other))
     assert store.open("capture", {"other": 1}) is None
 

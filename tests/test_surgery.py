@@ -27,7 +27,7 @@ TINY, DEFAULT = 1e-6, 2e-5
 SEEN = 1e-3
 """A change that leaves the logits' place by more than this is seen by every test here."""
 
-KV4 = QuantSpec(bits=4, symmetric=False, granularity="per_group")
+KV4 = QuantSpec(bits=4, scheme="asymmetric", granularity="per_group")
 ROTATIONS = {
     "NR": RotationSpec(kind="NR"),
     "RO": RotationSpec(kind="RO", seed=1),
@@ -603,7 +603,7 @@ def test_a_sliding_window_shorter_than_the_text():
 def test_16_bits_change_nothing_and_are_not_even_met():
     loaded = tiny_model()
     wanted = logits(loaded)
-    with surgery.online(loaded, kv=QuantSpec(bits=16, symmetric=False, granularity="per_group")):
+    with surgery.online(loaded, kv=QuantSpec(bits=16, scheme="asymmetric", granularity="per_group")):
         assert loaded.model.config._attn_implementation == "sdpa"
         assert torch.equal(logits(loaded), wanted)
 
@@ -678,7 +678,7 @@ def test_the_norm_output_can_be_quantized_as_an_evaluation_does():
     """4 bits on inputs: a difference that shows without rotation, smaller with RH on a model with massive
     tokens and an outlier channel.
     """
-    quantize = QuantSpec(bits=4, symmetric=False)
+    quantize = QuantSpec(bits=4, scheme="asymmetric")
     errors = {}
     for name in ("NR", "RH"):
         loaded = tiny_model(dtype=torch.float64)

@@ -24,9 +24,11 @@ from dfrot_lab.maths.theory import (
 from dfrot_lab.recipe.specs import QuantSpec, RotationSpec
 from dfrot_lab.show import figures_theory
 
-SYM4, ASYM4 = QuantSpec(), QuantSpec(symmetric=False)
+SYM4, ASYM4 = QuantSpec(), QuantSpec(scheme="asymmetric")
 EVERY_BITS = [
-    QuantSpec(bits=bits, symmetric=symmetric) for bits in (2, 3, 4, 6, 8) for symmetric in (True, False)
+    QuantSpec(bits=bits, scheme="symmetric" if symmetric else "asymmetric")
+    for bits in (2, 3, 4, 6, 8)
+    for symmetric in (True, False)
 ]
 by_name = {"ids": lambda value: value.name if isinstance(value, QuantSpec) else None}
 INF = math.inf
@@ -99,7 +101,7 @@ def test_a_spike_alone_is_lost_under_no_hadamard_when_symmetric(channels: int, s
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_an_asymmetric_grid_misses_the_two_levels_of_a_spike_by_half_a_step(bits: int):
-    quantizer, channels = QuantSpec(bits=bits, symmetric=False), 576
+    quantizer, channels = QuantSpec(bits=bits, scheme="asymmetric"), 576
     error = squared_error(
         spikes_everywhere(channels) @ rotations.make(RotationSpec(kind="RH"), channels), quantizer
     )
@@ -184,7 +186,10 @@ def test_more_bits_lose_less(kind: str, symmetric: bool):
     """Without rotation no bit helps while the noise stays below half a step: equal, up to rounding."""
     m, sigma = unit_rms(5, 256)
     errors = [
-        theory.PREDICT[kind](m, sigma, 256, QuantSpec(bits=bits, symmetric=symmetric)) for bits in range(2, 9)
+        theory.PREDICT[kind](
+            m, sigma, 256, QuantSpec(bits=bits, scheme="symmetric" if symmetric else "asymmetric")
+        )
+        for bits in range(2, 9)
     ]
     assert all(less < more * (1 + 1e-9) for more, less in itertools.pairwise(errors))
     assert errors[-1] < errors[0] / 10

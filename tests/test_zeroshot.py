@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.model import loading
 from dfrot_lab.model.loading import LoadedModel
-from dfrot_lab.recipe.specs import CorpusSpec, EvalSpec, ModelSpec, RotationSpec, eval_spec
+from dfrot_lab.recipe.specs import CorpusSpec, ModelSpec, Recipe, RotationSpec, recipe_of
 from dfrot_lab.score import perplexity, zeroshot
 from dfrot_lab.score.zeroshot import AVERAGE, METRICS, TASKS, local_file, table
 
@@ -92,9 +92,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return data
 
 
-def row_of(model: ModelSpec, text: Path, bits: str = "16-16-16", kind: str = "NR") -> EvalSpec:
+def row_of(model: ModelSpec, text: Path, bits: str = "16-16-16", kind: str = "NR") -> Recipe:
     calibration = {"corpus": CorpusSpec(name=str(text), split="calibration"), "windows": 2, "window": 64}
-    spec = eval_spec(
+    spec = recipe_of(
         bits,
         weights="rtn",
         model=model,
@@ -372,7 +372,7 @@ def test_norms_fused_and_nothing_quantized_answers_as_the_plain_model_does(tmp_p
     if not all(local_file(task) for task in TASKS):
         pytest.skip("DFROT_LAB_DATA names no folder with zero_shot/<task>.jsonl of all six tasks")
     store = Store(tmp_path / "store")
-    spec = eval_spec("16-16-16", rotation=RotationSpec(kind="NR"))
+    spec = recipe_of("16-16-16", rotation=RotationSpec(kind="NR"))
     plain, fused = (
         table("plain", None, ModelSpec(), 2, store),
         table("NR 16-16-16", spec, ModelSpec(), 2, store),

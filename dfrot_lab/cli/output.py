@@ -20,12 +20,12 @@ def show_json(value: Any) -> None:
 
 def show_table(table: "pd.DataFrame", out: Path | None, as_json: bool, about: Mapping[str, Any]) -> None:
     """A table and facts about it on standard output; with `out` the table goes into that file too."""
-    from dfrot_lab.score import results
+    from dfrot_lab.disk import row_files
 
     if out:
-        results.write_table(table, out)
+        row_files.write_table(table, out)
     if as_json:
-        show_json({**about, "rows": results.rows(table)})
+        show_json({**about, "rows": row_files.rows(table)})
     else:
         typer.echo(table.to_string(index=False, max_rows=30))
         typer.echo("\n" + "\n".join(f"{name}: {value}" for name, value in about.items() if value is not None))

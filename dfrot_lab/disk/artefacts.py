@@ -33,13 +33,11 @@ import xxhash
 from filelock import FileLock
 from platformdirs import user_cache_path
 
-from dfrot_lab.recipe.specs import content_key
+from dfrot_lab.recipe.keys import FORMULAS, content_key
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-# version of layout and formulas; part of every key, so that what another version made is never taken for ours
-FORMAT = 2
 HASH_AT_OPEN = 64 * 2**20  # bytes; a larger artefact is not read in full at open
 MANIFEST = "manifest.json"
 
@@ -267,7 +265,7 @@ class Store:
         keyed by its repr.
         """
         _require_name("kind", kind)
-        content = {"kind": kind, "format": FORMAT, "inputs": json.loads(_dumps(inputs))}
+        content = {"kind": kind, "formulas": FORMULAS, "inputs": json.loads(_dumps(inputs))}
         return self.root / kind / content_key(content), content
 
 

@@ -77,7 +77,9 @@ class ErrorsView:
             return
         with self.status.doing("computing"):
             s = self.state
-            quantizer = QuantSpec(bits=s.bits, symmetric=s.symmetric, clip_ratio=s.clip)
+            quantizer = QuantSpec(
+                bits=s.bits, scheme="symmetric" if s.symmetric else "asymmetric", clip_ratio=s.clip
+            )
             self.shown, self.quantizer = self.rows.table(s.site, quantizer), quantizer
             self.axes = [s.x, s.y] if s.z == NONE else [s.x, s.y, s.z]
             self.scatter.draw(self.shown, self.axes, list(self.rows.matrices))

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.model import loading
-from dfrot_lab.recipe.specs import EvalSpec
+from dfrot_lab.recipe.specs import Recipe
 from dfrot_lab.rotate import dfrot
 from dfrot_lab.score import perplexity
 from dfrot_lab.show import figures
@@ -100,7 +100,7 @@ class Generate(widgets.VBox):
         self.add_class("dfrot-generate")
         self._free()
 
-    def specs(self) -> dict[str, EvalSpec]:
+    def specs(self) -> dict[str, Recipe]:
         """The models that write, by name; first the one that is not quantized."""
         setting, state = self.setting, self.state
         rows = {EXACT: setting.row(FULL, setting.rotation("NR"))}
@@ -112,7 +112,7 @@ class Generate(widgets.VBox):
             )
         return {name: perplexity.canonical(spec.with_(windows=1)) for name, spec in rows.items()}
 
-    def unready(self, specs: dict[str, EvalSpec]) -> dict[str, str]:
+    def unready(self, specs: dict[str, Recipe]) -> dict[str, str]:
         """Which of the models are left out, and why: nothing that takes minutes is started from here without
         being asked for.
         """
@@ -162,7 +162,7 @@ class Generate(widgets.VBox):
         self.job.start(work)
         self.status.busy(text)
 
-    def _work(self, job: base.Job, specs: dict[str, EvalSpec], prompt: str, tokens: int) -> None:
+    def _work(self, job: base.Job, specs: dict[str, Recipe], prompt: str, tokens: int) -> None:
         self.workshop.keep_only(list(specs.values()))
 
         def on_part(part: str, done: int, total: int) -> None:

@@ -40,7 +40,7 @@ class Hand(traitlets.HasTraits):
     @property
     def quantizer(self) -> QuantSpec:
         """The grid's spec."""
-        return QuantSpec(bits=self.bits, symmetric=self.symmetric)
+        return QuantSpec(bits=self.bits, scheme="symmetric" if self.symmetric else "asymmetric")
 
     @property
     def degrees(self) -> list[float]:

@@ -40,7 +40,7 @@ REDRAW_S = 0.1
 """Least time between two redraws."""
 GAMMAS = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, float("inf"))
 ROWS = {"4,096 rows": 4096, "16,384 rows": 16384, "all rows": 0}
-COLUMNS = ["step", "normal", "massive", "distance", "on"]
+COLUMNS = ["step", "ordinary", "massive", "distance", "on"]
 BUTTONS = {"start": "Start", "pause": "Pause", "resume": "Resume", "cancel": "Cancel", "save": "Save R1"}
 
 
@@ -123,7 +123,7 @@ class Refinement(widgets.VBox):
             rule=state.rule,
             steps=state.steps,
             variant=state.variant,
-            quantizer=QuantSpec(symmetric=state.symmetric),
+            quantizer=QuantSpec(scheme="symmetric" if state.symmetric else "asymmetric"),
             rows=state.rows if 0 < state.rows < total else None,
         )
 
@@ -265,7 +265,7 @@ class Refinement(widgets.VBox):
         def note(step: int, R: Tensor) -> None:
             losses = dfrot.losses_of(some, R, weights, heavy, spec.quantizer)
             place = {"step": step, "distance": rotations.distance(R, start), "on": f"{len(some)} rows"}
-            self.history.append({**place, "normal": losses["normal"], "massive": losses["massive"]})
+            self.history.append({**place, "ordinary": losses["ordinary"], "massive": losses["massive"]})
             self._now_R, self.progress.value = R, step
             self._draw()
 
@@ -310,7 +310,11 @@ class Refinement(widgets.VBox):
                     else rotations.make(RotationSpec(kind=self.state.kind, seed=self.state.seed), len(x))
                 )
                 now = self._now_R if self._now_R is not None else start
-                self.entries.draw(x @ start, x @ now, QuantSpec(symmetric=self.state.symmetric))
+                self.entries.draw(
+                    x @ start,
+                    x @ now,
+                    QuantSpec(scheme="symmetric" if self.state.symmetric else "asymmetric"),
+                )
             self._drawn = time.monotonic()
 
 

@@ -20,8 +20,8 @@ class HistoryPlot:
 
     def __init__(self) -> None:
         self.plot = base.figure()
-        dash = {"normal": "dot", "massive": "solid"}
-        for name, colour in (("normal", base.ORDINARY_COLOUR), ("massive", base.MASSIVE_COLOUR)):
+        dash = {"ordinary": "dot", "massive": "solid"}
+        for name, colour in (("ordinary", base.ORDINARY_COLOUR), ("massive", base.MASSIVE_COLOUR)):
             line = {"color": colour, "width": 2, "dash": dash[name]}
             self.plot.add_scatter(mode="lines+markers", marker={"size": 4}, line=line, name=f"{name} rows")
         self.plot.add_scatter(
@@ -41,7 +41,7 @@ class HistoryPlot:
     def draw(self, table: pd.DataFrame) -> None:
         """The explorer's table: step, normal, massive, distance."""
         with self.plot.batch_update():
-            for trace, name in zip(self.plot.data, ("normal", "massive", "distance"), strict=True):
+            for trace, name in zip(self.plot.data, ("ordinary", "massive", "distance"), strict=True):
                 trace.x, trace.y = table["step"].to_numpy(), table[name].to_numpy(dtype=float)
 
 

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.model import corpus
-from dfrot_lab.recipe.specs import EvalSpec
+from dfrot_lab.recipe.specs import Recipe
 from dfrot_lab.score import perplexity
 from dfrot_lab.score.perplexity import EvalResult
 from dfrot_lab.show import figures
@@ -98,7 +98,7 @@ class Worth(widgets.VBox):
         self.state = Choice(weights=setting.weights, corpus=setting.corpus, windows=setting.windows)
         self.found: dict[str, EvalResult] = {}
         self.text_key: perplexity.TextKey = cache(corpus.fingerprint)
-        self.missing: list[EvalSpec] = []
+        self.missing: list[Recipe] = []
         self.status, self.job = base.Status(), base.Job(self._ended)
         self.plot, self.paper_plot = worth_rows.empty_bars(), worth_rows.empty_bars()
         self.rows, self.paper = (
@@ -146,14 +146,14 @@ class Worth(widgets.VBox):
         """The setting with the text and windows that are picked."""
         return replace(self.setting, corpus=self.state.corpus, windows=self.state.windows)
 
-    def specs(self) -> list[EvalSpec]:
+    def specs(self) -> list[Recipe]:
         """The rows that are picked, rows that share a built model side by side."""
         kept = [KEPT[name] for name in self.state.keep_out]
         return worth_rows.specs_of(
             self.chosen, self.state.rotations, self.state.bits, self.state.weights, kept
         )
 
-    def lookup(self, spec: EvalSpec) -> EvalResult | None:
+    def lookup(self, spec: Recipe) -> EvalResult | None:
         """The row's result from the store, looked up once."""
         if spec.key not in self.found and (result := perplexity.stored(spec, self.store, self.text_key)):
             self.found[spec.key] = result
@@ -224,7 +224,7 @@ class Worth(widgets.VBox):
             self.status.busy("stopping at the end of this window")
             self.job.cancel()
 
-    def _work(self, job: base.Job, specs: Sequence[EvalSpec], tally: Tally) -> None:
+    def _work(self, job: base.Job, specs: Sequence[Recipe], tally: Tally) -> None:
         def on_part(part: str, done: int, total: int) -> None:
             tally.at(part, done, total)
             self._tell(specs, tally, f"{part} {done} of {total}")
@@ -237,7 +237,7 @@ class Worth(widgets.VBox):
 
         perplexity.evaluate_all(specs, self.store, on_result, on_part)
 
-    def _tell(self, specs: Sequence[EvalSpec], tally: Tally, what: str) -> None:
+    def _tell(self, specs: Sequence[Recipe], tally: Tally, what: str) -> None:
         self.bar.value = tally.share
         if tally.done < len(specs):
             row = f"row {tally.done + 1} of {len(specs)}"

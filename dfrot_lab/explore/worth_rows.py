@@ -11,7 +11,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from dfrot_lab.disk.artefacts import Store
-from dfrot_lab.recipe.specs import DEFAULT_MODEL, WINDOW, EvalSpec, RefineSpec
+from dfrot_lab.recipe.specs import DEFAULT_MODEL, WINDOW, Recipe, RefineSpec
 from dfrot_lab.rotate import dfrot
 from dfrot_lab.score import perplexity
 from dfrot_lab.score.perplexity import EvalResult
@@ -33,7 +33,7 @@ PAPER_MODELS = (
     "LLaMA-7B", "LLaMA-13B", "LLaMA-30B", "LLaMA2-7B", "LLaMA2-13B", "LLaMA2-70B", "LLaMA3-8B", "LLaMA3-70B", "Mistral-7B-v0.3", "QWen2-7B",
 )  # fmt: skip
 
-Lookup = Callable[[EvalSpec], EvalResult | None]
+Lookup = Callable[[Recipe], EvalResult | None]
 
 
 def specs_of(
@@ -42,7 +42,7 @@ def specs_of(
     bits: Sequence[str],
     weights: str,
     keep_out: Sequence[str | None],
-) -> list[EvalSpec]:
+) -> list[Recipe]:
     """The rows picked, those that share a built model side by side; at 16-16-16 there is one, since no
     rotation changes anything there.
     """
@@ -54,7 +54,7 @@ def specs_of(
     return found
 
 
-def pace(spec: EvalSpec) -> float:
+def pace(spec: Recipe) -> float:
     """Operations of one of the row's windows over those of a default model's window of 2048: what scales the
     nominal seconds.
     """
@@ -62,12 +62,12 @@ def pace(spec: EvalSpec) -> float:
     return cost.forward(cost.shape(spec.model), spec.window).float_flops / usual
 
 
-def scoring_seconds(spec: EvalSpec) -> float:
+def scoring_seconds(spec: Recipe) -> float:
     """Nominal seconds of the row's windows on 2 cores."""
     return NOMINAL_SECONDS["window"] * spec.windows * pace(spec)
 
 
-def costs(specs: Sequence[EvalSpec], store: Store) -> list[float]:
+def costs(specs: Sequence[Recipe], store: Store) -> list[float]:
     """Nominal seconds on 2 cores of each row that is missing: windows, the model where it is the first to
     need it, a refinement not stored yet.
     """
@@ -89,7 +89,7 @@ def duration(seconds: float) -> str:
     return cost.duration(seconds) if seconds >= 1 else "1 s"
 
 
-def said(missing: Sequence[EvalSpec], store: Store) -> str:
+def said(missing: Sequence[Recipe], store: Store) -> str:
     """Which rows are not stored and about how long they take."""
     if not missing:
         return "All rows that are picked are stored."
@@ -98,7 +98,7 @@ def said(missing: Sequence[EvalSpec], store: Store) -> str:
 
 
 def rows_table(
-    specs: Sequence[EvalSpec], lookup: Lookup, references: Mapping[str, EvalResult | None]
+    specs: Sequence[Recipe], lookup: Lookup, references: Mapping[str, EvalResult | None]
 ) -> pd.DataFrame:
     """A line a row: rotation, kept out, bits, weights, perplexity, its 95% interval, the paired difference to
     RH, windows, stored or not.
@@ -138,7 +138,7 @@ def _difference(result: EvalResult | None, reference: EvalResult | None) -> tupl
     return value, low, high
 
 
-def paper_table(specs: Sequence[EvalSpec], lookup: Lookup) -> pd.DataFrame:
+def paper_table(specs: Sequence[Recipe], lookup: Lookup) -> pd.DataFrame:
     """The paper's perplexities in the rows' places: row, bits, a column a model (as printed), ours last,
     missing where it is not stored.
     """

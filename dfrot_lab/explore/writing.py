@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.model import loading
-from dfrot_lab.recipe.specs import EvalSpec
+from dfrot_lab.recipe.specs import Recipe
 from dfrot_lab.score import perplexity
 from dfrot_lab.score.perplexity import Built
 
@@ -86,13 +86,13 @@ class Workshop:
         self.store = store
         self.kept: dict[str, Built] = {}
 
-    def keep_only(self, specs: Sequence[EvalSpec]) -> None:
+    def keep_only(self, specs: Sequence[Recipe]) -> None:
         """Forget the models that none of `specs` needs."""
         wanted = {self._key(spec) for spec in specs}
         for key in [key for key in self.kept if key not in wanted]:
             del self.kept[key]
 
-    def built(self, spec: EvalSpec, on_part: perplexity.OnPart) -> Built:
+    def built(self, spec: Recipe, on_part: perplexity.OnPart) -> Built:
         """The model that `spec` evaluates, built now unless it is kept; others go first where memory is
         short.
         """
@@ -106,7 +106,7 @@ class Workshop:
         return self.kept[key]
 
     @staticmethod
-    def _key(spec: EvalSpec) -> str:
+    def _key(spec: Recipe) -> str:
         return str(perplexity.build_key(spec))
 
 

@@ -1,11 +1,12 @@
-"""Quantizers: a tensor to integer codes and back, per token, channel, group or tensor, symmetric or
-asymmetric.
+"""Quantizers: a tensor to integer codes and back, per token, channel, group or tensor.
 
 Symmetric, b bits:  s = c max|x| / (2^(b-1) - 1),  q = clamp(round(x / s), -2^(b-1), 2^(b-1) - 1),  x^ = s q.
-Asymmetric, b bits: s = c (max x - min x) / (2^b - 1),  z = -round(c min x / s),  q = clamp(round(x / s) + z,
-0, 2^b - 1),  x^ = s (q - z)  (Eq. 5). As in QuaRot's code the asymmetric range always includes 0, so that z
-is itself a code; a row with values of both signs is not touched by that. c is the clip ratio; max and min run
-over whatever shares one scale.
+Asymmetric, b bits: s = c (max x - min x) / (2^b - 1),  z = -round(c min x / s),
+                    q = clamp(round(x / s) + z, 0, 2^b - 1),  x^ = s (q - z)  (DFRot, Eq. 5).
+In the asymmetric scheme, as in QuaRot's code, the range always includes 0, so that z is itself a code; a row
+with values of both signs is not touched by that. In the free scheme it need not, which is Eq. 5 to the
+letter: an offset that all channels share costs nothing. c is the clip ratio; max and min run over what shares
+one scale.
 """
 
 from typing import NamedTuple
@@ -54,21 +55,24 @@ def grouped(x: Tensor, spec: QuantSpec) -> Tensor:
 
 def scale_zero(groups: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     """Scale and zero point (groups, 1) of each row of `groups` (groups, n). A row of zeros gets scale 1, so
-    that it stays zeros.
+    that it stays zeros; in the free scheme a constant row is a code, too.
     """
-    low, high = (
-        groups.amin(-1, keepdim=True),
-        groups.amax(-1, keepdim=True),
-    )  # on a CPU 6 times as fast as torch.aminmax over a dimension
+    # on a CPU 6 times as fast as torch.aminmax over a dimension
+    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
     if spec.symmetric:
         scale = torch.maximum(-low, high).mul_(spec.clip_ratio / code_range(spec)[1])
         scale = torch.where(scale == 0, 1, scale)
         return scale, torch.zeros_like(scale)
-    low, high = low.clamp_(max=0).mul_(spec.clip_ratio), high.clamp_(min=0).mul_(spec.clip_ratio)
-    scale = (
-        high / code_range(spec)[1] - low / code_range(spec)[1]
-    )  # not (high - low) / n, which overflows at the dtype's largest values
-    scale = torch.where(scale == 0, 1, scale)
+    if spec.scheme == "free":
+        cut = (high / 2 - low / 2).mul_(1 - spec.clip_ratio)  # the range shrinks about its middle
+        low, high = low + cut, high - cut
+        still = torch.where(low == 0, 1, low.abs())
+    else:
+        low, high = low.clamp_(max=0).mul_(spec.clip_ratio), high.clamp_(min=0).mul_(spec.clip_ratio)
+        still = torch.ones_like(low)
+    # not (high - low) / n, which overflows at the dtype's largest values
+    scale = high / code_range(spec)[1] - low / code_range(spec)[1]
+    scale = torch.where(scale == 0, still, scale)
     return scale, low.div_(scale).round_().neg_()
 
 

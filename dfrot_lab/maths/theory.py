@@ -33,7 +33,7 @@ from dfrot_lab.maths.quantizers import code_range, squared_error
 from dfrot_lab.recipe.specs import QuantSpec, RotationSpec
 
 Array = NDArray[np.float64]
-SYM4 = QuantSpec(bits=4, symmetric=True)
+SYM4 = QuantSpec(bits=4, scheme="symmetric")
 
 _NODES = 48
 """Quantiles of the largest entry that the error is averaged over; twice as many move no prediction by more
@@ -69,9 +69,11 @@ def _steps(quantizer: QuantSpec) -> int:
     """Steps between zero and the largest entry (symmetric) or in the whole range (asymmetric). Only what
     `error_of_levels` covers.
     """
-    if quantizer.granularity != "per_token" or quantizer.clip_ratio != 1 or quantizer.bits == 16:
+    plain = quantizer.granularity == "per_token" and quantizer.scheme != "free" and quantizer.clip_ratio == 1
+    if not plain or quantizer.bits == 16:
         raise ValueError(
-            f"theory.quantizer must be per_token with clip_ratio 1 and fewer than 16 bits; got {quantizer}"
+            "theory.quantizer must be symmetric or asymmetric, per_token, with clip_ratio 1 and fewer than 16 "
+            f"bits; got {quantizer}"
         )
     return code_range(quantizer)[1]
 

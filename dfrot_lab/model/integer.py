@@ -29,8 +29,10 @@ result, stays in cache.
 
 
 def fits(spec: QuantSpec) -> bool:
-    """Whether codes less their zero point fit int8: up to 8 bits symmetric, 7 asymmetric."""
-    return spec.bits <= (8 if spec.symmetric else 7)
+    """Whether codes less their zero point fit int8: up to 8 bits symmetric, 7 asymmetric; never in the free
+    scheme, whose zero point may lie anywhere.
+    """
+    return spec.scheme != "free" and spec.bits <= (8 if spec.symmetric else 7)
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:

@@ -19,7 +19,8 @@ from torch import nn
 
 from dfrot_lab.disk import downloads
 from dfrot_lab.disk.artefacts import Store, Writer
-from dfrot_lab.recipe.specs import DEFAULT_MODEL, ModelSpec, content_key, file_digest
+from dfrot_lab.recipe.keys import content_key, file_digest, model_key
+from dfrot_lab.recipe.specs import DEFAULT_MODEL, ModelSpec
 
 log = logging.getLogger(__name__)
 
@@ -99,6 +100,11 @@ class LoadedModel:
     spec: ModelSpec
     fingerprint: str
     provenance: str
+
+    @property
+    def family(self) -> str:
+        """The model's class name: its entry in the table of families."""
+        return type(self.model).__name__
 
     @property
     def device(self) -> torch.device:
@@ -215,8 +221,11 @@ def fingerprint(spec: ModelSpec) -> str:
 
 
 def _fingerprint(digest: str, spec: ModelSpec) -> str:
-    where = device()
-    return content_key([digest, spec.dtype, *([where] if where != "cpu" else [])])
+    return model_key(digest, spec.dtype, _device_of(spec))
+
+
+def _device_of(spec: ModelSpec) -> str:
+    return device() if spec.device == "auto" else spec.device
 
 
 def load_model(spec: ModelSpec | None = None, store: Store | None = None) -> LoadedModel:
@@ -227,7 +236,9 @@ def load_model(spec: ModelSpec | None = None, store: Store | None = None) -> Loa
     Raises ValueError for an unknown source, an unsupported architecture or a damaged file; OSError for a hub
     that cannot be reached.
     """
-    spec, where = spec or ModelSpec(), device()
+    spec = spec or ModelSpec()
+    where = _device_of(spec)
+    spec = spec.with_(device=where)
     if where == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             f"{DEVICE} must be cpu or auto where torch sees no GPU; got cuda. Results stored with it can be read, but nothing computed"

@@ -17,13 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from dfrot_lab.maths.hadamard import hadamard_transform, has_hadamard
-from dfrot_lab.maths.quantizers import fake_quantize
 from dfrot_lab.maths.rotations import check
 from dfrot_lab.model.loading import LoadedModel, linear
-from dfrot_lab.recipe.specs import QuantSpec
 
 Transform = Callable[[Tensor], Tensor]
 """A function of one activation (..., channels) to another of the same shape."""
+
+SiteFunction = Callable[[str, Tensor], Tensor | None]
+"""From a site and its activation, a new one of the same shape, or None to leave it."""
 
 EDIT_ROWS = 1024
 """Rows of a weight worked on at once."""
@@ -97,7 +98,11 @@ def rotate_residual(loaded: LoadedModel, R: Tensor) -> None:
     _edit_rows(linear(loaded.model, loaded.roles.lm_head), lambda w: w @ R)
 
 
-def rotate_heads(loaded: LoadedModel) -> None:
+def fold_gains(loaded: LoadedModel, gains: Any) -> None:
+    """x"""
+
+
+def rotate_heads(loaded: LoadedModel, R2: Any = None) -> None:
     """Fuse R2, a Hadamard matrix on each head's values: v -> v H, and o_proj takes it back. Logits unchanged."""
     head = head_size(loaded)
     _require_hadamard(head, "a head's size, so neither R2 nor R3")
@@ -139,35 +144,29 @@ def prepare(loaded: LoadedModel) -> None:
 
 @contextmanager
 def online(
-    loaded: LoadedModel,
-    *,
-    r3: bool = False,
-    r4: bool = False,
-    norm_output: Transform | None = None,
-    linear_input: Transform | None = None,
-    kv: QuantSpec | None = None,
+    loaded: LoadedModel, *, r3: bool = False, r4: bool = False, function: SiteFunction | None = None
 ) -> Iterator[None]:
-    """While the block runs: R3 on post-RoPE queries and keys, R4 before down_proj, and what quantization
-    adds; all gone after it.
-
-    `norm_output` replaces each layer norm's output, which q, k, v (gate, up) alone read; `linear_input` the
-    input of o_proj and (after R4) of down_proj; `kv` quantizes keys (after R3) and values, per token and
-    head.
+    """While the block runs: R3 on post-RoPE queries and keys, R4 before down_proj, then `function` at every site;
+    all gone after it.
     """
     if r3:
         _require_hadamard(head_size(loaded), "a head's size, so neither R2 nor R3")
     with ExitStack() as stack:
-        for layer in loaded.layers:
-            for _, norm, _ in loaded.roles.feeds:
-                if norm_output is not None:
-                    _replace_output(stack, layer.get_submodule(norm), norm_output)
+        for number, layer in enumerate(loaded.layers):
+            place = f"layers.{number}"
             if r4:
-                _replace_input(stack, layer.get_submodule(loaded.roles.down), apply_r4)
-            if linear_input is not None:
-                _replace_input(stack, layer.get_submodule(loaded.roles.o), linear_input)
-                _replace_input(stack, layer.get_submodule(loaded.roles.down), linear_input)
-        if r3 or (kv is not None and kv.bits < 16):
-            stack.enter_context(_attention(loaded, r3, kv or QuantSpec(bits=16)))
+                _replace_input(
+                    stack, layer.get_submodule(loaded.roles.down), lambda _site, x: apply_r4(x), ""
+                )
+            if function is not None:
+                for name, norm, _ in loaded.roles.feeds:
+                    _replace_output(stack, layer.get_submodule(norm), function, f"{place}.{name}")
+                _replace_input(stack, layer.get_submodule(loaded.roles.o), function, f"{place}.o_proj_in")
+                _replace_input(
+                    stack, layer.get_submodule(loaded.roles.down), function, f"{place}.down_proj_in"
+                )
+        if r3 or function is not None:
+            stack.enter_context(_attention(loaded, r3, function))
         yield
 
 
@@ -176,24 +175,31 @@ def apply_r4(x: Tensor) -> Tensor:
     return hadamard_transform(x, x.shape[-1] ** -0.5)
 
 
-def _replace_output(stack: ExitStack, module: nn.Module, function: Transform) -> None:
-    handle = module.register_forward_hook(lambda _module, _args, output: function(output))
+def _replace_output(stack: ExitStack, module: nn.Module, function: SiteFunction, site: str) -> None:
+    handle = module.register_forward_hook(lambda _module, _args, output: function(site, output))
     stack.callback(handle.remove)
 
 
-def _replace_input(stack: ExitStack, module: nn.Module, function: Transform) -> None:
-    handle = module.register_forward_pre_hook(lambda _module, args: (function(args[0]), *args[1:]))
-    stack.callback(handle.remove)
+def _replace_input(stack: ExitStack, module: nn.Module, function: SiteFunction, site: str) -> None:
+    def see(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        new = function(site, args[0])
+        return None if new is None else (new, *args[1:])
+
+    stack.callback(module.register_forward_pre_hook(see).remove)
 
 
 @contextmanager
-def _attention(loaded: LoadedModel, r3: bool, kv: QuantSpec) -> Iterator[None]:
-    """Run attention through a registered function that sees post-RoPE q, k, v (batch, heads, tokens, head
-    size): transformers' own seam.
+def _attention(loaded: LoadedModel, r3: bool, function: SiteFunction | None) -> Iterator[None]:
+    """Run attention through a registered function that sees post-RoPE q, k, v (batch, heads, tokens, head size):
+    transformers' own seam.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask
+
+    def changed(site: str, x: Tensor) -> Tensor:
+        new = None if function is None else function(site, x)
+        return x if new is None else new
 
     def attend(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
@@ -201,10 +207,13 @@ def _attention(loaded: LoadedModel, r3: bool, kv: QuantSpec) -> Iterator[None]:
         if r3:
             scale = query.shape[-1] ** -0.5
             query, key = hadamard_transform(query, scale), hadamard_transform(key, scale)
-        key, value = fake_quantize(key, kv), fake_quantize(value, kv)
+        place = f"layers.{module.layer_idx}"
+        query, key, value = (
+            changed(f"{place}.{name}", x) for name, x in (("q", query), ("k", key), ("v", value))
+        )
         return sdpa_attention_forward(module, query, key, value, mask, **options)
 
-    name = f"dfrot_lab_{'r3' if r3 else 'plain'}_{kv.key}"
+    name = f"dfrot_lab_{id(attend)}"
     AttentionInterface.register(name, attend)
     AttentionMaskInterface.register(name, sdpa_mask)
     config: Any = loaded.model.config

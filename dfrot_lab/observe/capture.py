@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from dfrot_lab.disk.artefacts import Artefact, Store, Writer
-from dfrot_lab.model import corpus, loading, surgery
+from dfrot_lab.model import corpus, door, loading, surgery
 from dfrot_lab.model.loading import LoadedModel
+from dfrot_lab.recipe import keys
 from dfrot_lab.recipe.specs import WINDOW, CaptureSpec
 
 log = logging.getLogger(__name__)
@@ -118,7 +119,7 @@ def capture(
     site and token.
     """
     spec, store = spec or CaptureSpec(), store or Store()
-    spec = spec.with_(corpus=corpus.resolve(spec.corpus))
+    spec = door.resolved(spec)
 
     if loaded is not None and loaded.spec != spec.model:
         raise ValueError(
@@ -138,23 +139,13 @@ def capture(
         writer.save_json("about", {"sites": sites, "channels": ready.channels, "ids": flat, "texts": texts})
         writer.note.update(provenance=ready.provenance, forward_seconds=time.perf_counter() - started)
 
-    return Capture(store.get_or_make("capture", _inputs(spec), make))
+    return Capture(store.get_or_make("capture", keys.identity(spec, door.PRINTS), make))
 
 
 def stored(spec: CaptureSpec, store: Store) -> Capture | None:
     """The capture `spec` describes if the store has it, else None; records nothing."""
-    artefact = store.open("capture", _inputs(spec))
+    artefact = store.open("capture", keys.identity(door.resolved(spec), door.PRINTS))
     return None if artefact is None else Capture(artefact)
-
-
-def _inputs(spec: CaptureSpec) -> dict[str, Any]:
-    """What a capture is keyed by: the spec, and the bytes of model and text."""
-    spec = spec.with_(corpus=corpus.resolve(spec.corpus))
-    return {
-        "spec": spec.to_dict(),
-        "model": loading.fingerprint(spec.model),
-        "text": corpus.fingerprint(spec.corpus),
-    }
 
 
 def token_blocks(spec: CaptureSpec, loaded: LoadedModel) -> Tensor:

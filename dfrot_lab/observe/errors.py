@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from dfrot_lab.maths import rotations
-from dfrot_lab.maths.quantizers import squared_error
+from dfrot_lab.maths.quantizers import fake_quantize, squared_error
 from dfrot_lab.observe import massive
 from dfrot_lab.observe.capture import Capture
-from dfrot_lab.recipe.specs import MASSIVE_RULES, QuantSpec, RotationSpec
+from dfrot_lab.recipe.specs import DEFAULT_RULE, MASSIVE_RULES, QuantSpec, RotationSpec
 
-SYM4 = QuantSpec(bits=4, symmetric=True)
+SYM4 = QuantSpec(bits=4, scheme="symmetric")
 
 
 def default_rotations(channels: int, seed: int = 0) -> dict[str, Tensor]:
@@ -25,70 +25,61 @@ def default_rotations(channels: int, seed: int = 0) -> dict[str, Tensor]:
 
 
 def token_errors(
-    capture: Capture,
-    rotation: Mapping[str, Tensor] | None = None,
-    quantizers: Sequence[QuantSpec] = (SYM4,),
-    *,
-    sites: Sequence[str] | None = None,
-    rules: Sequence[str] = MASSIVE_RULES,
-) -> pd.DataFrame:
+    capture: Capture, rotation: Mapping[str, Tensor] | None = None, quantizers: Sequence[QuantSpec] = (SYM4,), *,
+    sites: Sequence[str] | None = None, rule: str = DEFAULT_RULE,
+) -> pd.DataFrame:  # fmt: skip
     """E(x R) of every token at every site under every rotation and quantizer.
 
     Columns: site, token (index), text, rotation, quantizer, error (sum of squares over channels: the paper's
-    figures), root (its square root) and massive (the rules that call the token massive at that site, joined
-    by commas; empty for an ordinary token).
+    figures), root (its square root), massive (whether `rule` calls the token massive at that site).
     """
     chosen = list(sites or capture.sites)
     matrices = rotation if rotation is not None else default_rotations(capture.channels)
-    verdicts = dict(zip(chosen, massive_names(capture, rules, chosen), strict=True))
-    texts = np.array(capture.texts, dtype=object)
-    parts = []
+    massive_at = dict(zip(chosen, massive.find(capture, rule, chosen).numpy(), strict=True))
+    places, errors = [], []
     for site in chosen:
         x = capture.rows(site)
         for name, R in matrices.items():
             rotated = x @ R.to(x)
             for quantizer in quantizers:
-                error = squared_error(rotated, quantizer).numpy()
-                parts.append((site, name, quantizer.name, error))
-    tokens = capture.tokens
-    error = np.concatenate([part[3] for part in parts])
-    return pd.DataFrame(
-        {
-            "site": _repeated([part[0] for part in parts], tokens),
-            "token": np.tile(np.arange(tokens), len(parts)),
-            "text": np.tile(texts, len(parts)),
-            "rotation": _repeated([part[1] for part in parts], tokens),
-            "quantizer": _repeated([part[2] for part in parts], tokens),
-            "error": error,
-            "root": np.sqrt(error),
-            "massive": np.concatenate([verdicts[part[0]] for part in parts]),
-        }
-    )
+                places.append((site, name, quantizer.name))
+                errors.append(squared_error(rotated, quantizer).numpy())
+    tokens, error = capture.tokens, np.concatenate(errors)
+    sites_, names, labels = zip(*places, strict=True)
+    columns = {
+        "site": _repeated(sites_, tokens),
+        "token": np.tile(np.arange(tokens), len(places)),
+        "text": np.tile(np.array(capture.texts, dtype=object), len(places)),
+        "rotation": _repeated(names, tokens),
+        "quantizer": _repeated(labels, tokens),
+        "error": error,
+        "root": np.sqrt(error),
+        "massive": np.concatenate([massive_at[site] for site in sites_]),
+    }
+    return pd.DataFrame(columns)
 
 
 def massive_names(
     capture: Capture, rules: Sequence[str] = MASSIVE_RULES, sites: Sequence[str] | None = None
 ) -> np.ndarray:
-    """For each (site, token) the rules that call it massive, joined by commas: an object array (sites,
-    tokens); all sites, or those named.
+    """For each (site, token) the rules that call it massive, in words: an object array (sites, tokens); all
+    sites, or those named.
     """
     names = np.full((len(capture.sites if sites is None else sites), capture.tokens), "", dtype=object)
     for rule in rules:
         mask = massive.find(capture, rule, sites).numpy()
-        names[mask] = [f"{old},{rule}".lstrip(",") for old in names[mask]]
+        names[mask] = [f"{old}, {rule}".lstrip(", ") for old in names[mask]]
     return names
 
 
 def wide(errors: pd.DataFrame, value: str = "error") -> pd.DataFrame:
     """The table with one column a rotation (one quantizer at a time): what scatters of RO against RH need."""
     if len(set(errors["quantizer"])) != 1:
-        raise ValueError(
-            f"errors must hold one quantizer to be widened; got {sorted(errors['quantizer'].unique())}"
-        )
+        names = sorted(errors["quantizer"].unique())
+        raise ValueError(f"errors must hold one quantizer to be widened; got {names}")
     index = ["site", "token", "text", "massive"]
-    return errors.pivot_table(
-        index=index, columns="rotation", values=value, sort=False, observed=True
-    ).reset_index()
+    table = errors.pivot(index=index, columns="rotation", values=value)  # refuses two rows in one place
+    return table.set_axis(list(map(str, table.columns)), axis=1).reset_index()
 
 
 def orders(wide: pd.DataFrame, names: Sequence[str] = ("NR", "RO", "RH")) -> pd.Series:
@@ -103,17 +94,16 @@ def orders(wide: pd.DataFrame, names: Sequence[str] = ("NR", "RO", "RH")) -> pd.
 
 
 def summary(errors: pd.DataFrame) -> pd.DataFrame:
-    """Mean, median and 99th percentile of the root error by rotation and quantizer, for ordinary tokens and
-    for those the nr_error rule marks.
+    """Mean, median and 99th percentile of the root error by rotation and quantizer, for ordinary and for
+    massive tokens.
     """
-    marked = errors["massive"].str.contains("nr_error").map({True: "massive", False: "ordinary"})
-    groups = errors.assign(tokens=marked).groupby(
-        ["quantizer", "rotation", "tokens"], sort=False, observed=True
-    )["root"]
+    tokens = errors["massive"].map({True: "massive", False: "ordinary"})
+    keys = ["quantizer", "rotation", "tokens"]
+    groups = errors.assign(tokens=tokens).groupby(keys, sort=False, observed=True)["root"]
     return groups.agg(rows="size", mean="mean", median="median", p99=lambda v: v.quantile(0.99)).reset_index()
 
 
-def _repeated(names: list[str], times: int) -> "pd.Categorical[str]":
+def _repeated(names: Sequence[str], times: int) -> "pd.Categorical[str]":
     """Each name `times` times, as a categorical in order of appearance."""
     order = list(dict.fromkeys(names))
     return pd.Categorical.from_codes(
@@ -127,8 +117,6 @@ def massive_values(
     """One token's values before and after quantization under each rotation (the paper's Fig. 4): rotation,
     channel, value, quantized.
     """
-    from dfrot_lab.maths.quantizers import fake_quantize
-
     row = capture.rows(site)[token : token + 1]
     tables = []
     for name, R in matrices.items():

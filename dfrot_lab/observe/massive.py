@@ -2,16 +2,19 @@
 
 | rule | a token is massive at a site when | source |
 |---|---|---|
-| sun | its residual stream before the norm has an |a| > 100 that is >= 1000 x the median |a| there | Sun et al., arXiv 2402.17762, Sec. 2 |
-| nr_error | root E(NR) of its normalised row, symmetric 4-bit, is < 8.5 sqrt(C / 4096) | DFRot's released code (8.5 at C = 4096) |
-| ro_vs_nr | E(RO) >= E(NR) of its normalised row, symmetric 4-bit | DFRot's released code, its rule for Mistral |
-| ratio | its largest |a| in the residual stream is > 64 x the median of all tokens' largest | PrefixQuant, arXiv 2410.05265 (upper outliers) |
+| ratio_8 | its largest |a| in the residual stream is > 8 x the median token's largest there | here: the portable one |
+| ratio_64 | the same with 64 | PrefixQuant, arXiv 2410.05265 (which looks at linear inputs) |
+| sun | an |a| > 100 in its residual stream is >= 1000 x the median |a| there | Sun et al., arXiv 2402.17762 |
+| nr_error_8.5 | root E(NR) of its row, symmetric 4-bit, is < 8.5 sqrt(C / 4096) | DFRot's released code, to refine |
+| nr_error_9.5 | the same with 9.5 | DFRot's released code, to keep tokens out |
+| ro_vs_nr | E(RO) >= E(NR) of its row, symmetric 4-bit | DFRot's released code, for Mistral |
 
-The first and last need the residual stream, so they need a Capture; the other two need the normalised row
-alone. A massive row has one entry that takes almost all of the norm sqrt(C), so it lies on a symmetric grid
-already: that is why its unrotated error is *small*.
+The first three need the residual stream, so they need a Capture; the others the normalised row alone. A
+massive row has one entry that takes almost all of the norm sqrt(C), so it lies on a symmetric grid already:
+that is why its unrotated error is *small*.
 """
 
+import logging
 from collections.abc import Sequence
 from functools import cache
 
@@ -22,61 +25,96 @@ from torch import Tensor
 from dfrot_lab.maths import rotations
 from dfrot_lab.maths.quantizers import squared_error
 from dfrot_lab.observe.capture import Capture
-from dfrot_lab.recipe.specs import MASSIVE_RULES, QuantSpec, RotationSpec
+from dfrot_lab.recipe.specs import MASSIVE_RULES, ROW_RULES, QuantSpec, RotationSpec
+
+log = logging.getLogger(__name__)
 
 SUN_ABSOLUTE, SUN_RATIO = 100.0, 1000.0
-NR_ERROR_ROOT, NR_ERROR_CHANNELS = 8.5, 4096
-KEEP_OUT_ROOT = 9.5
-"""The released evaluation's own threshold for `QuaRot.FP16()`, a little wider than refinement's 8.5, at the
-same C = 4096.
-"""
-PREFIX_RATIO = 64.0
-ROWS_RULES = ("nr_error", "ro_vs_nr")
-RULE_QUANTIZER = QuantSpec(bits=4, symmetric=True)
+NR_ERROR_CHANNELS = 4096
+RULE_QUANTIZER = QuantSpec()
+MANY = 0.02
+"""A rule that marks a larger share of the rows marks more than rare tokens."""
 
 
 @cache
 def _reference_ro(channels: int) -> Tensor:
     """The RO matrix the ro_vs_nr rule compares with: seed 0."""
-    return rotations.make(RotationSpec(kind="RO", seed=0), channels).float()
+    return rotations.make(RotationSpec(kind="RO"), channels).float()
 
 
-def rows_rule(x: Tensor, rule: str, *, root: float = NR_ERROR_ROOT) -> Tensor:
-    """Massive mask (tokens,) of normalised, unrotated rows `x` (tokens, channels) by `nr_error` or
-    `ro_vs_nr`.
+def threshold(rule: str) -> float:
+    """The number in a rule's name: 8.5 of `nr_error_8.5`."""
+    return float(rule.rsplit("_", 1)[-1])
 
-    `root` is the nr_error threshold at C = 4096; it scales with sqrt(C), as the row norm does.
+
+def rows_rule(x: Tensor, rule: str) -> Tensor:
+    """Massive mask (tokens,) of normalised, unrotated rows `x` (tokens, channels) by a rule on rows alone.
+
+    The threshold of nr_error is that at C = 4096; it scales with sqrt(C), as the row norm does. ValueError.
     """
-    if rule == "nr_error":
-        return squared_error(x, RULE_QUANTIZER).sqrt() < root * (x.shape[-1] / NR_ERROR_CHANNELS) ** 0.5
     if rule == "ro_vs_nr":
         rotated = x @ _reference_ro(x.shape[-1]).to(x)
         return squared_error(rotated, RULE_QUANTIZER) >= squared_error(x, RULE_QUANTIZER)
+    if rule in ROW_RULES:
+        limit = threshold(rule) * (x.shape[-1] / NR_ERROR_CHANNELS) ** 0.5
+        return squared_error(x, RULE_QUANTIZER).sqrt() < limit
     raise ValueError(
-        f"rule must be nr_error or ro_vs_nr for rows alone (sun and ratio need the residual stream of a Capture); got {rule!r}"
+        f"rule must be one of {', '.join(ROW_RULES)} for rows alone (the others need the residual stream of a "
+        f"Capture); got {rule!r}"
     )
 
 
 def residual_rule(magnitude: Tensor, median: Tensor, rule: str) -> Tensor:
-    """Massive mask (sites, tokens) by `sun` or `ratio`, from each token's largest |a| in the residual stream
-    and the median |a| (sites,).
+    """Massive mask (sites, tokens) by a rule on the residual stream, from each token's largest |a| (sites,
+    tokens) and the median |a| (sites,). ValueError.
     """
     if rule == "sun":
         return (magnitude > SUN_ABSOLUTE) & (magnitude >= SUN_RATIO * median[:, None])
-    if rule == "ratio":
-        return magnitude > PREFIX_RATIO * magnitude.median(dim=1, keepdim=True).values
-    raise ValueError(f"rule must be sun or ratio for the residual stream; got {rule!r}")
+    if rule in MASSIVE_RULES and rule not in ROW_RULES:
+        return magnitude > threshold(rule) * magnitude.median(dim=1, keepdim=True).values
+    raise ValueError(f"rule must be sun or a ratio for the residual stream; got {rule!r}")
 
 
 def find(capture: Capture, rule: str, sites: Sequence[str] | None = None) -> Tensor:
-    """Massive mask (sites, tokens) of a capture by one of the four rules, at all its sites or those named."""
+    """Massive mask (sites, tokens) of a capture by one of the rules, at all its sites or those named."""
     if rule not in MASSIVE_RULES:
         raise ValueError(f"rule must be one of {', '.join(MASSIVE_RULES)}; got {rule!r}")
     chosen = capture.sites if sites is None else list(sites)
-    if rule in ROWS_RULES:
+    if rule in ROW_RULES:
         return torch.stack([rows_rule(capture.rows(site), rule) for site in chosen])
     places = [capture.place(site) for site in chosen]
     return residual_rule(capture.residual_max[places], capture.residual_median[places], rule)
+
+
+def doubt(capture: Capture, rule: str) -> str | None:
+    """What is odd about the rows a rule marks, in one sentence: none, more than 2%, or rows that no other
+    rule calls massive; None where nothing is.
+    """
+    mask = find(capture, rule)
+    share, marked = float(mask.double().mean()), int(mask.sum())
+    if not marked:
+        return f"rule {rule} marks no row: there is no massive token to look at by it"
+    if share > MANY:
+        return (
+            f"rule {rule} marks {marked} rows, {share:.1%} of all: more than rare tokens; look at the others"
+        )
+    kin = rule.rsplit("_", 1)[0]
+    others = [other for other in MASSIVE_RULES if not other.startswith(kin)]
+    alone = int((mask & ~torch.stack([find(capture, other) for other in others]).any(0)).sum())
+    if alone > marked / 2:
+        return f"rule {rule} marks {marked} rows, {alone} of which no other rule calls massive"
+    return None
+
+
+def warn(capture: Capture, rule: str) -> None:
+    """Say once a process what is odd about the rows a rule marks."""
+    _warn_once(capture.key, rule, doubt(capture, rule))
+
+
+@cache
+def _warn_once(_capture: str, _rule: str, said: str | None) -> None:
+    if said:
+        log.warning("%s", said)
 
 
 def table(capture: Capture) -> pd.DataFrame:
@@ -84,19 +122,16 @@ def table(capture: Capture) -> pd.DataFrame:
     their ratio, and each rule's verdict.
     """
     masks = {rule: find(capture, rule) for rule in MASSIVE_RULES}
-    any_rule = torch.stack(list(masks.values())).any(0)
-    site, token = any_rule.nonzero(as_tuple=True)
+    site, token = torch.stack(list(masks.values())).any(0).nonzero(as_tuple=True)
     texts = capture.texts
     largest, median = capture.residual_max[site, token], capture.residual_median[site]
-    return pd.DataFrame(
-        {
-            "site": [capture.sites[i] for i in site.tolist()],
-            "token": token.numpy(),
-            "text": [texts[i] for i in token.tolist()],
-            "residual_max": largest.numpy(),
-            "channel": capture.residual_channel[site, token].numpy(),
-            "median": median.numpy(),
-            "ratio_to_median": (largest / median).numpy(),
-            **{rule: mask[site, token].numpy() for rule, mask in masks.items()},
-        }
-    )
+    about = {
+        "site": [capture.sites[i] for i in site.tolist()],
+        "token": token.numpy(),
+        "text": [texts[i] for i in token.tolist()],
+        "residual_max": largest.numpy(),
+        "channel": capture.residual_channel[site, token].numpy(),
+        "median": median.numpy(),
+        "ratio_to_median": (largest / median).numpy(),
+    }
+    return pd.DataFrame({**about, **{rule: mask[site, token].numpy() for rule, mask in masks.items()}})

@@ -1,15 +1,11 @@
-"""What to do, said immutably: every spec validates itself, and `spec.key` is the content hash that names its
-artefact.
-"""
+"""What to do, said immutably: which model, text, rotation, quantizers; `Recipe` is all of it in one value."""
 
-import hashlib
-import json
 import math
-from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar
 
-import xxhash
+from dfrot_lab.recipe import registry
+from dfrot_lab.recipe.base import MethodSpec, Spec, one_of, ruled
 
 WINDOW = 2048
 """Tokens in one window: the length DFRot, QuaRot and GPTQ calibrate and evaluate with."""
@@ -18,105 +14,39 @@ DEFAULT_MODEL = "smollm2-135m"
 
 ROTATION_KINDS = ("NR", "RO", "RH", "file")
 SPLITS = ("calibration", "evaluation", "train", "valid", "test")
-MASSIVE_RULES = ("sun", "nr_error", "ro_vs_nr", "ratio")
-REFINE_VARIANTS = ("accelerated", "guarded", "as_paper", "as_released")
-WEIGHT_METHODS = ("gptq", "rtn")
-GRANULARITIES = ("per_token", "per_channel", "per_group", "per_tensor")
 DTYPES = ("float32", "float64", "bfloat16", "float16")
-KEEP_OUT_RULES = ("nr_error", "ro_vs_nr")
+DEVICES = ("auto", "cpu", "cuda")
+SCHEMES = {"symmetric": "sym", "asymmetric": "asym", "free": "free"}
+"""Ranges of a quantizer and their short names: symmetric; asymmetric, in which 0 always lies (the released
+code's); free, from the smallest to the largest value, wherever they are (DFRot, Eq. 5)."""
+GRANULARITIES = {"per_token": "", "per_channel": "-channel", "per_group": "-head", "per_tensor": "-tensor"}
+"""What shares one scale, and its mark in a quantizer's name; a group of a given size is marked `-g128`."""
+ROW_RULES = ("nr_error_8.5", "nr_error_9.5", "ro_vs_nr")
 """Rules that judge a token by its own row: those `QuaRot.FP16()` can use while the model runs."""
+MASSIVE_RULES = ("ratio_8", "ratio_64", "sun", *ROW_RULES)
+DEFAULT_RULE = "ratio_8"
+"""The portable one: it finds the first token and no plain embeddings on models of different families."""
+PAPER_RULE, RELEASED_KEEP_OUT = "nr_error_8.5", "nr_error_9.5"
+"""The released code's rules: to refine with, and to keep tokens out by."""
+REFINE_VARIANTS = ("accelerated", "guarded", "as_paper", "as_released")
 KEEP_OUT_COUNTS = ("most_massive", "worst", "random")
-"""Which `keep_out_tokens` of a window to keep out: those with the largest value, those with the largest
-error, or any.
-"""
+"""Which `keep_out_tokens` of a window to keep out: the largest value, the largest error, or any."""
 SET_MASSIVE = ("zero", "mean")
 
-LATER = {"later": True}
-"""Marks a field added when results were stored already: at its default it is left out of the key, so that
-they are still found.
-"""
 
-
-def content_key(value: Any) -> str:
-    """The first 32 hex digits of the sha256 of a JSON-able value: equal values have equal keys, in any
-    process.
-    """
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-def file_digest(path: Path | str) -> str:
-    """xxh3_128 of a file's bytes, 32 hex digits: the part of a key that stands for a file the user names."""
-    digest = xxhash.xxh3_128()
-    with Path(path).open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _plain(value: Any, kind: Any) -> Any:
-    """A field's value as plain JSON: a whole number in a float field as a float, so that equal specs have
-    equal keys; infinity as text.
-    """
-    if isinstance(value, Spec):
-        return value.to_dict()
-    return value if kind is not float else "inf" if value == math.inf else float(value)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Spec:
-    """Base of all specs: frozen, keyword-only; an unknown field is a TypeError, a bad one a ValueError that
-    names it.
-    """
-
-    def _require(self, name: str, ok: bool, rule: str) -> None:
-        if not ok:
-            raise ValueError(f"{type(self).__name__}.{name} must be {rule}; got {getattr(self, name)!r}")
-
-    def _require_whole(self, name: str, least: int) -> None:
-        value = getattr(self, name)
-        self._require(
-            name,
-            isinstance(value, int) and not isinstance(value, bool) and value >= least,
-            f"a whole number >= {least}",
-        )
-
-    def _require_one_of(self, name: str, choices: tuple[str | None, ...]) -> None:
-        self._require(name, getattr(self, name) in choices, f"one of {', '.join(map(str, choices))}")
-
-    def to_dict(self) -> dict[str, Any]:
-        """The spec as plain JSON values, nested specs included, with the class name under `spec`."""
-        said = [f for f in fields(self) if not ("later" in f.metadata and getattr(self, f.name) == f.default)]
-        return {"spec": type(self).__name__, **{f.name: _plain(getattr(self, f.name), f.type) for f in said}}
-
-    @property
-    def key(self) -> str:
-        """Content hash of the spec (32 hex digits)."""
-        return content_key(self.to_dict())
-
-    def with_(self, **changes: Any) -> Self:
-        """A copy with some fields changed, validated again."""
-        return replace(self, **changes)
-
-
-@dataclass(frozen=True, kw_only=True)
 class ModelSpec(Spec):
     """Which language model: `smollm2-135m` (packaged), a folder, a `.gguf` file, or `hub:owner/name` (the
-    only form that uses the network).
+    only form that uses the network); in which dtype, and on which device it runs.
     """
 
-    source: str = DEFAULT_MODEL
-    dtype: str = "float32"
+    source: str = ruled(
+        DEFAULT_MODEL, "a packaged name, a folder, a .gguf file or hub:owner/name", pattern=r"\S"
+    )
+    dtype: str = one_of("float32", DTYPES)
     revision: str | None = None
-
-    def __post_init__(self) -> None:
-        self._require(
-            "source", bool(self.source.strip()), "a packaged name, a folder, a .gguf file or hub:owner/name"
-        )
-        self._require_one_of("dtype", DTYPES)
+    device: str = one_of("auto", DEVICES)
 
 
-@dataclass(frozen=True, kw_only=True)
 class CorpusSpec(Spec):
     """Which text: `auto`, `wikitext2`, `wikipedia-sample` or a text file; and which part of it.
 
@@ -124,16 +54,14 @@ class CorpusSpec(Spec):
     of articles of the sample.
     """
 
-    name: str = "auto"
-    split: str = "evaluation"
-
-    def __post_init__(self) -> None:
-        self._require("name", bool(self.name.strip()), "auto, wikitext2, wikipedia-sample or a text file")
-        self._require_one_of("split", SPLITS)
+    name: str = ruled("auto", "auto, wikitext2, wikipedia-sample or a text file", pattern=r"\S")
+    split: str = one_of("evaluation", SPLITS)
 
 
-@dataclass(frozen=True, kw_only=True)
-class RotationSpec(Spec):
+CALIBRATION = CorpusSpec(split="calibration")
+
+
+class RotationSpec(MethodSpec):
     """One orthogonal matrix: NR (identity), RO (random orthogonal), RH (random Hadamard), or a safetensors
     file.
 
@@ -141,15 +69,14 @@ class RotationSpec(Spec):
     `RH-b312`.
     """
 
-    kind: str = "RH"
-    seed: int = 0
-    block: int | None = None
+    method: ClassVar[str] = "random"
+    kind: str = one_of("RH", ROTATION_KINDS)
+    seed: int = ruled(0, "a whole number >= 0", ge=0)
+    block: int | None = ruled(None, "None or a whole number >= 1", ge=1)
     path: str | None = None
 
-    def __post_init__(self) -> None:
-        self._require_one_of("kind", ROTATION_KINDS)
-        self._require_whole("seed", 0)
-        self._require("block", self.block is None or self.block >= 1, "None or >= 1")
+    def check(self) -> None:
+        """A file has a path, nothing else has."""
         self._require(
             "path", (self.path is not None) == (self.kind == "file"), "given for kind 'file' and for no other"
         )
@@ -161,62 +88,64 @@ class RotationSpec(Spec):
             return str(self.path).replace("\\", "/").rsplit("/", 1)[-1]
         return self.kind if self.block is None else f"{self.kind}-b{self.block}"
 
+    @property
+    def first_seed(self) -> int | None:
+        """The seed of a random rotation; None for NR and a file."""
+        return self.seed if self.kind in ("RO", "RH") else None
 
-@dataclass(frozen=True, kw_only=True)
+
 class QuantSpec(Spec):
-    """How one tensor is quantized; `bits=16` means: leave it alone.
+    """How one tensor is quantized; `bits=16` means: leave it alone. `name` says everything that is not the
+    default.
 
     `granularity` says what shares one scale: a token (row), an output channel of a weight (row), a group of
-    `group_size` channels, or the tensor.
+    `group_size` channels (a head where no size is given), or the tensor.
     """
 
-    bits: int = 4
-    symmetric: bool = True
-    clip_ratio: float = 1.0
-    granularity: str = "per_token"
-    group_size: int | None = None
+    bits: int = ruled(4, "a whole number in 2..16", ge=2, le=16)
+    scheme: str = one_of("symmetric", tuple(SCHEMES))
+    clip_ratio: float = ruled(1.0, "in (0, 1]", gt=0, le=1)
+    granularity: str = one_of("per_token", tuple(GRANULARITIES))
+    group_size: int | None = ruled(None, "a whole number >= 1, with granularity per_group", ge=1)
 
-    def __post_init__(self) -> None:
-        self._require("bits", isinstance(self.bits, int) and 2 <= self.bits <= 16, "a whole number in 2..16")
-        self._require("clip_ratio", 0 < self.clip_ratio <= 1, "in (0, 1]")
-        self._require_one_of("granularity", GRANULARITIES)
+    def check(self) -> None:
+        """A group has a size, nothing else has."""
         grouped = self.granularity == "per_group"
         self._require(
             "group_size",
-            self.group_size is None or (grouped and self.group_size >= 1),
+            self.group_size is None or grouped,
             "a whole number >= 1, with granularity per_group",
         )
 
     @property
+    def symmetric(self) -> bool:
+        """Whether the range is symmetric about 0, so that the zero point is 0."""
+        return self.scheme == "symmetric"
+
+    @property
     def name(self) -> str:
-        """Short name for tables: `sym4`, `asym4`, `asym4-c0.9`; `none` at 16 bits."""
+        """Short name for tables: `sym4`, `asym4-c0.9`, `sym4-channel`, `asym4-g128`; `none` at 16 bits."""
         if self.bits == 16:
             return "none"
-        return f"{'sym' if self.symmetric else 'asym'}{self.bits}" + (
-            f"-c{self.clip_ratio:g}" if self.clip_ratio != 1 else ""
-        )
+        clip = f"-c{self.clip_ratio:g}" if self.clip_ratio != 1 else ""
+        shared = f"-g{self.group_size}" if self.group_size else GRANULARITIES[self.granularity]
+        return f"{SCHEMES[self.scheme]}{self.bits}{clip}{shared}"
 
 
-@dataclass(frozen=True, kw_only=True)
 class CaptureSpec(Spec):
     """Which activations to record: all norm outputs of `model`, norms fused, for `tokens` tokens of `corpus`
     after the first `skip` windows.
     """
 
-    model: ModelSpec = field(default_factory=ModelSpec)
-    corpus: CorpusSpec = field(default_factory=lambda: CorpusSpec(split="calibration"))
-    tokens: int = WINDOW
-    skip: int = field(default=0, metadata=LATER)
-
-    def __post_init__(self) -> None:
-        self._require_whole("tokens", 1)
-        self._require_whole("skip", 0)
+    model: ModelSpec = ModelSpec()
+    corpus: CorpusSpec = CALIBRATION
+    tokens: int = ruled(WINDOW, "a whole number >= 1", ge=1)
+    skip: int = ruled(0, "a whole number >= 0", ge=0)
 
 
-@dataclass(frozen=True, kw_only=True)
-class RefineSpec(Spec):
-    """How to refine R1 (DFRot, Eq. 2-8): rows, start, massive weight `gamma` (gamma^2 in the squared loss),
-    steps, quantizer, variant.
+class RefineSpec(MethodSpec):
+    """How to refine R1 (DFRot, Eq. 2-8): rows, start, weight `gamma` of massive rows (gamma^2 in the squared
+    loss), the rule that says which they are, steps, quantizer, variant.
 
     `as_paper` runs the paper's steps and returns the last R, `guarded` the best by the weighted objective;
     `accelerated` (default) minimises that objective in a sixth of the time; `as_released` is the released
@@ -224,23 +153,24 @@ class RefineSpec(Spec):
     `gamma=inf` fits the massive rows alone; `rows` takes a random sample of that many rows.
     """
 
-    capture: CaptureSpec = field(default_factory=CaptureSpec)
-    init: RotationSpec = field(default_factory=RotationSpec)
-    gamma: float = 100.0
-    rule: str = "nr_error"
-    steps: int = 100
-    quantizer: QuantSpec = field(default_factory=lambda: QuantSpec(symmetric=False))
-    variant: str = "accelerated"
-    rows: int | None = field(default=None, metadata=LATER)
+    method: ClassVar[str] = "dfrot"
+    capture: CaptureSpec = CaptureSpec()
+    init: RotationSpec = RotationSpec()
+    gamma: float = ruled(100.0, "> 0", gt=0)
+    rule: str = one_of(DEFAULT_RULE, MASSIVE_RULES)
+    steps: int = ruled(100, "a whole number >= 1", ge=1)
+    quantizer: QuantSpec = QuantSpec(scheme="asymmetric")
+    variant: str = one_of("accelerated", REFINE_VARIANTS)
+    rows: int | None = ruled(None, "None or a whole number >= 1", ge=1)
 
-    def __post_init__(self) -> None:
-        self._require("gamma", self.gamma > 0, "> 0")
-        self._require_one_of("rule", MASSIVE_RULES)
-        self._require_whole("steps", 1)
-        self._require_one_of("variant", REFINE_VARIANTS)
-        self._require("quantizer", self.quantizer.bits < 16, "a quantizer of fewer than 16 bits")
-        if self.rows is not None:
-            self._require_whole("rows", 1)
+    def check(self) -> None:
+        """What the steps can do with the quantizer and gamma."""
+        self._require(
+            "quantizer",
+            self.quantizer.bits < 16 and self.quantizer.granularity == "per_token",
+            "per_token, of fewer than 16 bits",
+        )
+        self._require("gamma", self.gamma < 1e9 or self.gamma == math.inf, "below 1e9, or inf")
         self._require(
             "gamma", self.gamma < math.inf or self.variant != "as_released", "finite with variant as_released"
         )
@@ -250,93 +180,132 @@ class RefineSpec(Spec):
         """Name for tables and figures: always DFRot; gamma, rule and variant have their own columns."""
         return "DFRot"
 
+    @property
+    def first_seed(self) -> int | None:
+        """The seed of its start."""
+        return self.init.first_seed
 
-@dataclass(frozen=True, kw_only=True)
+
 class WeightSpec(Spec):
-    """How the linears' weights are quantized: `gptq` on `windows` calibration windows, or `rtn`; per-channel
-    symmetric with clip search.
+    """How the linears' weights are quantized: by `gptq` on `windows` calibration windows, by `rtn`, or
+    another of the table of weight quantizers; per channel, symmetric, with clip search.
     """
 
     method: str = "gptq"
-    quantizer: QuantSpec = field(default_factory=lambda: QuantSpec(granularity="per_channel"))
+    quantizer: QuantSpec = QuantSpec(granularity="per_channel")
     clip_search: bool = True
-    damping: float = 0.01
-    corpus: CorpusSpec = field(default_factory=lambda: CorpusSpec(split="calibration"))
-    windows: int = 16
-    window: int = WINDOW
+    damping: float = ruled(0.01, "> 0", gt=0)
+    corpus: CorpusSpec | None = CALIBRATION
+    windows: int = ruled(16, "a whole number >= 1", ge=1)
+    window: int = ruled(WINDOW, "a whole number >= 2", ge=2)
 
-    def __post_init__(self) -> None:
-        self._require_one_of("method", WEIGHT_METHODS)
-        self._require("damping", self.damping > 0, "> 0")
-        self._require_whole("windows", 1)
-        self._require_whole("window", 2)
-        self._require(
-            "quantizer",
-            self.quantizer.granularity == "per_channel" and self.quantizer.symmetric,
-            "per_channel and symmetric",
-        )
+    def check(self) -> None:
+        """A known method, and a quantizer it can use."""
+        self._require("method", self.method in registry.WEIGHTS, f"one of {', '.join(registry.WEIGHTS)}")
+        fits = self.quantizer.granularity == "per_channel" and self.quantizer.symmetric
+        self._require("quantizer", fits, "per_channel and symmetric")
 
 
-def _activations(bits: int = 4) -> QuantSpec:
-    return QuantSpec(bits=bits, symmetric=False)
+def activation_quantizer(bits: int = 4) -> QuantSpec:
+    """The default quantizer of activations: asymmetric, per token."""
+    return QuantSpec(bits=bits, scheme="asymmetric")
 
 
-def _kv(bits: int = 16) -> QuantSpec:
-    return QuantSpec(bits=bits, symmetric=False, granularity="per_group")
+def kv_quantizer(bits: int = 16) -> QuantSpec:
+    """The default quantizer of keys and of values: asymmetric, a scale for each token and head."""
+    return QuantSpec(bits=bits, scheme="asymmetric", granularity="per_group")
 
 
-@dataclass(frozen=True, kw_only=True)
-class EvalSpec(Spec):
-    """One row of a results table: a model, a rotation, the bits of weights, activations and KV cache, and the
-    text it is scored on.
+class Recipe(Spec):
+    """Everything that defines a quantized model and the text it is scored on: one row of a results table.
 
     `keep_out` names the rule by which massive tokens pass the q, k, v, gate and up inputs unquantised
     (`QuaRot.FP16()`), or which `keep_out_tokens` of a window do; None quantizes all. `set_massive` overwrites
     massive values of the residual stream (Sun et al.).
     """
 
-    model: ModelSpec = field(default_factory=ModelSpec)
-    corpus: CorpusSpec = field(default_factory=CorpusSpec)
-    rotation: RotationSpec | RefineSpec = field(default_factory=RotationSpec)
-    weights: WeightSpec = field(default_factory=WeightSpec)
-    activations: QuantSpec = field(default_factory=_activations)
-    kv: QuantSpec = field(default_factory=_kv)
-    keep_out: str | None = None
-    windows: int = 6
-    window: int = WINDOW
-    keep_out_tokens: int | None = field(default=None, metadata=LATER)
-    set_massive: str | None = field(default=None, metadata=LATER)
+    model: ModelSpec = ModelSpec()
+    corpus: CorpusSpec = CorpusSpec()
+    rotation: MethodSpec = RotationSpec()
+    weights: WeightSpec = WeightSpec()
+    activations: QuantSpec = activation_quantizer()
+    keys: QuantSpec = kv_quantizer()
+    values: QuantSpec = kv_quantizer()
+    keep_out: str | None = one_of(None, (None, *ROW_RULES, *KEEP_OUT_COUNTS))
+    windows: int = ruled(6, "a whole number >= 1", ge=1)
+    window: int = ruled(WINDOW, "a whole number >= 2", ge=2)
+    keep_out_tokens: int | None = ruled(None, f"given for keep_out {', '.join(KEEP_OUT_COUNTS)} alone", ge=1)
+    set_massive: str | None = one_of(None, (None, *SET_MASSIVE))
 
-    def __post_init__(self) -> None:
-        self._require_whole("windows", 1)
-        self._require_whole("window", 2)
+    def check(self) -> None:
+        """What goes together."""
         self._require("activations", self.activations.granularity == "per_token", "per_token")
-        self._require(
-            "kv",
-            self.kv.granularity == "per_group",
-            "per_group (one scale a token and head, or a part of a head)",
-        )
-        self._require_one_of("keep_out", (None, *KEEP_OUT_RULES, *KEEP_OUT_COUNTS))
+        for name in ("keys", "values"):
+            grouped = getattr(self, name).granularity == "per_group"
+            self._require(name, grouped, "per_group (one scale a token and head, or a part of a head)")
         counted = self.keep_out in KEEP_OUT_COUNTS
+        given = self.keep_out_tokens is not None
         self._require(
-            "keep_out_tokens",
-            (self.keep_out_tokens is not None) == counted,
-            f"given for keep_out {', '.join(KEEP_OUT_COUNTS)} alone",
+            "keep_out_tokens", given == counted, f"given for keep_out {', '.join(KEEP_OUT_COUNTS)} alone"
         )
-        if self.keep_out_tokens is not None:
-            self._require_whole("keep_out_tokens", 1)
-        self._require_one_of("set_massive", (None, *SET_MASSIVE))
-        unrotated = isinstance(self.rotation, RotationSpec) and self.rotation.kind == "NR"
+        free = self.set_massive is None or not self.is_rotated
         self._require(
-            "set_massive",
-            self.set_massive is None or unrotated,
-            "None with a rotation: it spreads massive values over all channels",
+            "set_massive", free, "None with a rotation: it spreads massive values over all channels"
         )
 
     @property
+    def is_rotated(self) -> bool:
+        """Whether R1 to R4 act: NR means no rotation anywhere, as in the paper's tables."""
+        return not (isinstance(self.rotation, RotationSpec) and self.rotation.kind == "NR")
+
+    @property
     def bits(self) -> str:
-        """Bits of weights, activations and KV cache, as in the paper's tables: `4-4-16`."""
-        return f"{self.weights.quantizer.bits}-{self.activations.bits}-{self.kv.bits}"
+        """Bits of weights, activations and KV cache, as in the paper's tables: `4-4-16`; keys and values
+        apart where they differ: `4-4-k4v2`.
+        """
+        cache = (
+            f"{self.keys.bits}"
+            if self.keys.bits == self.values.bits
+            else f"k{self.keys.bits}v{self.values.bits}"
+        )
+        return f"{self.weights.quantizer.bits}-{self.activations.bits}-{cache}"
+
+    def canonical(self) -> "Recipe":
+        """The same with what has no effect set to defaults, so that equal work has one key."""
+        weights, changes = self.weights, dict[str, Any]()
+        if weights.quantizer.bits == 16:
+            changes["weights"] = WeightSpec(method="rtn", quantizer=weights.quantizer, corpus=None)
+        elif not registry.load(registry.WEIGHTS, weights.method).CALIBRATED:
+            kept: dict[str, Any] = {"quantizer": weights.quantizer, "clip_search": weights.clip_search}
+            changes["weights"] = WeightSpec(method=weights.method, **kept, corpus=None)
+        if self.activations.bits == 16:
+            changes |= {"activations": activation_quantizer(16), "keep_out": None, "keep_out_tokens": None}
+        changes |= {name: kv_quantizer() for name in ("keys", "values") if getattr(self, name).bits == 16}
+        if not self.is_rotated:
+            changes["rotation"] = RotationSpec(kind="NR")
+        return self.with_(**changes)
+
+    def to_yaml(self) -> str:
+        """The whole recipe as YAML, every field said."""
+        import yaml
+
+        return str(yaml.safe_dump(self.plain(), sort_keys=False, allow_unicode=True))
+
+    @classmethod
+    def from_yaml(cls, text: str | Path) -> "Recipe":
+        """The recipe in a YAML file (or text): fields left out have their defaults; ValueError for what is
+        wrong.
+        """
+        import yaml
+
+        said = text.read_text(encoding="utf-8") if isinstance(text, Path) else text
+        try:
+            found = yaml.safe_load(said)
+        except yaml.YAMLError as error:
+            raise ValueError(
+                f"a recipe must be YAML; got {text!r} ({' '.join(str(error).split())})"
+            ) from error
+        return cls.of(found or {})
 
 
 def parse_bits(text: str) -> tuple[int, int, int]:
@@ -348,10 +317,11 @@ def parse_bits(text: str) -> tuple[int, int, int]:
     return weights, activations, kv
 
 
-def eval_spec(bits: str, *, weights: str = "gptq", **fields: Any) -> EvalSpec:
-    """The EvalSpec of `bits` such as `4-4-16` with default quantizers: W per-channel symmetric, A per-token
-    and KV per-head asymmetric.
+def recipe_of(bits: str, *, weights: str = "gptq", **fields: Any) -> Recipe:
+    """The recipe of `bits` such as `4-4-16` with the default quantizers: weights per channel, symmetric;
+    activations per token, keys and values per head, asymmetric.
     """
     w_bits, a_bits, kv_bits = parse_bits(bits)
     weight_spec = WeightSpec(method=weights, quantizer=QuantSpec(bits=w_bits, granularity="per_channel"))
-    return EvalSpec(weights=weight_spec, activations=_activations(a_bits), kv=_kv(kv_bits), **fields)
+    quantizers = {"keys": kv_quantizer(kv_bits), "values": kv_quantizer(kv_bits)}
+    return Recipe(weights=weight_spec, activations=activation_quantizer(a_bits), **{**quantizers, **fields})

@@ -1,320 +1,46 @@
-"""Refine R1: DFRot's alternation of per-token quantization and orthogonal Procrustes, massive rows weighted
-(arXiv 2412.00648, Sec. 3.3, Alg. 1).
-
-Each step quantizes eta_x = Q(x R) for every row (Eq. 7) and then solves min_R sum over rows of w_x^2 ||x R -
-eta_x||^2 (Eq. 8) exactly: R = U V^T of the SVD of sum w_x^2 x^T eta_x (Eq. 6). w_x is gamma for massive rows
-and 1 for the rest (Eq. 2); scaling a row by gamma and weighting it by gamma^2 are the same thing because Q is
-scale-equivariant (Eq. 3).
+"""DFRot: refine R1 by alternating per-token quantization and orthogonal Procrustes, massive rows weighted
+(arXiv 2412.00648, Sec. 3.3, Alg. 1). Here what is kept of it; the steps themselves are in `steps`.
 """
 
 import logging
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import pandas as pd
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from dfrot_lab.disk.artefacts import Artefact, Store, Writer
-from dfrot_lab.maths import rotations
-from dfrot_lab.maths.quantizers import fake_quantize, squared_error
-from dfrot_lab.model import corpus, loading
+from dfrot_lab.model import door
 from dfrot_lab.observe import massive
-from dfrot_lab.observe.capture import capture
-from dfrot_lab.recipe.specs import CorpusSpec, QuantSpec, RefineSpec
-from dfrot_lab.rotate import descent
-from dfrot_lab.rotate.descent import ROWS_AT_ONCE
+from dfrot_lab.observe.capture import capture as captured
+from dfrot_lab.recipe import keys
+from dfrot_lab.recipe.specs import CaptureSpec, Recipe, RefineSpec, RotationSpec
+from dfrot_lab.rotate.steps import HISTORY, Checkpoint, RefineResult, State, refine
+from dfrot_lab.rotate.transforms import Context, Transforms
 
 log = logging.getLogger(__name__)
 
-RELEASED_SLACK, RELEASED_GAIN = 100.0, 0.1
-"""The released code's accept test on the weighted Frobenius error: a step must end at least 0.1 below the
-error before it + 100, so it may rise.
-"""
-
-CHECKPOINT_EVERY = 10
-
-LENGTH, MOMENTUM = 0.5, 0.8
-"""An accelerated step: half a Procrustes step, and 0.8 of the move before it."""
-
-CHECK_EVERY = 20
-"""Accelerated steps between two looks at all rows."""
-
-HISTORY = ("step", "objective", "normal", "massive", "best", "distance")
+SPEC = RefineSpec
+KIND = "refine"
 
 
-@dataclass(frozen=True)
-class RefineResult:
-    """The refined rotation R (channels, channels) float64, and its history, one row a step.
-
-    History columns: step, objective (the weighted loss a row), normal, massive (mean squared error of those
-    rows), best (lowest objective so far), distance (||R - R0||_F / sqrt(C)). `seconds` it took (of a run that
-    was stopped, its last part); NaN where not measured.
-    """
-
-    R: Tensor
-    history: pd.DataFrame
-    seconds: float = math.nan
+def spec(row: str, *, seed: int = 0, capture: CaptureSpec | None = None) -> RefineSpec:
+    """The refinement of the row DFRot: from RH of `seed`, on the rows of `capture`."""
+    del row
+    return RefineSpec(capture=capture or CaptureSpec(), init=RotationSpec(seed=seed))
 
 
-@dataclass
-class _State:
-    """Where a refinement is: R of the next step, best R so far, the history; and, of an accelerated one, its
-    momentum and step length.
-    """
-
-    R: Tensor
-    best: Tensor
-    history: list[dict[str, float]]
-    momentum: Tensor | None = None
-    length: float = LENGTH
-
-
-Checkpoint = Callable[[_State], None]
-OnStep = Callable[[int, Callable[[], Tensor]], None]
-"""Called after every step with its number and what gives that step's R (channels, channels) float64, made
-only if it is called.
-"""
-
-
-def procrustes(a: Tensor, b: Tensor) -> Tensor:
-    """The orthogonal R (channels, channels) that minimises ||a R - b||_F for rows `a`, `b` (tokens, channels)
-    (Eq. 6).
-    """
-    return polar(a.double().T @ b.double())
-
-
-def polar(product: Tensor) -> Tensor:
-    """U V^T of the SVD of a square matrix: the orthogonal matrix nearest to it, float64."""
-    u, _, vt = torch.linalg.svd(product.double())
-    return u @ vt
-
-
-def row_weights(mask: Tensor, gamma: float) -> Tensor:
-    """Squared-loss weight of each row (tokens,): gamma^2 where `mask` (massive), 1 elsewhere; gamma = inf
-    leaves the massive rows alone.
-    """
-    if gamma == math.inf:
-        return mask.float()
-    return torch.where(mask, gamma**2, 1.0)
-
-
-def half_step(
-    rows: Tensor, R: Tensor, weights: Tensor, mask: Tensor, quantizer: QuantSpec
-) -> tuple[Tensor, dict[str, float]]:
-    """One pass over all rows (tokens, channels) with the rotation R: Eq. 7, and all that Eq. 8 needs.
-
-    Returns sum of w^2 x^T Q(x R) (channels, channels) float64, and the losses of R itself, which cost nothing
-    more: objective, normal, massive.
-    """
-    product = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64, device=rows.device)
-    R = R.to(rows)
-    error = torch.empty(len(rows), dtype=torch.float64, device=rows.device)
-    for start in range(0, len(rows), ROWS_AT_ONCE):
-        part = slice(start, start + ROWS_AT_ONCE)
-        rotated = rows[part] @ R
-        eta = fake_quantize(rotated, quantizer)
-        error[part] = rotated.sub_(eta).square_().sum(1)
-        heavy = (weights[part] != 1).nonzero().flatten()
-        eta[heavy] *= weights[part][heavy, None].to(eta)
-        product += rows[part].T @ eta
-    return product, _losses(error, weights, mask)
-
-
-def losses_of(
-    rows: Tensor, R: Tensor, weights: Tensor, mask: Tensor, quantizer: QuantSpec
-) -> dict[str, float]:
-    """The losses of R over all rows (tokens, channels): objective, normal, massive. One product and one
-    quantize pass.
-    """
-    R = R.to(rows)
-    return _losses(
-        torch.cat([squared_error(part @ R, quantizer) for part in rows.split(ROWS_AT_ONCE)]).double(),
-        weights,
-        mask,
-    )
-
-
-def _losses(error: Tensor, weights: Tensor, mask: Tensor) -> dict[str, float]:
-    return {
-        "objective": float((error * weights).mean()),
-        "normal": float(error[~mask].mean()) if (~mask).any() else math.nan,
-        "massive": float(error[mask].mean()) if mask.any() else math.nan,
-    }
-
-
-def refine(
-    rows: Tensor,
-    spec: RefineSpec,
-    mask: Tensor | None = None,
-    *,
-    state: _State | None = None,
-    checkpoint: Checkpoint | None = None,
-    on_step: OnStep | None = None,
-) -> RefineResult:
-    """Refine R1 on normalised, unrotated `rows` (tokens, channels) float32 as `spec` says (its `capture`
-    field is not looked at).
-
-    `mask` (tokens,) marks massive rows; without it the spec's rule finds them (nr_error and ro_vs_nr need the
-    rows alone). R stays orthogonal to 1e-5. With `on_step` there is no progress bar: who watches shows one.
-    Raises ValueError for rows that are not finite, and for gamma = inf with no massive row.
-    """
-    finite = torch.cat([part.isfinite().all(1) for part in rows.split(ROWS_AT_ONCE)])
-    if not finite.all():
-        token = int((~finite).nonzero()[0])
-        raise ValueError(f"rows must be finite to be refined on; row {token} has NaN or Inf")
-    mask = massive.rows_rule(rows, spec.rule) if mask is None else mask
-    if spec.gamma == math.inf and not mask.any():
-        raise ValueError(
-            f"RefineSpec.gamma must be finite where rule {spec.rule} finds no massive row; got inf"
-        )
-    start = rotations.make(spec.init, rows.shape[1])
-    state = state or _State(R=start, best=start, history=[])
-    state.momentum = None if state.momentum is None else state.momentum.to(rows)
-    weights = row_weights(mask, spec.gamma)
-    run = {"accelerated": _accelerate, "as_released": _as_released}.get(spec.variant, _alternate)
-    run(rows, spec, mask, weights, start, state, checkpoint or (lambda _state: None), on_step)
-    R = state.best if spec.variant in ("accelerated", "guarded") else state.R
-    return RefineResult(rotations.check(R), pd.DataFrame(state.history))
-
-
-def _alternate(
-    rows: Tensor,
-    spec: RefineSpec,
-    mask: Tensor,
-    weights: Tensor,
-    start: Tensor,
-    state: _State,
-    checkpoint: Checkpoint,
-    on_step: OnStep | None,
-) -> None:
-    """The paper's steps (Eq. 4-8). The history's row t holds the losses of the R that t steps made, so it has
-    steps + 1 rows.
-    """
-    steps = range(len(state.history), spec.steps + 1)
-    bar: Any = {
-        "unit": "step",
-        "initial": len(state.history),
-        "total": spec.steps + 1,
-        "leave": False,
-        "disable": on_step is not None,
-    }
-    for step in tqdm(steps, desc=f"refine (gamma {spec.gamma:g})", **bar):
-        product, losses = half_step(rows, state.R, weights, mask, spec.quantizer)
-        if losses["objective"] < min((h["objective"] for h in state.history), default=math.inf):
-            state.best = state.R
-        _note(state, step, losses, start)
-        if on_step is not None:
-            on_step(step, partial(_current, state))
-        if step < spec.steps:
-            state.R = polar(product)
-        if step % CHECKPOINT_EVERY == CHECKPOINT_EVERY - 1:
-            checkpoint(state)
-
-
-def _accelerate(
-    rows: Tensor,
-    spec: RefineSpec,
-    mask: Tensor,
-    weights: Tensor,
-    start: Tensor,
-    state: _State,
-    checkpoint: Checkpoint,
-    on_step: OnStep | None,
-) -> None:
-    """The paper's objective, minimised sooner: `descent`'s steps with momentum, each on a part of the rows,
-    checked on all of them.
-
-    The history has one row a check. A check that finds no gain goes back to the best R without momentum and
-    halves the step.
-    """
-    metric, parts = descent.metric(rows, weights), descent.parts(mask, weights)
-    bar = tqdm(
-        desc=f"refine (gamma {spec.gamma:g})",
-        unit="step",
-        total=spec.steps,
-        leave=False,
-        disable=on_step is not None,
-    )
-    while not state.history or state.history[-1]["step"] < spec.steps:
-        done = int(state.history[-1]["step"]) if state.history else 0
-        bar.update(done - bar.n)
-        if state.history:
-            R = metric.into(state.R)
-            for step in range(done, done := min(done + CHECK_EVERY, spec.steps)):
-                move = descent.move(rows, *parts[step % len(parts)], metric, R, spec.quantizer)
-                state.momentum = move if state.momentum is None else state.momentum.mul_(MOMENTUM).add_(move)
-                R = descent.turn(R, state.momentum, state.length)
-                bar.update()
-                if on_step is not None:
-                    on_step(step + 1, partial(metric.out_of, R))
-            state.R = metric.out_of(R)
-        losses = losses_of(rows, state.R, weights, mask, spec.quantizer)
-        if losses["objective"] < min((h["objective"] for h in state.history), default=math.inf):
-            state.best = state.R
-        else:  # also where it is not a number
-            state.R, state.momentum, state.length = state.best, None, state.length / 2
-        _note(state, done, losses, start)
-        checkpoint(state)
-    bar.close()
-    state.best = descent.orthonormal(state.best)
-
-
-def _as_released(
-    rows: Tensor,
-    spec: RefineSpec,
-    mask: Tensor,
-    weights: Tensor,
-    start: Tensor,
-    state: _State,
-    checkpoint: Checkpoint,
-    on_step: OnStep | None,
-) -> None:
-    """The released optimiser: SVD then QR (which flips column signs), and its accept test on the weighted
-    Frobenius error.
-
-    A rejected step would be tried again with the same outcome for ever, so the loop ends there.
-    """
-    R, bound = state.R, math.inf
-    for step in tqdm(
-        range(spec.steps + 1),
-        desc="refine (as released)",
-        unit="step",
-        leave=False,
-        disable=on_step is not None,
-    ):
-        product, losses = half_step(rows, R, weights, mask, spec.quantizer)
-        frobenius = math.sqrt(losses["objective"] * len(rows))
-        if step and not bound - frobenius > RELEASED_GAIN:
-            break
-        bound = frobenius + RELEASED_SLACK
-        state.R = R
-        _note(state, step, losses, start)
-        if on_step is not None:
-            on_step(step, partial(_current, state))
-        R = torch.linalg.qr(polar(product))[0]
-        checkpoint(state)
-
-
-def _current(state: _State) -> Tensor:
-    return state.R
-
-
-def _note(state: _State, step: int, losses: dict[str, float], start: Tensor) -> None:
-    best = min([losses["objective"], *(h["objective"] for h in state.history)])
-    state.history.append(
-        {"step": step, **losses, "best": best, "distance": rotations.distance(state.R, start)}
-    )
+def fit(recipe: Recipe, context: Context) -> Transforms:
+    """R1 refined, R2 to R4 Hadamard."""
+    assert isinstance(recipe.rotation, RefineSpec)
+    found = refined(recipe.rotation, context.store)
+    return Transforms(R1=found.R, history=found.history, seconds=found.seconds)
 
 
 def stored(spec: RefineSpec, store: Store) -> RefineResult | None:
     """The refinement `spec` describes if the store has it, else None; computes nothing."""
-    artefact = store.open("refine", {"refine": identity(spec)})
+    artefact = store.open(KIND, keys.identity(door.resolved(spec), door.PRINTS))
     return None if artefact is None else _result(artefact)
 
 
@@ -326,36 +52,35 @@ def refined(
 
     `checkpoint` sees the state each time it has been saved; what it raises stops the run there.
     """
-    store = store or Store()
-    recorded = capture(spec.capture, store)
+    spec, store = door.resolved(spec), store or Store()
+    recorded = captured(spec.capture, store)
 
     def make(writer: Writer) -> None:
-        rows, mask = (
-            x.to(loading.device())
-            for x in sample_rows(recorded.all_rows(), massive.find(recorded, spec.rule).flatten(), spec)
-        )
+        massive.warn(recorded, spec.rule)
+        mask = massive.find(recorded, spec.rule).flatten()
+        rows, mask = sample_rows(recorded.all_rows(), mask, spec)
         log.info("refining on %d rows, %d of them massive (%s)", len(rows), int(mask.sum()), spec.rule)
         started = time.perf_counter()
 
-        def save(state: _State) -> None:
+        def save(state: State) -> None:
             _save_state(writer, state)
             if checkpoint is not None:
                 checkpoint(state)
 
-        result = refine(rows, spec, mask, state=_resume(writer, spec), checkpoint=save)
+        where = spec.capture.model.device
+        result = refine(rows.to(where), spec, mask.to(where), state=_resume(writer, spec), checkpoint=save)
         writer.save_tensors("R1", {"R1": result.R})
         writer.save_json("history", result.history.to_dict("records"))
         writer.note.update(seconds=time.perf_counter() - started)
         writer.drop("state")
 
-    return _result(store.get_or_make("refine", {"refine": identity(spec)}, make))
+    return _result(store.get_or_make(KIND, keys.identity(spec, door.PRINTS), make))
 
 
 def _result(artefact: Artefact) -> RefineResult:
     history = pd.DataFrame(artefact.json("history"), columns=list(HISTORY))
-    return RefineResult(
-        artefact.tensors("R1")["R1"], history, float(artefact.manifest["note"].get("seconds", math.nan))
-    )
+    seconds = float(artefact.manifest["note"].get("seconds", math.nan))
+    return RefineResult(artefact.tensors("R1")["R1"], history, seconds)
 
 
 def sample_rows(rows: Tensor, mask: Tensor, spec: RefineSpec) -> tuple[Tensor, Tensor]:
@@ -368,44 +93,27 @@ def sample_rows(rows: Tensor, mask: Tensor, spec: RefineSpec) -> tuple[Tensor, T
         raise ValueError(
             f"RefineSpec.rows must be at most the {len(rows)} rows of the capture; got {spec.rows}"
         )
-    chosen = (
-        torch.randperm(len(rows), generator=torch.Generator().manual_seed(spec.init.seed))[: spec.rows]
-        .sort()
-        .values
-    )
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(spec.init.seed))
+    chosen = order[: spec.rows].sort().values
     return rows[chosen], mask[chosen]
 
 
-def identity(spec: RefineSpec, text_key: Callable[[CorpusSpec], str] = corpus.fingerprint) -> dict[str, Any]:
-    """What a refined rotation is keyed by, without running anything: the spec, and the bytes of model, text
-    and a start from a file.
-    """
-    text = corpus.resolve(spec.capture.corpus)
-    return {
-        "spec": spec.with_(capture=spec.capture.with_(corpus=text)).to_dict(),
-        "model": loading.fingerprint(spec.capture.model),
-        "text": text_key(text),
-        "init": rotations.identity(spec.init),
-    }
-
-
-def _save_state(writer: Writer, state: _State) -> None:
+def _save_state(writer: Writer, state: State) -> None:
     """One file, so that a kill between two files cannot leave a rotation and a history that do not belong
     together.
     """
     history = torch.tensor([[row[name] for name in HISTORY] for row in state.history], dtype=torch.float64)
-    momentum = {} if state.momentum is None else {"momentum": state.momentum}
     length = torch.tensor(state.length, dtype=torch.float64)
-    writer.save_tensors(
-        "state", {"R": state.R, "best": state.best, "history": history, "length": length, **momentum}
-    )
+    momentum = {} if state.momentum is None else {"momentum": state.momentum}
+    tensors = {"R": state.R, "best": state.best, "history": history, "length": length, **momentum}
+    writer.save_tensors("state", tensors)
 
 
-def _resume(writer: Writer, spec: RefineSpec) -> _State | None:
+def _resume(writer: Writer, spec: RefineSpec) -> State | None:
     """The last checkpoint; the released variant, which stops early by itself, starts over."""
     if spec.variant == "as_released" or not writer.has("state"):
         return None
     saved = writer.load_tensors("state")
     history = [dict(zip(HISTORY, [int(row[0]), *row[1:]], strict=True)) for row in saved["history"].tolist()]
     log.info("going on with refinement at step %d of %d", history[-1]["step"], spec.steps)
-    return _State(saved["R"], saved["best"], history, saved.get("momentum"), float(saved["length"]))
+    return State(saved["R"], saved["best"], history, saved.get("momentum"), float(saved["length"]))

@@ -18,9 +18,10 @@ from typing import Any
 import pandas as pd
 
 from dfrot_lab.disk.artefacts import Store, Writer
-from dfrot_lab.model import loading
-from dfrot_lab.recipe.specs import EvalSpec, ModelSpec, file_digest
-from dfrot_lab.score import perplexity
+from dfrot_lab.model import door, loading
+from dfrot_lab.recipe import keys
+from dfrot_lab.recipe.specs import ModelSpec, Recipe
+from dfrot_lab.score import build
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ def local_file(task: str) -> Path | None:
 
 
 def table(
-    name: str, spec: EvalSpec | None, model: ModelSpec, limit: int | None, store: Store | None = None
+    name: str, spec: Recipe | None, model: ModelSpec, limit: int | None, store: Store | None = None
 ) -> pd.DataFrame:
     """Accuracy on each task, and the average, of one row called `name`: `spec`'s model, or with None the
     plain transformers model as loaded.
@@ -57,29 +58,22 @@ def table(
     some tasks have local files, those are scored and the others left out, with a line that says so; where
     none has, all come from the hub, and without it this is a ConnectionError.
     """
-    store = store or Store()
-    canonical = (
-        perplexity.canonical(spec.with_(windows=1)) if spec else None
-    )  # how much text a perplexity takes is nothing to tasks
+    store, model = store or Store(), door.resolved(model)
+    # how much text a perplexity takes is nothing to tasks
+    recipe = door.resolved(spec.with_(windows=1)).canonical() if spec else None
     local = {task: path for task in TASKS if (path := local_file(task))}
     if local and len(local) < len(TASKS):
-        log.info(
-            "tasks without a file in $DFROT_LAB_DATA/zero_shot are left out: %s",
-            ", ".join(task for task in TASKS if task not in local),
-        )
+        absent = ", ".join(task for task in TASKS if task not in local)
+        log.info("tasks without a file in $DFROT_LAB_DATA/zero_shot are left out: %s", absent)
     tasks: dict[str, Path | None] = {**local} or dict.fromkeys(TASKS)
-    inputs = {
-        "row": perplexity.inputs(canonical) if canonical else {"plain": loading.fingerprint(model)},
-        "limit": limit,
-        "tasks": {task: file_digest(path) if path else "hub" for task, path in tasks.items()},
-        "lm_eval": metadata.version("lm-eval"),
-    }
+    digests = {task: door.PRINTS.file(str(path)) if path else "hub" for task, path in tasks.items()}
+    inputs = keys.tasks(recipe or model, door.PRINTS, digests, limit, metadata.version("lm-eval"))
 
     def make(writer: Writer) -> None:
         with ExitStack() as stack:
-            if canonical:
-                built = perplexity.build(canonical, store)
-                stack.enter_context(perplexity.quantized(built, canonical))
+            if recipe:
+                built = build.build(recipe, store)
+                stack.enter_context(build.quantized(built, recipe))
                 loaded = built.loaded
             else:
                 loaded = loading.load_model(model, store)
@@ -89,7 +83,8 @@ def table(
                     writer.save_json(task, _score(loaded, task, path, limit))
 
     artefact = store.get_or_make(KIND, inputs, make)
-    about = {"model": model.source, **({"bits": spec.bits, "rotation": spec.rotation.name} if spec else {})}
+    about = {"model": model.source, "device": model.device}
+    about |= {"bits": spec.bits, "rotation": spec.rotation.name} if spec else {}
     lines = [{"row": name, "task": task, **line, **about} for task in tasks for line in artefact.json(task)]
     return pd.DataFrame([*lines, *_averages(lines)])
 

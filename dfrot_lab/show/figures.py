@@ -17,7 +17,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from dfrot_lab.score import results
+from dfrot_lab.maths import tables
+from dfrot_lab.score import rows as score_rows
 
 COLOURS = {"NR": "#555555", "RO": "#D55E00", "RH": "#0072B2", "DFRot": "#009E73"}
 """One colour a rotation everywhere: from Okabe and Ito's colour-blind-safe set, of different lightness so
@@ -142,7 +143,9 @@ def plot_history(history: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     marker = (
         "o" if len(history) < 30 else None
     )  # an accelerated refinement looks at all rows now and then: show when
-    ax.plot(history["step"], history["normal"], c=ORDINARY_COLOUR, lw=2, marker=marker, label="ordinary rows")
+    ax.plot(
+        history["step"], history["ordinary"], c=ORDINARY_COLOUR, lw=2, marker=marker, label="ordinary rows"
+    )
     ax.plot(history["step"], history["massive"], c=MASSIVE_COLOUR, lw=2, marker=marker, label="massive rows")
     ax.set(xlabel="step", ylabel="mean E(xR)", ylim=(0, None), title="Refining R1")
     ax.legend()
@@ -156,9 +159,9 @@ def plot_perplexity(table: pd.DataFrame, bits: str, *, ax: Axes | None = None) -
     A results table; the dotted line is full precision, where the table has it.
     """
     ax = _axes(ax)
-    rows = results.records(results.first_seed(table))
-    exact = [r for r in rows if results.label(r) == "full precision"]
-    shown = [r for r in rows if results.bits(r) == bits and r not in exact]
+    rows = tables.records(tables.first_seed(table))
+    exact = [r for r in rows if tables.label(r) == "full precision"]
+    shown = [r for r in rows if tables.bits(r) == bits and r not in exact]
     for place, entry in enumerate(shown):
         colour, value = COLOURS.get(entry["rotation"], "k"), entry["value"]
         low, high = entry["ci95"]
@@ -186,7 +189,7 @@ def plot_perplexity(table: pd.DataFrame, bits: str, *, ax: Axes | None = None) -
         ax.annotate(
             f"{value:.2f}", (value, place), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=8
         )
-    ax.set_yticks(range(len(shown)), [results.label(r) for r in shown])
+    ax.set_yticks(range(len(shown)), [tables.label(r) for r in shown])
     ax.set(title=bits, xlabel="perplexity", ylim=(len(shown) - 0.5, -0.6))
     for entry in exact[:1]:
         ax.axvline(entry["value"], ls=":", c="#333333", lw=1)
@@ -316,8 +319,8 @@ def figure_massive_token(values: pd.DataFrame) -> Figure:
 
 def figure_perplexity(table: pd.DataFrame) -> Figure:
     """Perplexity at every setting of the bits in a results table, a panel each."""
-    rows = results.records(table)
-    settings = list(dict.fromkeys(results.bits(r) for r in rows if results.label(r) != "full precision"))
+    rows = tables.records(table)
+    settings = list(dict.fromkeys(tables.bits(r) for r in rows if tables.label(r) != "full precision"))
     fig, axes = plt.subplots(1, len(settings), figsize=(4.2 * len(settings), 3.6), squeeze=False)
     for ax, bits in zip(axes[0], settings, strict=True):
         plot_perplexity(table, bits, ax=ax)
@@ -335,6 +338,6 @@ def save_figure(fig: Figure, name: str, folder: Path, about: Mapping[str, Any]) 
     versions = {
         package: metadata.version(package) for package in ("dfrot-lab", "torch", "transformers", "matplotlib")
     }
-    about = {"figure": name, **about, "versions": versions, "commit": results.commit()}
+    about = {"figure": name, **about, "versions": versions, "commit": score_rows.commit()}
     (folder / f"{name}.json").write_text(json.dumps(about, indent=1, default=str) + "\n", encoding="utf-8")
     return folder / f"{name}.png"

@@ -11,7 +11,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dfrot_lab.score import results, zeroshot
+from dfrot_lab.maths import tables
+from dfrot_lab.score import zeroshot
 from dfrot_lab.show.figures import COLOURS, MARKERS, _axes
 
 LINES = ("-", "--", ":", "-.")
@@ -19,7 +20,7 @@ SERIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#555555", "#E69F00")
 
 
 def plot_sweep(
-    table: pd.DataFrame, x: str, line: str, *, metric: str = results.PERPLEXITY, ax: Axes | None = None
+    table: pd.DataFrame, x: str, line: str, *, metric: str = tables.PERPLEXITY, ax: Axes | None = None
 ) -> Axes:
     """A value against one knob, a line a kind: the mean over seeds, each seed a dot; with one seed, its
     interval over windows.
@@ -69,8 +70,8 @@ def figure_gamma(table: pd.DataFrame) -> Figure:
     """The paper's Fig. 5 and 6: perplexity against gamma, a panel a start and setting of the bits, with
     QuaRot's and QuaRot.FP16()'s lines.
     """
-    rows = table[table["metric"] == results.PERPLEXITY]
-    rows = rows.assign(bits=[results.bits(r) for r in results.records(rows)])
+    rows = table[table["metric"] == tables.PERPLEXITY]
+    rows = rows.assign(bits=[tables.bits(r) for r in tables.records(rows)])
     panels = list(dict.fromkeys(zip(rows["bits"], rows["init"], strict=True)))
     fig, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.6), squeeze=False)
     for ax, (bits, init) in zip(axes[0], panels, strict=True):
@@ -121,12 +122,12 @@ def figure_keep_out(table: pd.DataFrame) -> Figure:
     """Table 1 as a picture: perplexity with all tokens quantized and with massive ones kept out (hollow), a
     panel a setting of the bits.
     """
-    rows = table[(table["metric"] == results.PERPLEXITY) & (table["rotation"] != "NR")]
-    settings = list(dict.fromkeys(results.bits(r) for r in results.records(rows)))
+    rows = table[(table["metric"] == tables.PERPLEXITY) & (table["rotation"] != "NR")]
+    settings = list(dict.fromkeys(tables.bits(r) for r in tables.records(rows)))
     fig, axes = plt.subplots(1, len(settings), figsize=(4.3 * len(settings), 3.2), squeeze=False)
     for ax, bits in zip(axes[0], settings, strict=True):
-        part = rows[[results.bits(r) == bits for r in results.records(rows)]]
-        plot_dots(part.sort_values(["rotation", "keep_out"], ascending=[False, True]), results.label, ax=ax)
+        part = rows[[tables.bits(r) == bits for r in tables.records(rows)]]
+        plot_dots(part.sort_values(["rotation", "keep_out"], ascending=[False, True]), tables.label, ax=ax)
         ax.set(title=f"{bits}, a dot a seed", xlabel="perplexity (hollow: massive tokens kept out)")
     return fig
 
@@ -146,7 +147,7 @@ def figure_intervene(table: pd.DataFrame) -> Figure:
     kinds = list(dict.fromkeys(table["rotation"]))
     fig, axes = plt.subplots(1, len(kinds), figsize=(5 * len(kinds), 3.8), squeeze=False)
     for ax, kind in zip(axes[0], kinds, strict=True):
-        metric = f"{results.PERPLEXITY} - {kind}"
+        metric = f"{tables.PERPLEXITY} - {kind}"
         part = table[(table["rotation"] == kind) & (table["metric"] == metric)]
         plot_sweep(part[part["k"].notna()], "k", "chosen", metric=metric, ax=ax)
         ax.axhline(0, ls="--", c="#333333", lw=1.2, label="none kept out")
@@ -165,14 +166,14 @@ def figure_differences(
     table: pd.DataFrame,
     label: Callable[[dict[str, Any]], str],
     *,
-    panel: Callable[[dict[str, Any]], str] = results.bits,
+    panel: Callable[[dict[str, Any]], str] = tables.bits,
     reference: str = "RH",
 ) -> Figure:
     """Paired differences of perplexity to `reference`: left of the line is better. `panel` and `label` name a
     row's panel and place.
     """
-    metric = f"{results.PERPLEXITY} - {reference}"
-    rows, entries = table[table["metric"] == metric], results.records(table, metric)
+    metric = f"{tables.PERPLEXITY} - {reference}"
+    rows, entries = table[table["metric"] == metric], tables.records(table, metric)
     panels = list(dict.fromkeys(map(panel, entries)))
     size = (1.5 + 3.6 * len(panels), 1.4 + 0.32 * len(set(map(label, entries))))
     fig, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, sharey=True)
@@ -187,7 +188,7 @@ def figure_main_table(table: pd.DataFrame) -> Figure:
     """Table 2 as differences to RH: RO and DFRot by RTN and by GPTQ, on scales of their own."""
     part = table[table["rotation"] != "NR"]
     return figure_differences(
-        part, lambda r: str(r["rotation"]), panel=lambda r: f"{r['weights'].upper()} {results.bits(r)}"
+        part, lambda r: str(r["rotation"]), panel=lambda r: f"{r['weights'].upper()} {tables.bits(r)}"
     )
 
 
@@ -205,7 +206,7 @@ def figure_symmetric(table: pd.DataFrame) -> Figure:
         return f"refined {row['refined_with']}{', sign flips' if row['sign_flips'] else ''}"
 
     return figure_differences(
-        table, name, panel=lambda row: f"tested {row['tested_with']}, {results.bits(row)}"
+        table, name, panel=lambda row: f"tested {row['tested_with']}, {tables.bits(row)}"
     )
 
 

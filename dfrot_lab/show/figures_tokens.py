@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dfrot_lab.score import results
+from dfrot_lab.maths import tables
 from dfrot_lab.show import figures
 from dfrot_lab.show.figures import MASSIVE_COLOUR, plot_error_pair
 from dfrot_lab.show.figures_sweeps import LINES, SERIES, plot_dots
@@ -149,7 +149,7 @@ def figure_massive_activations(table: pd.DataFrame) -> Figure:
         )
     axes[0].set(yscale="log", xlabel="layer", ylabel="|residual stream|", title="Largest values and median")
     axes[0].legend(fontsize=8)
-    rows = table[table["metric"] == results.PERPLEXITY]
+    rows = table[table["metric"] == tables.PERPLEXITY]
     plot_dots(rows, lambda r: str(r["set_massive"]), ax=axes[1])
     axes[1].set(xscale="log", xlabel="perplexity, 16-16-16", title="Massive values set to")
     return fig

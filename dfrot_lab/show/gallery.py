@@ -10,8 +10,8 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
+from dfrot_lab.disk import row_files
 from dfrot_lab.model import loading
-from dfrot_lab.score import results
 from dfrot_lab.show import figures_sweeps as sweeps
 from dfrot_lab.show import figures_tokens as tokens
 from dfrot_lab.show.figures import save_figure, theme
@@ -53,9 +53,9 @@ def save_experiment(
     """
     rows = _file(name, setting, tables, "jsonl" if len(table) <= SMALL else "parquet")
     if len(table) <= SMALL:
-        results.replace(rows, results.rows(table))
+        row_files.replace(rows, row_files.rows(table))
     else:
-        results.write_table(table, rows)
+        row_files.write_table(table, rows)
     specs = sorted(set(table["spec"].dropna())) if "spec" in table else []
     about = {
         "experiment": name,
@@ -87,7 +87,7 @@ def table(name: str, setting: Setting, root: Path) -> pd.DataFrame:
     if about.get("setting") != _plain(setting):
         return experiments.run(name, setting)
     log.info("%s: read from %s, computed on %s", name, rows.name, about["device"])
-    return results.load_all(rows)
+    return row_files.load(rows)
 
 
 def _file(name: str, setting: Setting, tables: Path, suffix: str) -> Path:

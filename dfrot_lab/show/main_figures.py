@@ -7,11 +7,13 @@ import pandas as pd
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from dfrot_lab.disk import row_files
+from dfrot_lab.maths import tables
 from dfrot_lab.observe import errors, massive
 from dfrot_lab.observe.capture import Capture
-from dfrot_lab.score import results
+from dfrot_lab.score import rows
 from dfrot_lab.show import figures
-from dfrot_lab.study.mainjob import MainResult
+from dfrot_lab.study.main import MainResult
 from dfrot_lab.study.setting import FIGURE_LAYER
 
 
@@ -76,19 +78,24 @@ def main_figures(result: MainResult, wide: pd.DataFrame) -> dict[str, tuple[Figu
         "token-errors": (figures.figure_errors(wide), {"site": site, "rows": len(wide)}),
         "massive-token-values": (figures.figure_massive_token(values), {"site": site, "token": token}),
     }
-    if any(results.label(row) != "full precision" for row in results.records(result.table)):
+    if any(tables.label(row) != "full precision" for row in tables.records(result.table)):
         drawn["perplexity"] = (
             figures.figure_perplexity(result.table),
-            {"rows": sorted(set(result.table["spec"]))},
+            {"rows": sorted(set(result.table["recipe"]))},
         )
     return drawn
 
 
 def save_run(result: MainResult, folder: Path) -> None:
     """Write rows.jsonl, rows.md, massive-tokens.csv and figures/ of the main job into `folder`."""
-    results.save(folder / "rows.jsonl", result.table)
-    results.write_table(massive_table(result), folder / "massive-tokens.csv")
-    save_main(result, folder / "figures")
+    row_files.write_table(massive_table(result), folder / "massive-tokens.csv")
+    save(result, folder / "rows.jsonl", folder / "figures")
+
+
+def save(result: MainResult, table: Path, pictures: Path) -> list[Path]:
+    """Write the rows to `table`, their recipes and comparison beside it, the main figures to `pictures`."""
+    written = row_files.save(table, result.table, rows.recipes(result.found.values()))
+    return [*written, *save_main(result, pictures)]
 
 
 def report(result: MainResult) -> str:
@@ -102,13 +109,13 @@ def report(result: MainResult) -> str:
         f"{head['ratio_to_median']:,.0f} times the median.",
         f"Perplexity on {setting.corpus}, {setting.windows} windows of 2048 tokens, with the 95% interval over windows;\n"
         "bits are weights-activations-KV:",
-        results.comparison(table).to_string(),
+        tables.comparison(table).to_string(),
         "On the same windows, the difference and its paired 95% interval:",
     ]
     for metric in dict.fromkeys(table["metric"]):
-        if metric != results.PERPLEXITY:
-            parts.append(f"{metric}\n{results.comparison(table, metric).to_string()}")
-    parts.append(f"RO - RH, each random seed on its own:\n{results.by_seed(table).to_string()}")
+        if metric != tables.PERPLEXITY:
+            parts.append(f"{metric}\n{tables.comparison(table, metric).to_string()}")
+    parts.append(f"RO - RH, each random seed on its own:\n{tables.by_seed(table).to_string()}")
     return "\n\n".join(parts) + "\n"
 
 

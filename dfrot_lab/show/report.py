@@ -13,12 +13,14 @@ from typing import Any
 import pandas as pd
 
 from dfrot_lab.disk.artefacts import Store
+from dfrot_lab.maths import tables
 from dfrot_lab.model import corpus, loading
 from dfrot_lab.observe import capture as captures
 from dfrot_lab.observe.capture import capture
-from dfrot_lab.recipe.specs import DEFAULT_MODEL, CorpusSpec, EvalSpec, RefineSpec
+from dfrot_lab.recipe.specs import DEFAULT_MODEL, CorpusSpec, Recipe, RefineSpec
 from dfrot_lab.rotate import dfrot
-from dfrot_lab.score import perplexity, results
+from dfrot_lab.score import perplexity
+from dfrot_lab.score import rows as score_rows
 from dfrot_lab.score.perplexity import EvalResult
 from dfrot_lab.show import figures, main_figures, report_page
 from dfrot_lab.show.markup import visible
@@ -42,7 +44,7 @@ class Findings:
 
     result: MainResult
     found: list[EvalResult]
-    missing: list[EvalSpec]
+    missing: list[Recipe]
     massive: pd.DataFrame
     errors: pd.DataFrame
 
@@ -119,7 +121,7 @@ def about(findings: Findings) -> pd.DataFrame:
         "refinement": f"gamma {setting.gamma:g}, {setting.steps} steps, on the first {recorded.tokens} calibration tokens",
         "capture": f"{recorded.key}, recorded {manifest['created']}",
         "versions": ", ".join(f"{name} {metadata.version(name)}" for name in PACKAGES),
-        "code": results.commit() or "no checkout",
+        "code": score_rows.commit() or "no checkout",
         "report made": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
     }
     return pd.DataFrame({"what": list(lines), "value": [str(value) for value in lines.values()]})
@@ -161,9 +163,9 @@ def public(setting: Setting) -> Setting:
     )
 
 
-def row_command(setting: Setting, spec: EvalSpec) -> str:
+def row_command(setting: Setting, spec: Recipe) -> str:
     """The command that computes one row."""
-    seed = results.seed_of(spec)
+    seed = spec.rotation.first_seed
     weights = f" --weights {spec.weights.method}" if spec.weights.quantizer.bits < 16 else ""
     kept = " --keep-out" if spec.keep_out else ""
     gamma = f" --gamma {spec.rotation.gamma:g}" if isinstance(spec.rotation, RefineSpec) else ""
@@ -200,13 +202,13 @@ def _abstract(findings: Findings) -> str:
             f"The most massive token, {visible(head['text'])!r}, reaches {head['residual_max']:,.0f} in channel {head['channel']} of the residual "
             f"stream, {head['ratio_to_median']:,.0f} times the median. "
         )
-    rows = results.records(findings.result.table, f"{results.PERPLEXITY} - RH")
+    rows = tables.records(findings.result.table, f"{tables.PERPLEXITY} - RH")
     gaps = [
         row for row in rows if row["rotation"] == "RO" and not row["keep_out"] and row["seed"] == setting.seed
     ]
     if gaps:
         low, high = gaps[-1]["ci95"]
-        text += f"At {results.bits(gaps[-1])} RO's perplexity is {gaps[-1]['value']:.2f} [{low:.2f}, {high:.2f}] above RH's."
+        text += f"At {tables.bits(gaps[-1])} RO's perplexity is {gaps[-1]['value']:.2f} [{low:.2f}, {high:.2f}] above RH's."
     return text
 
 
@@ -277,7 +279,7 @@ def _perplexity(findings: Findings, drawn: dict[str, Any]) -> list[str]:
         )
     ]
     if findings.found:
-        parts.append(table_html(results.comparison(table)))
+        parts.append(table_html(tables.comparison(table)))
     if "perplexity" in drawn:
         parts.append(
             figure_html(
@@ -285,16 +287,16 @@ def _perplexity(findings: Findings, drawn: dict[str, Any]) -> list[str]:
                 "Perplexity of each rotation with its interval, a panel for each setting of the bits",
             )
         )
-    for metric in [name for name in dict.fromkeys(table["metric"]) if name != results.PERPLEXITY]:
+    for metric in [name for name in dict.fromkeys(table["metric"]) if name != tables.PERPLEXITY]:
         parts += [
             paragraph(f"{metric}, on the same windows, with the paired 95% interval:"),
-            table_html(results.comparison(table, metric)),
+            table_html(tables.comparison(table, metric)),
         ]
-    if findings.found and not (seeds := results.by_seed(table)).empty:
+    if findings.found and not (seeds := tables.by_seed(table)).empty:
         parts += [paragraph("RO - RH, each random seed on its own:"), table_html(seeds)]
     if findings.missing:
         rows = [
-            (f"{mainjob.row_name(spec)}, seed {results.seed_of(spec)}", row_command(public(setting), spec))
+            (f"{mainjob.row_name(spec)}, seed {spec.rotation.first_seed}", row_command(public(setting), spec))
             for spec in findings.missing
         ]
         parts.append(

@@ -1,35 +1,36 @@
-"""What the main job costs before it runs: the operations and bytes of each stage, counted from the model's
-shape, over a machine's rates.
+"""What work costs before it runs: operations and bytes of each stage, counted from the model's shape, over a
+machine's rates. The one model behind progress lines, dry runs and explorers.
 
 A product (m, k) @ (k, n) counts 2 m k n operations; a pass (one read or one write) over a float32 tensor its
 bytes. Nothing overlaps, so the parts of a stage add up. Weights count as float32, as the package loads them
 on a CPU, whatever they are published in. Disk and figures are left out.
 """
 
+import logging
 import statistics
-import struct
+import time
 import timeit
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import torch
 
-from dfrot_lab.model import integer, loading
-from dfrot_lab.recipe.specs import DEFAULT_MODEL, WINDOW, EvalSpec, ModelSpec, RefineSpec, WeightSpec
-from dfrot_lab.rotate import descent
-from dfrot_lab.rotate.dfrot import CHECK_EVERY
-from dfrot_lab.score import perplexity
-from dfrot_lab.study import mainjob
+from dfrot_lab.disk.artefacts import Store
+from dfrot_lab.model import integer
+from dfrot_lab.observe import capture as captures
+from dfrot_lab.recipe.specs import WINDOW, Recipe, RefineSpec, WeightSpec
+from dfrot_lab.rotate import descent, dfrot
+from dfrot_lab.rotate.steps import CHECK_EVERY
+from dfrot_lab.score import build, perplexity
 from dfrot_lab.study.setting import Setting
+from dfrot_lab.study.shapes import PASS, Shape, shape
+
+log = logging.getLogger(__name__)
 
 LOAD, CAPTURE, REFINE, GPTQ = "load and rotate", "capture", "refine", "GPTQ"
 FLOAT, INTEGER, TOTAL = "evaluate, 16-bit weights", "evaluate, integer", "total"
 
-PASS = 4
-"""Bytes of one pass over one float32 value."""
 CHANNEL_PASSES, MLP_PASSES = 40, 8
 """Passes of a LLaMA layer in transformers over its C channels (norms 14, rotary embedding 10, adds 6, inputs
 and outputs 10) and its MLP's width.
@@ -46,118 +47,6 @@ STEP_PRODUCTS, STEP_PASSES = 4, 9
 """A refinement step's products of (C, C) matrices (two with the eigenvectors, two of the turn) and passes
 over its rows.
 """
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A LLaMA-like model's sizes: channels C, layers, MLP width, query and key-value heads, channels of a
-    head, vocabulary, lm_head tied or not.
-    """
-
-    channels: int
-    layers: int
-    mlp: int
-    heads: int
-    kv_heads: int
-    head: int
-    vocabulary: int
-    tied: bool = False
-
-    @property
-    def linears(self) -> tuple[tuple[int, int], ...]:
-        """(out, in) of one layer's q, k, v, o, gate, up, down."""
-        C, q, kv = self.channels, self.heads * self.head, self.kv_heads * self.head
-        return (q, C), (kv, C), (kv, C), (C, q), (self.mlp, C), (self.mlp, C), (C, self.mlp)
-
-    @property
-    def inputs(self) -> tuple[int, int, int, int]:
-        """Channels of the four inputs of one layer's linears: of q, k, v; of o; of gate, up; of down."""
-        return self.channels, self.heads * self.head, self.channels, self.mlp
-
-    @property
-    def linear_weights(self) -> int:
-        """Weights of the linears of all layers."""
-        return self.layers * sum(out * into for out, into in self.linears)
-
-    @property
-    def embedding(self) -> int:
-        """Weights of the embedding, and again of lm_head."""
-        return self.vocabulary * self.channels
-
-    @property
-    def parameters(self) -> int:
-        """Parameters as published: linears, norm gains, embedding, and lm_head unless tied. Biases and norms
-        of heads (Qwen) are left out.
-        """
-        return (
-            self.linear_weights
-            + (2 * self.layers + 1) * self.channels
-            + self.embedding * (1 if self.tied else 2)
-        )
-
-    @property
-    def model_bytes(self) -> float:
-        """Memory of the float32 weights once lm_head is untied."""
-        return PASS * replace(self, tied=False).parameters
-
-
-SHAPES = {
-    DEFAULT_MODEL: Shape(576, 30, 1536, 9, 3, 64, 49152, tied=True),
-    "llama-2-7b": Shape(4096, 32, 11008, 32, 32, 128, 32000),
-    "llama-3-70b": Shape(8192, 80, 28672, 64, 8, 128, 128256),
-}
-"""Models known by name: nothing of theirs has to be there to say what they would take."""
-
-
-def shape_of(config: Any) -> Shape:
-    """The shape of a transformers config of a supported architecture."""
-    C, heads = config.hidden_size, config.num_attention_heads
-    kv_heads, head = (
-        getattr(config, "num_key_value_heads", None) or heads,
-        getattr(config, "head_dim", None) or C // heads,
-    )
-    return Shape(
-        C,
-        config.num_hidden_layers,
-        config.intermediate_size,
-        heads,
-        kv_heads,
-        head,
-        config.vocab_size,
-        bool(config.tie_word_embeddings),
-    )
-
-
-def shape(source: ModelSpec) -> Shape:
-    """The shape of a model: a name in `SHAPES`, or the config of a folder (no weights needed), a .gguf file
-    or the hub; else a ValueError.
-    """
-    if source.source in SHAPES:
-        return SHAPES[source.source]
-    name, path = source.source.removeprefix("hub:"), Path(source.source).expanduser()
-    if path.suffix == ".gguf" and path.is_file():
-        return _gguf_shape(path)
-    if name == source.source and not (path / "config.json").is_file():
-        try:
-            loading.resolve(
-                source
-            )  # raises; where there is a model it would read all its weights, to name them by their bytes
-        except ValueError as error:
-            raise ValueError(f"{error} To estimate without a model: {', '.join(SHAPES)}.") from None
-    place = path if name == source.source else name
-    loading.roles_of(loading._architecture(place, source))
-    return shape_of(loading._config(place, source))
-
-
-def _gguf_shape(path: Path) -> Shape:
-    from transformers import AutoConfig
-
-    try:
-        return shape_of(AutoConfig.from_pretrained(path.parent, gguf_file=path.name))
-    except (ValueError, OSError, RuntimeError, IndexError, KeyError, AttributeError, struct.error) as error:
-        raise ValueError(
-            f"{path} is not a whole GGUF file of a LLaMA-like model ({type(error).__name__}: {error})"
-        ) from error
 
 
 @dataclass(frozen=True)
@@ -187,6 +76,8 @@ GPU_80GB = Machine(
 """One 80 GB GPU of the A100 kind: its data sheet's rates (float32 19.5e12, float64 9.7e12, int8 624e12,
 2.0e12 bytes/s) times 0.5. NOT measured.
 """
+TWO_CORES = Machine("2 cores", 150e9, 70e9, 300e9, 8e9, 24e9, "a usual laptop's, not measured")
+"""What progress lines assume until the work itself has shown its pace."""
 
 
 def measure_machine() -> Machine:
@@ -254,30 +145,22 @@ class Work:
         return sum(amount / rate for amount, rate in zip(self.amounts, rates, strict=True))
 
 
-def counts(specs: Sequence[EvalSpec]) -> tuple[int, int, int, int, int]:
-    """Of `specs`: builds (rows with equal rotation and weights share one), those rotated, those through GPTQ;
-    rows in float, rows in integers.
+def stages(shape: Shape, recipes: Sequence[Recipe], *, tokens: int = WINDOW) -> list[Work]:
+    """The stages of a main job of `recipes`, in order: one capture and refinement, then a load for each model
+    built (rows with equal rotation and weights share one), GPTQ where it is quantized, each row's windows.
     """
-    builds = {(spec.rotation, spec.weights): spec for spec in specs}.values()
-    quantized, integers = (
-        sum(spec.weights.quantizer.bits < 16 for spec in builds),
-        sum(map(perplexity.is_integer, specs)),
-    )
-    return len(builds), sum(map(perplexity.is_rotated, builds)), quantized, len(specs) - integers, integers
-
-
-def stages(shape: Shape, *, tokens: int = WINDOW, windows: int = 6) -> list[Work]:
-    """The main job's stages in order: windows of `tokens` tokens, `windows` of them for each row."""
-    builds, rotated, quantized, floats, integers = counts(
-        mainjob.main_specs(Setting(model=ModelSpec(), windows=windows))
-    )
+    builds = {(spec.rotation, spec.weights): spec for spec in recipes}.values()
+    rotated = sum(spec.is_rotated for spec in builds)
+    quantized = sum(spec.weights.quantizer.bits < 16 for spec in builds)
+    integers = sum(spec.windows for spec in recipes if build.is_integer(spec))
+    floats = sum(spec.windows for spec in recipes) - integers
     return [
-        load(shape, builds + 1, rotated),  # capture loads the model once more
+        load(shape, len(builds) + 1, rotated),  # capture loads the model once more
         capture(shape, tokens),
         refine(shape, tokens),
         gptq(shape, tokens).times(quantized),
-        float_window(shape, tokens).times(windows * floats),
-        integer_window(shape, tokens).times(windows * integers),
+        float_window(shape, tokens).times(floats),
+        integer_window(shape, tokens).times(integers),
     ]
 
 
@@ -341,11 +224,10 @@ def refine(shape: Shape, tokens: int) -> Work:
     )
 
 
-def gptq(shape: Shape, tokens: int) -> Work:
+def gptq(shape: Shape, tokens: int, windows: int = WeightSpec().windows) -> Work:
     """One build's GPTQ: the calibration windows forward at once; half a Hessian for each input; for each
     linear clip search, a factor (two Cholesky factorisations and an inverse, 4/3 in^3) and columns, each
     one's error going to all after it (out in^2)."""
-    windows = WeightSpec().windows
     hessians = sum(windows * tokens * into**2 for into in shape.inputs)
     columns = sum(out * into**2 for out, into in shape.linears)
     factors = sum(4 / 3 * into**3 for _, into in shape.linears)
@@ -390,31 +272,99 @@ def _scoring(shape: Shape, tokens: int) -> Work:
     )
 
 
-def estimate(shape: Shape, machine: Machine, *, tokens: int = WINDOW, windows: int = 6) -> pd.DataFrame:
+def estimate(
+    shape: Shape, machine: Machine, recipes: Sequence[Recipe], *, tokens: int = WINDOW
+) -> pd.DataFrame:
     """Seconds and peak memory (GB) of each stage, whether the machine has that memory; then `total`: the sum
     of seconds, the largest memory.
     """
     works = [
         (work.stage, work.seconds(machine), work.memory / 1e9)
-        for work in stages(shape, tokens=tokens, windows=windows)
+        for work in stages(shape, recipes, tokens=tokens)
     ]
     table = pd.DataFrame(works, columns=["stage", "seconds", "memory_gb"])
     table.loc[len(table)] = [TOTAL, table["seconds"].sum(), table["memory_gb"].max()]
     return table.assign(fits=table["memory_gb"] * 1e9 <= machine.memory)
 
 
+def preparation(setting: Setting, store: Store) -> list[float]:
+    """Nominal seconds on 2 cores of a setting's capture and refinement; 0 for what is stored."""
+    sizes = shape(setting.model)
+    works = (load(sizes, 1, 0) + capture(sizes, setting.window), refine(sizes, setting.window))
+    there = (captures.stored(setting.capture, store), dfrot.stored(setting.refine, store))
+    pairs = zip(works, there, strict=True)
+    return [0.0 if found is not None else work.seconds(TWO_CORES) for work, found in pairs]
+
+
+def seconds(specs: Sequence[Recipe], store: Store) -> list[float]:
+    """Nominal seconds on 2 cores of each recipe: 0 if it is stored, else its windows, with its refinement,
+    build and weights where it is the first to need them.
+    """
+    seen: set[str] = set()
+    return [0.0 if perplexity.stored(spec, store) else _missing(spec, store, seen) for spec in specs]
+
+
+def _missing(spec: Recipe, store: Store, seen: set[str]) -> float:
+    sizes, rotation, key = shape(spec.model), spec.rotation, build.build_key(spec)
+    window = integer_window if build.is_integer(spec) else float_window
+    work = window(sizes, spec.window).times(spec.windows)
+    if key not in seen:
+        work += load(sizes, 1, int(spec.is_rotated))
+        if spec.weights.quantizer.bits < 16 and not build.weights_stored(spec, store):
+            work += gptq(sizes, spec.weights.window, spec.weights.windows)
+    if (
+        isinstance(rotation, RefineSpec)
+        and rotation.key not in seen
+        and dfrot.stored(rotation, store) is None
+    ):
+        work += refine(sizes, rotation.capture.tokens)
+    seen |= {key, rotation.key}
+    return work.seconds(TWO_CORES)
+
+
 def duration(seconds: float) -> str:
     """Seconds in words: 45 s, 12 min, 3.4 h, 5.2 days."""
     if seconds < 90 * 60:
-        return f"{seconds:.2g} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+        return f"{max(seconds, 1):.2g} s" if seconds < 90 else f"{seconds / 60:.0f} min"
     return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:,.1f} days"
 
 
-def describe(name: str, shape: Shape, machines: Sequence[Machine], *, windows: int = 6) -> str:
+class Progress:
+    """Says what is being done and how long the rest will take, as log lines."""
+
+    def __init__(self, costs: Sequence[float] = ()) -> None:
+        self.costs = list(costs)
+        self.begun = 0
+        self.at = time.perf_counter()
+        self.nominal, self.spent = 1.0, 1.0
+
+    def extend(self, costs: Sequence[float]) -> None:
+        """More steps, with their nominal seconds."""
+        self.costs += costs
+
+    @property
+    def left(self) -> float:
+        """Seconds that the steps begun last and not yet begun will take, at the pace so far."""
+        return sum(self.costs[max(self.begun - 1, 0) :]) * self.spent / self.nominal
+
+    def begin(self, what: str) -> None:
+        """Announce the next step; the pace comes from the steps that really ran, not from those the store
+        had.
+        """
+        now = time.perf_counter()
+        cost, took = (self.costs[self.begun - 1], now - self.at) if self.begun else (0.0, 0.0)
+        if took > 0.1 * cost:
+            self.nominal, self.spent = self.nominal + cost, self.spent + took
+        self.begun, self.at = self.begun + 1, now
+        rest = f"about {duration(self.left)} left" if self.left > 1 else "stored"
+        log.info("[%2d/%d] %s; %s", self.begun, len(self.costs), what, rest)
+
+
+def describe(name: str, shape: Shape, machines: Sequence[Machine], recipes: Sequence[Recipe]) -> str:
     """The estimate as text: the model, each machine's rates, stages by time and memory on each machine, and
     how far to trust it.
     """
-    tables = [estimate(shape, machine, windows=windows) for machine in machines]
+    tables = [estimate(shape, machine, recipes) for machine in machines]
     columns = {"stage": tables[0]["stage"], "memory": tables[0]["memory_gb"].map("{:,.1f} GB".format)}
     for machine, table in zip(machines, tables, strict=True):
         columns[machine.name] = table["seconds"].map(duration) + table["fits"].map(

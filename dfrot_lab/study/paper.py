@@ -10,15 +10,17 @@ from typing import Any
 
 import pandas as pd
 
-from dfrot_lab.score import results, zeroshot
+from dfrot_lab.disk import row_files
+from dfrot_lab.maths import tables
+from dfrot_lab.score import rows, zeroshot
 from dfrot_lab.score.perplexity import EvalResult
-from dfrot_lab.study.mainjob import row_label
+from dfrot_lab.study.runner import row_label
 from dfrot_lab.study.setting import figure_site
 
 PLACE = ("table", "method", "weight_quantizer", "w_a_kv_bits", "metric", "note")
 """The columns that say which number of the paper a line is, whatever the model."""
 
-PUBLISHED = Path(__file__).parents[1] / "data" / "paper" / "published.csv"
+PUBLISHED = Path(__file__).parents[2] / "data" / "paper" / "published.csv"
 """The published numbers in a checkout; an installed package is without them."""
 
 PERPLEXITY_TABLES = ("T2", "T1", "T2old")
@@ -79,7 +81,7 @@ def beside(numbers: pd.DataFrame, measured: pd.DataFrame) -> pd.DataFrame:
     both = numbers.merge(mine, on=list(PLACE), how="left", validate="many_to_one")
     reasons = [
         _reason(row) if pd.isna(row["command"]) else ""
-        for row in results.rows(both.assign(command=both["command"].astype(object)))
+        for row in row_files.rows(both.assign(command=both["command"].astype(object)))
     ]
     return both.assign(why=reasons)
 
@@ -95,11 +97,8 @@ def beside_rows(found: Sequence[EvalResult]) -> pd.DataFrame:
     nothing = pd.DataFrame(columns=["row", "bits", "ours"])
     if not PUBLISHED.exists() or not found:
         return nothing
-    rows = [
-        results.statistic_row(result, results.PERPLEXITY, result.perplexity, (math.nan, math.nan))
-        for result in found
-    ]
-    table = results.table(rows).assign(extra_minutes=math.nan)
+    lines = [rows.row(result) for result in found]
+    table = tables.table(lines).assign(extra_minutes=math.nan)
     numbers = _checkouts_numbers()
     measured = ours({"main-table": table, "keep-out": table[table["weights"] == "gptq"]})
     both = beside(numbers[numbers["metric"] == "wikitext2_ppl"], measured)
@@ -110,17 +109,14 @@ def beside_rows(found: Sequence[EvalResult]) -> pd.DataFrame:
         return nothing
     newest = newest.assign(row=newest["method"].map(_row_label), bits=newest["w_a_kv_bits"])
     models = list(dict.fromkeys(newest["model"]))
-    wide = newest.pivot_table(
-        index=["row", "bits"], columns="model", values="printed", aggfunc="first", sort=False
-    )[models]
-    mine = newest.groupby(["row", "bits"], sort=False)["ours"].first()
+    index = ["row", "bits"]
+    wide = newest.pivot_table(index=index, columns="model", values="printed", aggfunc="first", sort=False)[
+        models
+    ]
+    mine = newest.groupby(index, sort=False)["ours"].first()
     places = dict.fromkeys((row_label(result.spec), result.spec.bits) for result in found)
-    return (
-        wide.assign(ours=mine)
-        .loc[[place for place in places if place in wide.index]]
-        .reset_index()
-        .rename_axis(columns=None)
-    )
+    shown = [place for place in places if place in wide.index]
+    return wide.assign(ours=mine).loc[shown].reset_index().rename_axis(columns=None)
 
 
 @cache
@@ -165,8 +161,8 @@ def _line(
 
 def _perplexities(table: pd.DataFrame) -> Iterator[tuple[dict[str, Any], str, str]]:
     """Perplexity rows with the paper's name of the method and the bits."""
-    for row in results.records(table):
-        bits = results.bits(row)
+    for row in tables.records(table):
+        bits = str(row["bits"])
         full = bits == "16-16-16"
         method = "FP16" if full else METHODS[row["rotation"]]
         yield row, method + (".FP16()" if row["keep_out"] is True else ""), bits
@@ -184,8 +180,8 @@ def _main_table(table: pd.DataFrame) -> Iterator[dict[str, Any]]:
         name = "RTN" if method == "GPTQ" and weights == "rtn" else method
         for where in ("T2old", "T2"):
             yield _line(where, name, weights, bits, "wikitext2_ppl", row, "main-table")
-    minutes = table[(table["rotation"] == "DFRot") & (table["metric"] == results.PERPLEXITY)].head(1)
-    for row in results.records(minutes):
+    minutes = table[(table["rotation"] == "DFRot") & (table["metric"] == tables.PERPLEXITY)].head(1)
+    for row in tables.records(minutes):
         yield _line(
             "T2old",
             "DFRot",

@@ -1,59 +1,50 @@
-"""What the experiments are run on: one setting, and its quick profile."""
+"""What the main job and the experiments are run on: one setting, and its quick profile."""
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
 from typing import Any
 
-from dfrot_lab.model import corpus
+from dfrot_lab.model import door
+from dfrot_lab.recipe import registry
+from dfrot_lab.recipe.base import MethodSpec, Spec, one_of, ruled
 from dfrot_lab.recipe.specs import (
+    DEFAULT_RULE,
+    MASSIVE_RULES,
     WINDOW,
     CaptureSpec,
     CorpusSpec,
-    EvalSpec,
     ModelSpec,
+    Recipe,
     RefineSpec,
     RotationSpec,
-    eval_spec,
-)
-
-MAIN_BITS = ("16-4-16", "4-4-16", "4-4-4")
-
+    recipe_of,
+)  # fmt: skip
 
 FIGURE_LAYER = 15
 """A layer in the middle of the stretch where the default model's first token is massive (12 to 28)."""
-
 
 PROFILE = "DFROT_LAB_PROFILE"
 """The environment variable that makes notebooks and experiments `quick` (minutes, for tests) or `full`
 (default).
 """
 
-
 QUICK: dict[str, Any] = {
-    "windows": 2,
-    "window": 512,
-    "gptq_windows": 4,
-    "seeds": 1,
-    "limit": 2,
-    "weights": "rtn",
-    "steps": 20,
-    "quick": True,
-}
+    "windows": 2, "window": 512, "gptq_windows": 4, "seeds": 1, "limit": 2, "weights": "rtn", "steps": 20, "quick": True
+}  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Setting:
-    """What the main job and the experiments are run on. `quick` trims sweeps to a few rows: to see that all
-    works, not what is true.
+class Setting(Spec):
+    """A model, a text, seeds and sizes. `rule` says which rows a refinement weights by `gamma`; `quick` trims
+    sweeps to a few rows: to see that all works, not what is true.
     """
 
-    model: ModelSpec = field(default_factory=ModelSpec)
+    model: ModelSpec = ModelSpec()
     corpus: str = "auto"
-    seed: int = 0
-    windows: int = 6
+    seed: int = ruled(0, "a whole number >= 0", ge=0)
+    windows: int = ruled(6, "a whole number >= 1", ge=1)
     gamma: float = 100.0
-    seeds: int = 3
+    rule: str = one_of(DEFAULT_RULE, MASSIVE_RULES)
+    seeds: int = ruled(3, "a whole number >= 1", ge=1)
     window: int = WINDOW
     gptq_windows: int = 16
     limit: int | None = 100
@@ -63,65 +54,63 @@ class Setting:
 
     @classmethod
     def of_profile(cls, **choices: Any) -> "Setting":
-        """The setting of the profile that DFROT_LAB_PROFILE names, corpus resolved; `choices` go before it."""
+        """The setting of the profile that DFROT_LAB_PROFILE names, resolved; `choices` go before it."""
         profile = os.environ.get(PROFILE, "full")
         if profile not in ("quick", "full"):
             raise ValueError(f"{PROFILE} must be quick or full; got {profile!r}")
         return cls(**{**(QUICK if profile == "quick" else {}), **choices}).resolved()
 
     def resolved(self) -> "Setting":
-        """With `auto` replaced by the corpus that is there."""
-        return replace(self, corpus=corpus.resolve(CorpusSpec(name=self.corpus)).name)
+        """With the text and the device that `auto` stands for here."""
+        text = door.resolved(CorpusSpec(name=self.corpus)).name
+        return self.with_(corpus=text, model=door.resolved(self.model))
 
     @property
     def capture(self) -> CaptureSpec:
         """The first window of calibration tokens."""
-        return CaptureSpec(
-            model=self.model, corpus=CorpusSpec(name=self.corpus, split="calibration"), tokens=self.window
-        )
+        text = CorpusSpec(name=self.corpus, split="calibration")
+        return CaptureSpec(model=self.model, corpus=text, tokens=self.window)
 
     @property
     def refine(self) -> RefineSpec:
         """DFRot with the paper's rows, gamma and 100 steps, from RH, with the evaluation's own asymmetric
         quantizer.
         """
+        start = self.rotation("RH")
         return RefineSpec(
-            capture=self.capture,
-            gamma=self.gamma,
-            init=RotationSpec(kind="RH", seed=self.seed),
-            steps=self.steps,
+            capture=self.capture, gamma=self.gamma, rule=self.rule, init=start, steps=self.steps
         )
 
     def rotation(self, kind: str, offset: int = 0) -> RotationSpec:
         """NR, RO or RH with the setting's seed, or one of the `seeds` that follow it."""
         return RotationSpec(kind=kind, seed=self.seed + offset)
 
-    def row(
-        self, bits: str, rotation: RotationSpec | RefineSpec, *, weights: str | None = None, **fields: Any
-    ) -> EvalSpec:
-        """The EvalSpec of one row: this setting's model, text and windows, weights calibrated on the text's
+    def method(self, row: str, offset: int = 0) -> MethodSpec:
+        """Any row of the table of methods by its name, with the setting's seed, capture, gamma, rule and
+        steps where the method has them.
+        """
+        spec: MethodSpec = registry.spec_of(row, seed=self.seed + offset, capture=self.capture)
+        own = {
+            name: getattr(self, name)
+            for name in ("gamma", "rule", "steps")
+            if name in type(spec).model_fields
+        }
+        return spec.with_(**own)
+
+    def row(self, bits: str, rotation: MethodSpec, *, weights: str | None = None, **fields: Any) -> Recipe:
+        """The recipe of one row: this setting's model, text and windows, weights calibrated on the text's
         other half.
         """
         text = CorpusSpec(name=self.corpus, split="evaluation")
-        spec = eval_spec(
-            bits,
-            model=self.model,
-            corpus=text,
-            rotation=rotation,
-            windows=self.windows,
-            window=self.window,
-            **fields,
-        )
-        calibration = {
-            "corpus": text.with_(split="calibration"),
-            "windows": self.gptq_windows,
-            "window": self.window,
-        }
-        return spec.with_(weights=spec.weights.with_(method=weights or self.weights, **calibration))
+        sizes: dict[str, Any] = {"windows": self.windows, "window": self.window}
+        spec = recipe_of(bits, model=self.model, corpus=text, rotation=rotation, **sizes, **fields)
+        sizes = {"windows": self.gptq_windows, "window": self.window}
+        other = text.with_(split="calibration")
+        return spec.with_(weights=spec.weights.with_(method=weights or self.weights, corpus=other, **sizes))
 
 
 def figure_site(sites: Sequence[str]) -> str:
-    """Of the sites an experiment's table has, the one its figure shows: the first of layer 15, or the first
-    of all.
-    """
-    return next((site for site in sites if site.startswith(f"layers.{FIGURE_LAYER}.")), sites[0])
+    """Of the sites a table has, the one its figure shows: the first of layer 15, or the middle layer's."""
+    return next(
+        (site for site in sites if site.startswith(f"layers.{FIGURE_LAYER}.")), sites[len(sites) // 4 * 2]
+    )

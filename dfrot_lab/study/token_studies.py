@@ -48,12 +48,9 @@ def massive_token(setting: Setting, store: Store) -> pd.DataFrame:
     token = int(recorded.residual_max.amax(0).argmax())
     first = recorded.sites[0].rsplit(".", 1)[-1]
     marked = massive.find(recorded, "sun")[:, token].tolist()
-    sites = [
-        site for site, heavy in zip(recorded.sites, marked, strict=True) if heavy and site.endswith(first)
-    ]
-    sites = sites or [
-        recorded.sites[int(recorded.residual_max[:, token].argmax())]
-    ]  # massive by no rule: where it is largest
+    pairs = zip(recorded.sites, marked, strict=True)
+    largest = recorded.sites[int(recorded.residual_max[:, token].argmax())]  # where no rule calls it massive
+    sites = [site for site, heavy in pairs if heavy and site.endswith(first)] or [largest]
     quantizer, rotation = setting.refine.quantizer, matrices(setting, store)
     tables = [
         errors.massive_values(recorded, site, token, rotation, quantizer).assign(site=site) for site in sites

@@ -1,36 +1,14 @@
-"""Quantize the linears' weights: round to nearest, or GPTQ (Frantar et al., arXiv 2210.17323), per output
-channel, symmetric, with clip search.
-
-GPTQ runs in ONE forward pass over all calibration windows: just before a group of linears that read the same
-input (q, k, v; o; gate, up; down) is first used, a hook sums that input's Hessian and puts the quantized
-weights in, so each group is calibrated on what the quantized model before it really sends, activations
-unquantised (as QuaRot). Every finished layer is kept, so a stopped run goes on where it was.
-"""
-
-import logging
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any
+"""GPTQ (Frantar et al., arXiv 2210.17323): columns rounded in order, each one's error spread over the rest."""
 
 import torch
-from torch import Tensor, nn
-from tqdm.auto import tqdm
+from torch import Tensor
 
-from dfrot_lab.disk.artefacts import Store, Writer
-from dfrot_lab.maths.quantizers import Quantized, clip_search, code_range, dequantize, scale_zero
-from dfrot_lab.model import corpus, loading, surgery
-from dfrot_lab.model.loading import LoadedModel
+from dfrot_lab.maths.quantizers import Quantized, code_range
 from dfrot_lab.recipe.specs import WeightSpec
+from dfrot_lab.weights.rtn import packed, scale_of
 
-log = logging.getLogger(__name__)
-
-LayerCodes = dict[str, Quantized]
-"""The quantized weights of one decoder layer by linear name."""
-
-OnPart = Callable[[str, int, int], None]
-"""Told of every finished part of long work: what it is (`layer`, `window`), how many are done, of how many.
-It may raise to stop the work there.
-"""
+CALIBRATED = True
+"""It needs the Hessian of a layer's inputs."""
 
 COLUMNS = 128
 """Columns quantized before the rest of the matrix hears of their error in one product: GPTQ's lazy batch."""
@@ -40,20 +18,7 @@ HESSIAN_BLOCK = 192
 """
 
 
-def nothing(_part: str, _done: int, _total: int) -> None:
-    """The OnPart that listens to nothing."""
-
-
-def rtn(weight: Tensor, spec: WeightSpec) -> Quantized:
-    """Round `weight` (out, in) to nearest: codes int8, scale (out, 1), zero 0."""
-    weight = weight.float()
-    scale = _scale(weight, spec)
-    low, high = code_range(spec.quantizer)
-    codes = torch.div(weight, scale).round_().clamp_(low, high)
-    return _codes(codes, scale, spec)
-
-
-def gptq(weight: Tensor, hessian: Tensor, spec: WeightSpec) -> Quantized:
+def quantize(weight: Tensor, hessian: Tensor | None, spec: WeightSpec) -> Quantized:
     """GPTQ of `weight` (out, in) for inputs with `hessian` = sum x x^T (in, in): codes, scale (out, 1), zero
     0.
 
@@ -61,11 +26,13 @@ def gptq(weight: Tensor, hessian: Tensor, spec: WeightSpec) -> Quantized:
     Cholesky factor. An input that is always zero has its weight set to 0. Raises ValueError where the damped
     Hessian is not positive definite (NaN or Inf in the calibration activations).
     """
+    if hessian is None:
+        raise ValueError("gptq.hessian must be the sum of x x^T of the layer's inputs; got None")
     weight, hessian = weight.float().clone(), hessian.clone()
     dead = hessian.diagonal() == 0
     hessian.diagonal()[dead] = 1
     weight[:, dead] = 0
-    scale = _scale(weight, spec)
+    scale = scale_of(weight, spec)
     factor = _inverse_factor(hessian, spec.damping)
     low, high = code_range(spec.quantizer)
     codes = torch.empty_like(weight)
@@ -73,7 +40,7 @@ def gptq(weight: Tensor, hessian: Tensor, spec: WeightSpec) -> Quantized:
         block = slice(start, min(start + COLUMNS, weight.shape[1]))
         codes[:, block], errors = _block(weight[:, block], factor[block, block], scale, low, high)
         weight[:, block.stop :] -= errors @ factor[block, block.stop :]
-    return _codes(codes, scale, spec)
+    return packed(codes, scale, spec)
 
 
 def _block(weight: Tensor, factor: Tensor, scale: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
@@ -118,152 +85,3 @@ def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
         raise ValueError(
             f"the calibration Hessian must be positive definite; it is not ({error}). Look for NaN or Inf in the activations."
         ) from error
-
-
-def _scale(weight: Tensor, spec: WeightSpec) -> Tensor:
-    return clip_search(weight, spec.quantizer) if spec.clip_search else scale_zero(weight, spec.quantizer)[0]
-
-
-def _codes(codes: Tensor, scale: Tensor, spec: WeightSpec) -> Quantized:
-    return Quantized(
-        codes.to(torch.int8 if spec.quantizer.bits <= 8 else torch.int32), scale, torch.zeros_like(scale)
-    )
-
-
-def is_stored(spec: WeightSpec, key: Any, store: Store) -> bool:
-    """Whether `quantize_weights` of the model with identity `key` would find its codes in the store; always
-    true at 16 bits.
-    """
-    return spec.quantizer.bits == 16 or store.open("weights", _inputs(spec, key)) is not None
-
-
-def _inputs(spec: WeightSpec, key: Any) -> dict[str, Any]:
-    """What the quantized weights of the model with identity `key` are keyed by."""
-    spec = spec.with_(corpus=corpus.resolve(spec.corpus))
-    text = {"text": corpus.fingerprint(spec.corpus)} if spec.method == "gptq" else {}
-    return {"weights": spec.to_dict(), "model": key, **text}
-
-
-def quantize_weights(
-    loaded: LoadedModel,
-    spec: WeightSpec,
-    key: Any,
-    store: Store | None = None,
-    *,
-    r4: bool = True,
-    on_part: OnPart = nothing,
-) -> list[LayerCodes]:
-    """Put quantized weights into every linear of `loaded` (rotated as wanted; `r4` says whether down_proj
-    gets R4), from the store or computed now.
-
-    `key` is the JSON-able identity of the model as it is, bytes and rotation (so that `r4` follows from it):
-    the weights are stored under it. lm_head and embedding stay as they are. Returns the codes, one mapping a
-    layer, memory-mapped; an empty list at 16 bits. `on_part` is told of each layer once it is kept.
-    """
-    if spec.quantizer.bits == 16:
-        return []
-    spec = spec.with_(corpus=corpus.resolve(spec.corpus))
-    store = store or Store()
-
-    def make(writer: Writer) -> None:
-        if spec.method == "gptq":
-            _run_gptq(loaded, spec, writer, r4, on_part)
-        else:
-            _run_rtn(loaded, spec, writer, on_part)
-
-    artefact = store.get_or_make("weights", _inputs(spec, key), make)
-    return [_install(layer, artefact.tensors(_file(index))) for index, layer in enumerate(loaded.layers)]
-
-
-def _file(index: int) -> str:
-    return f"layer-{index:03d}"
-
-
-def _install(layer: nn.Module, saved: dict[str, Tensor]) -> LayerCodes:
-    where = next(layer.parameters()).device
-    saved = {key: tensor.to(where) for key, tensor in saved.items()}
-    names = sorted({key.rsplit(":", 1)[0] for key in saved})
-    codes = {
-        name: Quantized(saved[f"{name}:codes"], scale := saved[f"{name}:scale"], torch.zeros_like(scale))
-        for name in names
-    }
-    for name, quantized in codes.items():
-        _put(loading.linear(layer, name), quantized)
-    return codes
-
-
-def _put(linear: nn.Linear, quantized: Quantized) -> None:
-    with torch.no_grad():
-        linear.weight.copy_(dequantize(quantized, linear.weight.shape))
-
-
-def _save(writer: Writer, index: int, done: dict[str, Quantized]) -> None:
-    tensors = {f"{name}:codes": q.codes for name, q in done.items()} | {
-        f"{name}:scale": q.scale for name, q in done.items()
-    }
-    writer.save_tensors(_file(index), tensors)
-
-
-def _run_rtn(loaded: LoadedModel, spec: WeightSpec, writer: Writer, on_part: OnPart) -> None:
-    for index, layer in enumerate(tqdm(loaded.layers, desc="RTN", unit="layer", leave=False)):
-        if not writer.has(_file(index)):
-            _save(
-                writer,
-                index,
-                {name: rtn(loading.linear(layer, name).weight, spec) for name in loaded.roles.linears},
-            )
-        on_part("layer", index + 1, len(loaded.layers))
-
-
-@torch.inference_mode()
-def _run_gptq(loaded: LoadedModel, spec: WeightSpec, writer: Writer, r4: bool, on_part: OnPart) -> None:
-    loading.check_tokens(loaded, spec.window)
-    ids = corpus.token_blocks(spec.corpus, loaded.tokenizer, blocks=spec.windows, window=spec.window)
-    log.info("GPTQ to %d bits on %d x %d tokens of %s", spec.quantizer.bits, *ids.shape, spec.corpus.name)
-    groups = [linears for _, _, linears in loaded.roles.feeds]
-    groups = [groups[0], (loaded.roles.o,), groups[1], (loaded.roles.down,)]
-    with ExitStack() as stack, tqdm(total=len(loaded.layers), desc="GPTQ", unit="layer", leave=False) as bar:
-        stack.enter_context(
-            surgery.online(loaded, r4=r4)
-        )  # entered first: R4 must act before the Hessian is taken
-        for index, layer in enumerate(loaded.layers):
-            done: dict[str, Quantized] = {}
-            if writer.has(_file(index)):
-                _install(layer, writer.load_tensors(_file(index)))
-            else:
-                for names in groups:
-                    stack.enter_context(_quantized_on_arrival(layer, names, spec, done))
-            stack.callback(layer.register_forward_hook(_finished(writer, index, done, bar, on_part)).remove)
-        loading.body(loaded)(ids.to(loaded.device), use_cache=False)
-
-
-@contextmanager
-def _quantized_on_arrival(
-    layer: nn.Module, names: tuple[str, ...], spec: WeightSpec, done: dict[str, Quantized]
-) -> Iterator[None]:
-    """While the block runs, the first input to reach the linears `names` of a layer has them quantized before
-    they use it.
-    """
-
-    def arrive(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        hessian = hessian_of(args[0].reshape(-1, args[0].shape[-1]))
-        for name in names:
-            linear = loading.linear(layer, name)
-            done[name] = gptq(linear.weight, hessian, spec)
-            _put(linear, done[name])
-
-    handle = layer.get_submodule(names[0]).register_forward_pre_hook(arrive)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def _finished(writer: Writer, index: int, done: dict[str, Quantized], bar: Any, on_part: OnPart) -> Any:
-    def save(_layer: nn.Module, _args: Any, _output: Any) -> None:
-        if done:
-            _save(writer, index, done)
-        bar.update()
-        on_part("layer", index + 1, bar.total)
-
-    return save

@@ -1,0 +1,42 @@
+"""Intervals of a statistic over windows, and of differences on the same windows."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+RESAMPLES = 9999
+
+
+def perplexity(losses: np.ndarray, axis: int = -1) -> Any:
+    """exp of the mean loss in nats."""
+    return np.exp(losses.mean(axis))
+
+
+def bootstrap(statistic: Callable[..., Any], *samples: np.ndarray) -> tuple[float, float]:
+    """Percentile bootstrap 95% interval of `statistic(*samples, axis=)` over paired samples (windows,); (nan,
+    nan) for fewer than 2 windows.
+    """
+    if len(samples[0]) < 2:
+        return float("nan"), float("nan")
+    options: dict[str, Any] = {"paired": True, "vectorized": True, "method": "percentile", "rng": 0}
+    interval = stats.bootstrap(samples, statistic, n_resamples=RESAMPLES, **options).confidence_interval
+    return float(interval.low), float(interval.high)
+
+
+def with_interval(statistic: Callable[..., Any], *samples: np.ndarray) -> tuple[float, tuple[float, float]]:
+    """`statistic(*samples, axis=)` of paired samples (windows,) and its bootstrap 95% interval."""
+    return float(statistic(*samples, axis=-1)), bootstrap(statistic, *samples)
+
+
+def difference(a: np.ndarray, b: np.ndarray, axis: int) -> Any:
+    """Perplexity of losses `a` minus that of `b`."""
+    return perplexity(a, axis) - perplexity(b, axis)
+
+
+def closed_share(ro: np.ndarray, ro_kept: np.ndarray, rh: np.ndarray, rh_kept: np.ndarray, axis: int) -> Any:
+    """From losses, the share of the perplexity gap between RO and RH that is gone when massive tokens are
+    kept out: 1 where none is left.
+    """
+    return 1 - difference(ro_kept, rh_kept, axis) / difference(ro, rh, axis)

@@ -1,0 +1,116 @@
+"""Tables of results as the paper prints them; a table that would have to merge rows that differ is an error."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import pandas as pd
+
+COLUMNS = (
+    "model", "family", "corpus", "method", "rotation", "gamma", "rule", "parameters", "seed",
+    "weights", "weight_quantizer", "calibration", "activations", "keys", "values", "w_bits", "a_bits", "kv_bits", "bits",
+    "keep_out", "keep_out_rule", "keep_out_tokens", "set_massive", "windows", "window", "device",
+    "metric", "value", "ci95", "seconds", "recipe", "versions", "formulas", "commit",
+)  # fmt: skip
+"""Columns of every results row, in order. `weight_quantizer`, `activations`, `keys` and `values` name
+quantizers, and a name says all that makes one different; `parameters` are what a method has beside its own
+columns; `ci95` is [low, high]; `recipe` is the key of the recipe, whose YAML is kept beside the rows;
+`formulas` and `commit` are the code's.
+"""
+
+WHOLE = ("seed", "w_bits", "a_bits", "kv_bits", "keep_out_tokens")
+"""Columns of whole numbers, or of nothing."""
+
+FREE = {"metric", "value", "ci95", "seconds", "recipe", "versions", "formulas", "commit"}
+"""Columns that say what came out, when and by which code; the others say of what."""
+
+PERPLEXITY = "perplexity"
+
+
+def table(entries: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
+    """Results rows as a table, COLUMNS in order, whole numbers whole or missing."""
+    return pd.DataFrame(list(entries), columns=list(COLUMNS)).astype(dict.fromkeys(WHOLE, "Int64"))
+
+
+def first_seed(entries: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the first seed, and those in which nothing is random."""
+    seeds = entries["seed"].dropna()
+    if seeds.empty:
+        return entries
+    return entries[entries["seed"].isna() | (entries["seed"] == seeds.iloc[0]).fillna(value=False)]
+
+
+def label(entry: Mapping[str, Any]) -> str:
+    """A row's name in tables: `RO`, `RO, kept out`, `DFRot gamma=100`; `full precision` at 16-16-16."""
+    if entry["bits"] == "16-16-16":
+        return "full precision"
+    name = entry["rotation"] if pd.isna(entry["gamma"]) else f"{entry['rotation']} gamma={entry['gamma']:g}"
+    if not entry["keep_out"]:
+        return str(name)
+    counted = not pd.isna(entry["keep_out_tokens"])
+    return f"{name}, kept out" + (
+        f" ({entry['keep_out_rule']} {entry['keep_out_tokens']})" if counted else ""
+    )
+
+
+def bits(entry: Mapping[str, Any]) -> str:
+    """A row's bits as in the paper: `4-4-16`."""
+    return str(entry["bits"])
+
+
+def records(table: pd.DataFrame, metric: str = PERPLEXITY) -> list[dict[str, Any]]:
+    """The rows of one metric as dictionaries."""
+    part = table[table["metric"] == metric]
+    return [dict(zip(part.columns, values, strict=True)) for values in part.itertuples(index=False)]
+
+
+def require_distinct(rows: list[dict[str, Any]], place: Mapping[str, Any]) -> None:
+    """Refuse rows that a table would put in one place though they differ: a ValueError names the column."""
+    for name in rows[0]:
+        seen = list(dict.fromkeys(str(row[name]) for row in rows))
+        if len(seen) > 1 and name not in FREE:
+            where = ", ".join(f"{key} {value}" for key, value in place.items())
+            raise ValueError(
+                f"rows of {where} differ in column {name!r} ({', '.join(seen)}): choose one of them"
+            )
+
+
+def comparison(table: pd.DataFrame, metric: str = PERPLEXITY) -> pd.DataFrame:
+    """One metric as the paper prints it: a row a rotation, a column for each setting of the bits, cells
+    `value [low, high]`; first seed only. ValueError where two rows of one place differ in any other column.
+    """
+    places: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in records(first_seed(table), metric):
+        places.setdefault((label(row), str(row["bits"])), []).append(row)
+    for (name, bits), rows in places.items():
+        require_distinct(rows, {"row": name, "bits": bits})
+    cells = pd.Series({place: cell(rows[-1]) for place, rows in places.items()}, dtype=object)
+    if cells.empty:
+        return pd.DataFrame()
+    names = list(dict.fromkeys(name for name, _ in places))
+    wide = cells.unstack()
+    return wide.reindex(index=names, columns=list(dict.fromkeys(bits for _, bits in places))).fillna("")
+
+
+def by_seed(table: pd.DataFrame, metric: str = f"{PERPLEXITY} - RH", rotation: str = "RO") -> pd.DataFrame:
+    """One rotation's rows of a metric at the bits that were run with several seeds: a row for each bits, a
+    column a seed.
+    """
+    rows = [r for r in records(table, metric) if r["rotation"] == rotation and not r["keep_out"]]
+    cells = pd.Series({(r["bits"], f"seed {r['seed']}"): cell(r) for r in rows}, dtype=object)
+    return cells.unstack().dropna() if len(cells) else pd.DataFrame()
+
+
+def cell(entry: Mapping[str, Any]) -> str:
+    """`36.11 [31.20, 40.80]`; without an interval where there is none."""
+    value, ci95 = entry["value"], entry["ci95"]
+    if not isinstance(ci95, list | tuple) or any(bound != bound for bound in ci95):
+        return f"{value:.2f}"
+    return f"{value:.2f} [{ci95[0]:.2f}, {ci95[1]:.2f}]"
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """A small table of strings as GitHub Markdown, its index as first column."""
+    header = [str(table.index.name or ""), *map(str, table.columns)]
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    body = zip(table.index, table.to_numpy(), strict=True)
+    return "\n".join([*lines, *("| " + " | ".join([str(name), *map(str, row)]) + " |" for name, row in body)])

@@ -1,0 +1,138 @@
+"""What every spec is: immutable, validated field by field, the same in any process, to and from plain values.
+
+A field carries its rule in words, and an error is that rule: `RefineSpec.gamma must be > 0; got -3`.
+"""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from dfrot_lab.recipe import registry
+from dfrot_lab.recipe.keys import content_key
+
+
+def ruled(default: Any, rule: str, **limits: Any) -> Any:
+    """A field with its default, its rule in words ("a whole number >= 1") and pydantic's limits (ge, gt, le)."""
+    return Field(default, description=rule, **limits)
+
+
+def one_of(default: Any, choices: tuple[Any, ...]) -> Any:
+    """A field that takes one of a few words."""
+    return Field(
+        default, description=f"one of {', '.join(map(str, choices))}", json_schema_extra={"of": list(choices)}
+    )
+
+
+class Spec(BaseModel):
+    """Base of all specs: frozen, keyword-only. A field that is unknown or wrong is a ValueError that names
+    it.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    def __init__(self, **fields: Any) -> None:
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            raise ValueError(self._said(error)) from None
+
+    @classmethod
+    def _said(cls, error: ValidationError) -> str:
+        """The first thing that is wrong, in one line."""
+        first = error.errors()[0]
+        if first["type"] == "value_error":  # a rule about several fields, which said it already
+            return str(first["ctx"]["error"])
+        name = str(first["loc"][0])
+        if name not in cls.model_fields:
+            return f"{cls.__name__} has no field {name!r}; it has {', '.join(cls.model_fields)}"
+        rule = cls.model_fields[name].description
+        kinds = [kind for kind in cls._kinds(name) if kind is not type(None)]
+        rule = rule or f"a {' or '.join(kind.__name__ for kind in kinds)}"
+        return f"{cls.__name__}.{name} must be {rule}; got {first['input']!r}"
+
+    @classmethod
+    def _kinds(cls, name: str) -> tuple[Any, ...]:
+        """The classes a field may be of."""
+        kind = cls.model_fields[name].annotation
+        return get_args(kind) or (kind,)
+
+    def model_post_init(self, _context: Any) -> None:
+        """Check words against their choices, then the rules that several fields share."""
+        for name, field in type(self).model_fields.items():
+            extra = field.json_schema_extra
+            if isinstance(extra, dict):
+                choices: Any = extra["of"]
+                self._require(name, getattr(self, name) in choices, str(field.description))
+        self.check()
+
+    def check(self) -> None:
+        """Rules about several fields at once: ValueError through `_require`."""
+
+    def _require(self, name: str, ok: bool, rule: str) -> None:
+        if not ok:
+            raise ValueError(f"{type(self).__name__}.{name} must be {rule}; got {getattr(self, name)!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The spec as plain values, nested specs included, with the class name under `spec`."""
+        return {"spec": type(self).__name__, **self.plain()}
+
+    def plain(self) -> dict[str, Any]:
+        """The fields as plain values, nested specs as mappings: what a YAML file holds."""
+        return {name: value.plain() if isinstance(value, Spec) else value for name, value in self}
+
+    @classmethod
+    def of(cls, said: Mapping[str, Any]) -> Self:
+        """The spec that plain values describe, the reverse of `plain` and `to_dict`; ValueError."""
+        if not isinstance(said, Mapping):
+            raise ValueError(f"{cls.__name__} must be a mapping of its fields; got {said!r}")
+        values = {str(name): value for name, value in said.items() if name != "spec"}
+        for name, value in values.items():
+            nested = (
+                [k for k in cls._kinds(name) if isinstance(k, type) and issubclass(k, Spec)]
+                if name in cls.model_fields
+                else []
+            )
+            if nested and isinstance(value, Mapping):
+                values[name] = nested[0].of(value)
+        return cls(**values)
+
+    @property
+    def key(self) -> str:
+        """Content hash of the spec (32 hex digits)."""
+        return content_key(self.to_dict())
+
+    def with_(self, **changes: Any) -> Self:
+        """A copy with some fields changed, validated again."""
+        return type(self)(**{**dict(iter(self)), **changes})
+
+
+class MethodSpec(Spec):
+    """Base of the specs of rotation methods: which method, with its parameters. Each has a `name` for tables."""
+
+    method: ClassVar[str] = ""
+
+    @property
+    def name(self) -> str:
+        """Short name for tables and figures."""
+        raise NotImplementedError
+
+    @property
+    def first_seed(self) -> int | None:
+        """The seed of what is random in it; None where nothing is."""
+        return getattr(self, "seed", None)
+
+    def plain(self) -> dict[str, Any]:
+        """As of any spec, with the method's name first."""
+        return {"method": self.method, **super().plain()}
+
+    @classmethod
+    def of(cls, said: Mapping[str, Any]) -> Self:
+        """The spec of the method that `said` names under `method`."""
+        values = dict(said)
+        name = values.pop("method", cls.method)
+        if name == cls.method and name:
+            return super().of(values)
+        known = {kind.method: kind for kind in MethodSpec.__subclasses__()}
+        found: Any = known[name] if name in known else registry.load(registry.METHODS, name).SPEC
+        return found.of(values)

@@ -1,0 +1,54 @@
+"""The tables of what can be chosen by name: rotation methods and weight quantizers.
+
+A line says in which module a choice lives and what its rows are called; the module is imported when it is
+asked for, so that listing them costs nothing. Adding a method or a quantizer: one file, one line here.
+"""
+
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Where a choice lives; of a method also the names of the rows it offers, as tables show them."""
+
+    module: str
+    rows: tuple[str, ...] = ()
+
+
+METHODS: dict[str, Choice] = {
+    "random": Choice("dfrot_lab.rotate.random", ("NR", "RO", "RH")),
+    "dfrot": Choice("dfrot_lab.rotate.dfrot", ("DFRot",)),
+}
+"""Rotation methods. The module has `SPEC` (its MethodSpec), `spec(row, seed=, capture=)` and `fit(recipe,
+context)`.
+"""
+
+WEIGHTS: dict[str, Choice] = {
+    "rtn": Choice("dfrot_lab.weights.rtn"),
+    "gptq": Choice("dfrot_lab.weights.gptq"),
+}
+"""Weight quantizers. The module has `quantize(weight, hessian, spec)` and `CALIBRATED`: whether it needs the
+Hessian.
+"""
+
+
+def load(table: dict[str, Choice], name: str) -> Any:
+    """The module of a choice; ValueError that lists what there is."""
+    if name not in table:
+        raise ValueError(f"there is no {name!r}; there are {', '.join(table)}")
+    return importlib.import_module(table[name].module)
+
+
+def rows() -> list[str]:
+    """The rows of all methods by name: NR, RO, RH, DFRot, ..."""
+    return [row for choice in METHODS.values() for row in choice.rows]
+
+
+def spec_of(row: str, **options: Any) -> Any:
+    """The MethodSpec of a row by its name; options `seed` and `capture` as its method's `spec` takes them."""
+    method = next((name for name, choice in METHODS.items() if row in choice.rows), None)
+    if method is None:
+        raise ValueError(f"a rotation must be one of {', '.join(rows())}; got {row!r}")
+    return load(METHODS, method).spec(row, **options)

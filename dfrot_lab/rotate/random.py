@@ -1,0 +1,35 @@
+"""Random rotations: none (NR), random orthogonal (RO), random Hadamard (RH); and a rotation from a file."""
+
+from torch import Tensor
+
+from dfrot_lab.disk import rotation_files
+from dfrot_lab.maths import rotations
+from dfrot_lab.recipe.specs import CaptureSpec, Recipe, RotationSpec
+from dfrot_lab.rotate.transforms import Context, Transforms
+
+SPEC = RotationSpec
+
+
+def spec(row: str, *, seed: int = 0, capture: CaptureSpec | None = None) -> RotationSpec:
+    """The rotation of a row, NR, RO or RH, with its seed."""
+    del capture
+    return RotationSpec(kind=row, seed=0 if row == "NR" else seed)
+
+
+def fit(recipe: Recipe, context: Context) -> Transforms:
+    """R1 as the spec says, R2 to R4 Hadamard; NR is no rotation anywhere."""
+    assert isinstance(recipe.rotation, RotationSpec)
+    if not recipe.is_rotated:
+        return Transforms(R1=None, R2=None, r3=False, r4=False)
+    return Transforms(R1=matrix(recipe.rotation, context.model.channels))
+
+
+def matrix(spec: RotationSpec, channels: int) -> Tensor:
+    """R1 (channels, channels) float64 of a spec; of kind `file` what the file holds. ValueError."""
+    if spec.kind != "file":
+        return rotations.make(spec, channels)
+    if spec.block is not None:
+        raise ValueError(
+            f"RotationSpec.block must be None for kind 'file'; got {spec.block}. The file's matrix is used as it is"
+        )
+    return rotation_files.load(str(spec.path), channels)

@@ -1,0 +1,186 @@
+"""The model of a recipe: rotated, its weights quantized; and, while a block runs, quantized altogether.
+
+Where weights and activations both have codes, linears run in integer arithmetic; with 16-bit weights, and for
+keys and values, values are fake-quantized: rounded to their grid, computed in float.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dfrot_lab.disk.artefacts import Store
+from dfrot_lab.maths.quantizers import fake_quantize, squared_error
+from dfrot_lab.model import corpus, door, integer, loading, surgery
+from dfrot_lab.model.loading import LoadedModel
+from dfrot_lab.observe import intervene, massive
+from dfrot_lab.recipe import keys
+from dfrot_lab.recipe.specs import KEEP_OUT_COUNTS, Recipe
+from dfrot_lab.rotate import transforms
+from dfrot_lab.rotate.transforms import HADAMARD, Context, Transforms
+from dfrot_lab.weights import run
+from dfrot_lab.weights.run import LayerCodes, OnPart, nothing
+
+
+@dataclass(frozen=True)
+class Built:
+    """A model with its transforms fused and its weights quantized, the transforms, R1 in the model's dtype
+    (None without rotation) and the weight codes, one mapping a layer (none at 16 bits).
+    """
+
+    loaded: LoadedModel
+    transforms: Transforms
+    R: Tensor | None
+    codes: list[LayerCodes]
+
+
+def build_key(recipe: Recipe) -> str:
+    """Key of the model `build` would return: rows that share it can share the built model."""
+    return keys.content_key(keys.weights(door.resolved(recipe).canonical(), door.PRINTS))
+
+
+def build(recipe: Recipe, store: Store, on_part: OnPart = nothing) -> Built:
+    """Load, untie, fuse norms, fit and fuse the transforms, quantize the weights: the model of `recipe`."""
+    recipe = door.resolved(recipe).canonical()
+    loaded = loading.load_model(recipe.model, store)
+    windows(recipe, loaded)  # before minutes of work on weights: is there that much text, and does it fit?
+    surgery.prepare(loaded)
+    made = transforms.fit(recipe, Context(recipe, store, loaded))
+    fuse(loaded, made)
+    key = keys.weights(recipe, door.PRINTS)
+    codes = run.quantize_weights(loaded, recipe.weights, key, store, r4=made.r4, on_part=on_part)
+    R = None if made.R1 is None else made.R1.to(next(loaded.model.parameters()))
+    return Built(loaded, made, R, codes)
+
+
+def fuse(loaded: LoadedModel, made: Transforms) -> None:
+    """Fuse R1, the norms' gains, R2 and the offline half of R4 into a prepared model."""
+    if made.R1 is not None:
+        surgery.rotate_residual(loaded, made.R1)
+    surgery.fold_gains(loaded, made.gains)
+    if made.R2 is not None:
+        surgery.rotate_heads(loaded, None if isinstance(made.R2, str) and made.R2 == HADAMARD else made.R2)
+    if made.r4:
+        surgery.rotate_down(loaded)
+
+
+def weights_stored(recipe: Recipe, store: Store) -> bool:
+    """Whether `build` would find the quantized weights of `recipe` in the store; always true at 16 bits."""
+    recipe = door.resolved(recipe).canonical()
+    return run.is_stored(recipe.weights, keys.weights(recipe, door.PRINTS), store)
+
+
+def windows(recipe: Recipe, loaded: LoadedModel) -> Tensor:
+    """The token ids (windows, window) a recipe is scored on; a ValueError where corpus or context has not
+    that many.
+    """
+    loading.check_tokens(loaded, recipe.window)
+    return corpus.token_blocks(recipe.corpus, loaded.tokenizer, blocks=recipe.windows, window=recipe.window)
+
+
+def _calibration(recipe: Recipe, loaded: LoadedModel) -> Tensor:
+    """As many windows of the text's calibration half: where mean massive values come from."""
+    text = recipe.corpus.with_(split="calibration")
+    return windows(recipe.with_(corpus=text), loaded)
+
+
+def is_integer(recipe: Recipe) -> bool:
+    """Whether both sides of every linear are codes that fit int8, so that it runs as an integer product."""
+    return recipe.weights.quantizer.bits <= 8 and integer.fits(recipe.activations)
+
+
+Judge = Callable[[Tensor], Tensor]
+"""From a norm's output (..., tokens, channels), which of its tokens (..., tokens) pass unquantised."""
+
+
+def keep_out(recipe: Recipe, R: Tensor | None) -> Judge:
+    """Which tokens pass unquantised: by a rule on the unrotated row x R^T, or so many by a measure."""
+    rule, count = str(recipe.keep_out), recipe.keep_out_tokens
+
+    def unrotated(x: Tensor) -> Tensor:
+        return x if R is None else x @ R.T
+
+    def counted(x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        if rule == "random":  # the same at every site
+            chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:count]
+        else:
+            worst = rule == "worst"
+            measure = squared_error(rows, recipe.activations) if worst else unrotated(rows).abs().amax(1)
+            chosen = measure.topk(min(int(count or 0), len(rows))).indices
+        mask = torch.zeros(len(rows), dtype=torch.bool, device=x.device)
+        return mask.index_fill_(0, chosen.to(x.device), True).reshape(x.shape[:-1])
+
+    return counted if rule in KEEP_OUT_COUNTS else lambda x: massive.rows_rule(unrotated(x), rule)
+
+
+@contextmanager
+def quantized(built: Built, recipe: Recipe, *, fake: bool = False) -> Iterator[None]:
+    """While the block runs the built model has the recipe's online rotations, activation, key and value
+    quantization and keep-out.
+
+    Linears run in integer arithmetic where `is_integer`; `fake` has them compute in float on rounded values
+    instead, the same to float rounding. On a GPU they always do: its float products are fast, and the passes
+    between int8 products are not (0.11 s a window against 0.31 s on an H100).
+    """
+    loaded, made, act = built.loaded, built.transforms, recipe.activations
+    spare = keep_out(recipe, built.R) if recipe.keep_out else None
+    r3 = made.r3 and recipe.keys.bits < 16
+    in_integers = is_integer(recipe) and not made.clips and not fake and loaded.device.type == "cpu"
+    with ExitStack() as stack:
+        if recipe.set_massive:
+            means = _calibration(recipe, loaded)
+            stack.enter_context(intervene.massive_set(loaded, recipe.set_massive, means))
+        if in_integers:
+            r4 = surgery.apply_r4 if made.r4 else None
+            stack.enter_context(integer.integer_linears(loaded, built.codes, act, r4=r4, spare=spare))
+            stack.enter_context(surgery.online(loaded, r3=r3, function=rounded(recipe, inputs=False)))
+        else:
+            function = rounded(recipe, made.clips, spare)
+            stack.enter_context(surgery.online(loaded, r3=r3, r4=made.r4, function=function))
+        yield
+
+
+def rounded(
+    recipe: Recipe,
+    clips: Mapping[str, float] | None = None,
+    spare: Judge | None = None,
+    *,
+    inputs: bool = True,
+) -> Callable[[str, Tensor], Tensor | None]:
+    """The function (site, x) -> x that rounds keys, values and, with `inputs`, the linears' inputs to the
+    grids of `recipe`, clipped by `clips` where a site has one; tokens of a norm's output that `spare` marks
+    pass.
+    """
+    grids = {site: recipe.activations.with_(clip_ratio=clip) for site, clip in (clips or {}).items()}
+    cache = {"k": recipe.keys, "v": recipe.values}
+
+    def function(site: str, x: Tensor) -> Tensor | None:
+        kind = site.rsplit(".", 1)[-1]
+        grid = cache.get(kind) or grids.get(site, recipe.activations)
+        if grid.bits == 16 or kind == "q" or (kind not in cache and not inputs):
+            return None
+        if spare is not None and kind.endswith("_norm"):
+            return torch.where(spare(x)[..., None], x, fake_quantize(x, grid))
+        return fake_quantize(x, grid)
+
+    return function
+
+
+class BuildCache:
+    """Keeps the model built last, for the next recipe that needs the same one."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self._key: str | None = None
+        self._built: Built | None = None
+
+    def built(self, recipe: Recipe, on_part: OnPart = nothing) -> Built:
+        """The built model of `recipe`."""
+        key = build_key(recipe)
+        if self._built is None or self._key != key:
+            self._built = None  # frees the model before the next one is built
+            self._built, self._key = build(recipe, self.store, on_part), key
+        return self._built

@@ -1,0 +1,124 @@
+"""The sizes of a model, known without loading it: what its cost is counted from."""
+
+import struct
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dfrot_lab.model import loading
+from dfrot_lab.recipe.specs import DEFAULT_MODEL, ModelSpec
+
+PASS = 4
+"""Bytes of one pass over one float32 value."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A LLaMA-like model's sizes: channels C, layers, MLP width, query and key-value heads, channels of a
+    head, vocabulary, lm_head tied or not.
+    """
+
+    channels: int
+    layers: int
+    mlp: int
+    heads: int
+    kv_heads: int
+    head: int
+    vocabulary: int
+    tied: bool = False
+
+    @property
+    def linears(self) -> tuple[tuple[int, int], ...]:
+        """(out, in) of one layer's q, k, v, o, gate, up, down."""
+        C, q, kv = self.channels, self.heads * self.head, self.kv_heads * self.head
+        return (q, C), (kv, C), (kv, C), (C, q), (self.mlp, C), (self.mlp, C), (C, self.mlp)
+
+    @property
+    def inputs(self) -> tuple[int, int, int, int]:
+        """Channels of the four inputs of one layer's linears: of q, k, v; of o; of gate, up; of down."""
+        return self.channels, self.heads * self.head, self.channels, self.mlp
+
+    @property
+    def linear_weights(self) -> int:
+        """Weights of the linears of all layers."""
+        return self.layers * sum(out * into for out, into in self.linears)
+
+    @property
+    def embedding(self) -> int:
+        """Weights of the embedding, and again of lm_head."""
+        return self.vocabulary * self.channels
+
+    @property
+    def parameters(self) -> int:
+        """Parameters as published: linears, norm gains, embedding, and lm_head unless tied. Biases and norms
+        of heads (Qwen) are left out.
+        """
+        return (
+            self.linear_weights
+            + (2 * self.layers + 1) * self.channels
+            + self.embedding * (1 if self.tied else 2)
+        )
+
+    @property
+    def model_bytes(self) -> float:
+        """Memory of the float32 weights once lm_head is untied."""
+        return PASS * replace(self, tied=False).parameters
+
+
+SHAPES = {
+    DEFAULT_MODEL: Shape(576, 30, 1536, 9, 3, 64, 49152, tied=True),
+    "llama-2-7b": Shape(4096, 32, 11008, 32, 32, 128, 32000),
+    "llama-3-70b": Shape(8192, 80, 28672, 64, 8, 128, 128256),
+}
+"""Models known by name: nothing of theirs has to be there to say what they would take."""
+
+
+def shape_of(config: Any) -> Shape:
+    """The shape of a transformers config of a supported architecture."""
+    C, heads = config.hidden_size, config.num_attention_heads
+    kv_heads, head = (
+        getattr(config, "num_key_value_heads", None) or heads,
+        getattr(config, "head_dim", None) or C // heads,
+    )
+    return Shape(
+        C,
+        config.num_hidden_layers,
+        config.intermediate_size,
+        heads,
+        kv_heads,
+        head,
+        config.vocab_size,
+        bool(config.tie_word_embeddings),
+    )
+
+
+def shape(source: ModelSpec) -> Shape:
+    """The shape of a model: a name in `SHAPES`, or the config of a folder (no weights needed), a .gguf file
+    or the hub; else a ValueError.
+    """
+    if source.source in SHAPES:
+        return SHAPES[source.source]
+    name, path = source.source.removeprefix("hub:"), Path(source.source).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        return _gguf_shape(path)
+    if name == source.source and not (path / "config.json").is_file():
+        try:
+            loading.resolve(
+                source
+            )  # raises; where there is a model it would read all its weights, to name them by their bytes
+        except ValueError as error:
+            raise ValueError(f"{error} To estimate without a model: {', '.join(SHAPES)}.") from None
+    place = path if name == source.source else name
+    loading.roles_of(loading._architecture(place, source))
+    return shape_of(loading._config(place, source))
+
+
+def _gguf_shape(path: Path) -> Shape:
+    from transformers import AutoConfig
+
+    try:
+        return shape_of(AutoConfig.from_pretrained(path.parent, gguf_file=path.name))
+    except (ValueError, OSError, RuntimeError, IndexError, KeyError, AttributeError, struct.error) as error:
+        raise ValueError(
+            f"{path} is not a whole GGUF file of a LLaMA-like model ({type(error).__name__}: {error})"
+        ) from error

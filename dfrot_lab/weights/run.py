@@ -1,0 +1,166 @@
+"""Quantize the weights of a whole model by any quantizer of the table, layer by layer, each kept as it is
+done.
+
+A calibrated quantizer (GPTQ) runs in ONE forward pass over all calibration windows: just before a group of
+linears that read the same input (q, k, v; o; gate, up; down) is first used, a hook sums that input's Hessian
+and puts the quantized weights in, so each group is calibrated on what the quantized model before it really
+sends, activations unquantised (as QuaRot). A stopped run goes on where it was.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from dfrot_lab.disk.artefacts import Store, Writer
+from dfrot_lab.maths.quantizers import Quantized, dequantize
+from dfrot_lab.model import corpus, loading, surgery
+from dfrot_lab.model.loading import LoadedModel
+from dfrot_lab.recipe import registry
+from dfrot_lab.recipe.specs import WeightSpec
+from dfrot_lab.weights.gptq import hessian_of
+
+log = logging.getLogger(__name__)
+
+KIND = "weights"
+
+LayerCodes = dict[str, Quantized]
+"""The quantized weights of one decoder layer by linear name."""
+
+OnPart = Callable[[str, int, int], None]
+"""Told of every finished part of long work: what it is (`layer`, `window`), how many are done, of how many.
+It may raise to stop the work there.
+"""
+
+
+def nothing(_part: str, _done: int, _total: int) -> None:
+    """The OnPart that listens to nothing."""
+
+
+def is_stored(spec: WeightSpec, key: Mapping[str, Any], store: Store) -> bool:
+    """Whether `quantize_weights` would find the codes under `key` in the store; always true at 16 bits."""
+    return spec.quantizer.bits == 16 or store.open(KIND, key) is not None
+
+
+def quantize_weights(
+    loaded: LoadedModel, spec: WeightSpec, key: Mapping[str, Any], store: Store | None = None, *,
+    r4: bool = True, on_part: OnPart = nothing,
+) -> list[LayerCodes]:  # fmt: skip
+    """Put quantized weights into every linear of `loaded` (rotated as wanted; `r4` says whether down_proj
+    gets R4), from the store or computed now.
+
+    `key` (`keys.weights`) says of which model they are and how they are made: they are stored under it.
+    lm_head and embedding stay as they are. Returns the codes, one mapping a layer, memory-mapped; an empty
+    list at 16 bits. `on_part` is told of each layer once it is kept.
+    """
+    if spec.quantizer.bits == 16:
+        return []
+    calibrated = registry.load(registry.WEIGHTS, spec.method).CALIBRATED
+
+    def make(writer: Writer) -> None:
+        if calibrated:
+            _run_calibrated(loaded, spec, writer, r4, on_part)
+        else:
+            _run(loaded, spec, writer, on_part)
+
+    artefact = (store or Store()).get_or_make(KIND, key, make)
+    return [_install(layer, artefact.tensors(_file(index))) for index, layer in enumerate(loaded.layers)]
+
+
+def _quantize(layer: nn.Module, name: str, hessian: Tensor | None, spec: WeightSpec) -> Quantized:
+    quantizer = registry.load(registry.WEIGHTS, spec.method)
+    found: Quantized = quantizer.quantize(loading.linear(layer, name).weight, hessian, spec)
+    return found
+
+
+def _file(index: int) -> str:
+    return f"layer-{index:03d}"
+
+
+def _install(layer: nn.Module, saved: dict[str, Tensor]) -> LayerCodes:
+    where = next(layer.parameters()).device
+    saved = {key: tensor.to(where) for key, tensor in saved.items()}
+    codes = {}
+    for name in sorted({key.rsplit(":", 1)[0] for key in saved}):
+        scale = saved[f"{name}:scale"]
+        codes[name] = Quantized(saved[f"{name}:codes"], scale, torch.zeros_like(scale))
+        _put(loading.linear(layer, name), codes[name])
+    return codes
+
+
+def _put(linear: nn.Linear, quantized: Quantized) -> None:
+    with torch.no_grad():
+        linear.weight.copy_(dequantize(quantized, linear.weight.shape))
+
+
+def _save(writer: Writer, index: int, done: LayerCodes) -> None:
+    codes = {f"{name}:codes": q.codes for name, q in done.items()}
+    scales = {f"{name}:scale": q.scale for name, q in done.items()}
+    writer.save_tensors(_file(index), {**codes, **scales})
+
+
+def _run(loaded: LoadedModel, spec: WeightSpec, writer: Writer, on_part: OnPart) -> None:
+    bar = tqdm(loaded.layers, desc=spec.method.upper(), unit="layer", leave=False)
+    for index, layer in enumerate(bar):
+        if not writer.has(_file(index)):
+            done = {name: _quantize(layer, name, None, spec) for name in loaded.roles.linears}
+            _save(writer, index, done)
+        on_part("layer", index + 1, len(loaded.layers))
+
+
+@torch.inference_mode()
+def _run_calibrated(loaded: LoadedModel, spec: WeightSpec, writer: Writer, r4: bool, on_part: OnPart) -> None:
+    if spec.corpus is None:
+        raise ValueError(f"WeightSpec.corpus must be a text to calibrate {spec.method} on; got None")
+    loading.check_tokens(loaded, spec.window)
+    ids = corpus.token_blocks(spec.corpus, loaded.tokenizer, blocks=spec.windows, window=spec.window)
+    name = spec.method.upper()
+    log.info("%s to %d bits on %d x %d tokens of %s", name, spec.quantizer.bits, *ids.shape, spec.corpus.name)
+    (_, _, qkv), (_, _, mlp) = loaded.roles.feeds
+    groups = [qkv, (loaded.roles.o,), mlp, (loaded.roles.down,)]
+    with ExitStack() as stack, tqdm(total=len(loaded.layers), desc=name, unit="layer", leave=False) as bar:
+        stack.enter_context(surgery.online(loaded, r4=r4))  # first: R4 must act before the Hessian is taken
+        for index, layer in enumerate(loaded.layers):
+            done: LayerCodes = {}
+            if writer.has(_file(index)):
+                _install(layer, writer.load_tensors(_file(index)))
+            else:
+                for names in groups:
+                    stack.enter_context(_quantized_on_arrival(layer, names, spec, done))
+            stack.callback(layer.register_forward_hook(_finished(writer, index, done, bar, on_part)).remove)
+        loading.body(loaded)(ids.to(loaded.device), use_cache=False)
+
+
+@contextmanager
+def _quantized_on_arrival(
+    layer: nn.Module, names: tuple[str, ...], spec: WeightSpec, done: LayerCodes
+) -> Iterator[None]:
+    """While the block runs, the first input to reach the linears `names` of a layer has them quantized before
+    they use it.
+    """
+
+    def arrive(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        hessian = hessian_of(args[0].reshape(-1, args[0].shape[-1]).float())
+        for name in names:
+            done[name] = _quantize(layer, name, hessian, spec)
+            _put(loading.linear(layer, name), done[name])
+
+    handle = layer.get_submodule(names[0]).register_forward_pre_hook(arrive)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _finished(writer: Writer, index: int, done: LayerCodes, bar: Any, on_part: OnPart) -> Any:
+    def save(_layer: nn.Module, _args: Any, _output: Any) -> None:
+        if done:
+            _save(writer, index, done)
+        bar.update()
+        on_part("layer", index + 1, bar.total)
+
+    return save
