@@ -9,6 +9,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pytest
 import torch
+from again import float64_refinements
 from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
@@ -115,6 +116,13 @@ def few_threads(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.set_num_threads(before if request.node.get_closest_marker("model") else 1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def in_float64() -> Iterator[None]:
+    """Refinements whose R can be compared with that of a second run."""
+    with float64_refinements():
+        yield
 
 
 @pytest.fixture
