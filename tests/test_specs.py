@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 from dataclasses import FrozenInstanceError, fields
-from pathlib import Path
 
 import pytest
 
@@ -25,7 +24,6 @@ from dfrot_lab.recipe.specs import (
     WeightSpec,
     content_key,
     eval_spec,
-    file_digest,
     parse_bits,
 )
 
@@ -361,18 +359,6 @@ def test_eval_spec_has_the_design_s_quantizers_and_passes_fields_on():
     assert spec.activations == QuantSpec(symmetric=False)
     assert spec.kv == QuantSpec(symmetric=False, granularity="per_group")
     assert eval_spec("4-4-16") == EvalSpec()
-
-
-def test_file_digest_is_of_the_bytes_alone(tmp_path: Path):
-    content = bytes(range(256)) * 9000  # more than two of the blocks it is read in
-    first, copy, other = tmp_path / "a", tmp_path / "b.bin", tmp_path / "c"
-    first.write_bytes(content)
-    copy.write_bytes(content)
-    other.write_bytes(content[:-1] + b"\0")
-    assert file_digest(first) == file_digest(str(copy)) != file_digest(other)
-    assert re.fullmatch(r"[0-9a-f]{32}", file_digest(first))
-    with pytest.raises(FileNotFoundError, match="nowhere"):
-        file_digest(tmp_path / "nowhere")
 
 
 def test_content_key_is_sha256_of_sorted_json():

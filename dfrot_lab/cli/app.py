@@ -317,14 +317,14 @@ def models_command(
     """What can be loaded: supported and refused architectures with the reason; then --model itself, loaded
     and described.
     """
-    from dfrot_lab.model import loading
+    from dfrot_lab.model import families, loading
 
     del corpus, seed
     with _clear_errors():
         loaded = loading.load_model(ModelSpec(source=model))
         about = {
             "model": model, "provenance": loaded.provenance, "channels": loaded.channels, "layers": len(loaded.layers), "context": loaded.context,
-            "fingerprint": loaded.fingerprint, "supported": list(loading.ROLES), "refused": loading.REFUSED,
+            "fingerprint": loaded.fingerprint, "supported": list(families.FAMILIES), "refused": families.REFUSED,
         }  # fmt: skip
         show_facts(about, out, as_json)
 

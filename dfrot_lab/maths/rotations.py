@@ -4,7 +4,6 @@ and import them.
 
 import json
 import math
-import uuid
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dfrot_lab import __version__
+from dfrot_lab.disk.atomic import replacing
+from dfrot_lab.disk.digests import digest
 from dfrot_lab.maths.hadamard import hadamard_matrix
-from dfrot_lab.recipe.specs import RotationSpec, Spec, file_digest
+from dfrot_lab.recipe.specs import RotationSpec, Spec
 
 TENSOR = "R1"
 MAX_ORTHOGONALITY_ERROR = 1e-4
@@ -78,7 +79,7 @@ def make(spec: RotationSpec, channels: int) -> Tensor:
 
 def identity(spec: RotationSpec) -> dict[str, Any]:
     """What a rotation is keyed by: its spec, a file by its bytes and not by where it lies."""
-    return {**spec.to_dict(), "path": file_digest(spec.path) if spec.path else None}
+    return {**spec.to_dict(), "path": digest(spec.path) if spec.path else None}
 
 
 def orthogonality_error(R: Tensor) -> float:
@@ -140,13 +141,8 @@ def save(R: Tensor, path: str | Path, spec: Spec | None, **note: Any) -> None:
         "dfrot_lab": __version__,
     }
     tensor = check(R).cpu().contiguous()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-    try:
+    with replacing(target, tensor.nbytes) as temporary:
         save_file({TENSOR: tensor}, temporary, metadata)
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _open(path: str | Path) -> Any:

@@ -6,10 +6,7 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
 from typing import Any, Self
-
-import xxhash
 
 WINDOW = 2048
 """Tokens in one window: the length DFRot, QuaRot and GPTQ calibrate and evaluate with."""
@@ -43,15 +40,6 @@ def content_key(value: Any) -> str:
     """
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-def file_digest(path: Path | str) -> str:
-    """xxh3_128 of a file's bytes, 32 hex digits: the part of a key that stands for a file the user names."""
-    digest = xxhash.xxh3_128()
-    with Path(path).open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _plain(value: Any, kind: Any) -> Any:

@@ -18,8 +18,9 @@ from typing import Any
 import pandas as pd
 
 from dfrot_lab.disk.artefacts import Store, Writer
+from dfrot_lab.disk.digests import digest
 from dfrot_lab.model import loading
-from dfrot_lab.recipe.specs import EvalSpec, ModelSpec, file_digest
+from dfrot_lab.recipe.specs import EvalSpec, ModelSpec
 from dfrot_lab.score import perplexity
 
 log = logging.getLogger(__name__)
@@ -71,7 +72,7 @@ def table(
     inputs = {
         "row": perplexity.inputs(canonical) if canonical else {"plain": loading.fingerprint(model)},
         "limit": limit,
-        "tasks": {task: file_digest(path) if path else "hub" for task, path in tasks.items()},
+        "tasks": {task: digest(path) if path else "hub" for task, path in tasks.items()},
         "lm_eval": metadata.version("lm-eval"),
     }
 

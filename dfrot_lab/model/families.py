@@ -1,0 +1,82 @@
+"""Which model families can be rotated, and which part of each plays which role: the one place that knows any.
+
+A new family is one entry in FAMILIES, and one tiny random model in tests/conftest.py.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Roles:
+    """Which submodule plays which role; a layer's parts are named inside the decoder layer.
+
+    `feeds` holds (site, norm, the linears that alone read that norm's output): from it follow the fusing of
+    gains, R1 and what is quantized.
+    """
+
+    embedding: str = "model.embed_tokens"
+    layers: str = "model.layers"
+    final_norm: str = "model.norm"
+    lm_head: str = "lm_head"
+    attention: str = "self_attn"
+    v: str = "self_attn.v_proj"
+    o: str = "self_attn.o_proj"
+    down: str = "mlp.down_proj"
+    feeds: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+        ("input_norm", "input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+        ("post_attention_norm", "post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
+    )
+
+    @property
+    def groups(self) -> dict[str, tuple[str, ...]]:
+        """The linears of one layer by the site they read, in the order a forward pass reaches them."""
+        (norm, _, qkv), (mlp_norm, _, mlp) = self.feeds
+        return {norm: qkv, "o_proj_in": (self.o,), mlp_norm: mlp, "down_proj_in": (self.down,)}
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """The linears of one layer in the order a forward pass reaches them: q, k, v, o, gate, up, down."""
+        return tuple(name for names in self.groups.values() for name in names)
+
+
+FAMILIES: dict[str, Roles] = {
+    "LlamaForCausalLM": Roles(),
+    "MistralForCausalLM": Roles(),
+    "Qwen2ForCausalLM": Roles(),  # q, k, v have biases: they are on the output side, where R1 does not act
+    "Qwen3ForCausalLM": Roles(),  # q and k are normalised per head before RoPE: R3 comes after it
+}
+"""Roles by the class name of the transformers model."""
+
+_GEMMA = (
+    "its norms multiply by 1 + gain, and its post-norms sit before the residual add, "
+    "so no rotation of the residual stream passes through them"
+)
+_LAYER_NORM = (
+    "it uses LayerNorm, which subtracts the mean: a rotation does not commute with that "
+    "until the model is converted to RMSNorm"
+)
+REFUSED: dict[str, str] = {
+    "GemmaForCausalLM": _GEMMA,
+    "Gemma2ForCausalLM": _GEMMA,
+    "Gemma3ForCausalLM": _GEMMA,
+    "Gemma3ForConditionalGeneration": _GEMMA,
+    "GPT2LMHeadModel": _LAYER_NORM,
+    "OPTForCausalLM": _LAYER_NORM,
+    "GPTNeoXForCausalLM": _LAYER_NORM,
+    "BloomForCausalLM": _LAYER_NORM,
+    "PhiForCausalLM": _LAYER_NORM,
+}
+"""Families that rotation would change, with the reason."""
+
+
+def roles_of(architecture: str) -> Roles:
+    """The roles of a class name such as LlamaForCausalLM; a ValueError says why another one is refused."""
+    if architecture in FAMILIES:
+        return FAMILIES[architecture]
+    if architecture in REFUSED:
+        reason = f"cannot be rotated without changing it: {REFUSED[architecture]}"
+    elif not architecture.endswith(("ForCausalLM", "LMHeadModel")):
+        reason = "has no causal decoder, and DFRot is about decoders"
+    else:
+        reason = "is not in the table of roles (dfrot_lab.model.families.FAMILIES)"
+    raise ValueError(f"{architecture} {reason}. Supported: {', '.join(FAMILIES)}.")
