@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from dfrot_lab.disk.artefacts import Artefact, Store, Writer
 from dfrot_lab.maths import rotations
 from dfrot_lab.maths.quantizers import fake_quantize, squared_error
-from dfrot_lab.model import corpus, integer, loading, surgery
+from dfrot_lab.model import corpus, hooks, integer, loading, surgery
 from dfrot_lab.model.loading import LoadedModel
 from dfrot_lab.observe import intervene, massive
 from dfrot_lab.recipe.specs import KEEP_OUT_COUNTS, CorpusSpec, EvalSpec, RefineSpec, RotationSpec, WeightSpec
@@ -247,38 +247,31 @@ def quantized(built: Built, spec: EvalSpec, *, fake: bool = False) -> Iterator[N
     instead, the same to float rounding. On a GPU they always do: its float products are fast, and the passes
     between int8 products are not (0.11 s a window against 0.31 s on an H100).
     """
-    act, rotated = spec.activations, built.R is not None
+    loaded, act, rotated = built.loaded, spec.activations, built.R is not None
     spare = keep_out(spec, built.R) if spec.keep_out else None
+    kinds = ["k", "v"] if spec.kv.bits < 16 else []
     r3 = rotated and spec.kv.bits < 16
+
+    def quantize(site: str, x: Tensor) -> Tensor:
+        if site.endswith((".k", ".v")):
+            return fake_quantize(x, spec.kv)
+        if spare is None or not site.endswith("_norm"):
+            return fake_quantize(x, act)
+        return torch.where(spare(x)[..., None], x, fake_quantize(x, act))
+
     with ExitStack() as stack:
         if spec.set_massive:
-            stack.enter_context(
-                intervene.massive_set(built.loaded, spec.set_massive, _calibration(spec, built.loaded))
-            )
-        if is_integer(spec) and not fake and built.loaded.device.type == "cpu":
-            stack.enter_context(
-                integer.integer_linears(
-                    built.loaded, built.codes, act, r4=surgery.apply_r4 if rotated else None, spare=spare
-                )
-            )
-            stack.enter_context(surgery.online(built.loaded, r3=r3, kv=spec.kv))
-        else:
-            linear_input = None if act.bits == 16 else lambda x: fake_quantize(x, act)
-            norm_output = (
-                linear_input
-                if spare is None
-                else lambda x: torch.where(spare(x)[..., None], x, fake_quantize(x, act))
-            )
-            stack.enter_context(
-                surgery.online(
-                    built.loaded,
-                    r3=r3,
-                    r4=rotated,
-                    norm_output=norm_output,
-                    linear_input=linear_input,
-                    kv=spec.kv,
-                )
-            )
+            means = _calibration(spec, loaded)
+            stack.enter_context(intervene.massive_set(loaded, spec.set_massive, means))
+        in_integers = is_integer(spec) and not fake and loaded.device.type == "cpu"
+        if in_integers:
+            r4 = surgery.hadamard if rotated else None
+            stack.enter_context(integer.integer_linears(loaded, built.codes, act, r4=r4, spare=spare))
+        elif act.bits < 16:
+            kinds += hooks.LINEAR_INPUTS
+        sites = hooks.sites_of(loaded, *kinds) if kinds else ()
+        r4_online = rotated and not in_integers
+        stack.enter_context(surgery.online(loaded, r3=r3, r4=r4_online, function=quantize, sites=sites))
         yield
 
 
