@@ -358,7 +358,7 @@ import sys
 from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
-from dfrot_lab.model import loading, surgery
+from dfrot_lab.model import families, loading, surgery
 from dfrot_lab.observe.capture import record
 from dfrot_lab.model.loading import LoadedModel
 from dfrot_lab.recipe.specs import ModelSpec
@@ -370,7 +370,7 @@ def peak(work):
     return next(int(line.split()[1]) / 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
 
 config = LlamaConfig(vocab_size=64, hidden_size=512, intermediate_size=512, num_hidden_layers=8, num_attention_heads=4, num_key_value_heads=1)
-loaded = LoadedModel(LlamaForCausalLM(config).eval().requires_grad_(False), None, loading.Roles(), ModelSpec(source="x"), "x", "x")
+loaded = LoadedModel(LlamaForCausalLM(config).eval().requires_grad_(False), None, families.Roles(), ModelSpec(source="x"), "x", "x")
 surgery.prepare(loaded)
 ids = torch.arange(2048)[None] % 64
 
