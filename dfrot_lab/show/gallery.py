@@ -12,9 +12,8 @@ from matplotlib.figure import Figure
 
 from dfrot_lab.model import loading
 from dfrot_lab.score import results
-from dfrot_lab.show import figures_sweeps as sweeps
-from dfrot_lab.show import figures_tokens as tokens
-from dfrot_lab.show.figures import save_figure, theme
+from dfrot_lab.show import perplexity, tokens
+from dfrot_lab.show.theme import save_figure, theme
 from dfrot_lab.study import experiments
 from dfrot_lab.study.setting import Setting
 
@@ -25,17 +24,17 @@ FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {
     "token-errors-2d": tokens.figure_errors_2d,
     "token-orders": tokens.figure_orders,
     "massive-token": tokens.figure_massive_token,
-    "gamma-sweep": sweeps.figure_gamma,
-    "keep-out": sweeps.figure_keep_out,
-    "main-table": sweeps.figure_main_table,
-    "calibration": sweeps.figure_calibration,
-    "zero-shot": sweeps.figure_zero_shot,
-    "clip-sweep": sweeps.figure_clip,
-    "symmetric-or-not": sweeps.figure_symmetric,
-    "variants": sweeps.figure_variants,
+    "gamma-sweep": perplexity.figure_gamma,
+    "keep-out": perplexity.figure_keep_out,
+    "main-table": perplexity.figure_main_table,
+    "calibration": perplexity.figure_calibration,
+    "zero-shot": perplexity.figure_zero_shot,
+    "clip-sweep": perplexity.figure_clip,
+    "symmetric-or-not": perplexity.figure_symmetric,
+    "variants": perplexity.figure_variants,
     "massive-activations": tokens.figure_massive_activations,
     "massive-magnitudes": tokens.figure_magnitudes,
-    "intervene": sweeps.figure_intervene,
+    "intervene": perplexity.figure_intervene,
 }
 """The figure that draws each experiment's table."""
 
@@ -51,25 +50,25 @@ def save_experiment(
     """Write an experiment's table into `tables`, named after it and the corpus, and its figure into `folder`;
     what was written.
     """
-    rows = _file(name, setting, tables, "jsonl" if len(table) <= SMALL else "parquet")
-    if len(table) <= SMALL:
+    small = len(table) <= SMALL
+    rows = _file(name, setting, tables, "jsonl" if small else "parquet")
+    if small:
         results.replace(rows, results.rows(table))
     else:
         results.write_table(table, rows)
-    specs = sorted(set(table["spec"].dropna())) if "spec" in table else []
     about = {
         "experiment": name,
         "model": setting.model.source,
         "corpus": setting.corpus,
         "seed": setting.seed,
         "quick": setting.quick,
+        "device": loading.device_name(),
+        "setting": _plain(setting),
+        "rows": len(table),
+        "specs": sorted(set(table["spec"].dropna())) if "spec" in table else [],
     }
-    about |= {"device": loading.device_name(), "setting": _plain(setting)}
     with theme():
-        picture = save_figure(
-            FIGURES[name](table), name, folder, {**about, "rows": len(table), "specs": specs}
-        )
-    return [rows, picture]
+        return [rows, save_figure(FIGURES[name](table), name, folder, about)]
 
 
 def table(name: str, setting: Setting, root: Path) -> pd.DataFrame:
@@ -81,9 +80,9 @@ def table(name: str, setting: Setting, root: Path) -> pd.DataFrame:
     """
     rows = _file(name, setting, root / "data" / "results", "jsonl")
     beside = root / "figures" / Path(setting.corpus).stem / f"{name}.json"
-    about: dict[str, Any] = (
-        json.loads(beside.read_text(encoding="utf-8")) if rows.is_file() and beside.is_file() else {}
-    )
+    if not (rows.is_file() and beside.is_file()):
+        return experiments.run(name, setting)
+    about = json.loads(beside.read_text(encoding="utf-8"))
     if about.get("setting") != _plain(setting):
         return experiments.run(name, setting)
     log.info("%s: read from %s, computed on %s", name, rows.name, about["device"])
