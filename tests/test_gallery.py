@@ -14,7 +14,7 @@ from test_experiments import EVALUATING, LOOKING, Lab, lab  # noqa: F401 (a fixt
 
 from dfrot_lab.score import results
 from dfrot_lab.show import figures, gallery
-from dfrot_lab.show.tokens import ORDERS
+from dfrot_lab.show.tokens import ORDER_COLOURS, ORDER_MARKERS
 from dfrot_lab.study.experiments import EXPERIMENTS
 
 
@@ -62,9 +62,7 @@ def test_tasks_are_drawn_with_their_errors():
 
 
 def test_colours_and_markers_tell_the_orders_apart():
-    assert (
-        len({colour for colour, _ in ORDERS.values()}) == len({marker for _, marker in ORDERS.values()}) == 6
-    )
+    assert len(set(ORDER_COLOURS.values())) == len(set(ORDER_MARKERS.values())) == 6
 
 
 @pytest.mark.parametrize(("limit", "ending"), [(5000, "jsonl"), (3, "parquet")])

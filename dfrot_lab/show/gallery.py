@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {
     "token-errors-3d": tokens.figure_errors_3d,
-    "token-errors-2d": tokens.figure_errors_2d,
+    "token-errors-2d": tokens.figure_errors,
     "token-orders": tokens.figure_orders,
     "massive-token": tokens.figure_massive_token,
     "gamma-sweep": perplexity.figure_gamma,

@@ -80,11 +80,8 @@ def plot_perplexity(table: pd.DataFrame, bits: str, *, ax: Axes | None = None) -
 def figure_perplexity(table: pd.DataFrame) -> Figure:
     """Perplexity at every setting of the bits in a results table, a panel each."""
     rows = rows_of(table)
-
-    def draw(part: pd.DataFrame, *, ax: Axes) -> Axes:
-        return plot_perplexity(table, part["bits"].iloc[0], ax=ax)
-
-    return panels(rows[rows["label"] != "full precision"], "bits", draw)
+    shown = rows[rows["label"] != "full precision"]
+    return panels(shown, "bits", lambda part, ax: plot_perplexity(table, part["bits"].iloc[0], ax=ax))
 
 
 def plot_sweep(rows: pd.DataFrame, x: str, line: str, *, ax: Axes | None = None) -> Axes:

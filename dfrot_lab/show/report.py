@@ -5,7 +5,7 @@ import base64
 import hashlib
 import io
 import shlex
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cache
@@ -15,9 +15,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import plotly.io
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 from matplotlib.figure import Figure
 from plotly.offline import get_plotlyjs
@@ -88,24 +86,21 @@ def page(findings: Findings) -> str:
 def render(values: Mapping[str, Any]) -> str:
     """The page with these values (those of `values`), all escaped but the scripts.
 
-    It may load nothing and run only the two scripts that are put in here: its Content-Security-Policy names
-    each by its hash.
+    It may load nothing and run only its two scripts, plotly's library and the call of it: its
+    Content-Security-Policy names each by its hash.
     """
     pages = Environment(
         loader=PackageLoader("dfrot_lab", "show"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
-        lstrip_blocks=True,
     )
-    pages.filters["sha256"] = _source_hash
+    pages.filters["sha256"] = lambda script: _base64(hashlib.sha256(script.encode()).digest())
     return pages.get_template("report.html.j2").render(values)
 
 
-def _source_hash(script: str) -> Markup:
-    """How a Content-Security-Policy names a script."""
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return Markup("'sha256-{}'").format(digest)
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode()
 
 
 def values(findings: Findings) -> dict[str, Any]:
@@ -126,7 +121,8 @@ def values(findings: Findings) -> dict[str, Any]:
         "window": result.capture.tokens,
         "site": figure_site(result.capture.sites),
         "quantizer": setting.refine.quantizer.name,
-        "scripts": scripts(findings.errors),
+        "library": Markup(get_plotlyjs()),
+        "plot": scatter_figure(findings.errors).to_plotly_json(),
         "pictures": pictures,
         "history": None if result.refinement is None else _history(result.refinement.history),
         "command": command(public(setting)),
@@ -146,18 +142,7 @@ def _svg(figure: Figure) -> str:
     data = io.BytesIO()
     figure.savefig(data, format="svg", metadata={"Date": None})
     figures.plt.close(figure)
-    return base64.b64encode(data.getvalue()).decode()
-
-
-def scripts(errors: pd.DataFrame) -> list[Markup]:
-    """The page's two scripts: plotly's library, and the call that draws a table of token errors with it."""
-    plot = scatter_figure(errors).to_dict()
-    config = {"displaylogo": False, "responsive": True}
-    data, layout = (
-        htmlsafe_json_dumps(plot[part], dumps=plotly.io.json.to_json_plotly) for part in ("data", "layout")
-    )
-    call = Markup("Plotly.newPlot('token-errors', {}, {}, {});")
-    return [Markup(get_plotlyjs()), call.format(data, layout, htmlsafe_json_dumps(config))]
+    return _base64(data.getvalue())
 
 
 def named(source: str) -> str:
@@ -205,12 +190,12 @@ def massive_tokens(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(shown).join(counts).reset_index()
 
 
-def _gap(findings: Findings) -> dict[str, Any] | None:
+def _gap(findings: Findings) -> dict[Hashable, Any] | None:
     """RO - RH at the last bits that are stored: the row of the page's first paragraph."""
     rows = rows_of(findings.result.table, f"{results.PERPLEXITY} - RH")
     own = rows["rotation"].eq("RO") & ~rows["keep_out"].astype(bool)
     rows = rows[own & rows["seed"].eq(findings.result.setting.seed)]
-    return None if rows.empty else rows.iloc[-1].to_dict()
+    return None if rows.empty else rows.to_dict("records")[-1]
 
 
 def _history(history: pd.DataFrame) -> pd.DataFrame:

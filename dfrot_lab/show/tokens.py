@@ -1,7 +1,6 @@
 """Pictures of single tokens: their errors in the plane and in space, one massive token's values, the residual
 stream, a refinement. Each draws one table."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -31,21 +30,18 @@ TOKENS: dict[str, Any] = {
     "sizes": {"ordinary tokens": 8, "massive tokens": 36},
 }
 """seaborn's options for ordinary and massive tokens."""
-ORDERS = {
-    "NR > RO > RH": ("#117733", "o"),
-    "NR > RH > RO": ("#56B4E9", "v"),
-    "RO > NR > RH": (MASSIVE_COLOUR, "D"),
-    "RO > RH > NR": ("#E69F00", "s"),
-    "RH > NR > RO": ("#AA4499", "P"),
-    "RH > RO > NR": ("#222222", "X"),
+ORDER_COLOURS = {
+    "NR > RO > RH": "#117733",
+    "NR > RH > RO": "#56B4E9",
+    "RO > NR > RH": MASSIVE_COLOUR,
+    "RO > RH > NR": "#E69F00",
+    "RH > NR > RO": "#AA4499",
+    "RH > RO > NR": "#222222",
 }
-"""Colour and marker of each order of the errors: green, blue and red are the paper's."""
-SITES_3D = (
-    "layers.3.input_norm",
-    "layers.6.post_attention_norm",
-    "layers.15.input_norm",
-    "layers.28.input_norm",
-)
+"""A colour for each order of the errors: green, blue and red are the paper's."""
+ORDER_MARKERS = dict(zip(ORDER_COLOURS, "ovDsPX", strict=True))
+SITES = {f"layers.{site}_norm" for site in ("3.input", "6.post_attention", "15.input", "28.input")}
+"""Where the paper looks at all tokens."""
 PAIRS = (("NR", "RO"), ("NR", "RH"), ("RO", "RH"), ("RH", "DFRot"))
 """Which rotations the paper's Fig. 3 compares, the reference first."""
 
@@ -74,60 +70,52 @@ def plot_error_pair(wide: pd.DataFrame, x: str, y: str, *, ax: Axes | None = Non
 
 
 def figure_errors(wide: pd.DataFrame) -> Figure:
-    """The paper's Fig. 3 in three panels: RO against NR, RH against NR, RH against RO."""
-    fig, axes = plt.subplots(1, 3, figsize=(11, 3.9))
-    for ax, (x, y) in zip(axes, PAIRS[:3], strict=True):
-        plot_error_pair(wide, x, y, ax=ax)
-    legend_below(fig)
-    return fig
-
-
-def figure_errors_2d(table: pd.DataFrame) -> Figure:
-    """The paper's Fig. 3: NR-RO, NR-RH, RO-RH and RH-DFRot, a row a site."""
-    sites = _sites(table)[1:3] or _sites(table)
-    fig, axes = plt.subplots(len(sites), len(PAIRS), figsize=(13, 3.4 * len(sites)), squeeze=False)
+    """The paper's Fig. 3: each token's error, a panel a pair of rotations, the table's or the paper's middle
+    sites row by row."""
+    pairs = [pair for pair in PAIRS if set(pair) <= set(wide.columns)]
+    sites = _sites(wide)[1:3] or _sites(wide)
+    size = (3.5 * len(pairs), 3.4 * len(sites) + 0.4)
+    fig, axes = plt.subplots(len(sites), len(pairs), figsize=size, squeeze=False)
     for line, site in zip(axes, sites, strict=True):
-        for ax, (x, y) in zip(line, PAIRS, strict=True):
-            plot_error_pair(table[table["site"] == site], x, y, ax=ax)
+        for ax, (x, y) in zip(line, pairs, strict=True):
+            plot_error_pair(wide[wide["site"] == site], x, y, ax=ax)
             ax.set_title(f"{y} against {x}, {site}", fontsize=8)
     legend_below(fig)
     return fig
 
 
-def _sites(table: pd.DataFrame, wanted: Sequence[str] = SITES_3D) -> list[str]:
-    """The wanted sites a table has, or its first, middle and last."""
+def _sites(table: pd.DataFrame) -> list[str]:
+    """The paper's sites that a table has, or its first, middle and last."""
     own = [str(site) for site in table["site"].unique()]
     few = dict.fromkeys((own[0], own[len(own) // 2], own[-1]))
-    return [site for site in wanted if site in own] or list(few)
+    return [site for site in own if site in SITES] or list(few)
 
 
 def plot_errors_3d(wide: pd.DataFrame, *, ax: Any) -> Axes:
     """Each token's error under NR, RO and RH in space, coloured by their order (DFRot, Fig. 2). Columns: NR,
     RO, RH, order. `ax` is a 3-D Axes."""
-    for order, (colour, marker) in ORDERS.items():
-        part = wide[wide["order"] == order]
+    for order, part in wide.groupby("order", observed=True):
         rare = len(part) < 0.05 * len(wide)
         look = {"s": 30, "alpha": 1} if rare else {"s": 6, "alpha": 0.5}
-        where = (part["NR"], part["RO"], part["RH"])
-        ax.scatter(*where, c=colour, marker=marker, linewidths=0, depthshade=False, rasterized=True, **look)
+        look |= {"c": ORDER_COLOURS[order], "marker": ORDER_MARKERS[order], "linewidths": 0}
+        ax.scatter(part["NR"], part["RO"], part["RH"], depthshade=False, rasterized=True, **look)
     ax.set(xlabel="E(NR)", ylabel="E(RO)", zlabel="E(RH)")
     ax.tick_params(labelsize=7, pad=-2)
     for axis in (ax.xaxis, ax.yaxis, ax.zaxis):
         axis.labelpad = -4
     ax.view_init(elev=22, azim=-60)
     ax.set_box_aspect(None, zoom=0.84)  # else the labels are cut off
-    ax.title.set_y(0.95)
     return ax
 
 
 def figure_errors_3d(table: pd.DataFrame) -> Figure:
     """The paper's Fig. 2: every token in space, a panel a site."""
     shown = table[table["site"].isin(_sites(table))]
-    space = {"projection": "3d"}
-    fig = panels(shown, "site", plot_errors_3d, size=(3.2, 3.6), subplot_kw=space)
-    present = [order for order in ORDERS if order in set(shown["order"])]
-    handles = [plt.Line2D([], [], ls="", marker=ORDERS[o][1], c=ORDERS[o][0], label=o) for o in present]
-    fig.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=9)
+    fig = panels(shown, "site", plot_errors_3d, size=(3.2, 3.6), subplot_kw={"projection": "3d"})
+    for order, colour in ORDER_COLOURS.items():
+        if order in set(shown["order"]):
+            fig.axes[-1].plot([], [], [], ls="", marker=ORDER_MARKERS[order], c=colour, label=order)
+    legend_below(fig)
     return fig
 
 
@@ -136,13 +124,12 @@ def figure_orders(table: pd.DataFrame) -> Figure:
     order, tokens."""
     fig, ax = plt.subplots(figsize=(10, 3.8))
     places, sites = pd.factorize(table["site"])
-    size = dict(zip(ORDERS, (14, 14, 20, 36, 56, 80), strict=True))  # the rarer is seen behind the other
-    rank = table["order"].map(list(ORDERS).index)
+    size = dict(zip(ORDER_COLOURS, (14, 14, 20, 36, 56, 80), strict=True))  # the rarer is seen behind
+    rank = table["order"].map(list(ORDER_COLOURS).index)
     shown = table.assign(place=places, rank=rank).sort_values("rank", ascending=False)
-    look = {"palette": {o: colour for o, (colour, _) in ORDERS.items()}, "hue_order": ORDERS}
-    look |= {"markers": {o: marker for o, (_, marker) in ORDERS.items()}, "style_order": ORDERS}
-    by = {"hue": "order", "style": "order", "size": "order", "sizes": size}
-    sns.scatterplot(shown, x="place", y="tokens", **by, **look, linewidth=0, ax=ax)
+    by = {"hue": "order", "style": "order", "size": "order", "sizes": size, "linewidth": 0}
+    by |= {"palette": ORDER_COLOURS, "markers": ORDER_MARKERS}
+    sns.scatterplot(shown, x="place", y="tokens", hue_order=ORDER_COLOURS, **by, ax=ax)
     step = max(1, len(sites) // 10)
     names = [str(site).replace("layers.", "").replace("_norm", "") for site in sites[::step]]
     ax.set_xticks(range(0, len(sites), step), names, rotation=30, ha="right")
@@ -172,10 +159,12 @@ def figure_massive_token(values: pd.DataFrame) -> Figure:
         values = values[values["site"] == site]
         title = f"token {values['token'].iloc[0]} ({values['text'].iloc[0]!r}) at {site}"
 
-    def draw(part: pd.DataFrame, *, ax: Axes) -> Axes:
-        return plot_massive_values(part, part["rotation"].iloc[0], ax=ax)
-
-    fig = panels(values, "rotation", draw, size=(2.9, 3))
+    fig = panels(
+        values,
+        "rotation",
+        lambda part, ax: plot_massive_values(part, part["rotation"].iloc[0], ax=ax),
+        size=(2.9, 3),
+    )
     fig.suptitle(title, fontsize=10)
     return fig
 
@@ -264,11 +253,9 @@ def figure_magnitudes(table: pd.DataFrame) -> Figure:
     texts = table.drop_duplicates("token")["text"].tolist()
     step = max(1, len(texts) // 12)
     ax.set_xticks(range(0, len(texts), step), [repr(t)[1:-1] for t in texts[::step]], rotation=45, fontsize=7)
-    ax.set_xlabel("token", labelpad=22)
-    ax.set_ylabel("channel", labelpad=8)
-    ax.set_zlabel("|residual stream|", labelpad=12)
-    ax.tick_params(axis="y", labelsize=8)
-    ax.tick_params(axis="z", labelsize=8, pad=5)
+    ax.set(xlabel="token", ylabel="channel", zlabel="|residual stream|")
+    for axis, pad in ((ax.xaxis, 22), (ax.yaxis, 8), (ax.zaxis, 12)):
+        axis.labelpad = pad
     ax.view_init(elev=24, azim=-58)
     ax.set_box_aspect(None, zoom=0.88)  # else the labels are cut off
     return fig
