@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,18 @@ FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {
     "massive-token": tokens.figure_massive_token,
     "gamma-sweep": perplexity.figure_gamma,
     "keep-out": perplexity.figure_keep_out,
-    "main-table": perplexity.figure_main_table,
-    "calibration": perplexity.figure_calibration,
+    "main-table": partial(
+        perplexity.figure_differences, label="{rotation} {bits}", panel="weights: {weights}"
+    ),
+    "calibration": partial(perplexity.figure_differences, label="{varied} {level}"),
     "zero-shot": perplexity.figure_zero_shot,
     "clip-sweep": perplexity.figure_clip,
-    "symmetric-or-not": perplexity.figure_symmetric,
-    "variants": perplexity.figure_variants,
+    "symmetric-or-not": partial(
+        perplexity.figure_differences,
+        label="refined {refined_with}, sign flips: {sign_flips}",
+        panel="tested {tested_with}, {bits}",
+    ),
+    "variants": partial(perplexity.figure_differences, label="{variant}"),
     "massive-activations": tokens.figure_massive_activations,
     "massive-magnitudes": tokens.figure_magnitudes,
     "intervene": perplexity.figure_intervene,

@@ -92,19 +92,23 @@ def most_massive(table: pd.DataFrame) -> str:
     )
 
 
+def differences(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """Captions and tables of the paired differences, and of RO - RH seed by seed, where there are any."""
+    metrics = [name for name in dict.fromkeys(table["metric"]) if name != results.PERPLEXITY]
+    said = "{} on the same windows, with the paired 95% interval"
+    shown = [(said.format(name), results.comparison(table, name)) for name in metrics]
+    shown.append(("RO - RH, each random seed on its own", results.by_seed(table).rename_axis("bits")))
+    return [(caption, frame) for caption, frame in shown if not frame.empty]
+
+
 def report(result: MainResult) -> str:
     """The main job's findings as text: the most massive token, the table, the paired differences, RO - RH
     seed by seed."""
     setting, table = result.setting, result.table
-    parts = [
-        most_massive(massive_table(result)),
-        f"Perplexity on {setting.corpus}, {setting.windows} windows of {setting.window} tokens, with the 95% "
-        "interval over windows;\nbits are weights-activations-KV:",
-        results.comparison(table).to_string(),
-        "On the same windows, the difference and its paired 95% interval:",
-    ]
-    for metric in dict.fromkeys(table["metric"]):
-        if metric != results.PERPLEXITY:
-            parts.append(f"{metric}\n{results.comparison(table, metric).to_string()}")
-    parts.append(f"RO - RH, each random seed on its own:\n{results.by_seed(table).to_string()}")
-    return "\n\n".join(parts) + "\n"
+    said = (
+        f"Perplexity on {setting.corpus}, {setting.windows} windows of {setting.window} tokens, with the "
+        "95% interval; bits are weights-activations-KV cache"
+    )
+    shown = [(said, results.comparison(table)), *differences(table)]
+    parts = [f"{caption}:\n{frame.to_string()}" for caption, frame in shown]
+    return "\n\n".join([most_massive(massive_table(result)), *parts]) + "\n"

@@ -170,48 +170,19 @@ def _plot_kept(part: pd.DataFrame, *, ax: Axes) -> None:
     ax.set(xlabel="tokens of each window kept out")
 
 
-def figure_differences(rows: pd.DataFrame, panel: str = "bits") -> Figure:
-    """Paired differences of perplexity to RH, a panel for each value of column `panel`: left of the line is
-    better. Rows as `rows_of` gives them."""
-    size = (4.2, 1.4 + 0.32 * rows["label"].nunique())
-    fig = panels(rows, panel, plot_rows, size=size, sharey=True)
+def figure_differences(table: pd.DataFrame, label: str, panel: str = "{bits}") -> Figure:
+    """Paired differences of perplexity to RH: left of the line is better. `label` and `panel` name a row's
+    place and panel by its columns, as `str.format` fills them in."""
+    rows = rows_of(table[table["rotation"] != "NR"], f"{results.PERPLEXITY} - RH")
+    entries = rows.to_dict("records")
+    labels = [label.format_map(row).replace("_", " ") for row in entries]
+    rows = rows.assign(label=labels, panel=[panel.format_map(row) for row in entries])
+    size = (4.2, 1.4 + 0.32 * len(set(labels)))
+    fig = panels(rows, "panel", plot_rows, size=size, sharey=True)
     for ax in fig.axes:
         ax.axvline(0, ls="--", lw=1, c=INK)
         ax.set(xlabel="perplexity - RH's")
     return fig
-
-
-def _against_rh(table: pd.DataFrame) -> pd.DataFrame:
-    return rows_of(table[table["rotation"] != "NR"], f"{results.PERPLEXITY} - RH")
-
-
-def figure_main_table(table: pd.DataFrame) -> Figure:
-    """Table 2 as differences to RH: RO and DFRot by RTN and by GPTQ, on scales of their own."""
-    rows = _against_rh(table)
-    labelled = rows.assign(label=rows["rotation"] + " " + rows["bits"], panel=rows["weights"].str.upper())
-    return figure_differences(labelled, "panel")
-
-
-def figure_calibration(table: pd.DataFrame) -> Figure:
-    """Table 3 as differences to RH: which sample, how many rows, which text R1 was refined on."""
-    rows = _against_rh(table)
-    return figure_differences(rows.assign(label=rows["varied"] + " " + rows["level"].astype(str)))
-
-
-def figure_symmetric(table: pd.DataFrame) -> Figure:
-    """Refinement's and evaluation's quantizer, all four ways, with and without sign flips: differences to RH
-    under the same test."""
-    rows = _against_rh(table)
-    flips = rows["sign_flips"].map({True: ", sign flips", False: ""})
-    tested = "tested " + rows["tested_with"] + ", " + rows["bits"]
-    labelled = rows.assign(label="refined " + rows["refined_with"] + flips, tested=tested)
-    return figure_differences(labelled, "tested")
-
-
-def figure_variants(table: pd.DataFrame) -> Figure:
-    """The refinement's variants: differences of perplexity to RH."""
-    rows = _against_rh(table)
-    return figure_differences(rows.assign(label=rows["variant"].str.replace("_", " ")))
 
 
 def figure_zero_shot(table: pd.DataFrame) -> Figure:

@@ -106,7 +106,7 @@ def _base64(data: bytes) -> str:
 def values(findings: Findings) -> dict[str, Any]:
     """What the page shows, by the names the template uses."""
     result, table, massive = findings.result, findings.result.table, findings.massive
-    setting, found = result.setting, bool(findings.found)
+    setting = result.setting
     with figures.theme():
         drawn = main_figures.main_figures(result, findings.errors)
         pictures = {name: _svg(figure) for name, (figure, _) in drawn.items()}
@@ -126,8 +126,8 @@ def values(findings: Findings) -> dict[str, Any]:
         "pictures": pictures,
         "history": None if result.refinement is None else _history(result.refinement.history),
         "command": command(public(setting)),
-        "comparison": results.comparison(table).reset_index() if found else None,
-        "differences": _differences(table) if found else [],
+        "comparison": results.comparison(table) if findings.found else None,
+        "differences": main_figures.differences(table),
         "missing": _missing(findings),
         "paper": _paper(findings.found),
         "model": named(setting.model.source),
@@ -201,17 +201,6 @@ def _gap(findings: Findings) -> dict[Hashable, Any] | None:
 def _history(history: pd.DataFrame) -> pd.DataFrame:
     places = np.linspace(0, len(history) - 1, min(HISTORY_LINES, len(history))).round().astype(int)
     return history.iloc[places].round(4)
-
-
-def _differences(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
-    """Captions and tables of the paired differences, and of RO - RH by seed."""
-    metrics = [name for name in dict.fromkeys(table["metric"]) if name != results.PERPLEXITY]
-    said = "{}, on the same windows, with the paired 95% interval"
-    shown = [(said.format(name), results.comparison(table, name).reset_index()) for name in metrics]
-    seeds = results.by_seed(table)
-    if not seeds.empty:
-        shown.append(("RO - RH, each random seed on its own", seeds.rename_axis("bits").reset_index()))
-    return shown
 
 
 def _missing(findings: Findings) -> pd.DataFrame:

@@ -94,11 +94,11 @@ def _sites(table: pd.DataFrame) -> list[str]:
 def plot_errors_3d(wide: pd.DataFrame, *, ax: Any) -> Axes:
     """Each token's error under NR, RO and RH in space, coloured by their order (DFRot, Fig. 2). Columns: NR,
     RO, RH, order. `ax` is a 3-D Axes."""
-    for order, part in wide.groupby("order", observed=True):
-        rare = len(part) < 0.05 * len(wide)
-        look = {"s": 30, "alpha": 1} if rare else {"s": 6, "alpha": 0.5}
-        look |= {"c": ORDER_COLOURS[order], "marker": ORDER_MARKERS[order], "linewidths": 0}
-        ax.scatter(part["NR"], part["RO"], part["RH"], depthshade=False, rasterized=True, **look)
+    for order, colour in ORDER_COLOURS.items():
+        part = wide[wide["order"] == order]
+        size, alpha = (30, 1) if len(part) < 0.05 * len(wide) else (6, 0.5)
+        look = {"marker": ORDER_MARKERS[order], "linewidths": 0, "depthshade": False, "rasterized": True}
+        ax.scatter(part["NR"], part["RO"], part["RH"], s=size, alpha=alpha, c=colour, **look)
     ax.set(xlabel="E(NR)", ylabel="E(RO)", zlabel="E(RH)")
     ax.tick_params(labelsize=7, pad=-2)
     for axis in (ax.xaxis, ax.yaxis, ax.zaxis):
