@@ -20,13 +20,13 @@ from dfrot_lab.observe import massive
 from dfrot_lab.recipe.specs import (
     CaptureSpec,
     CorpusSpec,
-    EvalSpec,
+    Recipe,
     ModelSpec,
     QuantSpec,
     RefineSpec,
     RotationSpec,
     WeightSpec,
-    eval_spec,
+    recipe_of,
 )
 from dfrot_lab.score import perplexity as module
 from dfrot_lab.score.perplexity import (
@@ -64,28 +64,28 @@ def save_lively(folder: Path, family: str = "llama", **options: object) -> Model
 
 
 @pytest.fixture
-def base(tmp_path: Path, text_file: Path) -> EvalSpec:
+def base(tmp_path: Path, text_file: Path) -> Recipe:
     """A tiny model at full precision on 3 windows of 64 tokens; calibration on the other half of the same
     text.
     """
     return spec_for(save_lively(tmp_path / "lively"), text_file)
 
 
-def spec_for(model: ModelSpec, text: Path, bits: str = "16-16-16", **fields: object) -> EvalSpec:
-    spec = eval_spec(
+def spec_for(model: ModelSpec, text: Path, bits: str = "16-16-16", **fields: object) -> Recipe:
+    spec = recipe_of(
         bits, weights="rtn", model=model, corpus=CorpusSpec(name=str(text)), windows=3, window=64
     )
     calibration = CorpusSpec(name=str(text), split="calibration")
     return spec.with_(weights=spec.weights.with_(corpus=calibration, windows=2, window=64), **fields)
 
 
-def at(base: EvalSpec, bits: str, **fields: object) -> EvalSpec:
+def at(base: Recipe, bits: str, **fields: object) -> Recipe:
     spec = spec_for(base.model, Path(base.corpus.name), bits)
     return spec.with_(**fields)
 
 
-def result_of(losses: list[float], spec: EvalSpec | None = None) -> EvalResult:
-    return EvalResult(spec or EvalSpec(), np.array(losses), 1.0, "made here")
+def result_of(losses: list[float], spec: Recipe | None = None) -> EvalResult:
+    return EvalResult(spec or Recipe(), np.array(losses), 1.0, "made here")
 
 
 # ---- loss and perplexity
@@ -225,8 +225,8 @@ def test_a_difference_of_a_result_with_itself_is_zero():
     "other",
     [
         result_of([3.0, 3.1]),
-        result_of([3.0] * 3, EvalSpec(corpus=CorpusSpec(split="calibration"))),
-        result_of([3.0] * 3, EvalSpec(window=1024)),
+        result_of([3.0] * 3, Recipe(corpus=CorpusSpec(split="calibration"))),
+        result_of([3.0] * 3, Recipe(window=1024)),
     ],
     ids=["windows", "corpus", "window"],
 )
@@ -264,8 +264,8 @@ def test_statistic_hands_over_the_losses_in_order_and_resamples_them_together():
     "other",
     [
         result_of([3.0, 3.1]),
-        result_of([3.0] * 3, EvalSpec(corpus=CorpusSpec(split="calibration"))),
-        result_of([3.0] * 3, EvalSpec(window=1024)),
+        result_of([3.0] * 3, Recipe(corpus=CorpusSpec(split="calibration"))),
+        result_of([3.0] * 3, Recipe(window=1024)),
     ],
     ids=["windows", "corpus", "window"],
 )
@@ -337,11 +337,11 @@ GROUPS = {"granularity": "per_group"}
         ),
         (
             {"activations": QuantSpec(bits=16)},
-            {"activations": QuantSpec(bits=16, symmetric=False, clip_ratio=0.9)},
+            {"activations": QuantSpec(bits=16, scheme="asymmetric", clip_ratio=0.9)},
         ),
         (
             {"kv": QuantSpec(bits=16, **GROUPS)},
-            {"kv": QuantSpec(bits=16, symmetric=False, clip_ratio=0.9, group_size=32, **GROUPS)},
+            {"kv": QuantSpec(bits=16, scheme="asymmetric", clip_ratio=0.9, group_size=32, **GROUPS)},
         ),
         ({"rotation": NR}, {"rotation": RotationSpec(kind="NR", seed=5)}),
         ({"rotation": NR}, {"rotation": RotationSpec(kind="NR", block=8)}),
@@ -358,7 +358,7 @@ GROUPS = {"granularity": "per_group"}
     ],
 )
 def test_what_has_no_effect_is_not_in_the_key(a, b):
-    assert canonical(EvalSpec(**a)) == canonical(EvalSpec(**b))
+    assert canonical(Recipe(**a)) == canonical(Recipe(**b))
 
 
 @pytest.mark.parametrize(
@@ -378,11 +378,11 @@ def test_what_has_no_effect_is_not_in_the_key(a, b):
     ids=str,
 )
 def test_what_has_an_effect_is_in_the_key(change):
-    assert canonical(EvalSpec(**change)) != canonical(EvalSpec())
+    assert canonical(Recipe(**change)) != canonical(Recipe())
 
 
 def test_canonical_changes_nothing_twice():
-    for spec in (EvalSpec(), eval_spec("16-16-16", keep_out="nr_error"), eval_spec("4-4-16", weights="rtn")):
+    for spec in (Recipe(), recipe_of("16-16-16", keep_out="nr_error"), recipe_of("4-4-16", weights="rtn")):
         assert canonical(canonical(spec)) == canonical(spec)
 
 
@@ -474,7 +474,7 @@ def test_evaluate_all_builds_once_for_neighbours_that_share_a_model(base, store,
     built: list[str] = []
     real = module.build
 
-    def counted(spec: EvalSpec, store: Store, *listener: gptq.OnPart) -> module.Built:
+    def counted(spec: Recipe, store: Store, *listener: gptq.OnPart) -> module.Built:
         built.append(f"{spec.rotation.name} {spec.bits}")
         return real(spec, store, *listener)
 
@@ -521,7 +521,7 @@ def test_keep_out_judges_the_row_as_it_was_before_the_rotation(rule, rotation):
     turned = x if R is None else x @ R
     mask = massive.rows_rule(x, rule, root=massive.KEEP_OUT_ROOT)
     assert bool(mask[0, ::9].all()) and 0 < int(mask.sum()) < 60
-    assert torch.equal(keep_out(EvalSpec(keep_out=rule), R)(turned), mask)
+    assert torch.equal(keep_out(Recipe(keep_out=rule), R)(turned), mask)
 
 
 @pytest.mark.parametrize("rotation", [RO, RH], ids=["RO", "RH"])
@@ -549,7 +549,7 @@ def test_keep_out_brings_the_hidden_states_of_massive_tokens_nearer(base, store,
     assert torch.equal(seen["kept"][~newline], seen["all"][~newline])
 
 
-def measures(x: torch.Tensor, R: torch.Tensor | None, spec: EvalSpec) -> dict[str, list[float]]:
+def measures(x: torch.Tensor, R: torch.Tensor | None, spec: Recipe) -> dict[str, list[float]]:
     """Of each row as the norm puts it out, rotated if R is given: the largest |value| before rotation, and
     the squared error, one at a time.
     """
@@ -574,7 +574,7 @@ def test_counted_keep_out_takes_the_k_largest(which, k, rotation):
     x[:, 4, 9] = 40
     R = None if rotation is None else rotations.make(rotation, 64).float()
     turned = x if R is None else x @ R
-    spec = EvalSpec(keep_out=which, keep_out_tokens=k)
+    spec = Recipe(keep_out=which, keep_out_tokens=k)
     mask = keep_out(spec, R)(turned)
     assert mask.shape == (1, 60) and mask.dtype == torch.bool and int(mask.sum()) == min(k, 60)
     found = measures(turned, R, spec)
@@ -594,19 +594,19 @@ def test_most_massive_and_worst_of_a_spike():
     x[11] *= 1e-3
     x[11, 5] = 8
     spike = torch.arange(20) == 11
-    assert torch.equal(keep_out(EvalSpec(keep_out="most_massive", keep_out_tokens=1), None)(x), spike)
-    assert torch.equal(keep_out(EvalSpec(keep_out="worst", keep_out_tokens=19), None)(x), ~spike)
+    assert torch.equal(keep_out(Recipe(keep_out="most_massive", keep_out_tokens=1), None)(x), spike)
+    assert torch.equal(keep_out(Recipe(keep_out="worst", keep_out_tokens=19), None)(x), ~spike)
 
 
 @pytest.mark.parametrize("k", [1, 5, 60, 99])
 def test_random_keep_out_has_the_same_places_at_every_call_and_site(k):
     """Whatever the values are, and whatever was drawn before: a token is kept out in all layers or in none."""
-    chosen = keep_out(EvalSpec(keep_out="random", keep_out_tokens=k), None)
+    chosen = keep_out(Recipe(keep_out="random", keep_out_tokens=k), None)
     first = chosen(torch.zeros(1, 60, 64))
     torch.manual_seed(123)
     assert int(first.sum()) == min(k, 60)
     assert torch.equal(chosen(torch.randn(1, 60, 64)), first)
-    again = keep_out(EvalSpec(keep_out="random", keep_out_tokens=k), rotations.make(RO, 64).float())
+    again = keep_out(Recipe(keep_out="random", keep_out_tokens=k), rotations.make(RO, 64).float())
     assert torch.equal(again(torch.randn(60, 64)), first[0])
     expected = torch.randperm(60, generator=torch.Generator().manual_seed(0))[:k]
     assert sorted(expected.tolist()) == first[0].nonzero().flatten().tolist()
@@ -708,14 +708,14 @@ def test_a_spec_that_cannot_be_scored_is_refused_before_weights_are_quantized(ba
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"windows": 0}, r"EvalSpec\.windows must be a whole number >= 1; got 0"),
-        ({"window": 1}, r"EvalSpec\.window must be a whole number >= 2; got 1"),
-        ({"keep_out": "sun"}, r"EvalSpec\.keep_out must be one of None, nr_error, ro_vs_nr, .*; got 'sun'"),
+        ({"windows": 0}, r"Recipe\.windows must be a whole number >= 1; got 0"),
+        ({"window": 1}, r"Recipe\.window must be a whole number >= 2; got 1"),
+        ({"keep_out": "sun"}, r"Recipe\.keep_out must be one of None, nr_error, ro_vs_nr, .*; got 'sun'"),
     ],
 )
 def test_specs_that_make_no_sense_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
-        EvalSpec(**fields)
+        Recipe(**fields)
 
 
 @pytest.mark.parametrize("bits", ["4-4", "a-4-16", "4_4_16", "1-4-16", "4-17-16"])
@@ -724,7 +724,7 @@ def test_bits_must_be_three_numbers_in_2_to_16(bits):
         ValueError,
         match=r"bits must be (WEIGHTS-ACTIVATIONS-KV such as 4-4-16|a whole number in 2\.\.16); got",
     ):
-        eval_spec(bits)
+        recipe_of(bits)
 
 
 def test_results_are_frozen(base, store):

@@ -30,7 +30,7 @@ TINY, DEFAULT = 1e-6, 2e-5
 SEEN = 1e-3
 """A change that leaves the logits' place by more than this is seen by every test here."""
 
-KV4 = QuantSpec(bits=4, symmetric=False, granularity="per_group")
+KV4 = QuantSpec(bits=4, scheme="asymmetric", granularity="per_group")
 
 
 def kv4(x: Tensor) -> Tensor:
@@ -863,7 +863,7 @@ def test_the_norm_output_can_be_quantized_as_an_evaluation_does():
     """4 bits on inputs: a difference that shows without rotation, smaller with RH on a model with massive
     tokens and an outlier channel.
     """
-    quantize = QuantSpec(bits=4, symmetric=False)
+    quantize = QuantSpec(bits=4, scheme="asymmetric")
     errors = {}
     for name in ("NR", "RH"):
         loaded = tiny_model(dtype=torch.float64)

@@ -136,7 +136,9 @@ def capture(
         flat = ids.flatten().tolist()
         texts = [ready.tokenizer.decode([i]) for i in flat]
         writer.save_json("about", {"sites": sites, "channels": ready.channels, "ids": flat, "texts": texts})
-        writer.note.update(provenance=ready.provenance, forward_seconds=time.perf_counter() - started)
+        writer.note.update(
+            provenance=ready.provenance, family=ready.family, forward_seconds=time.perf_counter() - started
+        )
 
     return Capture(store.get_or_make("capture", keys.identity(spec, door.PRINTS), make))
 
