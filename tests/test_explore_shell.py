@@ -299,6 +299,7 @@ def test_controls_are_made_of_the_states_traits_and_the_two_are_one():
 def test_a_control_whose_options_are_replaced_moves_the_state_only_to_a_value():
     counter = Counter()
     counter.controls["place"].options = ["here", "there"]
+    counter.controls["place"].index = 0
     assert counter.state.place == "here"
     counter.controls["place"].options = []
     assert counter.controls["place"].value is None and counter.state.place == "here"
