@@ -46,7 +46,7 @@ def new_heat_map(top: Any) -> None:
 
 def new_scatter(top: Any) -> None:
     """A site's error table and a scatter of it."""
-    rows = top.view.rows
+    rows = top.rows
     table = errors.wide(
         errors.token_errors(
             rows.acts, rows.matrices, [QuantSpec(bits=top.state.bits)], sites=[top.state.site]

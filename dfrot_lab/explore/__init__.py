@@ -2,7 +2,7 @@
 `explore.massive(acts)`, `explore.errors(acts)`, ...
 """
 
-from .errors import errors as errors
+from .errors.widget import errors as errors
 from .generate import generate as generate
 from .invariance import invariance as invariance
 from .massive import massive as massive

@@ -2,7 +2,7 @@
 
 import html
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import ipywidgets as widgets
@@ -45,7 +45,7 @@ class Status:
         self.line.value = f"<span {about}>{words}</span>"
 
     @contextmanager
-    def doing(self, text: str, then: str = "") -> Iterator[None]:
+    def doing(self, text: str, then: str | Callable[[], str] = "") -> Iterator[None]:
         """While the block runs, say so; after it `then`, or the error, which is not raised further."""
         self.busy(text)
         try:
@@ -54,4 +54,4 @@ class Status:
             log.debug("shown in the explorer", exc_info=True)
             self.error(error)
         else:
-            self.say(then)
+            self.say(then() if callable(then) else then)
