@@ -5,7 +5,7 @@
 from .errors.widget import errors as errors
 from .generate import generate as generate
 from .invariance import invariance as invariance
-from .massive import massive as massive
+from .massive.widget import massive as massive
 from .playground import playground as playground
 from .refinement import refinement as refinement
 from .worth import worth as worth
