@@ -8,4 +8,4 @@ from .invariance import invariance as invariance
 from .massive.widget import massive as massive
 from .playground import playground as playground
 from .refinement import refinement as refinement
-from .worth import worth as worth
+from .worth.widget import worth as worth
