@@ -1,20 +1,16 @@
 """Graders for the lesson: each calls a student's own function on random inputs and says in one sentence what
-is right or what is wrong.
-
-Nothing is run from text: a grader takes the function itself. What it is compared with is the package's own
-function, or the rule that defines it.
+is right or what is wrong. Nothing is run from text: a grader takes the function itself.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dfrot_lab.maths import rotations
 from dfrot_lab.maths.quantizers import fake_quantize
-from dfrot_lab.model.surgery import fuse_norm
 from dfrot_lab.recipe.specs import QuantSpec, RotationSpec
 
 CLOSE = 1e-9
@@ -39,50 +35,40 @@ class Verdict:
         return f"{'Right' if self.right else 'Not yet'}: {self.sentence}"
 
 
-class Trial(NamedTuple):
-    """One call of a student's function: what it must give, what each known mistake gives (cut to fit where
-    only square inputs let one make it), and the sentence for any other.
+def _grade(trials: list[tuple[Any, ...]], praise: str) -> Verdict:
+    fault = next(filter(None, (_fault(*trial) for trial in trials)), "")
+    return Verdict(not fault, fault or praise)
+
+
+def _fault(
+    function: Answer, inputs: tuple[Any, ...], wanted: Tensor, mistakes: dict[str, Tensor], otherwise: str
+) -> str:
+    """What is wrong with one call of a student's function, empty where nothing is. `mistakes` are known wrong
+    results by their sentences, cut to fit where only square inputs let one make them.
     """
-
-    function: Answer
-    inputs: tuple[Any, ...]
-    wanted: Tensor
-    mistakes: dict[str, Tensor]
-    otherwise: str
-
-    def fault(self) -> str:
-        """What is wrong with the student's function; empty where nothing is."""
-        before = [value.clone() if isinstance(value, Tensor) else value for value in self.inputs]
-        try:
-            found = self.function(*self.inputs)
-        except UNFINISHED as error:
-            return f"your function raised {type(error).__name__}: {error}."
-        if found is None:
-            return "your function returned nothing: end it with return."
-        if not isinstance(found, Tensor):
-            return f"your function returned a {type(found).__name__}, a tensor was expected."
-        for old, new in zip(before, self.inputs, strict=True):
-            if isinstance(old, Tensor) and not torch.equal(old, new):
-                return (
-                    "your function changed its input: make a new tensor, others may still read the old one."
-                )
-        shape, wanted = tuple(found.shape), tuple(self.wanted.shape)
-        if shape != wanted:
-            return f"your function returned shape {shape}, {wanted} was expected."
-        if _same(found, self.wanted):
-            return ""
-        known = (sentence for sentence, wrong in self.mistakes.items() if _same(found, wrong))
-        return next(known, self.otherwise)
+    before = [value.clone() if isinstance(value, Tensor) else value for value in inputs]
+    try:
+        found = function(*inputs)
+    except UNFINISHED as error:
+        return f"your function raised {type(error).__name__}: {error}."
+    if found is None:
+        return "your function returned nothing: end it with return."
+    if not isinstance(found, Tensor):
+        return f"your function returned a {type(found).__name__}, a tensor was expected."
+    for old, new in zip(before, inputs, strict=True):
+        if isinstance(old, Tensor) and not torch.equal(old, new):
+            return "your function changed its input: make a new tensor, others may still read the old one."
+    if found.shape != wanted.shape:
+        shape, expected = tuple(found.shape), tuple(wanted.shape)
+        return f"your function returned shape {shape}, {expected} was expected."
+    if _same(found, wanted):
+        return ""
+    return next((sentence for sentence, wrong in mistakes.items() if _same(found, wrong)), otherwise)
 
 
 def _same(found: Tensor, wanted: Tensor) -> bool:
     distance = (found.detach().double() - wanted).norm()
     return bool(distance <= CLOSE * wanted.norm().clamp(min=1e-300))
-
-
-def _grade(trials: Iterable[Trial], praise: str) -> Verdict:
-    fault = next(filter(None, (trial.fault() for trial in trials)), "")
-    return Verdict(not fault, fault or praise)
 
 
 def _random(*shape: int, seed: int = 0) -> Tensor:
@@ -105,7 +91,7 @@ def check_rotate_row(function: Answer) -> Verdict:
             "you put R on the left, R @ x: that mixes tokens, not channels.": R[:tokens, :tokens] @ x,
             entries: x * R[:tokens],
         }
-        trials.append(Trial(function, (x, R), x @ R, mistakes, otherwise))
+        trials.append((function, (x, R), x @ R, mistakes, otherwise))
     return _grade(trials, "x @ R turns every row and keeps its length.")
 
 
@@ -121,10 +107,10 @@ def check_quantize(function: Answer) -> Verdict:
         )
         for x in (_random(16, seed=seed), -_random(16, seed=seed).abs()):
             wanted = fake_quantize(x[None], QuantSpec(bits=bits))[0]
-            trials.append(Trial(function, (x, bits), wanted, _misquantized(x, bits, top), otherwise))
+            trials.append((function, (x, bits), wanted, _misquantized(x, bits, top), otherwise))
     zeros = torch.zeros(4, dtype=torch.float64)
     sentence = "a row of zeros must stay zeros: its step is 0, and 0 / 0 is not a number."
-    trials.append(Trial(function, (zeros, 4), zeros, {}, sentence))
+    trials.append((function, (zeros, 4), zeros, {}, sentence))
     return _grade(trials, "step max|x| / (2^(bits-1) - 1), rounded to the nearest, on every row tried.")
 
 
@@ -162,7 +148,7 @@ def check_fuse_norm(function: Answer) -> Verdict:
             "you added the gain: it is a factor.": weight + gain,
             rows: weight * gain[:out, None],
         }
-        trials.append(Trial(function, (gain, weight), _fused(gain, weight), mistakes, otherwise))
+        trials.append((function, (gain, weight), weight * gain, mistakes, otherwise))
     praise = "W diag(g): column by column the linear takes over what the norm gives up, and its outputs stay."
     return _grade(trials, praise)
 
@@ -186,7 +172,7 @@ def check_rotate_weights(reader: Answer, writer: Answer) -> Verdict:
             ),
         }
         otherwise = "the reader does not undo R: (x @ R) @ W_new.T must be x @ W.T."
-        trials.append(Trial(reader, (read, R), read @ R, mistakes, otherwise))
+        trials.append((reader, (read, R), read @ R, mistakes, otherwise))
         mistakes = {
             "the writer turns backwards: its output would come out times R.T; it needs R.T @ W.": R @ write,
             "the writer was not changed.": write,
@@ -195,15 +181,6 @@ def check_rotate_weights(reader: Answer, writer: Answer) -> Verdict:
             ),
         }
         otherwise = "the writer's output must come out times R: h @ W_new.T must be h @ W.T @ R."
-        trials.append(Trial(writer, (write, R), R.T @ write, mistakes, otherwise))
+        trials.append((writer, (write, R), R.T @ write, mistakes, otherwise))
     praise = "readers take W @ R, writers R.T @ W: together they leave every logit where it was."
     return _grade(trials, praise)
-
-
-def _fused(gain: Tensor, weight: Tensor) -> Tensor:
-    """What the package's own surgery makes of a norm's gain and the linear behind it."""
-    norm, linear = nn.Linear(1, 1), nn.Linear(1, 1)
-    for module, value in ((norm, gain), (linear, weight)):
-        module.weight = nn.Parameter(value.clone(), requires_grad=False)
-    fuse_norm(norm, [linear])
-    return linear.weight.detach()
