@@ -10,12 +10,14 @@ import torch
 from test_evaluate import save_lively
 
 from dfrot_lab.disk.artefacts import Store
-from dfrot_lab.explore import base
-from dfrot_lab.explore.generate import EXACT, Generate, generate
-from dfrot_lab.explore.writing import first_difference, token_losses, write
+from dfrot_lab.explore.generate import numbers
+from dfrot_lab.explore.generate.numbers import continuation, first_difference, token_losses
+from dfrot_lab.explore.generate.widget import EXACT, Generate, generate
 from dfrot_lab.model import loading
 from dfrot_lab.rotate import dfrot
 from dfrot_lab.score import perplexity
+from dfrot_lab.show.figures import MASSIVE_COLOUR
+from dfrot_lab.show.markup import span, visible
 from dfrot_lab.study.setting import Setting
 
 PATIENCE = 120
@@ -81,7 +83,7 @@ def test_the_cache_changes_nothing_a_model_writes(setting, store, bits):
     built = perplexity.build(spec, store)
     ids = built.loaded.tokenizer(PROMPT, return_tensors="pt").input_ids[0]
     with perplexity.quantized(built, spec), torch.inference_mode():
-        fast, slow = write(built, ids, 8, lambda _id: None), ids
+        fast, slow = continuation(built.loaded, ids, 8), ids
         for _ in range(8):
             slow = torch.cat(
                 [slow, built.loaded.model(slow[None], use_cache=False).logits[0, -1].argmax()[None]]
@@ -109,7 +111,7 @@ def test_the_mean_of_the_losses_is_the_windows_loss(setting, store):
     built = perplexity.build(spec, store)
     ids = torch.randint(0, 256, (40,), generator=torch.Generator().manual_seed(0))
     with perplexity.quantized(built, spec):
-        assert sum(token_losses(built, ids)) / 39 == pytest.approx(
+        assert sum(token_losses(built.loaded, ids)) / 39 == pytest.approx(
             perplexity.window_loss(built.loaded, ids), rel=1e-5
         )
 
@@ -127,8 +129,8 @@ def test_the_first_token_that_departs_is_marked(widget):
         if expected is not None:
             departed += 1
             assert f"departs at token {expected + 1}" in widget.columns[name].value
-            title = f"token {expected + 1}, id {own['id'][expected]}; full precision wrote {base.visible(widget.text(exact[expected]))}"
-            assert base.span(own["text"][expected], base.MASSIVE_COLOUR, title) in widget.columns[name].value
+            title = f"token {expected + 1}, id {own['id'][expected]}; full precision wrote {visible(widget.text(exact[expected]))}"
+            assert span(own["text"][expected], MASSIVE_COLOUR, title) in widget.columns[name].value
     assert departed, "no 4-bit model of these departs: the test shows nothing"
 
 
@@ -185,7 +187,7 @@ def test_models_are_built_once_while_the_settings_stay(widget, monkeypatch):
     monkeypatch.setattr(
         perplexity, "build", lambda spec, store, *more: built.append(spec.bits) or real(spec, store, *more)
     )
-    monkeypatch.setattr("dfrot_lab.explore.writing.ROOM", 0)
+    monkeypatch.setattr(numbers, "ROOM", 0)
     widget.controls["rotations"].value = ("RO", "RH")
     written(widget)
     widget.controls["prompt"].value = "other words"
@@ -194,7 +196,7 @@ def test_models_are_built_once_while_the_settings_stay(widget, monkeypatch):
     widget.controls["bits"].value = "16-4-16"
     written(widget)
     assert built[3:] == ["16-4-16", "16-4-16"] and len(widget.workshop.kept) == 3
-    monkeypatch.setattr("dfrot_lab.explore.writing.ROOM", float("inf"))  # no memory to spare
+    monkeypatch.setattr(numbers, "ROOM", float("inf"))  # no memory to spare
     widget.controls["bits"].value = "4-4-4"
     written(widget)
     assert len(widget.workshop.kept) == 1
@@ -202,7 +204,7 @@ def test_models_are_built_once_while_the_settings_stay(widget, monkeypatch):
 
 @pytest.mark.parametrize(
     ("prompt", "tokens", "sentence"),
-    [("", 8, "the prompt is empty"), ("x" * 125, 8, "context of 128 tokens; got 133")],
+    [("", 8, "prompt must have at least one token"), ("x" * 125, 8, "context of 128 tokens; got 125 and 8")],
 )
 def test_an_error_is_one_sentence(widget, prompt, tokens, sentence):
     widget.controls["prompt"].value, widget.controls["tokens"].value = prompt, tokens
@@ -232,7 +234,7 @@ def test_the_strip_shows_the_losses_and_so_does_the_static_figure(widget):
         strip.z[2].tolist() == losses["RO"].tolist() and strip.zmax == losses[list(strip.y)].to_numpy().max()
     )
     assert widget.plot.layout.shapes[0].x0 == len(widget.prompt_ids) + 0.5
-    image = widget.static().axes[0].get_images()[0]
+    image = widget.static().axes[0].collections[0]
     assert not plt.get_fignums(), "a notebook would show an open figure twice"
     assert image.get_array().shape == (4, len(losses))
 

@@ -9,9 +9,11 @@ import pytest
 import torch
 from conftest import save_tiny, tiny_model
 
-from dfrot_lab.explore.invariance import Invariance, invariance, text_html, verdict_html
-from dfrot_lab.explore.latest import Latest
-from dfrot_lab.explore.surgeries import NEW_TOKENS, STEPS, TOLERANCE, WHY, Bench, Outcome, Steps, faults
+from dfrot_lab.explore.invariance.numbers import (
+    NEW_TOKENS, STEPS, TOLERANCE, WHY, Bench, Outcome, Steps, faults,
+)  # fmt: skip
+from dfrot_lab.explore.invariance.widget import Invariance, invariance, text_html, verdict_html
+from dfrot_lab.explore.shell.job import Latest
 from dfrot_lab.model import surgery
 from dfrot_lab.recipe.specs import ModelSpec, RotationSpec
 

@@ -32,7 +32,7 @@ from dfrot_lab.show import figures
 
 from . import base
 from .parts import spec_of
-from .plots import beside
+from .shell.explorer import beside
 from .refineplots import EntriesPlot, HistoryPlot
 from .refinerows import choices, watched
 

@@ -10,7 +10,7 @@ from dfrot_lab.maths.quantizers import squared_error
 from dfrot_lab.recipe.specs import QuantSpec
 
 from . import base
-from .toy import levels
+from .shell.offers import levels
 
 BINS = 60
 

@@ -1,0 +1,258 @@
+"""What quantization does to the words: one prompt through NR, RO, RH and DFRot beside the model that is not
+quantized, token by token.
+"""
+
+import html
+from functools import partial
+from typing import Any
+
+import ipywidgets as widgets
+import pandas as pd
+import torch
+import traitlets
+from matplotlib.figure import Figure
+
+from dfrot_lab.disk.artefacts import Store
+from dfrot_lab.explore.generate import numbers
+from dfrot_lab.explore.generate.numbers import Written
+from dfrot_lab.explore.generate.plots import Strip, figure_strip
+from dfrot_lab.explore.shell import offers
+from dfrot_lab.explore.shell.explorer import Explorer, control
+from dfrot_lab.explore.shell.job import Job
+from dfrot_lab.explore.shell.plot import GREY
+from dfrot_lab.explore.shell.words import duration
+from dfrot_lab.recipe.specs import EvalSpec
+from dfrot_lab.rotate import dfrot
+from dfrot_lab.score import perplexity
+from dfrot_lab.show.figures import COLOURS, MASSIVE_COLOUR
+from dfrot_lab.show.markup import span, visible
+from dfrot_lab.study.mainjob import NOMINAL_SECONDS
+from dfrot_lab.study.setting import Setting
+
+EXACT = "full precision"
+PROMPT = "The Eiffel Tower is in"
+COLUMN = {
+    "height": "250px",
+    "overflow": "auto",
+    "width": "236px",
+    "border": f"1px solid {GREY}",
+    "padding": "4px",
+}
+WEIGHTS: dict[str, Any] = {"options": ["rtn", "gptq"], "style": {"button_width": "70px"}}
+WARMTH: dict[str, Any] = {"min": 0, "max": 2, "step": 0.1}
+UNREFINED = "its rotation is not refined yet: press Refine DFRot"
+UNSTORED = "its GPTQ weights are not stored: choose rtn, or compute its row with `dfrot-lab evaluate`"
+
+
+class State(traitlets.HasTraits):
+    """What is written: the prompt, through which rotations, at which bits, how weights are quantized, how
+    many tokens, and how they are chosen.
+    """
+
+    prompt = control(
+        traitlets.Unicode(PROMPT), widgets.Textarea, "Prompt", layout={"width": "420px", "height": "96px"}
+    )
+    rotations = control(
+        traitlets.Tuple(default_value=offers.methods()),
+        widgets.SelectMultiple,
+        "Rotations",
+        220,
+        options=offers.methods(),
+        rows=4,
+    )
+    bits = control(traitlets.Unicode("4-4-16"), widgets.Dropdown, "Bits W-A-KV", options=offers.BITS)
+    weights = control(traitlets.Unicode("rtn"), widgets.ToggleButtons, "Weights", **WEIGHTS)
+    tokens = control(traitlets.Int(24), widgets.IntSlider, "Tokens", min=1, max=128)
+    temperature = control(
+        traitlets.Float(0.0), widgets.FloatSlider, "Temperature (0: the likeliest token)", 340, **WARMTH
+    )
+    top_k = control(traitlets.Int(50), widgets.IntSlider, "Top-k", 260, min=1, max=200)
+    seed = control(traitlets.Int(0), widgets.BoundedIntText, "Seed", 150, min=0, max=10**6)
+
+
+def generate(setting: Setting | None = None, store: Store | None = None) -> "Generate":
+    """A widget that shows what each rotation makes a quantized model write, where it first departs, and what
+    it makes of every token.
+    """
+    return Generate((setting or Setting.of_profile()).resolved(), store or Store())
+
+
+class Generate(Explorer):
+    """The explorer: `state`, `controls`, `columns`, `plot` (loss strip), `status`, `bar`, `job`; `table()`,
+    `losses()`, `static()`.
+    """
+
+    state: State
+
+    def __init__(self, setting: Setting, store: Store) -> None:
+        super().__init__(State())
+        self.setting, self.store, self.workshop = setting, store, numbers.Workshop(store)
+        self.written: dict[str, Written] = {}
+        self.prompt_ids: list[int] = []
+        self.tokenizer: Any = None
+        self.columns = {name: widgets.HTML(layout=COLUMN) for name in (EXACT, *offers.methods())}
+        for name in self.columns:
+            self._fill(name)
+        self.plot = Strip()
+        self.bar = widgets.FloatProgress(min=0, max=1, description="Done", layout={"width": "300px"})
+        self.button("write", "Write", self.write, icon="pencil")
+        self.button("cancel", "Cancel", self.cancel, icon="stop")
+        self.button("refine", "Refine DFRot", self.refine, icon="magic")
+        self.children = [
+            self.row("prompt", "rotations", ["bits", "weights", "tokens"], ["temperature", "top_k", "seed"]),
+            self.row("write", "cancel", "refine", self.bar),
+            self.status.widget,
+            widgets.HBox(list(self.columns.values()), layout={"grid_gap": "6px", "overflow": "auto"}),
+            self.plot,
+        ]
+        self.enable()
+
+    def specs(self) -> dict[str, EvalSpec]:
+        """The models that write, by name; first the one that is not quantized."""
+        setting, state = self.setting, self.state
+        rows = {EXACT: offers.row(setting, "NR", offers.FULL)}
+        for name in state.rotations:
+            rows[name] = offers.row(setting, name, state.bits, weights=state.weights)
+        return {name: perplexity.canonical(spec.with_(windows=1)) for name, spec in rows.items()}
+
+    def refined(self) -> bool:
+        """Whether DFRot's rotation is in the store."""
+        return dfrot.stored(self.setting.refine, self.store) is not None
+
+    def unready(self, specs: dict[str, EvalSpec]) -> dict[str, str]:
+        """Which of the models are left out, and why: nothing that takes minutes is started from here without
+        being asked for.
+        """
+        why = {}
+        for name, spec in specs.items():
+            if name == "DFRot" and not self.refined():
+                why[name] = UNREFINED
+            elif spec.weights.method == "gptq" and not perplexity.weights_stored(spec, self.store):
+                why[name] = UNSTORED
+        return why
+
+    def write(self) -> None:
+        """Write in the background, model after model."""
+        state = self.state
+        drawn = {"temperature": state.temperature, "top_k": state.top_k, "seed": state.seed}
+        work = partial(self._write, prompt=state.prompt, tokens=state.tokens, drawn=drawn)
+        self.work("looking in the store", work)
+
+    def refine(self) -> None:
+        """Refine DFRot's rotation in the background and keep it."""
+        seconds = NOMINAL_SECONDS["capture"] + NOMINAL_SECONDS["refine"]
+
+        def work(job: Job) -> None:
+            dfrot.refined(self.setting.refine, self.store, lambda _state: job.step())
+
+        self.work(f"refining DFRot's rotation, about {duration(seconds)} on 2 cores", work)
+
+    def cancel(self) -> None:
+        """Stop at the next token, layer or checkpoint."""
+        if self.job.running:
+            self.status.busy("stopping")
+            self.job.cancel()
+
+    def enabled(self) -> dict[str, bool]:
+        """A rotation that is stored needs no refinement."""
+        return {**super().enabled(), "refine": not self.job.running and not self.refined()}
+
+    def at_end(self, error: BaseException | None) -> str:
+        """What is written stays."""
+        return "Done" if error is None else "Stopped: what is written stays"
+
+    def _write(self, job: Job, prompt: str, tokens: int, drawn: dict[str, Any]) -> None:
+        specs = self.specs()
+        why = self.unready(specs)
+        self.written, self.bar.value = {}, 0.0
+        for name in self.columns:
+            self._fill(name, text=html.escape(why.get(name, "")))
+        ready = {name: spec for name, spec in specs.items() if name not in why}
+        self.workshop.keep_only(list(ready.values()))
+
+        def on_part(part: str, done: int, total: int) -> None:
+            self.status.busy(f"quantizing weights, {part} {done} of {total}")
+            job.step()
+
+        def on_token(token: int) -> None:
+            *done, result = self.written.values()
+            result.ids.append(token)
+            self.bar.value = (len(done) + len(result.ids) / tokens) / len(ready)
+            self._show(result)
+            of = f"of {tokens}, model {len(done) + 1} of {len(ready)}"
+            self.status.busy(f"{result.name} writes token {len(result.ids)} {of}")
+            job.step()
+
+        for name, spec in ready.items():
+            self.status.busy(f"building {name}, model {len(self.written) + 1} of {len(ready)}")
+            job.step()
+            built = self.workshop.built(spec, on_part)
+            if name == EXACT:
+                self.tokenizer = built.loaded.tokenizer
+                self.prompt_ids = numbers.prompt_ids(built.loaded, prompt, tokens).tolist()
+            result = self.written[name] = Written(name, [])
+            with perplexity.quantized(built, spec):
+                ids = torch.tensor(self.prompt_ids)
+                numbers.continuation(built.loaded, ids, tokens, on_token, **drawn)
+                ids = torch.tensor(self.prompt_ids + self.written[EXACT].ids)
+                result.losses = numbers.token_losses(built.loaded, ids)
+            self._show(result)
+            self.plot.draw(self.losses())
+
+    def _show(self, result: Written) -> None:
+        exact, different = self.written[EXACT].ids, self._different(result)
+        head = "as full precision" if different is None else f"departs at token {different + 1}"
+        parts = []
+        for place, token in enumerate(result.ids):
+            title, colour, text = f"token {place + 1}, id {token}", None, self.text(token)
+            if place == different:
+                colour = MASSIVE_COLOUR
+                if place < len(exact):
+                    title += f"; full precision wrote {visible(self.text(exact[place]))}"
+            parts.append(span(text, colour, title) + ("<br>" if "\n" in text else ""))
+        prompt = html.escape(self.tokenizer.decode(self.prompt_ids))
+        words = f'<span style="color:{GREY}">{prompt}</span><wbr>{"<wbr>".join(parts)}'
+        self._fill(result.name, "" if result.name == EXACT else head, words)
+
+    def _fill(self, name: str, head: str = "", text: str = "") -> None:
+        """Put a heading and its words into a model's column."""
+        mark = f"border-left:6px solid {COLOURS.get(name, GREY)};padding-left:6px"
+        title = f'<b style="{mark}">{html.escape(name)}</b> <i style="color:{GREY}">{head}</i>'
+        words = f'<div style="line-height:1.5;overflow-wrap:anywhere">{text}</div>'
+        self.columns[name].value = title + words
+
+    def _different(self, result: Written) -> int | None:
+        """Where a text departs from full precision's; while it is being written its end is no difference."""
+        exact = self.written[EXACT].ids
+        return numbers.first_difference(result.ids, exact if result.losses else exact[: len(result.ids)])
+
+    def text(self, token: int) -> str:
+        """A token's text as the tokenizer decodes it alone."""
+        return str(self.tokenizer.decode([token]))
+
+    def table(self) -> pd.DataFrame:
+        """What was written: model, position (from 1), id, text, and whether it is the first token that is not
+        full precision's.
+        """
+        lines = [
+            (name, place + 1, token, self.text(token), place == self._different(result))
+            for name, result in self.written.items()
+            for place, token in enumerate(result.ids)
+        ]
+        return pd.DataFrame(lines, columns=["model", "position", "id", "text", "departs"])
+
+    def losses(self) -> pd.DataFrame:
+        """Each token of the prompt and of what full precision wrote: position (from 2: the first has no
+        loss), text, prompt, a column a model.
+        """
+        scored = {name: result.losses for name, result in self.written.items() if result.losses}
+        ids = self.prompt_ids + self.written[EXACT].ids if scored else []
+        about = [
+            (place, self.text(ids[place - 1]), place <= len(self.prompt_ids))
+            for place in range(2, len(ids) + 1)
+        ]
+        return pd.DataFrame(about, columns=["position", "text", "prompt"]).assign(**scored)
+
+    def static(self) -> Figure:
+        """The loss strip as a matplotlib figure."""
+        return figure_strip(self.losses())
