@@ -66,8 +66,9 @@ def continuation(
     ids = prompt[None].to(loaded.device)
     drawn = {"do_sample": True, "temperature": temperature, "top_k": top_k} if temperature else GREEDY
     options = {**PLAIN, **drawn, "max_new_tokens": tokens, "stopping_criteria": [each]}
-    with torch.random.fork_rng():  # transformers draws from the global generator
-        torch.manual_seed(seed)
+    with torch.random.fork_rng(enabled=temperature > 0):  # transformers draws from the global generator
+        if temperature > 0:
+            torch.manual_seed(seed)
         written = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
     return written[0, len(prompt) :].tolist()
 

@@ -90,9 +90,7 @@ def why_html(table: pd.DataFrame, what: str) -> str:
 
 
 class Playground(Explorer):
-    """The widget of `playground`: hand, space and sweep are the first part's plots, values and errors the
-    second's.
-    """
+    """The widget of `playground`: by hand (hand, space, sweep), and in many channels (values, errors)."""
 
     state: State
 
