@@ -7,5 +7,5 @@ from .generate.widget import generate as generate
 from .invariance.widget import invariance as invariance
 from .massive.widget import massive as massive
 from .playground.widget import playground as playground
-from .refinement import refinement as refinement
-from .worth import worth as worth
+from .refinement.widget import refinement as refinement
+from .worth.widget import worth as worth

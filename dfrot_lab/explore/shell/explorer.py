@@ -76,14 +76,18 @@ class Explorer(widgets.VBox):
 
     # ---- work off the kernel's thread
 
-    def work(self, text: str, do: Callable[[Job], None]) -> None:
-        """Run `do(job)` in the background, `text` in the status line; while one runs, an error there."""
+    def free(self) -> bool:
+        """Whether no work runs; where some does, the status line says so."""
         if self.job.running:
             self.status.error(f"one {self.ONE} at a time: cancel the one that runs, or wait for it")
-            return
-        self.status.busy(text)
-        self.job.start(do)
-        self.enable()
+        return not self.job.running
+
+    def work(self, text: str, do: Callable[[Job], None]) -> None:
+        """Run `do(job)` in the background, `text` in the status line; while one runs, an error there."""
+        if self.free():
+            self.status.busy(text)
+            self.job.start(do)
+            self.enable()
 
     def enabled(self) -> dict[str, bool]:
         """Which buttons can be pressed now: `cancel` while the job runs, the others while it does not."""

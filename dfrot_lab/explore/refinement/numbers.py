@@ -4,11 +4,12 @@ import torch
 from torch import Tensor
 
 from dfrot_lab.observe.capture import Capture
-
-from . import base
+from dfrot_lab.show.markup import visible
 
 WATCHED = 4096
 """Rows the losses are drawn of at every step; the refinement's own checks are on all its rows."""
+MASSIVE_ONES, OTHERS = 8, 4
+"""Tokens offered: those with the largest value in the residual stream, and some ordinary ones."""
 
 
 def watched(rows: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -27,16 +28,12 @@ def watched(rows: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     return rows[chosen], mask[chosen]
 
 
-def choices(recorded: Capture, site: str, massive_ones: int = 8, others: int = 4) -> list[tuple[str, int]]:
-    """Tokens of a site worth a look, as (label, position): those with the largest value in the residual
-    stream, and some ordinary ones.
-    """
-    largest = recorded.residual_max[recorded.place(site)]
-    top = largest.argsort(descending=True)[:massive_ones].tolist()
-    even = [
-        i for i in torch.linspace(0, recorded.tokens - 1, others + 2).long().tolist()[1:-1] if i not in top
-    ]
-    texts = recorded.texts
+def choices(recorded: Capture, site: str) -> list[tuple[str, int]]:
+    """Tokens of a site worth a look, as (label, position), the most massive first."""
+    largest, texts = recorded.residual_max[recorded.place(site)], recorded.texts
+    top = largest.argsort(descending=True)[:MASSIVE_ONES].tolist()
+    even = torch.linspace(0, recorded.tokens - 1, OTHERS + 2).long().tolist()[1:-1]
     return [
-        (f"{i}: {base.visible(texts[i])}  (residual |max| {float(largest[i]):.0f})", i) for i in [*top, *even]
+        (f"{i}: {visible(texts[i])}  (residual |max| {float(largest[i]):.0f})", i)
+        for i in dict.fromkeys([*top, *even])
     ]
