@@ -91,6 +91,57 @@ def test_the_cache_changes_nothing_a_model_writes(setting, store, bits):
     assert fast == slow[len(ids) :].tolist()
 
 
+def test_a_models_own_generation_settings_do_not_change_its_words(setting):
+    """What many published models ask for: a penalty on repetition, a temperature, few candidates."""
+    loaded = loading.load_model(setting.model)
+    ids = loaded.tokenizer(PROMPT * 2, return_tensors="pt").input_ids[0]
+    plain = continuation(loaded, ids, 12), continuation(loaded, ids, 12, temperature=1.0)
+    own = {"do_sample": True, "repetition_penalty": 9.0, "temperature": 0.01, "top_p": 0.1, "top_k": 2}
+    loaded.model.generation_config.update(**own)
+    penalised = loaded.model.generate(ids[None], attention_mask=torch.ones_like(ids)[None], max_new_tokens=12)
+    assert penalised[0, len(ids) :].tolist() != plain[0], (
+        "these settings change nothing: the test shows nothing"
+    )
+    assert (continuation(loaded, ids, 12), continuation(loaded, ids, 12, temperature=1.0)) == plain
+
+
+def test_sampled_text_is_its_seeds(setting):
+    """The same seed, the same text, whatever was drawn before; other draws of the process are as ever."""
+    loaded = loading.load_model(setting.model)
+    ids = loaded.tokenizer(PROMPT, return_tensors="pt").input_ids[0]
+    options = {"temperature": 1.5, "top_k": 20}
+    before = torch.get_rng_state()
+    texts = [continuation(loaded, ids, 12, seed=seed, **options) for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert continuation(loaded, ids, 12, temperature=1.0, top_k=1) == continuation(loaded, ids, 12)
+
+
+def test_a_sampled_text_is_drawn_from_the_models_own_probabilities(setting):
+    """The first token of many seeds, against softmax(logits / temperature) of the likeliest five."""
+    loaded = loading.load_model(setting.model)
+    ids = loaded.tokenizer(PROMPT, return_tensors="pt").input_ids[0]
+    drawn = [continuation(loaded, ids, 1, temperature=0.7, top_k=5, seed=seed)[0] for seed in range(300)]
+    with torch.no_grad():
+        values, candidates = loaded.model(ids[None]).logits[0, -1].topk(5)
+    wanted = (values / 0.7).softmax(0)
+    found = torch.tensor([drawn.count(int(i)) / len(drawn) for i in candidates])
+    assert set(drawn) <= set(candidates.tolist()) and len(set(drawn)) > 2
+    assert float((found - wanted).abs().max()) < 0.1  # 3.4 standard errors of a share of one half
+
+
+def test_the_widget_samples_with_its_controls(widget):
+    widget.controls["rotations"].value = ("RH",)
+    greedy = written(widget).table()["id"].tolist()
+    widget.controls["temperature"].value = 1.5
+    sampled = written(widget).table()["id"].tolist()
+    assert written(widget).table()["id"].tolist() == sampled != greedy
+    widget.controls["seed"].value = 1
+    assert written(widget).table()["id"].tolist() != sampled
+    widget.controls["top_k"].value = 1
+    assert written(widget).table()["id"].tolist() == greedy
+
+
 def test_losses_are_those_of_a_slow_loop(widget, setting, store):
     losses = written(widget).losses()
     ids = torch.tensor(widget.prompt_ids + widget.written[EXACT].ids)
@@ -129,7 +180,8 @@ def test_the_first_token_that_departs_is_marked(widget):
         if expected is not None:
             departed += 1
             assert f"departs at token {expected + 1}" in widget.columns[name].value
-            title = f"token {expected + 1}, id {own['id'][expected]}; full precision wrote {visible(widget.text(exact[expected]))}"
+            wrote = visible(widget.text(exact[expected]))
+            title = f"token {expected + 1}, id {own['id'][expected]}; full precision wrote {wrote}"
             assert span(own["text"][expected], MASSIVE_COLOUR, title) in widget.columns[name].value
     assert departed, "no 4-bit model of these departs: the test shows nothing"
 
@@ -195,11 +247,11 @@ def test_models_are_built_once_while_the_settings_stay(widget, monkeypatch):
     assert built == ["16-16-16", "4-4-16", "4-4-16"]
     widget.controls["bits"].value = "16-4-16"
     written(widget)
-    assert built[3:] == ["16-4-16", "16-4-16"] and len(widget.workshop.kept) == 3
+    assert built[3:] == ["16-4-16", "16-4-16"] and len(widget.kept) == 3
     monkeypatch.setattr(numbers, "ROOM", float("inf"))  # no memory to spare
     widget.controls["bits"].value = "4-4-4"
     written(widget)
-    assert len(widget.workshop.kept) == 1
+    assert len(widget.kept) == 1
 
 
 @pytest.mark.parametrize(

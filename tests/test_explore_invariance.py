@@ -10,7 +10,14 @@ import torch
 from conftest import save_tiny, tiny_model
 
 from dfrot_lab.explore.invariance.numbers import (
-    NEW_TOKENS, STEPS, TOLERANCE, WHY, Bench, Outcome, Steps, faults,
+    NEW_TOKENS,
+    STEPS,
+    TOLERANCE,
+    WHY,
+    Bench,
+    Outcome,
+    Steps,
+    faults,
 )  # fmt: skip
 from dfrot_lab.explore.invariance.widget import Invariance, invariance, text_html, verdict_html
 from dfrot_lab.explore.shell.job import Latest
@@ -139,7 +146,6 @@ def test_token_text_is_escaped_and_the_sign_needs_no_colour():
 
 
 # ---- the widget
-# -------------------------------------------------------------------------------------------------------------------------
 
 
 def opened(**options) -> Invariance:
@@ -192,6 +198,15 @@ def test_an_empty_prompt_is_one_clear_sentence_and_the_bench_goes_on():
     assert view.wait(60).error == 0 and view.status.state == "ready"
 
 
+def test_a_prompt_beyond_the_models_context_is_refused_before_the_model_reads_it():
+    view = opened()
+    view.controls["prompt"].value = "x" * 100_000
+    view.latest.wait(60)
+    context = view.bench.loaded.context
+    assert f"context of {context} tokens; got 100" in view.status.text and view.status.state == "error"
+    assert len(view.outcomes) == 1
+
+
 def test_a_model_that_cannot_be_loaded_is_said(tmp_path, store):
     view = invariance(ModelSpec(source=str(tmp_path / "nowhere")), store=store)
     view.latest.wait(60)
@@ -206,7 +221,6 @@ def test_a_spec_is_loaded_in_the_background(tmp_path, store):
 
 
 # ---- newest wish first
-# ------------------------------------------------------------------------------------------------------------------
 
 
 def held(seen: list[object]) -> tuple[Latest, threading.Event]:

@@ -22,7 +22,6 @@ SYM4, ASYM4 = QuantSpec(), QuantSpec(symmetric=False)
 
 
 # ---- numbers
-# ----------------------------------------------------------------------------------------------------------------------------
 
 
 def test_one_angle_turns_the_first_channel_into_cosine_and_sine():
@@ -132,7 +131,6 @@ def test_few_channels_have_no_prediction():
 
 
 # ---- the widget
-# -------------------------------------------------------------------------------------------------------------------------
 
 
 def put(view: Playground, **values: object) -> None:

@@ -43,8 +43,8 @@ def _grade(trials: list[tuple[Any, ...]], praise: str) -> Verdict:
 def _fault(
     function: Answer, inputs: tuple[Any, ...], wanted: Tensor, mistakes: dict[str, Tensor], otherwise: str
 ) -> str:
-    """What is wrong with one call of a student's function, empty where nothing is. `mistakes` are known wrong
-    results by their sentences, cut to fit where only square inputs let one make them.
+    """What is wrong with one call of a student's function, or ''. `mistakes` are known wrong results by their
+    sentences, cut to fit where only square inputs let one make them.
     """
     before = [value.clone() if isinstance(value, Tensor) else value for value in inputs]
     try:
@@ -96,9 +96,7 @@ def check_rotate_row(function: Answer) -> Verdict:
 
 
 def check_quantize(function: Answer) -> Verdict:
-    """Grade `quantize_row(x, bits)`: one row x (channels,) rounded to its symmetric grid of that many bits,
-    as values (not codes).
-    """
+    """Grade `quantize_row(x, bits)`: a row x (channels,) on its symmetric grid, as values, not codes."""
     trials = []
     for seed, bits in enumerate((4, 3, 8)):
         top = 2 ** (bits - 1) - 1
@@ -133,9 +131,7 @@ def _misquantized(x: Tensor, bits: int, top: int) -> dict[str, Tensor]:
 
 
 def check_fuse_norm(function: Answer) -> Verdict:
-    """Grade `fuse_norm(gain, weight)`: the weight (out, channels) of a linear that takes over the gain
-    (channels,) of the norm it reads.
-    """
+    """Grade `fuse_norm(gain, weight)`: a weight (out, channels) that takes over a gain (channels,)."""
     divided = "you divided by the gain: the norm no longer multiplies by it, so the linear must."
     rows = "you scaled the rows, the linear's outputs: the gain belongs to its inputs, the columns."
     otherwise = "norm(x) without its gain, times your weight, is not what the layer gave before."
@@ -154,11 +150,9 @@ def check_fuse_norm(function: Answer) -> Verdict:
 
 
 def check_rotate_weights(reader: Answer, writer: Answer) -> Verdict:
-    """Grade `reader(weight, R)` for linears that read the residual stream (out, channels), `writer(weight,
-    R)` for those that write it (channels, n).
-
-    Rows: x @ W.T. A reader gets x @ R and must give what it gave before; a writer's output must come out
-    times R.
+    """Grade `reader(weight, R)` of linears that read the residual stream, weight (out, channels): given x @ R
+    they give what they gave for x; and `writer(weight, R)` of those that write it, weight (channels, in):
+    their output comes out times R.
     """
     R = rotations.make(RotationSpec(kind="RO", seed=7), 8)
     trials = []

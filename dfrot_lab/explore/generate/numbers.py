@@ -1,6 +1,6 @@
 """What models write, and how they score the same text. No widget is needed here."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,14 +8,11 @@ import psutil
 import torch
 from torch import Tensor
 
-from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.model.loading import LoadedModel
-from dfrot_lab.recipe.specs import EvalSpec
-from dfrot_lab.score import perplexity
 from dfrot_lab.score.perplexity import Built
 
 ROOM = 4
-"""A built model is kept for the next prompt while the free memory is this many times its weights."""
+"""Built models are kept for the next prompt while the free memory is this many times one's weights."""
 PLAIN = {"num_beams": 1, "repetition_penalty": 1.0, "top_p": 1.0, "pad_token_id": 0}
 GREEDY = {"do_sample": False, "temperature": 1.0, "top_k": 50}
 """transformers' defaults, said because a model's own generation settings would change its words."""
@@ -23,12 +20,12 @@ GREEDY = {"do_sample": False, "temperature": 1.0, "top_k": 50}
 
 @dataclass
 class Written:
-    """What one model wrote after the prompt, and the loss it gives each token of the text all models are
-    scored on, in nats (tokens - 1,).
+    """The ids a model wrote after the prompt, and the loss in nats it gives each token of one text but the
+    first.
     """
 
     name: str
-    ids: list[int]
+    ids: list[int] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
 
 
@@ -68,16 +65,11 @@ def continuation(
     model: Any = loaded.model
     ids = prompt[None].to(loaded.device)
     drawn = {"do_sample": True, "temperature": temperature, "top_k": top_k} if temperature else GREEDY
-    with torch.random.fork_rng():  # transformers draws from the global generator
-        torch.manual_seed(seed)
-        written = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=tokens,
-            stopping_criteria=[each],
-            **PLAIN,
-            **drawn,
-        )
+    options = {**PLAIN, **drawn, "max_new_tokens": tokens, "stopping_criteria": [each]}
+    with torch.random.fork_rng(enabled=temperature > 0):  # transformers draws from the global generator
+        if temperature > 0:
+            torch.manual_seed(seed)
+        written = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
     return written[0, len(prompt) :].tolist()
 
 
@@ -97,25 +89,7 @@ def first_difference(ids: Sequence[int], reference: Sequence[int]) -> int | None
     return len(equal) if len(ids) != len(reference) else None
 
 
-class Workshop:
-    """Built models, kept for the next prompt while there is room in memory; at least the one in use."""
-
-    def __init__(self, store: Store) -> None:
-        self.store = store
-        self.kept: dict[str, Built] = {}
-
-    def keep_only(self, specs: Sequence[EvalSpec]) -> None:
-        """Forget the models that none of `specs` needs."""
-        wanted = {str(perplexity.build_key(spec)) for spec in specs}
-        self.kept = {key: built for key, built in self.kept.items() if key in wanted}
-
-    def built(self, spec: EvalSpec, on_part: perplexity.OnPart) -> Built:
-        """The model of `spec`, built now unless it is kept; others go first where memory is short."""
-        key = str(perplexity.build_key(spec))
-        if key not in self.kept:
-            some = next(iter(self.kept.values()), None)
-            weights = [parameter.nbytes for parameter in some.loaded.model.parameters()] if some else []
-            if psutil.virtual_memory().available < ROOM * sum(weights):
-                self.kept.clear()
-            self.kept[key] = perplexity.build(spec, self.store, on_part)
-        return self.kept[key]
+def is_room(kept: Iterable[Built]) -> bool:
+    """Whether there is memory for one more model beside those kept."""
+    weights = [sum(parameter.nbytes for parameter in built.loaded.model.parameters()) for built in kept]
+    return psutil.virtual_memory().available >= ROOM * max(weights, default=0)

@@ -1,6 +1,4 @@
-"""What quantization does to the words: one prompt through NR, RO, RH and DFRot beside the model that is not
-quantized, token by token.
-"""
+"""What quantization does to the words: one prompt through each rotation and without, token by token."""
 
 import html
 from functools import partial
@@ -24,73 +22,55 @@ from dfrot_lab.explore.shell.words import duration
 from dfrot_lab.recipe.specs import EvalSpec
 from dfrot_lab.rotate import dfrot
 from dfrot_lab.score import perplexity
+from dfrot_lab.score.perplexity import Built, OnPart
 from dfrot_lab.show.figures import COLOURS, MASSIVE_COLOUR
 from dfrot_lab.show.markup import span, visible
 from dfrot_lab.study.mainjob import NOMINAL_SECONDS
 from dfrot_lab.study.setting import Setting
 
 EXACT = "full precision"
-PROMPT = "The Eiffel Tower is in"
-COLUMN = {
-    "height": "250px",
-    "overflow": "auto",
-    "width": "236px",
-    "border": f"1px solid {GREY}",
-    "padding": "4px",
-}
+ROTATIONS = offers.methods()
+BOX = {"width": "420px", "height": "96px"}
+SIZE = {"height": "250px", "width": "236px"}
+COLUMN = {**SIZE, "overflow": "auto", "border": f"1px solid {GREY}", "padding": "4px"}
+LIST: dict[str, Any] = {"options": ROTATIONS, "rows": 4}
 WEIGHTS: dict[str, Any] = {"options": ["rtn", "gptq"], "style": {"button_width": "70px"}}
-WARMTH: dict[str, Any] = {"min": 0, "max": 2, "step": 0.1}
 UNREFINED = "its rotation is not refined yet: press Refine DFRot"
 UNSTORED = "its GPTQ weights are not stored: choose rtn, or compute its row with `dfrot-lab evaluate`"
+LIKELIEST = "Temperature (0: the likeliest)"
 
 
 class State(traitlets.HasTraits):
-    """What is written: the prompt, through which rotations, at which bits, how weights are quantized, how
-    many tokens, and how they are chosen.
-    """
+    """What is written, through which rotations, at which bits and weights, and how tokens are chosen."""
 
-    prompt = control(
-        traitlets.Unicode(PROMPT), widgets.Textarea, "Prompt", layout={"width": "420px", "height": "96px"}
-    )
-    rotations = control(
-        traitlets.Tuple(default_value=offers.methods()),
-        widgets.SelectMultiple,
-        "Rotations",
-        220,
-        options=offers.methods(),
-        rows=4,
-    )
+    prompt = control(traitlets.Unicode("The Eiffel Tower is in"), widgets.Textarea, "Prompt", layout=BOX)
+    rotations = control(traitlets.Any(ROTATIONS), widgets.SelectMultiple, "Rotations", 220, **LIST)
     bits = control(traitlets.Unicode("4-4-16"), widgets.Dropdown, "Bits W-A-KV", options=offers.BITS)
     weights = control(traitlets.Unicode("rtn"), widgets.ToggleButtons, "Weights", **WEIGHTS)
     tokens = control(traitlets.Int(24), widgets.IntSlider, "Tokens", min=1, max=128)
-    temperature = control(
-        traitlets.Float(0.0), widgets.FloatSlider, "Temperature (0: the likeliest token)", 340, **WARMTH
-    )
+    temperature = control(traitlets.Float(0.0), widgets.FloatSlider, LIKELIEST, 340, min=0, max=2, step=0.1)
     top_k = control(traitlets.Int(50), widgets.IntSlider, "Top-k", 260, min=1, max=200)
     seed = control(traitlets.Int(0), widgets.BoundedIntText, "Seed", 150, min=0, max=10**6)
 
 
 def generate(setting: Setting | None = None, store: Store | None = None) -> "Generate":
-    """A widget that shows what each rotation makes a quantized model write, where it first departs, and what
-    it makes of every token.
-    """
+    """What each rotation makes a quantized model write, where it departs, and its loss of every token."""
     return Generate((setting or Setting.of_profile()).resolved(), store or Store())
 
 
 class Generate(Explorer):
-    """The explorer: `state`, `controls`, `columns`, `plot` (loss strip), `status`, `bar`, `job`; `table()`,
-    `losses()`, `static()`.
-    """
+    """The widget of `generate`: columns of text and a strip of losses (`plot`)."""
 
     state: State
 
     def __init__(self, setting: Setting, store: Store) -> None:
         super().__init__(State())
-        self.setting, self.store, self.workshop = setting, store, numbers.Workshop(store)
+        self.setting, self.store = setting, store
+        self.kept: dict[str, Built] = {}
         self.written: dict[str, Written] = {}
         self.prompt_ids: list[int] = []
         self.tokenizer: Any = None
-        self.columns = {name: widgets.HTML(layout=COLUMN) for name in (EXACT, *offers.methods())}
+        self.columns = {name: widgets.HTML(layout=COLUMN) for name in (EXACT, *ROTATIONS)}
         for name in self.columns:
             self._fill(name)
         self.plot = Strip()
@@ -109,10 +89,9 @@ class Generate(Explorer):
 
     def specs(self) -> dict[str, EvalSpec]:
         """The models that write, by name; first the one that is not quantized."""
-        setting, state = self.setting, self.state
-        rows = {EXACT: offers.row(setting, "NR", offers.FULL)}
+        state, rows = self.state, {EXACT: offers.row(self.setting, "NR", offers.FULL)}
         for name in state.rotations:
-            rows[name] = offers.row(setting, name, state.bits, weights=state.weights)
+            rows[name] = offers.row(self.setting, name, state.bits, weights=state.weights)
         return {name: perplexity.canonical(spec.with_(windows=1)) for name, spec in rows.items()}
 
     def refined(self) -> bool:
@@ -120,9 +99,7 @@ class Generate(Explorer):
         return dfrot.stored(self.setting.refine, self.store) is not None
 
     def unready(self, specs: dict[str, EvalSpec]) -> dict[str, str]:
-        """Which of the models are left out, and why: nothing that takes minutes is started from here without
-        being asked for.
-        """
+        """Which models are left out, and why: nothing that takes minutes is started unasked."""
         why = {}
         for name, spec in specs.items():
             if name == "DFRot" and not self.refined():
@@ -168,7 +145,8 @@ class Generate(Explorer):
         for name in self.columns:
             self._fill(name, text=html.escape(why.get(name, "")))
         ready = {name: spec for name, spec in specs.items() if name not in why}
-        self.workshop.keep_only(list(ready.values()))
+        keys = {name: str(perplexity.build_key(spec)) for name, spec in ready.items()}
+        self.kept = {key: built for key, built in self.kept.items() if key in keys.values()}
 
         def on_part(part: str, done: int, total: int) -> None:
             self.status.busy(f"quantizing weights, {part} {done} of {total}")
@@ -186,11 +164,11 @@ class Generate(Explorer):
         for name, spec in ready.items():
             self.status.busy(f"building {name}, model {len(self.written) + 1} of {len(ready)}")
             job.step()
-            built = self.workshop.built(spec, on_part)
+            built = self._built(keys[name], spec, on_part)
             if name == EXACT:
                 self.tokenizer = built.loaded.tokenizer
                 self.prompt_ids = numbers.prompt_ids(built.loaded, prompt, tokens).tolist()
-            result = self.written[name] = Written(name, [])
+            result = self.written[name] = Written(name)
             with perplexity.quantized(built, spec):
                 ids = torch.tensor(self.prompt_ids)
                 numbers.continuation(built.loaded, ids, tokens, on_token, **drawn)
@@ -199,17 +177,24 @@ class Generate(Explorer):
             self._show(result)
             self.plot.draw(self.losses())
 
+    def _built(self, key: str, spec: EvalSpec, on_part: OnPart) -> Built:
+        """The model of `spec`, built now unless it is kept; the others go first where memory is short."""
+        if key not in self.kept:
+            if not numbers.is_room(self.kept.values()):
+                self.kept.clear()
+            self.kept[key] = perplexity.build(spec, self.store, on_part)
+        return self.kept[key]
+
     def _show(self, result: Written) -> None:
         exact, different = self.written[EXACT].ids, self._different(result)
         head = "as full precision" if different is None else f"departs at token {different + 1}"
         parts = []
         for place, token in enumerate(result.ids):
-            title, colour, text = f"token {place + 1}, id {token}", None, self.text(token)
-            if place == different:
-                colour = MASSIVE_COLOUR
-                if place < len(exact):
-                    title += f"; full precision wrote {visible(self.text(exact[place]))}"
-            parts.append(span(text, colour, title) + ("<br>" if "\n" in text else ""))
+            title, text, departs = f"token {place + 1}, id {token}", self.text(token), place == different
+            if departs and place < len(exact):
+                title += f"; full precision wrote {visible(self.text(exact[place]))}"
+            marked = span(text, MASSIVE_COLOUR if departs else None, title)
+            parts.append(marked + ("<br>" if "\n" in text else ""))
         prompt = html.escape(self.tokenizer.decode(self.prompt_ids))
         words = f'<span style="color:{GREY}">{prompt}</span><wbr>{"<wbr>".join(parts)}'
         self._fill(result.name, "" if result.name == EXACT else head, words)
@@ -231,9 +216,7 @@ class Generate(Explorer):
         return str(self.tokenizer.decode([token]))
 
     def table(self) -> pd.DataFrame:
-        """What was written: model, position (from 1), id, text, and whether it is the first token that is not
-        full precision's.
-        """
+        """What was written: model, position (from 1), id, text, departs (at the first that differs)."""
         lines = [
             (name, place + 1, token, self.text(token), place == self._different(result))
             for name, result in self.written.items()
@@ -242,16 +225,14 @@ class Generate(Explorer):
         return pd.DataFrame(lines, columns=["model", "position", "id", "text", "departs"])
 
     def losses(self) -> pd.DataFrame:
-        """Each token of the prompt and of what full precision wrote: position (from 2: the first has no
-        loss), text, prompt, a column a model.
+        """Each token of the prompt and of full precision's text but the first: position (from 2), text,
+        prompt, and the loss in nats, a column a model.
         """
         scored = {name: result.losses for name, result in self.written.items() if result.losses}
         ids = self.prompt_ids + self.written[EXACT].ids if scored else []
-        about = [
-            (place, self.text(ids[place - 1]), place <= len(self.prompt_ids))
-            for place in range(2, len(ids) + 1)
-        ]
-        return pd.DataFrame(about, columns=["position", "text", "prompt"]).assign(**scored)
+        losses = pd.DataFrame({"position": range(1, len(ids) + 1), "text": [self.text(i) for i in ids]})
+        losses["prompt"] = losses["position"] <= len(self.prompt_ids)
+        return losses.iloc[1:].reset_index(drop=True).assign(**scored)
 
     def static(self) -> Figure:
         """The loss strip as a matplotlib figure."""

@@ -15,8 +15,7 @@ from dfrot_lab.model.loading import LoadedModel, linear
 from dfrot_lab.recipe.specs import RotationSpec
 
 TOLERANCE = 2e-5
-"""Relative error of the logits that float32 rounding may cause through some 30 layers; mistakes begin a
-hundred times higher.
+"""Relative error of the logits that float32 rounding may cause in 30 layers; mistakes begin 100 times higher.
 """
 NEW_TOKENS = 12
 PROMPT = "The capital of France is Paris. The capital of Germany is"
@@ -135,8 +134,8 @@ class Bench:
         generate: bool = True,
         step: Callable[[], None] = lambda: None,
     ) -> Outcome:
-        """Try `steps` and compare with the untouched model on `prompt`; `step` is called between the parts.
-        ValueError: an empty prompt, or one beyond the model's context.
+        """Try `steps` on `prompt` beside the untouched model; `step` is called between the parts. ValueError:
+        an empty prompt, or one beyond the model's context.
         """
         loaded, tokens = self.loaded, tuple[str, ...]()
         ids = prompt_ids(loaded, prompt, NEW_TOKENS).to(loaded.device)
@@ -220,9 +219,7 @@ def _residual(loaded: LoadedModel, steps: Steps) -> list[str]:
 
 
 def _insist(loaded: LoadedModel, change: Callable[[LoadedModel], None], *, aside: bool = False) -> list[str]:
-    """Make the change; where it is refused, do it on an untied model, past its gains (set to 1 and back) if
-    they go `aside`, and return the refusal.
-    """
+    """Make the change; where refused, on an untied model, its gains `aside` (set to 1, and back)."""
     try:
         change(loaded)
     except ValueError as refusal:

@@ -20,9 +20,6 @@ from dfrot_lab.recipe.specs import ModelSpec, RotationSpec
 from dfrot_lab.show import figures
 from dfrot_lab.show.markup import span
 
-LEAVE_OUT = ("centre", "drop")
-"""The steps that are never right."""
-
 
 def _switch(name: str) -> traitlets.Bool:
     return control(traitlets.Bool(), widgets.Checkbox, STEPS[name], 320, indent=False)
@@ -65,9 +62,7 @@ def text_html(outcome: Outcome, truth: Outcome) -> str:
 
 
 class Invariance(Explorer):
-    """The widget of `invariance`. Parts: state, controls (by name), plot, status, latest (the background
-    work), outcomes, table(), static().
-    """
+    """The widget of `invariance`; `latest` is its background work, `outcomes` are its trials."""
 
     state: State
 
@@ -80,11 +75,11 @@ class Invariance(Explorer):
         self.plot = Trials()
         self.verdict, self.text = (widgets.HTML(layout={"min_height": high}) for high in ("66px", "60px"))
         self.latest = Latest(self._compute, self.status.error)
-        right = {name: name not in LEAVE_OUT for name in STEPS}
+        right = {name: name not in ("centre", "drop") for name in STEPS}
         self.button("correct", "All steps, correctly", lambda: self.set(**right))
         self.button("clear", "No step", lambda: self.set(**dict.fromkeys(STEPS, False)))
         self.button("cancel", "Cancel", self.latest.cancel)
-        switches = widgets.VBox([self.controls[name] for name in STEPS], layout={"width": "330px"})
+        switches = widgets.VBox([self.controls[name] for name in STEPS], layout={"width": "350px"})
         seen = {"flex": "1 1 600px", "min_width": "0"}
         found = widgets.VBox([self.plot, self.verdict, self.text], layout=seen)
         self.children = [

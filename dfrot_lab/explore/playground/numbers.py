@@ -53,9 +53,7 @@ def by_angles(degrees: Sequence[float]) -> Tensor:
 
 
 def reading(x: Tensor, R: Tensor, quantizer: QuantSpec) -> dict[str, float]:
-    """What the grid of x @ R is: range (largest |entry|, or largest less smallest), step, error, and the
-    error of x itself, all in x's unit.
-    """
+    """The grid of x @ R: its range (largest |entry|, or less the smallest), step, error; x's own error."""
     y = x @ R
     scale, _ = scale_zero(y[None], quantizer)
     span = y.abs().max() if quantizer.symmetric else y.max().clamp(min=0) - y.min().clamp(max=0)
@@ -77,9 +75,7 @@ def matrix(kind: str, seed: int, channels: int) -> Tensor:
 
 
 def measured(x: Tensor, quantizer: QuantSpec, seeds: Sequence[int] = range(SEEDS)) -> pd.DataFrame:
-    """Error of one token x (channels,) without rotation and under RO and RH of each seed. Columns: rotation,
-    seed, largest (|entry|), error.
-    """
+    """A token's error under each rotation. Columns: rotation, seed, largest (of its |entries|), error."""
     drawn = [("NR", 0), *((kind, seed) for kind in KINDS[1:] for seed in seeds)]
     turned = torch.stack([x @ matrix(kind, seed, len(x)) for kind, seed in drawn])
     largest, error = turned.abs().amax(1).numpy(), squared_error(turned, quantizer).numpy()
@@ -101,9 +97,7 @@ def expected_real(x: Tensor, quantizer: QuantSpec) -> dict[str, float]:
 
 
 def why(found: pd.DataFrame, predicted: dict[str, float]) -> pd.DataFrame:
-    """`measured`'s table beside the closed form: one row a kind. Columns: rotation, measured (mean over
-    seeds), low, high, predicted, ratio.
-    """
+    """`measured` beside the closed form. Columns: rotation, measured (mean), low, high, predicted, ratio."""
     errors = found.groupby("rotation", sort=False)["error"].agg(measured="mean", low="min", high="max")
     errors["predicted"] = errors.index.map(predicted)
     return errors.eval("ratio = measured / predicted").reset_index()

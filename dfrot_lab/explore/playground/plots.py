@@ -20,9 +20,7 @@ SPOT = {"mode": "markers"}
 
 
 class Turned(Plot):
-    """A token in 2 or 3 channels: its grid (lines, or levels on the axes and the points about the token), the
-    point it is rounded to, and the error between them.
-    """
+    """A token in 2 or 3 channels, its grid (in 3: on the axes and about the token) and its error."""
 
     def __init__(self, dims: int) -> None:
         flat = dims == 2
@@ -38,9 +36,9 @@ class Turned(Plot):
             scatter(name="error", mode="lines", line={"color": MASSIVE_COLOUR, "width": width}),
         ]
         if flat:
-            look = {"showgrid": False, "scaleanchor": "x"}
-            super().__init__(traces, xaxis_title="channel 0", xaxis_showgrid=False, yaxis=look)
-            self.update_yaxes(title="channel 1")
+            super().__init__(traces)
+            self.update_xaxes(title="channel 0", showgrid=False)
+            self.update_yaxes(title="channel 1", showgrid=False, scaleanchor="x")
         else:
             space = scene("channel 0", "channel 1", "channel 2", aspectmode="cube", uirevision="kept")
             super().__init__(traces, scene=space, margin={"l": 0, "r": 0, "b": 0})
@@ -91,10 +89,8 @@ class Values(Plot):
         for i, kind in enumerate(KINDS):
             axis = {"yaxis": f"y{i + 1}"}
             bars = {"color": COLOUR[kind], "line": {"width": 0}}
-            traces += [
-                go.Scatter(mode="lines", line=LINE, hoverinfo="skip", **axis),
-                go.Bar(marker=bars, name=kind, **axis),
-            ]
+            traces.append(go.Scatter(mode="lines", line=LINE, hoverinfo="skip", **axis))
+            traces.append(go.Bar(marker=bars, name=kind, **axis))
             place = {"domain": [0.69 - 0.345 * i, 0.98 - 0.335 * i], "title": {"text": kind}}
             axes[f"yaxis{i + 1}"] = {**place, "showgrid": False, "zerolinecolor": GRID, "automargin": True}
         super().__init__(traces, bargap=0, showlegend=False)

@@ -47,7 +47,9 @@ class State(traitlets.HasTraits):
     angle = control(traitlets.Float(0.0), widgets.FloatSlider, "Angle 0-1", 340, **ANGLE)
     angle_02 = control(traitlets.Float(0.0), widgets.FloatSlider, "Angle 0-2", 340, **ANGLE)
     angle_12 = control(traitlets.Float(0.0), widgets.FloatSlider, "Angle 1-2", 340, **ANGLE)
-    source = control(traitlets.Unicode("planted"), widgets.ToggleButtons, "Spike", **SOURCE)
+    source = control(
+        traitlets.Enum(("planted", "model"), "planted"), widgets.ToggleButtons, "Spike", **SOURCE
+    )
     channels = control(traitlets.Int(576), widgets.Dropdown, "Channels", options=SIZES)
 
     @property
@@ -88,9 +90,7 @@ def why_html(table: pd.DataFrame, what: str) -> str:
 
 
 class Playground(Explorer):
-    """The widget of `playground`. Parts: state, controls, hand, space, sweep, values, errors (plots), status,
-    job, reading(), table(), static().
-    """
+    """The widget of `playground`: by hand (hand, space, sweep), and in many channels (values, errors)."""
 
     state: State
 
