@@ -10,9 +10,9 @@ import torch
 from again import REFINED, assert_same_refinement
 from test_evaluate import save_lively
 
-from dfrot_lab.explore.parts import spec_of
-from dfrot_lab.explore.refinement import Refinement, refinement
-from dfrot_lab.explore.refinerows import WATCHED, choices, watched
+from dfrot_lab.explore.refinement.numbers import WATCHED, choices, watched
+from dfrot_lab.explore.refinement.widget import Refinement, refinement
+from dfrot_lab.explore.shell.offers import spec_of
 from dfrot_lab.maths import rotations
 from dfrot_lab.maths.quantizers import squared_error
 from dfrot_lab.observe import massive
@@ -55,7 +55,6 @@ def finish(view: Refinement) -> None:
 
 
 # ---- refine's own seam
-# ------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -73,7 +72,6 @@ def test_watching_every_step_changes_nothing(variant, recorded):
 
 
 # ---- pure parts
-# -------------------------------------------------------------------------------------------------------------------------
 
 
 def test_the_spec_of_a_capture_is_the_one_it_was_made_with(recorded, lively, text_file):
@@ -106,7 +104,6 @@ def test_the_list_of_tokens_begins_with_the_most_massive(recorded):
 
 
 # ---- the widget
-# -------------------------------------------------------------------------------------------------------------------------
 
 
 def test_it_opens_ready_and_every_control_says_what_it_is(view, recorded):
@@ -235,11 +232,11 @@ def test_a_saved_r1_loads_with_its_spec_and_is_not_overwritten(view, tmp_path):
 
 
 def test_plots_are_changed_in_place_and_show_the_chosen_token(view, recorded):
-    losses, entries = view.losses.plot, view.entries.plot
+    losses, entries = view.plot, view.entries
     view.state.steps = 40
     view.start()
     finish(view)
-    assert view.losses.plot is losses and view.entries.plot is entries and view.plot is losses
+    assert view.plot is losses and view.entries is entries
     table = view.table()
     assert (
         list(losses.data[1].y) == table["massive"].tolist()

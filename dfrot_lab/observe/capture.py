@@ -46,6 +46,11 @@ class Capture:
         return self.artefact.key
 
     @property
+    def spec(self) -> CaptureSpec:
+        """What it was recorded from and how."""
+        return CaptureSpec.of(self._about["spec"])
+
+    @property
     def sites(self) -> list[str]:
         """Site names in the order the forward pass meets them: layers.0.input_norm,
         layers.0.post_attention_norm, ...
@@ -135,7 +140,10 @@ def capture(
         writer.save_tensors("residual", residual)
         flat = ids.flatten().tolist()
         texts = [ready.tokenizer.decode([i]) for i in flat]
-        writer.save_json("about", {"sites": sites, "channels": ready.channels, "ids": flat, "texts": texts})
+        writer.save_json(
+            "about",
+            {"sites": sites, "channels": ready.channels, "ids": flat, "texts": texts, "spec": spec.plain()},
+        )
         writer.note.update(
             provenance=ready.provenance, family=ready.family, forward_seconds=time.perf_counter() - started
         )
