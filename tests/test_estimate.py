@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import LAYERS, save_tiny, tiny_model
+from dfrot_lab.study.mainjob import main_specs
 from test_models import write_gguf
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, LlamaConfig
@@ -18,7 +19,6 @@ from dfrot_lab.model import loading, surgery
 from dfrot_lab.recipe.specs import ModelSpec, RotationSpec
 from dfrot_lab.study import cost
 from dfrot_lab.study.cost import GPU_80GB, SHAPES, Machine, Shape, Work, duration
-from dfrot_lab.study.mainjob import main_specs
 from dfrot_lab.study.setting import Setting
 from dfrot_lab.weights import gptq
 

@@ -20,9 +20,9 @@ from dfrot_lab.observe import massive
 from dfrot_lab.recipe.specs import (
     CaptureSpec,
     CorpusSpec,
-    Recipe,
     ModelSpec,
     QuantSpec,
+    Recipe,
     RefineSpec,
     RotationSpec,
     WeightSpec,

@@ -16,8 +16,8 @@ from dfrot_lab.explore.worth import numbers
 from dfrot_lab.explore.worth.numbers import Tally
 from dfrot_lab.explore.worth.plots import Bars
 from dfrot_lab.explore.worth.widget import Worth, worth
-from dfrot_lab.score import perplexity
 from dfrot_lab.maths import tables
+from dfrot_lab.score import perplexity
 from dfrot_lab.study import mainjob
 from dfrot_lab.study.setting import Setting
 

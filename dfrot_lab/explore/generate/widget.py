@@ -32,12 +32,10 @@ from dfrot_lab.study.setting import Setting
 from dfrot_lab.weights.run import OnPart
 
 EXACT = "full precision"
-ROTATIONS = offers.methods()
 BOX = {"width": "420px", "height": "96px"}
 SIZE = {"height": "250px", "width": "236px"}
 COLUMN = {**SIZE, "overflow": "auto", "border": f"1px solid {GREY}", "padding": "4px"}
-LIST: dict[str, Any] = {"options": ROTATIONS, "rows": 4}
-WEIGHTS: dict[str, Any] = {"options": ["rtn", "gptq"], "style": {"button_width": "70px"}}
+WEIGHTS: dict[str, Any] = {"style": {"button_width": "70px"}}
 UNREFINED = "its rotation is not refined yet: press Refine DFRot"
 UNSTORED = "its GPTQ weights are not stored: choose rtn, or compute its row with `dfrot-lab evaluate`"
 LIKELIEST = "Temperature (0: the likeliest)"
@@ -47,7 +45,7 @@ class State(traitlets.HasTraits):
     """What is written, through which rotations, at which bits and weights, and how tokens are chosen."""
 
     prompt = control(traitlets.Unicode("The Eiffel Tower is in"), widgets.Textarea, "Prompt", layout=BOX)
-    rotations = control(traitlets.Any(ROTATIONS), widgets.SelectMultiple, "Rotations", 220, **LIST)
+    rotations = control(traitlets.Any(()), widgets.SelectMultiple, "Rotations", 220, rows=4)
     bits = control(traitlets.Unicode("4-4-16"), widgets.Dropdown, "Bits W-A-KV", options=offers.BITS)
     weights = control(traitlets.Unicode("rtn"), widgets.ToggleButtons, "Weights", **WEIGHTS)
     tokens = control(traitlets.Int(24), widgets.IntSlider, "Tokens", min=1, max=128)
@@ -67,13 +65,15 @@ class Generate(Explorer):
     state: State
 
     def __init__(self, setting: Setting, store: Store) -> None:
-        super().__init__(State())
+        names = offers.methods()
+        offered = {"rotations": {"options": names}, "weights": {"options": offers.weights()}}
+        super().__init__(State(rotations=names), **offered)
         self.setting, self.store = setting, store
         self.kept: dict[str, Built] = {}
         self.written: dict[str, Written] = {}
         self.prompt_ids: list[int] = []
         self.tokenizer: Any = None
-        self.columns = {name: widgets.HTML(layout=COLUMN) for name in (EXACT, *ROTATIONS)}
+        self.columns = {name: widgets.HTML(layout=COLUMN) for name in (EXACT, *names)}
         for name in self.columns:
             self._fill(name)
         self.plot = Strip()

@@ -17,6 +17,7 @@ from dfrot_lab.explore.shell.plot import drawing
 from dfrot_lab.model import loading
 from dfrot_lab.model.loading import LoadedModel
 from dfrot_lab.recipe.specs import ModelSpec, RotationSpec
+from dfrot_lab.show import figures
 from dfrot_lab.show.markup import span
 from dfrot_lab.show.theme import COLOURS
 
