@@ -1,6 +1,4 @@
-"""What explorers offer, in one place: rotations, bits, the row that a choice means, the spec behind a
-capture, the levels of a grid.
-"""
+"""What explorers offer: rotations, bits, the row a choice means, a capture's spec, a grid's levels."""
 
 from typing import Any
 

@@ -3,7 +3,6 @@
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -30,34 +29,24 @@ Lookup = Callable[[EvalSpec], EvalResult | None]
 
 
 def specs_of(
-    setting: Setting,
-    rotations: Sequence[str],
-    bits: Sequence[str],
-    weights: str,
-    keep_out: Sequence[str | None],
+    setting: Setting, names: Sequence[str], bits: Sequence[str], weights: str, keep_out: Sequence[str | None]
 ) -> list[EvalSpec]:
-    """The rows picked, those that share a built model side by side; at 16-16-16 there is one, since no
-    rotation changes anything there.
-    """
+    """The rows picked, those that share a built model side by side; one row at 16-16-16."""
     found = [offers.row(setting, "NR", FULL, weights=weights)] if FULL in bits else []
     rows = [(b, kept) for b in bits if b != FULL for kept in keep_out]
-    for name in rotations:
+    for name in names:
         found += [offers.row(setting, name, b, weights=weights, keep_out=kept) for b, kept in rows]
     return found
 
 
 def pace(spec: EvalSpec) -> float:
-    """Operations of one of the row's windows over those of a default model's window of 2048: what scales the
-    nominal seconds.
-    """
+    """Operations of one of the row's windows over the default model's of 2048: scales nominal seconds."""
     usual = cost.forward(cost.SHAPES[DEFAULT_MODEL], WINDOW).float_flops
     return cost.forward(cost.shape(spec.model), spec.window).float_flops / usual
 
 
 def costs(specs: Sequence[EvalSpec], store: Store) -> list[float]:
-    """Nominal seconds on 2 cores of each row that is missing: windows, the model where it is the first to
-    need it, a refinement not stored yet.
-    """
+    """Nominal seconds on 2 cores of each missing row: windows, and what it is the first to need."""
     seconds = mainjob.costs_of_missing(specs)
     refined: set[str] = set()
     for place, spec in enumerate(specs):
@@ -69,9 +58,7 @@ def costs(specs: Sequence[EvalSpec], store: Store) -> list[float]:
 
 
 class Tally:
-    """How far the background work is: nominal seconds of every row and of scoring one; the rows done, and
-    what is done of the one being made.
-    """
+    """How far the work is: nominal seconds of every row and of scoring one; what is done of them."""
 
     def __init__(self, costs: list[float], scoring: float) -> None:
         self.costs, self.scoring = costs, scoring
@@ -115,9 +102,7 @@ def said(missing: Sequence[EvalSpec], store: Store) -> str:
 def rows_table(
     specs: Sequence[EvalSpec], lookup: Lookup, references: Mapping[str, EvalResult | None]
 ) -> pd.DataFrame:
-    """A line a row: rotation, kept out, bits, weights, perplexity, its 95% interval, the paired difference to
-    RH, windows, stored or not.
-    """
+    """A line a row, its 95% interval, the paired difference to RH, windows, stored or not."""
     lines = []
     for spec in specs:
         result, kept, quantized = lookup(spec), spec.keep_out is not None, spec.weights.quantizer.bits < 16
@@ -137,9 +122,7 @@ def _difference(result: EvalResult | None, reference: EvalResult | None) -> tupl
 
 
 def paper_table(specs: Sequence[EvalSpec], lookup: Lookup) -> pd.DataFrame:
-    """The paper's perplexities in the rows' places: row, bits, a column a model (as printed), ours last,
-    missing where it is not stored.
-    """
+    """The paper's perplexities in the rows' places: row, bits, a column a model (as printed), ours last."""
     missing = np.array([math.nan])
     return paper.beside_rows([lookup(spec) or EvalResult(spec, missing, math.nan, "") for spec in specs])
 
@@ -181,5 +164,4 @@ def shown_paper(beside: pd.DataFrame, text: str) -> str:
 
 
 def _html(table: pd.DataFrame) -> str:
-    options: dict[str, Any] = {"index": False, "border": 0, "classes": "dfrot-table"}
-    return str(table.to_html(escape=True, **options))
+    return str(table.to_html(index=False, escape=True, border=0, classes="dfrot-table"))
