@@ -1,6 +1,4 @@
-"""The errors explorer's numbers: one site's tokens under every rotation, rotated once and quantized again at
-each move of a control.
-"""
+"""One site's tokens under every rotation, rotated once and quantized again at each move of a control."""
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -22,9 +20,7 @@ KEPT = 16
 
 
 class ErrorRows:
-    """A capture's rows under named rotations R (channels, channels); what is asked for twice is computed
-    once.
-    """
+    """A capture's rows under named rotations R (channels, channels); a site is rotated once."""
 
     def __init__(self, acts: Capture, matrices: Mapping[str, Tensor]) -> None:
         self.acts, self.matrices, self.texts = acts, dict(matrices), acts.texts
@@ -55,17 +51,13 @@ class ErrorRows:
         return self._verdicts[site]
 
     def table(self, site: str, quantizer: QuantSpec) -> pd.DataFrame:
-        """Each token's E(x R) at a site: site, token, text, massive, and a column a rotation, as
-        `errors.wide` of `errors.token_errors` has them.
-        """
+        """Each token's E(x R) at a site, as `errors.wide` has them: site, token, text, massive, rotations."""
         found = {name: squared_error(self.rotated(site, name), quantizer).numpy() for name in self.matrices}
         tokens, massive = np.arange(len(self.texts)), find(self.acts, DEFAULT_RULE, [site])[0].numpy()
         return pd.DataFrame({"site": site, "token": tokens, "text": self.texts, "massive": massive, **found})
 
     def values(self, site: str, token: int, names: Sequence[str], quantizer: QuantSpec) -> pd.DataFrame:
-        """One token before and after quantization (Fig. 4): rotation, channel, value, quantized. ValueError
-        for a token that is not there.
-        """
+        """One token before and after quantization (Fig. 4): rotation, channel, value, quantized."""
         if not 0 <= token < len(self.texts):
             raise ValueError(f"token must be in 0..{len(self.texts) - 1}; got {token}")
         matrices = {name: self.matrices[name] for name in names}

@@ -1,6 +1,4 @@
-"""The errors explorer's plots: tokens in the plane or in space, and one token's values over the quantization
-grid.
-"""
+"""Tokens in the plane or in space, and one token's values over the quantization grid."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -32,9 +30,7 @@ MARKER: dict[str, Any] = {
 
 
 class Tokens(Plot):
-    """A point a token: its errors under two rotations, or under three in space. `on_click(token)` is called
-    when a reader does so.
-    """
+    """A point a token: its errors under two rotations, or three in space; a click calls `on_click(token)`."""
 
     def __init__(self, texts: Sequence[str], on_click: Callable[[int], None], *, space: bool = False) -> None:
         look = {"mode": "markers", "text": contexts(texts), "marker": MARKER, "showlegend": False}
@@ -80,9 +76,7 @@ def _in_template(name: str) -> str:
 
 
 class Panels(Plot):
-    """Fig. 4: one token's values before (across) and after quantization (up) under each rotation, over the
-    levels of the grid.
-    """
+    """Fig. 4: one token before (across) and after quantization (up) under each rotation, over its grid."""
 
     def __init__(self) -> None:
         line = {"color": "rgba(128,128,128,0.6)", "width": 1}

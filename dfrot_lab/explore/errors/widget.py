@@ -1,22 +1,12 @@
-"""Token errors: every token's quantization error under two rotations or three; brush to list tokens, click
-one to see its values on the grid.
-"""
+"""Every token's quantization error under two rotations or three; brush to list tokens, click to open one."""
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import ipywidgets as widgets
 import pandas as pd
-from ipywidgets import (
-    BoundedIntText,
-    Checkbox,
-    Dropdown,
-    FloatText,
-    IntSlider,
-    SelectionSlider,
-    SelectMultiple,
-    Text,
-)
 from matplotlib.figure import Figure
 from torch import Tensor
 from traitlets import Bool, Float, HasTraits, Int, Tuple, Unicode
@@ -44,21 +34,19 @@ NONE = "none"
 
 
 class State(HasTraits):
-    """Where a reader stands: site and quantizer, the seed of RO and RH, the rotations on the axes and in Fig.
-    4, the token, what is brushed.
-    """
+    """Site and quantizer, the seed of RO and RH, the rotations on the axes and in Fig. 4, token, brush."""
 
-    site = control(Unicode(), SelectionSlider, "site", 560, continuous_update=False)
-    bits = control(Int(4), IntSlider, "bits", 220, min=2, max=8)
-    symmetric = control(Bool(True), Checkbox, "symmetric", 110, indent=False)
-    clip = control(Float(1.0), FloatText, "clip ratio", 150, step=0.05)
-    seed = control(Int(0), BoundedIntText, "seed of RO, RH", 190, max=10_000)
-    x = control(Unicode(), Dropdown, "x axis", 190)
-    y = control(Unicode(), Dropdown, "y axis", 190)
-    z = control(Unicode(NONE), Dropdown, "z axis", 190)
-    path = control(Unicode(), Text, "saved R1", 420, placeholder="path of a .safetensors file")
-    token = control(Int(0), BoundedIntText, "token", 140)
-    panels = control(Tuple(), SelectMultiple, "rotations shown", 300, rows=4)
+    site = control(Unicode(), widgets.SelectionSlider, "site", 560, continuous_update=False)
+    bits = control(Int(4), widgets.IntSlider, "bits", 220, min=2, max=8)
+    symmetric = control(Bool(True), widgets.Checkbox, "symmetric", 110, indent=False)
+    clip = control(Float(1.0), widgets.FloatText, "clip ratio", 150, step=0.05)
+    seed = control(Int(0), widgets.BoundedIntText, "seed of RO, RH", 190, max=10_000)
+    x = control(Unicode(), widgets.Dropdown, "x axis", 190)
+    y = control(Unicode(), widgets.Dropdown, "y axis", 190)
+    z = control(Unicode(NONE), widgets.Dropdown, "z axis", 190)
+    path = control(Unicode(), widgets.Text, "saved R1", 420, placeholder="path of a .safetensors file")
+    token = control(Int(0), widgets.BoundedIntText, "token", 140)
+    panels = control(Tuple(), widgets.SelectMultiple, "rotations shown", 300, rows=4)
     brushed = Tuple()
 
 
@@ -74,21 +62,18 @@ class Errors(Explorer):
         site = setting.figure_site(sites)
         token = int(rows.acts.residual_max[sites.index(site)].argmax())
         x, y = ("RO", "RH") if {"RO", "RH"} <= set(names) else (names[0], names[-1])
-        offered = {"options": names}
-        super().__init__(
-            State(site=site, x=x, y=y, token=token, panels=tuple(names[:PANELS])),
-            site={"options": sites},
-            seed={"disabled": not seeded},
-            z={"options": [NONE, *names]},
-            token={"max": len(rows.texts) - 1},
-            **dict.fromkeys(("x", "y", "panels"), offered),
-        )
+        late = {"x": names, "y": names, "z": [NONE, *names], "panels": names, "site": sites}
+        options = {name: {"options": offered} for name, offered in late.items()}
+        state = State(site=site, x=x, y=y, token=token, panels=tuple(names[:PANELS]))
+        last = {"max": len(rows.texts) - 1}
+        super().__init__(state, seed={"disabled": not seeded}, token=last, **options)
         self.button("load", "add", self.load, tooltip="add the rotation in this file")
         about = "compute DFRot with the default settings"
         self.button("refine", "refine (about 15 s)", self.refine, tooltip=about)
         self.button("cancel", "cancel", self.job.cancel, tooltip="stop refining")
-        self.plot, self.space = (Tokens(rows.texts, self._click, space=space) for space in (False, True))
-        self.plot.on_brush(lambda tokens: self.state.set_trait("brushed", tuple(tokens)))
+        open_token = functools.partial(state.set_trait, "token")
+        self.plot, self.space = (Tokens(rows.texts, open_token, space=space) for space in (False, True))
+        self.plot.on_brush(functools.partial(state.set_trait, "brushed"))
         self.fig4, self.listed, self.about = Panels(), panel(HEIGHT), panel(26)
         self.stage = Stage(self.plot)
         self.redraw()
@@ -98,14 +83,10 @@ class Errors(Explorer):
         self.on("seed", self._reseed)
         self.on("token", self._pick)
         self.on("brushed", self._list)
-        self.children = self._page()
-
-    def _page(self) -> list[Any]:
-        missing = [] if "DFRot" in self.rows.matrices else [self.row("refine", "cancel")]
-        return [
+        self.children = [
             self.row("site", "bits", "symmetric", "clip", "seed"),
             self.row("x", "y", "z", "path", "load"),
-            *missing,
+            *([] if "DFRot" in names else [self.row("refine", "cancel")]),
             self.status.widget,
             beside(self.stage, self.listed, shares=(64, 36)),
             self.row("token", "panels"),
@@ -116,9 +97,7 @@ class Errors(Explorer):
     # ---- what is shown
 
     def redraw(self) -> None:
-        """All plots and tables as the controls say; where they ask for the impossible, the status says so and
-        the view stays.
-        """
+        """All plots and tables as the controls say; the impossible is said, and the view stays."""
         if self._quiet:
             return
         with self.status.doing("computing", self._summary):
@@ -137,10 +116,10 @@ class Errors(Explorer):
         return f"{self.shown['site'].iloc[0]}, {self.quantizer.name}"
 
     def _summary(self) -> str:
-        heavy = is_massive(self.shown)
-        medians = ", ".join(f"{name} {self.shown[name].median():.3g}" for name in self.rows.matrices)
-        marked = f"{int(heavy.sum())} massive (red, larger)"
-        return f"{self._where}: {len(heavy):,} tokens, {marked}. Median E: {medians}"
+        heavy, matrices = is_massive(self.shown), self.rows.matrices
+        medians = ", ".join(f"{name} {self.shown[name].median():.3g}" for name in matrices)
+        tokens = f"{len(heavy):,} tokens, {heavy.sum()} massive (red, larger)"
+        return f"{self._where}: {tokens}. Median E: {medians}"
 
     def _list(self) -> None:
         """The brushed tokens, largest error on the y axis first; the plot's own rotations stay in sight."""
@@ -158,16 +137,15 @@ class Errors(Explorer):
         self.values = self.rows.values(site, token, names[:PANELS], self.quantizer)
         self.fig4.draw(self.values, grids(self.values, self.quantizer))
         rules = self.rows.verdicts(site)[token] or "no rule"
-        named = f"Token {token} \u2018{span(self.rows.texts[token])}\u2019"
-        said = f"{named} before and after quantization; massive by {rules}. Lines: the grid."
-        self.about.value = f'<span class="dfrot-fig4">{said}</span>'
+        named = f"Token {token} \u2018{span(self.rows.texts[token])}\u2019 before and after quantization"
+        self.about.value = f'<span class="dfrot-fig4">{named}; massive by {rules}. Lines: the grid.</span>'
 
     def table(self) -> pd.DataFrame:
         """Every token at the site shown: site, token, text, massive, and its error under each rotation."""
         return self.shown.copy()
 
     def selected(self) -> pd.DataFrame:
-        """The brushed tokens' rows of `table()`."""
+        """Those that are brushed."""
         return self.shown.iloc[list(self.state.brushed)].reset_index(drop=True)
 
     def static(self) -> Figure:
@@ -176,13 +154,11 @@ class Errors(Explorer):
 
     def static_token(self) -> Figure:
         """The chosen token's values (Fig. 4) as a matplotlib figure."""
-        about = f"token {self.state.token} at {self.state.site}"
-        return plots.static_token(self.values, self.quantizer, about)
+        return plots.static_token(
+            self.values, self.quantizer, f"token {self.state.token} at {self.state.site}"
+        )
 
     # ---- what a reader does
-
-    def _click(self, token: int) -> None:
-        self.state.token = token
 
     def _pick(self) -> None:
         with self.status.doing("opening the token", self._summary):
@@ -218,20 +194,19 @@ class Errors(Explorer):
 
     def refine(self) -> None:
         """Compute the default refinement off the kernel's thread; a cancelled one goes on where it was."""
-        spec = self.spec
-        if spec is None:
-            return
+        self.work("refining", self._refine)
 
-        def work(job: Job) -> None:
-            def seen(state: Any) -> None:
-                self.status.busy(f"refining: step {state.history[-1]['step']} of {spec.steps}")
-                job.step()
+    def _refine(self, job: Job) -> None:
+        assert self.spec is not None, "the button is off where the capture does not say of what it is"
 
-            R = dfrot.refined(spec, self.store, checkpoint=seen).R
+        def seen(state: Any) -> None:
+            self.status.busy(f"refining: step {state.history[-1]['step']} of {spec.steps}")
             job.step()
-            self.add("DFRot", R)
 
-        self.work("refining", work)
+        spec = self.spec
+        R = dfrot.refined(spec, self.store, checkpoint=seen).R
+        job.step()
+        self.add("DFRot", R)
 
     def enabled(self) -> dict[str, bool]:
         """A file can be added at any time; the refinement is made once, where the capture says of what."""

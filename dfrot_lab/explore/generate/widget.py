@@ -66,7 +66,7 @@ class Generate(Explorer):
 
     def __init__(self, setting: Setting, store: Store) -> None:
         names = offers.methods()
-        offered = {"rotations": {"options": names}, "weights": {"options": offers.weights()}}
+        offered: dict[str, Any] = {"rotations": {"options": names}, "weights": {"options": offers.weights()}}
         super().__init__(State(rotations=names), **offered)
         self.setting, self.store = setting, store
         self.kept: dict[str, Built] = {}

@@ -1,6 +1,4 @@
-"""One text's residual stream, layer by layer, in the forms the massive explorer shows: pooled cells, marked
-tokens, tables, sentences.
-"""
+"""One text's residual stream, layer by layer: pooled cells, marked tokens, tables, sentences."""
 
 import math
 from collections.abc import Callable
@@ -21,9 +19,7 @@ from dfrot_lab.show.markup import span
 from dfrot_lab.show.theme import MASSIVE_COLOUR
 
 CELLS, COLUMNS = 49152, 192
-"""Cells of the heat map at most, and columns of channels at most: at 256 tokens and 576 channels a cell is
-the largest of three channels.
-"""
+"""Cells and columns of the heat map at most: of 256 tokens and 576 channels, three channels a cell."""
 TINY = 1e-30
 
 
@@ -52,9 +48,7 @@ def look(
     whole: int | None = None,
     step: Callable[[int], None] = lambda _layer: None,
 ) -> Look:
-    """One forward pass of token ids (tokens,). `step` is called before each layer and may raise to stop the
-    pass; ValueError for NaN or Inf.
-    """
+    """One forward pass of ids (tokens,); `step` is called before each layer. ValueError for NaN or Inf."""
     with intervene.before_layers(loaded, lambda layer, _x: step(layer)):
         streams = residual.streams(loaded, ids)
     broken = next((i for i, x in enumerate(streams) if not torch.isfinite(x).all()), None)
@@ -86,18 +80,14 @@ def typed_ids(loaded: LoadedModel, text: str, most: int) -> tuple[Tensor, int]:
 
 
 def block_ids(loaded: LoadedModel, spec: CorpusSpec, block: int, most: int) -> tuple[Tensor, int]:
-    """The first `most` token ids of a corpus block (whole windows, from 0), and how many the block has;
-    ValueError for a block that is not there.
-    """
+    """The first `most` token ids of a corpus block (whole windows, from 0), and how many the block has."""
     window = min(WINDOW, loaded.context)
     ids = corpus.token_blocks(spec, loaded.tokenizer, blocks=block + 1, window=window)[block]
     return ids[:most], window
 
 
 def marks(seen: Look, layer: int, rule: str) -> Tensor:
-    """Mask (tokens,) of the tokens `rule` calls massive before a layer. Rules of rows see the stream's rows
-    over their root mean square (no gain).
-    """
+    """Mask (tokens,) of what `rule` calls massive; rules of rows see rows over their root mean square."""
     x = seen.streams[layer]
     if rule in ROW_RULES:
         return massive.rows_rule(torch.nn.functional.rms_norm(x, x.shape[-1:], eps=seen.eps), rule)
@@ -122,9 +112,7 @@ def rule_words(rule: str, channels: int) -> str:
 
 
 def pooled(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The stream (tokens, channels) as at most CELLS cells: the value of largest |x| among neighbouring
-    channels, and the channel it sits in. Both (tokens, columns): tokens are never pooled.
-    """
+    """Of at most CELLS cells (tokens, columns) the value of largest |x|, and the channel it sits in."""
     tokens, channels = x.shape
     first = torch.from_numpy(starts(tokens, channels)).long()
     size = _pool(tokens, channels)
@@ -144,27 +132,21 @@ def starts(tokens: int, channels: int) -> np.ndarray:
 
 
 def cells(seen: Look, layer: int) -> np.ndarray:
-    """What is drawn of a layer, (columns, tokens, 3) float32: value (signed), its channel, its ratio to the
-    median.
-    """
+    """What is drawn of a layer (columns, tokens, 3) float32: value (signed), channel, ratio to median."""
     value, channel = pooled(seen.streams[layer])
     ratio = value.abs() / seen.median(layer)
     return np.stack([x.T.float().numpy() for x in (value, channel, ratio)], axis=-1)
 
 
 def token_table(seen: Look, layer: int, rule: str) -> pd.DataFrame:
-    """Every token at a layer, largest first: token, text, channel, value (signed), ratio (|value| to the
-    median), massive (by `rule`).
-    """
+    """Every token at a layer, largest first: token, text, channel, value (signed), ratio, massive."""
     channel = seen.streams[layer].abs().argmax(1).numpy()
     massive = marks(seen, layer, rule).numpy()
     return _largest_first(seen, layer, np.arange(len(channel)), channel, massive=massive)
 
 
 def channel_table(seen: Look, layer: int) -> pd.DataFrame:
-    """Every channel at a layer, largest first: channel, value (signed), ratio, and the token and text it is
-    largest at.
-    """
+    """Every channel at a layer, largest first: channel, value (signed), ratio, its token and text."""
     token = seen.streams[layer].abs().argmax(0).numpy()
     table = _largest_first(seen, layer, token, np.arange(len(token)))
     return table[["channel", "value", "ratio", "token", "text"]]
@@ -181,9 +163,7 @@ def _largest_first(
 
 
 def sentence(table: pd.DataFrame, layer: int, rule: str) -> str:
-    """What is there to see at a layer, as HTML: the largest of the marked tokens, or the largest of all.
-    `table` is a `token_table`.
-    """
+    """What there is to see in a `token_table`, as HTML: the largest marked token, or the largest of all."""
     marked = table[table["massive"]]
     token = (marked if len(marked) else table).iloc[0]
     where = f"in channel {token['channel']} at layer {layer}: {number(token['ratio'])} \u00d7 the median."
@@ -195,9 +175,7 @@ def sentence(table: pd.DataFrame, layer: int, rule: str) -> str:
 
 
 def text_spans(table: pd.DataFrame) -> str:
-    """The text itself as HTML, a span a token, the marked ones in colour, their value as tooltip. `table` is
-    a `token_table`.
-    """
+    """The text of a `token_table` as HTML, a span a token, the marked ones in colour, value as tooltip."""
     spans = []
     for row in table.sort_values("token").to_dict("records"):
         about = f", channel {row['channel']}: {number(abs(row['value']))}" if row["massive"] else ""

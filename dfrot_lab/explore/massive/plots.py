@@ -22,11 +22,10 @@ LINES = (
     ("median", "#009E73", "dot", ":"),
 )
 """Column of a profile, its colour and its dash, in plotly's word and matplotlib's."""
-ABOUT = (
-    "channel %{customdata[1]:.0f}: %{customdata[0]:,.5g}<br>"
-    "%{customdata[2]:,.3g} \u00d7 the median<extra></extra>"
-)
-"""What every point says of itself: value, channel and ratio are its customdata."""
+POINT = ["value", "channel", "ratio"]
+RATIO = "%{customdata[2]:,.3g} \u00d7 the median<extra></extra>"
+ABOUT = f"channel %{{customdata[1]:.0f}}: %{{customdata[0]:,.5g}}<br>{RATIO}"
+"""What every point says of itself: POINT is its customdata."""
 
 
 def logarithm(value: np.ndarray) -> np.ndarray:
@@ -48,10 +47,8 @@ class Heat(Plot):
         self._seen: Look | None = None
 
     def draw(self, seen: Look, layer: int, marked: pd.DataFrame) -> None:
-        """A layer, and its marked tokens (token, value, channel, ratio): at once, for plotly cannot draw one
-        text's values over another's axes.
-        """
-        drawn, about = cells(seen, layer), marked[["value", "channel", "ratio"]].to_numpy(np.float32)
+        """A layer and its marked tokens, at once: plotly cannot draw values over another text's axes."""
+        drawn, about = cells(seen, layer), marked[POINT].to_numpy(np.float32)
         with self.batch_update():
             if seen is not self._seen:
                 self._new_text(seen)
@@ -86,7 +83,7 @@ class Space(Plot):
 
     def draw(self, seen: Look, layer: int, marked: pd.DataFrame) -> None:
         """As the heat map's."""
-        drawn, about = cells(seen, layer), marked[["value", "channel", "ratio"]].to_numpy(np.float32)
+        drawn, about = cells(seen, layer), marked[POINT].to_numpy(np.float32)
         height, top = np.abs(drawn[..., 0]), np.abs(about[:, 0])
         down = {"type": "data", "symmetric": False, "array": np.zeros_like(top), "arrayminus": top}
         stems = {**down, "width": 0, "thickness": 4, "color": MASSIVE_COLOUR}
@@ -110,9 +107,7 @@ class Space(Plot):
 
 
 class Profile(Plot):
-    """The largest three |x| and the median by layer, and a line at the layer shown; a click on it calls
-    `go_to(layer)`.
-    """
+    """The largest three |x| and the median by layer, and the layer shown; a click calls `go_to(layer)`."""
 
     def __init__(self, go_to: Callable[[int], None]) -> None:
         here = {
@@ -141,9 +136,7 @@ class Profile(Plot):
 
 
 def static(seen: Look, layer: int, marked: pd.DataFrame, rule: str) -> Figure:
-    """The same view as a matplotlib figure: log10 |x| over tokens and channels with the marked tokens, and
-    the profile by layer.
-    """
+    """The same as a matplotlib figure: log10 |x| with the marked tokens, and the profile by layer."""
     size: dict[str, Any] = {"size": (11, 4), "layout": "constrained", "width_ratios": (2, 1)}
     with drawing(2, **size) as (drawn, (left, right)):
         tokens, channels = seen.streams[layer].shape

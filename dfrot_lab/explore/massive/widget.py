@@ -1,6 +1,4 @@
-"""Massive activations: any text's residual stream, layer by layer, as a heat map or in space, with the tokens
-a rule calls massive marked.
-"""
+"""Any text's residual stream, layer by layer, as a heat map or in space, its massive tokens marked."""
 
 from collections.abc import Callable
 
@@ -34,9 +32,7 @@ TYPE = "type or paste a text, then look"
 
 
 class State(HasTraits):
-    """Where a reader stands: the layer, the view (heat map or 3-D) and the rule; the text typed, the corpus
-    block picked, and how many of their tokens are looked at.
-    """
+    """The layer, the view and the rule; the text typed, the corpus block, how many tokens are looked at."""
 
     layer = control(Int(), IntSlider, "layer", 420)
     view = control(Enum((HEAT, SPACE), HEAT), ToggleButtons, "view", 90)
@@ -118,9 +114,7 @@ class Massive(Explorer):
             self.redraw()
 
     def redraw(self) -> None:
-        """The views of the layer, rule and text there are now; the plot that is out of sight follows when it
-        is turned to.
-        """
+        """The views of layer, rule and text; the plot that is out of sight follows when it is turned to."""
         with self._lock:
             layer, rule, seen = self.state.layer, self.state.rule, self.seen
             self.shown = numbers.token_table(seen, layer, rule)

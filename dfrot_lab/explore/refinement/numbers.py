@@ -13,9 +13,7 @@ MASSIVE_ONES, OTHERS = 8, 4
 
 
 def watched(rows: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """At most WATCHED of the rows (tokens, channels) and their mask: a quarter of them massive where there
-    are so many.
-    """
+    """At most WATCHED of the rows (tokens, channels) and their mask, up to a quarter of them massive."""
     if len(rows) <= WATCHED:
         return rows, mask
     generator = torch.Generator().manual_seed(0)

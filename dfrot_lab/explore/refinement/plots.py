@@ -1,6 +1,4 @@
-"""The refinement explorer's two plots: losses and distance step by step, and the histogram of one token's
-entries.
-"""
+"""Losses and distance step by step, and the histogram of one token's entries."""
 
 import numpy as np
 import pandas as pd
@@ -20,9 +18,7 @@ DISTANCE = "distance from the start, ||R - R0|| / sqrt(C)"
 
 
 class HistoryPlot(Plot):
-    """Mean squared error of massive and of ordinary rows (log axis), and below it how far R is from its
-    start.
-    """
+    """Mean squared error of massive and ordinary rows (log axis); below it, how far R is from its start."""
 
     def __init__(self) -> None:
         normal, massive, distance = (

@@ -1,6 +1,4 @@
-"""Refinement, live: start, pause, resume and cancel it, and watch losses, distance and one token's entries
-move.
-"""
+"""Refinement, live: losses, distance and one token's entries move; it can be paused and cancelled."""
 
 import functools
 import math
@@ -45,9 +43,7 @@ COLUMNS = ["step", "ordinary", "massive", "distance", "on"]
 
 
 class State(HasTraits):
-    """What a RefineSpec says, how many rows (0: all), whose entries are shown (site, token), and the file for
-    R1.
-    """
+    """What a RefineSpec says, how many rows (0: all), whose entries are shown, and the file for R1."""
 
     gamma = control(Float(100.0), SelectionSlider, "Gamma", options=GAMMAS)
     rule = control(Enum(MASSIVE_RULES, DEFAULT_RULE), Dropdown, "Massive rule")
@@ -63,9 +59,7 @@ class State(HasTraits):
 
 
 class Refinement(Explorer):
-    """The widget of `refinement`. Parts: state, controls, history (live, a dict a step), plot, entries,
-    status, job, result, table(), static().
-    """
+    """The widget of `refinement`; `history` is live, a dict a step; `result` is there at the end."""
 
     ONE = "refinement"
     state: State
@@ -98,22 +92,21 @@ class Refinement(Explorer):
         self.work("opening the activations", self._open)
 
     def make_spec(self) -> RefineSpec:
-        """The controls as a RefineSpec; ValueError for what it refuses, and while the activations are not
-        open.
-        """
+        """The controls as a RefineSpec; ValueError while the activations are not open."""
         if self.recorded is None:
             raise ValueError("the activations are not open yet: wait for the line above the plots")
         state, total = self.state, self.recorded.tokens * len(self.recorded.sites)
+        same = {name: getattr(state, name) for name in ("gamma", "rule", "steps", "variant")}
+        rows = state.rows if 0 < state.rows < total else None
         return RefineSpec(
-            capture=self.recorded.spec,
-            init=RotationSpec(kind=state.kind, seed=state.seed),
-            gamma=state.gamma,
-            rule=state.rule,
-            steps=state.steps,
-            variant=state.variant,
-            quantizer=QuantSpec(scheme="symmetric" if state.symmetric else "asymmetric"),
-            rows=state.rows if 0 < state.rows < total else None,
+            capture=self.recorded.spec, init=self._first(), quantizer=self._quantizer(), rows=rows, **same
         )
+
+    def _first(self) -> RotationSpec:
+        return RotationSpec(kind=self.state.kind, seed=self.state.seed)
+
+    def _quantizer(self) -> QuantSpec:
+        return QuantSpec(scheme="symmetric" if self.state.symmetric else "asymmetric")
 
     # ---- what a reader does
 
@@ -144,9 +137,7 @@ class Refinement(Explorer):
         self.job.cancel()
 
     def save(self) -> None:
-        """Write the finished R1 with its spec to the path in the box; a file that is there is not
-        overwritten.
-        """
+        """Write the finished R1 with its spec to the path in the box; nothing is overwritten."""
         path = Path(self.state.path).expanduser()
         with self.status.doing("saving", then=f"R1 saved as {path}"):
             if self.result is None:
@@ -233,18 +224,13 @@ class Refinement(Explorer):
         with self._lock:
             self.plot.draw(self.table())
             if self.recorded is not None and self.state.site:
-                x, state = self.recorded.rows(self.state.site)[self.state.token].double(), self.state
-                first = RotationSpec(kind=state.kind, seed=state.seed)
-                start, now = self._ends or (rotations.make(first, len(x)),) * 2
-                self.entries.draw(
-                    x @ start, x @ now, QuantSpec(scheme="symmetric" if state.symmetric else "asymmetric")
-                )
+                x = self.recorded.rows(self.state.site)[self.state.token].double()
+                start, now = self._ends or (rotations.make(self._first(), len(x)),) * 2
+                self.entries.draw(x @ start, x @ now, self._quantizer())
             self._drawn = time.monotonic()
 
     def table(self) -> pd.DataFrame:
-        """The losses so far: step, normal, massive (mean squared error of those rows), distance from the
-        start, and on which rows.
-        """
+        """Step, normal and massive (mean squared error of those rows), distance from the start, on what."""
         return pd.DataFrame(self.history, columns=COLUMNS)
 
     def static(self) -> Figure:

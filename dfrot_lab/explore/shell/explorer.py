@@ -1,6 +1,4 @@
-"""The shell of an explorer: a state whose traits declare their controls, a status line, one job, and a page
-of rows of controls and plots.
-"""
+"""A state whose traits declare their controls, a status line, one job, rows of controls and plots."""
 
 import threading
 from collections.abc import Callable, Mapping
@@ -54,9 +52,7 @@ class Explorer(widgets.VBox):
             self.controls[name] = self._linked(name, trait.metadata["control"], late.get(name, {}))
 
     def _linked(self, name: str, declared: tuple[Any, ...], late: Mapping[str, Any]) -> Any:
-        """The declared control, which moves the state and follows it; while its options are replaced it may
-        have no value, which the state does not follow.
-        """
+        """The declared control, which moves the state and follows it; without a value it moves nothing."""
         kind, options = declared
         made = kind(**{"value": getattr(self.state, name), **options, **late})
         made.style.description_width = "initial"  # the label is shown whole
@@ -121,9 +117,7 @@ class Explorer(widgets.VBox):
     # ---- the page
 
     def row(self, *parts: Any) -> widgets.HBox:
-        """Controls (by name) and widgets beside one another, wrapped where the page is narrow; a list is a
-        column.
-        """
+        """Controls (by name) and widgets beside one another; a list is a column."""
         placed = [
             widgets.VBox([self._part(p) for p in part]) if isinstance(part, list) else self._part(part)
             for part in parts
@@ -136,9 +130,7 @@ class Explorer(widgets.VBox):
 
 
 def beside(*parts: Any, shares: tuple[int, ...] = (), height: int = HEIGHT) -> widgets.HBox:
-    """Plots or panels beside one another, each a share (percent; equal if not given) of the page's width,
-    whatever that is, and of fixed height.
-    """
+    """Plots or panels beside one another, of fixed height, each a share (percent) of the page's width."""
     widths = shares or (100 / len(parts),) * len(parts)
     fixed = {"height": f"{height}px", "overflow": "hidden"}
     boxes = [

@@ -1,6 +1,4 @@
-"""Plots at home in a notebook's page: plotly figures that follow its width and outlive a reload, and
-matplotlib figures to keep.
-"""
+"""Plotly figures that follow a page's width and outlive a reload; matplotlib figures to keep."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -50,9 +48,7 @@ class Plot(go.FigureWidget):
         self.set_trait("_config", {"responsive": True, "displaylogo": False})
 
     def get_state(self, key: Any = None, drop_defaults: bool = False) -> dict[str, Any]:
-        """What a page that is opened anew asks for, with the data and layout of now: plotly gives those that
-        the figure was made with.
-        """
+        """What a reloaded page asks for, with the data of now: plotly gives those of the figure's making."""
         state = super().get_state(key, drop_defaults)
         now = {"_widget_data": "_data", "_widget_layout": "_layout"}
         to_json = custom_serializers["to_json"]
@@ -67,21 +63,13 @@ class Plot(go.FigureWidget):
         """A batch, whole: where it sets other properties of one trace than of the next, plotly marks those
         not set as undefined, and a figure that is not on the page yet takes that for their value.
         """
-        traces = self._normalize_trace_indexes(trace_indexes)
-        whole = {name: self._whole(name, values, traces) for name, values in (restyle_data or {}).items()}
+        whole, traces = dict(restyle_data or {}), self._normalize_trace_indexes(trace_indexes)
+        for name, values in whole.items():
+            if isinstance(values, list):  # None, which removes nothing, for a property that is not set
+                present = [self.data[trace] for trace in traces]
+                now = [trace[name] if name in trace else None for trace in present]  # noqa: SIM401
+                whole[name] = [b if a is Undefined else a for a, b in zip(values, now, strict=True)]
         super()._send_update_msg(whole, relayout_data, trace_indexes, source_view_id)
-
-    def _whole(self, name: str, values: Any, traces: list[int]) -> Any:
-        """A batch's values of one property, where undefined what the trace has now: None, which removes
-        nothing, for a property that is not set.
-        """
-        if not isinstance(values, list) or not any(value is Undefined for value in values):
-            return values
-        present = [self.data[trace] for trace in traces]
-        return [
-            (now[name] if name in now else None) if value is Undefined else value  # noqa: SIM401
-            for value, now in zip(values, present, strict=True)
-        ]
 
 
 def scene(x: str = "", y: str = "", z: str = "", **more: Any) -> dict[str, Any]:
@@ -113,9 +101,7 @@ def packed(array: np.ndarray) -> np.ndarray:
 
 @contextmanager
 def drawing(columns: int = 1, size: tuple[float, float] = (10, 3.8), **options: Any) -> Iterator[Any]:
-    """A matplotlib figure in the lab's look and its axes in a list, closed at the end: whoever asked for it
-    shows it, once. `options` are those of `plt.subplots`.
-    """
+    """A matplotlib figure in the lab's look and its axes, closed at the end: whoever asked shows it, once."""
     with figures.theme():
         drawn, axes = figures.plt.subplots(1, columns, figsize=size, squeeze=False, **options)
         try:
@@ -157,7 +143,9 @@ class Fit(anywidget.AnyWidget):
 
     _css = """
 .js-plotly-plot .selectionlayer path { pointer-events: none !important; }
-.dfrot-table :is(td, th) { padding: 1px 8px; line-height: 1.4; white-space: nowrap; }
+.dfrot-table { font-size: 12px; }
+.dfrot-table caption { text-align: left; color: #808080; white-space: nowrap; }
+.dfrot-table :is(td, th) { padding: 1px 8px; line-height: 1.4; text-align: left; white-space: nowrap; }
 """
 
     _esm = """

@@ -7,17 +7,12 @@ import ipywidgets as widgets
 import numpy as np
 import pandas as pd
 
-from dfrot_lab.explore.shell.plot import GREY
 from dfrot_lab.show.markup import VISIBLE, safe, span
 from dfrot_lab.study import cost
 
-CELL = "padding:1px 10px;text-align:left;white-space:nowrap"
-
 
 def label(text: str) -> str:
-    """A token for a plotly label: `safe`, quotes as numbers (plotly does not know &quot;), isolated from its
-    neighbours' writing direction.
-    """
+    """A token for a plotly label, isolated from its neighbours' writing direction."""
     return f"\u2068{title(text)}\u2069"
 
 
@@ -42,9 +37,7 @@ def duration(seconds: float) -> str:
 
 
 def contexts(texts: Sequence[str], around: int = 4, longest: int = 24) -> list[str]:
-    """Each token in its text as a plotly label: `around` tokens before and after it, itself in bold between
-    arrows.
-    """
+    """Each token in its text as a plotly label: `around` tokens on either side, itself between arrows."""
     labels = [label(text if len(text) <= longest else f"{text[:longest]}\u2026") for text in texts]
     return [
         f"{''.join(labels[max(0, i - around) : i])} \u25b8<b>{text}</b>\u25c2 "
@@ -54,18 +47,11 @@ def contexts(texts: Sequence[str], around: int = 4, longest: int = 24) -> list[s
 
 
 def html_table(table: pd.DataFrame, caption: str) -> str:
-    """A table of whole numbers, floats and token texts as HTML, every text through `span`; `caption` is plain
-    text.
-    """
-    heads = "".join(f'<th scope="col" style="{CELL}">{plain(str(name))}</th>' for name in table.columns)
-    rows = (
-        "".join(f'<td style="{CELL}">{_cell(value)}</td>' for value in row)
-        for row in table.itertuples(index=False, name=None)
-    )
-    body = "".join(f"<tr>{row}</tr>" for row in rows)
-    about = f'<caption style="text-align:left;color:{GREY};white-space:nowrap">{plain(caption)}</caption>'
-    look = 'class="dfrot-table" style="font-size:12px;line-height:1.35"'
-    return f"<table {look}>{about}<thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>"
+    """A table of numbers and token texts as HTML, every text through `span`; `caption` is plain text."""
+    head = "".join(f'<th scope="col">{plain(str(name))}</th>' for name in table.columns)
+    rows = ["".join(f"<td>{_cell(value)}</td>" for value in row) for row in table.itertuples(index=False)]
+    body = "".join(f"<tr>{row}</tr>" for row in [head, *rows])
+    return f'<table class="dfrot-table"><caption>{plain(caption)}</caption>{body}</table>'
 
 
 def _cell(value: Any) -> str:

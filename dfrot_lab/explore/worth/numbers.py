@@ -3,7 +3,6 @@
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -28,26 +27,18 @@ Lookup = Callable[[Recipe], EvalResult | None]
 
 
 def specs_of(
-    setting: Setting,
-    rotations: Sequence[str],
-    bits: Sequence[str],
-    weights: str,
-    keep_out: Sequence[str | None],
+    setting: Setting, names: Sequence[str], bits: Sequence[str], weights: str, keep_out: Sequence[str | None]
 ) -> list[Recipe]:
-    """The rows picked, those that share a built model side by side; at 16-16-16 there is one, since no
-    rotation changes anything there.
-    """
+    """The rows picked, those that share a built model side by side; one row at 16-16-16."""
     found = [offers.row(setting, "NR", FULL, weights=weights)] if FULL in bits else []
     rows = [(b, kept) for b in bits if b != FULL for kept in keep_out]
-    for name in rotations:
+    for name in names:
         found += [offers.row(setting, name, b, weights=weights, keep_out=kept) for b, kept in rows]
     return found
 
 
 class Tally:
-    """How far the background work is: nominal seconds of every row and of scoring one; the rows done, and
-    what is done of the one being made.
-    """
+    """How far the work is: nominal seconds of every row and of scoring one; what is done of them."""
 
     def __init__(self, costs: list[float], scoring: float) -> None:
         self.costs, self.scoring = costs, scoring
@@ -90,9 +81,7 @@ def said(missing: Sequence[Recipe], store: Store) -> str:
 def rows_table(
     specs: Sequence[Recipe], lookup: Lookup, references: Mapping[str, EvalResult | None]
 ) -> pd.DataFrame:
-    """A line a row: rotation, kept out, bits, weights, perplexity, its 95% interval, the paired difference to
-    RH, windows, stored or not.
-    """
+    """A line a row, its 95% interval, the paired difference to RH, windows, stored or not."""
     lines = []
     for spec in specs:
         result, kept, quantized = lookup(spec), spec.keep_out is not None, spec.weights.quantizer.bits < 16
@@ -112,9 +101,7 @@ def _difference(result: EvalResult | None, reference: EvalResult | None) -> tupl
 
 
 def paper_table(specs: Sequence[Recipe], lookup: Lookup) -> pd.DataFrame:
-    """The paper's perplexities in the rows' places: row, bits, a column a model (as printed), ours last,
-    missing where it is not stored.
-    """
+    """The paper's perplexities in the rows' places: row, bits, a column a model (as printed), ours last."""
     missing = np.array([math.nan])
     return paper.beside_rows([lookup(spec) or EvalResult(spec, missing, math.nan, "", {}) for spec in specs])
 
@@ -156,5 +143,4 @@ def shown_paper(beside: pd.DataFrame, text: str) -> str:
 
 
 def _html(table: pd.DataFrame) -> str:
-    options: dict[str, Any] = {"index": False, "border": 0, "classes": "dfrot-table"}
-    return str(table.to_html(escape=True, **options))
+    return str(table.to_html(index=False, escape=True, border=0, classes="dfrot-table"))

@@ -1,6 +1,4 @@
-"""What is a rotation worth: the perplexity of the rows one picks. What is stored is shown at once, the rest
-is computed in the background.
-"""
+"""What is a rotation worth: stored perplexities are shown at once, the rest is computed on a button."""
 
 import html
 from collections.abc import Sequence
@@ -37,9 +35,7 @@ SEVERAL = {"rows": 5, "tooltip": "several: hold Ctrl or Shift"}
 
 
 class State(HasTraits):
-    """What is looked at: rotations, bits, how weights are quantized, whether massive tokens are kept out, the
-    text and its windows.
-    """
+    """Rotations, bits, weights, whether massive tokens are kept out, the text and its windows."""
 
     rotations = control(Tuple(), SelectMultiple, "Rotations", 210, **SEVERAL)
     bits = control(Tuple((FULL, *main.BITS)), SelectMultiple, "Bits W-A-KV", 210, options=BITS, **SEVERAL)
@@ -51,9 +47,7 @@ class State(HasTraits):
 
 
 class Worth(Explorer):
-    """The explorer: `state`, `controls`, `plot`, `paper_plot`, `status`, `bar`, `job`; `table()`, `static()`,
-    `missing`.
-    """
+    """The widget of `worth`; `missing` are the rows that are picked and not stored."""
 
     ONE, CANCELLED = "computation", "Stopped. What is finished is kept: the button goes on from there"
     state: State
@@ -110,18 +104,10 @@ class Worth(Explorer):
         return self.found.get(spec.key)
 
     def table(self) -> pd.DataFrame:
-        """The rows that are picked: perplexity, its 95% interval, the paired difference to RH at the same
-        bits, and whether it is there.
-        """
+        """The rows that are picked: perplexity, 95% interval, paired difference to RH, stored or not."""
         setting, weights = self.chosen, self.state.weights
         reference = {b: self.lookup(offers.row(setting, "RH", b, weights=weights)) for b in self.state.bits}
         return numbers.rows_table(self.specs(), self.lookup, reference)
-
-    def paper_table(self) -> pd.DataFrame:
-        """The paper's numbers for the same rotations, bits and weights, a column a model, ours last; empty
-        where the paper has none.
-        """
-        return numbers.paper_table(self.specs(), self.lookup)
 
     def static(self) -> Figure:
         """The stored rows as the main job draws them."""
@@ -136,8 +122,9 @@ class Worth(Explorer):
     def refresh(self) -> None:
         """Show what is stored of the rows picked, and name the rest."""
         with self._lock, self.status.doing("looking in the store", self._count):
-            self.missing = [spec for spec in self.specs() if self.lookup(spec) is None]
-            table, beside, model = self.table(), self.paper_table(), self.state.paper_model
+            specs, model = self.specs(), self.state.paper_model
+            self.missing = [spec for spec in specs if self.lookup(spec) is None]
+            table, beside = self.table(), numbers.paper_table(specs, self.lookup)
             self.plot.draw(table, "Perplexity and its 95% interval")
             self.paper_plot.draw(numbers.paper_rows(beside, model), f"The paper's {model}")
             self.rows.value = numbers.shown(table)
@@ -198,7 +185,5 @@ class Worth(Explorer):
 
 
 def worth(setting: Setting | None = None, store: Store | None = None) -> Worth:
-    """A widget that shows what the rotations are worth end to end: stored rows at once, missing ones named,
-    timed, and computed on a button.
-    """
+    """What the rotations are worth end to end: stored rows at once, the missing timed and computed."""
     return Worth((setting or Setting.of_profile()).resolved(), store or Store())
