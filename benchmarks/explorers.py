@@ -41,7 +41,7 @@ def new_heat_map(top: Any) -> None:
     """A layer's table and a heat map of all its tokens and channels."""
     seen, layer = top.seen, top.state.layer
     token_table(seen, layer, top.state.rule)
-    go.FigureWidget(go.Heatmap(z=np.log10(seen.layers[layer].x.abs().T.numpy() + 1e-3)))
+    go.FigureWidget(go.Heatmap(z=np.log10(seen.streams[layer].abs().T.numpy() + 1e-3)))
 
 
 def new_scatter(top: Any) -> None:
@@ -75,7 +75,7 @@ def main() -> None:
     acts = capture(store=store)
     top = explore.massive(acts, store=store, tokens=TOKENS)
     baseline = seconds(lambda: new_heat_map(top))
-    layers = range(len(top.seen.layers))
+    layers = range(len(top.seen.streams))
     rows = [row("massive", "layer, heat map", mover(top.controls["layer"], layers), baseline)]
     top.controls["view"].value = "3-D"
     rows.append(row("massive", "layer, 3-D", mover(top.controls["layer"], layers), baseline))

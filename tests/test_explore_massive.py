@@ -80,7 +80,7 @@ def test_its_numbers_are_the_models_own(top, tiny_spec, corpus, store):
     assert table["text"].tolist() == recorded.texts
     for rule in MASSIVE_RULES:
         assert torch.equal(
-            top.seen.marked(1, rule), massive.find(recorded, rule, ["layers.1.input_norm"])[0]
+            numbers.marks(top.seen, 1, rule), massive.find(recorded, rule, ["layers.1.input_norm"])[0]
         ), rule
 
 
@@ -103,7 +103,7 @@ def test_a_slider_move_changes_the_data_in_place(top):
 
 
 def test_the_cells_are_the_largest_of_their_channels_and_name_the_true_one(top):
-    x = top.seen.layers[1].x
+    x = top.seen.streams[1]
     drawn = unpacked(top.plot.data[0].customdata)
     assert drawn.shape == (64, 128, 3) and top.plot.data[0].hovertemplate.count("customdata") == 3
     token = int(top.table()["token"].iloc[0])
@@ -241,8 +241,8 @@ def test_token_text_never_becomes_markup(top):
 
 
 def test_the_profile_is_the_layers_own_and_a_click_on_it_goes_there(top):
-    for layer, here in enumerate(top.seen.layers):
-        magnitude = here.x.abs().flatten()
+    for layer, x in enumerate(top.seen.streams):
+        magnitude = x.abs().flatten()
         drawn = [trace.y[layer] for trace in top.profile.data[1:]]
         assert drawn == pytest.approx([*magnitude.topk(3).values.tolist(), float(magnitude.median())])
     assert top.profile.layout.yaxis.type == "log"

@@ -1,5 +1,5 @@
-"""The explorers' shell: token text is shown and never run, the status is one sentence, a job pauses, resumes, is
-cancelled and runs alone, controls and state are one, plots stay on the page and outlive a reload.
+"""The explorers' shell: token text is shown and never run, the status is one sentence, a job pauses, resumes,
+is cancelled and runs alone, controls and state are one, plots stay on the page and outlive a reload.
 """
 
 import html
@@ -193,6 +193,66 @@ def test_one_job_at_a_time():
     work.job.cancel()
     work.job.wait(10)
     assert len(work.ended) == 1
+
+
+def held(seen: list[object]) -> tuple[Job, threading.Event]:
+    """A job at work on 0, which goes on once the event is set; what is done, and how it ends, is put into
+    `seen`.
+    """
+    started, go = threading.Event(), threading.Event()
+    job = Job(lambda error: seen.append(error and str(error)))
+
+    def zero(job: Job) -> None:
+        started.set()
+        assert go.wait(10)
+        job.step()
+        seen.append(0)
+
+    job.instead(zero)
+    assert started.wait(10)
+    return job, go
+
+
+def test_only_the_newest_work_is_done_after_the_one_that_runs_has_left():
+    seen: list[object] = []
+    job, go = held(seen)
+    for wish in range(1, 6):
+        job.instead(lambda _job, wish=wish: seen.append(wish))
+    go.set()
+    job.wait(10)
+    assert seen == [5, None] and not job.running
+    job.instead(lambda _job: seen.append(6))
+    job.wait(10)
+    assert seen == [5, None, 6, None]
+
+
+def test_newer_work_follows_one_that_fails():
+    seen: list[object] = []
+    job, go = held(seen)
+
+    def fail(_job: Job) -> None:
+        raise ValueError("no such thing")
+
+    job.instead(fail)
+    go.set()
+    job.wait(10)
+    assert seen == ["no such thing"]
+    job.instead(lambda _job: seen.append(1))
+    job.wait(10)
+    assert seen == ["no such thing", 1, None]
+
+
+def test_cancel_leaves_what_runs_and_what_waits():
+    seen: list[object] = []
+    job, go = held(seen)
+    job.instead(lambda _job: seen.append(1))
+    job.cancel()
+    go.set()
+    job.wait(10)
+    assert seen == ["cancelled"] and not job.running
+    job.instead(lambda _job: seen.append(2))
+    job.wait(10)
+    assert seen == ["cancelled", 2, None]
 
 
 # ---- figures

@@ -6,18 +6,27 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import ipywidgets as widgets
 import pandas as pd
-import traitlets
+from ipywidgets import (
+    BoundedIntText,
+    Checkbox,
+    Dropdown,
+    FloatText,
+    IntSlider,
+    SelectionSlider,
+    SelectMultiple,
+    Text,
+)
 from matplotlib.figure import Figure
 from torch import Tensor
+from traitlets import Bool, Float, HasTraits, Int, Tuple, Unicode
 
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.explore.errors import plots
 from dfrot_lab.explore.errors.numbers import ErrorRows, grids, is_massive
 from dfrot_lab.explore.errors.plots import PANEL_HEIGHT, PANELS, Panels, Tokens
 from dfrot_lab.explore.shell.explorer import Explorer, beside, control
-from dfrot_lab.explore.shell.job import Cancelled, Job
+from dfrot_lab.explore.shell.job import Job
 from dfrot_lab.explore.shell.offers import spec_of
 from dfrot_lab.explore.shell.plot import HEIGHT, Stage
 from dfrot_lab.explore.shell.words import html_table, panel
@@ -34,31 +43,29 @@ LISTED = 200
 NONE = "none"
 
 
-class State(traitlets.HasTraits):
+class State(HasTraits):
     """Where a reader stands: site and quantizer, the seed of RO and RH, the rotations on the axes and in Fig.
     4, the token, what is brushed.
     """
 
-    site = control(traitlets.Unicode(), widgets.SelectionSlider, "site", 560, continuous_update=False)
-    bits = control(traitlets.Int(4), widgets.IntSlider, "bits", 220, min=2, max=8)
-    symmetric = control(traitlets.Bool(True), widgets.Checkbox, "symmetric", 110, indent=False)
-    clip = control(traitlets.Float(1.0), widgets.FloatText, "clip ratio", 150, step=0.05)
-    seed = control(traitlets.Int(0), widgets.BoundedIntText, "seed of RO, RH", 190, max=10_000)
-    x = control(traitlets.Unicode(), widgets.Dropdown, "x axis", 190)
-    y = control(traitlets.Unicode(), widgets.Dropdown, "y axis", 190)
-    z = control(traitlets.Unicode(NONE), widgets.Dropdown, "z axis", 190)
-    path = control(
-        traitlets.Unicode(), widgets.Text, "saved R1", 420, placeholder="path of a .safetensors file"
-    )
-    token = control(traitlets.Int(0), widgets.BoundedIntText, "token", 140)
-    panels = control(traitlets.Tuple(), widgets.SelectMultiple, "rotations shown", 300, rows=4)
-    brushed = traitlets.Tuple()
+    site = control(Unicode(), SelectionSlider, "site", 560, continuous_update=False)
+    bits = control(Int(4), IntSlider, "bits", 220, min=2, max=8)
+    symmetric = control(Bool(True), Checkbox, "symmetric", 110, indent=False)
+    clip = control(Float(1.0), FloatText, "clip ratio", 150, step=0.05)
+    seed = control(Int(0), BoundedIntText, "seed of RO, RH", 190, max=10_000)
+    x = control(Unicode(), Dropdown, "x axis", 190)
+    y = control(Unicode(), Dropdown, "y axis", 190)
+    z = control(Unicode(NONE), Dropdown, "z axis", 190)
+    path = control(Unicode(), Text, "saved R1", 420, placeholder="path of a .safetensors file")
+    token = control(Int(0), BoundedIntText, "token", 140)
+    panels = control(Tuple(), SelectMultiple, "rotations shown", 300, rows=4)
+    brushed = Tuple()
 
 
 class Errors(Explorer):
     """The widget of `errors`."""
 
-    ONE = "refinement"
+    ONE, CANCELLED = "refinement", "refinement cancelled; it goes on from its last checkpoint"
     state: State
 
     def __init__(self, rows: ErrorRows, seeded: bool, spec: RefineSpec | None, store: Store) -> None:
@@ -223,11 +230,6 @@ class Errors(Explorer):
             self.add("DFRot", R)
 
         self.work("refining", work)
-
-    def at_end(self, error: BaseException | None) -> str:
-        """Whether the refinement was cancelled."""
-        cancelled = isinstance(error, Cancelled)
-        return "refinement cancelled; it goes on from its last checkpoint" if cancelled else ""
 
     def enabled(self) -> dict[str, bool]:
         """A file can be added at any time; the refinement is made once, where the capture says of what."""

@@ -12,7 +12,7 @@ from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.explore.invariance.numbers import PROMPT, STEPS, TOLERANCE, Bench, Outcome, Steps
 from dfrot_lab.explore.invariance.plots import BROKEN, SHOWN, Trials
 from dfrot_lab.explore.shell.explorer import Explorer, control
-from dfrot_lab.explore.shell.job import Latest
+from dfrot_lab.explore.shell.job import Job
 from dfrot_lab.explore.shell.plot import drawing
 from dfrot_lab.model import loading
 from dfrot_lab.model.loading import LoadedModel
@@ -62,7 +62,9 @@ def text_html(outcome: Outcome, truth: Outcome) -> str:
 
 
 class Invariance(Explorer):
-    """The widget of `invariance`; `latest` is its background work, `outcomes` are its trials."""
+    """The widget of `invariance`; `outcomes` are its trials."""
+
+    CANCELLED = "cancelled; the trials are as they were"
 
     state: State
 
@@ -74,11 +76,10 @@ class Invariance(Explorer):
         self.truth: dict[str, Outcome] = {}
         self.plot = Trials()
         self.verdict, self.text = (widgets.HTML(layout={"min_height": high}) for high in ("66px", "60px"))
-        self.latest = Latest(self._compute, self.status.error)
         right = {name: name not in ("centre", "drop") for name in STEPS}
         self.button("correct", "All steps, correctly", lambda: self.set(**right))
         self.button("clear", "No step", lambda: self.set(**dict.fromkeys(STEPS, False)))
-        self.button("cancel", "Cancel", self.latest.cancel)
+        self.button("cancel", "Cancel", self.job.cancel)
         switches = widgets.VBox([self.controls[name] for name in STEPS], layout={"width": "350px"})
         seen = {"flex": "1 1 600px", "min_width": "0"}
         found = widgets.VBox([self.plot, self.verdict, self.text], layout=seen)
@@ -99,12 +100,18 @@ class Invariance(Explorer):
     def ask(self) -> None:
         """Try what is switched on now, in the background."""
         self.status.busy("loading the model" if self.bench is None else f"trying {self.state.steps().name}")
-        self.latest.ask((self.state.steps(), self.state.prompt))
+        steps, prompt = self.state.steps(), self.state.prompt
+        self.job.instead(lambda job: self._compute(job, steps, prompt))
+        self.enable()
+
+    def enabled(self) -> dict[str, bool]:
+        """A newer trial takes the place of the one that runs."""
+        return {"cancel": self.job.running}
 
     def wait(self, seconds: float | None = 120) -> Outcome:
         """The newest trial, once nothing is left to compute; TimeoutError after `seconds`."""
-        self.latest.wait(seconds)
-        if self.latest.busy or not self.outcomes:
+        self.job.wait(seconds)
+        if self.job.running or not self.outcomes:
             raise TimeoutError(f"no trial ended within {seconds} s: {self.status.text}")
         return self.outcomes[-1]
 
@@ -125,17 +132,16 @@ class Invariance(Explorer):
             figures.plot_logit_errors(shown, TOLERANCE, ax=ax)
         return figure
 
-    def _compute(self, wish: tuple[Steps, str]) -> None:
+    def _compute(self, job: Job, steps: Steps, prompt: str) -> None:
         """In the background: load the model once, try the steps, show the outcome."""
-        steps, prompt = wish
         if self.bench is None:
             self.bench = Bench(self.loaded or loading.load_model(self.spec, self.store))
         self.status.busy(f"trying {steps.name}")
         if prompt not in self.truth:
-            self.truth[prompt] = self.bench.measure(Steps(), prompt, step=self.latest.step)
+            self.truth[prompt] = self.bench.measure(Steps(), prompt, step=job.step)
         outcome = truth = self.truth[prompt]
         if steps != Steps(rotation=steps.rotation):
-            outcome = self.bench.measure(steps, prompt, step=self.latest.step)
+            outcome = self.bench.measure(steps, prompt, step=job.step)
         self.outcomes.append(outcome)
         self.plot.draw(self.outcomes)
         self.verdict.value, self.text.value = verdict_html(outcome), text_html(outcome, truth)

@@ -4,7 +4,8 @@ tokens, tables, sentences.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -27,60 +28,22 @@ TINY = 1e-30
 
 
 @dataclass(frozen=True)
-class Layer:
-    """The residual stream before one layer, x (tokens, channels) float32, and what is read from it once.
-
-    largest, channel (tokens,): each token's largest |x| and where; median |x| of all; top: the largest three
-    |x|.
-    """
-
-    x: Tensor
-    largest: Tensor
-    channel: Tensor
-    median: float
-    top: tuple[float, ...]
-
-
-@dataclass(frozen=True)
 class Look:
-    """A text as the model sees it: token texts and the stream before each layer; `whole` is how many tokens
-    the text has in all.
+    """A text as the model sees it: token texts, the stream x (tokens, channels) float32 before each layer,
+    and how many tokens the text has in all.
+
+    profile: the largest three |x| and the median before each layer: layer, top 1, top 2, top 3, median.
     """
 
     texts: list[str]
-    layers: list[Layer]
+    streams: list[Tensor]
+    profile: pd.DataFrame
     eps: float
     whole: int
-    _masks: dict[tuple[int, str], Tensor] = field(default_factory=dict)
 
-    @property
-    def channels(self) -> int:
-        """Width of the stream."""
-        return self.layers[0].x.shape[1]
-
-    def marked(self, layer: int, rule: str) -> Tensor:
-        """Mask (tokens,) of the tokens `rule` calls massive before a layer; computed once. Rules of rows see
-        the stream's rows over their root mean square (no gain).
-        """
-        if (layer, rule) not in self._masks:
-            here = self.layers[layer]
-            if rule in massive.ROWS_RULES:
-                rows = torch.nn.functional.rms_norm(here.x, here.x.shape[-1:], eps=self.eps)
-                mask = massive.rows_rule(rows, rule)
-            else:
-                mask = massive.residual_rule(here.largest[None], torch.tensor([here.median]), rule)[0]
-            self._masks[layer, rule] = mask
-        return self._masks[layer, rule]
-
-
-def layer_of(x: Tensor) -> Layer:
-    """A Layer from the stream before it (tokens, channels)."""
-    x = x.float()
-    magnitude = x.abs()
-    largest, channel = magnitude.max(1)
-    flat = magnitude.flatten()
-    top = flat.topk(min(residual.TOP, len(flat))).values.tolist()
-    return Layer(x, largest, channel, float(flat.median()), tuple(top))
+    def median(self, layer: int) -> float:
+        """Median |x| before a layer."""
+        return max(float(self.profile["median"].iloc[layer]), TINY)
 
 
 def look(
@@ -100,7 +63,18 @@ def look(
         raise ValueError(f"{found}. The model is broken, or its dtype too small.")
     texts = [loaded.tokenizer.decode([i]) for i in ids.tolist()]
     eps = float(getattr(loaded.model.config, "rms_norm_eps", 0.0))
-    return Look(texts, [layer_of(x) for x in streams], eps, whole or len(texts))
+    streams = [x.float() for x in streams]
+    return Look(texts, streams, _profile(streams), eps, whole or len(texts))
+
+
+def _profile(streams: list[Tensor]) -> pd.DataFrame:
+    rows = []
+    for layer, x in enumerate(streams):
+        magnitude = x.abs().flatten()
+        top = magnitude.topk(min(residual.TOP, len(magnitude))).values.tolist()
+        named = {f"top {n + 1}": value for n, value in enumerate(top)}
+        rows.append({"layer": layer, **named, "median": float(magnitude.median())})
+    return pd.DataFrame(rows)
 
 
 def typed_ids(loaded: LoadedModel, text: str, most: int) -> tuple[Tensor, int]:
@@ -118,6 +92,17 @@ def block_ids(loaded: LoadedModel, spec: CorpusSpec, block: int, most: int) -> t
     window = min(WINDOW, loaded.context)
     ids = corpus.token_blocks(spec, loaded.tokenizer, blocks=block + 1, window=window)[block]
     return ids[:most], window
+
+
+def marks(seen: Look, layer: int, rule: str) -> Tensor:
+    """Mask (tokens,) of the tokens `rule` calls massive before a layer. Rules of rows see the stream's rows
+    over their root mean square (no gain).
+    """
+    x = seen.streams[layer]
+    if rule in massive.ROWS_RULES:
+        return massive.rows_rule(torch.nn.functional.rms_norm(x, x.shape[-1:], eps=seen.eps), rule)
+    largest, median = x.abs().amax(1)[None], torch.tensor([seen.median(layer)])
+    return massive.residual_rule(largest, median, rule)[0]
 
 
 def rule_words(rule: str, channels: int) -> str:
@@ -161,48 +146,37 @@ def cells(seen: Look, layer: int) -> np.ndarray:
     """What is drawn of a layer, (columns, tokens, 3) float32: value (signed), its channel, its ratio to the
     median.
     """
-    value, channel = pooled(seen.layers[layer].x)
-    ratio = value.abs() / max(seen.layers[layer].median, TINY)
+    value, channel = pooled(seen.streams[layer])
+    ratio = value.abs() / seen.median(layer)
     return np.stack([x.T.float().numpy() for x in (value, channel, ratio)], axis=-1)
-
-
-def _largest_first(seen: Look, layer: int, dim: int) -> pd.DataFrame:
-    """Of every token (dim 1) or channel (dim 0) at a layer the largest entry: token, text, channel, value
-    (signed), ratio (|value| to the median).
-    """
-    here = seen.layers[layer]
-    magnitude, place = here.x.abs().max(dim)
-    own, other = np.arange(len(place)), place.numpy()
-    token, channel = (own, other) if dim else (other, own)
-    value = here.x[token, channel].numpy()
-    columns = {"token": token, "text": [seen.texts[i] for i in token], "channel": channel, "value": value}
-    table = pd.DataFrame({**columns, "ratio": magnitude.numpy() / max(here.median, TINY)})
-    return table.sort_values("ratio", ascending=False, kind="stable")
 
 
 def token_table(seen: Look, layer: int, rule: str) -> pd.DataFrame:
     """Every token at a layer, largest first: token, text, channel, value (signed), ratio (|value| to the
     median), massive (by `rule`).
     """
-    table = _largest_first(seen, layer, dim=1)
-    return table.assign(massive=seen.marked(layer, rule).numpy()[table["token"]]).reset_index(drop=True)
+    channel = seen.streams[layer].abs().argmax(1).numpy()
+    massive = marks(seen, layer, rule).numpy()
+    return _largest_first(seen, layer, np.arange(len(channel)), channel, massive=massive)
 
 
 def channel_table(seen: Look, layer: int) -> pd.DataFrame:
     """Every channel at a layer, largest first: channel, value (signed), ratio, and the token and text it is
     largest at.
     """
-    table = _largest_first(seen, layer, dim=0).reset_index(drop=True)
+    token = seen.streams[layer].abs().argmax(0).numpy()
+    table = _largest_first(seen, layer, token, np.arange(len(token)))
     return table[["channel", "value", "ratio", "token", "text"]]
 
 
-def profile(seen: Look) -> pd.DataFrame:
-    """The largest three |x| and the median before each layer: layer, top 1, top 2, top 3, median."""
-    rows = [
-        {"layer": i, **{f"top {n + 1}": v for n, v in enumerate(here.top)}, "median": here.median}
-        for i, here in enumerate(seen.layers)
-    ]
-    return pd.DataFrame(rows)
+def _largest_first(
+    seen: Look, layer: int, token: np.ndarray, channel: np.ndarray, **more: Any
+) -> pd.DataFrame:
+    """The entries of a layer at these places: token, text, channel, value, ratio, and `more` columns."""
+    value = seen.streams[layer][token, channel].numpy()
+    place = {"token": token, "text": [seen.texts[i] for i in token], "channel": channel}
+    table = pd.DataFrame({**place, "value": value, "ratio": np.abs(value) / seen.median(layer), **more})
+    return table.sort_values("ratio", ascending=False, kind="stable", ignore_index=True)
 
 
 def sentence(table: pd.DataFrame, layer: int, rule: str) -> str:
@@ -219,11 +193,14 @@ def sentence(table: pd.DataFrame, layer: int, rule: str) -> str:
     return f"<b>T{what}</b> Rule {rule} marks {len(marked)} of {len(table)} tokens."
 
 
-def text_spans(seen: Look, layer: int, rule: str) -> str:
-    """The text itself as HTML, a span a token, those the rule marks in colour, their value as tooltip."""
-    here, spans = seen.layers[layer], []
-    for i, (text, marked) in enumerate(zip(seen.texts, seen.marked(layer, rule).tolist(), strict=True)):
-        about = f", channel {int(here.channel[i])}: {number(float(here.largest[i]))}" if marked else ""
-        spans.append(span(text, MASSIVE_COLOUR if marked else None, f"token {i}{about}"))
-        spans.append("<br>" if "\n" in text else "<wbr>")
+def text_spans(table: pd.DataFrame) -> str:
+    """The text itself as HTML, a span a token, the marked ones in colour, their value as tooltip. `table` is
+    a `token_table`.
+    """
+    spans = []
+    for row in table.sort_values("token").to_dict("records"):
+        about = f", channel {row['channel']}: {number(abs(row['value']))}" if row["massive"] else ""
+        colour = MASSIVE_COLOUR if row["massive"] else None
+        spans.append(span(row["text"], colour, f"token {row['token']}{about}"))
+        spans.append("<br>" if "\n" in row["text"] else "<wbr>")
     return f'<div class="dfrot-text" style="line-height:1.5;overflow-wrap:anywhere">{"".join(spans)}</div>'

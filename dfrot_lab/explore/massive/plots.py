@@ -8,7 +8,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from matplotlib.figure import Figure
 
-from dfrot_lab.explore.massive.numbers import Look, cells, profile, starts
+from dfrot_lab.explore.massive.numbers import Look, cells, starts
 from dfrot_lab.explore.shell.plot import EDGE_TO_EDGE, GREY, Plot, drawing, packed, scene
 from dfrot_lab.explore.shell.words import contexts, label
 from dfrot_lab.show.figures import MASSIVE_COLOUR
@@ -62,10 +62,10 @@ class Heat(Plot):
     def _new_text(self, seen: Look) -> None:
         """Axes and colours, which change with the text alone."""
         self._seen, self._labels = seen, [f"{i} {label(text)}" for i, text in enumerate(seen.texts)]
-        top = np.log10(max(max(here.top) for here in seen.layers))
+        top = np.log10(seen.profile["top 1"].max())
         powers = list(range(int(np.log10(FLOOR)), int(np.ceil(top)) + 1))
         ticks = {"tickvals": powers, "ticktext": [f"{10.0**power:,g}" for power in powers]}
-        rows = starts(len(seen.texts), seen.channels)
+        rows = starts(*seen.streams[0].shape)
         self.data[0].update(x=self._labels, y=rows, zmin=powers[0], zmax=powers[-1], colorbar=ticks)
         ends = [-0.5, len(self._labels) - 0.5]
         self.update_xaxes(categoryorder="array", categoryarray=self._labels, range=ends)
@@ -102,7 +102,7 @@ class Space(Plot):
     def _new_text(self, seen: Look) -> None:
         """Axes and token names, which change with the text alone."""
         self._seen, self._contexts = seen, contexts(seen.texts)
-        rows, count = starts(len(seen.texts), seen.channels), np.arange(len(seen.texts))
+        rows, count = starts(*seen.streams[0].shape), np.arange(len(seen.texts))
         ticks, names = count[:: max(1, len(count) // 12)], [label(text) for text in seen.texts]
         self.data[0].update(x=count.astype(np.float32), y=rows, text=[names] * len(rows))
         axis = {"tickvals": ticks, "ticktext": [f"{i} {names[i]}" for i in ticks]}
@@ -132,7 +132,7 @@ class Profile(Plot):
             line.on_click(lambda _trace, points, _state: go_to(int(points.xs[0])) if points.xs else None)
 
     def draw(self, lines: pd.DataFrame, layer: int) -> None:
-        """The lines of a `profile`, and where the reader stands."""
+        """The lines of a look's profile, and where the reader stands."""
         ends = [max(float(lines["median"].min()) / 2, FLOOR), float(lines["top 1"].max()) * 2]
         with self.batch_update():
             self.data[0].update(x=[layer, layer], y=ends)
@@ -140,25 +140,24 @@ class Profile(Plot):
                 trace.update(x=lines["layer"].to_numpy(), y=lines[trace.name].to_numpy())
 
 
-def static(seen: Look, layer: int, rule: str) -> Figure:
+def static(seen: Look, layer: int, marked: pd.DataFrame, rule: str) -> Figure:
     """The same view as a matplotlib figure: log10 |x| over tokens and channels with the marked tokens, and
     the profile by layer.
     """
     size: dict[str, Any] = {"size": (11, 4), "layout": "constrained", "width_ratios": (2, 1)}
     with drawing(2, **size) as (drawn, (left, right)):
-        edges = (-0.5, len(seen.texts) - 0.5, seen.channels - 0.5, -0.5)
+        tokens, channels = seen.streams[layer].shape
+        edges = (-0.5, tokens - 0.5, channels - 0.5, -0.5)
         heights = logarithm(cells(seen, layer)[..., 0])
         image = left.imshow(heights, aspect="auto", cmap="cividis", extent=edges)
         left.grid(visible=False)
         left.set(xlabel="token", ylabel="channel", title=f"log10 |residual stream| before layer {layer}")
-        marked = seen.marked(layer, rule).nonzero().flatten()
         hollow = {"marker": "D", "facecolors": "none", "edgecolors": MASSIVE_COLOUR}
-        left.scatter(marked, seen.layers[layer].channel[marked], label=f"massive by {rule}", **hollow)
+        left.scatter(marked["token"], marked["channel"], label=f"massive by {rule}", **hollow)
         left.legend(loc="upper right", fontsize=8)
         drawn.colorbar(image, ax=left)
-        lines = profile(seen)
         for name, colour, _, dash in LINES:
-            right.plot(lines["layer"], lines[name], c=colour, ls=dash, label=name)
+            right.plot(seen.profile["layer"], seen.profile[name], c=colour, ls=dash, label=name)
         right.axvline(layer, c=GREY, lw=1)
         right.set(yscale="log", xlabel="layer", ylabel="|residual stream|")
         right.legend(fontsize=8)

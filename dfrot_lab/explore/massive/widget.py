@@ -4,19 +4,19 @@ a rule calls massive marked.
 
 from collections.abc import Callable
 
-import ipywidgets as widgets
 import pandas as pd
 import torch
-import traitlets
+from ipywidgets import BoundedIntText, Dropdown, HBox, IntSlider, Play, Textarea, ToggleButtons, jslink
 from matplotlib.figure import Figure
 from torch import Tensor
+from traitlets import Enum, HasTraits, Int, Unicode
 
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.explore.massive import numbers, plots
 from dfrot_lab.explore.massive.numbers import Look
 from dfrot_lab.explore.massive.plots import Heat, Profile, Space
 from dfrot_lab.explore.shell.explorer import Explorer, beside, control
-from dfrot_lab.explore.shell.job import Cancelled, Job
+from dfrot_lab.explore.shell.job import Job
 from dfrot_lab.explore.shell.offers import spec_of
 from dfrot_lab.explore.shell.plot import GREY, Stage
 from dfrot_lab.explore.shell.words import html_table, panel
@@ -31,38 +31,26 @@ SIZES = (64, 128, 256, 512, 1024, 2048)
 ROWS = 12
 """Rows of the tables of tokens and channels."""
 HEAT, SPACE = "heat map", "3-D"
-BOX = {"width": "620px", "height": "72px"}
+TYPE = "type or paste a text, then look"
 
 
-class State(traitlets.HasTraits):
+class State(HasTraits):
     """Where a reader stands: the layer, the view (heat map or 3-D) and the rule; the text typed, the corpus
     block picked, and how many of their tokens are looked at.
     """
 
-    layer = control(traitlets.Int(), widgets.IntSlider, "layer", 420)
-    view = control(
-        traitlets.Unicode(HEAT),
-        widgets.ToggleButtons,
-        "view",
-        options=[HEAT, SPACE],
-        style={"button_width": "90px"},
-    )
-    rule = control(traitlets.Unicode("sun"), widgets.Dropdown, "massive by rule", 230, options=MASSIVE_RULES)
-    text = control(
-        traitlets.Unicode(),
-        widgets.Textarea,
-        "your text",
-        placeholder="type or paste a text, then look",
-        layout=BOX,
-    )
-    block = control(traitlets.Int(0), widgets.BoundedIntText, "corpus block", 190, max=1_000_000)
-    tokens = control(traitlets.Int(), widgets.Dropdown, "at most tokens", 190)
+    layer = control(Int(), IntSlider, "layer", 420)
+    view = control(Enum((HEAT, SPACE), HEAT), ToggleButtons, "view", 90)
+    rule = control(Enum(MASSIVE_RULES, "sun"), Dropdown, "massive by rule", 230)
+    text = control(Unicode(), Textarea, "your text", 620, placeholder=TYPE, layout={"height": "72px"})
+    block = control(Int(0), BoundedIntText, "corpus block", 190, max=1_000_000)
+    tokens = control(Int(), Dropdown, "at most tokens", 190)
 
 
 class Massive(Explorer):
     """The widget of `massive`."""
 
-    ONE = "text"
+    ONE, CANCELLED = "text", "cancelled; the view is as it was"
     state: State
 
     def __init__(self, loaded: LoadedModel, acts: Capture | None, corpus: CorpusSpec, tokens: int) -> None:
@@ -70,15 +58,12 @@ class Massive(Explorer):
         last, middle = len(loaded.layers) - 1, len(loaded.layers) // 2
         sizes = {"options": sorted({*SIZES, tokens})}
         super().__init__(State(layer=middle, tokens=tokens), layer={"max": last}, tokens=sizes)
-        self.button(
-            "look", "look", self.look_at_text, tooltip="look at the text in the box", button_style="primary"
-        )
-        self.button(
-            "open", "open block", self.look_at_block, tooltip="look at the corpus block with this number"
-        )
+        box, number = "look at the text in the box", "look at the corpus block with this number"
+        self.button("look", "look", self.look_at_text, tooltip=box, button_style="primary")
+        self.button("open", "open block", self.look_at_block, tooltip=number)
         self.button("cancel", "cancel", self.job.cancel, tooltip="stop looking; the view stays as it is")
-        self.controls["play"] = widgets.Play(description="play", value=middle, max=last, interval=700)
-        widgets.jslink((self.controls["play"], "value"), (self.controls["layer"], "value"))
+        self.controls["play"] = Play(description="play", value=middle, max=last, interval=700)
+        jslink((self.controls["play"], "value"), (self.controls["layer"], "value"))
         self.plot, self.space = Heat(), Space()
         self.profile = Profile(lambda layer: self.state.set_trait("layer", layer))
         self.sentence, self.words = panel(58), panel(30)
@@ -89,9 +74,7 @@ class Massive(Explorer):
         self._show(numbers.look(loaded, *first))
         self.enable()
         self.on("layer rule view", self.redraw)
-        tables = widgets.HBox(
-            [self.tokens, self.channels], layout={"width": "100%", "justify_content": "space-between"}
-        )
+        apart = {"width": "100%", "justify_content": "space-between"}
         self.children = [
             self.row("text", ["look", "cancel"], [self.row("block", "open"), "tokens"]),
             self.row("play", "layer", "view", "rule"),
@@ -100,7 +83,7 @@ class Massive(Explorer):
             self.sentence,
             beside(self.stage, self.profile, shares=(66, 34)),
             self.text,
-            tables,
+            HBox([self.tokens, self.channels], layout=apart),
         ]
 
     # ---- what is looked at
@@ -127,10 +110,6 @@ class Massive(Explorer):
 
         self.work("reading the text", work)
 
-    def at_end(self, error: BaseException | None) -> str:
-        """Whether it was cancelled."""
-        return "cancelled; the view is as it was" if isinstance(error, Cancelled) else ""
-
     # ---- what is shown
 
     def _show(self, seen: Look) -> None:
@@ -147,29 +126,33 @@ class Massive(Explorer):
             layer, rule, seen = self.state.layer, self.state.rule, self.seen
             self.shown = numbers.token_table(seen, layer, rule)
             view = self.plot if self.state.view == HEAT else self.space
-            view.draw(seen, layer, self.shown[self.shown["massive"]].sort_values("token"))
+            view.draw(seen, layer, self._marked())
             self.stage.turn(view)
-            self.profile.draw(numbers.profile(seen), layer)
+            self.profile.draw(seen.profile, layer)
             said = numbers.sentence(self.shown, layer, rule)
             self.sentence.value = f'<span class="dfrot-sentence" style="font-size:15px">{said}</span>'
             meaning = f"{rule}: {numbers.rule_words(rule, self.loaded.channels)}"
             self.words.value = f'<span style="color:{GREY}">{meaning}</span>'
-            self.text.value = numbers.text_spans(seen, layer, rule)
+            self.text.value = numbers.text_spans(self.shown)
             tokens = self.shown.head(ROWS).drop(columns="massive")
             channels = numbers.channel_table(seen, layer).head(ROWS)
             self.tokens.value = html_table(tokens, f"Largest tokens at layer {layer}")
             self.channels.value = html_table(channels, f"Largest channels at layer {layer}")
             shown = f"{len(seen.texts):,}"
             part = f"the first {shown} of {seen.whole:,}" if seen.whole > len(seen.texts) else shown
-            self.status.say(f"{part} tokens, layer {layer}, median |x| {seen.layers[layer].median:.3g}")
+            self.status.say(f"{part} tokens, layer {layer}, median |x| {seen.median(layer):.3g}")
 
     def table(self) -> pd.DataFrame:
         """Every token at the layer shown, largest first: token, text, channel, value, ratio, massive."""
         return self.shown.copy()
 
+    def _marked(self) -> pd.DataFrame:
+        """The rows of massive tokens, in the text's order."""
+        return self.shown[self.shown["massive"]].sort_values("token")
+
     def static(self) -> Figure:
         """The heat map and the profile as a matplotlib figure."""
-        return plots.static(self.seen, self.state.layer, self.state.rule)
+        return plots.static(self.seen, self.state.layer, self._marked(), self.state.rule)
 
 
 def _ids(acts: Capture, loaded: LoadedModel, tokens: int) -> tuple[Tensor, int]:

@@ -9,11 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import ipywidgets as widgets
 import pandas as pd
-import traitlets
+from ipywidgets import BoundedIntText, Checkbox, Dropdown, IntProgress, SelectionSlider, Text
 from matplotlib.figure import Figure
 from torch import Tensor
+from traitlets import Bool, Enum, Float, HasTraits, Int, Unicode
 
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.explore.refinement import numbers, plots
@@ -40,29 +40,24 @@ REDRAW_S = 0.1
 GAMMAS = [(f"{gamma:g}", gamma) for gamma in (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, math.inf)]
 ROWS = [("4,096 rows", 4096), ("16,384 rows", 16384), ("all rows", 0)]
 COLUMNS = ["step", "normal", "massive", "distance", "on"]
-STARTS = KINDS[::-1]
 
 
-class State(traitlets.HasTraits):
+class State(HasTraits):
     """What a RefineSpec says, how many rows (0: all), whose entries are shown (site, token), and the file for
     R1.
     """
 
-    gamma = control(traitlets.Float(100.0), widgets.SelectionSlider, "Gamma", options=GAMMAS)
-    rule = control(
-        traitlets.Enum(MASSIVE_RULES, "nr_error"), widgets.Dropdown, "Massive rule", options=MASSIVE_RULES
-    )
-    kind = control(traitlets.Enum(STARTS, "RH"), widgets.Dropdown, "Start from", 190, options=STARTS)
-    seed = control(traitlets.Int(0, min=0), widgets.BoundedIntText, "Seed", 190, max=10**6)
-    steps = control(traitlets.Int(100, min=1), widgets.BoundedIntText, "Steps", 190, min=1, max=1000)
-    variant = control(
-        traitlets.Enum(REFINE_VARIANTS, "accelerated"), widgets.Dropdown, "Variant", options=REFINE_VARIANTS
-    )
-    symmetric = control(traitlets.Bool(False), widgets.Checkbox, "Symmetric grid", 190, indent=False)
-    rows = control(traitlets.Int(16384, min=0), widgets.Dropdown, "Refine on", options=ROWS)
-    site = control(traitlets.Unicode(), widgets.Dropdown, "Site", 420)
-    token = control(traitlets.Int(0, min=0), widgets.Dropdown, "Token", 420)
-    path = control(traitlets.Unicode(), widgets.Text, "File for R1", 420)
+    gamma = control(Float(100.0), SelectionSlider, "Gamma", options=GAMMAS)
+    rule = control(Enum(MASSIVE_RULES, "nr_error"), Dropdown, "Massive rule")
+    kind = control(Enum(KINDS[::-1], "RH"), Dropdown, "Start from", 190)
+    seed = control(Int(0, min=0), BoundedIntText, "Seed", 190, max=10**6)
+    steps = control(Int(100, min=1), BoundedIntText, "Steps", 190, min=1, max=1000)
+    variant = control(Enum(REFINE_VARIANTS, "accelerated"), Dropdown, "Variant")
+    symmetric = control(Bool(False), Checkbox, "Symmetric grid", 190, indent=False)
+    rows = control(Int(16384, min=0), Dropdown, "Refine on", options=ROWS)
+    site = control(Unicode(), Dropdown, "Site", 420)
+    token = control(Int(0, min=0), Dropdown, "Token", 420)
+    path = control(Unicode(), Text, "File for R1", 420)
 
 
 class Refinement(Explorer):
@@ -86,7 +81,7 @@ class Refinement(Explorer):
         for act in (self.start, self.pause, self.resume, self.cancel):
             self.button(act.__name__, act.__name__.capitalize(), act)
         self.button("save", "Save R1", self.save)
-        self.progress = widgets.IntProgress(description="Steps", layout={"width": "300px"})
+        self.progress = IntProgress(description="Steps", layout={"width": "300px"})
         self.plot, self.entries = HistoryPlot(), EntriesPlot()
         self.children = [
             self.row("gamma", "rule", "kind", "seed", "steps", "variant", "rows", "symmetric"),

@@ -17,12 +17,19 @@ Trait = TypeVar("Trait", bound=traitlets.TraitType)
 
 
 def control(trait: Trait, kind: type[Any], label: str, width: int | None = None, **options: Any) -> Trait:
-    """A trait of a state, moved by a control of this kind with a label, `width` pixels wide.
+    """A trait of a state, moved by a control of this kind with a label, `width` pixels wide (a toggle's
+    buttons, each).
 
-    `options` are the control's own (min, options, step, ...). What is only known once there is data is given
-    to `Explorer(state, name={...})`.
+    `options` are the control's own (min, step, ...); an Enum's values are the choices. What is only known
+    once there is data is given to `Explorer(state, name={...})`.
     """
-    trait.tag(control=(kind, label, width, options))
+    if isinstance(trait, traitlets.Enum):
+        options = {"options": trait.values, **options}
+    if width and kind is widgets.ToggleButtons:
+        options["style"] = {"button_width": f"{width}px"}
+    elif width:
+        options["layout"] = {"width": f"{width}px", **options.get("layout", {})}
+    trait.tag(control=(kind, {"description": label, **options}))
     return trait
 
 
@@ -33,8 +40,8 @@ class Explorer(widgets.VBox):
     is its class on the page: `dfrot-massive`.
     """
 
-    ONE = "job"
-    """What a reader is told of that can only be done one at a time."""
+    ONE, CANCELLED = "job", ""
+    """What can only be done one at a time, and what is said when it was cancelled."""
 
     def __init__(self, state: traitlets.HasTraits, **late: Mapping[str, Any]) -> None:
         super().__init__(layout={"max_width": "1240px", "width": "100%"})
@@ -50,10 +57,8 @@ class Explorer(widgets.VBox):
         """The declared control, which moves the state and follows it; while its options are replaced it may
         have no value, which the state does not follow.
         """
-        kind, label, width, options = declared
-        layout = {"width": f"{width}px"} if width else {}
-        first = {"description": label, "layout": layout, "value": getattr(self.state, name)}
-        made = kind(**{**first, **options, **late})
+        kind, options = declared
+        made = kind(**{"value": getattr(self.state, name), **options, **late})
         made.style.description_width = "initial"  # the label is shown whole
 
         def move(change: Any) -> None:
@@ -99,11 +104,11 @@ class Explorer(widgets.VBox):
             for name, can_be_pressed in self.enabled().items():
                 self.controls[name].disabled = not can_be_pressed
 
-    def at_end(self, _error: BaseException | None) -> str:
+    def at_end(self, error: BaseException | None) -> str:
         """Draw what the work left, in the job's thread; the sentence on how it ended ('' leaves what is
         said). An error but Cancelled is said after it.
         """
-        return ""
+        return self.CANCELLED if isinstance(error, Cancelled) else ""
 
     def _ended(self, error: BaseException | None) -> None:
         said = self.at_end(error)

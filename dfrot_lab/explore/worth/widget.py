@@ -8,15 +8,15 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
-import ipywidgets as widgets
 import pandas as pd
-import traitlets
+from ipywidgets import BoundedIntText, Dropdown, FloatProgress, SelectMultiple, ToggleButtons
 from matplotlib.figure import Figure
+from traitlets import Enum, HasTraits, Int, Tuple, Unicode
 
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.explore.shell import offers
 from dfrot_lab.explore.shell.explorer import Explorer, beside, control
-from dfrot_lab.explore.shell.job import Cancelled, Job
+from dfrot_lab.explore.shell.job import Job
 from dfrot_lab.explore.shell.offers import BITS, FULL
 from dfrot_lab.explore.shell.words import duration, panel
 from dfrot_lab.explore.worth import numbers
@@ -44,43 +44,22 @@ PAPER_MODELS = tuple(
         "QWen2-7B",
     ]
 )
+METHODS, WEIGHTS = offers.methods(), sorted(WEIGHT_METHODS, reverse=True)
 SEVERAL = {"rows": 5, "tooltip": "several: hold Ctrl or Shift"}
 
 
-class State(traitlets.HasTraits):
+class State(HasTraits):
     """What is looked at: rotations, bits, how weights are quantized, whether massive tokens are kept out, the
     text and its windows.
     """
 
-    rotations = control(
-        traitlets.Tuple(offers.methods()),
-        widgets.SelectMultiple,
-        "Rotations",
-        210,
-        options=offers.methods(),
-        **SEVERAL,
-    )
-    bits = control(
-        traitlets.Tuple((FULL, *MAIN_BITS)),
-        widgets.SelectMultiple,
-        "Bits W-A-KV",
-        210,
-        options=BITS,
-        **SEVERAL,
-    )
-    keep_out = control(
-        traitlets.Tuple(("none",)), widgets.SelectMultiple, "Kept out", 210, options=list(KEPT), **SEVERAL
-    )
-    weights = control(
-        traitlets.Unicode("gptq"),
-        widgets.ToggleButtons,
-        "Weights",
-        options=sorted(WEIGHT_METHODS, reverse=True),
-        style={"button_width": "70px"},
-    )
-    corpus = control(traitlets.Unicode("auto"), widgets.Dropdown, "Text")
-    windows = control(traitlets.Int(6), widgets.BoundedIntText, "Windows", 180, min=1, max=200)
-    paper_model = control(traitlets.Unicode("LLaMA2-7B"), widgets.Dropdown, "Paper's", options=PAPER_MODELS)
+    rotations = control(Tuple(METHODS), SelectMultiple, "Rotations", 210, options=METHODS, **SEVERAL)
+    bits = control(Tuple((FULL, *MAIN_BITS)), SelectMultiple, "Bits W-A-KV", 210, options=BITS, **SEVERAL)
+    keep_out = control(Tuple(("none",)), SelectMultiple, "Kept out", 210, options=list(KEPT), **SEVERAL)
+    weights = control(Enum(WEIGHTS, "gptq"), ToggleButtons, "Weights", 70)
+    corpus = control(Unicode("auto"), Dropdown, "Text")
+    windows = control(Int(6), BoundedIntText, "Windows", 180, min=1, max=200)
+    paper_model = control(Enum(PAPER_MODELS, "LLaMA2-7B"), Dropdown, "Paper's")
 
 
 class Worth(Explorer):
@@ -88,7 +67,7 @@ class Worth(Explorer):
     `missing`.
     """
 
-    ONE = "computation"
+    ONE, CANCELLED = "computation", "Stopped. What is finished is kept: the button goes on from there"
     state: State
 
     def __init__(self, setting: Setting, store: Store) -> None:
@@ -101,7 +80,7 @@ class Worth(Explorer):
         self.missing: list[EvalSpec] = []
         self.plot, self.paper_plot = Bars(), Bars()
         self.note, self.rows, self.paper = panel(60), panel(250, width="100%"), panel(220, width="100%")
-        self.bar = widgets.FloatProgress(max=1, description="Done", layout={"width": "300px"})
+        self.bar = FloatProgress(max=1, description="Done", layout={"width": "300px"})
         wide = {"width": "220px"}
         self.button("compute", "Compute missing rows", self.compute, icon="play", layout=wide)
         self.button("cancel", "Cancel", self.cancel, icon="stop")
@@ -219,10 +198,9 @@ class Worth(Explorer):
         return {"compute": bool(self.missing) and not running, "cancel": running}
 
     def at_end(self, error: BaseException | None) -> str:
-        """What is stored now, and how to go on where it was stopped."""
+        """What is stored now."""
         self.refresh()
-        stopped = "Stopped. What is finished is kept: the button goes on from there"
-        return stopped if isinstance(error, Cancelled) else ""
+        return super().at_end(error)
 
 
 def worth(setting: Setting | None = None, store: Store | None = None) -> Worth:
