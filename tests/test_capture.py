@@ -47,7 +47,6 @@ def spec_of(model: ModelSpec, text: Path, tokens: int = CONTEXT) -> CaptureSpec:
 
 
 # ---- what is recorded
-# -------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -153,7 +152,6 @@ def test_the_median_of_many_tokens_is_close_to_the_full_one():
 
 
 # ---- from spec to artefact
-# --------------------------------------------------------------------------------------------------------------
 
 
 def test_capture_stores_what_record_sees(tiny_spec: ModelSpec, text_file: Path, store: Store):
@@ -299,7 +297,6 @@ def test_other_bytes_of_model_or_text_are_another_capture(tmp_path: Path, text_f
 
 
 # ---- bad input
-# --------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")], ids=str)
@@ -349,7 +346,6 @@ def test_no_tokens(tokens: int):
 
 
 # ---- memory
-# -----------------------------------------------------------------------------------------------------------------------------
 
 MEASURE = """
 import sys

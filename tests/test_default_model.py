@@ -83,7 +83,6 @@ def mean_roots(found: Capture, seeds: range) -> pd.DataFrame:
 
 
 # ---- the model
-# ------------------------------------------------------------------------------------------------------------------------------
 
 
 def test_it_is_the_model_the_design_names(default_model: LoadedModel):
@@ -104,7 +103,6 @@ def test_it_is_the_model_the_design_names(default_model: LoadedModel):
 
 
 # ---- massive activations
-# --------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(params=[WIKITEXT2, SAMPLE])
@@ -152,7 +150,6 @@ def test_few_rows_are_massive(wikitext2: None, default_store: Store):
 
 
 # ---- token errors
-# ---------------------------------------------------------------------------------------------------------------------------
 
 
 def test_root_errors_are_the_ones_measured(wikitext2: None, default_store: Store):
@@ -194,7 +191,6 @@ def test_ordinary_tokens_hardly_tell_ro_from_rh(wikitext2: None, default_store: 
 
 
 # ---- perplexity
-# -----------------------------------------------------------------------------------------------------------------------------
 
 
 def at(bits: str, windows: int, kind: str = "RH", **fields: object) -> Recipe:
@@ -243,7 +239,6 @@ def test_gptq_at_4_16_16_loses_under_a_fifth(
 
 
 # ---- fast, and the same
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def test_the_accelerated_refinement_ends_below_the_papers_100_steps_in_both_parts(default_store: Store):

@@ -45,7 +45,6 @@ def custom(channels: int) -> Tensor:
 
 
 # ---- against a loop
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -117,7 +116,6 @@ def test_an_unknown_rule_is_refused(recorded: Capture):
 
 
 # ---- massive tokens in the table
-# --------------------------------------------------------------------------------------------------------
 
 
 def test_massive_column_joins_the_rules_that_mark_the_token(recorded: Capture):
@@ -189,7 +187,6 @@ def test_massive_values_are_the_row_before_and_after_quantization(recorded: Capt
 
 
 # ---- the paper's claim
-# ------------------------------------------------------------------------------------------------------------------
 
 
 def roots(x: Tensor, kind: str, seed: int) -> Tensor:
@@ -234,7 +231,6 @@ def test_massive_tokens_of_the_tiny_model_prefer_hadamard(recorded: Capture):
 
 
 # ---- orders
-# -----------------------------------------------------------------------------------------------------------------------------
 
 
 def slow_orders(table: pd.DataFrame, names: tuple[str, ...]) -> list[str]:

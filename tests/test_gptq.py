@@ -67,7 +67,6 @@ def slow_gptq(weight: Tensor, hessian: Tensor, spec: WeightSpec) -> Tensor:
 
 
 # ---- one matrix
-# -------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("channels", [1, 20, 128, 129, 300])
@@ -160,7 +159,6 @@ def test_the_arguments_are_left_as_they_were():
 
 
 # ---- a model
-# ----------------------------------------------------------------------------------------------------------------------------
 
 
 def weight_spec(text: Path, **fields: object) -> WeightSpec:

@@ -41,7 +41,6 @@ def slow_mask(x: Tensor) -> Tensor:
 
 
 # ---- which values are massive
-# -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(7, 8), (3, 7, 8), (1, 1, 40)], ids=str)
@@ -75,7 +74,6 @@ def test_newlines_are_massive_in_the_largest_planted_channel_alone():
 
 
 # ---- overwriting
-# ------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("to", ["zero", "mean"])
@@ -167,7 +165,6 @@ def test_the_mean_is_of_the_model_as_it_is_and_leaves_it_so():
 
 
 # ---- hooks
-# ------------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -221,7 +218,6 @@ def test_hooks_are_gone_when_what_they_call_fails():
 
 
 # ---- as a row of an evaluation
-# ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bits", ["16-16-16", "16-4-16"])
@@ -269,7 +265,6 @@ def test_means_from_another_calibration_text_are_another_evaluation(tiny_spec, t
 
 
 # ---- profiles
-# ---------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", FAMILIES)

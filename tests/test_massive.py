@@ -57,7 +57,6 @@ def handmade(
 
 
 # ---- the planted models
-# -----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -79,7 +78,6 @@ def test_a_model_without_massive_tokens_has_none(tmp_path, text_file, store, rul
 
 
 # ---- thresholds
-# -------------------------------------------------------------------------------------------------------------------------
 
 
 def test_sun_needs_more_than_100_and_at_least_1000_medians(store):
@@ -134,7 +132,6 @@ def test_rows_may_have_more_dimensions_and_another_dtype(rule):
 
 
 # ---- bad input, table
-# -------------------------------------------------------------------------------------------------------------------
 
 
 def test_an_unknown_rule_is_refused_with_the_choices(store):

@@ -68,7 +68,6 @@ def orthogonal(channels: int, seed: int = 0) -> Tensor:
 
 
 # ---- procrustes
-# -------------------------------------------------------------------------------------------------------------------------
 
 
 @given(seed=st.integers(0, 10_000), channels=st.integers(1, 12), tokens=st.integers(20, 40))
@@ -100,7 +99,6 @@ def test_polar_of_a_singular_matrix_is_still_orthogonal(rank):
 
 
 # ---- half step
-# --------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("quantizer", [SYM4, ASYM4], ids=lambda q: q.name)
@@ -151,7 +149,6 @@ def test_the_rows_are_left_as_they_were():
 
 
 # ---- as the paper
-# -----------------------------------------------------------------------------------------------------------------------
 
 
 def paper_loop(x: Tensor, mask: Tensor, R: Tensor, gamma: float, steps: int) -> Tensor:
@@ -210,7 +207,6 @@ def test_the_history_says_what_each_step_reached():
 
 
 # ---- as released
-# ------------------------------------------------------------------------------------------------------------------------
 
 
 def released_loop(x: Tensor, mask: Tensor, start: Tensor, gamma: float, steps: int) -> Tensor:
@@ -290,7 +286,6 @@ def test_as_released_takes_no_infinite_gamma():
 
 
 # ---- guarded
-# ----------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("gamma", [1.0, 100.0])
@@ -335,7 +330,6 @@ def test_orthogonal_to_1e_5_after_100_steps(variant):
 
 
 # ---- accelerated
-# ------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("gamma", [1.0, 10.0, 100.0])
@@ -384,7 +378,6 @@ def test_accelerated_is_the_same_on_one_thread_and_two(threads):
 
 
 # ---- gamma
-# ------------------------------------------------------------------------------------------------------------------------------
 
 
 def test_gamma_infinite_fits_the_massive_rows_alone():
@@ -427,7 +420,6 @@ def test_without_a_mask_the_rule_finds_the_massive_rows(rule):
 
 
 # ---- bad input, sameness
-# ----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -475,7 +467,6 @@ def test_same_spec_same_bytes(variant):
 
 
 # ---- stopped and resumed
-# ----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -579,7 +570,6 @@ def test_refined_goes_on_after_kill_9(tiny_spec, text_file, store, tmp_path, cap
 
 
 # ---- a sample of the rows
-# ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("count", [1, 7, 50, 400])
@@ -630,7 +620,6 @@ def test_more_rows_than_the_capture_has_are_refused(tiny_spec, text_file, store)
 
 
 # ---- seconds
-# ----------------------------------------------------------------------------------------------------------------------------
 
 
 def test_seconds_are_measured_once_and_come_from_the_store(tiny_spec, text_file, store):
@@ -659,7 +648,6 @@ def test_seconds_are_nan_where_they_were_not_measured(tiny_spec, text_file, stor
 
 
 # ---- identity
-# ---------------------------------------------------------------------------------------------------------------------------
 
 
 def test_a_start_from_a_file_is_known_by_its_bytes(tiny_spec, text_file, store, tmp_path):
