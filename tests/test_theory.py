@@ -336,15 +336,19 @@ def test_measure_is_tidy_and_repeats():
         (lambda: error_rh(1, 1, 64, SYM4, [2]), r"theory\.others must be in 0\.\.m = 1; got 2"),
         (
             lambda: error_ro(1, 1, 64, QuantSpec(clip_ratio=0.9)),
-            r"theory\.quantizer must be per_token with clip_ratio 1 .*; got .*clip_ratio=0\.9",
+            r"theory\.quantizer must be .*per_token, with clip_ratio 1 .*; got .*clip_ratio=0\.9",
         ),
         (
             lambda: error_ro(1, 1, 64, QuantSpec(bits=16)),
             r"theory\.quantizer must be .* fewer than 16 bits; got .*bits=16",
         ),
         (
+            lambda: error_ro(1, 1, 64, QuantSpec(scheme="free")),
+            r"theory\.quantizer must be symmetric or asymmetric.*; got .*free",
+        ),
+        (
             lambda: error_ro(1, 1, 64, QuantSpec(granularity="per_tensor")),
-            r"theory\.quantizer must be per_token .*; got .*per_tensor",
+            r"theory\.quantizer must be .*per_token.*; got .*per_tensor",
         ),
         (
             lambda: error_of_levels([1.0], [1, 2], 1),
