@@ -130,9 +130,10 @@ class MethodSpec(Spec):
     def of(cls, said: Mapping[str, Any]) -> Self:
         """The spec of the method that `said` names under `method`."""
         values = dict(said)
-        name = values.pop("method", cls.method)
-        if name == cls.method and name:
+        name = values.pop("method", cls.method or None)
+        if name is not None and name == cls.method:
             return super().of(values)
-        known = {kind.method: kind for kind in MethodSpec.__subclasses__()}
-        found: Any = known[name] if name in known else registry.load(registry.METHODS, name).SPEC
+        found: Any = next((kind for kind in MethodSpec.__subclasses__() if kind.method == name), None)
+        if found is None:
+            found = registry.load(registry.METHODS, name, "rotation method").SPEC
         return found.of(values)

@@ -34,10 +34,10 @@ Hessian.
 """
 
 
-def load(table: dict[str, Choice], name: str) -> Any:
-    """The module of a choice; ValueError that lists what there is."""
-    if name not in table:
-        raise ValueError(f"there is no {name!r}; there are {', '.join(table)}")
+def load(table: dict[str, Choice], name: str, what: str = "choice") -> Any:
+    """The module of a choice; a ValueError says `what` was to be chosen and what there is."""
+    if name not in list(table):  # a list: what a file says may not be hashable
+        raise ValueError(f"{what} must be one of {', '.join(table)}; got {name!r}")
     return importlib.import_module(table[name].module)
 
 

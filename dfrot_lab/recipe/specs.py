@@ -127,7 +127,7 @@ class QuantSpec(Spec):
         """Short name for tables: `sym4`, `asym4-c0.9`, `sym4-channel`, `asym4-g128`; `none` at 16 bits."""
         if self.bits == 16:
             return "none"
-        clip = f"-c{self.clip_ratio:g}" if self.clip_ratio != 1 else ""
+        clip = f"-c{self.clip_ratio}" if self.clip_ratio != 1 else ""
         shared = f"-g{self.group_size}" if self.group_size else GRANULARITIES[self.granularity]
         return f"{SCHEMES[self.scheme]}{self.bits}{clip}{shared}"
 
@@ -305,7 +305,7 @@ class Recipe(Spec):
             raise ValueError(
                 f"a recipe must be YAML; got {text!r} ({' '.join(str(error).split())})"
             ) from error
-        return cls.of(found or {})
+        return cls.of({} if found is None else found)
 
 
 def parse_bits(text: str) -> tuple[int, int, int]:
