@@ -2,8 +2,7 @@
 
 A Hadamard matrix H (n, n) has entries +-1 and H @ H.T = n I. Here n is a product of table orders (multiples
 of 4 up to 256, from the table that the compressed-tensors package ships) and one power of two, and H is the
-Kronecker product of the factors' matrices, as in QuaRot (arXiv 2404.00456).
-"""
+Kronecker product of the factors' matrices, as in QuaRot (arXiv 2404.00456)."""
 
 import functools
 import importlib
@@ -22,12 +21,10 @@ Transform = Callable[[Tensor, float], Tensor]
 
 LARGEST = 64
 """Largest order that is one matrix product: measured on a 2-core CPU, splitting it is slower, and not
-splitting a larger one too.
-"""
+splitting a larger one too."""
 STAGE = 32
 """What a larger power of two is split into: the fastest stage in the same measurement
-(`benchmarks/hadamard.py`).
-"""
+(`benchmarks/hadamard.py`)."""
 CHUNK = 1 << 19
 """Elements worked on at once on a CPU: what is between two stages stays in cache."""
 KERNEL_MAX = 32768
@@ -43,8 +40,7 @@ WORK_DTYPES = {
 @functools.cache
 def _tables() -> dict[int, Tensor]:
     """The shipped int8 matrices by order. Finding the package's folder does not import the package, which
-    would take seconds.
-    """
+    would take seconds."""
     spec = importlib.util.find_spec("compressed_tensors")
     folders = (spec and spec.submodule_search_locations) or []
     files = [Path(folder) / "transform" / "utils" / "hadamards.safetensors" for folder in folders]
@@ -70,8 +66,7 @@ def factors(n: int) -> tuple[int, ...] | None:
     """Table orders and one last power of two whose product is n, or None where there is no such product.
 
     The power of two is always there, as 1 if need be: 576 -> (36, 16), 4096 -> (4096,), 1680 -> (28, 60, 1),
-    13696 -> None. Fewest table factors first, then the smallest sum, which is the cost of the transform.
-    """
+    13696 -> None. Fewest table factors first, then the smallest sum, which is the cost of the transform."""
     if n < 1:
         return None
     power = n & -n
@@ -89,8 +84,7 @@ def has_hadamard(n: int) -> bool:
 
 def largest_block(n: int) -> int:
     """The largest divisor of n that has a Hadamard matrix (1 always has): the widest block-diagonal RH for n
-    channels.
-    """
+    channels."""
     if n < 1:
         raise ValueError(f"largest_block.n must be >= 1; got {n}")
     return next(block for block in range(n, 0, -1) if n % block == 0 and has_hadamard(block))
@@ -133,8 +127,7 @@ def hadamard_matrix(
     """H (n, n) of +-1 with H @ H.T = n I, unnormalised: the Kronecker product of the matrices of
     `factors(n)`.
 
-    An order without a known matrix is a ValueError that names the block-diagonal alternative.
-    """
+    An order without a known matrix is a ValueError that names the block-diagonal alternative."""
     parts = [_factor_matrix(order) for order in _required_factors(n)]
     # Built in int8, an eighth of float64: n = 14336 needs 0.2 GB before the one cast.
     return functools.reduce(torch.kron, parts).to(device=device, dtype=dtype)
@@ -151,8 +144,7 @@ def _small(orders: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
 @functools.cache
 def _stages(n: int) -> tuple[tuple[int, ...], ...]:
     """The factors of n as the products a CPU computes: 1536 = 12 x 128 -> ((12, 4), (32,)), 14336 = 28 x 512
-    -> ((28,), (16,), (32,)).
-    """
+    -> ((28,), (16,), (32,))."""
     *tables, power = _required_factors(n)
     stages: list[tuple[int, ...]] = []
     while power > LARGEST:
@@ -173,8 +165,7 @@ def _kron_product(
     what `stages` leave of n.
 
     `scale` is used by the product over the last axis, so `stages` must reach it where scale is not 1. The
-    result goes to `out` where given.
-    """
+    result goes to `out` where given."""
     rows, right = x, x.shape[-1]
     for orders in stages:
         h = _small(orders, x.dtype, x.device)
@@ -204,8 +195,7 @@ def _kernel_transform(x: Tensor, scale: float, kernel: Transform) -> Tensor:
     """The transform with `kernel(rows (..., 2^k), scale)` for the last factor and small products for the
     table factors.
 
-    The kernel is an argument so that the path a GPU takes can be tested without one.
-    """
+    The kernel is an argument so that the path a GPU takes can be tested without one."""
     *tables, power = _required_factors(x.shape[-1])
     if power == 1:
         return _torch_transform(x, scale)
@@ -217,8 +207,7 @@ def _kernel_transform(x: Tensor, scale: float, kernel: Transform) -> Tensor:
 @functools.cache
 def _cuda_kernel() -> Transform | None:
     """The fast-hadamard-transform package's function where the package is installed and works, else None
-    (said once).
-    """
+    (said once)."""
     if importlib.util.find_spec("fast_hadamard_transform") is None:
         return None
     try:
@@ -238,8 +227,7 @@ def hadamard_transform(x: Tensor, scale: float = 1.0) -> Tensor:
     Same signature and, for powers of two, same meaning as in the fast-hadamard-transform package, which does
     that part on CUDA where it is installed. Unlike there, another size is not padded with zeros (which is no
     rotation): its Kronecker factors are used exactly. The result has x's dtype, device and shape. ValueError:
-    n without a Hadamard matrix, or x not float16, bfloat16, float32 or float64.
-    """
+    n without a Hadamard matrix, or x not float16, bfloat16, float32 or float64."""
     if x.ndim == 0 or x.dtype not in WORK_DTYPES:
         raise ValueError(
             f"hadamard_transform.x must be (..., n) of a float dtype; got shape {tuple(x.shape)}, {x.dtype}. Cast it: x.float()"

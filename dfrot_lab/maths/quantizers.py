@@ -6,8 +6,7 @@ Asymmetric, b bits: s = c (max x - min x) / (2^b - 1),  z = -round(c min x / s),
 In the asymmetric scheme, as in QuaRot's code, the range always includes 0, so that z is itself a code; a row
 with values of both signs is not touched by that. In the free scheme it need not, which is Eq. 5 to the
 letter: an offset that all channels share costs nothing. c is the clip ratio; max and min run over what shares
-one scale.
-"""
+one scale."""
 
 from typing import NamedTuple
 
@@ -18,14 +17,12 @@ from dfrot_lab.recipe.specs import QuantSpec
 
 _CHUNK = 1 << 19
 """Elements worked on at once: 2 MiB of float32 stays in a core's cache, which makes the passes over it nearly
-as cheap as one fused kernel.
-"""
+as cheap as one fused kernel."""
 
 
 class Quantized(NamedTuple):
     """Integer `codes` (groups, n) with one `scale` and `zero` (groups, 1) each; the value of a code is `scale
-    * (code - zero)`.
-    """
+    * (code - zero)`."""
 
     codes: Tensor
     scale: Tensor
@@ -40,8 +37,7 @@ def code_range(spec: QuantSpec) -> tuple[int, int]:
 
 def grouped(x: Tensor, spec: QuantSpec) -> Tensor:
     """`x` as (groups, n), a view where possible: each row is what shares one scale. A group size must divide
-    the last dimension.
-    """
+    the last dimension."""
     if spec.granularity == "per_tensor":
         return x.reshape(1, -1)
     if spec.granularity == "per_group" and spec.group_size is not None:
@@ -55,8 +51,7 @@ def grouped(x: Tensor, spec: QuantSpec) -> Tensor:
 
 def scale_zero(groups: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     """Scale and zero point (groups, 1) of each row of `groups` (groups, n). A row of zeros gets scale 1, so
-    that it stays zeros; in the free scheme a constant row is a code, too.
-    """
+    that it stays zeros; in the free scheme a constant row is a code, too."""
     # on a CPU 6 times as fast as torch.aminmax over a dimension
     low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
     if spec.symmetric:
@@ -91,8 +86,7 @@ def _round_clamp(
 
 def quantize(x: Tensor, spec: QuantSpec) -> Quantized:
     """Codes, scales and zero points of `x`; codes are int8 up to 8 bits symmetric (uint8 asymmetric), int32
-    above. Not defined at 16 bits.
-    """
+    above. Not defined at 16 bits."""
     if spec.bits == 16:
         raise ValueError(
             "QuantSpec.bits must be below 16 to have codes; got 16, which means: leave the tensor alone"
@@ -106,8 +100,7 @@ def quantize(x: Tensor, spec: QuantSpec) -> Quantized:
 
 def centred(x: Tensor, spec: QuantSpec, out: Tensor) -> Tensor:
     """Write the codes of `x` (rows, n) less their zero points into `out` (same shape, int8) and return the
-    scales (rows, 1), for scale * out.
-    """
+    scales (rows, 1), for scale * out."""
     groups = grouped(x, spec)
     scale, zero = scale_zero(groups, spec)
     out.copy_(_round_clamp(groups, scale, zero, spec))
@@ -124,8 +117,7 @@ def fake_quantize(x: Tensor, spec: QuantSpec) -> Tensor:
     """`x` rounded to the values its codes stand for, same shape and dtype; `x` itself at 16 bits.
 
     Scale-equivariant for every spec (Q(a x) = a Q(x), a > 0: what lets gamma scale rows in DFRot Eq. 3);
-    idempotent when symmetric and unclipped.
-    """
+    idempotent when symmetric and unclipped."""
     if spec.bits == 16:
         return x
     groups = grouped(x, spec)
@@ -139,8 +131,7 @@ def fake_quantize(x: Tensor, spec: QuantSpec) -> Tensor:
 
 def squared_error(x: Tensor, spec: QuantSpec) -> Tensor:
     """E(x) = sum over channels of (x - Q(x))^2, one value a token: (tokens, channels) to (tokens,) (DFRot,
-    Eq. 1 per row).
-    """
+    Eq. 1 per row)."""
     if spec.bits == 16:
         return x.new_zeros(x.shape[:-1])
     flat = x.reshape(-1, x.shape[-1])
@@ -155,8 +146,7 @@ def clip_search(weight: Tensor, spec: QuantSpec, *, steps: int = 30, smallest: f
     """The scale (rows, 1) of each row of a symmetric per-channel `weight` (rows, n) with least squared error
     over clip ratios 1 .. `smallest`.
 
-    The linear search of GPTQ's and QuaRot's code, which take |error|^2.4 instead of the square.
-    """
+    The linear search of GPTQ's and QuaRot's code, which take |error|^2.4 instead of the square."""
     widest, _ = scale_zero(weight, spec)
     best_scale, best_error = widest.clone(), torch.full_like(widest, torch.inf)
     for rows in range(0, len(weight), step := max(1, _CHUNK // weight.shape[-1])):

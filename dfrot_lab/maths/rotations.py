@@ -10,14 +10,12 @@ from dfrot_lab.recipe.specs import RotationSpec
 
 MAX_ORTHOGONALITY_ERROR = 1e-4
 """A float32 rotation is within about 1e-6; a matrix that is off by more than this changes the model's
-function visibly.
-"""
+function visibly."""
 
 
 def _random_orthogonal(channels: int, generator: torch.Generator) -> Tensor:
     """RO, Haar distributed: Q of a Gaussian's QR; without the signs of R's diagonal Q would not be uniform
-    (Mezzadri, math-ph/0609050).
-    """
+    (Mezzadri, math-ph/0609050)."""
     q, r = torch.linalg.qr(torch.randn(channels, channels, dtype=torch.float64, generator=generator))
     return q * torch.where(r.diagonal() < 0, -1.0, 1.0)
 
@@ -66,8 +64,7 @@ def make(spec: RotationSpec, channels: int) -> Tensor:
 
 def orthogonality_error(R: Tensor) -> float:
     """max |R.T @ R - I| in float64: 0 for an exact rotation, about 1e-15 times a small factor for one made
-    here.
-    """
+    here."""
     wide = R.detach().to(torch.float64)
     return float(
         (wide.T @ wide - torch.eye(wide.shape[1], dtype=torch.float64, device=wide.device)).abs().max()
@@ -76,8 +73,7 @@ def orthogonality_error(R: Tensor) -> float:
 
 def check(R: Tensor, channels: int | None = None) -> Tensor:
     """R in float64, once it is known to be a finite, orthogonal (channels, channels) matrix; a ValueError
-    says what it is instead.
-    """
+    says what it is instead."""
     if R.ndim != 2 or R.shape[0] != R.shape[1] or R.shape[0] == 0:
         raise ValueError(f"rotation.shape must be (channels, channels); got {tuple(R.shape)}")
     if channels is not None and R.shape[0] != channels:
@@ -101,8 +97,7 @@ def check(R: Tensor, channels: int | None = None) -> Tensor:
 
 def distance(R: Tensor, R0: Tensor) -> float:
     """||R - R0||_F / sqrt(channels), in float64: 0 for equal, about sqrt(2) for unrelated, 2 for opposite
-    rotations.
-    """
+    rotations."""
     if R.shape != R0.shape:
         raise ValueError(f"distance.R0 must have the shape of R, {tuple(R.shape)}; got {tuple(R0.shape)}")
     difference = R.detach().to(torch.float64) - R0.detach().to(R.device, torch.float64)

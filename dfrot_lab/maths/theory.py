@@ -12,8 +12,7 @@ multiples of one step, which the row's largest entry (symmetric) or its range (a
 clamped but ties. So one formula covers every case, `error_of_levels`: the expected error of rounding a
 Gaussian number to a multiple of the step, summed over levels, averaged over the step's distribution. It takes
 the step as independent of the entries; all else is exact. The signal-to-noise ratio is snr = m / (sigma
-sqrt(C)). Squared errors, float64, unit of x^2.
-"""
+sqrt(C)). Squared errors, float64, unit of x^2."""
 
 import itertools
 import math
@@ -37,12 +36,10 @@ SYM4 = QuantSpec(bits=4, scheme="symmetric")
 
 _NODES = 48
 """Quantiles of the largest entry that the error is averaged over; twice as many move no prediction by more
-than 0.1%.
-"""
+than 0.1%."""
 _REACH = 9.0
 """Standard deviations beyond which a Gaussian number is taken not to lie: P < 1e-18, against at most some
-thousand entries.
-"""
+thousand entries."""
 _CODES = np.arange(-10.0, 11.0)
 """Codes about the nearest one that noise below one step can reach."""
 
@@ -67,8 +64,7 @@ def _check(m: float, sigma: float, channels: int, others: Sequence[float]) -> No
 
 def _steps(quantizer: QuantSpec) -> int:
     """Steps between zero and the largest entry (symmetric) or in the whole range (asymmetric). Only what
-    `error_of_levels` covers.
-    """
+    `error_of_levels` covers."""
     plain = quantizer.granularity == "per_token" and quantizer.scheme != "free" and quantizer.clip_ratio == 1
     if not plain or quantizer.bits == 16:
         raise ValueError(
@@ -83,8 +79,7 @@ def expected_largest(channels: int) -> float:
     P(|z| < t)^channels.
 
     The textbook sqrt(2 ln C) is its leading term for C to infinity, and 7% above it at C = 4096. ValueError:
-    channels < 1.
-    """
+    channels < 1."""
     _require("channels", channels, channels >= 1, "a whole number >= 1")
     return float(
         quad(
@@ -100,8 +95,7 @@ def uniform_error(largest: float, channels: int, quantizer: QuantSpec = SYM4) ->
     """The rule of thumb: C step^2 / 12, for entries spread evenly within a step; `largest` is max |x R|
     (asymmetric: a range of twice that).
 
-    ValueError: channels < 2, a quantizer that is not per token or clips.
-    """
+    ValueError: channels < 2, a quantizer that is not per token or clips."""
     _require("channels", channels, channels >= 2, "a whole number >= 2")
     step = largest * (1 if quantizer.symmetric else 2) / _steps(quantizer)
     return channels * step**2 / 12
@@ -112,8 +106,7 @@ def rounding_error(level: Array, sd: Array) -> Array:
 
     From the noise's energy plus the level's misfit, sd^2 + (level - round level)^2 while both lie within half
     a step, to 1/12 when sd >> 1/2 (Widrow: the difference is below 1e-8 from sd = 1 on, where 1/12 is
-    returned).
-    """
+    returned)."""
     off = (level - np.round(level))[..., None] - _CODES
     noise = np.clip(sd, 1e-150, 1.0)[..., None]
     low, high = (-0.5 - off) / noise, (0.5 - off) / noise
@@ -131,8 +124,7 @@ def rounding_error(level: Array, sd: Array) -> Array:
 
 def _largest(levels: Array, counts: Array, sd: float, *, absolute: bool) -> Array:
     """Quantiles of equal weight of the largest entry, or |entry|, of a row with `counts` entries about each
-    of `levels`.
-    """
+    of `levels`."""
     top = float(np.abs(levels).max() if absolute else levels.max())
     if sd == 0:
         return np.array([top])
@@ -155,8 +147,7 @@ def error_of_levels(
 
     A single entry at the top sets the step: it is on the grid itself (symmetric), or as far off it as the
     zero point is (asymmetric). Scale-equivariant: levels and sd times a give a^2 times the error. ValueError:
-    not as many counts as levels, sd < 0, a quantizer that clips.
-    """
+    not as many counts as levels, sd < 0, a quantizer that clips."""
     _require("sd", sd, math.isfinite(sd) and sd >= 0, "finite and >= 0")
     _require(
         "counts", len(counts), len(counts) == len(levels) > 0, f"one for each of the {len(levels)} levels"
@@ -194,8 +185,7 @@ def error_no_rotation(
 
     `m` the largest spike, `others` further ones, `sigma` the noise a channel, all in x's unit and >= 0.
     ValueError: a negative number or one of `others` above m, fewer channels than 2^spikes, a quantizer that
-    is not per token or clips.
-    """
+    is not per token or clips."""
     _check(m, sigma, channels, others)
     spikes = [m, *others]
     return error_of_levels([*spikes, 0.0], [*(1.0 for _ in spikes), channels - len(spikes)], sigma, quantizer)
@@ -208,8 +198,7 @@ def error_ro(
 
     x R is uniform on the sphere of radius ||x||. The error is scale-equivariant and a Gaussian row's length
     is independent of its direction, so the expectation is *exactly* that of a Gaussian row of the same mean
-    square; spike or not makes no difference. Arguments as `error_no_rotation`.
-    """
+    square; spike or not makes no difference. Arguments as `error_no_rotation`."""
     _check(m, sigma, channels, others)
     energy = m**2 + sum(other**2 for other in others)
     return error_of_levels([0.0], [channels], math.sqrt(energy / channels + sigma**2), quantizer)
@@ -226,8 +215,7 @@ def error_rh(
     the last code. Arguments as `error_no_rotation`. Two exceptions. Asymmetric, a spike in the channel of a
     constant Hadamard row, where the order has one, makes one level and not two. With three spikes or more the
     signs may depend on each other (in a power of two, one row in C is the product of two others), which
-    leaves fewer levels.
-    """
+    leaves fewer levels."""
     _check(m, sigma, channels, others)
     signs = itertools.product((-1, 1), repeat=1 + len(others))
     levels = [
@@ -245,8 +233,7 @@ def unit_rms(snr: float, channels: int, ratio: float = 0.0) -> tuple[float, floa
     """(m, sigma) of a token of mean square 1, as RMSNorm leaves it, with `snr` = length of the spikes /
     (sigma sqrt(C)) and second spike ratio * m.
 
-    `snr` may be inf: no noise. ValueError: snr < 0, ratio outside 0..1.
-    """
+    `snr` may be inf: no noise. ValueError: snr < 0, ratio outside 0..1."""
     _require("snr", snr, snr >= 0, ">= 0")
     _require("ratio", ratio, 0 <= ratio <= 1, "in 0..1")
     signal = 1 / (1 + snr**-2) if snr > 0 else 0.0
@@ -257,8 +244,7 @@ def paper_window(channels: int, quantizer: QuantSpec = SYM4) -> tuple[float, flo
     """The snr from which E(RO) > E(NR), and the first snr from which E(NR) < E(RH): between them lies DFRot's
     order RO > NR > RH.
 
-    Raises ValueError where the formulas do not cross between snr 1 and 1000.
-    """
+    Raises ValueError where the formulas do not cross between snr 1 and 1000."""
 
     def gap(log_snr: float, above: str, below: str) -> float:
         m, sigma = unit_rms(math.exp(log_snr), channels)
@@ -288,8 +274,7 @@ def planted(
     """`tokens` rows (tokens, channels), float64, of Gaussian noise `sigma` with the spike `m`, and `others`,
     in different random channels.
 
-    ValueError: as `error_no_rotation`, or tokens < 1.
-    """
+    ValueError: as `error_no_rotation`, or tokens < 1."""
     _check(m, sigma, channels, others)
     _require("tokens", tokens, tokens >= 1, "a whole number >= 1")
     x = sigma * torch.randn(tokens, channels, dtype=torch.float64, generator=generator)
@@ -310,8 +295,7 @@ def curve(
     ratio is second spike / first.
 
     Columns: channels, rotation, snr, ratio, quantizer, bits, predicted. ValueError: a kind that has no
-    prediction.
-    """
+    prediction."""
     rows = []
     for c, kind, snr, ratio, q in itertools.product(channels, kinds, snrs, ratios, quantizers):
         if kind not in PREDICT:
@@ -337,8 +321,7 @@ def measure(
     """`curve` with what planted tokens of the same snr and ratio measure: column measured, the mean over
     `tokens` tokens, one row a seed.
 
-    A seed draws the rotation and the tokens. ValueError: as `curve` and `planted`.
-    """
+    A seed draws the rotation and the tokens. ValueError: as `curve` and `planted`."""
     parts = []
     for c, kind in itertools.product(channels, kinds):
         table = curve([c], snrs, quantizers, ratios=ratios, kinds=[kind])
@@ -367,8 +350,7 @@ def estimate(x: Tensor) -> pd.DataFrame:
 
     Columns: channel and m (of the largest |entry|), second (the next), sigma (root mean square of all but the
     largest), snr (m / (sigma sqrt(C))), tail (fourth moment of all but the largest / sigma^4: 3 for Gaussian
-    noise). ValueError: not (tokens, >= 3 channels), not finite.
-    """
+    noise). ValueError: not (tokens, >= 3 channels), not finite."""
     if x.ndim != 2 or x.shape[1] < 3 or not x.isfinite().all():
         raise ValueError(f"theory.x must be finite, (tokens, channels >= 3); got shape {tuple(x.shape)}")
     largest, where = x.double().abs().sort(1, descending=True)
@@ -389,8 +371,7 @@ def predict(x: Tensor, quantizer: QuantSpec = SYM4, *, spikes: int = 1) -> pd.Da
     spikes, all else as Gaussian noise.
 
     Columns NR, RO, RH, a line a row. Signs are dropped, which matters to NR of an asymmetric quantizer alone.
-    ValueError: spikes < 1 or more than log2(channels), a quantizer that is not per token or clips.
-    """
+    ValueError: spikes < 1 or more than log2(channels), a quantizer that is not per token or clips."""
     _require("spikes", spikes, 1 <= spikes <= math.log2(x.shape[-1]), "a whole number in 1..log2(channels)")
     largest = x.double().abs().sort(1, descending=True).values
     noise = largest[:, spikes:].square().mean(1).sqrt()

@@ -3,8 +3,7 @@ machine's rates. The one model behind progress lines, dry runs and explorers.
 
 A product (m, k) @ (k, n) counts 2 m k n operations; a pass (one read or one write) over a float32 tensor its
 bytes. Nothing overlaps, so the parts of a stage add up. Weights count as float32, as the package loads them
-on a CPU, whatever they are published in. Disk and figures are left out.
-"""
+on a CPU, whatever they are published in. Disk and figures are left out."""
 
 import logging
 import statistics
@@ -33,27 +32,22 @@ FLOAT, INTEGER, TOTAL = "evaluate, 16-bit weights", "evaluate, integer", "total"
 
 CHANNEL_PASSES, MLP_PASSES = 40, 8
 """Passes of a LLaMA layer in transformers over its C channels (norms 14, rotary embedding 10, adds 6, inputs
-and outputs 10) and its MLP's width.
-"""
+and outputs 10) and its MLP's width."""
 QUANTIZE_PASSES, HADAMARD_PASSES, RESCALE_PASSES, LOGIT_PASSES = 5, 4, 3, 7
 """To quantize an input, apply R4, scale an int8 product's sums, turn logits into a loss: in cache, so timed
-on one core, in passes of a copy.
-"""
+on one core, in passes of a copy."""
 CLIP_BYTES, COLUMN_BYTES, EDIT_BYTES, HESSIAN_BYTES = 450, 700, 40, 32
 """Bytes a weight for GPTQ's clip search and columns (timed too), an edit in float64; of a Hessian's entry
-being factored (2 float32, 3 float64).
-"""
+being factored (2 float32, 3 float64)."""
 STEP_PRODUCTS, STEP_PASSES = 4, 9
 """A refinement step's products of (C, C) matrices (two with the eigenvectors, two of the turn) and passes
-over its rows.
-"""
+over its rows."""
 
 
 @dataclass(frozen=True)
 class Machine:
     """What a machine does in a second: float32 and float64 flops, int8 operations, bytes read and written;
-    and its memory in bytes.
-    """
+    and its memory in bytes."""
 
     name: str
     float_rate: float
@@ -74,16 +68,14 @@ GPU_80GB = Machine(
     "half its data sheet's, not measured",
 )
 """One 80 GB GPU of the A100 kind: its data sheet's rates (float32 19.5e12, float64 9.7e12, int8 624e12,
-2.0e12 bytes/s) times 0.5. NOT measured.
-"""
+2.0e12 bytes/s) times 0.5. NOT measured."""
 TWO_CORES = Machine("2 cores", 150e9, 70e9, 300e9, 8e9, 24e9, "a usual laptop's, not measured")
 """What progress lines assume until the work itself has shown its pace."""
 
 
 def measure_machine() -> Machine:
     """This machine's rates with the threads torch has now, measured in about 2 s; int8 as the package
-    multiplies it, be it in float64.
-    """
+    multiplies it, be it in float64."""
     import psutil
 
     a, a64, a8 = (
@@ -115,8 +107,7 @@ def _rate(amount: float, work: Callable[[], object]) -> float:
 @dataclass(frozen=True)
 class Work:
     """What a stage does: float32 and float64 flops, int8 operations, bytes moved; and the bytes of memory it
-    peaks at.
-    """
+    peaks at."""
 
     stage: str
     float_flops: float = 0
@@ -147,8 +138,7 @@ class Work:
 
 def stages(shape: Shape, recipes: Sequence[Recipe], *, tokens: int = WINDOW) -> list[Work]:
     """The stages of a main job of `recipes`, in order: one capture and refinement, then a load for each model
-    built (rows with equal rotation and weights share one), GPTQ where it is quantized, each row's windows.
-    """
+    built (rows with equal rotation and weights share one), GPTQ where it is quantized, each row's windows."""
     builds = {(spec.rotation, spec.weights): spec for spec in recipes}.values()
     rotated = sum(spec.is_rotated for spec in builds)
     quantized = sum(spec.weights.quantizer.bits < 16 for spec in builds)
@@ -166,8 +156,7 @@ def stages(shape: Shape, recipes: Sequence[Recipe], *, tokens: int = WINDOW) -> 
 
 def load(shape: Shape, loads: int, rotated: int) -> Work:
     """Read the weights and fuse the norms' gains; fuse R1, one float64 product of every weight with R, the
-    largest held in float64 twice.
-    """
+    largest held in float64 twice."""
     weights, largest = (
         shape.linear_weights + 2 * shape.embedding,
         max(shape.embedding, shape.mlp * shape.channels),
@@ -184,8 +173,7 @@ def load(shape: Shape, loads: int, rotated: int) -> Work:
 
 def forward(shape: Shape, tokens: int, windows: int = 1) -> Work:
     """The layers, without lm_head, on `windows` windows at once; attention is causal, so it computes half of
-    the pairs of tokens.
-    """
+    the pairs of tokens."""
     rows, attention = tokens * windows, windows * shape.layers * 2 * tokens**2 * shape.heads * shape.head
     moved = (
         shape.layers * rows * (CHANNEL_PASSES * shape.channels + MLP_PASSES * shape.mlp)
@@ -202,15 +190,13 @@ def forward(shape: Shape, tokens: int, windows: int = 1) -> Work:
 
 def capture(shape: Shape, tokens: int) -> Work:
     """A forward pass whose norm outputs, two a layer, are looked at (finite? the largest?) and written: 6
-    passes.
-    """
+    passes."""
     return Work(CAPTURE, moved=6 * PASS * 2 * shape.layers * tokens * shape.channels) + forward(shape, tokens)
 
 
 def refine(shape: Shape, tokens: int) -> Work:
     """Refine R1: x^T x of all rows, its eigenvectors (9 C^3); steps on a part of the rows (x R; x^T error
-    R^T); looks at all rows (x R).
-    """
+    R^T); looks at all rows (x R)."""
     C, rows, steps = shape.channels, 2 * shape.layers * tokens, RefineSpec().steps
     part, looks = min(rows, max(rows / descent.PARTS, descent.LEAST_ROWS)), steps / CHECK_EVERY + 1
     step = 2 * part * C**2 * (2 + min(1, C / descent.ROWS_AT_ONCE)) + STEP_PRODUCTS * 2 * C**3
@@ -247,8 +233,7 @@ def float_window(shape: Shape, tokens: int) -> Work:
 
 def integer_window(shape: Shape, tokens: int) -> Work:
     """One evaluation window with integer linears, attention and lm_head in float; the codes are held beside
-    the float weights.
-    """
+    the float weights."""
     floats, linears = forward(shape, tokens), 2 * shape.linear_weights * tokens
     floats = replace(
         floats,
@@ -262,8 +247,7 @@ def integer_window(shape: Shape, tokens: int) -> Work:
 
 def _scoring(shape: Shape, tokens: int) -> Work:
     """What a window adds to a forward pass: the linears' inputs quantized, R4, and lm_head with the loss, a
-    few hundred tokens at a time.
-    """
+    few hundred tokens at a time."""
     inputs = shape.layers * tokens * (QUANTIZE_PASSES * sum(shape.inputs) + HADAMARD_PASSES * shape.mlp)
     moved = inputs + shape.embedding + LOGIT_PASSES * tokens * shape.vocabulary
     logits = 3 * PASS * perplexity.LOGIT_ROWS * shape.vocabulary
@@ -276,8 +260,7 @@ def estimate(
     shape: Shape, machine: Machine, recipes: Sequence[Recipe], *, tokens: int = WINDOW
 ) -> pd.DataFrame:
     """Seconds and peak memory (GB) of each stage, whether the machine has that memory; then `total`: the sum
-    of seconds, the largest memory.
-    """
+    of seconds, the largest memory."""
     works = [
         (work.stage, work.seconds(machine), work.memory / 1e9)
         for work in stages(shape, recipes, tokens=tokens)
@@ -298,8 +281,7 @@ def preparation(setting: Setting, store: Store) -> list[float]:
 
 def seconds(specs: Sequence[Recipe], store: Store) -> list[float]:
     """Nominal seconds on 2 cores of each recipe: 0 if it is stored, else its windows, with its refinement,
-    build and weights where it is the first to need them.
-    """
+    build and weights where it is the first to need them."""
     seen: set[str] = set()
     return [0.0 if perplexity.stored(spec, store) else _missing(spec, store, seen) for spec in specs]
 
@@ -349,8 +331,7 @@ class Progress:
 
     def begin(self, what: str) -> None:
         """Announce the next step; the pace comes from the steps that really ran, not from those the store
-        had.
-        """
+        had."""
         now = time.perf_counter()
         cost, took = (self.costs[self.begun - 1], now - self.at) if self.begun else (0.0, 0.0)
         if took > 0.1 * cost:
@@ -362,8 +343,7 @@ class Progress:
 
 def describe(name: str, shape: Shape, machines: Sequence[Machine], recipes: Sequence[Recipe]) -> str:
     """The estimate as text: the model, each machine's rates, stages by time and memory on each machine, and
-    how far to trust it.
-    """
+    how far to trust it."""
     tables = [estimate(shape, machine, recipes) for machine in machines]
     columns = {"stage": tables[0]["stage"], "memory": tables[0]["memory_gb"].map("{:,.1f} GB".format)}
     for machine, table in zip(machines, tables, strict=True):

@@ -15,8 +15,7 @@ PASS = 4
 @dataclass(frozen=True)
 class Shape:
     """A LLaMA-like model's sizes: channels C, layers, MLP width, query and key-value heads, channels of a
-    head, vocabulary, lm_head tied or not.
-    """
+    head, vocabulary, lm_head tied or not."""
 
     channels: int
     layers: int
@@ -51,8 +50,7 @@ class Shape:
     @property
     def parameters(self) -> int:
         """Parameters as published: linears, norm gains, embedding, and lm_head unless tied. Biases and norms
-        of heads (Qwen) are left out.
-        """
+        of heads (Qwen) are left out."""
         return (
             self.linear_weights
             + (2 * self.layers + 1) * self.channels
@@ -94,8 +92,7 @@ def shape_of(config: Any) -> Shape:
 
 def shape(source: ModelSpec) -> Shape:
     """The shape of a model: a name in `SHAPES`, or the config of a folder (no weights needed), a .gguf file
-    or the hub; else a ValueError.
-    """
+    or the hub; else a ValueError."""
     if source.source in SHAPES:
         return SHAPES[source.source]
     name, path = source.source.removeprefix("hub:"), Path(source.source).expanduser()
