@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from dfrot_lab.maths import rotations, theory
+from dfrot_lab.maths import planted, rotations, theory
 from dfrot_lab.maths.quantizers import code_range, fake_quantize, scale_zero, squared_error
 from dfrot_lab.recipe.specs import QuantSpec, RotationSpec
 
@@ -41,7 +41,7 @@ def hand_token(snr: float, dims: int, seed: int = 0) -> Tensor:
 def planted_token(snr: float, channels: int, seed: int = 0) -> Tensor:
     """The same in a random channel of many (channels,)."""
     m, sigma = theory.unit_rms(snr, channels)
-    return theory.planted(m, sigma, channels, 1, torch.Generator().manual_seed(seed))[0]
+    return planted.rows(m, sigma, channels, 1, torch.Generator().manual_seed(seed))[0]
 
 
 def by_angles(degrees: Sequence[float]) -> Tensor:
@@ -133,7 +133,7 @@ def expected_real(x: Tensor, quantizer: QuantSpec) -> dict[str, float]:
     """The same for a real token x (channels,): its largest entries are the spikes, the rest is the noise."""
     return {
         str(kind): float(value)
-        for kind, value in theory.predict(x[None], quantizer, spikes=SPIKES).iloc[0].items()
+        for kind, value in planted.predict(x[None], quantizer, spikes=SPIKES).iloc[0].items()
     }
 
 
