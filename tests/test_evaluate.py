@@ -15,14 +15,14 @@ from scipy import stats
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.maths import rotations
 from dfrot_lab.maths.quantizers import fake_quantize
-from dfrot_lab.model import loading, surgery
+from dfrot_lab.model import hooks, loading, surgery
 from dfrot_lab.observe import massive
 from dfrot_lab.recipe.specs import (
     CaptureSpec,
     CorpusSpec,
+    Recipe,
     ModelSpec,
     QuantSpec,
-    Recipe,
     RefineSpec,
     RotationSpec,
     WeightSpec,
@@ -622,12 +622,12 @@ def test_keeping_all_tokens_out_leaves_norm_outputs_unquantized(base, store, whi
     built = build(spec, store)
     ids = torch.arange(64) * 3 % 250
 
-    def act(x: torch.Tensor) -> torch.Tensor:
-        return fake_quantize(x, spec.activations)
+    def act(site: str, x: torch.Tensor) -> torch.Tensor:
+        return fake_quantize(x, spec.kv if site[-2:] in (".k", ".v") else spec.activations)
 
-    with surgery.online(
-        built.loaded, r3=spec.kv.bits < 16, r4=True, linear_input=act, norm_output=lambda x: x, kv=spec.kv
-    ):
+    kinds = ("o_proj_in", "down_proj_in", *(("k", "v") if spec.kv.bits < 16 else ()))
+    sites = hooks.sites_of(built.loaded, *kinds)
+    with surgery.online(built.loaded, r3=spec.kv.bits < 16, r4=True, function=act, sites=sites):
         expected = window_loss(built.loaded, ids)
     kept = spec.with_(keep_out=which, keep_out_tokens=64)
     with quantized(built, kept, fake=True):
@@ -668,10 +668,11 @@ def test_nr_has_no_rotation_at_all(base, store):
     assert built.R is None
     ids = torch.arange(40)
 
-    def act(x: torch.Tensor) -> torch.Tensor:
+    def act(_site: str, x: torch.Tensor) -> torch.Tensor:
         return fake_quantize(x, spec.activations)
 
-    with surgery.online(plain, norm_output=act, linear_input=act), quantized(built, spec):
+    sites = hooks.sites_of(plain, *hooks.LINEAR_INPUTS)
+    with surgery.online(plain, function=act, sites=sites), quantized(built, spec):
         assert window_loss(built.loaded, ids) == window_loss(plain, ids)
 
 

@@ -7,6 +7,7 @@ import threading
 
 import pytest
 import torch
+from again import assert_near
 from conftest import save_tiny, tiny_model
 
 from dfrot_lab.explore.invariance import Invariance, invariance, text_html, verdict_html
@@ -103,9 +104,8 @@ def test_the_shortcut_past_r1_gives_the_same_weights():
         fresh = Bench(tiny_model(tied=True))
         fresh.apply(Steps(**base, **extra))
         wanted = fresh.loaded.model.state_dict()
-        assert all(
-            torch.equal(tensor, wanted[name]) for name, tensor in bench.loaded.model.state_dict().items()
-        )
+        for name, tensor in bench.loaded.model.state_dict().items():
+            assert_near(tensor, wanted[name])
 
 
 def test_the_text_is_the_models_own_and_greedy():
@@ -163,7 +163,7 @@ def test_a_switch_is_answered_in_plot_table_and_text():
     view.controls["correct"].click()
     assert not view.wait(60).broken
     view.controls["clear"].click()
-    assert view.wait(60).error == 0
+    assert view.wait(60).error < TOLERANCE
     table = view.table()
     assert table["steps"].iloc[0] == "untouched" and table["why"].str.contains("do not commute").any()
     assert view.static().axes[0].get_xscale() == "log"
@@ -187,7 +187,7 @@ def test_an_empty_prompt_is_one_clear_sentence_and_the_bench_goes_on():
         view.status.state == "error" and "prompt must have at least one token; got none" in view.status.text
     )
     view.controls["prompt"].value = "again"
-    assert view.wait(60).error == 0 and view.status.state == "ready"
+    assert view.wait(60).error < TOLERANCE and view.status.state == "ready"
 
 
 def test_a_model_that_cannot_be_loaded_is_said(tmp_path, store):
@@ -200,7 +200,7 @@ def test_a_model_that_cannot_be_loaded_is_said(tmp_path, store):
 
 def test_a_spec_is_loaded_in_the_background(tmp_path, store):
     view = invariance(save_tiny(tmp_path / "m"), store=store)
-    assert view.wait(60).error == 0
+    assert view.wait(60).error < TOLERANCE
 
 
 # ---- newest wish first

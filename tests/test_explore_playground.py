@@ -63,9 +63,8 @@ def test_the_reading_is_the_quantizers(degrees, quantizer):
     R = toy.by_angles(degrees)
     x = toy.hand_token(5, len(R), seed=1)
     found, y = toy.reading(x, R, quantizer), x @ R
-    assert found["error"] == float(squared_error(y[None], quantizer)) and found["unrotated"] == float(
-        squared_error(x[None], quantizer)
-    )
+    assert found["error"] == pytest.approx(float(squared_error(y[None], quantizer)), rel=1e-9)
+    assert found["unrotated"] == pytest.approx(float(squared_error(x[None], quantizer)), rel=1e-9)
     levels = toy.levels(y, quantizer)
     assert found["step"] == pytest.approx(float(levels[1] - levels[0]))
     wanted = (
@@ -99,20 +98,16 @@ def test_measured_is_the_error_of_the_rotated_spike(channels):
     assert found["rotation"].tolist() == ["NR", "RO", "RO", "RH", "RH"]
     for row in found.itertuples():
         R = rotations.make(RotationSpec(kind=row.rotation, seed=row.seed), channels)
-        assert row.error == float(squared_error((x @ R)[None], SYM4)) and row.largest == float(
-            (x @ R).abs().max()
-        )
+        assert row.error == pytest.approx(float(squared_error((x @ R)[None], SYM4)), rel=1e-9)
+        assert row.largest == pytest.approx(float((x @ R).abs().max()), rel=1e-9)
 
 
 @pytest.mark.parametrize("quantizer", [SYM4, ASYM4], ids=lambda q: q.name)
 def test_the_why_panel_is_the_theory(quantizer):
     m, sigma = theory.unit_rms(8, 64)
     predicted = toy.expected(8, 64, quantizer)
-    assert predicted == {
-        "NR": theory.error_no_rotation(m, sigma, 64, quantizer),
-        "RO": theory.error_ro(m, sigma, 64, quantizer),
-        "RH": theory.error_rh(m, sigma, 64, quantizer),
-    }
+    own = {kind: error(m, sigma, 64, quantizer) for kind, error in theory.PREDICT.items()}
+    assert list(own) == ["NR", "RO", "RH"] and predicted == pytest.approx(own, rel=1e-9)
     x = toy.planted_token(8, 64)
     table = toy.why(toy.measured(x, quantizer), predicted).set_index("rotation")
     assert table["predicted"].to_dict() == predicted
@@ -175,9 +170,9 @@ def test_a_slider_turns_the_token_in_place(view):
     y = view.state.token @ toy.by_angles([45])
     assert view.hand.plot is plot and plot.data[2] is trace
     assert (trace.x[1], trace.y[1]) == pytest.approx(tuple(y.tolist()))
-    assert view.reading()["error"] == float(squared_error(y[None], SYM4))
+    assert view.reading()["error"] == pytest.approx(float(squared_error(y[None], SYM4)), rel=1e-9)
     assert f"{view.reading()['error']:.4f}" in view.read.value
-    assert view.sweep.plot.data[1].y[0] == view.reading()["error"]
+    assert view.sweep.plot.data[1].y[0] == pytest.approx(view.reading()["error"], rel=1e-9)
     corner = [view.hand.plot.data[3].x[0], view.hand.plot.data[3].y[0]]
     assert corner == pytest.approx(fake_quantize(y[None], SYM4)[0].tolist())
 
@@ -209,7 +204,7 @@ def test_every_size_shows_its_errors_and_why(view, channels):
     view.state.channels = channels
     found = toy.measured(view.token(), SYM4)
     assert len(view.token()) == channels
-    assert list(view.errors.plot.data[0].y) == found["error"].tolist()
+    assert list(view.errors.plot.data[0].y) == pytest.approx(found["error"].tolist(), rel=1e-9)
     row = view.table().set_index("rotation").loc["RH"]
     assert f"{row['measured']:.3f}" in view.why.value
     assert ("no closed form" in view.why.value) == (channels < toy.FEWEST)

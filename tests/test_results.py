@@ -37,7 +37,10 @@ def test_a_row_has_the_columns_in_order_and_their_values():
     found = row(made)
     assert tuple(found) == COLUMNS
     assert found["value"] == pytest.approx(math.exp(3.1))
-    assert found["ci95"] == list(made.ci95) and found["ci95"][0] < found["value"] < found["ci95"][1]
+    assert (
+        found["ci95"] == pytest.approx(made.ci95, rel=1e-9)
+        and found["ci95"][0] < found["value"] < found["ci95"][1]
+    )
     expected = {
         "model": "smollm2-135m", "corpus": "auto", "rotation": "RO", "gamma": None, "rule": "nr_error", "weights": "gptq", "w_bits": 4, "a_bits": 4,
         "kv_bits": 16, "keep_out": True, "metric": "perplexity", "windows": 3, "seconds": 12.35, "seed": 7, "spec": made.spec.key, "commit": COMMIT,

@@ -22,7 +22,7 @@ from dfrot_lab.maths.theory import (
     unit_rms,
 )
 from dfrot_lab.recipe.specs import QuantSpec, RotationSpec
-from dfrot_lab.show import figures_theory
+from dfrot_lab.show import figures
 
 SYM4, ASYM4 = QuantSpec(), QuantSpec(scheme="asymmetric")
 EVERY_BITS = [
@@ -396,10 +396,15 @@ def test_bad_input_is_refused_by_name_rule_and_value(call, message: str):
 def test_prediction_figure_draws_the_table(recwarn):
     curve = planted.curve([64], [1, 2, 4, 8])
     table = pd.concat([curve, planted.measure([64], [2, 8], tokens=4)])
-    ax = figures_theory.plot_prediction(table, "snr")
-    assert [line.get_label() for line in ax.lines[1::2]] == ["NR", "RO", "RH"]
+    ax = figures.plot_prediction(table, "snr")
+    assert ax.get_legend_handles_labels()[1] == ["NR", "RO", "RH"]
     ro = curve[curve["rotation"] == "RO"]["predicted"] / 64
-    np.testing.assert_allclose(ax.lines[2].get_ydata(), ro)
+    np.testing.assert_allclose(ax.lines[1].get_ydata(), ro)
+    measured = table[table["measured"].notna()]
+    np.testing.assert_allclose(
+        sorted(ax.collections[0].get_offsets()[:, 1].compressed()),
+        sorted(measured.groupby(["rotation", "snr"])["measured"].mean() / 64),
+    )
     assert ax.get_xticks().tolist() == [2, 8]
     assert not recwarn
     plt.close(ax.figure)
@@ -407,7 +412,7 @@ def test_prediction_figure_draws_the_table(recwarn):
 
 def test_row_figure_draws_roots():
     table = pd.DataFrame({"rotation": ["NR", "RH"], "predicted": [4.0, 1.0], "measured": [9.0, 1.0]})
-    ax = figures_theory.plot_predicted_rows(table)
-    assert (ax.lines[0].get_xdata()[0], ax.lines[0].get_ydata()[0]) == (2, 3)
+    ax = figures.plot_predicted_rows(table)
+    assert ax.collections[0].get_offsets().tolist() == [[2, 3], [1, 1]]
     assert ax.get_legend_handles_labels()[1] == ["NR", "RH"]
     plt.close(ax.figure)

@@ -13,8 +13,8 @@ from typing import Any
 import ipywidgets as widgets
 import plotly.graph_objects as go
 
-from dfrot_lab.show.figures import COLOURS, MASSIVE_COLOUR, ORDINARY_COLOUR
 from dfrot_lab.show.markup import VISIBLE, safe, span, visible
+from dfrot_lab.show.theme import COLOURS, MASSIVE_COLOUR, ORDINARY_COLOUR
 
 from .page import Fit, Plot, Stage
 

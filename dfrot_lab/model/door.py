@@ -2,9 +2,9 @@
 
 from typing import TypeVar, cast
 
+from dfrot_lab.disk.digests import digest
 from dfrot_lab.model import corpus, loading
 from dfrot_lab.recipe.base import Spec
-from dfrot_lab.recipe.keys import file_digest
 from dfrot_lab.recipe.specs import CorpusSpec, ModelSpec
 
 S = TypeVar("S", bound=Spec)
@@ -36,7 +36,7 @@ class _Prints:
 
     def file(self, path: str) -> str:
         """Hash of a file's bytes."""
-        return file_digest(path)
+        return digest(path)
 
 
 PRINTS = _Prints()

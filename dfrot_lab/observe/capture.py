@@ -4,16 +4,15 @@ residual stream's largest value a token."""
 import logging
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dfrot_lab.disk.artefacts import Artefact, Store, Writer
-from dfrot_lab.model import corpus, door, loading, surgery
+from dfrot_lab.model import corpus, door, hooks, loading, surgery
 from dfrot_lab.model.loading import LoadedModel
 from dfrot_lab.recipe import keys
 from dfrot_lab.recipe.specs import WINDOW, CaptureSpec
@@ -132,7 +131,9 @@ def capture(
         flat = ids.flatten().tolist()
         texts = [ready.tokenizer.decode([i]) for i in flat]
         writer.save_json("about", {"sites": sites, "channels": ready.channels, "ids": flat, "texts": texts})
-        writer.note.update(provenance=ready.provenance, forward_seconds=time.perf_counter() - started)
+        writer.note.update(
+            provenance=ready.provenance, family=ready.family, forward_seconds=time.perf_counter() - started
+        )
 
     return Capture(store.get_or_make("capture", keys.identity(spec, door.PRINTS), make))
 
@@ -172,23 +173,17 @@ def record(
     names: list[str] = []
     rows: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def hook(site: str) -> Callable[..., None]:
-        def see(
-            _module: nn.Module, args: tuple[Tensor, ...], output: Tensor
-        ) -> None:  # returns None: the output stays as it is
-            x = output.detach().reshape(-1, output.shape[-1])
+    def see(site: str, x: Tensor) -> None:
+        x = x.detach().reshape(-1, x.shape[-1])
+        if site.endswith("_in"):
+            rows.append(_extremes(x))
+        else:
             _require_finite(x, site)
             names.append(site)
-            rows.append(_extremes(args[0].detach().reshape(x.shape)))
             save(site, x)
 
-        return see
-
-    with ExitStack() as stack, torch.inference_mode():
-        for index, layer in enumerate(loaded.layers):
-            for name, norm, _ in loaded.roles.feeds:
-                handle = layer.get_submodule(norm).register_forward_hook(hook(f"layers.{index}.{name}"))
-                stack.callback(handle.remove)
+    sites = hooks.sites_of(loaded, *hooks.NORMS, *hooks.NORM_INPUTS)
+    with torch.inference_mode(), hooks.at_sites(loaded, see, sites):
         loading.body(loaded)(ids.to(loaded.device), use_cache=False)
     abs_max, channel, median = (torch.stack(column) for column in zip(*rows, strict=True))
     return names, {"abs_max": abs_max, "channel": channel, "median": median}

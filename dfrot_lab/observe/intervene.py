@@ -5,12 +5,13 @@ Massive values are those of the residual stream, before a layer, that rule `sun`
 x the median |a| there."""
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dfrot_lab.model import loading
+from dfrot_lab.model.hooks import at_sites, sites_of
 from dfrot_lab.model.loading import LoadedModel
 from dfrot_lab.observe import massive
 
@@ -56,14 +57,8 @@ def massive_set(loaded: LoadedModel, to: str, ids: Tensor) -> Iterator[None]:
 def before_layers(loaded: LoadedModel, function: See) -> Iterator[None]:
     """While the block runs, `function` sees, and may replace, what enters every layer."""
 
-    def hook(number: int) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...] | None]:
-        def see(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-            new = function(number, args[0])
-            return None if new is None else (new, *args[1:])
+    def see(site: str, x: Tensor) -> Tensor | None:
+        return function(int(site.split(".")[1]), x)
 
-        return see
-
-    with ExitStack() as stack:
-        for number, layer in enumerate(loaded.layers):
-            stack.callback(layer.register_forward_pre_hook(hook(number)).remove)
+    with at_sites(loaded, see, sites_of(loaded, "residual")):
         yield

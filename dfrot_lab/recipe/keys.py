@@ -7,10 +7,7 @@ every results row: what another version computed is never taken for ours.
 
 import hashlib
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
-
-import xxhash
 
 if TYPE_CHECKING:
     from dfrot_lab.recipe.base import Spec
@@ -39,12 +36,6 @@ def content_key(value: Any) -> str:
     """
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-def file_digest(path: Path | str) -> str:
-    """xxh3_128 of a file's bytes, 32 hex digits: the part of a key that stands for a file the user names."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
 def model_key(digest: str, dtype: str, device: str) -> str:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 import torch
@@ -19,7 +19,7 @@ from dfrot_lab.observe.capture import Capture, capture
 from dfrot_lab.recipe import keys, registry
 from dfrot_lab.recipe.specs import CaptureSpec, CorpusSpec, Recipe
 
-HADAMARD = "hadamard"
+HADAMARD: Literal["hadamard"] = "hadamard"
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Transforms:
     went: `history` one row a step, `seconds`, `memory` (bytes at the peak; NaN where not measured)."""
 
     R1: Tensor | None
-    R2: Tensor | str | None = HADAMARD
+    R2: Tensor | Literal["hadamard"] | None = HADAMARD
     gains: Mapping[str, Tensor] = field(default_factory=dict)
     clips: Mapping[str, float] = field(default_factory=dict)
     r3: bool = True

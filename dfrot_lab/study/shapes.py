@@ -95,19 +95,16 @@ def shape(source: ModelSpec) -> Shape:
     or the hub; else a ValueError."""
     if source.source in SHAPES:
         return SHAPES[source.source]
-    name, path = source.source.removeprefix("hub:"), Path(source.source).expanduser()
+    path = Path(source.source).expanduser()
     if path.suffix == ".gguf" and path.is_file():
         return _gguf_shape(path)
-    if name == source.source and not (path / "config.json").is_file():
-        try:
-            loading.resolve(
-                source
-            )  # raises; where there is a model it would read all its weights, to name them by their bytes
-        except ValueError as error:
-            raise ValueError(f"{error} To estimate without a model: {', '.join(SHAPES)}.") from None
-    place = path if name == source.source else name
-    loading.roles_of(loading._architecture(place, source))
-    return shape_of(loading._config(place, source))
+    if (path / "config.json").is_file():  # no weights are needed
+        return shape_of(loading.config_of(path, source))
+    try:
+        _, place = loading.resolve(source)
+    except ValueError as error:
+        raise ValueError(f"{error} To estimate without a model: {', '.join(SHAPES)}.") from None
+    return shape_of(loading.config_of(place, source))
 
 
 def _gguf_shape(path: Path) -> Shape:
