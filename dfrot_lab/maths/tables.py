@@ -14,8 +14,7 @@ COLUMNS = (
 """Columns of every results row, in order. `weight_quantizer`, `activations`, `keys` and `values` name
 quantizers, and a name says all that makes one different; `parameters` are what a method has beside its own
 columns; `ci95` is [low, high]; `recipe` is the key of the recipe, whose YAML is kept beside the rows;
-`formulas` and `commit` are the code's.
-"""
+`formulas` and `commit` are the code's."""
 
 WHOLE = ("seed", "w_bits", "a_bits", "kv_bits", "keep_out_tokens")
 """Columns of whole numbers, or of nothing."""
@@ -93,8 +92,7 @@ def comparison(table: pd.DataFrame, metric: str = PERPLEXITY) -> pd.DataFrame:
 
 def by_seed(table: pd.DataFrame, metric: str = f"{PERPLEXITY} - RH", rotation: str = "RO") -> pd.DataFrame:
     """One rotation's rows of a metric at the bits that were run with several seeds: a row for each bits, a
-    column a seed.
-    """
+    column a seed."""
     rows = [r for r in records(table, metric) if r["rotation"] == rotation and not r["keep_out"]]
     cells = pd.Series({(r["bits"], f"seed {r['seed']}"): cell(r) for r in rows}, dtype=object)
     return cells.unstack().dropna() if len(cells) else pd.DataFrame()

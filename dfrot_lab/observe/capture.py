@@ -1,6 +1,5 @@
 """Record sites during one forward pass: every norm's output, written to the store site by site, and the
-residual stream's largest value a token.
-"""
+residual stream's largest value a token."""
 
 import logging
 import time
@@ -22,8 +21,7 @@ log = logging.getLogger(__name__)
 
 _MEDIAN_SAMPLE = 1 << 16
 """Values the residual median is taken over (whole tokens, evenly spaced): the full median costs a fifth of
-the forward pass.
-"""
+the forward pass."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +51,7 @@ class Capture:
     @property
     def sites(self) -> list[str]:
         """Site names in the order the forward pass meets them: layers.0.input_norm,
-        layers.0.post_attention_norm, ...
-        """
+        layers.0.post_attention_norm, ..."""
         return list(self._about["sites"])
 
     @property
@@ -90,8 +87,7 @@ class Capture:
 
     def all_rows(self) -> Tensor:
         """Every site's rows below one another (sites * tokens, channels), in the order of `sites`: what R1 is
-        refined on.
-        """
+        refined on."""
         out = torch.empty(len(self.sites) * self.tokens, self.channels)
         for i, site in enumerate(self.sites):
             out[i * self.tokens : (i + 1) * self.tokens] = self.rows(site)
@@ -120,8 +116,7 @@ def capture(
     load of `spec.model`; it gets prepared.
 
     Raises ValueError for more tokens than the corpus or the model's context has, and for NaN or Inf, naming
-    site and token.
-    """
+    site and token."""
     spec, store = spec or CaptureSpec(), store or Store()
     spec = door.resolved(spec)
 
@@ -182,8 +177,7 @@ def record(
     nothing is kept.
 
     Returns the site names and {abs_max, channel: (sites, tokens); median: (sites,)} of the residual stream
-    before each norm.
-    """
+    before each norm."""
     names: list[str] = []
     rows: list[tuple[Tensor, Tensor, Tensor]] = []
 
@@ -205,8 +199,7 @@ def record(
 
 def _extremes(residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Largest |value| and its channel for each token (tokens,), and the median |value| (scalar) of a residual
-    stream (tokens, channels).
-    """
+    stream (tokens, channels)."""
     magnitude = residual.abs()
     value, channel = magnitude.max(-1)
     step = max(1, residual.numel() // _MEDIAN_SAMPLE)

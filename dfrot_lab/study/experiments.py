@@ -2,8 +2,7 @@
 each.
 
 An experiment that evaluates is a list of `Row`s, each one artefact in the store. Its table has a line a row
-and metric, with the columns of `maths.tables` after the experiment's own.
-"""
+and metric, with the columns of `maths.tables` after the experiment's own."""
 
 import itertools
 import logging
@@ -40,8 +39,7 @@ GAMMAS = (1.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, float("inf"))
 CLIPS = (0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)
 ROW_COUNTS = (48, 32, 24, 16, 8)
 """Table 3: calibration rows in units of the window; a model of n layers has 2n windows of rows, and counts
-beyond that are left out.
-"""
+beyond that are left out."""
 SAMPLES = 5
 KEPT = (1, 4, 16, 64)
 SHARE = "share of RO - RH closed"
@@ -50,8 +48,7 @@ SHARE = "share of RO - RH closed"
 @dataclass(frozen=True)
 class Experiment:
     """A named experiment: what it reproduces, its question, and the function from setting and store to a tidy
-    table. Those of the paper refine by the paper's rule.
-    """
+    table. Those of the paper refine by the paper's rule."""
 
     name: str
     reproduces: str
@@ -65,8 +62,7 @@ class Experiment:
 
 def run(name: str, setting: Setting | None = None, store: Store | None = None) -> pd.DataFrame:
     """The table of the experiment `name`, from the store where it has the rows, else computed now; KeyError
-    for a name that is none.
-    """
+    for a name that is none."""
     if name not in EXPERIMENTS:
         raise KeyError(f"no experiment {name!r}; there are {', '.join(EXPERIMENTS)}")
     experiment = EXPERIMENTS[name]
@@ -98,8 +94,7 @@ def _kept_out(recipe: Recipe) -> Recipe:
 
 def keep_out(setting: Setting, store: Store) -> pd.DataFrame:
     """Table 1: RO and RH with all tokens quantized and with massive ones kept out; then the share of the RO -
-    RH gap that keep-out closes.
-    """
+    RH gap that keep-out closes."""
     asked, settings = [Row(setting.row("16-16-16", setting.rotation("NR")))], ("4-4-16", "4-4-4", "4-8-16")
     for offset, kind, bits in itertools.product(range(setting.seeds), ("RH", "RO"), settings):
         plain = setting.row(bits, setting.rotation(kind, offset))
@@ -115,8 +110,7 @@ def _shares(setting: Setting, found: Found, settings: Sequence[str]) -> list[dic
     """For each seed and setting of the bits, 1 - (RO - RH with massive tokens kept out) / (RO - RH), with its
     paired bootstrap interval.
 
-    Left out where the interval of RO - RH itself has 0 in it: there is no gap to have a share of.
-    """
+    Left out where the interval of RO - RH itself has 0 in it: there is no gap to have a share of."""
     lines = []
     for offset, bits in itertools.product(range(setting.seeds), settings):
         ro, rh = (setting.row(bits, setting.rotation(kind, offset)) for kind in ("RO", "RH"))
@@ -130,8 +124,7 @@ def _shares(setting: Setting, found: Found, settings: Sequence[str]) -> list[dic
 
 def main_table(setting: Setting, store: Store) -> pd.DataFrame:
     """Table 2 and the README's tables: NR, RO, RH and DFRot by RTN and GPTQ, with the minutes each takes
-    beyond RH.
-    """
+    beyond RH."""
     asked = [Row(setting.row("16-16-16", setting.rotation("NR")), {"extra_minutes": 0.0})]
     minutes = dfrot.refined(setting.refine, store).seconds / 60
     for name, weights, bits in itertools.product(
@@ -146,8 +139,7 @@ def main_table(setting: Setting, store: Store) -> pd.DataFrame:
 
 def gamma_sweep(setting: Setting, store: Store) -> pd.DataFrame:
     """Fig. 5 and 6: perplexity against gamma, from RH and from RO, beside QuaRot and QuaRot.FP16() of the
-    same start.
-    """
+    same start."""
     asked = []
     some = massive.find(capture(setting.capture, store), setting.rule).any()
     gammas = [gamma for gamma in GAMMAS if some or gamma < float("inf")]  # no massive row to fit alone
@@ -165,8 +157,7 @@ def gamma_sweep(setting: Setting, store: Store) -> pd.DataFrame:
 
 def calibration(setting: Setting, store: Store) -> pd.DataFrame:
     """Table 3: five samples, five row counts; and the text refined on another than the one it is tested on,
-    and the reverse.
-    """
+    and the reverse."""
     Way = tuple[dict[str, Any], Setting, RefineSpec]
     ways: list[Way] = []
     for skip in _trimmed(range(SAMPLES), setting):
@@ -192,8 +183,7 @@ def calibration(setting: Setting, store: Store) -> pd.DataFrame:
 
 def _texts(setting: Setting) -> list[str]:
     """The texts to exchange: the setting's own and, where both can be had, WikiText-2 and the packaged
-    sample.
-    """
+    sample."""
     if setting.quick or corpus.resolve(CorpusSpec(name="auto")).name != "wikitext2":
         said = "calibrating on one text and testing on another is left out: it needs WikiText-2 (and the full profile)"
         log.info(said)
@@ -203,8 +193,7 @@ def _texts(setting: Setting) -> list[str]:
 
 def clip_sweep(setting: Setting, store: Store) -> pd.DataFrame:
     """The activation clip ratio under RO, RH and DFRot, refined with the same clip: what a reviewer asked
-    for.
-    """
+    for."""
     asked = []
     for name, clip in itertools.product(("RO", "RH", "DFRot"), _trimmed(CLIPS, setting)):
         whole = setting.row("16-4-16", setting.method(name))
@@ -217,8 +206,7 @@ def clip_sweep(setting: Setting, store: Store) -> pd.DataFrame:
 
 def symmetric_or_not(setting: Setting, store: Store) -> pd.DataFrame:
     """Refine with a symmetric or asymmetric quantizer, evaluate with either; the refinement with and without
-    the released code's sign flips.
-    """
+    the released code's sign flips."""
     asked, schemes = [], ("asymmetric", "symmetric")
     for tested in schemes:
         plain = setting.row("16-4-16", setting.rotation("RH"))
@@ -234,8 +222,7 @@ def symmetric_or_not(setting: Setting, store: Store) -> pd.DataFrame:
 
 def variants(setting: Setting, store: Store) -> pd.DataFrame:
     """The refinement as released, as in the paper and as here, some seeds each: objective and errors under
-    the evaluation's quantizer, perplexity.
-    """
+    the evaluation's quantizer, perplexity."""
     specs = {}
     for offset, name in itertools.product(range(setting.seeds), ("as_released", "as_paper", "accelerated")):
         quantizer = QuantSpec(scheme="symmetric" if name == "as_released" else "asymmetric")
@@ -253,8 +240,7 @@ def variants(setting: Setting, store: Store) -> pd.DataFrame:
 
 def _final_losses(name: str, spec: RefineSpec, setting: Setting, store: Store) -> list[dict[str, Any]]:
     """Weighted objective, ordinary and massive error of a refined R over all rows of its capture, all under
-    one quantizer; and its seconds.
-    """
+    one quantizer; and its seconds."""
     result, recorded = dfrot.refined(spec, store), capture(spec.capture, store)
     mask = massive.find(recorded, spec.rule).flatten()
     weights, quantizer = steps.row_weights(mask, spec.gamma), setting.refine.quantizer
@@ -272,8 +258,7 @@ def _final_losses(name: str, spec: RefineSpec, setting: Setting, store: Store) -
 
 def intervene(setting: Setting, store: Store) -> pd.DataFrame:
     """Which tokens matter: perplexity with k tokens of each window kept out, chosen by size, by error or at
-    random, under RO and RH.
-    """
+    random, under RO and RH."""
     asked = []
     for kind in ("RO", "RH"):
         plain = setting.row("16-4-16", setting.rotation(kind))
@@ -287,8 +272,7 @@ def intervene(setting: Setting, store: Store) -> pd.DataFrame:
 
 def massive_activations(setting: Setting, store: Store) -> pd.DataFrame:
     """Sun et al.: the three largest values and the median of the residual stream by layer; then massive
-    values set to zero, or to their mean.
-    """
+    values set to zero, or to their mean."""
     plain = setting.row("16-16-16", setting.rotation("NR"))
     asked = [Row(plain, {"set_massive": "left alone"})]
     asked += [Row(plain.with_(set_massive=to), {}, {"left alone": plain}) for to in ("zero", "mean")]
@@ -298,8 +282,7 @@ def massive_activations(setting: Setting, store: Store) -> pd.DataFrame:
 
 def zero_shot(setting: Setting, store: Store) -> pd.DataFrame:
     """Table 5 and the README's: six tasks through lm-eval, for the plain model, NR and RH unquantized, and
-    RO, RH and DFRot at 4 bits.
-    """
+    RO, RH and DFRot at 4 bits."""
     named: list[tuple[str, Recipe | None]] = [("plain transformers", None)]
     full = [("16-16-16", name) for name in ("NR", "RH")]
     quantized = itertools.product(

@@ -1,6 +1,5 @@
 """The paper's published numbers beside ours: every number it prints, what we measured in its place, the
-command, or the reason there is none.
-"""
+command, or the reason there is none."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -50,8 +49,7 @@ ABSENT: tuple[tuple[Callable[[Mapping[str, str]], bool], str], ...] = (
 
 def published(path: Path) -> pd.DataFrame:
     """The published numbers (data/paper/published.csv): source, the columns of PLACE, model, value; one
-    number a row.
-    """
+    number a row."""
     table = pd.read_csv(path, keep_default_na=False)
     missing = {*PLACE, "source", "model", "value"} - set(table.columns)
     if missing:
@@ -65,8 +63,7 @@ def published(path: Path) -> pd.DataFrame:
 
 def ours(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """What the experiments' tables (by name) say in the paper's places: the columns of PLACE, model, value
-    (mean over seeds), seeds, command.
-    """
+    (mean over seeds), seeds, command."""
     lines = [line for name, table in tables.items() if name in _READERS for line in _READERS[name](table)]
     found = pd.DataFrame(lines, columns=[*PLACE, "model", "value", "command"])
     groups = found.groupby([*PLACE, "model", "command"], sort=False)["value"]
@@ -75,8 +72,7 @@ def ours(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 
 def beside(numbers: pd.DataFrame, measured: pd.DataFrame) -> pd.DataFrame:
     """Every published number with ours in the same place: the published columns, then ours, seeds, command,
-    and why where there is none.
-    """
+    and why where there is none."""
     mine = measured.rename(columns={"value": "ours", "model": "our_model"})
     both = numbers.merge(mine, on=list(PLACE), how="left", validate="many_to_one")
     reasons = [
@@ -92,8 +88,7 @@ def _reason(row: Mapping[str, Any]) -> str:
 
 def beside_rows(found: Sequence[EvalResult]) -> pd.DataFrame:
     """The paper's perplexities in the evaluations' places: row, bits, a column a model (as printed), ours
-    last; empty outside a checkout.
-    """
+    last; empty outside a checkout."""
     nothing = pd.DataFrame(columns=["row", "bits", "ours"])
     if not PUBLISHED.exists() or not found:
         return nothing

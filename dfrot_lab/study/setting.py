@@ -25,8 +25,7 @@ FIGURE_LAYER = 15
 
 PROFILE = "DFROT_LAB_PROFILE"
 """The environment variable that makes notebooks and experiments `quick` (minutes, for tests) or `full`
-(default).
-"""
+(default)."""
 
 QUICK: dict[str, Any] = {
     "windows": 2, "window": 512, "gptq_windows": 4, "seeds": 1, "limit": 2, "weights": "rtn", "steps": 20, "quick": True
@@ -35,8 +34,7 @@ QUICK: dict[str, Any] = {
 
 class Setting(Spec):
     """A model, a text, seeds and sizes. `rule` says which rows a refinement weights by `gamma`; `quick` trims
-    sweeps to a few rows: to see that all works, not what is true.
-    """
+    sweeps to a few rows: to see that all works, not what is true."""
 
     model: ModelSpec = ModelSpec()
     corpus: str = "auto"
@@ -74,8 +72,7 @@ class Setting(Spec):
     @property
     def refine(self) -> RefineSpec:
         """DFRot with the paper's rows, gamma and 100 steps, from RH, with the evaluation's own asymmetric
-        quantizer.
-        """
+        quantizer."""
         start = self.rotation("RH")
         return RefineSpec(
             capture=self.capture, gamma=self.gamma, rule=self.rule, init=start, steps=self.steps
@@ -87,8 +84,7 @@ class Setting(Spec):
 
     def method(self, row: str, offset: int = 0) -> MethodSpec:
         """Any row of the table of methods by its name, with the setting's seed, capture, gamma, rule and
-        steps where the method has them.
-        """
+        steps where the method has them."""
         spec: MethodSpec = registry.spec_of(row, seed=self.seed + offset, capture=self.capture)
         own = {
             name: getattr(self, name)
@@ -99,8 +95,7 @@ class Setting(Spec):
 
     def row(self, bits: str, rotation: MethodSpec, *, weights: str | None = None, **fields: Any) -> Recipe:
         """The recipe of one row: this setting's model, text and windows, weights calibrated on the text's
-        other half.
-        """
+        other half."""
         text = CorpusSpec(name=self.corpus, split="evaluation")
         sizes: dict[str, Any] = {"windows": self.windows, "window": self.window}
         spec = recipe_of(bits, model=self.model, corpus=text, rotation=rotation, **sizes, **fields)
