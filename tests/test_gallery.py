@@ -11,7 +11,7 @@ import pytest
 from matplotlib.figure import Figure
 from test_experiments import EVALUATING, LOOKING, Lab, lab  # noqa: F401 (a fixture is used by its name)
 
-from dfrot_lab.score import results
+from dfrot_lab.disk import tables
 from dfrot_lab.show import figures, gallery
 from dfrot_lab.show.figures_tokens import ORDERS
 from dfrot_lab.study.experiments import EXPERIMENTS
@@ -98,11 +98,11 @@ def test_table_and_figure_are_kept_with_what_they_were_made_from(
 
 def test_replacing_a_table_leaves_the_old_one_where_writing_fails(tmp_path):
     path = tmp_path / "rows.jsonl"
-    results.replace(path, [{"value": 1}])
+    tables.replace(path, [{"value": 1}])
     with pytest.raises(TypeError):
-        results.replace(path, [{"value": 2}, {"value": object()}])
+        tables.replace(path, [{"value": 2}, {"value": object()}])
     assert path.read_text() == '{"value": 1}\n'
-    results.replace(path, [{"value": 3}])
+    tables.replace(path, [{"value": 3}])
     assert path.read_text() == '{"value": 3}\n'
 
 
@@ -126,8 +126,8 @@ def test_a_kept_table_is_read_where_its_setting_is_the_same_and_computed_where_n
         read["gamma"].fillna(-1).tolist() == table["gamma"].fillna(-1).tolist()
         and float("inf") in read["gamma"].tolist()
     )
-    assert {name: str(read[name].dtype) for name in results.WHOLE} == {
-        name: "Int64" for name in results.WHOLE
+    assert {name: str(read[name].dtype) for name in tables.WHOLE} == {
+        name: "Int64" for name in tables.WHOLE
     }
     plt.close(drawn("gamma-sweep", read))
     other = replace(lab.setting, seed=7)

@@ -144,16 +144,16 @@ def errors_command(
     """Per-token quantization error under NR, RO and RH at every site. --out: the whole table; on screen its
     summary.
     """
+    from dfrot_lab.disk import tables
     from dfrot_lab.observe import errors
     from dfrot_lab.observe.capture import capture
-    from dfrot_lab.score import results
 
     with _clear_errors():
         quantizer = QuantSpec(bits=bits, symmetric=not asymmetric)
         recorded = capture(_capture_spec(model, corpus, tokens))
         table = errors.token_errors(recorded, errors.default_rotations(recorded.channels, seed), [quantizer])
         if out:
-            results.write_table(table, out)
+            tables.write_table(table, out)
         show_table(errors.summary(table), None, as_json, {"rows": len(table), "out": out})
 
 
@@ -191,6 +191,7 @@ def evaluate_command(
     gamma: Gamma = 100.0,
 ) -> None:  # fmt: skip
     """Perplexity of one rotation at given bits. --out: a .jsonl file the row is added to."""
+    from dfrot_lab.disk import tables
     from dfrot_lab.score import results
     from dfrot_lab.score.perplexity import evaluate
 
@@ -203,7 +204,7 @@ def evaluate_command(
         spec = spec.with_(weights=spec.weights.with_(corpus=CorpusSpec(name=corpus, split="calibration")))
         row = results.row(evaluate(spec))
         if out:
-            results.append(out, [row])
+            tables.append(out, [row])
         if as_json:
             show_json(row)
         else:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from dfrot_lab.disk.atomic import replacing
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -20,10 +22,11 @@ def show_json(value: Any) -> None:
 
 def show_table(table: "pd.DataFrame", out: Path | None, as_json: bool, about: Mapping[str, Any]) -> None:
     """A table and facts about it on standard output; with `out` the table goes into that file too."""
+    from dfrot_lab.disk import tables
     from dfrot_lab.score import results
 
     if out:
-        results.write_table(table, out)
+        tables.write_table(table, out)
     if as_json:
         show_json({**about, "rows": results.rows(table)})
     else:
@@ -34,8 +37,8 @@ def show_table(table: "pd.DataFrame", out: Path | None, as_json: bool, about: Ma
 def show_facts(about: Mapping[str, Any], out: Path | None, as_json: bool) -> None:
     """Named facts on standard output; with `out` also as a JSON file."""
     if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(about, indent=1, default=str) + "\n", encoding="utf-8")
+        with replacing(out) as temporary:
+            temporary.write_text(json.dumps(about, indent=1, default=str) + "\n", encoding="utf-8")
     if as_json:
         show_json(about)
     else:

@@ -3,7 +3,6 @@ as the paper does.
 """
 
 import json
-import logging
 import subprocess
 from collections.abc import Iterable, Mapping
 from functools import cache
@@ -13,10 +12,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from dfrot_lab.disk import tables
 from dfrot_lab.recipe.specs import EvalSpec, RefineSpec
 from dfrot_lab.score.perplexity import EvalResult, paired_difference
-
-log = logging.getLogger(__name__)
 
 COLUMNS = (
     "model", "corpus", "rotation", "gamma", "rule", "weights", "w_bits", "a_bits", "kv_bits", "keep_out",
@@ -25,9 +23,6 @@ COLUMNS = (
 """Columns of every results row, in order. `ci95` is [low, high]; `spec` the key of the EvalSpec; `commit` the
 code's.
 """
-
-WHOLE = ("seed", "w_bits", "a_bits", "kv_bits")
-"""Columns of whole numbers, or of nothing."""
 
 PERPLEXITY = "perplexity"
 
@@ -110,75 +105,11 @@ def _kept(spec: EvalSpec) -> str | None:
     return spec.keep_out if spec.keep_out_tokens is None else f"{spec.keep_out} {spec.keep_out_tokens}"
 
 
-def append(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Add rows to a JSON-lines file; the folder is made if missing, and a last line cut short by a killed
-    writer is removed first.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _drop_torn_line(path)
-    with path.open("a", encoding="utf-8") as file:
-        for entry in rows:
-            file.write(json.dumps(entry, allow_nan=True) + "\n")
-
-
-def replace(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write rows as a JSON-lines file in place of what was there, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.unlink(missing_ok=True)
-    append(temporary, rows)
-    temporary.replace(path)
-
-
-def _drop_torn_line(path: Path) -> None:
-    content = path.read_bytes() if path.exists() else b""
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        log.warning("%s ends in a line cut short: removed", path)
-        with path.open("r+b") as file:
-            file.truncate(whole)
-
-
-def write_table(table: pd.DataFrame, out: Path) -> None:
-    """Write a table as .parquet, .csv or .json, whole or not at all."""
-    writers: dict[str, Any] = {".parquet": table.to_parquet, ".csv": table.to_csv, ".json": table.to_json}
-    if out.suffix not in writers:
-        raise ValueError(f"--out must end in {', '.join(writers)}; got {out}")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.part")
-    try:
-        writers[out.suffix](
-            temporary, **({"orient": "records"} if out.suffix == ".json" else {"index": False})
-        )
-        temporary.replace(out)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def load(path: Path) -> pd.DataFrame:
     """All rows of a JSON-lines file as one table with COLUMNS; a last line cut short by a killed writer is
     left out.
     """
-    return table(_entries(path))
-
-
-def load_all(path: Path) -> pd.DataFrame:
-    """As `load`, with the columns of an experiment's own too."""
-    found = pd.DataFrame(_entries(path))
-    return found.astype(dict.fromkeys((name for name in WHOLE if name in found), "Int64"))
-
-
-def _entries(path: Path) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    for number, line in enumerate(lines, 1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number < len(lines):
-                raise ValueError(
-                    f"{path} line {number} must be one JSON object; got {line[:60]!r}"
-                ) from error
-    return rows
+    return table(tables.entries(path))
 
 
 def rows(table: pd.DataFrame) -> list[dict[str, Any]]:
@@ -194,7 +125,7 @@ def save(path: Path, table: pd.DataFrame) -> None:
     """Write a whole results table as JSON lines, replacing what was there, and beside it the comparison as
     Markdown.
     """
-    replace(path, rows(table))
+    tables.replace(path, rows(table))
     path.with_suffix(".md").write_text(markdown(comparison(table)) + "\n", encoding="utf-8")
 
 

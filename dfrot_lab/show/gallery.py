@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
+from dfrot_lab.disk.tables import load_all, replace, write_table
 from dfrot_lab.model import loading
 from dfrot_lab.score import results
 from dfrot_lab.show import figures_sweeps as sweeps
@@ -53,9 +54,9 @@ def save_experiment(
     """
     rows = _file(name, setting, tables, "jsonl" if len(table) <= SMALL else "parquet")
     if len(table) <= SMALL:
-        results.replace(rows, results.rows(table))
+        replace(rows, results.rows(table))
     else:
-        results.write_table(table, rows)
+        write_table(table, rows)
     specs = sorted(set(table["spec"].dropna())) if "spec" in table else []
     about = {
         "experiment": name,
@@ -87,7 +88,7 @@ def table(name: str, setting: Setting, root: Path) -> pd.DataFrame:
     if about.get("setting") != _plain(setting):
         return experiments.run(name, setting)
     log.info("%s: read from %s, computed on %s", name, rows.name, about["device"])
-    return results.load_all(rows)
+    return load_all(rows)
 
 
 def _file(name: str, setting: Setting, tables: Path, suffix: str) -> Path:

@@ -7,6 +7,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from dfrot_lab.disk import tables
 from dfrot_lab.observe import errors, massive
 from dfrot_lab.observe.capture import Capture
 from dfrot_lab.score import results
@@ -87,7 +88,7 @@ def main_figures(result: MainResult, wide: pd.DataFrame) -> dict[str, tuple[Figu
 def save_run(result: MainResult, folder: Path) -> None:
     """Write rows.jsonl, rows.md, massive-tokens.csv and figures/ of the main job into `folder`."""
     results.save(folder / "rows.jsonl", result.table)
-    results.write_table(massive_table(result), folder / "massive-tokens.csv")
+    tables.write_table(massive_table(result), folder / "massive-tokens.csv")
     save_main(result, folder / "figures")
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import pandas as pd
 
 from dfrot_lab.disk.artefacts import Store
+from dfrot_lab.disk.atomic import replacing
 from dfrot_lab.model import corpus, loading
 from dfrot_lab.observe import capture as captures
 from dfrot_lab.observe.capture import capture
@@ -338,9 +339,5 @@ def check_out(path: Path) -> Path:
 
 def write(path: Path, text: str) -> None:
     """Put `text` into `path`, whole or not at all: until it is complete, what was there stays."""
-    temporary = check_out(path).with_name(f".{path.name}.part")
-    try:
+    with replacing(check_out(path)) as temporary:
         temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -14,6 +14,7 @@ from typing import Any
 
 import pandas as pd
 
+from dfrot_lab.disk import tables
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.model import corpus
 from dfrot_lab.observe import massive, residual
@@ -109,7 +110,7 @@ def evaluated(rows: Sequence[Row], store: Store) -> tuple[pd.DataFrame, dict[str
         lines.append({**row.labels, **results.row(result)})
         for name, reference in row.against.items():
             lines.append({**row.labels, **results.difference_row(result, found[reference.key], name)})
-    return pd.DataFrame(lines).astype(dict.fromkeys(results.WHOLE, "Int64")), found
+    return pd.DataFrame(lines).astype(dict.fromkeys(tables.WHOLE, "Int64")), found
 
 
 def _trimmed(values: Sequence[Any], setting: Setting) -> list[Any]:

@@ -1,0 +1,74 @@
+"""Tables on disk: rows as JSON lines, appended by any number of processes, and whole tables as one file."""
+
+import json
+import logging
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from filelock import FileLock
+
+from dfrot_lab.disk.atomic import replacing
+
+log = logging.getLogger(__name__)
+
+WHOLE = ("seed", "w_bits", "a_bits", "kv_bits")
+"""Columns of whole numbers, or of nothing."""
+
+
+def append(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Add rows to a JSON-lines file, one process at a time; a last line that a killed writer cut goes."""
+    added = _lines(rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(f".{path.name}.lock")), path.open("ab+") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+        if file.read() not in (b"", b"\n"):
+            log.warning("%s ends in a line cut short: removed", path)
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
+        file.write(added)
+
+
+def replace(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write rows as a JSON-lines file in place of what was there, whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(_lines(rows))
+
+
+def _lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
+    return "".join(json.dumps(row, allow_nan=True) + "\n" for row in rows).encode()
+
+
+def entries(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSON-lines file, without a last line cut short; a ValueError names another bad line."""
+    rows: list[dict[str, Any]] = []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                said = f"{path} line {number} must be one JSON object; got {line[:60]!r}"
+                raise ValueError(said) from error
+    return rows
+
+
+def load_all(path: Path) -> pd.DataFrame:
+    """A JSON-lines file as a table, with all its columns; those of WHOLE as whole numbers or missing."""
+    found = pd.DataFrame(entries(path))
+    return found.astype(dict.fromkeys((name for name in WHOLE if name in found), "Int64"))
+
+
+def write_table(table: pd.DataFrame, out: Path) -> None:
+    """Write a table as .parquet, .csv or .json, whole or not at all."""
+    writers: dict[str, Any] = {
+        ".parquet": lambda path: table.to_parquet(path, index=False),
+        ".csv": lambda path: table.to_csv(path, index=False),
+        ".json": lambda path: table.to_json(path, orient="records"),
+    }
+    if out.suffix not in writers:
+        raise ValueError(f"--out must end in {', '.join(writers)}; got {out}")
+    with replacing(out) as temporary:
+        writers[out.suffix](temporary)
