@@ -1,11 +1,8 @@
-"""Linears in integer arithmetic: the int8 product of activation and weight codes, exact in int32, with the
-scales applied after it.
+"""Linears in integer arithmetic: the int8 product of activation and weight codes, then the scales.
 
 For a token with scale s, codes q and zero point z, and an output channel with scale t and codes p (weights
-are symmetric),
-    sum over channels of s (q - z) t p  =  s t (sum over channels of (q - z) p),
-and the right side is what fake quantization computes as the left one, to float rounding, at the speed of
-int8.
+are symmetric), sum over channels of s (q - z) t p  =  s t (sum over channels of (q - z) p): the left side is
+what fake quantization computes, the right side the same to float rounding, at the speed of int8.
 """
 
 import math
@@ -23,9 +20,7 @@ from dfrot_lab.model.surgery import Transform
 from dfrot_lab.recipe.specs import QuantSpec
 
 _ROWS = 512
-"""Tokens worked on at once: what is between the input and its codes, and between the int32 sums and the
-result, stays in cache.
-"""
+"""Tokens worked on at once: what is between input, codes, int32 sums and result stays in cache."""
 
 
 def fits(spec: QuantSpec) -> bool:
@@ -36,14 +31,12 @@ def fits(spec: QuantSpec) -> bool:
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a (m, k) @ b.T for int8 `a` and `b` (n, k): int32 (m, n), exact.
 
-    Where torch has no fast int8 product (on a GPU: up to 16 rows, or k or n not a multiple of 8) it is one of
-    floats that hold every sum exactly.
+    Where torch has no fast int8 product, it is one of floats that hold every sum exactly.
     """
-    has_int8 = (
-        (len(a) > 16 and a.shape[1] % 8 == 0 and len(b) % 8 == 0)
-        if a.is_cuda
-        else torch.backends.mkldnn.is_available()
-    )
+    if a.is_cuda:
+        has_int8 = len(a) > 16 and a.shape[1] % 8 == 0 and len(b) % 8 == 0
+    else:
+        has_int8 = torch.backends.mkldnn.is_available()
     if has_int8:
         return torch._int_mm(a, b.T)
     largest = a.shape[1] * math.prod(int(x.to(torch.int16).abs().max()) for x in (a, b))
@@ -52,9 +45,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 class _Coded(NamedTuple):
-    """An activation `of` (..., channels) as codes less zero points (tokens, channels) int8 and scales
-    (tokens, 1), and the tokens left alone.
-    """
+    """An activation as codes less zero points (tokens, channels), scales (tokens, 1), tokens left alone."""
 
     of: Tensor
     codes: Tensor
@@ -63,9 +54,7 @@ class _Coded(NamedTuple):
 
 
 class _Input:
-    """The activation last quantized: q, k and v (gate and up) read the same tensor, and only the first of
-    them quantizes it.
-    """
+    """The activation last quantized: q, k and v (gate and up) read one tensor, and the first quantizes it."""
 
     def __init__(self, spec: QuantSpec) -> None:
         self.spec = spec
@@ -78,9 +67,8 @@ class _Input:
             rows = x.reshape(-1, x.shape[-1])
             codes = torch.empty(rows.shape, dtype=torch.int8, device=x.device)
             parts = zip(rows.split(_ROWS), codes.split(_ROWS), strict=True)
-            scale = torch.cat(
-                [centred(before(part) if before else part, self.spec, out=out) for part, out in parts]
-            )
+            before = before or (lambda part: part)
+            scale = torch.cat([centred(before(part), self.spec, out=out) for part, out in parts])
             self.last = _Coded(x, codes, scale, spare(rows).nonzero().flatten() if spare else None)
         return self.last
 
@@ -92,8 +80,7 @@ class _Input:
 class IntegerLinear(nn.Module):
     """In place of a linear with quantized weights: quantizes its input per token, multiplies codes, scales.
 
-    `before` transforms the input first (R4); rows that `spare` marks (tokens,) go through the float linear,
-    unquantised.
+    `before` transforms the input first (R4); rows that `spare` marks (tokens,) go through the float linear.
     """
 
     def __init__(
@@ -111,17 +98,18 @@ class IntegerLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) to (..., out), in x's dtype."""
         coded = self.source.take(x, self.before, self.spare)
-        out = x.new_empty(len(coded.codes), len(self.codes))
+        # at least float32: an int32 sum, not scaled yet, may be too large for 16 bits
+        wide = torch.promote_types(x.dtype, torch.float32)
+        out = x.new_empty(len(coded.codes), len(self.codes), dtype=wide)
         parts = zip(coded.codes.split(_ROWS), coded.scale.split(_ROWS), out.split(_ROWS), strict=True)
         for codes, scale, result in parts:
             result.copy_(product(codes, self.codes)).mul_(scale).mul_(self.scale)
         if self.original.bias is not None:
             out += self.original.bias
         if coded.spared is not None and len(coded.spared):
-            out[coded.spared] = F.linear(
-                x.reshape(-1, x.shape[-1])[coded.spared], self.original.weight, self.original.bias
-            )
-        return out.reshape(*x.shape[:-1], -1)
+            rows = x.reshape(-1, x.shape[-1])[coded.spared]
+            out[coded.spared] = F.linear(rows, self.original.weight, self.original.bias).to(wide)
+        return out.reshape(*x.shape[:-1], -1).to(x.dtype)
 
 
 @contextmanager
@@ -133,11 +121,9 @@ def integer_linears(
     r4: Transform | None = None,
     spare: Transform | None = None,
 ) -> Iterator[None]:
-    """While the block runs, every linear of every layer is an `IntegerLinear` on `codes` (one mapping from
-    linear name a layer); as it was after it.
+    """While the block runs, every linear is an `IntegerLinear` on `codes` (a layer's, by linear name).
 
-    `r4` is applied to down_proj's input; `spare` judges the tokens of the norm outputs, which q, k, v, gate
-    and up read.
+    `r4` is applied to down_proj's input; `spare` judges the tokens of norm outputs.
     """
     source = _Input(spec)
     after_norm = [name for _, _, names in loaded.roles.feeds for name in names]
@@ -147,9 +133,7 @@ def integer_linears(
             for name, weight in weights.items():
                 original = linear(layer, name)
                 before = r4 if name == loaded.roles.down else None
-                layer.set_submodule(
-                    name,
-                    IntegerLinear(original, weight, source, before, spare if name in after_norm else None),
-                )
+                spared = spare if name in after_norm else None
+                layer.set_submodule(name, IntegerLinear(original, weight, source, before, spared))
                 stack.callback(layer.set_submodule, name, original)
         yield

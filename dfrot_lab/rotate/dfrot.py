@@ -331,7 +331,7 @@ def refined(
 
     def make(writer: Writer) -> None:
         rows, mask = (
-            x.to(loading.device())
+            x.to(loading.device_of(spec.capture.model))
             for x in sample_rows(recorded.all_rows(), massive.find(recorded, spec.rule).flatten(), spec)
         )
         log.info("refining on %d rows, %d of them massive (%s)", len(rows), int(mask.sum()), spec.rule)
