@@ -117,6 +117,17 @@ def test_shapes_bias_and_dtype():
         )
 
 
+def test_float16_holds_what_its_int32_sums_do_not():
+    """8-bit codes of 4096 channels sum to up to 66 million; float16 ends at 65,504."""
+    original = nn.Linear(4096, 16, bias=False).requires_grad_(False)
+    original.weight.fill_(0.01)
+    spec = WeightSpec(method="rtn", quantizer=QuantSpec(bits=8, granularity="per_channel"), clip_search=False)
+    weight = gptq.rtn(original.weight, spec)
+    x = torch.rand(20, 4096).to(torch.float16)
+    found = IntegerLinear(original, weight, _Input(QuantSpec(bits=8)), None, None)(x)
+    assert found.dtype == torch.float16 and relative(found.double(), original(x.float()).double()) < 1e-2
+
+
 def test_a_row_of_zeros_gives_the_bias():
     found, original, _ = pair()
     assert torch.equal(found(torch.zeros(2, 64)), original.bias.expand(2, 24))

@@ -222,7 +222,7 @@ def _require_hadamard(n: int, what: str) -> None:
 
 
 def _edit_rows(module: nn.Linear, function: Transform) -> None:
-    """Replace a weight by a function of its rows, in float64 and cast once; a few at a time, for the cache."""
+    """Replace a weight by a function of its rows, in float64 and cast once, a few at a time."""
     with torch.no_grad():
         for part in module.weight.data.split(EDIT_ROWS):
             part.copy_(function(part.double()))

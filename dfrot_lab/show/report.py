@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from plotly.offline import get_plotlyjs
 
 from dfrot_lab.disk.artefacts import Store
+from dfrot_lab.disk.atomic import replacing
 from dfrot_lab.maths import tables
 from dfrot_lab.model import corpus, loading
 from dfrot_lab.recipe import registry
@@ -257,9 +258,5 @@ def check_out(path: Path) -> Path:
 
 def write(path: Path, text: str) -> None:
     """Put `text` into `path`, whole or not at all: until it is complete, what was there stays."""
-    temporary = check_out(path).with_name(f".{path.name}.part")
-    try:
+    with replacing(check_out(path)) as temporary:
         temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
