@@ -13,10 +13,12 @@ from again import FLIPPED, FLOAT32, FLOAT64, NOTICED, apart, assert_near
 from conftest import CONTEXT, FAMILIES, tiny_model
 from scipy import stats
 
+from dfrot_lab.disk import rotation_files
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.maths import rotations
 from dfrot_lab.maths.quantizers import fake_quantize
-from dfrot_lab.model import loading, surgery
+from dfrot_lab.maths.statistics import bootstrap, closed_share
+from dfrot_lab.model import door, loading, surgery
 from dfrot_lab.observe import massive
 from dfrot_lab.recipe.specs import (
     CaptureSpec,
@@ -29,26 +31,22 @@ from dfrot_lab.recipe.specs import (
     WeightSpec,
     recipe_of,
 )
+from dfrot_lab.score import build as building
 from dfrot_lab.score import perplexity as module
+from dfrot_lab.score.build import Built, build, build_key, keep_out, quantized, rounded
 from dfrot_lab.score.perplexity import (
     EvalResult,
-    bootstrap,
-    build,
-    build_key,
-    canonical,
-    closed_share,
     evaluate,
     evaluate_all,
-    keep_out,
     paired_difference,
-    quantized,
     statistic,
     stored,
     window_loss,
 )
-from dfrot_lab.weights import gptq
+from dfrot_lab.weights.run import OnPart
 
 NR, RO, RH = (RotationSpec(kind=kind) for kind in ("NR", "RO", "RH"))
+RULE = "nr_error_9.5"
 
 
 def save_lively(folder: Path, family: str = "llama", **options: object) -> ModelSpec:
@@ -85,8 +83,13 @@ def at(base: Recipe, bits: str, **fields: object) -> Recipe:
     return spec.with_(**fields)
 
 
+def resolved(spec: Recipe) -> Recipe:
+    """What an evaluation is of: no `auto`, and nothing that has no effect."""
+    return door.resolved(spec).canonical()
+
+
 def result_of(losses: list[float], spec: Recipe | None = None) -> EvalResult:
-    return EvalResult(spec or Recipe(), np.array(losses), 1.0, "made here")
+    return EvalResult(spec or Recipe(), np.array(losses), 1.0, "made here", {})
 
 
 # ---- loss and perplexity
@@ -146,7 +149,7 @@ def test_gptq_weights_are_evaluated_too(base, store):
 
 def test_a_rotation_from_a_file_and_a_refined_one_are_accepted(base, store, tmp_path):
     path = tmp_path / "R1.safetensors"
-    rotations.save(rotations.make(RO, 64), path, RO)
+    rotation_files.save(rotations.make(RO, 64), path, RO)
     spec = at(base, "16-4-16", rotation=RO)
     from_file = evaluate(spec.with_(rotation=RotationSpec(kind="file", path=str(path))), store)
     assert_near(from_file.losses, evaluate(spec, store).losses, FLIPPED)
@@ -160,7 +163,7 @@ def test_another_matrix_in_the_same_file_is_another_evaluation(base, store, tmp_
     spec = at(base, "16-4-16", rotation=RotationSpec(kind="file", path=str(path)))
     losses = []
     for seed in (0, 1):
-        rotations.save(rotations.make(RotationSpec(kind="RO", seed=seed), 64), path, None)
+        rotation_files.save(rotations.make(RotationSpec(kind="RO", seed=seed), 64), path, None)
         losses.append(evaluate(spec, store).losses)
     assert apart(*losses) > NOTICED
 
@@ -169,7 +172,7 @@ def test_another_matrix_in_the_same_file_is_another_evaluation(base, store, tmp_
 def test_a_rotation_that_does_not_fit_is_refused(base, store, tmp_path, wrong):
     path = tmp_path / "R1.safetensors"
     if wrong == "size":
-        rotations.save(rotations.make(RO, 32), path, None)
+        rotation_files.save(rotations.make(RO, 32), path, None)
     error, message = {
         "size": (ValueError, r"rotation\.shape must be \(64, 64\); got \(32, 32\)"),
         "missing": (FileNotFoundError, r"R1\.safetensors"),
@@ -231,11 +234,12 @@ def test_a_difference_of_a_result_with_itself_is_zero():
         result_of([3.0, 3.1]),
         result_of([3.0] * 3, Recipe(corpus=CorpusSpec(split="calibration"))),
         result_of([3.0] * 3, Recipe(window=1024)),
+        result_of([3.0] * 3, Recipe(model=ModelSpec(device="cuda"))),
     ],
-    ids=["windows", "corpus", "window"],
+    ids=["windows", "corpus", "window", "device"],
 )
 def test_only_the_same_windows_can_be_paired(other):
-    with pytest.raises(ValueError, match="paired results must share corpus, windows and window"):
+    with pytest.raises(ValueError, match="paired results must share corpus, windows, window and device"):
         paired_difference(result_of([3.0] * 3), other)
 
 
@@ -268,14 +272,15 @@ def test_statistic_hands_over_the_losses_in_order_and_resamples_them_together():
         result_of([3.0, 3.1]),
         result_of([3.0] * 3, Recipe(corpus=CorpusSpec(split="calibration"))),
         result_of([3.0] * 3, Recipe(window=1024)),
+        result_of([3.0] * 3, Recipe(model=ModelSpec(device="cuda"))),
     ],
-    ids=["windows", "corpus", "window"],
+    ids=["windows", "corpus", "window", "device"],
 )
 def test_a_statistic_refuses_any_result_of_other_windows(place, other):
     found = [result_of([3.0] * 3) for _ in range(4)]
     found[place] = other
     with pytest.raises(
-        ValueError, match=r"paired results must share corpus, windows and window; got .* x 3 and .* x "
+        ValueError, match=r"paired results must share corpus, windows, window and device; got .* and "
     ):
         statistic(closed_share, found)
 
@@ -332,7 +337,7 @@ GROUPS = {"granularity": "per_group"}
             {"weights": WeightSpec(method="rtn")},
             {"weights": WeightSpec(method="rtn", windows=3, damping=0.5, corpus=CorpusSpec())},
         ),
-        ({"activations": QuantSpec(bits=16)}, {"activations": QuantSpec(bits=16), "keep_out": "nr_error"}),
+        ({"activations": QuantSpec(bits=16)}, {"activations": QuantSpec(bits=16), "keep_out": RULE}),
         (
             {"activations": QuantSpec(bits=16)},
             {"activations": QuantSpec(bits=16), "keep_out": "worst", "keep_out_tokens": 4},
@@ -342,8 +347,8 @@ GROUPS = {"granularity": "per_group"}
             {"activations": QuantSpec(bits=16, scheme="asymmetric", clip_ratio=0.9)},
         ),
         (
-            {"kv": QuantSpec(bits=16, **GROUPS)},
-            {"kv": QuantSpec(bits=16, scheme="asymmetric", clip_ratio=0.9, group_size=32, **GROUPS)},
+            {"keys": QuantSpec(bits=16, **GROUPS), "values": QuantSpec(bits=16, **GROUPS)},
+            {"values": QuantSpec(bits=16, scheme="asymmetric", clip_ratio=0.9, group_size=32, **GROUPS)},
         ),
         ({"rotation": NR}, {"rotation": RotationSpec(kind="NR", seed=5)}),
         ({"rotation": NR}, {"rotation": RotationSpec(kind="NR", block=8)}),
@@ -360,7 +365,7 @@ GROUPS = {"granularity": "per_group"}
     ],
 )
 def test_what_has_no_effect_is_not_in_the_key(a, b):
-    assert canonical(Recipe(**a)) == canonical(Recipe(**b))
+    assert Recipe(**a).canonical() == Recipe(**b).canonical()
 
 
 @pytest.mark.parametrize(
@@ -370,22 +375,23 @@ def test_what_has_no_effect_is_not_in_the_key(a, b):
         {"weights": WeightSpec(method="rtn")},
         {"weights": WeightSpec(clip_search=False)},
         {"activations": QuantSpec(bits=4)},
-        {"keep_out": "nr_error"},
+        {"keep_out": RULE},
         {"keep_out": "worst", "keep_out_tokens": 4},
         {"rotation": NR, "set_massive": "zero"},
         {"rotation": RO},
-        {"kv": QuantSpec(bits=4, **GROUPS)},
+        {"keys": QuantSpec(bits=4, **GROUPS)},
+        {"values": QuantSpec(bits=4, **GROUPS)},
         {"windows": 5},
     ],
     ids=str,
 )
 def test_what_has_an_effect_is_in_the_key(change):
-    assert canonical(Recipe(**change)) != canonical(Recipe())
+    assert Recipe(**change).canonical() != Recipe().canonical()
 
 
 def test_canonical_changes_nothing_twice():
-    for spec in (Recipe(), recipe_of("16-16-16", keep_out="nr_error"), recipe_of("4-4-16", weights="rtn")):
-        assert canonical(canonical(spec)) == canonical(spec)
+    for spec in (Recipe(), recipe_of("16-16-16", keep_out=RULE), recipe_of("4-4-16", weights="rtn")):
+        assert spec.canonical().canonical() == spec.canonical()
 
 
 def test_another_calibration_text_at_the_same_path_is_another_evaluation(base, store, tmp_path):
@@ -418,7 +424,7 @@ def test_stored_is_none_then_the_result(base, store):
 def test_a_stored_evaluation_builds_nothing(base, store):
     first = evaluate(base, store)
 
-    def never() -> module.Built:
+    def never() -> Built:
         raise AssertionError("the model was built although the result is stored")
 
     assert evaluate(base, store, never).losses.tolist() == first.losses.tolist()
@@ -451,7 +457,7 @@ def test_a_stopped_evaluation_goes_on_at_its_window(base, store, tmp_path, monke
     assert (len(scored), len(again)) == (2, 1)
     assert_near(resumed.losses, evaluate(spec, Store(tmp_path / "one go")).losses, FLIPPED)
     [artefact] = [a for a in store.list() if a.kind == "evaluation"]
-    assert artefact.names == ["losses"]
+    assert sorted(artefact.names) == ["losses", "recipe"]
 
 
 def test_seconds_of_a_stopped_evaluation_count_all_its_windows(base, store, monkeypatch):
@@ -474,23 +480,23 @@ def test_seconds_of_a_stopped_evaluation_count_all_its_windows(base, store, monk
 
 def test_evaluate_all_builds_once_for_neighbours_that_share_a_model(base, store, tmp_path, monkeypatch):
     built: list[str] = []
-    real = module.build
+    real = building.build
 
-    def counted(spec: Recipe, store: Store, *listener: gptq.OnPart) -> module.Built:
+    def counted(spec: Recipe, store: Store, *listener: OnPart) -> Built:
         built.append(f"{spec.rotation.name} {spec.bits}")
         return real(spec, store, *listener)
 
-    monkeypatch.setattr(module, "build", counted)
+    monkeypatch.setattr(building, "build", counted)
     specs = [
         at(base, bits, rotation=rotation)
         for rotation in (RO, RH)
         for bits in ("16-4-16", "16-4-4", "16-16-16")
     ]
-    specs[1] = specs[1].with_(keep_out="nr_error")
+    specs[1] = specs[1].with_(keep_out=RULE)
     seen: list[EvalResult] = []
     found = evaluate_all(specs, store, seen.append)
     assert built == ["RO 16-4-16", "RH 16-4-16"]
-    assert seen == found and [r.spec for r in found] == [canonical(spec) for spec in specs]
+    assert seen == found and [r.spec for r in found] == [resolved(spec) for spec in specs]
     for spec, result in zip(specs, found, strict=True):
         assert_near(evaluate(spec, Store(tmp_path / "alone")).losses, result.losses, FLIPPED)
     built.clear()
@@ -506,14 +512,14 @@ def test_build_keys_differ_where_models_do(base, text_file, tmp_path):
     ]
     keys.append(build_key(spec_for(save_lively(tmp_path / "other", seed=1), text_file)))
     assert all(a != b for i, a in enumerate(keys) for b in keys[:i])
-    assert build_key(base) == build_key(at(base, "16-4-4", keep_out="nr_error", windows=2))
+    assert build_key(base) == build_key(at(base, "16-4-4", keep_out=RULE, windows=2))
 
 
 # ---- keep-out
 # ---------------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rule", ["nr_error", "ro_vs_nr"])
+@pytest.mark.parametrize("rule", [RULE, "ro_vs_nr"])
 @pytest.mark.parametrize("rotation", [None, RO, RH], ids=["NR", "RO", "RH"])
 def test_keep_out_judges_the_row_as_it_was_before_the_rotation(rule, rotation):
     x = torch.randn(1, 60, 64, generator=torch.Generator().manual_seed(0))
@@ -521,7 +527,7 @@ def test_keep_out_judges_the_row_as_it_was_before_the_rotation(rule, rotation):
     x[:, ::9, 5] = 8
     R = None if rotation is None else rotations.make(rotation, 64).float()
     turned = x if R is None else x @ R
-    mask = massive.rows_rule(x, rule, root=massive.KEEP_OUT_ROOT)
+    mask = massive.rows_rule(x, rule)
     assert bool(mask[0, ::9].all()) and 0 < int(mask.sum()) < 60
     assert torch.equal(keep_out(Recipe(keep_out=rule), R)(turned), mask)
 
@@ -530,7 +536,7 @@ def test_keep_out_judges_the_row_as_it_was_before_the_rotation(rule, rotation):
 def test_keep_out_brings_the_hidden_states_of_massive_tokens_nearer(base, store, rotation):
     """At the norms alone: what is kept out is exact, and every other row is quantized as without it."""
     spec = at(base, "16-4-16", rotation=rotation)
-    built = build(canonical(spec), store)
+    built = build(resolved(spec), store)
     ids = torch.tensor(built.loaded.tokenizer("one sheep\ntwo goats\nthree hills\n" * 2).input_ids)[None]
     newline = ids[0] == built.loaded.tokenizer("\n").input_ids[0]
     norm = built.loaded.layers[0].get_submodule("input_layernorm")
@@ -538,7 +544,7 @@ def test_keep_out_brings_the_hidden_states_of_massive_tokens_nearer(base, store,
     for name, chosen in {
         "exact": at(base, "16-16-16", rotation=rotation),
         "all": spec,
-        "kept": spec.with_(keep_out="nr_error"),
+        "kept": spec.with_(keep_out=RULE),
     }.items():
         with quantized(built, chosen), torch.inference_mode():
             handle = norm.register_forward_hook(
@@ -620,16 +626,16 @@ def test_keeping_all_tokens_out_leaves_norm_outputs_unquantized(base, store, whi
     """As an evaluation in which only the o and down inputs are quantized; in integer arithmetic the same to
     float rounding.
     """
-    spec = canonical(at(base, bits, rotation=RH))
+    spec = resolved(at(base, bits, rotation=RH))
     built = build(spec, store)
     ids = torch.arange(64) * 3 % 250
 
-    def act(x: torch.Tensor) -> torch.Tensor:
-        return fake_quantize(x, spec.activations)
+    act = rounded(spec)
 
-    with surgery.online(
-        built.loaded, r3=spec.kv.bits < 16, r4=True, linear_input=act, norm_output=lambda x: x, kv=spec.kv
-    ):
+    def but_for_norms(site: str, x: torch.Tensor) -> torch.Tensor | None:
+        return None if site.endswith("_norm") else act(site, x)
+
+    with surgery.online(built.loaded, r3=spec.keys.bits < 16, r4=True, function=but_for_norms):
         expected = window_loss(built.loaded, ids)
     kept = spec.with_(keep_out=which, keep_out_tokens=64)
     with quantized(built, kept, fake=True):
@@ -650,11 +656,11 @@ def test_keeping_more_tokens_out_changes_more_and_one_more_than_all_is_all(base,
 
 
 def test_the_model_is_as_before_once_the_context_ends(base, store):
-    built = build(canonical(at(base, "16-4-4", keep_out="nr_error")), store)
+    built = build(resolved(at(base, "16-4-4", keep_out=RULE)), store)
     ids = torch.arange(40)
     with surgery.online(built.loaded, r4=True):
         before = window_loss(built.loaded, ids)
-    with quantized(built, at(base, "16-4-4", keep_out="nr_error")):
+    with quantized(built, at(base, "16-4-4", keep_out=RULE)):
         assert window_loss(built.loaded, ids) != pytest.approx(before, rel=NOTICED)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in built.loaded.model.modules())
     with surgery.online(built.loaded, r4=True):
@@ -663,17 +669,17 @@ def test_the_model_is_as_before_once_the_context_ends(base, store):
 
 def test_nr_has_no_rotation_at_all(base, store):
     """NR at 16-4-16 is the plain model with fused norms and quantized inputs: no R4 either."""
-    spec = canonical(at(base, "16-4-16", rotation=NR))
+    spec = resolved(at(base, "16-4-16", rotation=NR))
     built = build(spec, store)
     plain = loading.load_model(base.model)
     surgery.prepare(plain)
     assert built.R is None
     ids = torch.arange(40)
 
-    def act(x: torch.Tensor) -> torch.Tensor:
-        return fake_quantize(x, spec.activations)
+    def act(site: str, x: torch.Tensor) -> torch.Tensor | None:
+        return None if site[-1] in "qkv" else fake_quantize(x, spec.activations)
 
-    with surgery.online(plain, norm_output=act, linear_input=act), quantized(built, spec):
+    with surgery.online(plain, function=act), quantized(built, spec):
         assert window_loss(built.loaded, ids) == pytest.approx(window_loss(plain, ids), rel=FLIPPED)
 
 
@@ -711,7 +717,10 @@ def test_a_spec_that_cannot_be_scored_is_refused_before_weights_are_quantized(ba
     [
         ({"windows": 0}, r"Recipe\.windows must be a whole number >= 1; got 0"),
         ({"window": 1}, r"Recipe\.window must be a whole number >= 2; got 1"),
-        ({"keep_out": "sun"}, r"Recipe\.keep_out must be one of None, nr_error, ro_vs_nr, .*; got 'sun'"),
+        ({"window": "64"}, r"Recipe\.window must be a whole number >= 2; got '64'"),
+        ({"model": "smollm2-135m"}, r"Recipe\.model must be a ModelSpec; got 'smollm2-135m'"),
+        ({"kv": QuantSpec()}, r"Recipe has no field 'kv'; it has model, .*keys, values, "),
+        ({"keep_out": "sun"}, r"Recipe\.keep_out must be one of None, nr_error_8\.5, nr_error_9\.5, ro_vs_nr, .*; got 'sun'"),
     ],
 )
 def test_specs_that_make_no_sense_are_refused(fields, message):
