@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from dfrot_lab.maths.tables import WHOLE, comparison, markdown
+from dfrot_lab.maths.tables import COLUMNS, WHOLE, comparison, markdown
 
 log = logging.getLogger(__name__)
 
@@ -59,8 +59,11 @@ def write_table(table: pd.DataFrame, out: Path) -> None:
 
 
 def load(path: Path) -> pd.DataFrame:
-    """All rows of a JSON-lines file as one table; a last line cut short by a killed writer is left out."""
-    found = pd.DataFrame(_entries(path))
+    """All rows of a JSON-lines file as one table, all their columns; a last line cut short by a killed writer
+    is left out.
+    """
+    entries = _entries(path)
+    found = pd.DataFrame(entries, columns=None if entries else list(COLUMNS))
     return found.astype(dict.fromkeys((name for name in WHOLE if name in found), "Int64"))
 
 
