@@ -274,8 +274,8 @@ def massive_activations(setting: Setting, store: Store) -> pd.DataFrame:
     """Sun et al.: the three largest values and the median of the residual stream by layer; then massive
     values set to zero, or to their mean."""
     plain = setting.row("16-16-16", setting.rotation("NR"))
-    asked = [Row(plain, {"set_massive": "left alone"})]
-    asked += [Row(plain.with_(set_massive=to), {}, {"left alone": plain}) for to in ("zero", "mean")]
+    asked = [Row(plain)]
+    asked += [Row(plain.with_(set_massive=to), against={"left alone": plain}) for to in ("zero", "mean")]
     table = evaluated(asked, store)[0].fillna({"set_massive": "left alone"})
     return pd.concat([table, residual.residual_profile(setting.capture, store)], ignore_index=True)
 
