@@ -342,7 +342,7 @@ def test_a_comparison_refuses_two_quantizers_of_the_same_bits():
 
 def test_a_comparison_refuses_rows_that_differ_in_an_experiment_s_own_column():
     lines = [{"clip": clip, **row(result())} for clip in (0.9, 1.0)]
-    with pytest.raises(ValueError, match="differ in column 'clip' \\(0.9, 1.0\\)"):
+    with pytest.raises(ValueError, match=r"differ in column 'clip' \(0.9, 1.0\)"):
         comparison(pd.DataFrame(lines))
 
 
