@@ -28,20 +28,9 @@ from dfrot_lab.show import figures
 from dfrot_lab.study import mainjob
 from dfrot_lab.study.setting import MAIN_BITS, Setting
 
-PAPER_MODELS = tuple(
-    [
-        "LLaMA-7B",
-        "LLaMA-13B",
-        "LLaMA-30B",
-        "LLaMA2-7B",
-        "LLaMA2-13B",
-        "LLaMA2-70B",
-        "LLaMA3-8B",
-        "LLaMA3-70B",
-        "Mistral-7B-v0.3",
-        "QWen2-7B",
-    ]
-)
+LLAMA = {"LLaMA": ("7B", "13B", "30B"), "LLaMA2": ("7B", "13B", "70B"), "LLaMA3": ("8B", "70B")}
+LLAMAS = [f"{name}-{size}" for name, sizes in LLAMA.items() for size in sizes]
+PAPER_MODELS = (*LLAMAS, "Mistral-7B-v0.3", "QWen2-7B")
 METHODS, WEIGHTS = offers.methods(), sorted(WEIGHT_METHODS, reverse=True)
 SEVERAL = {"rows": 5, "tooltip": "several: hold Ctrl or Shift"}
 
