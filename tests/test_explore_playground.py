@@ -84,6 +84,15 @@ def test_the_sweep_passes_through_the_reading():
         )
 
 
+def test_the_fine_curve_shows_the_zeros_that_whole_degrees_miss():
+    spike = torch.tensor([1.0, 0.0], dtype=torch.float64)
+    zeros = [math.degrees(math.atan(k / 7)) for k in range(1, 7)]
+    whole, fine = (numbers.sweep(spike, [0], SYM4, step) for step in (1.0, 0.1))
+    for zero in zeros:
+        near = [line.loc[line["angle"].sub(zero).abs() < 1, "error"].min() for line in (whole, fine)]
+        assert near[1] < 1e-6 and near[1] < near[0]
+
+
 def test_a_spike_alone_is_exact_at_45_degrees_and_at_none_but_not_between():
     line = numbers.sweep(torch.tensor([1.0, 0.0], dtype=torch.float64), [0], SYM4)["error"]
     assert line[0] < 1e-24 and line[45] < 1e-24 and line[90] < 1e-24

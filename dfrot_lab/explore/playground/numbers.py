@@ -61,10 +61,12 @@ def reading(x: Tensor, R: Tensor, quantizer: QuantSpec) -> dict[str, float]:
     return {"range": float(span), "step": float(scale), "error": error, "unrotated": unrotated}
 
 
-def sweep(x: Tensor, degrees: Sequence[float], quantizer: QuantSpec) -> pd.DataFrame:
-    """The error at each whole first angle, 0 to 180 degrees, the others kept. Columns: angle, error."""
-    angles = np.arange(181)
-    turned = torch.stack([x @ by_angles([float(angle), *degrees[1:]]) for angle in angles])
+def sweep(x: Tensor, degrees: Sequence[float], quantizer: QuantSpec, step: float = 1.0) -> pd.DataFrame:
+    """The error at each first angle, 0 to 180 degrees, the others kept. Columns: angle, error."""
+    angles = np.arange(0, 180 + step, step)
+    c, s = (torch.from_numpy(wave(np.radians(angles))) for wave in (np.cos, np.sin))
+    first = torch.stack([c * x[0] - s * x[1], s * x[0] + c * x[1], *x[2:, None].expand(-1, len(c))], 1)
+    turned = first @ by_angles([0, *degrees[1:]])
     return pd.DataFrame({"angle": angles, "error": squared_error(turned, quantizer).numpy()})
 
 

@@ -30,6 +30,8 @@ DIMS: dict[str, Any] = {"options": [("2 channels", 2), ("3 channels", 3)]}
 WHOSE = [("planted", "planted"), ("token 0 of the model", "model")]
 SOURCE: dict[str, Any] = {"options": WHOSE, "style": {"button_width": "160px"}}
 SIZES = (4, 16, 64, 576)
+FINE = 0.1
+"""Degrees between points of the error's curve: at whole degrees its zeros are missed."""
 REASONS = """<b>NR</b>: the spike sets the step; noise below half a step is lost, C\u03c3\u00b2 in all.<br>
 <b>RO</b>: the entries become Gaussian, whatever the token was; the largest of C sets the step, and the error
 is C step\u00b2/12.<br>
@@ -142,7 +144,7 @@ class Playground(Explorer):
     def static(self) -> Figure:
         """Both parts as a matplotlib figure: error against the angle, errors by rotation."""
         state, table = self.state, self.table()
-        line = numbers.sweep(state.token, state.degrees, state.quantizer)
+        line = numbers.sweep(state.token, state.degrees, state.quantizer, FINE)
         kinds = table["rotation"]
         with drawing(2) as (figure, (left, right)):
             left.plot(line["angle"], line["error"], c=COLOURS["DFRot"])
@@ -165,7 +167,7 @@ class Playground(Explorer):
         point, found = fake_quantize(y[None], state.quantizer)[0], self.reading()
         shown.draw(x, y, point, levels(y, state.quantizer))
         self.stage.turn(shown)
-        line = numbers.sweep(x, state.degrees, state.quantizer)
+        line = numbers.sweep(x, state.degrees, state.quantizer, FINE)
         self.sweep.draw(line, state.angle, found["error"])
         self.read.value = reading_html(found)
 
