@@ -79,8 +79,6 @@ class Worth(Explorer):
         self.on(" ".join(self.state.trait_names()), self.refresh)
         self.refresh()
 
-    # ---- the rows
-
     @property
     def chosen(self) -> Setting:
         """The setting with the text and windows that are picked."""
@@ -130,8 +128,6 @@ class Worth(Explorer):
     def _count(self) -> str:
         rows = len(self.specs())
         return f"{rows - len(self.missing)} of {rows} rows are stored"
-
-    # ---- the work
 
     def compute(self) -> None:
         """Compute the missing rows in the background, one window after the other."""
