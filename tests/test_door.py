@@ -8,7 +8,7 @@ import torch
 
 from dfrot_lab.model import corpus, loading
 from dfrot_lab.model.door import resolved
-from dfrot_lab.recipe.specs import CaptureSpec, CorpusSpec, EvalSpec, ModelSpec, RefineSpec, WeightSpec
+from dfrot_lab.recipe.specs import CaptureSpec, CorpusSpec, ModelSpec, Recipe, RefineSpec, WeightSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,9 +18,9 @@ class Placed(ModelSpec):
     device: str = "auto"
 
 
-def recipe(**model: str) -> EvalSpec:
+def recipe(**model: str) -> Recipe:
     placed = Placed(**model)
-    return EvalSpec(model=placed, rotation=RefineSpec(capture=CaptureSpec(model=placed)))
+    return Recipe(model=placed, rotation=RefineSpec(capture=CaptureSpec(model=placed)))
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +57,7 @@ def test_what_is_said_stays(monkeypatch: pytest.MonkeyPatch, text_file: Path):
 
 def test_an_unknown_corpus_is_refused_at_the_door():
     with pytest.raises(ValueError, match=r"CorpusSpec.name must be auto, .*; got 'nowhere'"):
-        resolved(EvalSpec(corpus=CorpusSpec(name="nowhere")))
+        resolved(Recipe(corpus=CorpusSpec(name="nowhere")))
 
 
 def test_a_spec_s_own_device_goes_before_the_environment_s(

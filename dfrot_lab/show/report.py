@@ -196,7 +196,7 @@ def _gap(findings: Findings) -> dict[Hashable, Any] | None:
 
 def _history(history: pd.DataFrame) -> pd.DataFrame:
     places = np.linspace(0, len(history) - 1, min(HISTORY_LINES, len(history))).round().astype(int)
-    return history.iloc[places].round(4).rename(columns={"normal": "ordinary"})
+    return history.iloc[places].round(4).rename(columns={"ordinary": "ordinary"})
 
 
 def _missing(findings: Findings) -> pd.DataFrame:

@@ -1,6 +1,6 @@
 """One site's tokens under every rotation, rotated once and quantized again at each move of a control."""
 
-from collections import OrderedDict
+import functools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -20,35 +20,25 @@ KEPT = 16
 
 
 class ErrorRows:
-    """A capture's rows under named rotations R (channels, channels); a site is rotated once."""
+    """A capture's rows under named rotations R (channels, channels).
+
+    `rotated(site, name)` is x @ R (tokens, channels), `verdicts(site)` the rules that call each token massive
+    (tokens,), joined by commas; both are kept.
+    """
 
     def __init__(self, acts: Capture, matrices: Mapping[str, Tensor]) -> None:
         self.acts, self.matrices, self.texts = acts, dict(matrices), acts.texts
-        self._rotated: OrderedDict[tuple[str, str], Tensor] = OrderedDict()
-        self._verdicts: dict[str, np.ndarray] = {}
+        self.rotated = functools.lru_cache(KEPT)(self._rotated)
+        self.verdicts = functools.cache(lambda site: errors.massive_names(acts, sites=[site])[0])
 
     def put(self, name: str, R: Tensor) -> None:
         """A new rotation, or another one under a name that is there."""
         self.matrices[name] = R
-        for key in [key for key in self._rotated if key[1] == name]:
-            del self._rotated[key]
+        self.rotated.cache_clear()
 
-    def rotated(self, site: str, name: str) -> Tensor:
-        """x @ R of a site (tokens, channels)."""
-        key = (site, name)
-        if key not in self._rotated:
-            x = self.acts.rows(site)
-            self._rotated[key] = x if name == "NR" else x @ self.matrices[name].to(x)
-            while len(self._rotated) > KEPT:
-                self._rotated.popitem(last=False)
-        self._rotated.move_to_end(key)
-        return self._rotated[key]
-
-    def verdicts(self, site: str) -> np.ndarray:
-        """The rules that call each token of a site massive, in words (tokens,)."""
-        if site not in self._verdicts:
-            self._verdicts[site] = errors.massive_names(self.acts, sites=[site])[0]
-        return self._verdicts[site]
+    def _rotated(self, site: str, name: str) -> Tensor:
+        x = self.acts.rows(site)
+        return x if name == "NR" else x @ self.matrices[name].to(x)
 
     def table(self, site: str, quantizer: QuantSpec) -> pd.DataFrame:
         """Each token's E(x R) at a site, as `errors.wide` has them: site, token, text, massive, rotations."""

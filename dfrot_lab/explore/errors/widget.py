@@ -94,8 +94,6 @@ class Errors(Explorer):
             beside(self.fig4, height=PANEL_HEIGHT),
         ]
 
-    # ---- what is shown
-
     def redraw(self) -> None:
         """All plots and tables as the controls say; the impossible is said, and the view stays."""
         if self._quiet:
@@ -157,8 +155,6 @@ class Errors(Explorer):
         return plots.static_token(
             self.values, self.quantizer, f"token {self.state.token} at {self.state.site}"
         )
-
-    # ---- what a reader does
 
     def _pick(self) -> None:
         with self.status.doing("opening the token", self._summary):

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -36,6 +36,7 @@ class Look:
     profile: pd.DataFrame
     eps: float
     whole: int
+    masks: dict[tuple[int, str], Tensor] = field(default_factory=dict)
 
     def median(self, layer: int) -> float:
         """Median |x| before a layer."""
@@ -87,12 +88,15 @@ def block_ids(loaded: LoadedModel, spec: CorpusSpec, block: int, most: int) -> t
 
 
 def marks(seen: Look, layer: int, rule: str) -> Tensor:
-    """Mask (tokens,) of what `rule` calls massive; rules of rows see rows over their root mean square."""
-    x = seen.streams[layer]
-    if rule in ROW_RULES:
-        return massive.rows_rule(torch.nn.functional.rms_norm(x, x.shape[-1:], eps=seen.eps), rule)
-    largest, median = x.abs().amax(1)[None], torch.tensor([seen.median(layer)])
-    return massive.residual_rule(largest, median, rule)[0]
+    """Mask (tokens,) of what `rule` calls massive, kept; rules of rows see normalised ones (no gain)."""
+    if (layer, rule) not in seen.masks:
+        x = seen.streams[layer]
+        rows = torch.nn.functional.rms_norm(x, x.shape[-1:], eps=seen.eps)
+        largest, median = x.abs().amax(1)[None], torch.tensor([seen.median(layer)])
+        by_rows = rule in ROW_RULES
+        mask = massive.rows_rule(rows, rule) if by_rows else massive.residual_rule(largest, median, rule)[0]
+        seen.masks[layer, rule] = mask
+    return seen.masks[layer, rule]
 
 
 def rule_words(rule: str, channels: int) -> str:

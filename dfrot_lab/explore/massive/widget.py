@@ -81,8 +81,6 @@ class Massive(Explorer):
             HBox([self.tokens, self.channels], layout=apart),
         ]
 
-    # ---- what is looked at
-
     def look_at_text(self) -> None:
         """Look at the text in the text area, off the kernel's thread."""
         text, most = self.state.text, self.state.tokens
@@ -104,8 +102,6 @@ class Massive(Explorer):
             self._show(numbers.look(self.loaded, ids, whole, step))
 
         self.work("reading the text", work)
-
-    # ---- what is shown
 
     def _show(self, seen: Look) -> None:
         """A new text in all views."""

@@ -108,8 +108,6 @@ class Refinement(Explorer):
     def _quantizer(self) -> QuantSpec:
         return QuantSpec(scheme="symmetric" if self.state.symmetric else "asymmetric")
 
-    # ---- what a reader does
-
     def start(self) -> None:
         """Begin a refinement with the controls as they are."""
         spec = None
@@ -151,8 +149,6 @@ class Refinement(Explorer):
         running, paused = self.job.running, self.job.paused
         going = {"start": not running, "pause": running and not paused, "resume": paused, "cancel": running}
         return {**going, "save": self.result is not None}
-
-    # ---- the work
 
     def _open(self, _job: Job) -> None:
         """The capture, recorded first where the store has none."""
@@ -204,8 +200,6 @@ class Refinement(Explorer):
         last = self.result.history.iloc[-1]
         losses = f"ordinary {last['normal']:.2f}, massive {last['massive']:.2f}"
         return f"done: on all its rows {losses}, distance {last['distance']:.3f}"
-
-    # ---- what is shown
 
     def _step(self) -> int:
         """The last step that was noted."""

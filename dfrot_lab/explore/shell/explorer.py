@@ -75,8 +75,6 @@ class Explorer(widgets.VBox):
         """Call `act()` when one of these traits (words, apart by blanks) of the state changes."""
         self.state.observe(lambda _change: act(), names.split())
 
-    # ---- work off the kernel's thread
-
     def free(self) -> bool:
         """Whether no work runs; where some does, the status line says so."""
         if self.job.running:
@@ -113,8 +111,6 @@ class Explorer(widgets.VBox):
         elif said:
             self.status.say(said)
         self.enable()
-
-    # ---- the page
 
     def row(self, *parts: Any) -> widgets.HBox:
         """Controls (by name) and widgets beside one another; a list is a column."""

@@ -27,10 +27,9 @@ from dfrot_lab.show import figures
 from dfrot_lab.study import main, runner
 from dfrot_lab.study.setting import Setting
 
-PAPER_MODELS = (
-    "LLaMA-7B", "LLaMA-13B", "LLaMA-30B", "LLaMA2-7B", "LLaMA2-13B", "LLaMA2-70B", "LLaMA3-8B", "LLaMA3-70B",
-    "Mistral-7B-v0.3", "QWen2-7B",
-)  # fmt: skip
+LLAMA = {"LLaMA": ("7B", "13B", "30B"), "LLaMA2": ("7B", "13B", "70B"), "LLaMA3": ("8B", "70B")}
+LLAMAS = [f"{name}-{size}" for name, sizes in LLAMA.items() for size in sizes]
+PAPER_MODELS = (*LLAMAS, "Mistral-7B-v0.3", "QWen2-7B")
 SEVERAL = {"rows": 5, "tooltip": "several: hold Ctrl or Shift"}
 
 
@@ -85,8 +84,6 @@ class Worth(Explorer):
         self.on(" ".join(self.state.trait_names()), self.refresh)
         self.refresh()
 
-    # ---- the rows
-
     @property
     def chosen(self) -> Setting:
         """The setting with the text and windows that are picked."""
@@ -135,8 +132,6 @@ class Worth(Explorer):
     def _count(self) -> str:
         rows = len(self.specs())
         return f"{rows - len(self.missing)} of {rows} rows are stored"
-
-    # ---- the work
 
     def compute(self) -> None:
         """Compute the missing rows in the background, one window after the other."""
