@@ -15,8 +15,7 @@ def keep_freed_memory() -> bool:
 
     By default every tensor above 32 MB is mapped anew and its pages are zeroed on first use: a fifth of a
     batched forward pass on a CPU, half of a large Hadamard transform. In return the process stays as large
-    as its peak. A decision for a program, not for a library: the command line takes it, a notebook may.
-    """
+    as its peak. A decision for a program, not for a library: the command line takes it, a notebook may."""
     if not sys.platform.startswith("linux"):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

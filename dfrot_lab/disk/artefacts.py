@@ -6,8 +6,7 @@
     <root>/<kind>/<key>.corrupt-1/   one that failed its checks, set aside: yours to look at or to delete
 
 Checked at every open: the manifest's own checksum and the size of every file, and every file's checksum if
-the artefact has at most `HASH_AT_OPEN` bytes; of a larger one, each file's checksum when it is first read.
-"""
+the artefact has at most `HASH_AT_OPEN` bytes; of a larger one, each file's checksum when it is first read."""
 
 import builtins
 import errno
@@ -211,8 +210,7 @@ class Store:
         """The artefact of `inputs` (plain JSON values): opened if it is stored, else made by `make`, once.
 
         A second process waits, then opens. If `make` raises or is killed, its finished files stay for the
-        next call. OSError names the folder.
-        """
+        next call. OSError names the folder."""
         folder, content = self._place(kind, inputs)
         if (found := _open_or_set_aside(folder, HASH_AT_OPEN)) is not None:
             return found

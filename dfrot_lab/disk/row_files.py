@@ -85,8 +85,7 @@ def rows(table: pd.DataFrame) -> list[dict[str, Any]]:
 
 def save(path: Path, table: pd.DataFrame, recipes: Mapping[str, Any]) -> list[Path]:
     """Write a whole results table as JSON lines, replacing what was there; beside it the comparison as
-    Markdown and the recipes of its rows as YAML, by key. Returns the files.
-    """
+    Markdown and the recipes of its rows as YAML, by key. Returns the files."""
     import yaml
 
     replace(path, rows(table))

@@ -1,6 +1,5 @@
 """Explorers: functions that return a widget to look, touch and teach with in JupyterLab.
-`explore.massive(acts)`, `explore.errors(acts)`, ...
-"""
+`explore.massive(acts)`, `explore.errors(acts)`, ..."""
 
 from .errors.widget import errors as errors
 from .generate.widget import generate as generate

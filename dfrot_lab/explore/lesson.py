@@ -1,6 +1,5 @@
 """Graders for the lesson: each calls a student's own function on random inputs and says in one sentence what
-is right or what is wrong. Nothing is run from text: a grader takes the function itself.
-"""
+is right or what is wrong. Nothing is run from text: a grader takes the function itself."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -44,8 +43,7 @@ def _fault(
     function: Answer, inputs: tuple[Any, ...], wanted: Tensor, mistakes: dict[str, Tensor], otherwise: str
 ) -> str:
     """What is wrong with one call of a student's function, or ''. `mistakes` are known wrong results by their
-    sentences, cut to fit where only square inputs let one make them.
-    """
+    sentences, cut to fit where only square inputs let one make them."""
     before = [value.clone() if isinstance(value, Tensor) else value for value in inputs]
     try:
         found = function(*inputs)
@@ -152,8 +150,7 @@ def check_fuse_norm(function: Answer) -> Verdict:
 def check_rotate_weights(reader: Answer, writer: Answer) -> Verdict:
     """Grade `reader(weight, R)` of linears that read the residual stream, weight (out, channels): given x @ R
     they give what they gave for x; and `writer(weight, R)` of those that write it, weight (channels, in):
-    their output comes out times R.
-    """
+    their output comes out times R."""
     R = rotations.make(RotationSpec(kind="RO", seed=7), 8)
     trials = []
     for seed, n in enumerate((8, 5)):

@@ -80,8 +80,7 @@ def _said(value: Any) -> str:
 
 def _wide(rows: list[dict[str, Any]], down: Mapping[str, Any], across: Mapping[str, Any]) -> pd.DataFrame:
     """Cells of rows in their order, by the name and the function of each axis; ValueError where rows of one
-    place differ.
-    """
+    place differ."""
     axes, places = {**down, **across}, dict[tuple[str, ...], list[dict[str, Any]]]()
     for row in rows:
         places.setdefault(tuple(str(value(row)) for value in axes.values()), []).append(row)
@@ -105,8 +104,7 @@ def comparison(table: pd.DataFrame, metric: str = PERPLEXITY) -> pd.DataFrame:
 
 def by_seed(table: pd.DataFrame, metric: str = f"{PERPLEXITY} - RH", rotation: str = "RO") -> pd.DataFrame:
     """One rotation's rows of a metric at the bits that were run with several seeds: a row for each bits, a
-    column a seed. ValueError where two rows of one place differ.
-    """
+    column a seed. ValueError where two rows of one place differ."""
     rows = [r for r in records(table, metric) if r["rotation"] == rotation and not r["keep_out"]]
     return _wide(rows, {"bits": bits}, {"seed": lambda r: f"seed {r['seed']}"}).dropna()
 

@@ -2,8 +2,7 @@
 
 For a token with scale s, codes q and zero point z, and an output channel with scale t and codes p (weights
 are symmetric), sum over channels of s (q - z) t p  =  s t (sum over channels of (q - z) p): the left side is
-what fake quantization computes, the right side the same to float rounding, at the speed of int8.
-"""
+what fake quantization computes, the right side the same to float rounding, at the speed of int8."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -40,8 +39,7 @@ def _fast_on_cpu() -> bool:
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a (m, k) @ b.T for int8 `a` and `b` (n, k): int32 (m, n), exact.
 
-    Where torch has no fast int8 product, it is one of floats that hold every sum exactly.
-    """
+    Where torch has no fast int8 product, it is one of floats that hold every sum exactly."""
     if (len(a) > 16 and a.shape[1] % 8 == 0 and len(b) % 8 == 0) if a.is_cuda else _fast_on_cpu():
         return torch._int_mm(a, b.T)
     largest = a.shape[1] * math.prod(int(x.to(torch.int16).abs().max()) for x in (a, b))
@@ -128,8 +126,7 @@ def integer_linears(
 ) -> Iterator[None]:
     """While the block runs, every linear is an `IntegerLinear` on `codes` (a layer's, by linear name).
 
-    `r4` is applied to down_proj's input; `spare` judges the tokens of norm outputs.
-    """
+    `r4` is applied to down_proj's input; `spare` judges the tokens of norm outputs."""
     source = _Input(spec)
     after_norm = [name for _, _, names in loaded.roles.feeds for name in names]
     with ExitStack() as stack:

@@ -3,8 +3,7 @@ the hub.
 
 Local files are `<task>.jsonl` in `zero_shot/` of the folder DFROT_LAB_DATA names, in the field names
 lm-eval's task files read. Each task's result is kept as it is finished; accuracies come with lm-eval's
-standard error, task version and number of items.
-"""
+standard error, task version and number of items."""
 
 import json
 import logging
@@ -56,8 +55,7 @@ def table(
     Columns: row, task, metric (acc, acc_norm), value, stderr, items, version (of the task), source, then what
     a results row says of the model. Only the first `limit` items of a task are scored; None takes all. Where
     some tasks have local files, those are scored and the others left out, with a line that says so; where
-    none has, all come from the hub, and without it this is a ConnectionError.
-    """
+    none has, all come from the hub, and without it this is a ConnectionError."""
     store, model = store or Store(), door.resolved(model)
     # how much text a perplexity takes is nothing to tasks
     recipe = door.resolved(spec.with_(windows=1)).canonical() if spec else None
@@ -91,8 +89,7 @@ def table(
 
 def _averages(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The plain mean over tasks of acc, and of acc_norm where a task has it and acc where not; nothing where
-    a task is missing.
-    """
+    a task is missing."""
     if {line["task"] for line in lines} != set(TASKS):
         return []
     found = {(line["task"], line["metric"]): line for line in lines}

@@ -81,8 +81,7 @@ def render(values: Mapping[str, Any]) -> str:
     """The page with these values (those of `values`), all escaped but the scripts.
 
     It may load nothing and run only its two scripts, plotly's library and the call of it: its
-    Content-Security-Policy names each by its hash.
-    """
+    Content-Security-Policy names each by its hash."""
     pages = Environment(
         loader=PackageLoader("dfrot_lab", "show"),
         autoescape=True,

@@ -23,8 +23,7 @@ class ErrorRows:
     """A capture's rows under named rotations R (channels, channels).
 
     `rotated(site, name)` is x @ R (tokens, channels), `verdicts(site)` the rules that call each token massive
-    (tokens,), joined by commas; both are kept.
-    """
+    (tokens,), joined by commas; both are kept."""
 
     def __init__(self, acts: Capture, matrices: Mapping[str, Tensor]) -> None:
         self.acts, self.matrices, self.texts = acts, dict(matrices), acts.texts

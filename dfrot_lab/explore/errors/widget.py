@@ -219,8 +219,7 @@ def errors(
     `rotation` names matrices R (channels, channels), as `errors.token_errors` takes them; default NR, RO, RH,
     whose seed can then be turned, and DFRot where the store has it (else a button computes it). The widget
     has `table()` (one row a token at the site shown), `selected()` (those brushed), `static()` and
-    `static_token()` (matplotlib figures), `state`, `controls`, `status`, `plot`, `space` and `fig4`.
-    """
+    `static_token()` (matplotlib figures), `state`, `controls`, `status`, `plot`, `space` and `fig4`."""
     store = store or Store()
     acts = acts or capture(store=store)
     spec = RefineSpec(capture=acts.spec)

@@ -21,8 +21,7 @@ GREEDY = {"do_sample": False, "temperature": 1.0, "top_k": 50}
 @dataclass
 class Written:
     """The ids a model wrote after the prompt, and the loss in nats it gives each token of one text but the
-    first.
-    """
+    first."""
 
     name: str
     ids: list[int] = field(default_factory=list)
@@ -55,8 +54,7 @@ def continuation(
     transformers' `generate` with its cache. A quantized model writes inside `perplexity.quantized`.
 
     The likeliest token at temperature 0; else drawn from logits / temperature among the `top_k` likeliest,
-    and models of one seed share their draws. `on_token` is called with each id, and may raise to stop.
-    """
+    and models of one seed share their draws. `on_token` is called with each id, and may raise to stop."""
 
     def each(ids: Tensor, _scores: Any, **_options: Any) -> Tensor:
         on_token(int(ids[0, -1]))

@@ -235,8 +235,7 @@ class Generate(Explorer):
 
     def losses(self) -> pd.DataFrame:
         """Each token of the prompt and of full precision's text but the first: position (from 2), text,
-        prompt, and the loss in nats, a column a model.
-        """
+        prompt, and the loss in nats, a column a model."""
         scored = {name: result.losses for name, result in self.written.items() if result.losses}
         ids = self.prompt_ids + self.written[EXACT].ids if scored else []
         losses = pd.DataFrame({"position": range(1, len(ids) + 1), "text": [self.text(i) for i in ids]})

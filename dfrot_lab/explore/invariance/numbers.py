@@ -1,6 +1,5 @@
 """Any set of surgery steps, right or wrong, tried on one model: how far the logits move, what the model then
-says, and why a wrong set is wrong. What the package refuses is then done by hand, to show the damage.
-"""
+says, and why a wrong set is wrong. What the package refuses is then done by hand, to show the damage."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -135,8 +134,7 @@ class Bench:
         step: Callable[[], None] = lambda: None,
     ) -> Outcome:
         """Try `steps` on `prompt` beside the untouched model; `step` is called between the parts. ValueError:
-        an empty prompt, or one beyond the model's context.
-        """
+        an empty prompt, or one beyond the model's context."""
         loaded, tokens = self.loaded, tuple[str, ...]()
         ids = prompt_ids(loaded, prompt, NEW_TOKENS).to(loaded.device)
         if self._truth is None or self._truth[0] != prompt:

@@ -117,8 +117,7 @@ class Invariance(Explorer):
 
     def table(self) -> pd.DataFrame:
         """One row a trial, oldest first: steps, error (relative, of the logits), broken, why, refused (the
-        package's words), text.
-        """
+        package's words), text."""
         rows = [
             (o.steps.name, o.error, o.broken, " ".join(o.faults), " ".join(o.refusals), "".join(o.tokens))
             for o in self.outcomes
@@ -152,6 +151,5 @@ def invariance(
     model: ModelSpec | None = None, *, store: Store | None = None, loaded: LoadedModel | None = None
 ) -> Invariance:
     """Switch each surgery step on and off and see the logits' error against the untouched model, and a short
-    text it generates. `loaded`, where given, is used (and changed) instead of a fresh load of `model`.
-    """
+    text it generates. `loaded`, where given, is used (and changed) instead of a fresh load of `model`."""
     return Invariance(model or ModelSpec(), store, loaded)

@@ -28,8 +28,7 @@ class Look:
     """A text as the model sees it: token texts, the stream x (tokens, channels) float32 before each layer,
     and how many tokens the text has in all.
 
-    profile: the largest three |x| and the median before each layer: layer, top 1, top 2, top 3, median.
-    """
+    profile: the largest three |x| and the median before each layer: layer, top 1, top 2, top 3, median."""
 
     texts: list[str]
     streams: list[Tensor]

@@ -163,8 +163,7 @@ def massive(
     It opens on the first `tokens` tokens of `acts`, or of the calibration text (`corpus`); model and corpus
     are those of `acts` unless given. The widget has `table()` (one row a token at the layer shown),
     `static()` (a matplotlib figure), `state`, `controls`, `status`, `plot` and `space`. Raises ValueError for
-    a model or a corpus that cannot be used.
-    """
+    a model or a corpus that cannot be used."""
     made_by = CaptureSpec() if acts is None else acts.spec
     loaded = loading.load_model(model or made_by.model, store)
     return Massive(loaded, acts, corpus or made_by.corpus, tokens)

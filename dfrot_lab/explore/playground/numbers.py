@@ -21,8 +21,7 @@ SPIKES = 3
 """Largest entries of a real token that are its spikes: as many as the model's massive tokens have."""
 FEWEST = 32
 """Channels below which there is no prediction: the theory takes the grid's step as independent of each entry,
-and it is not among a few.
-"""
+and it is not among a few."""
 
 
 def hand_token(snr: float, dims: int, seed: int = 0) -> Tensor:
@@ -41,8 +40,7 @@ def planted_token(snr: float, channels: int, seed: int = 0) -> Tensor:
 
 def by_angles(degrees: Sequence[float]) -> Tensor:
     """The rotation R (2, 2) of one angle, or (3, 3) of three: in the planes of channels 0 and 1, 0 and 2, 1
-    and 2, one after the other. x = (1, 0) turned by a is x @ R = (cos a, sin a).
-    """
+    and 2, one after the other. x = (1, 0) turned by a is x @ R = (cos a, sin a)."""
     if len(degrees) not in (1, 3):
         rule = "must be one angle (2 channels) or three (3 channels)"
         raise ValueError(f"by_angles.degrees {rule}; got {len(degrees)}")

@@ -1,6 +1,5 @@
 """Turn a spike by hand in two or three channels, then with matrices in up to 576, and see why the error is
-what it is.
-"""
+what it is."""
 
 import html
 import math
@@ -204,6 +203,5 @@ class Playground(Explorer):
 def playground(spec: CaptureSpec | None = None, store: Store | None = None) -> Playground:
     """Rotate a spike by hand in 2 or 3 channels and watch grid, range and error; then RO and RH in 4 to 576
     channels beside the closed form. `spec` says which model's token 0 is shown on demand, at its middle site,
-    from the store or recorded in the background.
-    """
+    from the store or recorded in the background."""
     return Playground(spec or CaptureSpec(), store)

@@ -238,6 +238,5 @@ def refinement(
     """Refine R1 live on a capture (the default model's, where none is given): losses, distance and one
     token's entries at every step; save R1.
 
-    `path` is what the box for the file says at first. A cancelled refinement keeps nothing.
-    """
+    `path` is what the box for the file says at first. A cancelled refinement keeps nothing."""
     return Refinement(acts, store, path)

@@ -19,8 +19,7 @@ def control(trait: Trait, kind: type[Any], label: str, width: int | None = None,
     buttons, each).
 
     `options` are the control's own (min, step, ...); an Enum's values are the choices. What is only known
-    once there is data is given to `Explorer(state, name={...})`.
-    """
+    once there is data is given to `Explorer(state, name={...})`."""
     if isinstance(trait, traitlets.Enum):
         options = {"options": trait.values, **options}
     if width and kind is widgets.ToggleButtons:
@@ -35,8 +34,7 @@ class Explorer(widgets.VBox):
     """A widget with a `state`, the `controls` of its traits by name, a `status` line and a `job`.
 
     A subclass gives its state, adds buttons, makes its plots, and sets `children`. Its name in small letters
-    is its class on the page: `dfrot-massive`.
-    """
+    is its class on the page: `dfrot-massive`."""
 
     ONE, CANCELLED = "job", ""
     """What can only be done one at a time, and what is said when it was cancelled."""
@@ -100,8 +98,7 @@ class Explorer(widgets.VBox):
 
     def at_end(self, error: BaseException | None) -> str:
         """Draw what the work left, in the job's thread; the sentence on how it ended ('' leaves what is
-        said). An error but Cancelled is said after it.
-        """
+        said). An error but Cancelled is said after it."""
         return self.CANCELLED if isinstance(error, Cancelled) else ""
 
     def _ended(self, error: BaseException | None) -> None:

@@ -18,8 +18,7 @@ class Job:
     """`start(work)` runs `work(job)` in a thread, which calls `job.step()` between its parts.
 
     `step` waits while the job is paused and raises Cancelled once it is cancelled. At the end `on_done` is
-    called with None or the error, in the same thread; the job no longer counts as running then.
-    """
+    called with None or the error, in the same thread; the job no longer counts as running then."""
 
     def __init__(self, on_done: Callable[[BaseException | None], None] = lambda _error: None) -> None:
         self.on_done, self.running = on_done, False

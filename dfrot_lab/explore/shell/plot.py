@@ -40,8 +40,7 @@ class Plot(go.FigureWidget):
     """A plotly figure in the explorers' look: transparent, grey, of fixed height. Traces are given at once
     and their data change in place; `layout` is plotly's, `xaxis_title` and nested dictionaries alike.
 
-    Private attributes of a subclass begin with an underscore: plotly refuses others.
-    """
+    Private attributes of a subclass begin with an underscore: plotly refuses others."""
 
     def __init__(self, traces: Iterable[Any] = (), height: int = HEIGHT, **layout: Any) -> None:
         super().__init__(list(traces), go.Layout(height=height, **LOOK).update(layout))
@@ -61,8 +60,7 @@ class Plot(go.FigureWidget):
         self, restyle_data: Any, relayout_data: Any, trace_indexes: Any = None, source_view_id: Any = None
     ) -> None:
         """A batch, whole: where it sets other properties of one trace than of the next, plotly marks those
-        not set as undefined, and a figure that is not on the page yet takes that for their value.
-        """
+        not set as undefined, and a figure that is not on the page yet takes that for their value."""
         whole, traces = dict(restyle_data or {}), self._normalize_trace_indexes(trace_indexes)
         for name, values in whole.items():
             if isinstance(values, list):  # None, which removes nothing, for a property that is not set
@@ -92,8 +90,7 @@ def packed(array: np.ndarray) -> np.ndarray:
     it is written out as decimals.
 
     Plotly's base64 form is smaller on its way out, but plotly.js then sends each row back with the buffer of
-    the whole array behind it: gigabytes.
-    """
+    the whole array behind it: gigabytes."""
     data = np.asarray(array, dtype=np.float64)
     scale = 10.0 ** (4 - np.floor(np.log10(np.maximum(np.abs(data), 1e-30))))
     return np.round(data * scale) / scale
@@ -114,8 +111,7 @@ class Stage(widgets.Box):
     """One place for several plots, of which `shown` is on view.
 
     A plot that was on view stays in the page, hidden: one that is taken off the page still gets its updates
-    there, and fails at them.
-    """
+    there, and fails at them."""
 
     def __init__(self, plot: Plot, **layout: Any) -> None:
         super().__init__(layout={"width": "100%", **layout})
@@ -138,8 +134,7 @@ class Fit(anywidget.AnyWidget):
 
     Plotly draws a figure before it is on the page, 700 pixels wide, and then listens to the window alone. So
     this tells the window. A plot's height stays what its layout says, whatever is in it. A brushed region
-    lets clicks through to the points in it.
-    """
+    lets clicks through to the points in it."""
 
     _css = """
 .js-plotly-plot .selectionlayer path { pointer-events: none !important; }
