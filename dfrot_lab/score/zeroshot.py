@@ -117,53 +117,45 @@ def _score(
     loaded: loading.LoadedModel, task: str, path: Path | None, limit: int | None
 ) -> list[dict[str, Any]]:
     """One task's accuracies by lm-eval: metric, value, stderr, items, version, source."""
-    from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
-
-    logging.getLogger("lm_eval").setLevel(
-        logging.ERROR
-    )  # it warns that a model is no name, and that it cannot check a device it does not choose
-    language_model = HFLM(
-        pretrained=loaded.model,
-        tokenizer=loaded.tokenizer,
-        batch_size=BATCH,
-        device=str(loaded.device),
-        max_length=loaded.context,
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        manager = _local_task(task, path, Path(folder)) if path else TaskManager()
-        try:
-            found = simple_evaluate(
-                language_model,
-                tasks=[task],
-                limit=limit,
-                task_manager=manager,
-                bootstrap_iters=0,
-                log_samples=False,
-            )
-        except OSError as error:
-            raise ConnectionError(
-                f"task {task} is not here and could not be loaded from the hub ({error}). Put {task}.jsonl into zero_shot/ of a folder and name "
-                f"the folder in DFROT_LAB_DATA, or go online."
-            ) from error
-    if found is None:
-        raise RuntimeError(f"lm-eval returned nothing for task {task}")
-    scores, items = found["results"][task], found["n-samples"][task]["effective"]
-    about = {
-        "items": int(items),
-        "version": str(found["versions"][task]),
-        "source": "local file" if path else "hub",
-    }
+    found = _simple_evaluate(loaded, task, path, limit)
+    scores, items = found["results"][task], int(found["n-samples"][task]["effective"])
+    source = "local file" if path else "hub"
+    about = {"items": items, "version": str(found["versions"][task]), "source": source}
     lines = []
     for metric in METRICS:
         if f"{metric},none" in scores:
             value = float(scores[f"{metric},none"])
-            stderr = (
-                value * (1 - value) / max(items - 1, 1)
-            ) ** 0.5  # what lm-eval's own formula gives for a mean of zeros and ones
+            # what lm-eval's own formula gives for a mean of zeros and ones
+            stderr = (value * (1 - value) / max(items - 1, 1)) ** 0.5
             lines.append({"metric": metric, "value": value, "stderr": stderr, **about})
     return lines
+
+
+def _simple_evaluate(
+    loaded: loading.LoadedModel, task: str, path: Path | None, limit: int | None
+) -> dict[str, Any]:
+    """What lm-eval itself returns for one task."""
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    # it warns that a model is no name, and that it cannot check a device it does not choose
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    own: dict[str, Any] = {"pretrained": loaded.model, "tokenizer": loaded.tokenizer, "batch_size": BATCH}
+    model = HFLM(**own, device=str(loaded.device), max_length=loaded.context)
+    with tempfile.TemporaryDirectory() as folder:
+        manager = _local_task(task, path, Path(folder)) if path else TaskManager()
+        options: dict[str, Any] = {"task_manager": manager, "bootstrap_iters": 0, "log_samples": False}
+        try:
+            found = simple_evaluate(model, tasks=[task], limit=limit, **options)
+        except OSError as error:
+            raise ConnectionError(
+                f"task {task} is not here and could not be loaded from the hub ({error}). Put {task}.jsonl into "
+                "zero_shot/ of a folder and name the folder in DFROT_LAB_DATA, or go online."
+            ) from error
+    if found is None:
+        raise RuntimeError(f"lm-eval returned nothing for task {task}")
+    return dict(found)
 
 
 def _local_task(task: str, path: Path, folder: Path) -> Any:
