@@ -52,12 +52,11 @@ def opened(chromium: Browser, server: str, name: str) -> Notebook:
 @pytest.fixture(scope="module")
 def say(request: pytest.FixtureRequest) -> Callable[[str], None]:
     """A line of pytest's own output, for what is measured and not judged."""
-    plugins = request.config.pluginmanager
-    reporter, captured = plugins.getplugin("terminalreporter"), plugins.getplugin("capturemanager")
+    captured = request.config.pluginmanager.getplugin("capturemanager")
 
     def write(line: str) -> None:
         with captured.global_and_fixture_disabled():
-            reporter.write_line(f"\n  {line}")
+            sys.stderr.write(f"\n  {line}\n")  # one of several processes has no terminal reporter, but this
 
     return write
 
