@@ -16,10 +16,11 @@ from test_massive import handmade
 
 from dfrot_lab import explore
 from dfrot_lab.explore.errors.numbers import KEPT, ErrorRows
-from dfrot_lab.explore.shell.offers import levels, spec_of
+from dfrot_lab.explore.shell.offers import levels
 from dfrot_lab.explore.shell.words import contexts, html_table, number
 from dfrot_lab.maths import rotations
 from dfrot_lab.maths.quantizers import fake_quantize
+from dfrot_lab.model import door
 from dfrot_lab.observe import errors
 from dfrot_lab.observe.capture import Capture, capture
 from dfrot_lab.recipe.specs import CaptureSpec, CorpusSpec, QuantSpec, RefineSpec, RotationSpec
@@ -339,7 +340,7 @@ def test_a_rotation_of_another_size_and_a_matrix_that_is_none_are_refused(top, t
 
 
 def test_dfrot_is_taken_from_the_store_or_made_by_the_button(acts, top, store):
-    spec = RefineSpec(capture=spec_of(acts))
+    spec = RefineSpec(capture=acts.spec)
     assert "DFRot" not in top.table().columns and dfrot.stored(spec, store) is None
     top.controls["refine"].click()
     top.job.wait(120)
@@ -377,9 +378,7 @@ def test_a_refinement_can_be_cancelled_and_goes_on_where_it_was(acts, top, store
     assert "cancelled" in top.status.text and view_of(top) == before and not top.controls["refine"].disabled
     steps = []
     done(
-        RefineSpec(capture=spec_of(acts)),
-        store,
-        checkpoint=lambda state: steps.append(state.history[-1]["step"]),
+        RefineSpec(capture=acts.spec), store, checkpoint=lambda state: steps.append(state.history[-1]["step"])
     )
     assert steps[0] == 20  # step 0 was saved before it was stopped
 
@@ -450,4 +449,4 @@ def test_the_captures_spec_comes_back(tmp_path, text_file, store):
     spec = CaptureSpec(
         model=model, corpus=CorpusSpec(name=str(text_file), split="evaluation"), tokens=64, skip=1
     )
-    assert spec_of(capture(spec, store)) == spec
+    assert capture(spec, store).spec == door.resolved(spec)

@@ -15,9 +15,9 @@ from dfrot_lab.explore.generate.numbers import continuation, first_difference, t
 from dfrot_lab.explore.generate.widget import EXACT, Generate, generate
 from dfrot_lab.model import loading
 from dfrot_lab.rotate import dfrot
-from dfrot_lab.score import perplexity
-from dfrot_lab.show.figures import MASSIVE_COLOUR
+from dfrot_lab.score import build, perplexity
 from dfrot_lab.show.markup import span, visible
+from dfrot_lab.show.theme import MASSIVE_COLOUR
 from dfrot_lab.study.setting import Setting
 
 PATIENCE = 120
@@ -80,9 +80,9 @@ def test_the_cache_changes_nothing_a_model_writes(setting, store, bits):
     quantization cannot tell them apart.
     """
     spec = setting.row(bits, setting.rotation("RH"))
-    built = perplexity.build(spec, store)
+    built = build.build(spec, store)
     ids = built.loaded.tokenizer(PROMPT, return_tensors="pt").input_ids[0]
-    with perplexity.quantized(built, spec), torch.inference_mode():
+    with build.quantized(built, spec), torch.inference_mode():
         fast, slow = continuation(built.loaded, ids, 8), ids
         for _ in range(8):
             slow = torch.cat(
@@ -148,8 +148,8 @@ def test_losses_are_those_of_a_slow_loop(widget, setting, store):
     assert losses["text"].tolist() == [widget.text(i) for i in ids.tolist()][1:]
     for name in ("RO", "NR"):
         spec = widget.specs()[name]
-        built = perplexity.build(spec, store)
-        with perplexity.quantized(built, spec), torch.inference_mode():
+        built = build.build(spec, store)
+        with build.quantized(built, spec), torch.inference_mode():
             for place in range(1, len(ids)):
                 logits = built.loaded.model(ids[None, :place], use_cache=False).logits[0, -1]
                 assert losses[name][place - 1] == pytest.approx(
@@ -159,9 +159,9 @@ def test_losses_are_those_of_a_slow_loop(widget, setting, store):
 
 def test_the_mean_of_the_losses_is_the_windows_loss(setting, store):
     spec = setting.row("4-4-16", setting.rotation("RH"))
-    built = perplexity.build(spec, store)
+    built = build.build(spec, store)
     ids = torch.randint(0, 256, (40,), generator=torch.Generator().manual_seed(0))
-    with perplexity.quantized(built, spec):
+    with build.quantized(built, spec):
         assert sum(token_losses(built.loaded, ids)) / 39 == pytest.approx(
             perplexity.window_loss(built.loaded, ids), rel=1e-5
         )
@@ -235,7 +235,7 @@ def test_cancel_stops_at_a_token_and_the_widget_goes_on(widget):
 
 
 def test_models_are_built_once_while_the_settings_stay(widget, monkeypatch):
-    built, real = [], perplexity.build
+    built, real = [], build.build
     monkeypatch.setattr(
         perplexity, "build", lambda spec, store, *more: built.append(spec.bits) or real(spec, store, *more)
     )

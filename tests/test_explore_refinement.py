@@ -12,12 +12,19 @@ from test_evaluate import save_lively
 
 from dfrot_lab.explore.refinement.numbers import WATCHED, choices, watched
 from dfrot_lab.explore.refinement.widget import Refinement, refinement
-from dfrot_lab.explore.shell.offers import spec_of
 from dfrot_lab.maths import rotations
 from dfrot_lab.maths.quantizers import squared_error
 from dfrot_lab.observe import massive
 from dfrot_lab.observe.capture import Capture, capture
-from dfrot_lab.recipe.specs import CaptureSpec, CorpusSpec, ModelSpec, QuantSpec, RefineSpec, RotationSpec
+from dfrot_lab.recipe.specs import (
+    DEFAULT_RULE,
+    CaptureSpec,
+    CorpusSpec,
+    ModelSpec,
+    QuantSpec,
+    RefineSpec,
+    RotationSpec,
+)
 from dfrot_lab.rotate import dfrot
 
 VARIANTS = ["accelerated", "guarded", "as_paper", "as_released"]
@@ -59,7 +66,7 @@ def finish(view: Refinement) -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_watching_every_step_changes_nothing(variant, recorded):
-    rows, mask = recorded.all_rows().double(), massive.find(recorded, "nr_error").flatten()
+    rows, mask = recorded.all_rows().double(), massive.find(recorded, DEFAULT_RULE).flatten()
     spec = RefineSpec(variant=variant, steps=30, quantizer=QuantSpec())
     seen: list[tuple[int, torch.Tensor]] = []
     plain = dfrot.refine(rows, spec, mask)
@@ -75,7 +82,7 @@ def test_watching_every_step_changes_nothing(variant, recorded):
 
 
 def test_the_spec_of_a_capture_is_the_one_it_was_made_with(recorded, lively, text_file):
-    spec = spec_of(recorded)
+    spec = recorded.spec
     assert spec == CaptureSpec(model=lively, corpus=CorpusSpec(name=str(text_file)), tokens=128)
     assert recorded.artefact.manifest["inputs"]["spec"] == spec.to_dict()
 
@@ -155,7 +162,7 @@ def test_the_history_is_the_losses_of_each_steps_rotation(view, recorded):
     view.state.steps = 3
     view.start()
     finish(view)
-    rows, mask = recorded.all_rows().double(), massive.find(recorded, "nr_error").flatten()
+    rows, mask = recorded.all_rows().double(), massive.find(recorded, DEFAULT_RULE).flatten()
     for steps in (1, 3):
         R = dfrot.refine(rows, view.spec.with_(steps=steps), mask).R
         error = squared_error(rows @ R, view.spec.quantizer)

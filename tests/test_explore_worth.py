@@ -3,7 +3,6 @@ stopped without loss.
 """
 
 import threading
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +16,9 @@ from dfrot_lab.explore.worth.numbers import Tally
 from dfrot_lab.explore.worth.plots import Bars
 from dfrot_lab.explore.worth.widget import Worth, worth
 from dfrot_lab.maths import tables
+from dfrot_lab.recipe.specs import RELEASED_KEEP_OUT
 from dfrot_lab.score import perplexity
-from dfrot_lab.study import mainjob
+from dfrot_lab.study import runner
 from dfrot_lab.study.setting import Setting
 
 PATIENCE = 120
@@ -84,7 +84,7 @@ def test_missing_rows_are_named_with_a_time_and_computed_in_the_background(setti
     stored_row(setting, store, "RH", "4-4-16")
     widget = worth(setting, store)
     widget.controls["rotations"].value, widget.controls["bits"].value = ("RO", "RH"), ("4-4-16", "16-16-16")
-    assert [mainjob.row_name(spec) for spec in widget.missing] == ["full precision", "RO 4-4-16"]
+    assert [runner.row_name(spec) for spec in widget.missing] == ["full precision", "RO 4-4-16"]
     assert "Not stored: full precision; RO 4-4-16. To compute: about" in widget.note.value
     computed(widget)
     assert not widget.missing and widget.status.text == "3 of 3 rows are stored"
@@ -103,13 +103,13 @@ def test_missing_rows_are_named_with_a_time_and_computed_in_the_background(setti
 
 def test_dfrot_and_kept_out_rows_are_computed_too(setting, store):
     widget = worth(setting, store)
-    widget.controls["keep_out"].value = ("nr_error",)
+    widget.controls["keep_out"].value = (RELEASED_KEEP_OUT,)
     widget.controls["rotations"].value, widget.controls["bits"].value = ("DFRot",), ("16-4-16",)
     computed(widget)
     assert widget.table()["row"].tolist() == ["DFRot, kept out"] and widget.table()["stored"].all()
     assert (
         widget.table()["perplexity"][0]
-        == stored_row(setting, store, "DFRot", "16-4-16", "nr_error").perplexity
+        == stored_row(setting, store, "DFRot", "16-4-16", RELEASED_KEEP_OUT).perplexity
     )
 
 
@@ -185,9 +185,9 @@ def test_a_text_that_is_not_there_is_one_sentence(setting, store, monkeypatch):
 
 def test_rows_picked_once_at_full_precision_and_models_side_by_side(setting):
     specs = numbers.specs_of(
-        setting, ("RO", "DFRot"), ("16-16-16", "4-4-16", "16-4-16"), "rtn", (None, "nr_error")
+        setting, ("RO", "DFRot"), ("16-16-16", "4-4-16", "16-4-16"), "rtn", (None, RELEASED_KEEP_OUT)
     )
-    names = [mainjob.row_name(spec) for spec in specs]
+    names = [runner.row_name(spec) for spec in specs]
     assert (
         names[:3] == ["full precision", "RO 4-4-16", "RO 4-4-16, kept out"]
         and len(names) == len(set(names)) == 9
@@ -196,7 +196,7 @@ def test_rows_picked_once_at_full_precision_and_models_side_by_side(setting):
 
 def test_costs_count_gptq_builds_and_the_refinement_once(setting, store):
     refined = numbers.specs_of(
-        replace(setting, weights="gptq"), ("DFRot",), ("4-4-16", "4-4-4"), "gptq", (None,)
+        setting.with_(weights="gptq"), ("DFRot",), ("4-4-16", "4-4-4"), "gptq", (None,)
     )
     first, second = numbers.costs(refined, store)
     rounded = numbers.costs(numbers.specs_of(setting, ("DFRot",), ("4-4-16",), "rtn", (None,)), store)[0]
@@ -240,7 +240,7 @@ def test_a_perplexity_off_the_scale_is_cut_and_written_out():
 
 def test_the_papers_numbers_stand_beside_the_same_rows(setting):
     specs = numbers.specs_of(
-        replace(setting, weights="gptq"), ("RO", "RH"), ("4-4-16",), "gptq", (None, "nr_error")
+        setting.with_(weights="gptq"), ("RO", "RH"), ("4-4-16",), "gptq", (None, RELEASED_KEEP_OUT)
     )
     beside = numbers.paper_table(specs, lambda _spec: None).set_index("row")
     assert beside.loc["RO", "LLaMA2-7B"] == "7.71" and beside.loc["RO, kept out", "LLaMA2-7B"] == "6.10"

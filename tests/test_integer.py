@@ -15,7 +15,7 @@ from dfrot_lab.maths.quantizers import fake_quantize
 from dfrot_lab.model import integer, loading, surgery
 from dfrot_lab.model.integer import IntegerLinear, _Input, fits, product
 from dfrot_lab.recipe.specs import QuantSpec, RotationSpec, WeightSpec, recipe_of
-from dfrot_lab.score.perplexity import Built, is_integer, quantized
+from dfrot_lab.score.build import Built, is_integer, quantized
 from dfrot_lab.weights import gptq
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -190,7 +190,7 @@ def built(tmp_path, family: str) -> Built:
     return Built(loaded, R, weights)
 
 
-@pytest.mark.parametrize("keep", [None, "nr_error"])
+@pytest.mark.parametrize("keep", [None, "nr_error_9.5"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_whole_model_computes_what_fake_quantization_does(tmp_path, family, keep):
     ready, spec = built(tmp_path, family), recipe_of("4-4-4", keep_out=keep)
