@@ -97,9 +97,7 @@ def random_model(channels: int, tokens: int) -> LoadedModel:
     )  # fmt: skip
     model = LlamaForCausalLM(config).eval().requires_grad_(False)
     model.model.embed_tokens.weight[0, :2] += torch.tensor([40.0, -25.0])
-    loaded = LoadedModel(
-        model, None, families.Roles(), ModelSpec(source="random"), "random", "random"
-    )
+    loaded = LoadedModel(model, None, families.Roles(), ModelSpec(source="random"), "random", "random")
     surgery.prepare(loaded)
     return loaded
 

@@ -17,7 +17,8 @@ import torch
 
 from dfrot_lab.disk import artefacts as store_module
 from dfrot_lab.disk.artefacts import Artefact, CorruptArtefact, Store, Writer, cache_dir
-from dfrot_lab.recipe.specs import CaptureSpec, content_key
+from dfrot_lab.recipe.keys import content_key
+from dfrot_lab.recipe.specs import CaptureSpec
 
 INPUTS = {"spec": "a", "tokens": 8}
 KEY = content_key({"kind": "capture", "formulas": store_module.FORMULAS, "inputs": INPUTS})
@@ -580,7 +581,7 @@ def assert_refused(out: str, code: str, folder: Path) -> None:
         assert raised == code
         assert f"to {folder}" in message
         assert "bytes wanted" in message
-        assert "free some space or set DFROT_LAB_CACHE" in message
+        assert "free some space or write elsewhere (DFROT_LAB_CACHE" in message
 
 
 @posix

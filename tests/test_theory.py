@@ -43,7 +43,6 @@ def spikes_everywhere(channels: int, m: float = 1.0) -> torch.Tensor:
 
 
 # ---- the largest of many
-# ----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -64,7 +63,6 @@ def test_expected_largest_agrees_with_draws_and_stays_below_the_textbook(channel
 
 
 # ---- the rounding error of one Gaussian number
-# ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("level", [0.0, 0.2, -0.5, 3.4])
@@ -84,7 +82,6 @@ def test_rounding_error_has_its_limits():
 
 
 # ---- identities
-# -------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("channels", [64, 576])
@@ -177,7 +174,6 @@ def test_a_rows_levels_may_be_given_in_any_order():
 
 
 # ---- monotone
-# ---------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", theory.PREDICT)
@@ -209,7 +205,6 @@ def test_rh_does_not_gain_from_every_cleaning_of_the_spike():
 
 
 # ---- against planted tokens
-# -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("quantizer", EVERY_BITS, **by_name)
@@ -233,7 +228,9 @@ def test_the_order_of_the_paper_holds_inside_the_window_and_not_outside():
     assert (low, high) == pytest.approx((7.3, 22.8), rel=0.01)
     order = {}
     for snr in (0.85 * low, 1.15 * low, 0.9 * high, 1.15 * high):
-        error = planted.measure([576], [snr], seeds=range(3), tokens=60).groupby("rotation")["measured"].mean()
+        error = (
+            planted.measure([576], [snr], seeds=range(3), tokens=60).groupby("rotation")["measured"].mean()
+        )
         order[snr] = list(error.sort_values(ascending=False).index)
     assert list(order.values()) == [
         ["NR", "RO", "RH"],
@@ -256,7 +253,6 @@ def test_the_rule_of_thumb_is_right_from_3_bits_on_and_not_at_2():
 
 
 # ---- tokens, planted and real
-# -----------------------------------------------------------------------------------------------------------
 
 
 def test_planted_tokens_are_what_was_asked_for_and_repeat():
@@ -324,7 +320,6 @@ def test_measure_is_tidy_and_repeats():
 
 
 # ---- what is refused
-# --------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -343,15 +338,19 @@ def test_measure_is_tidy_and_repeats():
         (lambda: error_rh(1, 1, 64, SYM4, [2]), r"theory\.others must be in 0\.\.m = 1; got 2"),
         (
             lambda: error_ro(1, 1, 64, QuantSpec(clip_ratio=0.9)),
-            r"theory\.quantizer must be per_token with clip_ratio 1 .*; got .*clip_ratio=0\.9",
+            r"theory\.quantizer must be .*per_token, with clip_ratio 1 .*; got .*clip_ratio=0\.9",
         ),
         (
             lambda: error_ro(1, 1, 64, QuantSpec(bits=16)),
             r"theory\.quantizer must be .* fewer than 16 bits; got .*bits=16",
         ),
         (
+            lambda: error_ro(1, 1, 64, QuantSpec(scheme="free")),
+            r"theory\.quantizer must be symmetric or asymmetric.*; got .*free",
+        ),
+        (
             lambda: error_ro(1, 1, 64, QuantSpec(granularity="per_tensor")),
-            r"theory\.quantizer must be per_token .*; got .*per_tensor",
+            r"theory\.quantizer must be .*per_token.*; got .*per_tensor",
         ),
         (
             lambda: error_of_levels([1.0], [1, 2], 1),
@@ -390,7 +389,6 @@ def test_bad_input_is_refused_by_name_rule_and_value(call, message: str):
 
 
 # ---- figures
-# ----------------------------------------------------------------------------------------------------------------------------
 
 
 def test_prediction_figure_draws_the_table(recwarn):

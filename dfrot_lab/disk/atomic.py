@@ -1,23 +1,29 @@
 """The one way the package writes a file: whole, or not at all."""
 
+import glob
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+LEFT_SECONDS = 3600
 
 
 @contextmanager
 def replacing(path: Path, wanted: int | None = None) -> Iterator[Path]:
     """A temporary file beside `path` that takes its place when the block ends, and is removed if it fails.
 
-    The folder is made if missing. An OSError says what could not be written, the bytes `wanted` and free,
-    and what to do.
-    """
+    The folder is made if missing, what a killed writer left an hour ago goes. An OSError says what could not
+    be written, the bytes `wanted` and free, and what to do."""
     temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+            if time.time() - left.stat().st_mtime > LEFT_SECONDS:
+                left.unlink(missing_ok=True)
         yield temp
         temp.replace(path)  # no fsync: what a power cut garbles fails its checksum and is made again
     except BaseException as error:

@@ -50,8 +50,7 @@ SAMPLE_SHA256 = {  # what mwparserfromhell 0.7.2 makes of the two halves
 def resolve(spec: CorpusSpec) -> CorpusSpec:
     """`spec` with `auto` replaced by what is here: `wikitext2` if its raw files are, else `wikipedia-sample`.
 
-    Other names come back unchanged; ValueError for one that is neither a corpus nor a text file.
-    """
+    Other names come back unchanged; ValueError for one that is neither a corpus nor a text file."""
     if spec.name == "auto":
         here = all(_raw_file(split) for split in {"valid", "test", _HALVES.get(spec.split, spec.split)})
         spec = spec.with_(name=WIKITEXT2 if here else SAMPLE)
@@ -71,8 +70,7 @@ def load_text(spec: CorpusSpec) -> str:
     `wikitext2`: the split's rows joined by blank lines, as GPTQ, QuaRot, SpinQuant and DFRot do.
     `wikipedia-sample`: the articles at even (`calibration`) or odd (`evaluation`) places of the dump. A text
     file (UTF-8): what is before or after the paragraph break nearest its middle. ValueError if the corpus has
-    no such split, or a file is not the one it should be; ConnectionError if WikiText-2 is nowhere.
-    """
+    no such split, or a file is not the one it should be; ConnectionError if WikiText-2 is nowhere."""
     spec = resolve(spec)
     if spec.name == WIKITEXT2:
         return "\n\n".join(_wikitext2_rows(_HALVES.get(spec.split, spec.split)))
@@ -122,8 +120,7 @@ def token_blocks(
 ) -> "Tensor":
     """The first `blocks` whole windows of the text tokenised whole, (blocks, window) int64.
 
-    BOS is in the first window only, as in the published perplexities. ValueError for more than there are.
-    """
+    BOS is in the first window only, as in the published perplexities. ValueError for more than there are."""
     if min(blocks, window) < 1:
         raise ValueError(f"token_blocks.blocks and window must be >= 1; got {blocks} and {window}")
     ids = token_ids(spec, tokenizer)

@@ -12,8 +12,7 @@ S = TypeVar("S", bound=Spec)
 
 def resolved(spec: S) -> S:
     """`spec` with the text and the device of every nested spec named: no `auto` is left. ValueError for a
-    text or a device that is not here.
-    """
+    text or a device that is not here."""
     if isinstance(spec, CorpusSpec):
         return cast(S, corpus.resolve(spec))
     if isinstance(spec, ModelSpec):

@@ -6,8 +6,7 @@
 | `layers.12.input_norm_in`, `.post_attention_norm_in` | the residual stream as a norm reads it | the same |
 | `layers.12.input_norm`, `.post_attention_norm` | a norm's output, what q, k, v (gate, up) read | the same |
 | `layers.12.q`, `.k`, `.v` | queries and keys after RoPE, values | (batch, heads, tokens, head size) |
-| `layers.12.o_proj_in`, `.down_proj_in` | what o_proj, down_proj read | (batch, tokens, their inputs) |
-"""
+| `layers.12.o_proj_in`, `.down_proj_in` | what o_proj, down_proj read | (batch, tokens, their inputs) |"""
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
@@ -40,8 +39,7 @@ def sites_of(loaded: LoadedModel, *kinds: str) -> tuple[str, ...]:
 def at_sites(loaded: LoadedModel, function: At, sites: Collection[str] | None = None) -> Iterator[None]:
     """While the block runs, `function` sees, and may replace, what is at `sites` (by default all of KINDS).
 
-    Blocks nest: the inner one sees what the outer one put there. All is gone at the end, whatever happens.
-    """
+    Blocks nest: the inner one sees what the outer one put there. All is gone at the end, whatever happens."""
     wanted = set(sites_of(loaded) if sites is None else sites)
     if unknown := wanted - set(sites_of(loaded, *ALL_KINDS)):
         known = sites_of(loaded)

@@ -175,8 +175,7 @@ def load_model(spec: ModelSpec | None = None, store: Store | None = None) -> Loa
     """Load `spec` in eval mode on its device, or refuse it with the reason.
 
     A GGUF file is dequantised once into the store (about 20 s for the default model, under 1 s from then on).
-    ValueError: an unknown source, an unsupported family, a damaged file. OSError: a hub out of reach.
-    """
+    ValueError: an unknown source, an unsupported family, a damaged file. OSError: a hub out of reach."""
     spec = spec or ModelSpec()
     where = device_of(spec)
     spec = spec.with_(device=where)

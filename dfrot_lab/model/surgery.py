@@ -6,8 +6,7 @@ sits in the linears it feeds. So
     o, down: W -> R^T W, b -> b R,
 leaves every logit as it was (QuaRot, arXiv 2404.00456, Sec. 3; DFRot, arXiv 2412.00648, Sec. 3.1). The
 embedding is not centred: RMSNorm does not subtract a mean, so centring would change the model. All products
-run in float64 and are cast once.
-"""
+run in float64 and are cast once."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -80,8 +79,7 @@ def fuse_norm(norm: nn.Linear, linears: list[nn.Linear]) -> None:
 def fold_gains(loaded: LoadedModel, gains: Mapping[str, Tensor]) -> None:
     """Give the norms at some sites gains g (channels,), which their readers take back: W -> W / g.
 
-    Comes after R1, which a gain that is not 1 does not commute with. Site: `layers.12.input_norm`.
-    """
+    Comes after R1, which a gain that is not 1 does not commute with. Site: `layers.12.input_norm`."""
     feeds, wanted = _feeds(loaded), {}
     for site, gain in gains.items():
         if site not in feeds:
@@ -127,8 +125,7 @@ def rotate_residual(loaded: LoadedModel, R: Tensor) -> None:
 def rotate_heads(loaded: LoadedModel, R2: Tensor | None = None) -> None:
     """Fuse R2 into each head's values, v -> v @ R2, and let o_proj take it back; default: Hadamard.
 
-    `R2`: one (head, head) for all, (layers, head, head), or (layers, key-value heads, head, head).
-    """
+    `R2`: one (head, head) for all, (layers, head, head), or (layers, key-value heads, head, head)."""
     head = head_size(loaded)
     if R2 is None:
         _require_hadamard(head, "a head's size, so neither R2 nor R3")
@@ -222,7 +219,7 @@ def _require_hadamard(n: int, what: str) -> None:
 
 
 def _edit_rows(module: nn.Linear, function: Transform) -> None:
-    """Replace a weight by a function of its rows, in float64 and cast once; a few at a time, for the cache."""
+    """Replace a weight by a function of its rows, in float64 and cast once, a few at a time."""
     with torch.no_grad():
         for part in module.weight.data.split(EDIT_ROWS):
             part.copy_(function(part.double()))

@@ -44,6 +44,11 @@ class Capture:
         return self.artefact.key
 
     @property
+    def spec(self) -> CaptureSpec:
+        """What it was recorded from and how."""
+        return CaptureSpec.of(self._about["spec"])
+
+    @property
     def sites(self) -> list[str]:
         """Sites as the forward pass meets them: layers.0.input_norm, layers.0.post_attention_norm, ..."""
         return list(self._about["sites"])
@@ -124,7 +129,8 @@ def capture(
         writer.save_tensors("residual", residual)
         flat = ids.flatten().tolist()
         texts = [ready.tokenizer.decode([i]) for i in flat]
-        writer.save_json("about", {"sites": sites, "channels": ready.channels, "ids": flat, "texts": texts})
+        about = {"sites": sites, "channels": ready.channels, "ids": flat, "texts": texts}
+        writer.save_json("about", {**about, "spec": spec.plain()})
         seconds = time.perf_counter() - started
         writer.note.update(provenance=ready.provenance, family=ready.family, forward_seconds=seconds)
 

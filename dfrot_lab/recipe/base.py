@@ -1,7 +1,6 @@
 """What every spec is: immutable, validated field by field, the same in any process, to and from plain values.
 
-A field carries its rule in words, and an error is that rule: `RefineSpec.gamma must be > 0; got -3`.
-"""
+A field carries its rule in words, and an error is that rule: `RefineSpec.gamma must be > 0; got -3`."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self, get_args
@@ -26,8 +25,7 @@ def one_of(default: Any, choices: tuple[Any, ...]) -> Any:
 
 class Spec(BaseModel):
     """Base of all specs: frozen, keyword-only. A field that is unknown or wrong is a ValueError that names
-    it.
-    """
+    it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -130,9 +128,10 @@ class MethodSpec(Spec):
     def of(cls, said: Mapping[str, Any]) -> Self:
         """The spec of the method that `said` names under `method`."""
         values = dict(said)
-        name = values.pop("method", cls.method)
-        if name == cls.method and name:
+        name = values.pop("method", cls.method or None)
+        if name is not None and name == cls.method:
             return super().of(values)
-        known = {kind.method: kind for kind in MethodSpec.__subclasses__()}
-        found: Any = known[name] if name in known else registry.load(registry.METHODS, name).SPEC
+        found: Any = next((kind for kind in MethodSpec.__subclasses__() if kind.method == name), None)
+        if found is None:
+            found = registry.load(registry.METHODS, name, "rotation method").SPEC
         return found.of(values)

@@ -1,8 +1,7 @@
 """The model of a recipe: rotated, its weights quantized; and, while a block runs, quantized altogether.
 
 Where weights and activations both have codes, linears run in integer arithmetic; with 16-bit weights, and for
-keys and values, values are fake-quantized: rounded to their grid, computed in float.
-"""
+keys and values, values are fake-quantized: rounded to their grid, computed in float."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -28,8 +27,7 @@ from dfrot_lab.weights.run import LayerCodes, OnPart, nothing
 @dataclass(frozen=True)
 class Built:
     """A model with its transforms fused and its weights quantized, the transforms, R1 in the model's dtype
-    (None without rotation) and the weight codes, one mapping a layer (none at 16 bits).
-    """
+    (None without rotation) and the weight codes, one mapping a layer (none at 16 bits)."""
 
     loaded: LoadedModel
     transforms: Transforms
@@ -75,8 +73,7 @@ def weights_stored(recipe: Recipe, store: Store) -> bool:
 
 def windows(recipe: Recipe, loaded: LoadedModel) -> Tensor:
     """The token ids (windows, window) a recipe is scored on; a ValueError where corpus or context has not
-    that many.
-    """
+    that many."""
     loading.check_tokens(loaded, recipe.window)
     return corpus.token_blocks(recipe.corpus, loaded.tokenizer, blocks=recipe.windows, window=recipe.window)
 
@@ -124,8 +121,7 @@ def quantized(built: Built, recipe: Recipe, *, fake: bool = False) -> Iterator[N
 
     Linears run in integer arithmetic where `is_integer`; `fake` has them compute in float on rounded values
     instead, the same to float rounding. On a GPU they always do: its float products are fast, and the passes
-    between int8 products are not (0.11 s a window against 0.31 s on an H100).
-    """
+    between int8 products are not (0.11 s a window against 0.31 s on an H100)."""
     loaded, made, act = built.loaded, built.transforms, recipe.activations
     spare = keep_out(recipe, built.R) if recipe.keep_out else None
     in_integers = is_integer(recipe) and not made.clips and not fake and loaded.device.type == "cpu"
@@ -148,8 +144,7 @@ def quantized(built: Built, recipe: Recipe, *, fake: bool = False) -> Iterator[N
 
 def rounded(recipe: Recipe, clips: Mapping[str, float], spare: Judge | None) -> At:
     """The function (site, x) -> x that rounds keys, values and the linears' inputs to the grids of `recipe`,
-    clipped by `clips` where a site has one; tokens of a norm's output that `spare` marks pass.
-    """
+    clipped by `clips` where a site has one; tokens of a norm's output that `spare` marks pass."""
     grids = {site: recipe.activations.with_(clip_ratio=clip) for site, clip in clips.items()}
     cache = {"k": recipe.keys, "v": recipe.values}
 

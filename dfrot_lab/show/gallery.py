@@ -47,16 +47,14 @@ FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {
 
 SMALL = 5000
 """Rows up to which an experiment's table is kept as JSON lines, to be read and compared; above it as Parquet,
-beside the figure alone.
-"""
+beside the figure alone."""
 
 
 def save_experiment(
     name: str, table: pd.DataFrame, setting: Setting, tables: Path, folder: Path
 ) -> list[Path]:
     """Write an experiment's table into `tables`, named after it and the corpus, and its figure into `folder`;
-    what was written.
-    """
+    what was written."""
     small = len(table) <= SMALL
     rows = _file(name, setting, tables, "jsonl" if small else "parquet")
     if small:
@@ -83,8 +81,7 @@ def table(name: str, setting: Setting, root: Path) -> pd.DataFrame:
     very setting, else computed now.
 
     For sweeps of hours, which one machine computes and everybody reads; `experiments.run` computes in any
-    case.
-    """
+    case."""
     rows = _file(name, setting, root / "data" / "results", "jsonl")
     beside = root / "figures" / Path(setting.corpus).stem / f"{name}.json"
     if not (rows.is_file() and beside.is_file()):

@@ -94,8 +94,8 @@ def most_massive(table: pd.DataFrame) -> str:
         return "No token of the first calibration window is massive by any rule."
     head = table.iloc[0]
     return (
-        f"The most massive token, \u2018{visible(head['text'])}\u2019, reaches {head['residual_max']:,.0f} in "
-        f"channel {head['channel']} of the residual stream at {head['site']}, "
+        f"The most massive token, \u2018{visible(head['text'])}\u2019, reaches {head['residual_max']:,.0f} "
+        f"in channel {head['channel']} of the residual stream at {head['site']}, "
         f"{head['ratio_to_median']:,.0f} times the median."
     )
 

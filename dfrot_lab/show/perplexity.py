@@ -88,8 +88,7 @@ def plot_sweep(rows: pd.DataFrame, x: str, line: str, *, ax: Axes | None = None)
     """A value against one knob, a line a kind through the mean over seeds, each seed a dot.
 
     Rows as `rows_of` gives them, with columns `x` (drawn evenly spaced, in order of appearance) and `line`.
-    Intervals are drawn for paired differences alone: those of perplexities share the noise of the windows.
-    """
+    Intervals are drawn for paired differences alone: those of perplexities share the noise of the windows."""
     places, levels = pd.factorize(rows[x])
     kinds, names = pd.factorize(rows[line])
     rows = rows.assign(place=places + 0.08 * (kinds - (len(names) - 1) / 2))

@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from plotly.offline import get_plotlyjs
 
 from dfrot_lab.disk.artefacts import Store
+from dfrot_lab.disk.atomic import replacing
 from dfrot_lab.maths import tables
 from dfrot_lab.model import corpus, loading
 from dfrot_lab.recipe import registry
@@ -80,8 +81,7 @@ def render(values: Mapping[str, Any]) -> str:
     """The page with these values (those of `values`), all escaped but the scripts.
 
     It may load nothing and run only its two scripts, plotly's library and the call of it: its
-    Content-Security-Policy names each by its hash.
-    """
+    Content-Security-Policy names each by its hash."""
     pages = Environment(
         loader=PackageLoader("dfrot_lab", "show"),
         autoescape=True,
@@ -195,7 +195,7 @@ def _gap(findings: Findings) -> dict[Hashable, Any] | None:
 
 def _history(history: pd.DataFrame) -> pd.DataFrame:
     places = np.linspace(0, len(history) - 1, min(HISTORY_LINES, len(history))).round().astype(int)
-    return history.iloc[places].round(4)
+    return history.iloc[places].round(4).rename(columns={"ordinary": "ordinary"})
 
 
 def _missing(findings: Findings) -> pd.DataFrame:
@@ -257,9 +257,5 @@ def check_out(path: Path) -> Path:
 
 def write(path: Path, text: str) -> None:
     """Put `text` into `path`, whole or not at all: until it is complete, what was there stays."""
-    temporary = check_out(path).with_name(f".{path.name}.part")
-    try:
+    with replacing(check_out(path)) as temporary:
         temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -19,8 +19,7 @@ HOVER = "%{text}<br>%{x:.3g} and %{y:.3g}<extra>%{fullData.name}</extra>"
 def scatter_figure(wide: pd.DataFrame) -> go.Figure:
     """Every token's error under one rotation against another's; a menu picks the pair.
 
-    Columns: token, text, massive and one of errors a rotation.
-    """
+    Columns: token, text, massive and one of errors a rotation."""
     pairs = [pair for pair in PAIRS if set(pair) <= set(wide.columns)]
     buttons = [_button(wide, *pair) for pair in pairs]
     start, titles = buttons[0]["args"]

@@ -24,8 +24,7 @@ def plot_prediction(table: pd.DataFrame, x: str, *, ax: Axes | None = None) -> A
     markers measured (mean over seeds).
 
     Columns: `x`, channels, rotation, predicted, measured (NaN where only predicted). Rows of mean square 1,
-    so ||x||^2 is channels.
-    """
+    so ||x||^2 is channels."""
     share = table.assign(**{name: table[name] / table["channels"] for name in ("predicted", "measured")})
     means = share.groupby(["rotation", x], sort=False)[["predicted", "measured"]].mean().reset_index()
     ax = draw_lines(means, x, "predicted", "rotation", markers=False, dashes=False, legend=False, ax=ax)

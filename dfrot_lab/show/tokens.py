@@ -55,8 +55,7 @@ def plot_error_pair(wide: pd.DataFrame, x: str, y: str, *, ax: Axes | None = Non
     """Each token's error under one rotation against another's (DFRot, Fig. 3), massive tokens marked; below
     the dashed line, `y` is better.
 
-    Columns: one of errors a rotation (`errors.wide`), and massive.
-    """
+    Columns: one of errors a rotation (`errors.wide`), and massive."""
     tokens = is_massive(wide).map({False: "ordinary tokens", True: "massive tokens"})
     shown = wide.assign(tokens=tokens).sort_values("tokens", ascending=False, kind="stable")
     by = {"hue": "tokens", "style": "tokens", "size": "tokens"}

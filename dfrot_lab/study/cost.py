@@ -244,6 +244,12 @@ def _missing(spec: Recipe, store: Store, seen: set[str]) -> float:
     return work.seconds(TWO_CORES)
 
 
+def scoring(spec: Recipe) -> float:
+    """Nominal seconds on 2 cores of a recipe's windows alone."""
+    window = integer_window if build.is_integer(spec) else float_window
+    return window(shape(spec.model), spec.window).times(spec.windows).seconds(TWO_CORES)
+
+
 def duration(seconds: float) -> str:
     """Seconds in words: 45 s, 12 min, 3.4 h, 5.2 days."""
     if seconds < 90 * 60:

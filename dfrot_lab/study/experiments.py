@@ -244,8 +244,8 @@ def intervene(setting: Setting, store: Store) -> pd.DataFrame:
 def massive_activations(setting: Setting, store: Store) -> pd.DataFrame:
     """Sun et al.: massive values set to zero, or to their mean; the residual stream by layer."""
     plain = setting.row("16-16-16", setting.rotation("NR"))
-    asked = [Row(plain, {"set_massive": "left alone"})]
-    asked += [Row(plain.with_(set_massive=to), {}, {"left alone": plain}) for to in ("zero", "mean")]
+    asked = [Row(plain)]
+    asked += [Row(plain.with_(set_massive=to), against={"left alone": plain}) for to in ("zero", "mean")]
     table = evaluated(asked, store)[0].fillna({"set_massive": "left alone"})
     return pd.concat([table, residual.residual_profile(setting.capture, store)], ignore_index=True)
 

@@ -4,8 +4,7 @@ done.
 A calibrated quantizer (GPTQ) runs in ONE forward pass over all calibration windows: just before a group of
 linears that read the same input (q, k, v; o; gate, up; down) is first used, a hook sums that input's Hessian
 and puts the quantized weights in, so each group is calibrated on what the quantized model before it really
-sends, activations unquantised (as QuaRot). A stopped run goes on where it was.
-"""
+sends, activations unquantised (as QuaRot). A stopped run goes on where it was."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -32,8 +31,7 @@ LayerCodes = dict[str, Quantized]
 
 OnPart = Callable[[str, int, int], None]
 """Told of every finished part of long work: what it is (`layer`, `window`), how many are done, of how many.
-It may raise to stop the work there.
-"""
+It may raise to stop the work there."""
 
 
 def nothing(_part: str, _done: int, _total: int) -> None:
@@ -54,8 +52,7 @@ def quantize_weights(
 
     `key` (`keys.weights`) says of which model they are and how they are made: they are stored under it.
     lm_head and embedding stay as they are. Returns the codes, one mapping a layer, memory-mapped; an empty
-    list at 16 bits. `on_part` is told of each layer once it is kept.
-    """
+    list at 16 bits. `on_part` is told of each layer once it is kept."""
     if spec.quantizer.bits == 16:
         return []
     calibrated = registry.load(registry.WEIGHTS, spec.method).CALIBRATED
