@@ -10,7 +10,7 @@ from common import Row, eager, options, peak_gb, print_peak, report, seconds
 
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.maths.quantizers import fake_quantize
-from dfrot_lab.model import loading, surgery
+from dfrot_lab.model import hooks, loading, surgery
 from dfrot_lab.model.integer import IntegerLinear
 from dfrot_lab.recipe.specs import CorpusSpec, Recipe, recipe_of
 from dfrot_lab.score.perplexity import Built, build, canonical, quantized, window_loss
@@ -31,7 +31,12 @@ def ready() -> tuple[Built, torch.Tensor]:
 @contextmanager
 def fake_eager(built: Built) -> Iterator[None]:
     """The same model as fake quantization in float, every linear's input by `eager`."""
-    with surgery.online(built.loaded, r3=True, r4=True, norm_output=eager, linear_input=eager, kv=spec().kv):
+    sites = hooks.sites_of(built.loaded, *hooks.LINEAR_INPUTS, "k", "v")
+
+    def quantize(site: str, x: torch.Tensor) -> torch.Tensor:
+        return fake_quantize(x, spec().kv) if site.endswith((".k", ".v")) else eager(x)
+
+    with surgery.online(built.loaded, r3=True, r4=True, function=quantize, sites=sites):
         yield
 
 

@@ -9,13 +9,14 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pytest
 import torch
+from again import float64_refinements
 from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from dfrot_lab.disk.artefacts import Store
-from dfrot_lab.model import loading
+from dfrot_lab.model import families, loading
 from dfrot_lab.model.loading import LoadedModel
 from dfrot_lab.recipe.specs import ModelSpec
 
@@ -78,7 +79,7 @@ def tiny_model(
     return LoadedModel(
         model,
         tokenizer,
-        loading.ROLES[FAMILIES[family]],
+        families.roles_of(FAMILIES[family]),
         ModelSpec(source=f"tiny {family}"),
         f"tiny-{family}-{seed}",
         "random",
@@ -115,6 +116,13 @@ def few_threads(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.set_num_threads(before if request.node.get_closest_marker("model") else 1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def in_float64() -> Iterator[None]:
+    """Refinements whose R can be compared with that of a second run."""
+    with float64_refinements():
+        yield
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from again import FLOAT32, apart, assert_near
 from conftest import CHANNELS, CONTEXT, FAMILIES, LAYERS, MASSIVE, save_tiny, tiny_model
 from torch import Tensor
 
@@ -70,11 +71,11 @@ def test_record_sees_what_plain_hooks_see(family, blocks):
     for handle in handles:
         handle.remove()
     for i, site in enumerate(SITES):
-        assert torch.equal(seen[site], expected[site])
+        assert_near(seen[site], expected[site])
         magnitude = before[site].abs()
-        assert torch.equal(residual["abs_max"][i], magnitude.amax(1))
+        assert_near(residual["abs_max"][i], magnitude.amax(1))
         assert torch.equal(residual["channel"][i], magnitude.argmax(1))
-        assert residual["median"][i] == magnitude.median()
+        assert float(residual["median"][i]) == pytest.approx(float(magnitude.median()), rel=FLOAT32)
 
 
 def test_the_residual_is_the_one_transformers_reports():
@@ -87,8 +88,8 @@ def test_the_residual_is_the_one_transformers_reports():
     hidden = loaded.model(ids, output_hidden_states=True).hidden_states
     for layer in range(LAYERS):
         x = hidden[layer][0]
-        assert torch.equal(residual["abs_max"][2 * layer], x.abs().amax(1))
-        assert residual["median"][2 * layer] == x.abs().median()
+        assert_near(residual["abs_max"][2 * layer], x.abs().amax(1))
+        assert float(residual["median"][2 * layer]) == pytest.approx(float(x.abs().median()), rel=FLOAT32)
         torch.testing.assert_close(
             seen[f"layers.{layer}.input_norm"],
             x / (x.square().mean(1, keepdim=True) + 1e-6).sqrt(),
@@ -120,8 +121,8 @@ def test_hooks_change_nothing_and_are_gone_after():
     loaded.model(ids)
     record(loaded, ids, lambda site, x: None)
     watch.remove()
-    assert torch.equal(inside[0], inside[1])
-    assert torch.equal(loaded.model(ids).logits, plain)
+    assert_near(inside[0], inside[1])
+    assert_near(loaded.model(ids).logits, plain)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in loaded.model.modules())
 
 
@@ -166,11 +167,11 @@ def test_capture_stores_what_record_sees(tiny_spec: ModelSpec, text_file: Path, 
     assert found.ids == ids.flatten().tolist()
     assert "".join(found.texts) == text_file.read_text()[:100]
     for site in SITES:
-        assert torch.equal(found.rows(site), seen[site])
-    assert torch.equal(found.all_rows(), torch.cat([seen[site] for site in SITES]))
-    assert torch.equal(found.residual_max, residual["abs_max"])
+        assert_near(found.rows(site), seen[site])
+    assert torch.equal(found.all_rows(), torch.cat([found.rows(site) for site in SITES]))
+    assert_near(found.residual_max, residual["abs_max"])
     assert torch.equal(found.residual_channel, residual["channel"])
-    assert torch.equal(found.residual_median, residual["median"])
+    assert_near(found.residual_median, residual["median"])
     assert found.artefact.manifest["note"]["provenance"].startswith("folder ")
 
 
@@ -181,7 +182,7 @@ def test_a_given_model_is_used_as_the_loaded_one_would_be(
     given = capture(spec, store, loading.load_model(tiny_spec))
     own = capture(spec, Store(tmp_path / "other"))
     assert given.key == own.key
-    assert torch.equal(given.all_rows(), own.all_rows())
+    assert_near(given.all_rows(), own.all_rows())
 
 
 def test_an_unknown_site_is_named(tiny_spec: ModelSpec, text_file: Path, store: Store):
@@ -222,8 +223,9 @@ def test_skip_records_a_later_window(tiny_spec: ModelSpec, text_file: Path, stor
     assert found.ids == ids[0].tolist()
     surgery.prepare(loaded)
     _, seen, residual = recorded(loaded, ids)
-    assert all(torch.equal(found.rows(site), seen[site]) for site in SITES)
-    assert torch.equal(found.residual_max, residual["abs_max"])
+    for site in SITES:
+        assert_near(found.rows(site), seen[site])
+    assert_near(found.residual_max, residual["abs_max"])
 
 
 def test_skip_beyond_the_text_is_refused_and_stores_nothing(
@@ -293,7 +295,7 @@ def test_other_bytes_of_model_or_text_are_another_capture(tmp_path: Path, text_f
     text_file.write_text("another text\n" + text_file.read_text())
     third = capture(spec, store)
     assert len({first.key, second.key, third.key}) == 3
-    assert not torch.equal(first.all_rows(), second.all_rows())
+    assert apart(first.all_rows(), second.all_rows()) > 0.1
     assert second.ids != third.ids
 
 
@@ -353,7 +355,7 @@ import sys
 from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
-from dfrot_lab.model import loading, surgery
+from dfrot_lab.model import families, loading, surgery
 from dfrot_lab.observe.capture import record
 from dfrot_lab.model.loading import LoadedModel
 from dfrot_lab.recipe.specs import ModelSpec
@@ -368,7 +370,7 @@ def peak(work):
 sizes = dict(vocab_size=64, hidden_size=512, intermediate_size=512, num_hidden_layers=8)
 config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=1)
 model = LlamaForCausalLM(config).eval().requires_grad_(False)
-loaded = LoadedModel(model, None, loading.Roles(), ModelSpec(source="x"), "x", "x")
+loaded = LoadedModel(model, None, families.Roles(), ModelSpec(source="x"), "x", "x")
 surgery.prepare(loaded)
 ids = torch.arange(2048)[None] % 64
 

@@ -2,7 +2,7 @@
 which costs must grow.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,11 +15,11 @@ from transformers import GPT2Config, LlamaConfig
 
 from dfrot_lab.maths import rotations
 from dfrot_lab.model import loading, surgery
-from dfrot_lab.recipe.specs import ModelSpec, RotationSpec
-from dfrot_lab.study import cost
-from dfrot_lab.study.cost import GPU_80GB, SHAPES, Machine, Shape, Work, duration
-from dfrot_lab.study.mainjob import main_specs
+from dfrot_lab.recipe.specs import ModelSpec, Recipe, RotationSpec
+from dfrot_lab.study import cost, main, shapes
+from dfrot_lab.study.cost import GPU_80GB, Machine, Work, duration
 from dfrot_lab.study.setting import Setting
+from dfrot_lab.study.shapes import SHAPES, Shape
 from dfrot_lab.weights import gptq
 
 SMALL = Shape(64, 2, 96, 4, 2, 16, 256)
@@ -36,8 +36,15 @@ STAGES = [
 ]
 
 
-def seconds(shape: Shape, machine: Machine = HERE, **sizes: int) -> list[float]:
-    return list(cost.estimate(shape, machine, **sizes)["seconds"])
+def main_job(**fields: int) -> list[Recipe]:
+    """The main job's recipes, each once."""
+    return [row.spec for row in main.rows(Setting(**fields))]
+
+
+def seconds(
+    shape: Shape, machine: Machine = HERE, recipes: Sequence[Recipe] | None = None, **sizes: int
+) -> list[float]:
+    return list(cost.estimate(shape, machine, recipes or main_job(), **sizes)["seconds"])
 
 
 def flops(work: Callable[[], object]) -> int:
@@ -58,7 +65,7 @@ def test_parameters_are_the_published_counts_norms_included(name, count):
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_shape_of_a_model_counts_its_parameters_and_its_memory_once_untied(tied):
     loaded = tiny_model(tied=tied)
-    shape = cost.shape_of(loaded.model.config)
+    shape = shapes.shape_of(loaded.model.config)
     assert shape == replace(SMALL, tied=tied)
     assert shape.parameters == loaded.model.num_parameters()
     surgery.untie(loaded)
@@ -68,7 +75,7 @@ def test_the_shape_of_a_model_counts_its_parameters_and_its_memory_once_untied(t
 def test_a_config_without_head_size_or_key_value_heads_has_the_usual_ones():
     config = LlamaConfig(hidden_size=64, num_attention_heads=4)
     config.head_dim = config.num_key_value_heads = None
-    assert (cost.shape_of(config).head, cost.shape_of(config).kv_heads) == (16, 4)
+    assert (shapes.shape_of(config).head, shapes.shape_of(config).kv_heads) == (16, 4)
 
 
 def test_linears_and_their_inputs_are_the_models_in_order():
@@ -111,14 +118,21 @@ def test_integer_windows_move_the_linears_flops_to_int8_and_nothing_else():
     assert integers.memory >= floats.memory
 
 
-def test_the_main_job_is_counted_from_its_specs():
-    specs = main_specs(Setting(model=ModelSpec()))
-    assert cost.counts(specs) == (12, 10, 4, 11, 12)
-    assert cost.counts(specs[:1]) == (1, 0, 0, 1, 0)
+def test_the_main_job_is_counted_from_its_recipes():
+    """12 models are built, 10 of them rotated, 4 by GPTQ; 11 rows have 16-bit weights, 12 run in integers."""
+    works = {work.stage: work for work in cost.stages(SMALL, main_job(), tokens=32)}
+    assert len(dict.fromkeys(main_job())) == 23
+    assert works["load and rotate"] == cost.load(SMALL, loads=13, rotated=10)  # and one for the capture
+    assert works["GPTQ"] == cost.gptq(SMALL, 32).times(4)
+    assert works["evaluate, 16-bit weights"] == cost.float_window(SMALL, 32).times(11 * 6)
+    assert works["evaluate, integer"] == cost.integer_window(SMALL, 32).times(12 * 6)
+    one = {work.stage: work for work in cost.stages(SMALL, main_job()[:1], tokens=32)}
+    assert one["load and rotate"] == cost.load(SMALL, loads=2, rotated=0)
+    assert one["GPTQ"].seconds(HERE) == one["evaluate, integer"].seconds(HERE) == 0
 
 
 def test_the_table_has_every_stage_and_a_total():
-    table = cost.estimate(SMALL, HERE)
+    table = cost.estimate(SMALL, HERE, main_job())
     assert list(table.columns) == ["stage", "seconds", "memory_gb", "fits"]
     assert list(table["stage"]) == STAGES
     assert table["seconds"].iloc[-1] == pytest.approx(table["seconds"].iloc[:-1].sum())
@@ -138,7 +152,9 @@ def test_a_larger_model_costs_more_at_every_stage(bigger):
 
 def test_more_windows_cost_evaluations_only_and_more_tokens_all_but_loading():
     base = seconds(SMALL)
-    assert [a > b for a, b in zip(seconds(SMALL, windows=7), base, strict=True)] == [False] * 4 + [True] * 3
+    assert [a > b for a, b in zip(seconds(SMALL, recipes=main_job(windows=7)), base, strict=True)] == [
+        False
+    ] * 4 + [True] * 3
     assert [a > b for a, b in zip(seconds(SMALL, tokens=4096), base, strict=True)] == [False] + [True] * 6
 
 
@@ -159,7 +175,7 @@ def test_seconds_are_inverse_to_the_rates():
 
 
 def test_what_fits_into_80_gb():
-    fits = {name: cost.estimate(SHAPES[name], GPU_80GB)["fits"].iloc[-1] for name in SHAPES}
+    fits = {name: cost.estimate(SHAPES[name], GPU_80GB, main_job())["fits"].iloc[-1] for name in SHAPES}
     assert fits == {"smollm2-135m": True, "llama-2-7b": True, "llama-3-70b": False}
 
 
@@ -176,16 +192,16 @@ def test_a_folder_is_read_without_its_weights(tmp_path):
     spec = save_tiny(tmp_path / "tiny")
     for file in Path(spec.source).glob("*.safetensors"):
         file.unlink()
-    assert cost.shape(spec) == SMALL
+    assert shapes.shape(spec) == SMALL
 
 
 def test_a_gguf_file_is_read_too(tmp_path):
     path = tmp_path / "tiny.gguf"
     write_gguf(path, tiny_model())
-    assert cost.shape(ModelSpec(source=str(path))) == SMALL
+    assert shapes.shape(ModelSpec(source=str(path))) == SMALL
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(ValueError, match=r"tiny\.gguf is not a whole GGUF file"):
-        cost.shape(ModelSpec(source=str(path)))
+        shapes.shape(ModelSpec(source=str(path)))
 
 
 def test_what_the_package_refuses_has_no_estimate(tmp_path):
@@ -193,14 +209,14 @@ def test_what_the_package_refuses_has_no_estimate(tmp_path):
         ValueError,
         match=r"got 'llama-7b', which is none of them\. To estimate without a model: smollm2-135m, llama-2-7b, llama-3-70b",
     ):
-        cost.shape(ModelSpec(source="llama-7b"))
+        shapes.shape(ModelSpec(source="llama-7b"))
     GPT2Config(architectures=["GPT2LMHeadModel"]).save_pretrained(tmp_path / "gpt2")
     with pytest.raises(ValueError, match="GPT2LMHeadModel cannot be rotated"):
-        cost.shape(ModelSpec(source=str(tmp_path / "gpt2")))
+        shapes.shape(ModelSpec(source=str(tmp_path / "gpt2")))
 
 
 def test_the_text_names_model_machines_and_how_far_to_trust_it():
-    text = cost.describe("llama-3-70b", SHAPES["llama-3-70b"], [HERE, GPU_80GB])
+    text = cost.describe("llama-3-70b", SHAPES["llama-3-70b"], [HERE, GPU_80GB], main_job())
     for part in (
         "llama-3-70b: 70,553,706,496 parameters",
         "made up",
@@ -214,14 +230,7 @@ def test_the_text_names_model_machines_and_how_far_to_trust_it():
 
 @pytest.mark.parametrize(
     ("value", "words"),
-    [
-        (0.071, "0.071 s"),
-        (4.46, "4.5 s"),
-        (89, "89 s"),
-        (720, "12 min"),
-        (12240, "3.4 h"),
-        (449280, "5.2 days"),
-    ],
+    [(0.071, "1 s"), (4.46, "4.5 s"), (89, "89 s"), (720, "12 min"), (12240, "3.4 h"), (449280, "5.2 days")],
 )
 def test_durations_are_in_words(value, words):
     assert duration(value) == words

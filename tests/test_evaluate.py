@@ -9,13 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from again import FLIPPED, FLOAT32, FLOAT64, NOTICED, apart, assert_near
 from conftest import CONTEXT, FAMILIES, tiny_model
 from scipy import stats
 
+from dfrot_lab.disk import rotation_files
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.maths import rotations
 from dfrot_lab.maths.quantizers import fake_quantize
-from dfrot_lab.model import loading, surgery
+from dfrot_lab.maths.statistics import bootstrap, closed_share
+from dfrot_lab.model import door, hooks, loading, surgery
 from dfrot_lab.observe import massive
 from dfrot_lab.recipe.specs import (
     CaptureSpec,
@@ -28,26 +31,22 @@ from dfrot_lab.recipe.specs import (
     WeightSpec,
     recipe_of,
 )
+from dfrot_lab.score import build as building
 from dfrot_lab.score import perplexity as module
+from dfrot_lab.score.build import Built, build, build_key, keep_out, quantized, rounded
 from dfrot_lab.score.perplexity import (
     EvalResult,
-    bootstrap,
-    build,
-    build_key,
-    canonical,
-    closed_share,
     evaluate,
     evaluate_all,
-    keep_out,
     paired_difference,
-    quantized,
     statistic,
     stored,
     window_loss,
 )
-from dfrot_lab.weights import gptq
+from dfrot_lab.weights.run import OnPart
 
 NR, RO, RH = (RotationSpec(kind=kind) for kind in ("NR", "RO", "RH"))
+RULE = "nr_error_9.5"
 
 
 def save_lively(folder: Path, family: str = "llama", **options: object) -> ModelSpec:
@@ -84,8 +83,13 @@ def at(base: Recipe, bits: str, **fields: object) -> Recipe:
     return spec.with_(**fields)
 
 
+def resolved(spec: Recipe) -> Recipe:
+    """What an evaluation is of: no `auto`, and nothing that has no effect."""
+    return door.resolved(spec).canonical()
+
+
 def result_of(losses: list[float], spec: Recipe | None = None) -> EvalResult:
-    return EvalResult(spec or Recipe(), np.array(losses), 1.0, "made here")
+    return EvalResult(spec or Recipe(), np.array(losses), 1.0, "made here", {})
 
 
 # ---- loss and perplexity
@@ -136,7 +140,7 @@ def test_each_kind_of_bits_changes_the_loss(base, store, bits):
 def test_gptq_weights_are_evaluated_too(base, store):
     rtn = at(base, "4-16-16")
     gptq = rtn.with_(weights=rtn.weights.with_(method="gptq"))
-    assert not np.array_equal(evaluate(gptq, store).losses, evaluate(rtn, store).losses)
+    assert apart(evaluate(gptq, store).losses, evaluate(rtn, store).losses) > NOTICED
     assert sorted(a.manifest["inputs"]["weights"]["method"] for a in store.list() if a.kind == "weights") == [
         "gptq",
         "rtn",
@@ -145,13 +149,13 @@ def test_gptq_weights_are_evaluated_too(base, store):
 
 def test_a_rotation_from_a_file_and_a_refined_one_are_accepted(base, store, tmp_path):
     path = tmp_path / "R1.safetensors"
-    rotations.save(rotations.make(RO, 64), path, RO)
+    rotation_files.save(rotations.make(RO, 64), path, RO)
     spec = at(base, "16-4-16", rotation=RO)
     from_file = evaluate(spec.with_(rotation=RotationSpec(kind="file", path=str(path))), store)
-    np.testing.assert_array_equal(from_file.losses, evaluate(spec, store).losses)
+    assert_near(from_file.losses, evaluate(spec, store).losses, FLIPPED)
     recorded = CaptureSpec(model=base.model, corpus=base.weights.corpus, tokens=64)
     refined = evaluate(spec.with_(rotation=RefineSpec(capture=recorded, init=RO, steps=3)), store)
-    assert not np.array_equal(refined.losses, from_file.losses)
+    assert apart(refined.losses, from_file.losses) > NOTICED
 
 
 def test_another_matrix_in_the_same_file_is_another_evaluation(base, store, tmp_path):
@@ -159,16 +163,16 @@ def test_another_matrix_in_the_same_file_is_another_evaluation(base, store, tmp_
     spec = at(base, "16-4-16", rotation=RotationSpec(kind="file", path=str(path)))
     losses = []
     for seed in (0, 1):
-        rotations.save(rotations.make(RotationSpec(kind="RO", seed=seed), 64), path, None)
+        rotation_files.save(rotations.make(RotationSpec(kind="RO", seed=seed), 64), path, None)
         losses.append(evaluate(spec, store).losses)
-    assert not np.array_equal(*losses)
+    assert apart(*losses) > NOTICED
 
 
 @pytest.mark.parametrize("wrong", ["size", "missing"])
 def test_a_rotation_that_does_not_fit_is_refused(base, store, tmp_path, wrong):
     path = tmp_path / "R1.safetensors"
     if wrong == "size":
-        rotations.save(rotations.make(RO, 32), path, None)
+        rotation_files.save(rotations.make(RO, 32), path, None)
     error, message = {
         "size": (ValueError, r"rotation\.shape must be \(64, 64\); got \(32, 32\)"),
         "missing": (FileNotFoundError, r"R1\.safetensors"),
@@ -189,7 +193,9 @@ def test_ci95_is_the_percentile_bootstrap_of_the_perplexity():
     assert (low, high) == pytest.approx(np.exp(np.quantile(means, [0.025, 0.975])), rel=0.005)
     half_width = stats.t.ppf(0.975, 39) * losses.std(ddof=1) / 40**0.5
     assert (high - low) / 2 == pytest.approx(found.perplexity * half_width, rel=0.1)
-    assert result_of(losses.tolist()).ci95 == (low, high)  # deterministic
+    assert result_of(losses.tolist()).ci95 == pytest.approx((low, high), rel=FLOAT64), (
+        "the draws are always the same"
+    )
 
 
 def test_equal_windows_have_an_interval_of_no_width():
@@ -218,7 +224,8 @@ def test_a_paired_interval_is_narrow_where_windows_move_together():
 
 def test_a_difference_of_a_result_with_itself_is_zero():
     same = result_of([3.0, 3.5, 2.5])
-    assert paired_difference(same, same) == (0, (0, 0))
+    value, interval = paired_difference(same, same)
+    assert (value, *interval) == pytest.approx((0, 0, 0), abs=FLOAT64)
 
 
 @pytest.mark.parametrize(
@@ -227,27 +234,26 @@ def test_a_difference_of_a_result_with_itself_is_zero():
         result_of([3.0, 3.1]),
         result_of([3.0] * 3, Recipe(corpus=CorpusSpec(split="calibration"))),
         result_of([3.0] * 3, Recipe(window=1024)),
+        result_of([3.0] * 3, Recipe(model=ModelSpec(device="cuda"))),
     ],
-    ids=["windows", "corpus", "window"],
+    ids=["windows", "corpus", "window", "device"],
 )
 def test_only_the_same_windows_can_be_paired(other):
-    with pytest.raises(ValueError, match="paired results must share corpus, windows and window"):
+    with pytest.raises(ValueError, match="paired results must share corpus, windows, window and device"):
         paired_difference(result_of([3.0] * 3), other)
 
 
 def test_statistic_of_two_is_the_paired_difference():
     a, b = result_of([3.0, 3.4, 2.9, 3.3]), result_of([2.9, 3.5, 2.7, 3.0])
-    assert statistic(
-        lambda x, y, axis: np.exp(x.mean(axis)) - np.exp(y.mean(axis)), [a, b]
-    ) == paired_difference(a, b)
+    value, interval = statistic(lambda x, y, axis: np.exp(x.mean(axis)) - np.exp(y.mean(axis)), [a, b])
+    difference, its_interval = paired_difference(a, b)
+    assert (value, *interval) == pytest.approx((difference, *its_interval), rel=1e-9)
 
 
 def test_statistic_of_one_is_its_own_interval():
     one = result_of([3.0, 3.4, 2.9, 3.3])
-    assert statistic(lambda loss, axis: np.exp(loss.mean(axis)), [one]) == (
-        pytest.approx(one.perplexity),
-        one.ci95,
-    )
+    value, interval = statistic(lambda loss, axis: np.exp(loss.mean(axis)), [one])
+    assert (value, *interval) == pytest.approx((one.perplexity, *one.ci95), rel=1e-9)
 
 
 def test_statistic_hands_over_the_losses_in_order_and_resamples_them_together():
@@ -266,14 +272,15 @@ def test_statistic_hands_over_the_losses_in_order_and_resamples_them_together():
         result_of([3.0, 3.1]),
         result_of([3.0] * 3, Recipe(corpus=CorpusSpec(split="calibration"))),
         result_of([3.0] * 3, Recipe(window=1024)),
+        result_of([3.0] * 3, Recipe(model=ModelSpec(device="cuda"))),
     ],
-    ids=["windows", "corpus", "window"],
+    ids=["windows", "corpus", "window", "device"],
 )
 def test_a_statistic_refuses_any_result_of_other_windows(place, other):
     found = [result_of([3.0] * 3) for _ in range(4)]
     found[place] = other
     with pytest.raises(
-        ValueError, match=r"paired results must share corpus, windows and window; got .* x 3 and .* x "
+        ValueError, match=r"paired results must share corpus, windows, window and device; got .* and "
     ):
         statistic(closed_share, found)
 
@@ -330,7 +337,7 @@ GROUPS = {"granularity": "per_group"}
             {"weights": WeightSpec(method="rtn")},
             {"weights": WeightSpec(method="rtn", windows=3, damping=0.5, corpus=CorpusSpec())},
         ),
-        ({"activations": QuantSpec(bits=16)}, {"activations": QuantSpec(bits=16), "keep_out": "nr_error"}),
+        ({"activations": QuantSpec(bits=16)}, {"activations": QuantSpec(bits=16), "keep_out": RULE}),
         (
             {"activations": QuantSpec(bits=16)},
             {"activations": QuantSpec(bits=16), "keep_out": "worst", "keep_out_tokens": 4},
@@ -340,8 +347,8 @@ GROUPS = {"granularity": "per_group"}
             {"activations": QuantSpec(bits=16, scheme="asymmetric", clip_ratio=0.9)},
         ),
         (
-            {"kv": QuantSpec(bits=16, **GROUPS)},
-            {"kv": QuantSpec(bits=16, scheme="asymmetric", clip_ratio=0.9, group_size=32, **GROUPS)},
+            {"keys": QuantSpec(bits=16, **GROUPS), "values": QuantSpec(bits=16, **GROUPS)},
+            {"values": QuantSpec(bits=16, scheme="asymmetric", clip_ratio=0.9, group_size=32, **GROUPS)},
         ),
         ({"rotation": NR}, {"rotation": RotationSpec(kind="NR", seed=5)}),
         ({"rotation": NR}, {"rotation": RotationSpec(kind="NR", block=8)}),
@@ -358,7 +365,7 @@ GROUPS = {"granularity": "per_group"}
     ],
 )
 def test_what_has_no_effect_is_not_in_the_key(a, b):
-    assert canonical(Recipe(**a)) == canonical(Recipe(**b))
+    assert Recipe(**a).canonical() == Recipe(**b).canonical()
 
 
 @pytest.mark.parametrize(
@@ -368,22 +375,23 @@ def test_what_has_no_effect_is_not_in_the_key(a, b):
         {"weights": WeightSpec(method="rtn")},
         {"weights": WeightSpec(clip_search=False)},
         {"activations": QuantSpec(bits=4)},
-        {"keep_out": "nr_error"},
+        {"keep_out": RULE},
         {"keep_out": "worst", "keep_out_tokens": 4},
         {"rotation": NR, "set_massive": "zero"},
         {"rotation": RO},
-        {"kv": QuantSpec(bits=4, **GROUPS)},
+        {"keys": QuantSpec(bits=4, **GROUPS)},
+        {"values": QuantSpec(bits=4, **GROUPS)},
         {"windows": 5},
     ],
     ids=str,
 )
 def test_what_has_an_effect_is_in_the_key(change):
-    assert canonical(Recipe(**change)) != canonical(Recipe())
+    assert Recipe(**change).canonical() != Recipe().canonical()
 
 
 def test_canonical_changes_nothing_twice():
-    for spec in (Recipe(), recipe_of("16-16-16", keep_out="nr_error"), recipe_of("4-4-16", weights="rtn")):
-        assert canonical(canonical(spec)) == canonical(spec)
+    for spec in (Recipe(), recipe_of("16-16-16", keep_out=RULE), recipe_of("4-4-16", weights="rtn")):
+        assert spec.canonical().canonical() == spec.canonical()
 
 
 def test_another_calibration_text_at_the_same_path_is_another_evaluation(base, store, tmp_path):
@@ -396,7 +404,7 @@ def test_another_calibration_text_at_the_same_path_is_another_evaluation(base, s
     spec = base.with_(weights=weights)
     before = evaluate(spec, store).losses
     calibration.write_text("0123456789 ABC xyz\n" * 50)
-    assert not np.array_equal(evaluate(spec, store).losses, before)
+    assert apart(evaluate(spec, store).losses, before) > NOTICED
 
 
 # ---- the store
@@ -416,7 +424,7 @@ def test_stored_is_none_then_the_result(base, store):
 def test_a_stored_evaluation_builds_nothing(base, store):
     first = evaluate(base, store)
 
-    def never() -> module.Built:
+    def never() -> Built:
         raise AssertionError("the model was built although the result is stored")
 
     assert evaluate(base, store, never).losses.tolist() == first.losses.tolist()
@@ -447,9 +455,9 @@ def test_a_stopped_evaluation_goes_on_at_its_window(base, store, tmp_path, monke
     resumed = evaluate(spec, store)
     monkeypatch.undo()
     assert (len(scored), len(again)) == (2, 1)
-    np.testing.assert_array_equal(resumed.losses, evaluate(spec, Store(tmp_path / "one go")).losses)
+    assert_near(resumed.losses, evaluate(spec, Store(tmp_path / "one go")).losses, FLIPPED)
     [artefact] = [a for a in store.list() if a.kind == "evaluation"]
-    assert artefact.names == ["losses"]
+    assert sorted(artefact.names) == ["losses", "recipe"]
 
 
 def test_seconds_of_a_stopped_evaluation_count_all_its_windows(base, store, monkeypatch):
@@ -472,25 +480,25 @@ def test_seconds_of_a_stopped_evaluation_count_all_its_windows(base, store, monk
 
 def test_evaluate_all_builds_once_for_neighbours_that_share_a_model(base, store, tmp_path, monkeypatch):
     built: list[str] = []
-    real = module.build
+    real = building.build
 
-    def counted(spec: Recipe, store: Store, *listener: gptq.OnPart) -> module.Built:
+    def counted(spec: Recipe, store: Store, *listener: OnPart) -> Built:
         built.append(f"{spec.rotation.name} {spec.bits}")
         return real(spec, store, *listener)
 
-    monkeypatch.setattr(module, "build", counted)
+    monkeypatch.setattr(building, "build", counted)
     specs = [
         at(base, bits, rotation=rotation)
         for rotation in (RO, RH)
         for bits in ("16-4-16", "16-4-4", "16-16-16")
     ]
-    specs[1] = specs[1].with_(keep_out="nr_error")
+    specs[1] = specs[1].with_(keep_out=RULE)
     seen: list[EvalResult] = []
     found = evaluate_all(specs, store, seen.append)
     assert built == ["RO 16-4-16", "RH 16-4-16"]
-    assert seen == found and [r.spec for r in found] == [canonical(spec) for spec in specs]
+    assert seen == found and [r.spec for r in found] == [resolved(spec) for spec in specs]
     for spec, result in zip(specs, found, strict=True):
-        np.testing.assert_array_equal(evaluate(spec, Store(tmp_path / "alone")).losses, result.losses)
+        assert_near(evaluate(spec, Store(tmp_path / "alone")).losses, result.losses, FLIPPED)
     built.clear()
     evaluate_all(specs, store)
     assert built == []
@@ -504,14 +512,14 @@ def test_build_keys_differ_where_models_do(base, text_file, tmp_path):
     ]
     keys.append(build_key(spec_for(save_lively(tmp_path / "other", seed=1), text_file)))
     assert all(a != b for i, a in enumerate(keys) for b in keys[:i])
-    assert build_key(base) == build_key(at(base, "16-4-4", keep_out="nr_error", windows=2))
+    assert build_key(base) == build_key(at(base, "16-4-4", keep_out=RULE, windows=2))
 
 
 # ---- keep-out
 # ---------------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rule", ["nr_error", "ro_vs_nr"])
+@pytest.mark.parametrize("rule", [RULE, "ro_vs_nr"])
 @pytest.mark.parametrize("rotation", [None, RO, RH], ids=["NR", "RO", "RH"])
 def test_keep_out_judges_the_row_as_it_was_before_the_rotation(rule, rotation):
     x = torch.randn(1, 60, 64, generator=torch.Generator().manual_seed(0))
@@ -519,7 +527,7 @@ def test_keep_out_judges_the_row_as_it_was_before_the_rotation(rule, rotation):
     x[:, ::9, 5] = 8
     R = None if rotation is None else rotations.make(rotation, 64).float()
     turned = x if R is None else x @ R
-    mask = massive.rows_rule(x, rule, root=massive.KEEP_OUT_ROOT)
+    mask = massive.rows_rule(x, rule)
     assert bool(mask[0, ::9].all()) and 0 < int(mask.sum()) < 60
     assert torch.equal(keep_out(Recipe(keep_out=rule), R)(turned), mask)
 
@@ -528,7 +536,7 @@ def test_keep_out_judges_the_row_as_it_was_before_the_rotation(rule, rotation):
 def test_keep_out_brings_the_hidden_states_of_massive_tokens_nearer(base, store, rotation):
     """At the norms alone: what is kept out is exact, and every other row is quantized as without it."""
     spec = at(base, "16-4-16", rotation=rotation)
-    built = build(canonical(spec), store)
+    built = build(resolved(spec), store)
     ids = torch.tensor(built.loaded.tokenizer("one sheep\ntwo goats\nthree hills\n" * 2).input_ids)[None]
     newline = ids[0] == built.loaded.tokenizer("\n").input_ids[0]
     norm = built.loaded.layers[0].get_submodule("input_layernorm")
@@ -536,7 +544,7 @@ def test_keep_out_brings_the_hidden_states_of_massive_tokens_nearer(base, store,
     for name, chosen in {
         "exact": at(base, "16-16-16", rotation=rotation),
         "all": spec,
-        "kept": spec.with_(keep_out="nr_error"),
+        "kept": spec.with_(keep_out=RULE),
     }.items():
         with quantized(built, chosen), torch.inference_mode():
             handle = norm.register_forward_hook(
@@ -544,9 +552,9 @@ def test_keep_out_brings_the_hidden_states_of_massive_tokens_nearer(base, store,
             )
             loading.body(built.loaded)(ids)
             handle.remove()
-    assert torch.equal(seen["kept"][newline], seen["exact"][newline])
-    assert not torch.equal(seen["all"][newline], seen["exact"][newline])
-    assert torch.equal(seen["kept"][~newline], seen["all"][~newline])
+    assert_near(seen["kept"][newline], seen["exact"][newline])
+    assert apart(seen["all"][newline], seen["exact"][newline]) > 0.01
+    assert_near(seen["kept"][~newline], seen["all"][~newline])
 
 
 def measures(x: torch.Tensor, R: torch.Tensor | None, spec: Recipe) -> dict[str, list[float]]:
@@ -618,24 +626,21 @@ def test_keeping_all_tokens_out_leaves_norm_outputs_unquantized(base, store, whi
     """As an evaluation in which only the o and down inputs are quantized; in integer arithmetic the same to
     float rounding.
     """
-    spec = canonical(at(base, bits, rotation=RH))
+    spec = resolved(at(base, bits, rotation=RH))
     built = build(spec, store)
     ids = torch.arange(64) * 3 % 250
 
-    def act(x: torch.Tensor) -> torch.Tensor:
-        return fake_quantize(x, spec.activations)
-
-    with surgery.online(
-        built.loaded, r3=spec.kv.bits < 16, r4=True, linear_input=act, norm_output=lambda x: x, kv=spec.kv
-    ):
+    kinds = ("o_proj_in", "down_proj_in", *(("k", "v") if spec.keys.bits < 16 else ()))
+    sites, act = hooks.sites_of(built.loaded, *kinds), rounded(spec, {}, None)
+    with surgery.online(built.loaded, r3=spec.keys.bits < 16, r4=True, function=act, sites=sites):
         expected = window_loss(built.loaded, ids)
     kept = spec.with_(keep_out=which, keep_out_tokens=64)
     with quantized(built, kept, fake=True):
-        assert window_loss(built.loaded, ids) == expected
+        assert window_loss(built.loaded, ids) == pytest.approx(expected, rel=FLIPPED)
     with quantized(built, kept):
-        assert window_loss(built.loaded, ids) == pytest.approx(expected, rel=1e-5)
+        assert window_loss(built.loaded, ids) == pytest.approx(expected, rel=FLIPPED)
     with quantized(built, spec):
-        assert window_loss(built.loaded, ids) != pytest.approx(expected, rel=1e-5)
+        assert window_loss(built.loaded, ids) != pytest.approx(expected, rel=FLIPPED)
 
 
 @pytest.mark.parametrize("which", ["most_massive", "worst", "random"])
@@ -643,36 +648,37 @@ def test_keeping_more_tokens_out_changes_more_and_one_more_than_all_is_all(base,
     spec = at(base, "16-4-16", rotation=RO)
     losses = [evaluate(spec.with_(keep_out=which, keep_out_tokens=k), store).losses for k in (1, 16, 64, 65)]
     losses.append(evaluate(spec, store).losses)
-    assert not any(np.array_equal(losses[a], losses[b]) for a, b in [(0, 1), (1, 2), (0, 4), (1, 4), (2, 4)])
-    np.testing.assert_array_equal(losses[2], losses[3])
+    assert min(apart(losses[a], losses[b]) for a, b in [(0, 1), (1, 2), (0, 4), (1, 4), (2, 4)]) > NOTICED
+    assert_near(losses[2], losses[3], FLIPPED)
 
 
 def test_the_model_is_as_before_once_the_context_ends(base, store):
-    built = build(canonical(at(base, "16-4-4", keep_out="nr_error")), store)
+    built = build(resolved(at(base, "16-4-4", keep_out=RULE)), store)
     ids = torch.arange(40)
     with surgery.online(built.loaded, r4=True):
         before = window_loss(built.loaded, ids)
-    with quantized(built, at(base, "16-4-4", keep_out="nr_error")):
-        assert window_loss(built.loaded, ids) != before
+    with quantized(built, at(base, "16-4-4", keep_out=RULE)):
+        assert window_loss(built.loaded, ids) != pytest.approx(before, rel=NOTICED)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in built.loaded.model.modules())
     with surgery.online(built.loaded, r4=True):
-        assert window_loss(built.loaded, ids) == before
+        assert window_loss(built.loaded, ids) == pytest.approx(before, rel=FLOAT32)
 
 
 def test_nr_has_no_rotation_at_all(base, store):
     """NR at 16-4-16 is the plain model with fused norms and quantized inputs: no R4 either."""
-    spec = canonical(at(base, "16-4-16", rotation=NR))
+    spec = resolved(at(base, "16-4-16", rotation=NR))
     built = build(spec, store)
     plain = loading.load_model(base.model)
     surgery.prepare(plain)
     assert built.R is None
     ids = torch.arange(40)
 
-    def act(x: torch.Tensor) -> torch.Tensor:
+    def act(_site: str, x: torch.Tensor) -> torch.Tensor:
         return fake_quantize(x, spec.activations)
 
-    with surgery.online(plain, norm_output=act, linear_input=act), quantized(built, spec):
-        assert window_loss(built.loaded, ids) == window_loss(plain, ids)
+    sites = hooks.sites_of(plain, *hooks.LINEAR_INPUTS)
+    with surgery.online(plain, function=act, sites=sites), quantized(built, spec):
+        assert window_loss(built.loaded, ids) == pytest.approx(window_loss(plain, ids), rel=FLIPPED)
 
 
 # ---- bad input
@@ -709,7 +715,13 @@ def test_a_spec_that_cannot_be_scored_is_refused_before_weights_are_quantized(ba
     [
         ({"windows": 0}, r"Recipe\.windows must be a whole number >= 1; got 0"),
         ({"window": 1}, r"Recipe\.window must be a whole number >= 2; got 1"),
-        ({"keep_out": "sun"}, r"Recipe\.keep_out must be one of None, nr_error, ro_vs_nr, .*; got 'sun'"),
+        ({"window": "64"}, r"Recipe\.window must be a whole number >= 2; got '64'"),
+        ({"model": "smollm2-135m"}, r"Recipe\.model must be a ModelSpec; got 'smollm2-135m'"),
+        ({"kv": QuantSpec()}, r"Recipe has no field 'kv'; it has model, .*keys, values, "),
+        (
+            {"keep_out": "sun"},
+            r"Recipe\.keep_out must be one of None, nr_error_8\.5, nr_error_9\.5, ro_vs_nr, .*; got 'sun'",
+        ),
     ],
 )
 def test_specs_that_make_no_sense_are_refused(fields, message):

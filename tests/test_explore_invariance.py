@@ -3,15 +3,22 @@ shown, weights come back.
 """
 
 import itertools
-import threading
 
 import pytest
 import torch
 from conftest import save_tiny, tiny_model
 
-from dfrot_lab.explore.invariance import Invariance, invariance, text_html, verdict_html
-from dfrot_lab.explore.latest import Latest
-from dfrot_lab.explore.surgeries import NEW_TOKENS, STEPS, TOLERANCE, WHY, Bench, Outcome, Steps, faults
+from dfrot_lab.explore.invariance.numbers import (
+    NEW_TOKENS,
+    STEPS,
+    TOLERANCE,
+    WHY,
+    Bench,
+    Outcome,
+    Steps,
+    faults,
+)  # fmt: skip
+from dfrot_lab.explore.invariance.widget import Invariance, invariance, text_html, verdict_html
 from dfrot_lab.model import surgery
 from dfrot_lab.recipe.specs import ModelSpec, RotationSpec
 
@@ -137,7 +144,6 @@ def test_token_text_is_escaped_and_the_sign_needs_no_colour():
 
 
 # ---- the widget
-# -------------------------------------------------------------------------------------------------------------------------
 
 
 def opened(**options) -> Invariance:
@@ -182,7 +188,7 @@ def test_the_figure_is_changed_in_place_and_shows_the_last_trials():
 def test_an_empty_prompt_is_one_clear_sentence_and_the_bench_goes_on():
     view = opened()
     view.controls["prompt"].value = ""
-    view.latest.wait(60)
+    view.job.wait(60)
     assert (
         view.status.state == "error" and "prompt must have at least one token; got none" in view.status.text
     )
@@ -190,9 +196,18 @@ def test_an_empty_prompt_is_one_clear_sentence_and_the_bench_goes_on():
     assert view.wait(60).error == 0 and view.status.state == "ready"
 
 
+def test_a_prompt_beyond_the_models_context_is_refused_before_the_model_reads_it():
+    view = opened()
+    view.controls["prompt"].value = "x" * 100_000
+    view.job.wait(60)
+    context = view.bench.loaded.context
+    assert f"context of {context} tokens; got 100" in view.status.text and view.status.state == "error"
+    assert len(view.outcomes) == 1
+
+
 def test_a_model_that_cannot_be_loaded_is_said(tmp_path, store):
     view = invariance(ModelSpec(source=str(tmp_path / "nowhere")), store=store)
-    view.latest.wait(60)
+    view.job.wait(60)
     assert view.status.state == "error" and "ModelSpec.source must be" in view.status.text
     with pytest.raises(TimeoutError, match="no trial ended"):
         view.wait(1)
@@ -201,51 +216,3 @@ def test_a_model_that_cannot_be_loaded_is_said(tmp_path, store):
 def test_a_spec_is_loaded_in_the_background(tmp_path, store):
     view = invariance(save_tiny(tmp_path / "m"), store=store)
     assert view.wait(60).error == 0
-
-
-# ---- newest wish first
-# ------------------------------------------------------------------------------------------------------------------
-
-
-def held(seen: list[object]) -> tuple[Latest, threading.Event]:
-    """A Latest at work on wish 0, which goes on once the event is set; what is computed, and what errors say,
-    is put into `seen`.
-    """
-    started, go = threading.Event(), threading.Event()
-
-    def compute(wish: int) -> None:
-        started.set()
-        assert go.wait(10)
-        latest.step()
-        seen.append(wish)
-
-    latest = Latest(compute, lambda error: seen.append(str(error)))
-    latest.ask(0)
-    assert started.wait(10)
-    return latest, go
-
-
-def test_only_the_newest_wish_is_computed_after_the_one_that_runs():
-    done: list[object] = []
-    latest, go = held(done)
-    for wish in range(1, 6):
-        latest.ask(wish)
-    go.set()
-    latest.wait(10)
-    assert done == [5] and not latest.busy
-    latest.ask(6)
-    latest.wait(10)
-    assert done == [5, 6]
-
-
-def test_cancel_leaves_what_runs_and_what_waits():
-    seen: list[object] = []
-    latest, go = held(seen)
-    latest.ask(1)
-    latest.cancel()
-    go.set()
-    latest.wait(10)
-    assert seen == ["cancelled"] and not latest.busy
-    latest.ask(2)
-    latest.wait(10)
-    assert seen == ["cancelled", 2]

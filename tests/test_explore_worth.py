@@ -12,8 +12,10 @@ import pytest
 from test_evaluate import save_lively
 
 from dfrot_lab.disk.artefacts import Store
-from dfrot_lab.explore import worth_rows
-from dfrot_lab.explore.worth import Tally, Worth, worth
+from dfrot_lab.explore.worth import numbers
+from dfrot_lab.explore.worth.numbers import Tally
+from dfrot_lab.explore.worth.plots import Bars
+from dfrot_lab.explore.worth.widget import Worth, worth
 from dfrot_lab.maths import tables
 from dfrot_lab.score import perplexity
 from dfrot_lab.study import mainjob
@@ -182,7 +184,7 @@ def test_a_text_that_is_not_there_is_one_sentence(setting, store, monkeypatch):
 
 
 def test_rows_picked_once_at_full_precision_and_models_side_by_side(setting):
-    specs = worth_rows.specs_of(
+    specs = numbers.specs_of(
         setting, ("RO", "DFRot"), ("16-16-16", "4-4-16", "16-4-16"), "rtn", (None, "nr_error")
     )
     names = [mainjob.row_name(spec) for spec in specs]
@@ -193,15 +195,13 @@ def test_rows_picked_once_at_full_precision_and_models_side_by_side(setting):
 
 
 def test_costs_count_gptq_builds_and_the_refinement_once(setting, store):
-    refined = worth_rows.specs_of(
+    refined = numbers.specs_of(
         replace(setting, weights="gptq"), ("DFRot",), ("4-4-16", "4-4-4"), "gptq", (None,)
     )
-    first, second = worth_rows.costs(refined, store)
-    rounded = worth_rows.costs(worth_rows.specs_of(setting, ("DFRot",), ("4-4-16",), "rtn", (None,)), store)[
-        0
-    ]
+    first, second = numbers.costs(refined, store)
+    rounded = numbers.costs(numbers.specs_of(setting, ("DFRot",), ("4-4-16",), "rtn", (None,)), store)[0]
     assert first > rounded > second > 0
-    assert first - second == pytest.approx((8 + 75 + 30 + 15) * worth_rows.pace(refined[0]))
+    assert first - second == pytest.approx((8 + 75 + 30 + 15) * numbers.pace(refined[0]))
 
 
 def test_the_tally_reaches_the_end_and_never_goes_back():
@@ -230,8 +230,8 @@ def far_table() -> pd.DataFrame:
 
 
 def test_a_perplexity_off_the_scale_is_cut_and_written_out():
-    plot = worth_rows.empty_bars()
-    worth_rows.draw_bars(plot, far_table(), "title")
+    plot = Bars()
+    plot.draw(far_table(), "title")
     bars = {trace.name: trace for trace in plot.data if trace.visible}
     top = plot.layout.yaxis.range[1]
     assert top == pytest.approx(1.08 * 45) and bars["NR"].y == (top,) and bars["NR"].error_y.array == (0,)
@@ -239,19 +239,19 @@ def test_a_perplexity_off_the_scale_is_cut_and_written_out():
 
 
 def test_the_papers_numbers_stand_beside_the_same_rows(setting):
-    specs = worth_rows.specs_of(
+    specs = numbers.specs_of(
         replace(setting, weights="gptq"), ("RO", "RH"), ("4-4-16",), "gptq", (None, "nr_error")
     )
-    beside = worth_rows.paper_table(specs, lambda _spec: None).set_index("row")
+    beside = numbers.paper_table(specs, lambda _spec: None).set_index("row")
     assert beside.loc["RO", "LLaMA2-7B"] == "7.71" and beside.loc["RO, kept out", "LLaMA2-7B"] == "6.10"
-    rtn = worth_rows.specs_of(setting, ("RO",), ("4-4-4",), "rtn", (None,))
-    assert len(worth_rows.paper_table(rtn, lambda _spec: None)) == 0, "the paper has no RTN number at 4-4-4"
+    rtn = numbers.specs_of(setting, ("RO",), ("4-4-4",), "rtn", (None,))
+    assert len(numbers.paper_table(rtn, lambda _spec: None)) == 0, "the paper has no RTN number at 4-4-4"
 
 
 def test_markup_in_a_row_is_inert(setting, store):
     table = far_table().assign(row="<img src=x onerror=alert(1)>")
-    assert "<img" not in worth_rows.shown(table) and "&lt;img" in worth_rows.shown(table)
-    assert tables.PERPLEXITY in worth_rows.shown(table)
+    assert "<img" not in numbers.shown(table) and "&lt;img" in numbers.shown(table)
+    assert tables.PERPLEXITY in numbers.shown(table)
 
 
 def test_the_static_figure_draws_the_stored_rows_and_says_when_there_are_none(setting, store):

@@ -59,23 +59,22 @@ def relative(a: Tensor, b: Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
+@pytest.mark.parametrize("fast", [True, False], ids=["int8", "floats"])
+@pytest.mark.parametrize("low", [-128, -8])
 @pytest.mark.parametrize("shape", [(1, 8, 8), (17, 64, 24), (40, 33, 7), (600, 1536, 16)], ids=str)
-def test_the_product_is_exact_at_the_extremes_too(shape):
+def test_the_product_is_exact_at_the_extremes_too(monkeypatch, shape, low, fast):
+    """With torch's int8 product, however slow it is here, and with floats, which hold sums of small codes in
+    float32 and of large ones in float64.
+    """
+    monkeypatch.setattr(integer, "_fast_on_cpu", lambda: fast)
+    if not fast:
+        monkeypatch.setattr(torch, "_int_mm", None)
     m, k, n = shape
-    a, b = codes(m, k), codes(n, k, seed=1)
-    a[0], b[0] = -128, -128
+    a, b = codes(m, k, low=low, high=-low), codes(n, k, low=low, high=-low, seed=1)
+    a[0], b[0] = low, low
     expected = a.long() @ b.long().T
     assert product(a, b).dtype == torch.int32
     assert torch.equal(product(a, b).long(), expected)
-
-
-@pytest.mark.parametrize("low", [-128, -8])
-def test_without_an_int8_product_the_result_is_the_same(monkeypatch, low):
-    a, b = codes(600, 1536, low=low, high=-low), codes(16, 1536, low=low, high=-low, seed=1)
-    with_int8 = product(a, b)
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    monkeypatch.setattr(torch, "_int_mm", None)
-    assert torch.equal(product(a, b), with_int8)
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
@@ -116,6 +115,17 @@ def test_shapes_bias_and_dtype():
         assert relative(y.reshape(6, 24).float(), original(fake_quantize(x, spec).float())) < (
             1e-2 if dtype == torch.bfloat16 else 1e-6
         )
+
+
+def test_float16_holds_what_its_int32_sums_do_not():
+    """8-bit codes of 4096 channels sum to up to 66 million; float16 ends at 65,504."""
+    original = nn.Linear(4096, 16, bias=False).requires_grad_(False)
+    original.weight.fill_(0.01)
+    spec = WeightSpec(method="rtn", quantizer=QuantSpec(bits=8, granularity="per_channel"), clip_search=False)
+    weight = gptq.rtn(original.weight, spec)
+    x = torch.rand(20, 4096).to(torch.float16)
+    found = IntegerLinear(original, weight, _Input(QuantSpec(bits=8)), None, None)(x)
+    assert found.dtype == torch.float16 and relative(found.double(), original(x.float()).double()) < 1e-2
 
 
 def test_a_row_of_zeros_gives_the_bias():

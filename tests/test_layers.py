@@ -18,7 +18,7 @@ PACKAGE = Path(dfrot_lab.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 FLOORS = (
-    "recipe", "maths", "disk", "model", "observe", "rotate", "weights", "score", "study", "export", "show",
+    "recipe", "disk", "maths", "model", "observe", "rotate", "weights", "score", "study", "export", "show",
     "explore", "cli",
 )  # fmt: skip
 """The folders of the package, lowest floor first: imports only go down."""
@@ -228,7 +228,7 @@ def test_files_and_functions_are_short(name: str):
 def test_the_package_is_small():
     size = {name: len(file.read_text().splitlines()) for name, file in MODULES.items()}
     assert sum(size.values()) <= 14_500
-    assert sum(lines for name, lines in size.items() if name.startswith("explore")) <= 5_000
+    assert sum(lines for name, lines in size.items() if name.startswith("explore")) <= 3_850
 
 
 def in_a_fresh_process(code: str) -> object:

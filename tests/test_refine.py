@@ -14,9 +14,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from again import REFINED, assert_same_refinement, sharing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.linalg import orthogonal_procrustes
+from test_evaluate import save_lively
 from torch import Tensor
 
 from dfrot_lab.disk import rotation_files
@@ -318,7 +320,7 @@ def test_guarded_keeps_the_best_r_of_the_papers_steps(gamma, quantizer, seed):
         variant="guarded", gamma=gamma, quantizer=quantizer, steps=40, init=RotationSpec(kind="RH", seed=seed)
     )
     found, paper = refine(x, spec, mask), refine(x, spec.with_(variant="as_paper"), mask)
-    assert found.history.equals(paper.history)
+    pd.testing.assert_frame_equal(found.history, paper.history, rtol=REFINED, atol=REFINED)
     assert (found.history["objective"].diff() > 0).any(), (
         "no step was worse than the one before: the guard had nothing to do"
     )
@@ -437,7 +439,7 @@ def test_without_a_mask_the_rule_finds_the_massive_rows(rule):
     mask = massive.rows_rule(x, rule)
     assert 0 < int(mask.sum()) < len(x)
     spec = RefineSpec(rule=rule, steps=3)
-    assert refine(x, spec).history.equals(refine(x, spec, mask).history)
+    assert_same_refinement(refine(x, spec), refine(x, spec, mask))
 
 
 # ---- bad input, sameness
@@ -480,11 +482,17 @@ def test_no_massive_rows_refine_the_plain_objective():
 
 
 @pytest.mark.parametrize("variant", ["accelerated", "guarded", "as_released"])
-def test_same_spec_same_bytes(variant):
+def test_same_spec_same_r(variant):
     x, mask = planted()
     spec = RefineSpec(variant=variant, quantizer=SYM4, steps=15)
-    first, second = refine(x.float(), spec, mask), refine(x.float(), spec, mask)
-    assert torch.equal(first.R, second.R) and first.history.equals(second.history)
+    torch.manual_seed(5)
+    first = refine(x, spec, mask)
+    torch.manual_seed(6)
+    assert_same_refinement(first, refine(x, spec, mask))
+    assert (
+        rotations.distance(first.R, refine(x, spec.with_(steps=14), mask).R) > 1e3 * REFINED
+        or variant == "guarded"
+    )
 
 
 # ---- stopped and resumed
@@ -506,13 +514,20 @@ def test_a_stopped_run_goes_on_from_its_checkpoint_to_the_same_r(variant, rows_o
     with pytest.raises(KeyboardInterrupt):
         refine(x, spec, mask, checkpoint=stop_at_second)
     assert len(kept[-1].history) == rows_of_history
-    whole, resumed = refine(x, spec, mask), refine(x, spec, mask, state=kept[-1])
-    assert torch.equal(whole.R, resumed.R) and whole.history.equals(resumed.history)
+    assert_same_refinement(refine(x, spec, mask, state=kept[-1]), refine(x, spec, mask))
 
 
 def spec_of(model: ModelSpec, text: Path, **fields: object) -> RefineSpec:
     recorded = CaptureSpec(model=model, corpus=CorpusSpec(name=str(text), split="calibration"), tokens=64)
     return RefineSpec(capture=recorded, **fields)
+
+
+@pytest.fixture
+def lively(tmp_path: Path, in_float64: None) -> ModelSpec:
+    """A model whose rows fix R, refined on in float64: of a tiny model's rows, most of which are alike, any
+    rounding makes another R.
+    """
+    return save_lively(tmp_path / "lively")
 
 
 def identity(spec: RefineSpec) -> dict[str, object]:
@@ -526,15 +541,18 @@ def assert_same(a: RefineResult, b: RefineResult) -> None:
 
 
 def test_refined_computes_once_and_returns_the_refinement_of_its_capture(
-    tiny_spec: ModelSpec, text_file: Path, store: Store
+    lively: ModelSpec, text_file: Path, store: Store
 ):
-    spec = spec_of(tiny_spec, text_file, steps=5)
+    spec = spec_of(lively, text_file, steps=5)
     first = refined(spec, store)
     recorded = capture(spec.capture, store)
-    assert_same(first, refine(recorded.all_rows(), spec, massive.find(recorded, spec.rule).flatten()))
+    assert_same_refinement(
+        first, refine(recorded.all_rows().double(), spec, massive.find(recorded, spec.rule).flatten())
+    )
     [artefact] = [a for a in store.list() if a.kind == "refine"]
     written = (artefact.path / "manifest.json").stat().st_mtime_ns
-    assert_same(first, refined(spec, store))
+    again = refined(spec, store)
+    assert torch.equal(again.R, first.R) and again.history.equals(first.history)
     assert (artefact.path / "manifest.json").stat().st_mtime_ns == written
     assert artefact.names == ["R1", "history"]  # the checkpoint is gone
     assert list(first.history.columns) == HISTORY
@@ -561,10 +579,8 @@ def test_refining_says_what_is_odd_about_its_rule(tiny_spec, text_file, store, c
 
 
 @pytest.mark.parametrize("variant", ["accelerated", "guarded", "as_released"])
-def test_refined_goes_on_after_an_interrupt(
-    tiny_spec, text_file, store, tmp_path, monkeypatch, caplog, variant
-):
-    spec = spec_of(tiny_spec, text_file, steps=45, variant=variant, quantizer=SYM4)
+def test_refined_goes_on_after_an_interrupt(lively, text_file, store, tmp_path, monkeypatch, caplog, variant):
+    spec = spec_of(lively, text_file, steps=45, variant=variant, quantizer=SYM4)
     save, saved = module._save_state, []
 
     def save_and_stop(writer, state):
@@ -584,7 +600,7 @@ def test_refined_goes_on_after_an_interrupt(
         assert "going on with refinement at step 19 of 45" in caplog.text
     if variant == "accelerated":
         assert "going on with refinement at step 20 of 45" in caplog.text
-    assert_same(resumed, refined(spec, Store(tmp_path / "one go")))
+    assert_same_refinement(resumed, refined(spec, sharing(store, tmp_path / "one go", "capture")))
 
 
 KILLED = """
@@ -594,7 +610,8 @@ from dfrot_lab.rotate import dfrot
 from dfrot_lab.recipe.specs import CaptureSpec, CorpusSpec, ModelSpec, RefineSpec
 from dfrot_lab.disk.artefacts import Store
 root, model, text = sys.argv[1:]
-save = dfrot._save_state
+save, sample = dfrot._save_state, dfrot.sample_rows
+dfrot.sample_rows = lambda *arguments: (sample(*arguments)[0].double(), sample(*arguments)[1])
 def save_and_die(writer, state):
     save(writer, state)
     os.kill(os.getpid(), signal.SIGKILL)
@@ -606,14 +623,14 @@ dfrot.refined(RefineSpec(capture=recorded, steps=25, variant="guarded"), Store(P
 
 
 @pytest.mark.skipif(os.name != "posix", reason="kills as POSIX has them")
-def test_refined_goes_on_after_kill_9(tiny_spec, text_file, store, tmp_path, caplog):
-    command = [sys.executable, "-c", KILLED, str(store.root), tiny_spec.source, str(text_file)]
+def test_refined_goes_on_after_kill_9(lively, text_file, store, tmp_path, caplog):
+    command = [sys.executable, "-c", KILLED, str(store.root), lively.source, str(text_file)]
     assert subprocess.run(command, capture_output=True, check=False).returncode == -signal.SIGKILL
-    spec = spec_of(tiny_spec, text_file, steps=25, variant="guarded")
+    spec = spec_of(lively, text_file, steps=25, variant="guarded")
     with caplog.at_level(logging.INFO):
         resumed = refined(spec, store)
     assert "going on with refinement at step 9 of 25" in caplog.text
-    assert_same(resumed, refined(spec, Store(tmp_path / "one go")))
+    assert_same_refinement(resumed, refined(spec, sharing(store, tmp_path / "one go", "capture")))
 
 
 # ---- a sample of the rows
@@ -647,15 +664,15 @@ def test_without_a_number_all_rows_are_taken():
     assert rows is x and chosen is mask
 
 
-def test_refined_on_a_sample_is_the_refinement_of_that_sample(tiny_spec, text_file, store):
-    spec = spec_of(tiny_spec, text_file, steps=5, rows=40)
+def test_refined_on_a_sample_is_the_refinement_of_that_sample(lively, text_file, store):
+    spec = spec_of(lively, text_file, steps=5, rows=100)
     recorded = capture(spec.capture, store)
     rows, mask = module.sample_rows(recorded.all_rows(), massive.find(recorded, spec.rule).flatten(), spec)
     found = refined(spec, store)
-    assert_same(found, refine(rows, spec, mask))
-    assert not torch.equal(found.R, refined(spec.with_(rows=None), store).R)
+    assert_same_refinement(found, refine(rows, spec, mask))
+    assert rotations.distance(found.R, refined(spec.with_(rows=None), store).R) > 0.01
     all_of_them = refined(spec.with_(rows=4 * 64), store)
-    assert_same(all_of_them, refined(spec.with_(rows=None), store))
+    assert_same_refinement(all_of_them, refined(spec.with_(rows=None), store))
 
 
 def test_more_rows_than_the_capture_has_are_refused(tiny_spec, text_file, store):

@@ -9,11 +9,27 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from dfrot_lab.score.results import COLUMNS, append, comparison, difference_row, load, markdown, row
 
-from dfrot_lab.recipe.specs import Recipe, RefineSpec, RotationSpec, recipe_of
+from dfrot_lab.disk import row_files
+from dfrot_lab.disk.row_files import append, load
+from dfrot_lab.maths.tables import COLUMNS, by_seed, comparison, markdown
+from dfrot_lab.recipe.base import Spec
+from dfrot_lab.recipe.keys import FORMULAS
+from dfrot_lab.recipe.specs import (
+    CaptureSpec,
+    CorpusSpec,
+    ModelSpec,
+    QuantSpec,
+    Recipe,
+    RefineSpec,
+    RotationSpec,
+    WeightSpec,
+    kv_quantizer,
+    recipe_of,
+)
 from dfrot_lab.score import rows as score_rows
 from dfrot_lab.score.perplexity import EvalResult
+from dfrot_lab.score.rows import difference_row, row
 
 COMMIT = score_rows.commit()
 
@@ -25,7 +41,8 @@ def result(
     **fields: object,
 ) -> EvalResult:
     spec: Recipe = recipe_of(bits, **fields)
-    return EvalResult(spec, np.array(losses), seconds, "made here")
+    versions = {"dfrot_lab": "0.2", "torch": "2.13", "transformers": "5.23", "numpy": "2.4"}
+    return EvalResult(spec, np.array(losses), seconds, "made here", versions, "LlamaForCausalLM")
 
 
 # ---- rows
@@ -33,21 +50,110 @@ def result(
 
 
 def test_a_row_has_the_columns_in_order_and_their_values():
-    made = result(rotation=RotationSpec(kind="RO", seed=7), keep_out="nr_error")
+    made = result(rotation=RotationSpec(kind="RO", seed=7), keep_out="nr_error_9.5")
     found = row(made)
     assert tuple(found) == COLUMNS
     assert found["value"] == pytest.approx(math.exp(3.1))
-    assert found["ci95"] == list(made.ci95) and found["ci95"][0] < found["value"] < found["ci95"][1]
+    assert (
+        found["ci95"] == pytest.approx(made.ci95, rel=1e-9)
+        and found["ci95"][0] < found["value"] < found["ci95"][1]
+    )
     expected = {
-        "model": "smollm2-135m", "corpus": "auto", "rotation": "RO", "gamma": None, "rule": "nr_error", "weights": "gptq", "w_bits": 4, "a_bits": 4,
-        "kv_bits": 16, "keep_out": True, "metric": "perplexity", "windows": 3, "seconds": 12.35, "seed": 7, "spec": made.spec.key, "commit": COMMIT,
+        "model": "smollm2-135m", "family": "LlamaForCausalLM", "corpus": "auto", "method": "random", "rotation": "RO",
+        "gamma": None, "rule": None, "parameters": "", "seed": 7, "weights": "gptq", "weight_quantizer": "sym4-channel",
+        "calibration": "auto (calibration), 16 x 2048", "activations": "asym4", "keys": "none", "values": "none",
+        "w_bits": 4, "a_bits": 4, "kv_bits": 16, "bits": "4-4-16", "keep_out": True, "keep_out_rule": "nr_error_9.5",
+        "keep_out_tokens": None, "set_massive": None, "windows": 6, "window": 2048, "device": "auto",
+        "metric": "perplexity", "seconds": 12.35, "recipe": made.spec.key, "formulas": FORMULAS, "commit": COMMIT,
     }  # fmt: skip
-    assert {name: found[name] for name in expected} == pytest.approx(expected, abs=0.01)
+    assert {name: found[name] for name in expected} == expected
+    assert found["versions"] == {"dfrot_lab": "0.2", "torch": "2.13", "transformers": "5.23"}
+    assert {*expected, "value", "ci95", "versions"} == set(COLUMNS)
+
+
+OTHERS: dict[str, dict[str, object]] = {
+    "model": {"model": ModelSpec(source="other")},
+    "corpus": {"corpus": CorpusSpec(name="wikitext2")},
+    "method": {"rotation": RefineSpec()},
+    "rotation": {"rotation": RotationSpec(kind="RO")},
+    "gamma": {"rotation": RefineSpec(gamma=5)},
+    "rule": {"rotation": RefineSpec(rule="sun")},
+    "parameters": {"rotation": RefineSpec(steps=7)},
+    "seed": {"rotation": RotationSpec(seed=3)},
+    "weights": {"weights": WeightSpec(method="rtn")},
+    "weight_quantizer": {"weights": WeightSpec(quantizer=QuantSpec(bits=3, granularity="per_channel"))},
+    "calibration": {"weights": WeightSpec(windows=4)},
+    "activations": {"activations": QuantSpec(clip_ratio=0.9)},
+    "keys": {"keys": kv_quantizer(2)},
+    "values": {"values": kv_quantizer(3).with_(group_size=32)},
+    "w_bits": {"weights": WeightSpec(quantizer=QuantSpec(bits=3, granularity="per_channel"))},
+    "a_bits": {"activations": QuantSpec(bits=5)},
+    "kv_bits": {"keys": kv_quantizer(4), "values": kv_quantizer(4)},
+    "bits": {"values": kv_quantizer(2)},
+    "keep_out": {"keep_out": "ro_vs_nr"},
+    "keep_out_rule": {"keep_out": "nr_error_8.5"},
+    "keep_out_tokens": {"keep_out": "worst", "keep_out_tokens": 4},
+    "set_massive": {"rotation": RotationSpec(kind="NR"), "set_massive": "zero"},
+    "windows": {"windows": 2},
+    "window": {"window": 64},
+    "device": {"model": ModelSpec(device="cuda")},
+}
+"""A recipe unlike the default one in each column that a recipe decides on."""
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_makes_a_recipe_another_shows_in_its_column(name):
+    plain, other = (row(EvalResult(r, np.ones(2), 1.0, "", {})) for r in (Recipe(), Recipe(**OTHERS[name])))
+    assert plain[name] != other[name] and plain["recipe"] != other["recipe"]
+
+
+def test_every_column_that_a_recipe_decides_on_is_tested():
+    """So a column that is added must be said here, and one that is lost is missed."""
+    assert set(OTHERS) == set(score_rows.columns(Recipe()))
+    told = {"family", "metric", "value", "ci95", "seconds", "recipe", "versions", "formulas", "commit"}
+    assert set(OTHERS) | told == set(COLUMNS) and len(COLUMNS) == len(set(COLUMNS))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"weights": WeightSpec(clip_search=False)},
+        {"weights": WeightSpec(damping=0.1)},
+        {"weights": WeightSpec(window=64)},
+        {"weights": WeightSpec(corpus=CorpusSpec(split="train"))},
+        {"model": ModelSpec(dtype="bfloat16")},
+        {"model": ModelSpec(revision="main")},
+        {"corpus": CorpusSpec(split="valid")},
+        {"keys": kv_quantizer(4).with_(scheme="symmetric"), "values": kv_quantizer(4)},
+        {"activations": QuantSpec(scheme="free")},
+        {"rotation": RotationSpec(block=64)},
+        {"rotation": RefineSpec(quantizer=QuantSpec(clip_ratio=0.9))},
+        {"rotation": RefineSpec(capture=CaptureSpec(skip=1))},
+        {"rotation": RefineSpec(capture=CaptureSpec(corpus=CorpusSpec(name="wikitext2")))},
+        {"rotation": RefineSpec(capture=CaptureSpec(corpus=CorpusSpec(split="train")))},
+        {"rotation": RefineSpec(rows=99)},
+        {"rotation": RotationSpec(kind="file", path="a/R1.safetensors")},
+        {"rotation": RefineSpec(init=RotationSpec(kind="RO"))},
+        {"rotation": RefineSpec(init=RotationSpec(block=8))},
+        {"rotation": RefineSpec(variant="as_paper")},
+    ],
+    ids=str,
+)
+def test_two_recipes_that_differ_never_look_alike_in_a_row(change):
+    """Every field of a recipe and of all specs in it shows in some column but for the key."""
+    base: dict[str, object] = {}
+    if isinstance(change.get("rotation"), RefineSpec):
+        base = {"rotation": RefineSpec()}
+    if getattr(change.get("rotation"), "kind", None) == "file":
+        base = {"rotation": RotationSpec(kind="file", path="b/R1.safetensors")}
+    plain, other = (score_rows.columns(Recipe(**fields)) for fields in (base, change))
+    assert plain != other
 
 
 def test_a_refined_rotation_has_gamma_rule_and_the_seed_of_its_start():
     found = row(result(rotation=RefineSpec(gamma=50, rule="ro_vs_nr", init=RotationSpec(kind="RH", seed=3))))
-    assert [found[name] for name in ("rotation", "gamma", "rule", "seed", "keep_out")] == [
+    assert [found[name] for name in ("method", "rotation", "gamma", "rule", "seed", "keep_out")] == [
+        "dfrot",
         "DFRot",
         50,
         "ro_vs_nr",
@@ -156,7 +262,7 @@ def table(tmp_path: Path) -> pd.DataFrame:
     made = [
         result("16-16-16", (3.0, 3.1), rotation=RotationSpec(kind="NR")),
         *(result(bits, (3.5, 3.6), rotation=RotationSpec(kind="RO")) for bits in ("16-4-16", "4-4-16")),
-        result("16-4-16", (3.4, 3.5), rotation=RotationSpec(kind="RO"), keep_out="nr_error"),
+        result("16-4-16", (3.4, 3.5), rotation=RotationSpec(kind="RO"), keep_out="nr_error_9.5"),
         *(result(bits, (3.3,), rotation=RefineSpec(gamma=100)) for bits in ("16-4-16", "4-4-16")),
     ]
     append(tmp_path / "rows.jsonl", [*map(row, made), difference_row(made[1], made[0], "NR")])
@@ -193,3 +299,92 @@ def test_markdown_is_a_table_that_github_reads(table: pd.DataFrame):
 def test_rows_are_plain_json(tmp_path: Path):
     append(tmp_path / "rows.jsonl", [row(result())])
     assert json.loads((tmp_path / "rows.jsonl").read_text())["seconds"] == pytest.approx(12.35, abs=0.01)
+
+
+# ---- rows that a table would merge
+# -------------------------------------------------------------------------------------------------------
+
+
+RO = RotationSpec(kind="RO")
+TWO = {
+    "weights": ({"weights": "gptq"}, {"weights": "rtn"}),
+    "device": ({"model": ModelSpec(device="cpu")}, {"model": ModelSpec(device="cuda")}),
+    "rule": ({"rotation": RefineSpec(rule="sun")}, {"rotation": RefineSpec(rule="ratio_8")}),
+    "keep_out_rule": ({"keep_out": "nr_error_8.5"}, {"keep_out": "nr_error_9.5"}),
+    "parameters": ({"rotation": RefineSpec(steps=7)}, {"rotation": RefineSpec()}),
+    "windows": ({"windows": 2}, {}),
+    "corpus": ({"corpus": CorpusSpec(name="wikitext2")}, {}),
+}
+"""Two recipes with one label and the same bits, by the first column that tells them apart."""
+
+
+@pytest.mark.parametrize("name", TWO)
+@pytest.mark.parametrize("metric", ["perplexity", "perplexity - RH"])
+def test_a_comparison_refuses_rows_that_it_would_merge(name, metric):
+    first, second = (result(**fields) for fields in TWO[name])
+    lines = [row(first), row(second)]
+    if metric != "perplexity":
+        lines = [difference_row(each, each, "RH") for each in (first, second)]
+    with pytest.raises(
+        ValueError, match=rf"rows of row .*, bits 4-4-16 differ in column '{name}' \(.+, .+\)"
+    ):
+        comparison(pd.DataFrame(lines), metric)
+    assert comparison(pd.DataFrame([lines[0]]), metric).shape == (1, 1)
+
+
+def test_a_comparison_refuses_two_quantizers_of_the_same_bits():
+    """A head, and 32 channels of it: a name that did not say so would make them one row."""
+    heads = [kv_quantizer(4).with_(group_size=size) for size in (None, 32)]
+    rows = [row(result("4-4-4", keys=quantizer, values=quantizer)) for quantizer in heads]
+    with pytest.raises(ValueError, match="differ in column 'keys' \\(asym4-head, asym4-g32\\)"):
+        comparison(pd.DataFrame(rows))
+
+
+def test_a_comparison_refuses_rows_that_differ_in_an_experiment_s_own_column():
+    lines = [{"clip": clip, **row(result())} for clip in (0.9, 1.0)]
+    with pytest.raises(ValueError, match=r"differ in column 'clip' \(0.9, 1.0\)"):
+        comparison(pd.DataFrame(lines))
+
+
+def test_missing_is_missing_however_a_table_holds_it(tmp_path: Path):
+    """A row from a file has NaN where a new one has None: they are not two."""
+    append(tmp_path / "rows.jsonl", [row(result())])
+    both = pd.concat(
+        [load(tmp_path / "rows.jsonl").astype(object), pd.DataFrame([row(result())], dtype=object)]
+    )
+    assert comparison(both).shape == (1, 1)
+
+
+def test_by_seed_has_a_row_for_each_bits_and_refuses_rows_that_it_would_merge():
+    seeds = [2, 10, 1]
+    lines = [
+        difference_row(result(bits, rotation=RO.with_(seed=seed)), result(bits), "RH")
+        for bits in ("16-4-16", "4-4-16")
+        for seed in seeds[: 3 if bits == "16-4-16" else 1]
+    ]
+    found = by_seed(pd.DataFrame(lines))
+    assert found.index.tolist() == ["16-4-16"] and found.columns.tolist() == ["seed 2", "seed 10", "seed 1"]
+    lines.append(difference_row(result("4-4-16", rotation=RO.with_(seed=2), weights="rtn"), result(), "RH"))
+    with pytest.raises(
+        ValueError, match=r"rows of bits 4-4-16, seed seed 2 differ in column 'weights' \(gptq, rtn\)"
+    ):
+        by_seed(pd.DataFrame(lines))
+
+
+# ---- recipes beside rows
+# ----------------------------------------------------------------------------------------------------------------
+
+
+def test_the_yaml_beside_rows_gives_back_each_recipe(tmp_path: Path):
+    import yaml
+
+    made = [result("16-4-16", rotation=RO), result(rotation=RefineSpec(gamma=math.inf, steps=3))]
+    table = pd.DataFrame([row(each) for each in made])
+    written = row_files.save(tmp_path / "rows.jsonl", table, score_rows.recipes(made))
+    assert [path.name for path in written] == ["rows.jsonl", "rows.md", "rows.recipes.yaml"]
+    assert load(tmp_path / "rows.jsonl")["recipe"].tolist() == [each.spec.key for each in made]
+    said = yaml.safe_load((tmp_path / "rows.recipes.yaml").read_text())
+    assert list(said) == [each.spec.key for each in made]
+    for key, plain in said.items():
+        again: Spec = Recipe.of(plain)
+        assert again.key == key and again in [each.spec for each in made]

@@ -580,7 +580,7 @@ def assert_refused(out: str, code: str, folder: Path) -> None:
         assert raised == code
         assert f"to {folder}" in message
         assert "bytes wanted" in message
-        assert "free some space or set DFROT_LAB_CACHE" in message
+        assert "free some space or write elsewhere (DFROT_LAB_CACHE" in message
 
 
 @posix

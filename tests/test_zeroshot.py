@@ -11,14 +11,15 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from test_evaluate import save_lively
+from again import assert_near
+from test_evaluate import resolved, save_lively
 from transformers import AutoTokenizer
 
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.model import loading
 from dfrot_lab.model.loading import LoadedModel
 from dfrot_lab.recipe.specs import CorpusSpec, ModelSpec, Recipe, RotationSpec, recipe_of
-from dfrot_lab.score import perplexity, zeroshot
+from dfrot_lab.score import build, zeroshot
 from dfrot_lab.score.zeroshot import AVERAGE, METRICS, TASKS, local_file, table
 
 ITEMS: dict[str, list[dict[str, Any]]] = {
@@ -341,7 +342,7 @@ def test_a_quantized_row_is_scored_as_it_is_evaluated(tmp_path, store, folder, t
     """The model that is scored gives the logits of the built and quantized one, and is itself again after."""
     monkeypatch.setattr(zeroshot, "TASKS", {"arc_easy": TASKS["arc_easy"]})
     model = saved_model(tmp_path / "model")
-    spec = row_of(model, text_file, "4-4-4", "RH").with_(keep_out="nr_error")
+    spec = row_of(model, text_file, "4-4-4", "RH").with_(keep_out="nr_error_9.5")
     ids = torch.arange(1, 60)[None]
     seen: list[LoadedModel] = []
     logits: list[torch.Tensor] = []
@@ -354,11 +355,10 @@ def test_a_quantized_row_is_scored_as_it_is_evaluated(tmp_path, store, folder, t
 
     monkeypatch.setattr(zeroshot, "_score", look)
     table("RH", spec, model, 2, store)
-    canonical = perplexity.canonical(spec)
-    built = perplexity.build(canonical, Store(tmp_path / "alone"))
-    with perplexity.quantized(built, canonical), torch.inference_mode():
+    built = build.build(spec, Store(tmp_path / "alone"))
+    with build.quantized(built, resolved(spec)), torch.inference_mode():
         expected = built.loaded.model(ids).logits
-    assert torch.equal(logits[0], expected)
+    assert_near(logits[0], expected, 0.05)  # through 4 bits, where rounding may flip a code
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in seen[0].model.modules())
 
 

@@ -1,6 +1,5 @@
 """The options that commands share, and what all commands do: set up logging, list choices, say errors in a
-line.
-"""
+line."""
 
 import logging
 import sys
@@ -13,7 +12,7 @@ import typer
 
 from dfrot_lab.cli.malloc import keep_freed_memory
 from dfrot_lab.recipe import registry
-from dfrot_lab.recipe.specs import DTYPES, MASSIVE_RULES, CaptureSpec, CorpusSpec, ModelSpec
+from dfrot_lab.recipe.specs import DTYPES, MASSIVE_RULES, SCHEMES, CaptureSpec, CorpusSpec, ModelSpec
 
 log = logging.getLogger("dfrot_lab")
 
@@ -29,6 +28,15 @@ Tokens = Annotated[int, typer.Option(help="Tokens to record: up to 2048, or a mu
 Gamma = Annotated[float, typer.Option(help="Weight of massive rows; inf fits them alone.")]
 Windows = Annotated[int, typer.Option(help="Evaluation windows of 2048 tokens.")]
 Rule = Annotated[str, typer.Option(help=f"What makes a row massive: {', '.join(MASSIVE_RULES)}.")]
+Rotation = Annotated[
+    str, typer.Option(help="A row of the rotations listed by --help, or a safetensors file with R1.")
+]
+Bits = Annotated[str, typer.Option(help="Weights-activations-KV, such as 4-4-16.")]
+Weights = Annotated[str, typer.Option(help="A weight quantizer listed by --help.")]
+RecipeFile = Annotated[
+    Path | None, typer.Option(help="A recipe's YAML, in place of all options but --out, --json.")
+]
+Scheme = Annotated[str, typer.Option(help=f"The quantizer's range: {', '.join(SCHEMES)}.")]
 DryRun = Annotated[
     bool,
     typer.Option(
@@ -94,3 +102,13 @@ def rotation_spec(name: str, seed: int, capture: CaptureSpec, **fields: Any) -> 
         raise ValueError(f"--rotation must be {names}, or an existing safetensors file; got {name!r}")
     spec = registry.spec_of(name, seed=seed, capture=capture)
     return spec.with_(**{key: value for key, value in fields.items() if key in type(spec).model_fields})
+
+
+app = typer.Typer(
+    cls=Group,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+"""The application; the files of this room add their commands to it."""

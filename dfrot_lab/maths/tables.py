@@ -14,8 +14,7 @@ COLUMNS = (
 """Columns of every results row, in order. `weight_quantizer`, `activations`, `keys` and `values` name
 quantizers, and a name says all that makes one different; `parameters` are what a method has beside its own
 columns; `ci95` is [low, high]; `recipe` is the key of the recipe, whose YAML is kept beside the rows;
-`formulas` and `commit` are the code's.
-"""
+`formulas` and `commit` are the code's."""
 
 WHOLE = ("seed", "w_bits", "a_bits", "kv_bits", "keep_out_tokens")
 """Columns of whole numbers, or of nothing."""
@@ -66,7 +65,7 @@ def records(table: pd.DataFrame, metric: str = PERPLEXITY) -> list[dict[str, Any
 def require_distinct(rows: list[dict[str, Any]], place: Mapping[str, Any]) -> None:
     """Refuse rows that a table would put in one place though they differ: a ValueError names the column."""
     for name in rows[0]:
-        seen = list(dict.fromkeys(str(row[name]) for row in rows))
+        seen = list(dict.fromkeys(_said(row[name]) for row in rows))
         if len(seen) > 1 and name not in FREE:
             where = ", ".join(f"{key} {value}" for key, value in place.items())
             raise ValueError(
@@ -74,30 +73,40 @@ def require_distinct(rows: list[dict[str, Any]], place: Mapping[str, Any]) -> No
             )
 
 
+def _said(value: Any) -> str:
+    """A value in words; what is missing is None, however a table holds it."""
+    return str(None if pd.api.types.is_scalar(value) and pd.isna(value) else value) or "nothing"
+
+
+def _wide(rows: list[dict[str, Any]], down: Mapping[str, Any], across: Mapping[str, Any]) -> pd.DataFrame:
+    """Cells of rows in their order, by the name and the function of each axis; ValueError where rows of one
+    place differ."""
+    axes, places = {**down, **across}, dict[tuple[str, ...], list[dict[str, Any]]]()
+    for row in rows:
+        places.setdefault(tuple(str(value(row)) for value in axes.values()), []).append(row)
+    for place, same in places.items():
+        require_distinct(same, dict(zip(axes, place, strict=True)))
+    lines = [(*place, cell(same[-1])) for place, same in places.items()]
+    wide = pd.DataFrame(lines, columns=[*axes, "cell"]).pivot(
+        index=list(down), columns=list(across), values="cell"
+    )
+    index, columns = (list(dict.fromkeys(place[n] for place in places)) for n in (0, 1))
+    return wide.reindex(index=index, columns=columns)
+
+
 def comparison(table: pd.DataFrame, metric: str = PERPLEXITY) -> pd.DataFrame:
     """One metric as the paper prints it: a row a rotation, a column for each setting of the bits, cells
     `value [low, high]`; first seed only. ValueError where two rows of one place differ in any other column.
     """
-    places: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for row in records(first_seed(table), metric):
-        places.setdefault((label(row), str(row["bits"])), []).append(row)
-    for (name, bits), rows in places.items():
-        require_distinct(rows, {"row": name, "bits": bits})
-    cells = pd.Series({place: cell(rows[-1]) for place, rows in places.items()}, dtype=object)
-    if cells.empty:
-        return pd.DataFrame()
-    names = list(dict.fromkeys(name for name, _ in places))
-    wide = cells.unstack()
-    return wide.reindex(index=names, columns=list(dict.fromkeys(bits for _, bits in places))).fillna("")
+    rows = records(first_seed(table), metric)
+    return _wide(rows, {"row": label}, {"bits": bits}).fillna("")
 
 
 def by_seed(table: pd.DataFrame, metric: str = f"{PERPLEXITY} - RH", rotation: str = "RO") -> pd.DataFrame:
     """One rotation's rows of a metric at the bits that were run with several seeds: a row for each bits, a
-    column a seed.
-    """
+    column a seed. ValueError where two rows of one place differ."""
     rows = [r for r in records(table, metric) if r["rotation"] == rotation and not r["keep_out"]]
-    cells = pd.Series({(r["bits"], f"seed {r['seed']}"): cell(r) for r in rows}, dtype=object)
-    return cells.unstack().dropna() if len(cells) else pd.DataFrame()
+    return _wide(rows, {"bits": bits}, {"seed": lambda r: f"seed {r['seed']}"}).dropna()
 
 
 def cell(entry: Mapping[str, Any]) -> str:

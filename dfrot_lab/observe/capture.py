@@ -1,20 +1,18 @@
 """Record sites during one forward pass: every norm's output, written to the store site by site, and the
-residual stream's largest value a token.
-"""
+residual stream's largest value a token."""
 
 import logging
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dfrot_lab.disk.artefacts import Artefact, Store, Writer
-from dfrot_lab.model import corpus, door, loading, surgery
+from dfrot_lab.model import corpus, door, hooks, loading, surgery
 from dfrot_lab.model.loading import LoadedModel
 from dfrot_lab.recipe import keys
 from dfrot_lab.recipe.specs import WINDOW, CaptureSpec
@@ -23,8 +21,7 @@ log = logging.getLogger(__name__)
 
 _MEDIAN_SAMPLE = 1 << 16
 """Values the residual median is taken over (whole tokens, evenly spaced): the full median costs a fifth of
-the forward pass.
-"""
+the forward pass."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +44,14 @@ class Capture:
         return self.artefact.key
 
     @property
+    def spec(self) -> CaptureSpec:
+        """What it was recorded from and how."""
+        return CaptureSpec.of(self._about["spec"])
+
+    @property
     def sites(self) -> list[str]:
         """Site names in the order the forward pass meets them: layers.0.input_norm,
-        layers.0.post_attention_norm, ...
-        """
+        layers.0.post_attention_norm, ..."""
         return list(self._about["sites"])
 
     @property
@@ -86,8 +87,7 @@ class Capture:
 
     def all_rows(self) -> Tensor:
         """Every site's rows below one another (sites * tokens, channels), in the order of `sites`: what R1 is
-        refined on.
-        """
+        refined on."""
         out = torch.empty(len(self.sites) * self.tokens, self.channels)
         for i, site in enumerate(self.sites):
             out[i * self.tokens : (i + 1) * self.tokens] = self.rows(site)
@@ -116,8 +116,7 @@ def capture(
     load of `spec.model`; it gets prepared.
 
     Raises ValueError for more tokens than the corpus or the model's context has, and for NaN or Inf, naming
-    site and token.
-    """
+    site and token."""
     spec, store = spec or CaptureSpec(), store or Store()
     spec = door.resolved(spec)
 
@@ -136,8 +135,13 @@ def capture(
         writer.save_tensors("residual", residual)
         flat = ids.flatten().tolist()
         texts = [ready.tokenizer.decode([i]) for i in flat]
-        writer.save_json("about", {"sites": sites, "channels": ready.channels, "ids": flat, "texts": texts})
-        writer.note.update(provenance=ready.provenance, forward_seconds=time.perf_counter() - started)
+        writer.save_json(
+            "about",
+            {"sites": sites, "channels": ready.channels, "ids": flat, "texts": texts, "spec": spec.plain()},
+        )
+        writer.note.update(
+            provenance=ready.provenance, family=ready.family, forward_seconds=time.perf_counter() - started
+        )
 
     return Capture(store.get_or_make("capture", keys.identity(spec, door.PRINTS), make))
 
@@ -173,28 +177,21 @@ def record(
     nothing is kept.
 
     Returns the site names and {abs_max, channel: (sites, tokens); median: (sites,)} of the residual stream
-    before each norm.
-    """
+    before each norm."""
     names: list[str] = []
     rows: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def hook(site: str) -> Callable[..., None]:
-        def see(
-            _module: nn.Module, args: tuple[Tensor, ...], output: Tensor
-        ) -> None:  # returns None: the output stays as it is
-            x = output.detach().reshape(-1, output.shape[-1])
+    def see(site: str, x: Tensor) -> None:
+        x = x.detach().reshape(-1, x.shape[-1])
+        if site.endswith("_in"):
+            rows.append(_extremes(x))
+        else:
             _require_finite(x, site)
             names.append(site)
-            rows.append(_extremes(args[0].detach().reshape(x.shape)))
             save(site, x)
 
-        return see
-
-    with ExitStack() as stack, torch.inference_mode():
-        for index, layer in enumerate(loaded.layers):
-            for name, norm, _ in loaded.roles.feeds:
-                handle = layer.get_submodule(norm).register_forward_hook(hook(f"layers.{index}.{name}"))
-                stack.callback(handle.remove)
+    sites = hooks.sites_of(loaded, *hooks.NORMS, *hooks.NORM_INPUTS)
+    with torch.inference_mode(), hooks.at_sites(loaded, see, sites):
         loading.body(loaded)(ids.to(loaded.device), use_cache=False)
     abs_max, channel, median = (torch.stack(column) for column in zip(*rows, strict=True))
     return names, {"abs_max": abs_max, "channel": channel, "median": median}
@@ -202,8 +199,7 @@ def record(
 
 def _extremes(residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Largest |value| and its channel for each token (tokens,), and the median |value| (scalar) of a residual
-    stream (tokens, channels).
-    """
+    stream (tokens, channels)."""
     magnitude = residual.abs()
     value, channel = magnitude.max(-1)
     step = max(1, residual.numel() // _MEDIAN_SAMPLE)

@@ -1,6 +1,5 @@
 """Per-token quantization errors of captured activations, for any set of rotations and quantizers, as one tidy
-table.
-"""
+table."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -31,8 +30,7 @@ def token_errors(
     """E(x R) of every token at every site under every rotation and quantizer.
 
     Columns: site, token (index), text, rotation, quantizer, error (sum of squares over channels: the paper's
-    figures), root (its square root), massive (whether `rule` calls the token massive at that site).
-    """
+    figures), root (its square root), massive (whether `rule` calls the token massive at that site)."""
     chosen = list(sites or capture.sites)
     matrices = rotation if rotation is not None else default_rotations(capture.channels)
     massive_at = dict(zip(chosen, massive.find(capture, rule, chosen).numpy(), strict=True))
@@ -63,8 +61,7 @@ def massive_names(
     capture: Capture, rules: Sequence[str] = MASSIVE_RULES, sites: Sequence[str] | None = None
 ) -> np.ndarray:
     """For each (site, token) the rules that call it massive, in words: an object array (sites, tokens); all
-    sites, or those named.
-    """
+    sites, or those named."""
     names = np.full((len(capture.sites if sites is None else sites), capture.tokens), "", dtype=object)
     for rule in rules:
         mask = massive.find(capture, rule, sites).numpy()
@@ -84,8 +81,7 @@ def wide(errors: pd.DataFrame, value: str = "error") -> pd.DataFrame:
 
 def orders(wide: pd.DataFrame, names: Sequence[str] = ("NR", "RO", "RH")) -> pd.Series:
     """The order of each token's errors, largest first, such as `RO > NR > RH`: what the paper's Fig. 2
-    colours by.
-    """
+    colours by."""
     place = np.argsort(-wide[list(names)].to_numpy(), axis=1, kind="stable")
     labels = {
         order: " > ".join(names[i] for i in order) for order in itertools.permutations(range(len(names)))
@@ -95,8 +91,7 @@ def orders(wide: pd.DataFrame, names: Sequence[str] = ("NR", "RO", "RH")) -> pd.
 
 def summary(errors: pd.DataFrame) -> pd.DataFrame:
     """Mean, median and 99th percentile of the root error by rotation and quantizer, for ordinary and for
-    massive tokens.
-    """
+    massive tokens."""
     tokens = errors["massive"].map({True: "massive", False: "ordinary"})
     keys = ["quantizer", "rotation", "tokens"]
     groups = errors.assign(tokens=tokens).groupby(keys, sort=False, observed=True)["root"]
@@ -115,8 +110,7 @@ def massive_values(
     capture: Capture, site: str, token: int, matrices: Mapping[str, Tensor], quantizer: QuantSpec = SYM4
 ) -> pd.DataFrame:
     """One token's values before and after quantization under each rotation (the paper's Fig. 4): rotation,
-    channel, value, quantized.
-    """
+    channel, value, quantized."""
     row = capture.rows(site)[token : token + 1]
     tables = []
     for name, R in matrices.items():

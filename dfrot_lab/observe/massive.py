@@ -11,8 +11,7 @@
 
 The first three need the residual stream, so they need a Capture; the others the normalised row alone. A
 massive row has one entry that takes almost all of the norm sqrt(C), so it lies on a symmetric grid already:
-that is why its unrotated error is *small*.
-"""
+that is why its unrotated error is *small*."""
 
 import logging
 from collections.abc import Sequence
@@ -66,8 +65,7 @@ def rows_rule(x: Tensor, rule: str) -> Tensor:
 
 def residual_rule(magnitude: Tensor, median: Tensor, rule: str) -> Tensor:
     """Massive mask (sites, tokens) by a rule on the residual stream, from each token's largest |a| (sites,
-    tokens) and the median |a| (sites,). ValueError.
-    """
+    tokens) and the median |a| (sites,). ValueError."""
     if rule == "sun":
         return (magnitude > SUN_ABSOLUTE) & (magnitude >= SUN_RATIO * median[:, None])
     if rule in MASSIVE_RULES and rule not in ROW_RULES:
@@ -88,8 +86,7 @@ def find(capture: Capture, rule: str, sites: Sequence[str] | None = None) -> Ten
 
 def doubt(capture: Capture, rule: str) -> str | None:
     """What is odd about the rows a rule marks, in one sentence: none, more than 2%, or rows that no other
-    rule calls massive; None where nothing is.
-    """
+    rule calls massive; None where nothing is."""
     mask = find(capture, rule)
     share, marked = float(mask.double().mean()), int(mask.sum())
     if not marked:
@@ -119,8 +116,7 @@ def _warn_once(_capture: str, _rule: str, said: str | None) -> None:
 
 def table(capture: Capture) -> pd.DataFrame:
     """One row a (site, token) that any rule calls massive: residual maximum, its channel, the site's median,
-    their ratio, and each rule's verdict.
-    """
+    their ratio, and each rule's verdict."""
     masks = {rule: find(capture, rule) for rule in MASSIVE_RULES}
     site, token = torch.stack(list(masks.values())).any(0).nonzero(as_tuple=True)
     texts = capture.texts

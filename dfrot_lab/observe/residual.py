@@ -1,6 +1,5 @@
 """The residual stream itself, layer by layer: how large its largest values are, and where (Sun et al., arXiv
-2402.17762, Fig. 1 to 4).
-"""
+2402.17762, Fig. 1 to 4)."""
 
 import pandas as pd
 import torch
@@ -27,8 +26,7 @@ def streams(loaded: LoadedModel, ids: Tensor) -> list[Tensor]:
 
 def residual_profile(spec: CaptureSpec, store: Store | None = None) -> pd.DataFrame:
     """The largest three |values| and the median before each layer over the capture's first window: layer,
-    metric, value.
-    """
+    metric, value."""
     loaded = loading.load_model(spec.model, store)
     lines = []
     for layer, x in enumerate(streams(loaded, token_blocks(spec, loaded)[0])):
@@ -51,8 +49,7 @@ def residual_profile(spec: CaptureSpec, store: Store | None = None) -> pd.DataFr
 
 def magnitudes(spec: CaptureSpec, layer: int, tokens: int = 32, store: Store | None = None) -> pd.DataFrame:
     """|residual stream| before one layer for the first `tokens` tokens of the capture: token, text, channel,
-    magnitude.
-    """
+    magnitude."""
     loaded = loading.load_model(spec.model, store)
     ids = token_blocks(spec, loaded)[0]
     x = streams(loaded, ids)[layer][:tokens].abs()

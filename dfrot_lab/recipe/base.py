@@ -1,7 +1,6 @@
 """What every spec is: immutable, validated field by field, the same in any process, to and from plain values.
 
-A field carries its rule in words, and an error is that rule: `RefineSpec.gamma must be > 0; got -3`.
-"""
+A field carries its rule in words, and an error is that rule: `RefineSpec.gamma must be > 0; got -3`."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self, get_args
@@ -26,8 +25,7 @@ def one_of(default: Any, choices: tuple[Any, ...]) -> Any:
 
 class Spec(BaseModel):
     """Base of all specs: frozen, keyword-only. A field that is unknown or wrong is a ValueError that names
-    it.
-    """
+    it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 

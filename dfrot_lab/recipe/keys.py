@@ -2,15 +2,11 @@
 
 A key is the hash of plain values. In a key a model, a text and a file stand for their bytes and not for
 their names, so that what moved is found again and what changed is not. `FORMULAS` is part of every key and of
-every results row: what another version computed is never taken for ours.
-"""
+every results row: what another version computed is never taken for ours."""
 
 import hashlib
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
-
-import xxhash
 
 if TYPE_CHECKING:
     from dfrot_lab.recipe.base import Spec
@@ -35,23 +31,15 @@ class Fingerprints(Protocol):
 
 def content_key(value: Any) -> str:
     """The first 32 hex digits of the sha256 of a JSON-able value: equal values have equal keys, in any
-    process.
-    """
+    process."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-def file_digest(path: Path | str) -> str:
-    """xxh3_128 of a file's bytes, 32 hex digits: the part of a key that stands for a file the user names."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
 def model_key(digest: str, dtype: str, device: str) -> str:
     """A model's key: its bytes, the dtype it is loaded in, and the kind of device it runs on.
 
-    The device, since rounding differs between kinds, and at 4 bits a rounding can turn a code.
-    """
+    The device, since rounding differs between kinds, and at 4 bits a rounding can turn a code."""
     return content_key([digest, dtype, device])
 
 
@@ -88,6 +76,5 @@ def tasks(
     of: "Recipe | ModelSpec", prints: Fingerprints, digests: dict[str, str], limit: int | None, version: str
 ) -> dict[str, Any]:
     """What zero-shot accuracies are keyed by: a recipe or a plain model, the tasks' items, how many of them,
-    and lm-eval's version.
-    """
+    and lm-eval's version."""
     return {"of": identity(of, prints), "tasks": digests, "limit": limit, "lm_eval": version}

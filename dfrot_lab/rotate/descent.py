@@ -5,8 +5,7 @@ With e = x R - Q(x R), G = sum w x^T x and P = sum w x^T e, the product of Eq. 6
 P, and Eq. 8's solution its polar factor. To first order that polar factor is (I - D) R with G D + D G = P R^T
 - R P^T, which in G's eigenbasis is a division by sums of two eigenvalues. So G is decomposed once, a step
 needs no SVD and no loss of its own, and being a step along a gradient it takes momentum and a sample of the
-rows.
-"""
+rows."""
 
 import itertools
 import math
@@ -21,8 +20,7 @@ from dfrot_lab.recipe.specs import QuantSpec
 
 ROWS_AT_ONCE = 4096
 """Rows of one product: small enough that x R, its quantized values and their difference stay in cache between
-the passes.
-"""
+the passes."""
 
 PARTS = 8
 """An accelerated step sees all massive rows and one of this many parts of the others, each part in turn."""
@@ -41,8 +39,7 @@ TURN_ERROR = 0.02
 
 def parts(mask: Tensor, weights: Tensor) -> list[tuple[Tensor, Tensor]]:
     """(row numbers, weights (rows, 1)) of each part: all massive rows, and a random part of the others, which
-    stand for all of them.
-    """
+    stand for all of them."""
     massive_rows = mask.nonzero().flatten()
     others = (~mask & (weights > 0)).nonzero().flatten()
     others = others[torch.randperm(len(others), generator=torch.Generator().manual_seed(0)).to(others.device)]
@@ -59,8 +56,7 @@ def parts(mask: Tensor, weights: Tensor) -> list[tuple[Tensor, Tensor]]:
 @dataclass(frozen=True)
 class Metric:
     """Eigenvectors V (channels, channels) of G, and 1 / (sums of two eigenvalues, kept from 0): what a
-    Procrustes step divides by.
-    """
+    Procrustes step divides by."""
 
     V: Tensor
     inverse: Tensor
@@ -89,8 +85,7 @@ def move(
     rows: Tensor, index: Tensor, weights: Tensor, metric: Metric, R: Tensor, quantizer: QuantSpec
 ) -> Tensor:
     """D of the rotation V R over the rows `index` with `weights` (rows, 1), in V's frame; it turns the
-    smaller of rows and R into that frame.
-    """
+    smaller of rows and R into that frame."""
     few = len(index) < len(R)
     whole, total = R if few else metric.V @ R, torch.zeros_like(R)
     for part, weight in zip(index.split(ROWS_AT_ONCE), weights.split(ROWS_AT_ONCE), strict=True):
@@ -116,8 +111,7 @@ def turn(R: Tensor, skew: Tensor, length: float) -> Tensor:
     is below TURN_ERROR.
 
     Its products are of 8-bit codes, a row a scale: their error is 1% of the turn, less than the sampling of
-    the rows makes of it.
-    """
+    the rows makes of it."""
     codes, scale = _coded(skew)
     angle, order, term = length * _largest(skew), 0, R.T.contiguous()
     found = term.clone()
@@ -147,8 +141,7 @@ def _largest(a: Tensor) -> float:
 
 def orthonormal(R: Tensor) -> Tensor:
     """The polar factor of a nearly orthogonal R (channels, channels) by Newton-Schulz products alone, in R's
-    dtype: no SVD.
-    """
+    dtype: no SVD."""
     for _ in range(30):
         gram = R.T @ R
         size = _largest(gram)  # the largest singular value squared; the iteration needs it below 3

@@ -1,6 +1,5 @@
 """DFRot: refine R1 by alternating per-token quantization and orthogonal Procrustes, massive rows weighted
-(arXiv 2412.00648, Sec. 3.3, Alg. 1). Here what is kept of it; the steps themselves are in `steps`.
-"""
+(arXiv 2412.00648, Sec. 3.3, Alg. 1). Here what is kept of it; the steps themselves are in `steps`."""
 
 import logging
 import math
@@ -50,8 +49,7 @@ def refined(
     """The refinement `spec` describes, from the store or computed now on the rows of its capture; a stopped
     run goes on at its last checkpoint.
 
-    `checkpoint` sees the state each time it has been saved; what it raises stops the run there.
-    """
+    `checkpoint` sees the state each time it has been saved; what it raises stops the run there."""
     spec, store = door.resolved(spec), store or Store()
     recorded = captured(spec.capture, store)
 
@@ -85,8 +83,7 @@ def _result(artefact: Artefact) -> RefineResult:
 
 def sample_rows(rows: Tensor, mask: Tensor, spec: RefineSpec) -> tuple[Tensor, Tensor]:
     """The rows to refine on and their mask: all, or as many as the spec says, drawn with the seed of its
-    start, in their order.
-    """
+    start, in their order."""
     if spec.rows is None:
         return rows, mask
     if spec.rows > len(rows):
@@ -100,8 +97,7 @@ def sample_rows(rows: Tensor, mask: Tensor, spec: RefineSpec) -> tuple[Tensor, T
 
 def _save_state(writer: Writer, state: State) -> None:
     """One file, so that a kill between two files cannot leave a rotation and a history that do not belong
-    together.
-    """
+    together."""
     history = torch.tensor([[row[name] for name in HISTORY] for row in state.history], dtype=torch.float64)
     length = torch.tensor(state.length, dtype=torch.float64)
     momentum = {} if state.momentum is None else {"momentum": state.momentum}

@@ -3,8 +3,7 @@
 Each step quantizes eta_x = Q(x R) for every row (Eq. 7) and then solves min_R sum over rows of w_x^2 ||x R -
 eta_x||^2 (Eq. 8) exactly: R = U V^T of the SVD of sum w_x^2 x^T eta_x (Eq. 6). w_x is gamma for massive rows
 and 1 for the rest (Eq. 2); scaling a row by gamma and weighting it by gamma^2 are the same thing because Q is
-scale-equivariant (Eq. 3).
-"""
+scale-equivariant (Eq. 3)."""
 
 import math
 from collections.abc import Callable
@@ -26,8 +25,7 @@ from dfrot_lab.rotate.descent import ROWS_AT_ONCE
 
 RELEASED_SLACK, RELEASED_GAIN = 100.0, 0.1
 """The released code's accept test on the weighted Frobenius error: a step must end at least 0.1 below the
-error before it + 100, so it may rise.
-"""
+error before it + 100, so it may rise."""
 
 
 CHECKPOINT_EVERY = 10
@@ -50,8 +48,7 @@ class RefineResult:
 
     History columns: step, objective (the weighted loss a row), ordinary, massive (mean squared error of those
     rows), best (lowest objective so far), distance (||R - R0||_F / sqrt(C)). `seconds` it took (of a run that
-    was stopped, its last part); NaN where not measured.
-    """
+    was stopped, its last part); NaN where not measured."""
 
     R: Tensor
     history: pd.DataFrame
@@ -61,8 +58,7 @@ class RefineResult:
 @dataclass
 class State:
     """Where a refinement is: R of the next step, best R so far, the history; and, of an accelerated one, its
-    momentum and step length.
-    """
+    momentum and step length."""
 
     R: Tensor
     best: Tensor
@@ -76,14 +72,12 @@ Checkpoint = Callable[[State], None]
 
 OnStep = Callable[[int, Callable[[], Tensor]], None]
 """Called after every step with its number and what gives that step's R (channels, channels) float64, made
-only if it is called.
-"""
+only if it is called."""
 
 
 def procrustes(a: Tensor, b: Tensor) -> Tensor:
     """The orthogonal R (channels, channels) that minimises ||a R - b||_F for rows `a`, `b` (tokens, channels)
-    (Eq. 6).
-    """
+    (Eq. 6)."""
     return polar(a.double().T @ b.double())
 
 
@@ -95,8 +89,7 @@ def polar(product: Tensor) -> Tensor:
 
 def row_weights(mask: Tensor, gamma: float) -> Tensor:
     """Squared-loss weight of each row (tokens,): gamma^2 where `mask` (massive), 1 elsewhere; gamma = inf
-    leaves the massive rows alone.
-    """
+    leaves the massive rows alone."""
     if gamma == math.inf:
         return mask.float()
     return torch.where(mask, gamma**2, 1.0)
@@ -108,8 +101,7 @@ def half_step(
     """One pass over all rows (tokens, channels) with the rotation R: Eq. 7, and all that Eq. 8 needs.
 
     Returns sum of w^2 x^T Q(x R) (channels, channels) float64, and the losses of R itself, which cost nothing
-    more: objective, ordinary, massive.
-    """
+    more: objective, ordinary, massive."""
     product = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64, device=rows.device)
     R = R.to(rows)
     error = torch.empty(len(rows), dtype=torch.float64, device=rows.device)
@@ -128,8 +120,7 @@ def losses_of(
     rows: Tensor, R: Tensor, weights: Tensor, mask: Tensor, quantizer: QuantSpec
 ) -> dict[str, float]:
     """The losses of R over all rows (tokens, channels): objective, ordinary, massive. One product and one
-    quantize pass.
-    """
+    quantize pass."""
     R = R.to(rows)
     return _losses(
         torch.cat([squared_error(part @ R, quantizer) for part in rows.split(ROWS_AT_ONCE)]).double(),
@@ -160,8 +151,7 @@ def refine(
 
     `mask` (tokens,) marks massive rows; without it the spec's rule finds them (nr_error and ro_vs_nr need the
     rows alone). R stays orthogonal to 1e-5. With `on_step` there is no progress bar: who watches shows one.
-    Raises ValueError for rows that are not finite, and for gamma = inf with no massive row.
-    """
+    Raises ValueError for rows that are not finite, and for gamma = inf with no massive row."""
     finite = torch.cat([part.isfinite().all(1) for part in rows.split(ROWS_AT_ONCE)])
     if not finite.all():
         token = int((~finite).nonzero()[0])
@@ -192,8 +182,7 @@ def _alternate(
     on_step: OnStep | None,
 ) -> None:
     """The paper's steps (Eq. 4-8). The history's row t holds the losses of the R that t steps made, so it has
-    steps + 1 rows.
-    """
+    steps + 1 rows."""
     steps = range(len(state.history), spec.steps + 1)
     bar: Any = {
         "unit": "step",
@@ -229,8 +218,7 @@ def _accelerate(
     checked on all of them.
 
     The history has one row a check. A check that finds no gain goes back to the best R without momentum and
-    halves the step.
-    """
+    halves the step."""
     metric, parts = descent.metric(rows, weights), descent.parts(mask, weights)
     bar = tqdm(
         desc=f"refine (gamma {spec.gamma:g})",
@@ -276,8 +264,7 @@ def _as_released(
     """The released optimiser: SVD then QR (which flips column signs), and its accept test on the weighted
     Frobenius error.
 
-    A rejected step would be tried again with the same outcome for ever, so the loop ends there.
-    """
+    A rejected step would be tried again with the same outcome for ever, so the loop ends there."""
     R, bound = state.R, math.inf
     for step in tqdm(
         range(spec.steps + 1),

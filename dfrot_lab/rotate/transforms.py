@@ -1,13 +1,12 @@
 """What a rotation method makes, and what it may look at: the seam between methods and everything else.
 
-A method is a module of the table `recipe.registry.METHODS` with `fit(recipe, context) -> Transforms`.
-"""
+A method is a module of the table `recipe.registry.METHODS` with `fit(recipe, context) -> Transforms`."""
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 import torch
@@ -20,7 +19,7 @@ from dfrot_lab.observe.capture import Capture, capture
 from dfrot_lab.recipe import keys, registry
 from dfrot_lab.recipe.specs import CaptureSpec, CorpusSpec, Recipe
 
-HADAMARD = "hadamard"
+HADAMARD: Literal["hadamard"] = "hadamard"
 
 
 @dataclass(frozen=True)
@@ -30,11 +29,10 @@ class Transforms:
     `R1` (channels, channels) or None; `R2` a Hadamard matrix on each head's values, one (head, head) for all
     layers, one a layer (layers, head, head), or None; `gains` (channels,) a norm, folded after R1, and
     `clips` a clip ratio a site, by site name; whether the online Hadamards R3 and R4 act. Then how the fit
-    went: `history` one row a step, `seconds`, `memory` (bytes at the peak; NaN where not measured).
-    """
+    went: `history` one row a step, `seconds`, `memory` (bytes at the peak; NaN where not measured)."""
 
     R1: Tensor | None
-    R2: Tensor | str | None = HADAMARD
+    R2: Tensor | Literal["hadamard"] | None = HADAMARD
     gains: Mapping[str, Tensor] = field(default_factory=dict)
     clips: Mapping[str, float] = field(default_factory=dict)
     r3: bool = True
@@ -46,8 +44,7 @@ class Transforms:
 
 class Context:
     """What a method may look at, made when it is asked for: `model` (prepared: untied, norms fused; not to be
-    changed), captured rows, sensitivities, text.
-    """
+    changed), captured rows, sensitivities, text."""
 
     def __init__(self, recipe: Recipe, store: Store, model: LoadedModel | None = None) -> None:
         self.recipe, self.store, self._model = recipe, store, model
@@ -81,8 +78,7 @@ class Context:
     def sensitivities(self, windows: int = 1) -> dict[str, Tensor]:
         """Mean squared gradient of the loss at each norm output and channel, by site (channels,) float32,
         over the first calibration windows of the unrotated model: how much an error there costs, to second
-        order.
-        """
+        order."""
         spec = self._capture_spec()
         inputs = {"of": keys.identity(door.resolved(spec), door.PRINTS), "windows": windows}
 

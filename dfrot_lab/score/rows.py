@@ -9,7 +9,7 @@ from typing import Any
 from dfrot_lab.maths.tables import COLUMNS, PERPLEXITY
 from dfrot_lab.recipe.base import Spec
 from dfrot_lab.recipe.keys import FORMULAS
-from dfrot_lab.recipe.specs import Recipe
+from dfrot_lab.recipe.specs import CorpusSpec, Recipe
 from dfrot_lab.score.perplexity import EvalResult, paired_difference
 
 PACKAGES = ("dfrot_lab", "torch", "transformers")
@@ -18,8 +18,7 @@ PACKAGES = ("dfrot_lab", "torch", "transformers")
 @cache
 def commit() -> str | None:
     """The git commit of the code that runs, with `+` behind it where files differ from it; None outside a
-    checkout.
-    """
+    checkout."""
     command = ["git", "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
     try:
         run = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
@@ -35,8 +34,7 @@ def row(result: EvalResult) -> dict[str, Any]:
 
 def difference_row(result: EvalResult, reference: EvalResult, name: str) -> dict[str, Any]:
     """The results row of a paired difference: perplexity of `result` minus that of `reference` (called
-    `name`) on the same windows.
-    """
+    `name`) on the same windows."""
     return statistic_row(result, f"{PERPLEXITY} - {name}", *paired_difference(result, reference))
 
 
@@ -55,10 +53,7 @@ def columns(recipe: Recipe) -> dict[str, Any]:
     """What a row says of its recipe, column by column."""
     weights, rotation = recipe.weights, recipe.rotation
     cache_bits = recipe.keys.bits if recipe.keys.bits == recipe.values.bits else None
-    calibration = (
-        weights.corpus
-        and f"{weights.corpus.name} ({weights.corpus.split}), {weights.windows} x {weights.window}"
-    )
+    calibration = weights.corpus and f"{_word(weights.corpus)}, {weights.windows} x {weights.window}"
     return {
         "model": recipe.model.source,
         "corpus": recipe.corpus.name,
@@ -66,7 +61,7 @@ def columns(recipe: Recipe) -> dict[str, Any]:
         "rotation": rotation.name,
         "gamma": getattr(rotation, "gamma", None),
         "rule": getattr(rotation, "rule", None),
-        "parameters": parameters(rotation),
+        "parameters": ", ".join(filter(None, [parameters(rotation), *_rest(recipe)])),
         "seed": rotation.first_seed,
         "weights": weights.method if weights.quantizer.bits < 16 else None,
         "weight_quantizer": weights.quantizer.name,
@@ -86,16 +81,32 @@ def columns(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def parameters(rotation: Spec) -> str:
-    """What is not a method's default, in words: `steps=20, quantizer=sym4`; empty where all is."""
-    default = {name: field.default for name, field in type(rotation).model_fields.items()}
-    elsewhere = ("gamma", "rule", "seed", "kind", "path", "model")
-    own = {name: value for name, value in rotation if name not in elsewhere}
-    said = {name: getattr(value, "name", value) for name, value in own.items() if value != default[name]}
-    for name, value in said.items():
-        if isinstance(value, Spec):  # a capture: what of it is not the default
-            said[name] = f"({parameters(value)})"
-    return ", ".join(f"{name}={value}" for name, value in said.items())
+def _rest(recipe: Recipe) -> list[str]:
+    """What of a recipe has no column of its own and is not the default, in words."""
+    parts: dict[Spec, tuple[str, ...]] = {
+        recipe.model: ("source", "device"),
+        recipe.corpus: ("name",),
+        recipe.weights: ("method", "quantizer", "corpus", "windows", "window"),
+    }
+    return [parameters(part, shown) for part, shown in parts.items()]
+
+
+def parameters(spec: Spec, shown: tuple[str, ...] = ("gamma", "rule", "seed", "kind", "model")) -> str:
+    """What of a spec is not the default and not `shown` elsewhere, in words: `steps=20, quantizer=sym4`;
+    empty where all is."""
+    default = {name: field.default for name, field in type(spec).model_fields.items()}
+    own = {name: value for name, value in spec if name not in shown}
+    return ", ".join(f"{name}={_word(value)}" for name, value in own.items() if value != default[name])
+
+
+def _word(value: Any) -> str:
+    """A field's value in a word: a text with its part, a quantizer or rotation by its name, a capture by what
+    of it is not the default."""
+    if isinstance(value, CorpusSpec):
+        return f"{value.name} ({value.split})"
+    if isinstance(value, Spec):
+        return str(getattr(value, "name", f"({parameters(value)})"))
+    return str(value)
 
 
 def recipes(found: Iterable[EvalResult]) -> dict[str, Any]:

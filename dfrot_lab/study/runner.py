@@ -18,8 +18,7 @@ from dfrot_lab.study.cost import Progress
 @dataclass(frozen=True)
 class Row:
     """One evaluation of an experiment: the experiment's own columns, and rows of the same experiment to take
-    paired differences to, by name.
-    """
+    paired differences to, by name."""
 
     spec: Recipe
     labels: Mapping[str, Any] = field(default_factory=dict)
@@ -51,8 +50,7 @@ def evaluated(
 ) -> tuple[pd.DataFrame, Found]:
     """Evaluate rows in order: their table (perplexity, and each paired difference), and the evaluations.
 
-    A stopped run goes on at the row it was at, and rows that two experiments share are computed once.
-    """
+    A stopped run goes on at the row it was at, and rows that two experiments share are computed once."""
     specs = list(dict.fromkeys(row.spec for row in asked))
     progress = progress or Progress()
     progress.extend(cost.seconds(specs, store))

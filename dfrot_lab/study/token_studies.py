@@ -1,6 +1,5 @@
 """The experiments that look at single tokens: their errors at every site, one massive token's values, the
-residual stream's.
-"""
+residual stream's."""
 
 import pandas as pd
 from torch import Tensor
@@ -14,8 +13,7 @@ from dfrot_lab.study.setting import FIGURE_LAYER, Setting
 
 def token_errors(setting: Setting, store: Store) -> pd.DataFrame:
     """Each token's squared error at every site under NR, RO, RH and DFRot, a column each, and the order of
-    the first three (Fig. 2 and 3).
-    """
+    the first three (Fig. 2 and 3)."""
     recorded = capture(setting.capture, store)
     table = errors.wide(errors.token_errors(recorded, matrices(setting, store), [setting.refine.quantizer]))
     return table.assign(order=errors.orders(table))
@@ -23,8 +21,7 @@ def token_errors(setting: Setting, store: Store) -> pd.DataFrame:
 
 def token_orders(setting: Setting, store: Store) -> pd.DataFrame:
     """How many tokens of each site have which order of their errors, and the errors' means: Fig. 2 and 13 to
-    24 in numbers.
-    """
+    24 in numbers."""
     groups = token_errors(setting, store).groupby(["site", "order"], observed=True, sort=False)
     counts = groups[["NR", "RO", "RH", "DFRot"]].mean().assign(tokens=groups.size()).reset_index()
     return counts.astype({"site": str, "order": str}).assign(
@@ -34,16 +31,14 @@ def token_orders(setting: Setting, store: Store) -> pd.DataFrame:
 
 def massive_magnitudes(setting: Setting, store: Store) -> pd.DataFrame:
     """Sun et al., Fig. 1: |residual stream| of the first tokens over all channels, in the middle of the
-    model.
-    """
+    model."""
     layers = len(capture(setting.capture, store).sites) // 2
     return residual.magnitudes(setting.capture, min(FIGURE_LAYER, layers // 2), store=store)
 
 
 def massive_token(setting: Setting, store: Store) -> pd.DataFrame:
     """The most massive token's values before and after quantization under each rotation, at the sites where
-    it is massive (Fig. 4).
-    """
+    it is massive (Fig. 4)."""
     recorded = capture(setting.capture, store)
     token = int(recorded.residual_max.amax(0).argmax())
     first = recorded.sites[0].rsplit(".", 1)[-1]
