@@ -204,7 +204,7 @@ def test_what_moved_is_found_again_and_what_changed_is_not(resolved, tmp_path, t
     assert key_of(copied) == before
     rotation_files.save(rotations.make(RotationSpec(seed=1), 64), moved / "R1.safetensors", None)
     with_other_rotation = key_of(copied)
-    (moved / text_file.name).write_text("other words\n" + text_file.read_text())
+    (moved / text_file.name).write_text(text_file.read_text() + "\nother words")
     with_other_text = key_of(copied)
     save_tiny(moved / "model", seed=1)
     assert len({before, with_other_rotation, with_other_text, key_of(copied)}) == 4

@@ -256,7 +256,7 @@ def test_an_offset_of_whole_steps_leaves_the_free_error_unchanged(steps, bits, s
 
 @pytest.mark.parametrize("offset", [-1000.0, -7.3, 0.6, 7.3, 1000.0])
 def test_any_offset_costs_the_free_scheme_nothing_and_the_asymmetric_one_much(offset):
-    """In the mean, not row by row: where a row lies between two points of its grid changes with the offset."""
+    """In the mean, not row by row: where a row lies between two points of its grid changes with it."""
     x = rows(4000, 64)
     plain, moved = squared_error(x, FREE).mean(), squared_error(x + offset, FREE).mean()
     assert float(moved / plain) == pytest.approx(1, abs=0.01)

@@ -1,8 +1,5 @@
 """Overwrite massive values while a model runs, to see what they are for (Sun et al., arXiv 2402.17762, Sec.
-3.3).
-
-Massive values are those of the residual stream, before a layer, that rule `sun` names: |a| > 100 and >= 1000
-x the median |a| there."""
+3.3): those of the residual stream before a layer that are, by rule `sun`, > 100 and >= 1000 x the median."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,8 +17,7 @@ See = Callable[[int, Tensor], Tensor | None]
 
 
 def massive_mask(x: Tensor) -> Tensor:
-    """Which values of a residual stream `x` (..., tokens, channels) are massive by rule `sun`; a mask of x's
-    shape."""
+    """Which values of a residual stream `x` (..., tokens, channels) are massive by rule `sun`, as a mask."""
     magnitude = x.abs()
     return (magnitude > massive.SUN_ABSOLUTE) & (magnitude >= massive.SUN_RATIO * magnitude.median())
 

@@ -106,6 +106,9 @@ def _squared_gradients(loaded: LoadedModel, ids: Tensor) -> dict[str, Tensor]:
         return see
 
     handles = []
+    learned = [parameter for parameter in loaded.model.parameters() if parameter.requires_grad]
+    for parameter in learned:  # else each would be left with a gradient as large as itself
+        parameter.requires_grad_(False)
     for number, layer in enumerate(loaded.layers):
         for name, norm, _ in loaded.roles.feeds:
             handles.append(layer.get_submodule(norm).register_forward_hook(hook(f"layers.{number}.{name}")))
@@ -116,6 +119,8 @@ def _squared_gradients(loaded: LoadedModel, ids: Tensor) -> dict[str, Tensor]:
     finally:
         for handle in handles:
             handle.remove()
+        for parameter in learned:
+            parameter.requires_grad_(True)
     return total
 
 

@@ -232,8 +232,7 @@ def seconds(specs: Sequence[Recipe], store: Store) -> list[float]:
 def _missing(spec: Recipe, store: Store, seen: set[str]) -> float:
     """Nominal seconds of a recipe that is not stored; `seen` are the keys of what will be there by then."""
     sizes, rotation, key = shape(spec.model), spec.rotation, build.build_key(spec)
-    window = integer_window if build.is_integer(spec) else float_window
-    work = window(sizes, spec.window).times(spec.windows)
+    work = _windows(spec)
     if key not in seen:
         work += load(sizes, 1, int(spec.is_rotated))
         if spec.weights.quantizer.bits < 16 and not build.weights_stored(spec, store):
@@ -244,10 +243,14 @@ def _missing(spec: Recipe, store: Store, seen: set[str]) -> float:
     return work.seconds(TWO_CORES)
 
 
+def _windows(spec: Recipe) -> Work:
+    window = integer_window if build.is_integer(spec) else float_window
+    return window(shape(spec.model), spec.window).times(spec.windows)
+
+
 def scoring(spec: Recipe) -> float:
     """Nominal seconds on 2 cores of a recipe's windows alone."""
-    window = integer_window if build.is_integer(spec) else float_window
-    return window(shape(spec.model), spec.window).times(spec.windows).seconds(TWO_CORES)
+    return _windows(spec).seconds(TWO_CORES)
 
 
 def duration(seconds: float) -> str:
