@@ -13,13 +13,14 @@ from dfrot_lab.maths.quantizers import fake_quantize
 from dfrot_lab.model import loading, surgery
 from dfrot_lab.model.integer import IntegerLinear
 from dfrot_lab.recipe.specs import CorpusSpec, Recipe, recipe_of
-from dfrot_lab.score.perplexity import Built, build, canonical, quantized, window_loss
+from dfrot_lab.score.build import Built, build, quantized, rounded
+from dfrot_lab.score.perplexity import window_loss
 from dfrot_lab.study import cost
 
 
 def spec() -> Recipe:
     """RH at 4-4-4 with weights rounded to nearest: how they were rounded costs a forward nothing."""
-    return canonical(recipe_of("4-4-4", weights="rtn", corpus=CorpusSpec(name="wikipedia-sample"), windows=1))
+    return recipe_of("4-4-4", weights="rtn", corpus=CorpusSpec(name="wikipedia-sample"), windows=1)
 
 
 def ready() -> tuple[Built, torch.Tensor]:
@@ -31,7 +32,12 @@ def ready() -> tuple[Built, torch.Tensor]:
 @contextmanager
 def fake_eager(built: Built) -> Iterator[None]:
     """The same model as fake quantization in float, every linear's input by `eager`."""
-    with surgery.online(built.loaded, r3=True, r4=True, norm_output=eager, linear_input=eager, kv=spec().kv):
+    cache = rounded(spec(), inputs=False)
+
+    def function(site: str, x: torch.Tensor) -> torch.Tensor | None:
+        return cache(site, x) if site[-2:] in (".q", ".k", ".v") else eager(x)
+
+    with surgery.online(built.loaded, r3=True, r4=True, function=function):
         yield
 
 

@@ -39,7 +39,7 @@ from dfrot_lab.rotate import dfrot
 from dfrot_lab.rotate.steps import RefineResult
 from dfrot_lab.score import build as building
 from dfrot_lab.score import perplexity
-from dfrot_lab.study import cost, experiments, main, runner
+from dfrot_lab.study import cost, experiments, runner
 from dfrot_lab.study.experiments import EXPERIMENTS, SHARE
 from dfrot_lab.study.runner import Row
 from dfrot_lab.study.setting import PROFILE, Setting
@@ -698,9 +698,9 @@ def test_a_profile_of_another_name_is_refused(value, store, monkeypatch):
 def test_profiles_and_choices(text_file, monkeypatch):
     chosen = {"corpus": str(text_file), "seed": 5}
     monkeypatch.delenv(PROFILE, raising=False)
-    assert Setting.of_profile(**chosen) == Setting(**chosen)
+    assert Setting.of_profile(**chosen) == Setting(**chosen).resolved()
     monkeypatch.setenv(PROFILE, "full")
-    assert Setting.of_profile(**chosen) == Setting(**chosen)
+    assert Setting.of_profile(**chosen) == Setting(**chosen).resolved()
     monkeypatch.setenv(PROFILE, "quick")
     found = Setting.of_profile(**chosen)
     assert (

@@ -3,7 +3,6 @@
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from matplotlib.figure import Figure
 
 from dfrot_lab.disk import row_files
 from dfrot_lab.model import loading
+from dfrot_lab.show import figures
 from dfrot_lab.show import figures_sweeps as sweeps
 from dfrot_lab.show import figures_tokens as tokens
 from dfrot_lab.show.figures import save_figure, theme
@@ -21,6 +21,7 @@ from dfrot_lab.study.setting import Setting
 log = logging.getLogger(__name__)
 
 FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {
+    "main": figures.figure_perplexity,
     "token-errors-3d": tokens.figure_errors_3d,
     "token-errors-2d": tokens.figure_errors_2d,
     "token-orders": tokens.figure_orders,
@@ -56,7 +57,7 @@ def save_experiment(
         row_files.replace(rows, row_files.rows(table))
     else:
         row_files.write_table(table, rows)
-    specs = sorted(set(table["spec"].dropna())) if "spec" in table else []
+    specs = sorted(set(table["recipe"].dropna())) if "recipe" in table else []
     about = {
         "experiment": name,
         "model": setting.model.source,
@@ -64,7 +65,7 @@ def save_experiment(
         "seed": setting.seed,
         "quick": setting.quick,
     }
-    about |= {"device": loading.device_name(), "setting": _plain(setting)}
+    about |= {"device": loading.device_name(), "setting": _question(name, setting)}
     with theme():
         picture = save_figure(
             FIGURES[name](table), name, folder, {**about, "rows": len(table), "specs": specs}
@@ -84,7 +85,7 @@ def table(name: str, setting: Setting, root: Path) -> pd.DataFrame:
     about: dict[str, Any] = (
         json.loads(beside.read_text(encoding="utf-8")) if rows.is_file() and beside.is_file() else {}
     )
-    if about.get("setting") != _plain(setting):
+    if about.get("setting") != _question(name, setting):
         return experiments.run(name, setting)
     log.info("%s: read from %s, computed on %s", name, rows.name, about["device"])
     return row_files.load(rows)
@@ -94,6 +95,7 @@ def _file(name: str, setting: Setting, tables: Path, suffix: str) -> Path:
     return tables / f"{name}-{Path(setting.corpus).stem}.{suffix}"
 
 
-def _plain(setting: Setting) -> dict[str, Any]:
-    """A setting as JSON values."""
-    return {**asdict(setting), "model": setting.model.to_dict()}
+def _question(name: str, setting: Setting) -> dict[str, Any]:
+    """An experiment's own setting as JSON values, whatever the device: the same question is answered once."""
+    own = experiments.EXPERIMENTS[name].setting(setting)
+    return own.with_(model=own.model.with_(device="auto")).plain()
