@@ -688,9 +688,9 @@ def test_a_profile_of_another_name_is_refused(value, store, monkeypatch):
 def test_profiles_and_choices(text_file, monkeypatch):
     chosen = {"corpus": str(text_file), "seed": 5}
     monkeypatch.delenv(PROFILE, raising=False)
-    assert Setting.of_profile(**chosen) == Setting(**chosen)
+    assert Setting.of_profile(**chosen) == Setting(**chosen).resolved()
     monkeypatch.setenv(PROFILE, "full")
-    assert Setting.of_profile(**chosen) == Setting(**chosen)
+    assert Setting.of_profile(**chosen) == Setting(**chosen).resolved()
     monkeypatch.setenv(PROFILE, "quick")
     found = Setting.of_profile(**chosen)
     assert (
