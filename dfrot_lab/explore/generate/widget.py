@@ -7,8 +7,8 @@ from typing import Any
 import ipywidgets as widgets
 import pandas as pd
 import torch
-import traitlets
 from matplotlib.figure import Figure
+from traitlets import Enum, Float, HasTraits, Int, Tuple, Unicode
 
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.explore.generate import numbers
@@ -33,24 +33,22 @@ ROTATIONS = offers.methods()
 BOX = {"width": "420px", "height": "96px"}
 SIZE = {"height": "250px", "width": "236px"}
 COLUMN = {**SIZE, "overflow": "auto", "border": f"1px solid {GREY}", "padding": "4px"}
-LIST: dict[str, Any] = {"options": ROTATIONS, "rows": 4}
-WEIGHTS: dict[str, Any] = {"options": ["rtn", "gptq"], "style": {"button_width": "70px"}}
 UNREFINED = "its rotation is not refined yet: press Refine DFRot"
 UNSTORED = "its GPTQ weights are not stored: choose rtn, or compute its row with `dfrot-lab evaluate`"
 LIKELIEST = "Temperature (0: the likeliest)"
 
 
-class State(traitlets.HasTraits):
+class State(HasTraits):
     """What is written, through which rotations, at which bits and weights, and how tokens are chosen."""
 
-    prompt = control(traitlets.Unicode("The Eiffel Tower is in"), widgets.Textarea, "Prompt", layout=BOX)
-    rotations = control(traitlets.Any(ROTATIONS), widgets.SelectMultiple, "Rotations", 220, **LIST)
-    bits = control(traitlets.Unicode("4-4-16"), widgets.Dropdown, "Bits W-A-KV", options=offers.BITS)
-    weights = control(traitlets.Unicode("rtn"), widgets.ToggleButtons, "Weights", **WEIGHTS)
-    tokens = control(traitlets.Int(24), widgets.IntSlider, "Tokens", min=1, max=128)
-    temperature = control(traitlets.Float(0.0), widgets.FloatSlider, LIKELIEST, 340, min=0, max=2, step=0.1)
-    top_k = control(traitlets.Int(50), widgets.IntSlider, "Top-k", 260, min=1, max=200)
-    seed = control(traitlets.Int(0), widgets.BoundedIntText, "Seed", 150, min=0, max=10**6)
+    prompt = control(Unicode("The Eiffel Tower is in"), widgets.Textarea, "Prompt", layout=BOX)
+    rotations = control(Tuple(ROTATIONS), widgets.SelectMultiple, "Rotations", 220, options=ROTATIONS, rows=4)
+    bits = control(Enum(offers.BITS, "4-4-16"), widgets.Dropdown, "Bits W-A-KV")
+    weights = control(Enum(("rtn", "gptq"), "rtn"), widgets.ToggleButtons, "Weights", 70)
+    tokens = control(Int(24), widgets.IntSlider, "Tokens", min=1, max=128)
+    temperature = control(Float(0.0), widgets.FloatSlider, LIKELIEST, 340, min=0, max=2, step=0.1)
+    top_k = control(Int(50), widgets.IntSlider, "Top-k", 260, min=1, max=200)
+    seed = control(Int(0), widgets.BoundedIntText, "Seed", 150, min=0, max=10**6)
 
 
 def generate(setting: Setting | None = None, store: Store | None = None) -> "Generate":

@@ -3,10 +3,10 @@
 import html
 from typing import Any
 
-import ipywidgets as widgets
 import pandas as pd
-import traitlets
+from ipywidgets import HTML, BoundedIntText, Checkbox, Dropdown, HBox, Text, VBox
 from matplotlib.figure import Figure
+from traitlets import Bool, Enum, HasTraits, Int, Unicode
 
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.explore.invariance.numbers import PROMPT, STEPS, TOLERANCE, Bench, Outcome, Steps
@@ -21,19 +21,19 @@ from dfrot_lab.show import figures
 from dfrot_lab.show.markup import span
 
 
-def _switch(name: str) -> traitlets.Bool:
-    return control(traitlets.Bool(), widgets.Checkbox, STEPS[name], 320, indent=False)
+def _switch(name: str) -> Bool:
+    return control(Bool(), Checkbox, STEPS[name], 320, indent=False)
 
 
-class State(traitlets.HasTraits):
+class State(HasTraits):
     """What is switched on: one Bool a step, the kind and seed of R1, the prompt."""
 
     untie, centre, fuse, drop = _switch("untie"), _switch("centre"), _switch("fuse"), _switch("drop")
     r1, r2, r3 = _switch("r1"), _switch("r2"), _switch("r3")
     r4_fused, r4_online = _switch("r4_fused"), _switch("r4_online")
-    kind = control(traitlets.Enum(("RH", "RO"), "RH"), widgets.Dropdown, "R1 is", 170, options=["RH", "RO"])
-    seed = control(traitlets.Int(0, min=0), widgets.BoundedIntText, "Seed of R1", 180, min=0, max=10**6)
-    prompt = control(traitlets.Unicode(PROMPT), widgets.Text, "Prompt", 470, continuous_update=False)
+    kind = control(Enum(("RH", "RO"), "RH"), Dropdown, "R1 is", 170)
+    seed = control(Int(0, min=0), BoundedIntText, "Seed of R1", 180, min=0, max=10**6)
+    prompt = control(Unicode(PROMPT), Text, "Prompt", 470, continuous_update=False)
 
     def steps(self) -> Steps:
         """The switches as the steps to take."""
@@ -65,7 +65,6 @@ class Invariance(Explorer):
     """The widget of `invariance`; `outcomes` are its trials."""
 
     CANCELLED = "cancelled; the trials are as they were"
-
     state: State
 
     def __init__(self, spec: ModelSpec, store: Store | None, loaded: LoadedModel | None) -> None:
@@ -75,17 +74,17 @@ class Invariance(Explorer):
         self.outcomes: list[Outcome] = []
         self.truth: dict[str, Outcome] = {}
         self.plot = Trials()
-        self.verdict, self.text = (widgets.HTML(layout={"min_height": high}) for high in ("66px", "60px"))
+        self.verdict, self.text = (HTML(layout={"min_height": high}) for high in ("66px", "60px"))
         right = {name: name not in ("centre", "drop") for name in STEPS}
         self.button("correct", "All steps, correctly", lambda: self.set(**right))
         self.button("clear", "No step", lambda: self.set(**dict.fromkeys(STEPS, False)))
         self.button("cancel", "Cancel", self.job.cancel)
-        switches = widgets.VBox([self.controls[name] for name in STEPS], layout={"width": "350px"})
+        switches = VBox([self.controls[name] for name in STEPS], layout={"width": "350px"})
         seen = {"flex": "1 1 600px", "min_width": "0"}
-        found = widgets.VBox([self.plot, self.verdict, self.text], layout=seen)
+        found = VBox([self.plot, self.verdict, self.text], layout=seen)
         self.children = [
             self.row("prompt", "kind", "seed", "correct", "clear", "cancel"),
-            widgets.HBox([switches, found]),
+            HBox([switches, found]),
             self.status.widget,
         ]
         self.on(" ".join([*STEPS, "kind seed prompt"]), self.ask)

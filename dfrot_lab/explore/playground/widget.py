@@ -4,13 +4,12 @@ what it is.
 
 import html
 import math
-from typing import Any
 
 import ipywidgets as widgets
 import pandas as pd
-import traitlets
 from matplotlib.figure import Figure
 from torch import Tensor
+from traitlets import Bool, Enum, Float, HasTraits, Int
 
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.explore.playground import numbers, plots
@@ -26,9 +25,8 @@ from dfrot_lab.show.markup import visible
 
 ANGLE = {"min": 0, "max": 180, "step": 1, "readout_format": ".0f"}
 SPIKE = {"min": -0.5, "max": 2, "step": 0.05, "readout_format": ".2f"}
-DIMS: dict[str, Any] = {"options": [("2 channels", 2), ("3 channels", 3)]}
+DIMS = [("2 channels", 2), ("3 channels", 3)]
 WHOSE = [("planted", "planted"), ("token 0 of the model", "model")]
-SOURCE: dict[str, Any] = {"options": WHOSE, "style": {"button_width": "160px"}}
 SIZES = (4, 16, 64, 576)
 FINE = 0.1
 """Degrees between points of the error's curve: at whole degrees its zeros are missed."""
@@ -38,21 +36,21 @@ is C step\u00b2/12.<br>
 <b>RH</b>: the spike becomes \u00b1m/\u221aC everywhere; only the noise about these two levels is rounded."""
 
 
-class State(traitlets.HasTraits):
+class State(HasTraits):
     """The token (snr, seed), its grid, the angles in degrees, and whose spike is shown in many channels."""
 
-    snr = control(traitlets.Float(8.0, min=0.1), widgets.FloatLogSlider, "Spike / noise", 340, **SPIKE)
-    seed = control(traitlets.Int(0, min=0), widgets.BoundedIntText, "Noise seed", 180, min=0, max=10**6)
-    bits = control(traitlets.Int(4, min=2, max=8), widgets.IntSlider, "Bits", 260, min=2, max=8)
-    symmetric = control(traitlets.Bool(True), widgets.Checkbox, "Symmetric grid", indent=False)
-    dims = control(traitlets.Enum((2, 3), 2), widgets.ToggleButtons, "Turn in", **DIMS)
-    angle = control(traitlets.Float(0.0), widgets.FloatSlider, "Angle 0-1", 340, **ANGLE)
-    angle_02 = control(traitlets.Float(0.0), widgets.FloatSlider, "Angle 0-2", 340, **ANGLE)
-    angle_12 = control(traitlets.Float(0.0), widgets.FloatSlider, "Angle 1-2", 340, **ANGLE)
+    snr = control(Float(8.0, min=0.1), widgets.FloatLogSlider, "Spike / noise", 340, **SPIKE)
+    seed = control(Int(0, min=0), widgets.BoundedIntText, "Noise seed", 180, min=0, max=10**6)
+    bits = control(Int(4, min=2, max=8), widgets.IntSlider, "Bits", 260, min=2, max=8)
+    symmetric = control(Bool(True), widgets.Checkbox, "Symmetric grid", indent=False)
+    dims = control(Enum((2, 3), 2), widgets.ToggleButtons, "Turn in", options=DIMS)
+    angle = control(Float(0.0), widgets.FloatSlider, "Angle 0-1", 340, **ANGLE)
+    angle_02 = control(Float(0.0), widgets.FloatSlider, "Angle 0-2", 340, **ANGLE)
+    angle_12 = control(Float(0.0), widgets.FloatSlider, "Angle 1-2", 340, **ANGLE)
     source = control(
-        traitlets.Enum(("planted", "model"), "planted"), widgets.ToggleButtons, "Spike", **SOURCE
+        Enum(("planted", "model"), "planted"), widgets.ToggleButtons, "Spike", 160, options=WHOSE
     )
-    channels = control(traitlets.Int(576), widgets.Dropdown, "Channels", options=SIZES)
+    channels = control(Enum(SIZES, 576), widgets.Dropdown, "Channels")
 
     @property
     def quantizer(self) -> QuantSpec:
