@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from dfrot_lab.maths.tables import COLUMNS, WHOLE, comparison, markdown
+from dfrot_lab.maths.tables import COLUMNS, comparison, markdown, whole
 
 log = logging.getLogger(__name__)
 
@@ -63,8 +63,7 @@ def load(path: Path) -> pd.DataFrame:
     is left out.
     """
     entries = _entries(path)
-    found = pd.DataFrame(entries, columns=None if entries else list(COLUMNS))
-    return found.astype(dict.fromkeys((name for name in WHOLE if name in found), "Int64"))
+    return whole(pd.DataFrame(entries, columns=None if entries else list(COLUMNS)))
 
 
 def _entries(path: Path) -> list[dict[str, Any]]:

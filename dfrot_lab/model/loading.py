@@ -1,8 +1,4 @@
-"""Load a language model and know which of its parts plays which role.
-
-Architecture knowledge is one table, `ROLES`, keyed by the class name a model's config gives; everything else
-asks it.
-"""
+"""Load a language model; which of its parts plays which role is said in `families`."""
 
 import json
 import logging
@@ -19,6 +15,7 @@ from torch import nn
 
 from dfrot_lab.disk import downloads
 from dfrot_lab.disk.artefacts import Store, Writer
+from dfrot_lab.model.families import FAMILIES, Roles, roles_of
 from dfrot_lab.recipe.keys import content_key, file_digest, model_key
 from dfrot_lab.recipe.specs import DEFAULT_MODEL, ModelSpec
 
@@ -30,62 +27,10 @@ DEVICE = "DFROT_LAB_DEVICE"
 sees one.
 """
 
+ROLES = FAMILIES
+
 MODEL_FILES = (".json", ".safetensors", ".model", ".txt", ".jinja")
 """Endings of the files that make a model folder what it is."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Roles:
-    """Which submodule plays which role; layer parts are named inside one decoder layer.
-
-    `feeds` maps a site name to (the norm, the linears that alone read its output): fusing that norm's gain,
-    rotating and quantizing follow from it.
-    """
-
-    embedding: str = "model.embed_tokens"
-    layers: str = "model.layers"
-    final_norm: str = "model.norm"
-    lm_head: str = "lm_head"
-    attention: str = "self_attn"
-    v: str = "self_attn.v_proj"
-    o: str = "self_attn.o_proj"
-    down: str = "mlp.down_proj"
-    feeds: tuple[tuple[str, str, tuple[str, ...]], ...] = (
-        ("input_norm", "input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-        ("post_attention_norm", "post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
-    )
-
-    @property
-    def linears(self) -> tuple[str, ...]:
-        """The linears of one layer in the order a forward pass reaches them: q, k, v, o, gate, up, down."""
-        (_, _, qkv), (_, _, mlp) = self.feeds
-        return (*qkv, self.o, *mlp, self.down)
-
-
-ROLES: dict[str, Roles] = {
-    "LlamaForCausalLM": Roles(),
-    "MistralForCausalLM": Roles(),
-    "Qwen2ForCausalLM": Roles(),  # q, k, v have biases: they are on the output side, where R1 does not act
-    # q and k are normalised per head before RoPE: R3 comes after it, so it does not meet their gains
-    "Qwen3ForCausalLM": Roles(),
-}
-
-_GEMMA = "its norms multiply by 1 + gain, and its post-norms sit before the residual add, so no rotation of the residual stream passes through them"
-_LAYER_NORM = "it uses LayerNorm, which subtracts the mean: a rotation does not commute with that until the model is converted to RMSNorm"
-REFUSED: dict[str, str] = {
-    **{f"Gemma{version}ForCausalLM": _GEMMA for version in ("", "2", "3")},
-    "Gemma3ForConditionalGeneration": _GEMMA,
-    **{
-        name: _LAYER_NORM
-        for name in (
-            "GPT2LMHeadModel",
-            "OPTForCausalLM",
-            "GPTNeoXForCausalLM",
-            "BloomForCausalLM",
-            "PhiForCausalLM",
-        )
-    },
-}
 
 
 @dataclass(frozen=True)
@@ -125,24 +70,6 @@ class LoadedModel:
     def context(self) -> int:
         """The longest window the model was made for, in tokens."""
         return int(self.model.config.max_position_embeddings)  # type: ignore[union-attr, arg-type]
-
-
-def roles_of(architecture: str) -> Roles:
-    """The roles of an architecture (a class name such as LlamaForCausalLM); a ValueError says why an
-    unsupported one is refused.
-    """
-    if architecture in ROLES:
-        return ROLES[architecture]
-    supported = f"Supported: {', '.join(ROLES)}."
-    if architecture in REFUSED:
-        raise ValueError(
-            f"{architecture} cannot be rotated without changing it: {REFUSED[architecture]}. {supported}"
-        )
-    if not architecture.endswith(("ForCausalLM", "LMHeadModel")):
-        raise ValueError(f"{architecture} has no causal decoder, and DFRot is about decoders. {supported}")
-    raise ValueError(
-        f"{architecture} is not in the table of roles (dfrot_lab.model.loading.ROLES). {supported}"
-    )
 
 
 def linear(parent: nn.Module, name: str) -> nn.Linear:

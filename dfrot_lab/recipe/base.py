@@ -128,9 +128,9 @@ class MethodSpec(Spec):
 
     @classmethod
     def of(cls, said: Mapping[str, Any]) -> Self:
-        """The spec of the method that `said` names under `method`."""
+        """The spec of the method that `said` names under `method`; without it a random rotation."""
         values = dict(said)
-        name = values.pop("method", cls.method)
+        name = values.pop("method", cls.method or "random")
         if name == cls.method and name:
             return super().of(values)
         known = {kind.method: kind for kind in MethodSpec.__subclasses__()}
