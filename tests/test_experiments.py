@@ -203,6 +203,7 @@ def test_a_table_has_the_results_columns_and_a_line_a_row_and_metric(lab, name):
     }
     assert set(evaluations["windows"]) == {2} and (evaluations["seconds"] >= 0).all()
     assert table["value"].notna().all() and table["metric"].notna().all()
+    assert all(table[name].dtype == "Int64" for name in tables.WHOLE), "as in a file that is read back"
 
 
 @pytest.mark.parametrize("name", EVALUATING)

@@ -126,10 +126,10 @@ class MethodSpec(Spec):
 
     @classmethod
     def of(cls, said: Mapping[str, Any]) -> Self:
-        """The spec of the method that `said` names under `method`."""
+        """The spec of the method that `said` names under `method`; without it a random rotation."""
         values = dict(said)
-        name = values.pop("method", cls.method or None)
-        if name is not None and name == cls.method:
+        name = values.pop("method", cls.method or "random")
+        if name == cls.method and name:
             return super().of(values)
         found: Any = next((kind for kind in MethodSpec.__subclasses__() if kind.method == name), None)
         if found is None:
