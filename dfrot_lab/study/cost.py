@@ -37,8 +37,7 @@ QUANTIZE_PASSES, HADAMARD_PASSES, RESCALE_PASSES, LOGIT_PASSES = 5, 4, 3, 7
 """To quantize an input, apply R4, scale an int8 product's sums, turn logits into a loss: in cache, so timed
 on one core, in passes of a copy."""
 CLIP_BYTES, COLUMN_BYTES, EDIT_BYTES, HESSIAN_BYTES = 450, 700, 40, 32
-"""Bytes a weight for GPTQ's clip search and columns (timed too), an edit in float64; of a Hessian's entry
-being factored (2 float32, 3 float64)."""
+"""Bytes a weight for GPTQ's clip search and columns (timed too), an edit in float64; of a Hessian's entry."""
 STEP_PRODUCTS, STEP_PASSES = 4, 9
 """A refinement step's products of (C, C) matrices (two with the eigenvectors, two of the turn) and passes
 over its rows."""
@@ -46,8 +45,8 @@ over its rows."""
 
 @dataclass(frozen=True)
 class Machine:
-    """What a machine does in a second: float32 and float64 flops, int8 operations, bytes read and written;
-    its memory in bytes; where the rates are from."""
+    """Float32 and float64 flops, int8 operations, bytes read and written in a second; memory; rates'
+    source."""
 
     name: str
     float_rate: float
@@ -67,8 +66,7 @@ TWO_CORES = Machine("2 cores", 150e9, 70e9, 300e9, 8e9, 24e9, "a usual laptop's,
 
 
 def measure_machine() -> Machine:
-    """This machine's rates with the threads torch has now, measured in about 2 s; int8 as the package
-    multiplies it, be it in float64."""
+    """This machine's rates with torch's threads, measured in about 2 s; int8 as the package multiplies it."""
     import psutil
 
     a, a64 = torch.randn(2048, 2048), torch.randn(1024, 1024, dtype=torch.float64)
@@ -205,8 +203,7 @@ def integer_window(shape: Shape, tokens: int) -> Work:
 
 
 def estimate(shape: Shape, machine: Machine, recipes: Sequence[Recipe], tokens: int = WINDOW) -> pd.DataFrame:
-    """Seconds and peak memory (GB) of each stage, whether the machine has that memory; then `total`: the sum
-    of seconds, the largest memory."""
+    """Seconds, peak memory (GB) and whether the machine has that much, a row a stage; then `total`."""
     works = stages(shape, recipes, tokens=tokens)
     lines = [(work.stage, work.seconds(machine), work.memory / 1e9) for work in works]
     table = pd.DataFrame(lines, columns=["stage", "seconds", "memory_gb"])
@@ -230,9 +227,9 @@ def seconds(specs: Sequence[Recipe], store: Store) -> list[float]:
 
 
 def _missing(spec: Recipe, store: Store, seen: set[str]) -> float:
-    """Nominal seconds of a recipe that is not stored; `seen` are the keys of what will be there by then."""
+    """Those of a recipe that is not stored; `seen` are the keys of what will be there by then."""
     sizes, rotation, key = shape(spec.model), spec.rotation, build.build_key(spec)
-    work = _windows(spec)
+    work = scoring(spec)
     if key not in seen:
         work += load(sizes, 1, int(spec.is_rotated))
         if spec.weights.quantizer.bits < 16 and not build.weights_stored(spec, store):
@@ -243,14 +240,10 @@ def _missing(spec: Recipe, store: Store, seen: set[str]) -> float:
     return work.seconds(TWO_CORES)
 
 
-def _windows(spec: Recipe) -> Work:
+def scoring(spec: Recipe) -> Work:
+    """A recipe's windows alone."""
     window = integer_window if build.is_integer(spec) else float_window
     return window(shape(spec.model), spec.window).times(spec.windows)
-
-
-def scoring(spec: Recipe) -> float:
-    """Nominal seconds on 2 cores of a recipe's windows alone."""
-    return _windows(spec).seconds(TWO_CORES)
 
 
 def duration(seconds: float) -> str:

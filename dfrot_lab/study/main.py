@@ -1,4 +1,5 @@
-"""The main job, what `make run` does: capture, refine, evaluate every rotation at every setting of the bits."""
+"""The main job, what `make run` does: capture, refine, evaluate every rotation at every setting of the
+bits."""
 
 import logging
 from dataclasses import dataclass
@@ -41,8 +42,7 @@ def rows(setting: Setting) -> list[Row]:
 
 @dataclass(frozen=True)
 class MainResult:
-    """What the main job found: results rows as a table, the evaluations, the capture, and the refinement
-    (None where there is none yet)."""
+    """What the main job found: rows as a table, evaluations, the capture, the refinement if there is one."""
 
     setting: Setting
     table: pd.DataFrame
@@ -52,8 +52,7 @@ class MainResult:
 
 
 def run(setting: Setting, store: Store | None = None) -> MainResult:
-    """Capture, refine, evaluate every row; whatever is stored is reused, and a stopped run goes on where it
-    was."""
+    """Capture, refine, evaluate every row; what is stored is reused, a stopped run goes on where it was."""
     store, setting = store or Store(), setting.resolved()
     log.info("model %s, corpus %s, device %s", setting.model.source, setting.corpus, setting.model.device)
     asked, progress = rows(setting), Progress()

@@ -47,7 +47,7 @@ class Tally:
     @classmethod
     def of(cls, specs: Sequence[Recipe], store: Store) -> "Tally":
         """The tally of rows that are missing."""
-        return cls(cost.seconds(specs, store), cost.scoring(specs[0]))
+        return cls(cost.seconds(specs, store), cost.scoring(specs[0]).seconds(cost.TWO_CORES))
 
     def at(self, part: str, done: int, total: int) -> None:
         """`done` of `total` layers of weights, or windows, of the row being made."""
