@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from dfrot_lab.recipe import specs
 from dfrot_lab.recipe.base import MethodSpec, Spec
-from dfrot_lab.recipe.keys import content_key, file_digest
+from dfrot_lab.recipe.content import content_key
 from dfrot_lab.recipe.specs import (
     GRANULARITIES,
     KEEP_OUT_COUNTS,
@@ -397,18 +397,6 @@ def test_recipe_of_has_the_design_s_quantizers_and_passes_fields_on():
     assert spec.activations == QuantSpec(scheme="asymmetric")
     assert spec.keys == spec.values == QuantSpec(scheme="asymmetric", granularity="per_group")
     assert recipe_of("4-4-16") == Recipe()
-
-
-def test_file_digest_is_of_the_bytes_alone(tmp_path: Path):
-    content = bytes(range(256)) * 9000  # more than two of the blocks it is read in
-    first, copy, other = tmp_path / "a", tmp_path / "b.bin", tmp_path / "c"
-    first.write_bytes(content)
-    copy.write_bytes(content)
-    other.write_bytes(content[:-1] + b"\0")
-    assert file_digest(first) == file_digest(str(copy)) != file_digest(other)
-    assert re.fullmatch(r"[0-9a-f]{32}", file_digest(first))
-    with pytest.raises(FileNotFoundError, match="nowhere"):
-        file_digest(tmp_path / "nowhere")
 
 
 def test_content_key_is_sha256_of_sorted_json():

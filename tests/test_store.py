@@ -17,7 +17,8 @@ import torch
 
 from dfrot_lab.disk import artefacts as store_module
 from dfrot_lab.disk.artefacts import Artefact, CorruptArtefact, Store, Writer, cache_dir
-from dfrot_lab.recipe.specs import CaptureSpec, content_key
+from dfrot_lab.recipe.content import content_key
+from dfrot_lab.recipe.specs import CaptureSpec
 
 INPUTS = {"spec": "a", "tokens": 8}
 KEY = content_key({"kind": "capture", "formulas": store_module.FORMULAS, "inputs": INPUTS})
