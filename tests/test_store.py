@@ -19,7 +19,7 @@ from dfrot_lab.disk import artefacts as store_module
 from dfrot_lab.disk import atomic, digests
 from dfrot_lab.disk.artefacts import Artefact, CorruptArtefact, Store, Writer
 from dfrot_lab.disk.atomic import cache_dir
-from dfrot_lab.recipe.keys import content_key
+from dfrot_lab.recipe.content import content_key
 from dfrot_lab.recipe.specs import CaptureSpec
 
 INPUTS = {"spec": "a", "tokens": 8}

@@ -8,11 +8,11 @@ from typing import Any, ClassVar, Self, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dfrot_lab.recipe import registry
-from dfrot_lab.recipe.keys import content_key
+from dfrot_lab.recipe.content import content_key
 
 
 def ruled(default: Any, rule: str, **limits: Any) -> Any:
-    """A field with its default, its rule in words ("a whole number >= 1") and pydantic's limits (ge, gt, le)."""
+    """A field: its default, its rule in words ("a whole number >= 1"), and pydantic's limits (ge, gt, le)."""
     return Field(default, description=rule, **limits)
 
 
@@ -106,7 +106,7 @@ class Spec(BaseModel):
 
 
 class MethodSpec(Spec):
-    """Base of the specs of rotation methods: which method, with its parameters. Each has a `name` for tables."""
+    """Base of the specs of rotation methods: which, with its parameters. Each has a `name` for tables."""
 
     method: ClassVar[str] = ""
 

@@ -58,7 +58,7 @@ class Context:
         return loaded
 
     def capture(self, **changes: Any) -> Capture:
-        """Rows of every norm output on the text's calibration half; `changes` are fields of its spec."""
+        """Rows of every norm output on the text's calibration half; `changes` are of the CaptureSpec."""
         return capture(self._capture_spec(**changes), self.store)
 
     def text(self, windows: int) -> Tensor:
