@@ -27,7 +27,8 @@ from filelock import FileLock
 
 from dfrot_lab.disk.atomic import cache_dir, make_folder, replacing
 from dfrot_lab.disk.digests import digest
-from dfrot_lab.recipe.keys import FORMULAS, content_key
+from dfrot_lab.recipe.content import content_key
+from dfrot_lab.recipe.keys import FORMULAS
 
 if TYPE_CHECKING:
     from torch import Tensor

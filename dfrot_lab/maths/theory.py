@@ -33,8 +33,8 @@ SYM4 = QuantSpec(bits=4, scheme="symmetric")
 _NODES = 48
 """Quantiles of the largest entry that the error is averaged over; twice as many change nothing by 0.1%."""
 _REACH = 9.0
-"""Standard deviations beyond which no Gaussian number is taken to lie: P < 1e-18, of some thousand entries.
-"""
+"""Standard deviations beyond which no Gaussian number is taken to lie: P < 1e-18, of some thousand
+entries."""
 _CODES = np.arange(-10.0, 11.0)
 """Codes about the nearest one that noise below one step can reach."""
 

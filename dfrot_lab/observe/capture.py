@@ -168,10 +168,15 @@ def record(
         x = x.detach().reshape(-1, x.shape[-1])
         if site.endswith("_in"):
             rows.append(_extremes(x))
-        else:
-            _require_finite(x, site)
-            names.append(site)
-            save(site, x)
+            return
+        bad = (~x.isfinite()).any(-1).nonzero()
+        if len(bad):
+            raise ValueError(
+                f"activations must be finite; got NaN or Inf at site {site}, token {int(bad[0])}. The model is "
+                "broken, or its dtype too small."
+            )
+        names.append(site)
+        save(site, x)
 
     sites = hooks.sites_of(loaded, *hooks.NORMS, *hooks.NORM_INPUTS)
     with torch.inference_mode(), hooks.at_sites(loaded, see, sites):
@@ -186,12 +191,3 @@ def _extremes(residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     value, channel = magnitude.max(-1)
     step = max(1, residual.numel() // _MEDIAN_SAMPLE)
     return value, channel, magnitude[::step].median()
-
-
-def _require_finite(x: Tensor, site: str) -> None:
-    if not torch.isfinite(x).all():
-        token = int((~torch.isfinite(x)).any(-1).nonzero()[0])
-        raise ValueError(
-            f"activations must be finite; got NaN or Inf at site {site}, token {token}. The model is broken, or "
-            "its dtype too small."
-        )

@@ -56,8 +56,8 @@ def rows_rule(x: Tensor, rule: str) -> Tensor:
         limit = threshold(rule) * (x.shape[-1] / NR_ERROR_CHANNELS) ** 0.5
         return squared_error(x, RULE_QUANTIZER).sqrt() < limit
     raise ValueError(
-        f"rule must be one of {', '.join(ROW_RULES)} for rows alone (the others need the residual stream of a "
-        f"Capture); got {rule!r}"
+        f"rule must be one of {', '.join(ROW_RULES)} for rows alone (the others need the residual stream of "
+        f"a Capture); got {rule!r}"
     )
 
 

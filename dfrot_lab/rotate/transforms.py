@@ -17,7 +17,7 @@ from dfrot_lab.model import corpus, door, hooks, loading, surgery
 from dfrot_lab.model.loading import LoadedModel
 from dfrot_lab.observe.capture import Capture, capture
 from dfrot_lab.recipe import keys, registry
-from dfrot_lab.recipe.specs import CaptureSpec, CorpusSpec, Recipe
+from dfrot_lab.recipe.specs import CaptureSpec, Recipe
 
 HADAMARD: Literal["hadamard"] = "hadamard"
 
@@ -57,28 +57,25 @@ class Context:
         surgery.prepare(loaded)
         return loaded
 
+    @property
+    def rows(self) -> CaptureSpec:
+        """One window of the text's calibration half."""
+        text = self.recipe.corpus.with_(split="calibration")
+        return CaptureSpec(model=self.recipe.model, corpus=text, tokens=self.recipe.window)
+
     def capture(self, **changes: Any) -> Capture:
-        """Rows of every norm output on the text's calibration half; `changes` are of the CaptureSpec."""
-        return capture(self._capture_spec(**changes), self.store)
+        """Rows of every norm output on the text's calibration half; `changes` are fields of its spec."""
+        return capture(self.rows.with_(**changes), self.store)
 
     def text(self, windows: int) -> Tensor:
         """Token ids (windows, window) of the calibration half."""
-        spec = self.recipe
-        return corpus.token_blocks(self._text, self.model.tokenizer, blocks=windows, window=spec.window)
-
-    @property
-    def _text(self) -> CorpusSpec:
-        return self.recipe.corpus.with_(split="calibration")
-
-    def _capture_spec(self, **changes: Any) -> CaptureSpec:
-        spec = CaptureSpec(model=self.recipe.model, corpus=self._text, tokens=self.recipe.window)
-        return spec.with_(**changes)
+        rows = self.rows
+        return corpus.token_blocks(rows.corpus, self.model.tokenizer, blocks=windows, window=rows.tokens)
 
     def sensitivities(self, windows: int = 1) -> dict[str, Tensor]:
         """Mean squared gradient of the loss at each norm output, by site (channels,) float32, over the first
         calibration windows of the unrotated model: what an error there costs, to second order."""
-        spec = self._capture_spec()
-        inputs = {"of": keys.identity(door.resolved(spec), door.PRINTS), "windows": windows}
+        inputs = {"of": keys.identity(door.resolved(self.rows), door.PRINTS), "windows": windows}
 
         def make(writer: Writer) -> None:
             writer.save_tensors("squares", _squared_gradients(self.model, self.text(windows)))

@@ -25,7 +25,7 @@ PERPLEXITY_TABLES = ("T2", "T1", "T2old")
 """The paper's tables of perplexities, the newest first."""
 
 METHODS = {"NR": "GPTQ", "RO": "QuaRot-RO", "RH": "QuaRot-RH", "DFRot": "DFRot"}
-"""Our rotations by the names of the paper's rows; a row without rotation has the weight quantizer's name."""
+"""The paper's names of our rows; one without rotation has the weight quantizer's name."""
 
 NINE = "an average of nine tasks, three of which are not among the local six: see the zero-shot rows"
 RIVALS = "copied by the authors from another paper: the rivals are not run here yet"
@@ -45,6 +45,7 @@ Lines = Iterator[tuple[tuple[str, ...], Row]]
 """Lines of ours: the values of PLACE, and what has their model and value."""
 
 
+@cache
 def published(path: Path) -> pd.DataFrame:
     """The published numbers (data/paper/published.csv), one a row: source, the columns of PLACE, model,
     value; and `printed`, the value as it is printed. ValueError."""
@@ -86,7 +87,7 @@ def beside_rows(found: Sequence[EvalResult]) -> pd.DataFrame:
     if not PUBLISHED.exists() or not found:
         return nothing
     table = tables.table(rows.row(result) for result in found).assign(extra_minutes=math.nan)
-    numbers = _checkouts_numbers()
+    numbers = published(PUBLISHED)
     measured = ours({"main-table": table, "keep-out": table[table["weights"] == "gptq"]})
     both = beside(numbers[numbers["metric"] == "wikitext2_ppl"], measured).dropna(subset="command")
     newest = pd.concat([both[both["table"] == source] for source in PERPLEXITY_TABLES])
@@ -98,11 +99,6 @@ def beside_rows(found: Sequence[EvalResult]) -> pd.DataFrame:
     places = dict.fromkeys((row_label(result.spec), result.spec.bits) for result in found)
     shown = [place for place in places if place in wide.index]
     return wide.assign(ours=mine).loc[shown].reset_index().rename_axis(columns=None)
-
-
-@cache
-def _checkouts_numbers() -> pd.DataFrame:
-    return published(PUBLISHED)
 
 
 def _row_label(method: str) -> str:
