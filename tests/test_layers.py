@@ -18,7 +18,7 @@ PACKAGE = Path(dfrot_lab.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 FLOORS = (
-    "recipe", "disk", "maths", "model", "observe", "rotate", "weights", "score", "study", "export", "show",
+    "recipe", "maths", "disk", "model", "observe", "rotate", "weights", "score", "study", "export", "show",
     "explore", "cli",
 )  # fmt: skip
 """The folders of the package, lowest floor first: imports only go down."""
