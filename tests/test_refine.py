@@ -572,7 +572,7 @@ def test_stored_finds_what_was_refined_and_computes_nothing(tiny_spec, text_file
 def test_refining_says_what_is_odd_about_its_rule(tiny_spec, text_file, store, caplog):
     massive._warn_once.cache_clear()
     spec = spec_of(tiny_spec, text_file, steps=1)
-    spec = spec.with_(capture=spec.capture.with_(tokens=100))
+    spec = spec.with_(capture=spec.capture.with_(tokens=128))
     refined(spec, store)
     said = massive.doubt(capture(spec.capture, store), spec.rule)
     assert said is not None and [r.getMessage() for r in caplog.records if r.levelname == "WARNING"] == [said]
