@@ -76,7 +76,7 @@ def plot_error_pair(wide: pd.DataFrame, x: str, y: str, *, ax: Axes | None = Non
     Columns: one of errors a rotation (`errors.wide`), and massive.
     """
     ax = _axes(ax)
-    heavy = wide["massive"].str.contains("nr_error|sun")
+    heavy = wide["massive"]
     for part, colour, size, name in (
         (wide[~heavy], ORDINARY_COLOUR, 8, "ordinary tokens"),
         (wide[heavy], MASSIVE_COLOUR, 36, "massive tokens"),

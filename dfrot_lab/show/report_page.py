@@ -97,7 +97,7 @@ def error_scatter(wide: pd.DataFrame) -> str:
 def scatter_figure(wide: pd.DataFrame) -> go.Figure:
     """The interactive plot of a table of errors (token, text, massive, a column a rotation)."""
     pairs = [pair for pair in PAIRS if set(pair) <= set(wide.columns)]
-    heavy = wide["massive"].str.contains("nr_error|sun")
+    heavy = wide["massive"]
     parts = [
         ("ordinary tokens", wide[~heavy], ORDINARY_COLOUR, "circle", 6),
         ("massive tokens", wide[heavy], MASSIVE_COLOUR, "diamond", 11),
