@@ -15,16 +15,16 @@ from dfrot_lab.cli.malloc import keep_freed_memory
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.model import corpus, loading, surgery
 from dfrot_lab.recipe.specs import CorpusSpec, WeightSpec, recipe_of
-from dfrot_lab.score.perplexity import build, canonical
+from dfrot_lab.score.build import build
 from dfrot_lab.study.cost import measure_machine
-from dfrot_lab.weights import gptq
+from dfrot_lab.weights import gptq, rtn, run
 
 TEXT = CorpusSpec(name="wikipedia-sample")
 
 
 def rotated() -> loading.LoadedModel:
     """The default model under RH, not yet quantized."""
-    return build(canonical(recipe_of("16-4-16", corpus=TEXT)), Store()).loaded
+    return build(recipe_of("16-4-16", corpus=TEXT), Store()).loaded
 
 
 def whole(spec: WeightSpec) -> float:
@@ -32,7 +32,7 @@ def whole(spec: WeightSpec) -> float:
     loaded = rotated()
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
-        gptq.quantize_weights(loaded, spec, "bench", Store(Path(folder)))
+        run.quantize_weights(loaded, spec, {"of": "bench"}, Store(Path(folder)))
         return time.perf_counter() - start
 
 
@@ -71,11 +71,14 @@ def main() -> None:
     x = torch.randn(8192, 1536)
     weight, hessian = torch.randn(576, 1536), gptq.hessian_of(x)
     plain = spec.with_(clip_search=False)
-    scale = gptq.rtn(weight, plain).scale
-    ours = seconds(lambda: gptq.gptq(weight, hessian, plain))
+    scale = rtn.scale_of(weight, plain)
+    ours = seconds(lambda: gptq.quantize(weight, hessian, plain))
     slow = seconds(lambda: column_by_column(weight, hessian, scale, plain.damping))
     same = float(
-        (gptq.gptq(weight, hessian, plain).codes == column_by_column(weight, hessian, scale, plain.damping))
+        (
+            gptq.quantize(weight, hessian, plain).codes
+            == column_by_column(weight, hessian, scale, plain.damping)
+        )
         .float()
         .mean()
     )

@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from common import machine, options, seconds
-from dfrot_lab.study.mainjob import main_specs
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -38,11 +37,12 @@ from dfrot_lab.recipe.specs import (
     recipe_of,
 )
 from dfrot_lab.rotate import descent
-from dfrot_lab.rotate.dfrot import CHECK_EVERY, half_step, row_weights
-from dfrot_lab.score.perplexity import Built, quantized
-from dfrot_lab.study import cost
+from dfrot_lab.rotate.steps import CHECK_EVERY, half_step, row_weights
+from dfrot_lab.rotate.transforms import Transforms
+from dfrot_lab.score.build import Built, is_integer, quantized
+from dfrot_lab.study import cost, main, shapes
 from dfrot_lab.study.setting import Setting
-from dfrot_lab.weights import gptq
+from dfrot_lab.weights import gptq, rtn
 
 LAYERS, VOCABULARY = 2, 512
 LARGEST = 4e9
@@ -112,7 +112,7 @@ def random_rows(channels: int, rows: int) -> tuple[Tensor, Tensor]:
 
 def model_works(loaded: LoadedModel, tokens: int) -> Iterator[tuple[str, float, Callable[[], object]]]:
     """What is timed on a model: the stage, its operations, and the call."""
-    shape = cost.shape_of(loaded.model.config)
+    shape = shapes.shape_of(loaded.model.config)
     ids = torch.randint(1, VOCABULARY, (1, tokens))
     flops = cost.forward(shape, tokens).float_flops
     yield FORWARD, flops, lambda: loading.body(loaded)(ids, use_cache=False)
@@ -127,12 +127,12 @@ def model_works(loaded: LoadedModel, tokens: int) -> Iterator[tuple[str, float, 
     weights = [loading.linear(layer, name).weight for name in names]
     hessians = {width: gptq.hessian_of(x) for width, x in inputs.items()}
     cubes = 4 * sum(w.shape[1] ** 3 for w in weights)
-    yield GPTQ, cubes, lambda: [gptq.gptq(w, hessians[w.shape[1]], spec) for w in weights]
+    yield GPTQ, cubes, lambda: [gptq.quantize(w, hessians[w.shape[1]], spec) for w in weights]
     codes = [
-        {name: gptq.rtn(loading.linear(layer, name).weight, spec) for name in names}
+        {name: rtn.quantize(loading.linear(layer, name).weight, None, spec) for name in names}
         for layer in loaded.layers
     ]
-    yield INTEGER, flops / 3, lambda: integer_forward(Built(loaded, None, codes), ids)
+    yield INTEGER, flops / 3, lambda: integer_forward(Built(loaded, Transforms(R1=None), None, codes), ids)
 
 
 def integer_forward(built: Built, ids: Tensor) -> None:
@@ -179,7 +179,7 @@ def fit(points: Sequence[Point]) -> Law:
     )
 
 
-def by_laws(laws: dict[str, Law], shape: cost.Shape, tokens: int) -> dict[str, float]:
+def by_laws(laws: dict[str, Law], shape: shapes.Shape, tokens: int) -> dict[str, float]:
     """Seconds of the main job's stages by the fitted laws: per layer in C, times layers, windows and rows of
     the job.
 
@@ -187,14 +187,11 @@ def by_laws(laws: dict[str, Law], shape: cost.Shape, tokens: int) -> dict[str, f
     measured. A refinement step counts as a pass of Eq. 7 and 8 over its part of the rows, a look at all rows
     and the set-up as half a pass over all; the step's (C, C) products are left out.
     """
-    specs, steps = main_specs(Setting(model=ModelSpec())), RefineSpec().steps
-    _, _, builds, floats, integers = cost.counts(specs)
-    C, rows, share, windows = (
-        shape.channels,
-        2 * shape.layers * tokens,
-        shape.layers / LAYERS,
-        specs[0].windows,
-    )
+    recipes, steps = [row.spec for row in main.rows(Setting())], RefineSpec().steps
+    builds = len({(spec.rotation, spec.weights) for spec in recipes if spec.weights.quantizer.bits < 16})
+    integers = sum(spec.windows for spec in recipes if is_integer(spec))
+    floats = sum(spec.windows for spec in recipes) - integers
+    C, rows, share = shape.channels, 2 * shape.layers * tokens, shape.layers / LAYERS
     part, looks = rows / descent.PARTS, steps / CHECK_EVERY + 1
     calibration = WeightSpec().windows
     layer = calibration * (laws[FORWARD](C) / LAYERS + laws[HESSIAN](C)) + laws[GPTQ](C)
@@ -202,8 +199,8 @@ def by_laws(laws: dict[str, Law], shape: cost.Shape, tokens: int) -> dict[str, f
         cost.CAPTURE: laws[CAPTURE](C) * share,
         cost.REFINE: steps * laws[REFINE](C, part) + (looks + 1) * laws[REFINE](C, rows) / 2,
         cost.GPTQ: builds * shape.layers * layer,
-        cost.FLOAT: floats * windows * laws[FORWARD](C) * share,
-        cost.INTEGER: integers * windows * laws[INTEGER](C) * share,
+        cost.FLOAT: floats * laws[FORWARD](C) * share,
+        cost.INTEGER: integers * laws[INTEGER](C) * share,
     }
 
 
@@ -232,12 +229,12 @@ def needs_text(laws: dict[str, Law], tokens: int, here: cost.Machine) -> str:
         "| model | stage | by the laws, here | by arithmetic, here | by arithmetic, one 80 GB GPU | memory |",
         "|---|---|---|---|---|---|",
     ]
-    machines = (here, cost.GPU_80GB)
+    machines, recipes = (here, cost.GPU_80GB), [row.spec for row in main.rows(Setting())]
     for name in ("llama-2-7b", "llama-3-70b"):
-        shape = cost.SHAPES[name]
+        shape = shapes.SHAPES[name]
         found, tables = (
             by_laws(laws, shape, tokens),
-            [cost.estimate(shape, m, tokens=tokens) for m in machines],
+            [cost.estimate(shape, m, recipes, tokens=tokens) for m in machines],
         )
         found[cost.TOTAL] = sum(found.values())
         for own, gpu in zip(*(table.to_dict("records") for table in tables), strict=True):
@@ -265,7 +262,7 @@ def save(out: Path, laws: dict[str, Law], points: Sequence[Point]) -> None:
             file.write(json.dumps({**row, "machine": machine()}) + "\n")
 
 
-def main() -> None:
+def measure_all() -> None:
     """Measure, fit and print."""
     parser = options(__doc__)
     parser.add_argument("--channels", type=int, nargs="+", default=[288, 576, 1152, 2304])
@@ -291,4 +288,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    measure_all()

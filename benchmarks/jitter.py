@@ -14,7 +14,8 @@ from dfrot_lab import recipe_of
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.model import corpus
 from dfrot_lab.recipe.specs import CorpusSpec, RotationSpec
-from dfrot_lab.score.perplexity import build, quantized, window_loss
+from dfrot_lab.score.build import build, quantized
+from dfrot_lab.score.perplexity import window_loss
 
 RELATIVE = 1e-7
 

@@ -19,11 +19,12 @@ from dfrot_lab.cli.malloc import keep_freed_memory
 from dfrot_lab.maths import rotations
 from dfrot_lab.observe import massive
 from dfrot_lab.observe.capture import capture
-from dfrot_lab.recipe.specs import CaptureSpec, CorpusSpec, RefineSpec
-from dfrot_lab.rotate.dfrot import _State, refine
+from dfrot_lab.recipe.specs import PAPER_RULE, CaptureSpec, CorpusSpec, RefineSpec
+from dfrot_lab.rotate.steps import State, refine
 from dfrot_lab.study import cost
 
-SPEC = RefineSpec(capture=CaptureSpec(corpus=CorpusSpec(name="wikipedia-sample", split="calibration")))
+TEXT = CorpusSpec(name="wikipedia-sample", split="calibration")
+SPEC = RefineSpec(capture=CaptureSpec(corpus=TEXT), rule=PAPER_RULE)
 STEPS = 100
 
 
@@ -66,7 +67,7 @@ def seconds_to(target: float, rows: torch.Tensor, mask: torch.Tensor) -> tuple[f
     start = time.perf_counter()
     reached: list[tuple[float, dict[str, float]]] = []
 
-    def look(state: _State) -> None:
+    def look(state: State) -> None:
         if not reached and state.history[-1]["objective"] <= target:
             reached.append((time.perf_counter() - start, dict(state.history[-1])))
             raise InterruptedError
@@ -94,8 +95,8 @@ def default() -> list[Row]:
     torch.set_num_threads(2)
     last, end = paper.iloc[-1], final.iloc[-1]
     floor = step * 2 * 2 * len(rows) / 8 * rows.shape[1] ** 2 / cost.measure_machine().float_rate
-    said = f"objective {losses['objective']:.2f} at step {step}; published {target:.2f} (normal {last['normal']:.3f}, massive {last['massive']:.3f})"
-    ended = f"objective {end['objective']:.2f}, normal {end['normal']:.3f}, massive {end['massive']:.3f}"
+    said = f"objective {losses['objective']:.2f} at step {step}; published {target:.2f} (ordinary {last['ordinary']:.3f}, massive {last['massive']:.3f})"
+    ended = f"objective {end['objective']:.2f}, ordinary {end['ordinary']:.3f}, massive {end['massive']:.3f}"
     memory = float(peak_gb(__file__, "--memory", "default"))
     size = rows.numel() * 4 / 1e9
     return [

@@ -13,30 +13,36 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from conftest import LAYERS, save_tiny
+from test_evaluate import resolved
 from typer.testing import CliRunner
 
 from dfrot_lab.cli.app import app
-from dfrot_lab.disk import row_files
+from dfrot_lab.disk import rotation_files, row_files
 from dfrot_lab.maths import rotations, tables
-from dfrot_lab.recipe.specs import RotationSpec
+from dfrot_lab.model.families import FAMILIES
+from dfrot_lab.recipe import registry
+from dfrot_lab.recipe.specs import MASSIVE_RULES, Recipe, RotationSpec
 from dfrot_lab.study.experiments import EXPERIMENTS
 
 DONE = "[0-9a-f]*[0-9a-f]/manifest.json"
 """Finished artefacts only: the folder of one being made ends in .partial."""
 
-COMMANDS = (
-    "run",
-    "capture",
-    "errors",
-    "refine",
-    "evaluate",
-    "experiment",
-    "figures",
-    "report",
-    "models",
-    "doctor",
-    "fetch",
-)
+COMMON = ("--model", "--corpus", "--seed", "--out", "--json")
+WITHOUT = {
+    "run": (),
+    "capture": ("--seed",),
+    "errors": (),
+    "refine": (),
+    "evaluate": (),
+    "recipe": ("--json",),
+    "experiment": (),
+    "figures": (),
+    "report": (),
+    "models": ("--corpus", "--seed"),
+    "doctor": ("--seed",),
+    "fetch": ("--seed",),
+}
+"""Every command, with the common options that would do nothing there."""
 
 
 @pytest.fixture
@@ -58,11 +64,17 @@ def invoke(*arguments: str, code: int = 0):
     return result
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_has_help_and_the_common_options(command):
+@pytest.mark.parametrize("command", WITHOUT)
+def test_every_command_has_help_and_the_common_options_that_do_something(command):
     shown = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"}).output
-    for option in ("--model", "--corpus", "--seed", "--out", "--json"):
-        assert option in shown
+    assert [option for option in COMMON if option not in shown] == list(WITHOUT[command])
+
+
+def test_help_lists_the_commands_and_what_can_be_chosen_by_name():
+    shown = " ".join(CliRunner().invoke(app, ["--help"], env={"COLUMNS": "200"}).output.split())
+    assert all(f" {command} " in shown for command in WITHOUT)
+    for names in (registry.rows(), registry.METHODS, registry.WEIGHTS, FAMILIES, MASSIVE_RULES):
+        assert all(name in shown.split("What can be chosen")[1] for name in names)
 
 
 def test_help_and_import_load_nothing_heavy():
@@ -100,7 +112,7 @@ def test_errors_refuses_an_unknown_ending_and_leaves_nothing(bench, tmp_path):
 def test_refine_then_evaluate_the_saved_rotation(bench, tmp_path):
     path = tmp_path / "R1.safetensors"
     invoke("refine", *bench, "--tokens", "200", "--steps", "3", "--gamma", "10", "--out", str(path))
-    assert rotations.orthogonality_error(rotations.load(path)) < 1e-5
+    assert rotations.orthogonality_error(rotation_files.load(path)) < 1e-5
     row = json.loads(
         invoke(
             "evaluate", *bench, "--rotation", str(path), "--bits", "16-4-16", "--windows", "2", "--json"
@@ -129,7 +141,50 @@ def test_evaluate_adds_rows_to_a_file(bench, tmp_path):
         )
     table = row_files.load(out)
     assert list(table["rotation"]) == ["RH", "RO"]
-    assert list(table["keep_out"]) == [True, True]
+    assert list(table["keep_out"]) == [True, True] and set(table["keep_out_rule"]) == {"nr_error_9.5"}
+    for key in table["recipe"]:
+        assert Recipe.from_yaml(tmp_path / f"rows.{key}.yaml").key == key
+
+
+OPTIONS = (
+    ["--rotation", "RO", "--seed", "3", "--bits", "16-4-4"],
+    ["--rotation", "DFRot", "--gamma", "7", "--rule", "nr_error_8.5", "--bits", "16-4-16"],
+    ["--rotation", "RH", "--bits", "4-4-16", "--weights", "rtn", "--dtype", "float64"],
+)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: options[1])
+def test_a_recipe_that_was_printed_gives_the_row_of_its_options(bench, tmp_path, options):
+    """To the key, so it is one evaluation and stored once; a file of it and one written by --out do too."""
+    row = json.loads(invoke("evaluate", *bench, *options, "--windows", "1", "--json").stdout)
+    given = dict(zip(options[::2], options[1::2], strict=True))
+    places = [given.pop("--rotation"), given.pop("--bits")]
+    rest = [*bench, *(word for pair in given.items() for word in pair), "--windows", "1"]
+    printed = invoke("recipe", *places, *rest).stdout
+    invoke("recipe", *places, *rest, "--out", str(tmp_path / "written.yaml"))
+    assert (tmp_path / "written.yaml").read_text() == printed
+    (tmp_path / "printed.yaml").write_text(printed)
+    assert json.loads(invoke("evaluate", "--recipe", str(tmp_path / "printed.yaml"), "--json").stdout) == row
+    assert row["recipe"] == resolved(Recipe.from_yaml(printed)).key
+    assert len(list((tmp_path / "cache" / "store").glob(f"evaluation/{DONE}"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ("windows: six", "Recipe.windows must be a whole number >= 1; got 'six'"),
+        ("rotations: {kind: RO}", "Recipe has no field 'rotations'; it has model, "),
+        ("rotation: {method: quip}", "there is no 'quip'; there are random, dfrot"),
+        ("rotation: {kind: RX}", "RotationSpec.kind must be one of NR, RO, RH, file; got 'RX'"),
+        ("- a\n- b", "Recipe must be a mapping of its fields; got ['a', 'b']"),
+        ("a: [", "a recipe must be YAML; got "),
+    ],
+)
+def test_a_recipe_with_a_mistake_is_one_line_that_names_it(bench, tmp_path, said, message):
+    (tmp_path / "r.yaml").write_text(said)
+    shown = invoke("evaluate", "--recipe", str(tmp_path / "r.yaml"), code=1)
+    assert shown.stderr.startswith("Error: ") and message in shown.stderr
+    assert len(shown.stderr.splitlines()) == 1
 
 
 def run_program(bench, tmp_path, *more):
@@ -183,6 +238,7 @@ def test_run_stopped_by_ctrl_c_goes_on_and_a_second_run_reuses_everything(bench,
     for name in (
         "rows.jsonl",
         "rows.md",
+        "rows.recipes.yaml",
         "massive-tokens.csv",
         "log.txt",
         "figures/perplexity.png",
@@ -214,6 +270,32 @@ def test_a_dry_run_says_what_a_model_that_is_not_here_would_take_and_writes_noth
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize("weights", ["absent", "a link to nowhere", "large"])
+def test_a_dry_run_of_a_folder_reads_its_config_and_none_of_its_weights(bench, weights):
+    """They may be a terabyte on a slow disk, or not there yet. That a file was read shows in its time of last
+    access.
+    """
+    folder, long_ago = Path(bench[1]), (1e9, 2e9)
+    files = list(folder.glob("*.safetensors"))
+    control = folder / "control.safetensors"
+    for file in (*files, control):
+        file.unlink(missing_ok=True)
+        if weights == "a link to nowhere":
+            file.symlink_to(folder / "nowhere")
+        elif weights == "large":
+            file.touch()
+            os.truncate(file, 1 << 28)  # a hole, which takes no room
+            os.utime(file, long_ago)
+    shown = json.loads(invoke("run", *bench, "--dry-run", "--json").stdout)
+    assert {row["model"] for row in shown} == {str(folder)} and all(row["seconds"] >= 0 for row in shown)
+    if weights == "large":
+        with control.open("rb") as file:
+            file.read(1)
+        if control.stat().st_atime == long_ago[0]:
+            pytest.skip("this disk keeps no time of last access")
+        assert {(file.stat().st_atime, file.stat().st_mtime) for file in files} == {long_ago}
+
+
 def test_only_a_dry_run_takes_a_name_that_cannot_be_loaded(bench, tmp_path):
     assert (
         "ModelSpec.source must be"
@@ -231,12 +313,16 @@ BAD = [
     (["evaluate", "--bits", "4-4-17"], "QuantSpec.bits must be a whole number in 2..16; got 17"),
     (
         ["evaluate", "--rotation", "XX"],
-        "--rotation must be NR, RO, RH, DFRot or an existing safetensors file; got 'XX'",
+        "--rotation must be NR, RO, RH, DFRot, or an existing safetensors file; got 'XX'",
     ),
     (["evaluate", "--windows", "0"], "Recipe.windows must be a whole number >= 1; got 0"),
     (["evaluate", "--windows", "100000", "--bits", "16-4-16"], "windows"),
     (["refine", "--gamma", "0"], "RefineSpec.gamma must be > 0; got 0"),
-    (["refine", "--rule", "big"], "RefineSpec.rule must be one of sun, nr_error, ro_vs_nr, ratio; got 'big'"),
+    (["refine", "--rule", "big"], f"RefineSpec.rule must be one of {', '.join(MASSIVE_RULES)}; got 'big'"),
+    (["evaluate", "--rotation", "DFRot", "--rule", "big"], "RefineSpec.rule must be one of ratio_8, "),
+    (["evaluate", "--weights", "awq"], "WeightSpec.method must be one of rtn, gptq; got 'awq'"),
+    (["evaluate", "--dtype", "int8"], "ModelSpec.dtype must be one of float32, float64, bfloat16, float16;"),
+    (["errors", "--scheme", "sym"], "QuantSpec.scheme must be one of symmetric, asymmetric, free; got 'sym'"),
     (["capture", "--tokens", "0"], "CaptureSpec.tokens must be a whole number >= 1; got 0"),
     (["capture", "--tokens", "-5"], "CaptureSpec.tokens must be a whole number >= 1; got -5"),
     (
@@ -264,7 +350,7 @@ def test_a_wrong_rotation_file_is_refused(bench, tmp_path, kind):
     if kind == "garbage":
         path.write_bytes(b"not a rotation")
     elif kind == "size":
-        rotations.save(rotations.make(RotationSpec(kind="RH"), 32), path, RotationSpec(kind="RH"))
+        rotation_files.save(rotations.make(RotationSpec(kind="RH"), 32), path, RotationSpec(kind="RH"))
     else:
         from safetensors.torch import save_file
 
@@ -282,7 +368,7 @@ def test_an_unwritable_cache_is_named(bench, tmp_path, monkeypatch):
 
 
 def test_models_and_fetch_describe(bench):
-    about = json.loads(invoke("models", *bench, "--json").stdout)
+    about = json.loads(invoke("models", *bench[:2], "--json").stdout)
     assert about["channels"] == 64
     assert "Gemma2ForCausalLM" in about["refused"]
     assert "calibration" in invoke("fetch", *bench).stdout
@@ -321,7 +407,9 @@ def test_an_experiment_writes_its_table_and_figure_where_told(bench, tmp_path):
 
 def test_an_unknown_experiment_is_one_line_that_lists_them(bench, tmp_path):
     result = invoke("experiment", "keepout", *bench, code=1)
-    assert result.stderr.strip().startswith("Error: no experiment 'keepout'; there are token-errors-3d,")
+    assert result.stderr.strip().startswith(
+        "Error: no experiment 'keepout'; there are main, token-errors-3d,"
+    )
     assert "keep-out" in result.stderr
     assert not (tmp_path / "runs").exists()
 

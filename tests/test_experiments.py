@@ -203,6 +203,7 @@ def test_a_table_has_the_results_columns_and_a_line_a_row_and_metric(lab, name):
     }
     assert set(evaluations["windows"]) == {2} and (evaluations["seconds"] >= 0).all()
     assert table["value"].notna().all() and table["metric"].notna().all()
+    assert all(table[name].dtype == "Int64" for name in tables.WHOLE), "as in a file that is read back"
 
 
 @pytest.mark.parametrize("name", EVALUATING)
@@ -688,9 +689,9 @@ def test_a_profile_of_another_name_is_refused(value, store, monkeypatch):
 def test_profiles_and_choices(text_file, monkeypatch):
     chosen = {"corpus": str(text_file), "seed": 5}
     monkeypatch.delenv(PROFILE, raising=False)
-    assert Setting.of_profile(**chosen) == Setting(**chosen)
+    assert Setting.of_profile(**chosen) == Setting(**chosen).resolved()
     monkeypatch.setenv(PROFILE, "full")
-    assert Setting.of_profile(**chosen) == Setting(**chosen)
+    assert Setting.of_profile(**chosen) == Setting(**chosen).resolved()
     monkeypatch.setenv(PROFILE, "quick")
     found = Setting.of_profile(**chosen)
     assert (

@@ -1,6 +1,4 @@
-"""Keys stand for bytes and not for names, for the device and the dtype, and for the version of the formulas;
-at the door no `auto` is left.
-"""
+"""Keys stand for bytes and not for names, for device and dtype, and for the version of the formulas."""
 
 import json
 import shutil
@@ -13,9 +11,8 @@ from conftest import save_tiny
 from dfrot_lab.disk import artefacts, rotation_files
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.maths import rotations
-from dfrot_lab.model import corpus, door, loading
+from dfrot_lab.model import door
 from dfrot_lab.recipe import keys
-from dfrot_lab.recipe.base import Spec
 from dfrot_lab.recipe.specs import (
     CALIBRATION,
     CaptureSpec,
@@ -222,61 +219,3 @@ def test_another_version_of_the_formulas_finds_nothing(store: Store, monkeypatch
     assert store.open("any", inputs) is not None
     monkeypatch.setattr(artefacts, "FORMULAS", keys.FORMULAS + 1)
     assert store.open("any", inputs) is None
-
-
-# ---- the door
-
-
-def autos(spec: Spec) -> list[str]:
-    """The fields that say `auto`, at any depth."""
-    inner = [name for _, value in spec if isinstance(value, Spec) for name in autos(value)]
-    return [name for name, value in spec if value == "auto"] + inner
-
-
-OPEN = [
-    Recipe(),
-    Recipe(rotation=RefineSpec(), weights=WeightSpec(corpus=None)),
-    RefineSpec(),
-    CaptureSpec(),
-    WeightSpec(),
-    ModelSpec(),
-    CorpusSpec(),
-    QuantSpec(),
-    RotationSpec(),
-]
-
-
-@pytest.mark.parametrize("spec", OPEN, ids=lambda spec: type(spec).__name__)
-def test_the_door_leaves_no_auto_and_changes_nothing_else(spec: Spec):
-    found = door.resolved(spec)
-    assert autos(found) == []
-    assert door.resolved(found) is found
-    if not autos(spec):
-        assert found is spec
-    assert found.key == spec.key or autos(spec)
-
-
-def test_the_door_names_the_text_and_the_device_that_are_here(tmp_path, monkeypatch):
-    monkeypatch.setenv(corpus.DATA_FOLDER, str(tmp_path))
-    found = door.resolved(Recipe(rotation=RefineSpec()))
-    assert found.corpus == CorpusSpec(name="wikipedia-sample")
-    assert found.weights.corpus == found.rotation.capture.corpus == CALIBRATION.with_(name="wikipedia-sample")
-    assert found.model.device == found.rotation.capture.model.device == "cpu"
-    monkeypatch.setenv(loading.DEVICE, "cuda")
-    assert door.resolved(ModelSpec()).device == "cuda"
-    assert door.resolved(ModelSpec(device="cpu")).device == "cpu", "what is said is not looked up"
-
-
-def test_what_is_not_here_is_refused_at_the_door(monkeypatch):
-    with pytest.raises(ValueError, match=r"CorpusSpec\.name must be auto, .*; got 'nowhere\.txt'"):
-        door.resolved(Recipe(corpus=CorpusSpec(name="nowhere.txt")))
-    monkeypatch.setenv(loading.DEVICE, "tpu")
-    with pytest.raises(ValueError, match="must be auto, cpu or cuda; got 'tpu'"):
-        door.resolved(CaptureSpec())
-
-
-def test_a_loaded_models_spec_is_resolved(tiny_spec):
-    assert tiny_spec.device == "auto"
-    loaded = loading.load_model(tiny_spec)
-    assert loaded.spec == door.resolved(tiny_spec) == tiny_spec.with_(device="cpu")
-    assert loaded.fingerprint == door.PRINTS.model(loaded.spec) == door.PRINTS.model(tiny_spec)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from dfrot_lab.recipe import specs
 from dfrot_lab.recipe.base import MethodSpec, Spec
-from dfrot_lab.recipe.keys import content_key
+from dfrot_lab.recipe.content import content_key
 from dfrot_lab.recipe.specs import (
     GRANULARITIES,
     KEEP_OUT_COUNTS,

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from dfrot_lab.disk import downloads
-from dfrot_lab.disk.artefacts import Store, cache_dir
+from dfrot_lab.disk.artefacts import Store
+from dfrot_lab.disk.atomic import cache_dir
 from dfrot_lab.model import corpus, loading
 from dfrot_lab.recipe.specs import DEFAULT_MODEL, CorpusSpec, ModelSpec
 

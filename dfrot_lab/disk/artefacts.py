@@ -5,16 +5,14 @@
     <root>/<kind>/<key>.lock         held while one process makes it
     <root>/<kind>/<key>.corrupt-1/   one that failed its checks, set aside: yours to look at or to delete
 
-Checked at every open: the manifest's own checksum and the size of every file, and every file's checksum if
-the artefact has at most `HASH_AT_OPEN` bytes; of a larger one, each file's checksum when it is first read."""
+Checked at every open: the manifest's own checksum, and every file's size and checksum (a file that did not
+change since it was last read is not read again).
+"""
 
 import builtins
-import errno
-import hashlib
 import itertools
 import json
 import logging
-import os
 import platform
 import re
 import time
@@ -25,17 +23,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import xxhash
 from filelock import FileLock
-from platformdirs import user_cache_path
 
-from dfrot_lab.disk.atomic import replacing
-from dfrot_lab.recipe.keys import FORMULAS, content_key
+from dfrot_lab.disk.atomic import cache_dir, make_folder, replacing
+from dfrot_lab.disk.digests import digest
+from dfrot_lab.recipe.content import content_key
+from dfrot_lab.recipe.keys import FORMULAS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-HASH_AT_OPEN = 64 * 2**20
 MANIFEST = "manifest.json"
 
 _dumps = json.JSONEncoder(sort_keys=True, indent=1).encode
@@ -46,24 +43,6 @@ class CorruptArtefact(ValueError):
     """A stored file is not what was written: missing, of another size, or of another checksum."""
 
 
-def cache_dir() -> Path:
-    """The cache folder, made if missing: $DFROT_LAB_CACHE, else the user's. OSError if it cannot be made."""
-    chosen = os.environ.get("DFROT_LAB_CACHE")
-    return _folder(Path(chosen).expanduser() if chosen else user_cache_path("dfrot-lab"))
-
-
-def _folder(path: Path, to_write: bool = False) -> Path:
-    """The folder, made if missing: a cache that was made may be read where nothing can be written."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        if to_write and not os.access(path, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    except OSError as error:
-        said = f"cannot write to the folder {path} ({error.strerror}); set DFROT_LAB_CACHE to another one"
-        raise OSError(error.errno, said) from error
-    return path
-
-
 class Artefact:
     """A stored artefact: `kind`, `key`, `path`, `manifest` (inputs, note, versions, files, seconds)."""
 
@@ -71,7 +50,6 @@ class Artefact:
         self.path, self.manifest = path, manifest
         self.kind: str = manifest["kind"]
         self.key: str = manifest["key"]
-        self._verified: set[str] = set()
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.kind}/{self.key}: {', '.join(self.names)})"
@@ -95,14 +73,12 @@ class Artefact:
         """The file's path, once its checksum is right; a finished artefact with a wrong one is set aside."""
         path, files = self.path / filename, self.manifest["files"]
         if filename not in files:
-            raise KeyError(
-                f"{filename} is not in {self.path}, which has {', '.join(sorted(files)) or 'no files'}"
-            )
-        if filename not in self._verified and (fault := _fault(path, files[filename])):
+            there = ", ".join(sorted(files)) or "no files"
+            raise KeyError(f"{filename} is not in {self.path}, which has {there}")
+        if fault := _fault(path, files[filename]):
             if self.path.name == self.key:  # not so in a Writer, whose other files are still good
-                _open_or_set_aside(self.path, float("inf"))
+                _open_or_set_aside(self.path)
             raise CorruptArtefact(f"{path} {fault}; run the same command again to recompute it")
-        self._verified.add(filename)
         return path
 
 
@@ -163,7 +139,7 @@ class Writer(Artefact):
             raise ValueError(f"name must be free; {name!r} {taken}")
         with replacing(self.path / filename, size) as temp:
             put(temp)
-            record = _record(temp)
+            record = {"bytes": temp.stat().st_size, "xxh3_128": digest(temp)}
             # both records, until the next save: on either side of the rename the file matches one of them
             self._write_manifest(files={**files, filename: record}, replaced={filename: files.get(filename)})
         files[filename] = record
@@ -212,9 +188,9 @@ class Store:
         A second process waits, then opens. If `make` raises or is killed, its finished files stay for the
         next call. OSError names the folder."""
         folder, content = self._place(kind, inputs)
-        if (found := _open_or_set_aside(folder, HASH_AT_OPEN)) is not None:
+        if (found := _open_or_set_aside(folder)) is not None:
             return found
-        _folder(folder.parent, to_write=True)
+        make_folder(folder.parent, to_write=True)
         with FileLock(f"{folder}.lock"):
             if not folder.exists():  # else another process made it while this one waited
                 writer = Writer(folder.with_name(f"{folder.name}.partial"), content)
@@ -225,11 +201,14 @@ class Store:
 
     def open(self, kind: str, inputs: Mapping[str, Any]) -> Artefact | None:
         """The stored artefact of `inputs`, or None; a corrupt one is set aside with a warning."""
-        return _open_or_set_aside(self._place(kind, inputs)[0], HASH_AT_OPEN)
+        return _open_or_set_aside(self._place(kind, inputs)[0])
 
     def list(self) -> builtins.list[Artefact]:
         """All artefacts by kind and key, after a check of manifests and sizes; corrupt ones are set aside."""
-        found = (_open_or_set_aside(folder, 0) for folder in sorted(self.root.glob("*/" + "[0-9a-f]" * 32)))
+        found = (
+            _open_or_set_aside(folder, sizes_only=True)
+            for folder in sorted(self.root.glob("*/" + "[0-9a-f]" * 32))
+        )
         return [artefact for artefact in found if artefact]
 
     def _place(self, kind: str, inputs: Mapping[str, Any]) -> tuple[Path, dict[str, Any]]:
@@ -239,25 +218,24 @@ class Store:
         return self.root / kind / content_key(content), content
 
 
-def _open(folder: Path, hash_limit: float) -> Artefact | None:
-    """The artefact in `folder`, if there is one; hashed up to `hash_limit` bytes. CorruptArtefact."""
+def _open(folder: Path, sizes_only: bool) -> Artefact | None:
+    """The artefact in `folder`, if there is one. CorruptArtefact."""
     if not folder.is_dir():
         return None
     manifest = _read_manifest(folder, folder.name)
-    hashed = sum(record["bytes"] for record in manifest["files"].values()) <= hash_limit
     for filename, record in manifest["files"].items():
-        if fault := _fault(folder / filename, record if hashed else {"bytes": record["bytes"]}):
+        if fault := _fault(folder / filename, record, sizes_only):
             raise CorruptArtefact(f"{folder / filename} {fault}")
     return Artefact(folder, manifest)
 
 
-def _open_or_set_aside(folder: Path, hash_limit: float) -> Artefact | None:
+def _open_or_set_aside(folder: Path, sizes_only: bool = False) -> Artefact | None:
     """As `_open`, but a corrupt artefact is renamed, and None."""
     with suppress(CorruptArtefact):
-        return _open(folder, hash_limit)
+        return _open(folder, sizes_only)
     with FileLock(f"{folder}.lock"):
         try:
-            return _open(folder, hash_limit)  # another process may have put a good one in its place
+            return _open(folder, sizes_only)  # another process may have put a good one in its place
         except CorruptArtefact as error:
             aside = next(p for n in itertools.count(1) if not (p := Path(f"{folder}.corrupt-{n}")).exists())
             folder.rename(aside)
@@ -276,18 +254,12 @@ def _read_manifest(folder: Path, key: str) -> dict[str, Any]:
     return manifest
 
 
-def _record(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
-    return {"bytes": path.stat().st_size, "xxh3_128": digest}
-
-
-def _fault(path: Path, record: Mapping[str, Any]) -> str:
-    """What is wrong with a file by its record (its size alone without a checksum); empty if nothing is."""
+def _fault(path: Path, record: Mapping[str, Any], sizes_only: bool = False) -> str:
+    """What is wrong with a file by its record; empty if nothing is."""
     size = path.stat().st_size if path.is_file() else None
     if size != record["bytes"]:
         return "is missing" if size is None else f"has {size:,} bytes instead of {record['bytes']:,}"
-    return "has a wrong checksum" if "xxh3_128" in record and _record(path) != record else ""
+    return "" if sizes_only or digest(path) == record["xxh3_128"] else "has a wrong checksum"
 
 
 def _require_name(what: str, name: str) -> None:

@@ -1,5 +1,6 @@
-"""The one way the package writes a file: whole, or not at all."""
+"""Where and how the package writes: in its cache folder; each file whole, or not at all."""
 
+import errno
 import glob
 import os
 import re
@@ -8,6 +9,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from platformdirs import user_cache_path
 
 LEFT_SECONDS = 3600
 
@@ -40,3 +43,21 @@ def replacing(path: Path, wanted: int | None = None) -> Iterator[Path]:
             f"cannot write {path.name} to {path.parent} ({os.strerror(code)}): {room}; "
             "free some space or write elsewhere (DFROT_LAB_CACHE names the cache's folder)",
         ) from error
+
+
+def cache_dir() -> Path:
+    """The cache folder, made if missing: $DFROT_LAB_CACHE, else the user's. OSError if it cannot be made."""
+    chosen = os.environ.get("DFROT_LAB_CACHE")
+    return make_folder(Path(chosen).expanduser() if chosen else user_cache_path("dfrot-lab"))
+
+
+def make_folder(path: Path, to_write: bool = False) -> Path:
+    """The folder, made if missing: a cache that was made may be read where nothing can be written."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if to_write and not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        said = f"cannot write to the folder {path} ({error.strerror}); set DFROT_LAB_CACHE to another one"
+        raise OSError(error.errno, said) from error
+    return path

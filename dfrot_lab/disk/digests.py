@@ -12,8 +12,7 @@ import xxhash
 from filelock import FileLock
 from tqdm.auto import tqdm
 
-from dfrot_lab.disk.artefacts import cache_dir
-from dfrot_lab.disk.atomic import replacing
+from dfrot_lab.disk.atomic import cache_dir, replacing
 
 log = logging.getLogger(__name__)
 
@@ -32,11 +31,11 @@ def digest(path: Path | str, algorithm: str = "xxh3_128") -> str:
     """Hex digest of a file's bytes by one of ALGORITHMS; an unchanged file costs a look at its entry."""
     path = Path(path).resolve()
     name, stamp = f"{algorithm}:{path}", _stamp(path)
-    if _known.get(name, [])[:-1] != stamp:
-        _known.update(_remembered())
-    if _known.get(name, [])[:-1] == stamp:
-        return str(_known[name][-1])
     settled = time.time_ns() - max(stamp[1:3]) > SETTLED
+    if settled and _known.get(name, [])[:-1] != stamp:
+        _known.update(_remembered())
+    if settled and _known.get(name, [])[:-1] == stamp:
+        return str(_known[name][-1])
     found = _read(path, stamp[0], algorithm)
     if settled and _stamp(path) == stamp:
         _remember(name, [*stamp, found])

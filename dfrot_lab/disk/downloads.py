@@ -11,8 +11,7 @@ from pathlib import Path, PurePosixPath
 
 from filelock import FileLock
 
-from dfrot_lab.disk.artefacts import cache_dir
-from dfrot_lab.disk.atomic import replacing
+from dfrot_lab.disk.atomic import cache_dir, replacing
 from dfrot_lab.disk.digests import digest
 
 log = logging.getLogger(__name__)

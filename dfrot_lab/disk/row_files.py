@@ -12,7 +12,7 @@ import pandas as pd
 from filelock import FileLock
 
 from dfrot_lab.disk.atomic import replacing
-from dfrot_lab.maths.tables import COLUMNS, WHOLE, comparison, markdown
+from dfrot_lab.maths.tables import COLUMNS, comparison, markdown, whole
 
 log = logging.getLogger(__name__)
 
@@ -57,8 +57,7 @@ def entries(path: Path) -> list[dict[str, Any]]:
 def load(path: Path) -> pd.DataFrame:
     """A JSON-lines file as a table, with all its columns; those of WHOLE as whole numbers or missing."""
     rows = entries(path)
-    found = pd.DataFrame(rows, columns=None if rows else list(COLUMNS))
-    return found.astype(dict.fromkeys((name for name in WHOLE if name in found), "Int64"))
+    return whole(pd.DataFrame(rows, columns=None if rows else list(COLUMNS)))
 
 
 def write_table(table: pd.DataFrame, out: Path) -> None:

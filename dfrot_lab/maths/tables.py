@@ -17,7 +17,7 @@ COLUMNS = (
 are what a method has beside its own columns; `ci95` is [low, high]; `recipe` is the key of the recipe, whose
 YAML is kept beside the rows; `formulas` and `commit` are the code's."""
 
-WHOLE = ("seed", "w_bits", "a_bits", "kv_bits", "keep_out_tokens")
+WHOLE = ("seed", "w_bits", "a_bits", "kv_bits", "keep_out_tokens", "windows", "window", "formulas")
 """Columns of whole numbers, or of nothing."""
 
 FREE = {"metric", "value", "ci95", "seconds", "recipe", "versions", "formulas", "commit"}
@@ -28,7 +28,12 @@ PERPLEXITY = "perplexity"
 
 def table(entries: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     """Results rows as a table, COLUMNS in order, whole numbers whole or missing."""
-    return pd.DataFrame(list(entries), columns=list(COLUMNS)).astype(dict.fromkeys(WHOLE, "Int64"))
+    return whole(pd.DataFrame(list(entries), columns=list(COLUMNS)))
+
+
+def whole(table: pd.DataFrame) -> pd.DataFrame:
+    """The table with whole numbers whole or missing, in those of the columns WHOLE that it has."""
+    return table.astype(dict.fromkeys((name for name in WHOLE if name in table), "Int64"))
 
 
 def first_seed(entries: pd.DataFrame) -> pd.DataFrame:

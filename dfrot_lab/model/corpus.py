@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING
 
 from tqdm.auto import tqdm
 
-from dfrot_lab.disk.artefacts import cache_dir
-from dfrot_lab.disk.atomic import replacing
+from dfrot_lab.disk.atomic import cache_dir, replacing
 from dfrot_lab.disk.digests import digest
 from dfrot_lab.disk.downloads import WIKIPEDIA_XML, fetch
 from dfrot_lab.model.wiki import read_dump, strip_markup

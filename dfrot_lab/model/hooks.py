@@ -10,6 +10,7 @@
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from dfrot_lab.model.loading import LoadedModel
 
 At = Callable[[str, Tensor], Tensor | None]
 """From a site and what is there, what is to be there instead; None leaves it."""
+Shown = tuple[tuple[At, Collection[str]], ...]
 
 NORMS = ("input_norm", "post_attention_norm")
 NORM_INPUTS = tuple(f"{norm}_in" for norm in NORMS)
@@ -49,9 +51,8 @@ def at_sites(loaded: LoadedModel, function: At, sites: Collection[str] | None = 
             for kind, (name, is_output) in _places(loaded).items():
                 if (site := f"layers.{number}.{kind}") in wanted:
                     module = layer.get_submodule(name)
-                    hook = _output_hook(site, function) if is_output else _input_hook(site, function)
                     register = module.register_forward_hook if is_output else module.register_forward_pre_hook
-                    stack.callback(register(hook).remove)
+                    stack.callback(register(_hook(site, function, is_output)).remove)
         if any(site.rpartition(".")[2] in ATTENTION for site in wanted):
             stack.enter_context(_attention(loaded, function, wanted))
         yield
@@ -66,11 +67,10 @@ def _places(loaded: LoadedModel) -> dict[str, tuple[str, bool]]:
     return places
 
 
-def _output_hook(site: str, function: At) -> Any:
-    return lambda _module, _args, output: function(site, output)
+def _hook(site: str, function: At, is_output: bool) -> Any:
+    if is_output:
+        return lambda _module, _args, output: function(site, output)
 
-
-def _input_hook(site: str, function: At) -> Any:
     def see(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         new = function(site, args[0])
         return None if new is None else (new, *args[1:])
@@ -78,33 +78,27 @@ def _input_hook(site: str, function: At) -> Any:
     return see
 
 
-class _Attend:
-    """Attention that shows q, k and v to functions, in their order, before it computes as usual (SDPA)."""
+def _attend(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    *,
+    shown: Shown,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Attention (SDPA) after the functions in `shown` have seen, in their order, q, k and v."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    def __init__(self, loaded: LoadedModel, functions: tuple[tuple[At, Collection[str]], ...]) -> None:
-        self.functions = functions
-        parts = (layer.get_submodule(loaded.roles.attention) for layer in loaded.layers)
-        self.numbers = {module: number for number, module in enumerate(parts)}
-
-    def __call__(
-        self,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        **options: Any,
-    ) -> tuple[Tensor, None]:
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-        seen = [query, key, value]
-        for function, sites in self.functions:
-            for place, kind in enumerate(ATTENTION):
-                if (site := f"layers.{self.numbers[module]}.{kind}") in sites:
-                    new = function(site, seen[place])
-                    seen[place] = seen[place] if new is None else new
-        query, key, value = seen
-        return sdpa_attention_forward(module, query, key, value, mask, **options)
+    seen = [query, key, value]
+    for function, sites in shown:
+        for place, kind in enumerate(ATTENTION):
+            if (site := f"layers.{module.layer_idx}.{kind}") in sites:
+                new = function(site, seen[place])
+                seen[place] = seen[place] if new is None else new
+    query, key, value = seen
+    return sdpa_attention_forward(module, query, key, value, mask, **options)
 
 
 @contextmanager
@@ -116,8 +110,8 @@ def _attention(loaded: LoadedModel, function: At, sites: Collection[str]) -> Ite
 
     model: Any = loaded.model
     before = loaded.config._attn_implementation
-    outer = ALL_ATTENTION_FUNCTIONS.get(before)
-    attend = _Attend(loaded, (*(outer.functions if isinstance(outer, _Attend) else ()), (function, sites)))
+    outer = getattr(ALL_ATTENTION_FUNCTIONS.get(before), "keywords", {}).get("shown", ())
+    attend = partial(_attend, shown=(*outer, (function, sites)))
     name = f"dfrot_lab_{id(attend)}"
     ALL_ATTENTION_FUNCTIONS[name] = attend
     AttentionMaskInterface.register(name, sdpa_mask)  # masks are looked for among the registered ones alone

@@ -8,11 +8,11 @@ from typing import Any, ClassVar, Self, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dfrot_lab.recipe import registry
-from dfrot_lab.recipe.keys import content_key
+from dfrot_lab.recipe.content import content_key
 
 
 def ruled(default: Any, rule: str, **limits: Any) -> Any:
-    """A field with its default, its rule in words ("a whole number >= 1") and pydantic's limits (ge, gt, le)."""
+    """A field: its default, its rule in words ("a whole number >= 1"), and pydantic's limits (ge, gt, le)."""
     return Field(default, description=rule, **limits)
 
 
@@ -106,7 +106,7 @@ class Spec(BaseModel):
 
 
 class MethodSpec(Spec):
-    """Base of the specs of rotation methods: which method, with its parameters. Each has a `name` for tables."""
+    """Base of the specs of rotation methods: which, with its parameters. Each has a `name` for tables."""
 
     method: ClassVar[str] = ""
 
@@ -126,10 +126,10 @@ class MethodSpec(Spec):
 
     @classmethod
     def of(cls, said: Mapping[str, Any]) -> Self:
-        """The spec of the method that `said` names under `method`."""
+        """The spec of the method that `said` names under `method`; without it a random rotation."""
         values = dict(said)
-        name = values.pop("method", cls.method or None)
-        if name is not None and name == cls.method:
+        name = values.pop("method", cls.method or "random")
+        if name == cls.method and name:
             return super().of(values)
         found: Any = next((kind for kind in MethodSpec.__subclasses__() if kind.method == name), None)
         if found is None:

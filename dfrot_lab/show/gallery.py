@@ -68,7 +68,7 @@ def save_experiment(
         "seed": setting.seed,
         "quick": setting.quick,
         "device": loading.device_name(),
-        "setting": _plain(name, setting),
+        "setting": _question(name, setting),
         "rows": len(table),
         "recipes": sorted(set(table["recipe"].dropna())) if "recipe" in table else [],
     }
@@ -87,7 +87,7 @@ def table(name: str, setting: Setting, root: Path) -> pd.DataFrame:
     if not (rows.is_file() and beside.is_file()):
         return experiments.run(name, setting)
     about = json.loads(beside.read_text(encoding="utf-8"))
-    if about.get("setting") != _plain(name, setting):
+    if about.get("setting") != _question(name, setting):
         return experiments.run(name, setting)
     log.info("%s: read from %s, computed on %s", name, rows.name, about["device"])
     return row_files.load(rows)
@@ -97,6 +97,7 @@ def _file(name: str, setting: Setting, tables: Path, suffix: str) -> Path:
     return tables / f"{name}-{Path(setting.corpus).stem}.{suffix}"
 
 
-def _plain(name: str, setting: Setting) -> dict[str, Any]:
-    """The setting an experiment runs on, as JSON values."""
-    return experiments.EXPERIMENTS[name].setting(setting).plain()
+def _question(name: str, setting: Setting) -> dict[str, Any]:
+    """An experiment's own setting as JSON values, whatever the device: the same question is answered once."""
+    own = experiments.EXPERIMENTS[name].setting(setting)
+    return own.with_(model=own.model.with_(device="auto")).plain()

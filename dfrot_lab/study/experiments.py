@@ -21,7 +21,7 @@ from dfrot_lab.recipe.specs import CorpusSpec, QuantSpec, Recipe, RefineSpec
 from dfrot_lab.rotate import dfrot, steps
 from dfrot_lab.score import perplexity, rows, zeroshot
 from dfrot_lab.study import main
-from dfrot_lab.study.runner import Found, Row, evaluated
+from dfrot_lab.study.runner import Found, Row, evaluated, joined
 from dfrot_lab.study.setting import Setting
 from dfrot_lab.study.token_studies import massive_magnitudes, massive_token, token_errors, token_orders
 
@@ -94,7 +94,7 @@ def keep_out(setting: Setting, store: Store) -> pd.DataFrame:
         asked.append(Row(_kept_out(plain), against={kind: plain}))
     asked += [Row(setting.row(bits, setting.rotation("NR"))) for bits in settings]
     table, found = evaluated(asked, store)
-    return pd.concat([table, pd.DataFrame(_shares(setting, found, settings))], ignore_index=True)
+    return joined(table, pd.DataFrame(_shares(setting, found, settings)))
 
 
 def _shares(setting: Setting, found: Found, settings: Sequence[str]) -> list[dict[str, Any]]:
@@ -212,7 +212,7 @@ def variants(setting: Setting, store: Store) -> pd.DataFrame:
         asked.append(Row(rh, {"variant": "not refined"}))
         asked.append(Row(setting.row(bits, spec), {"variant": name}, {"RH": rh}))
     losses = [line for (name, _), spec in fits.items() for line in _final_losses(name, spec, setting, store)]
-    return pd.concat([evaluated(asked, store)[0], pd.DataFrame(losses)], ignore_index=True)
+    return joined(evaluated(asked, store)[0], pd.DataFrame(losses))
 
 
 def _final_losses(name: str, spec: RefineSpec, setting: Setting, store: Store) -> list[dict[str, Any]]:
@@ -247,7 +247,7 @@ def massive_activations(setting: Setting, store: Store) -> pd.DataFrame:
     asked = [Row(plain)]
     asked += [Row(plain.with_(set_massive=to), against={"left alone": plain}) for to in ("zero", "mean")]
     table = evaluated(asked, store)[0].fillna({"set_massive": "left alone"})
-    return pd.concat([table, residual.residual_profile(setting.capture, store)], ignore_index=True)
+    return joined(table, residual.residual_profile(setting.capture, store))
 
 
 def zero_shot(setting: Setting, store: Store) -> pd.DataFrame:

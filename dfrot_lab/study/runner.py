@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 
 from dfrot_lab.disk.artefacts import Store
-from dfrot_lab.maths.tables import WHOLE
+from dfrot_lab.maths.tables import whole
 from dfrot_lab.recipe.specs import Recipe
 from dfrot_lab.score import perplexity, rows
 from dfrot_lab.score.perplexity import EvalResult
@@ -81,5 +81,9 @@ def table_of(asked: Sequence[Row], found: Found) -> pd.DataFrame:
         for name, other in row.against.items():
             if other in found:
                 lines.append({**row.labels, **rows.difference_row(found[row.spec], found[other], name)})
-    table = pd.DataFrame(lines)
-    return table.astype({name: "Int64" for name in WHOLE if name in table})
+    return whole(pd.DataFrame(lines))
+
+
+def joined(*parts: pd.DataFrame) -> pd.DataFrame:
+    """Tables below one another, their columns in order, whole numbers whole."""
+    return whole(pd.concat(parts, ignore_index=True))
