@@ -175,12 +175,12 @@ def test_the_history_is_the_losses_of_each_steps_rotation(view, recorded):
 
 
 def test_pause_stops_the_history_resume_goes_on_and_the_end_is_the_same(view):
-    view.state.steps = 60
+    view.state.steps = 25
     view.start()
     finish(view)
     straight, length = view.result, len(view.history)
     view.start()
-    for part in (5, 15, 30):
+    for part in (4, 9, 16):
         until(lambda part=part: len(view.history) >= part)
         view.controls["pause"].click()
         until(lambda: view.job.paused)
@@ -196,7 +196,7 @@ def test_pause_stops_the_history_resume_goes_on_and_the_end_is_the_same(view):
         view.controls["resume"].click()
     finish(view)
     assert_same_refinement(view.result, straight)
-    assert len(view.history) == length == 61
+    assert len(view.history) == length == 26
 
 
 @pytest.mark.parametrize("paused", [False, True])

@@ -9,7 +9,8 @@ import pandas as pd
 COLUMNS = (
     "model", "family", "corpus", "method", "rotation", "gamma", "rule", "parameters", "seed",
     "weights", "weight_quantizer", "calibration", "activations", "keys", "values",
-    "w_bits", "a_bits", "kv_bits", "bits", "keep_out", "keep_out_rule", "keep_out_tokens", "set_massive", "windows", "window", "device",
+    "w_bits", "a_bits", "kv_bits", "bits", "keep_out", "keep_out_rule", "keep_out_tokens",
+    "set_massive", "windows", "window", "device",
     "metric", "value", "ci95", "seconds", "recipe", "versions", "formulas", "commit",
 )  # fmt: skip
 """Columns of every results row, in order. Quantizers are named by all that makes one different; `parameters`

@@ -172,8 +172,8 @@ def record(
         bad = (~x.isfinite()).any(-1).nonzero()
         if len(bad):
             raise ValueError(
-                f"activations must be finite; got NaN or Inf at site {site}, token {int(bad[0])}. The model is "
-                "broken, or its dtype too small."
+                f"activations must be finite; got NaN or Inf at site {site}, token {int(bad[0])}. The model "
+                "is broken, or its dtype too small."
             )
         names.append(site)
         save(site, x)
