@@ -16,7 +16,7 @@ from dfrot_lab.model import integer, loading, surgery
 from dfrot_lab.model.integer import IntegerLinear, _Input, fits, product
 from dfrot_lab.recipe.specs import QuantSpec, RotationSpec, WeightSpec, recipe_of
 from dfrot_lab.score.build import Built, is_integer, quantized
-from dfrot_lab.weights import gptq
+from dfrot_lab.weights import rtn, run
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -41,7 +41,7 @@ def pair(
         spec or QuantSpec(scheme="asymmetric"),
         nn.Linear(64, 24, bias=bias).requires_grad_(False),
     )
-    weight = gptq.rtn(
+    weight = rtn_of(
         original.weight,
         WeightSpec(
             method="rtn", quantizer=QuantSpec(bits=bits, granularity="per_channel"), clip_search=False
@@ -122,7 +122,7 @@ def test_float16_holds_what_its_int32_sums_do_not():
     original = nn.Linear(4096, 16, bias=False).requires_grad_(False)
     original.weight.fill_(0.01)
     spec = WeightSpec(method="rtn", quantizer=QuantSpec(bits=8, granularity="per_channel"), clip_search=False)
-    weight = gptq.rtn(original.weight, spec)
+    weight = rtn.quantize(original.weight, None, spec)
     x = torch.rand(20, 4096).to(torch.float16)
     found = IntegerLinear(original, weight, _Input(QuantSpec(bits=8)), None, None)(x)
     assert found.dtype == torch.float16 and relative(found.double(), original(x.float()).double()) < 1e-2
@@ -157,7 +157,7 @@ def test_spared_rows_are_the_float_linears():
 def test_linears_that_read_one_tensor_quantize_it_once(monkeypatch):
     first, _, _ = pair()
     second = IntegerLinear(
-        first.original, gptq.rtn(first.original.weight, WeightSpec(method="rtn")), first.source, None, None
+        first.original, rtn.quantize(first.original.weight, None, WeightSpec(method="rtn")), first.source, None, None
     )
     calls: list[int] = []
     whole: Callable[..., Tensor] = integer.centred
@@ -180,7 +180,7 @@ def built(tmp_path, family: str) -> Built:
     surgery.rotate_residual(loaded, R)
     surgery.rotate_heads(loaded)
     surgery.rotate_down(loaded)
-    weights = gptq.quantize_weights(
+    weights = run.quantize_weights(
         loaded, WeightSpec(method="rtn", clip_search=False), "tiny", Store(tmp_path / "store")
     )
     loaded.model.double()

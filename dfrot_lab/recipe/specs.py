@@ -46,7 +46,7 @@ class ModelSpec(Spec):
 
 
 class CorpusSpec(Spec):
-    """Which text, and which part of it: `calibration` and `evaluation` are a corpus's own halves (WikiText-2's
+    """Which text, and which part of it: `calibration` and `evaluation` are a corpus's own halves (WikiText-2:
     valid and test split)."""
 
     name: str = ruled("auto", "auto, wikitext2, wikipedia-sample or a text file", pattern=r"\S")
