@@ -25,6 +25,7 @@ def row(rotation: str, value: float, seed: int | None = 0, **changes) -> dict:
         "gamma": None,
         "rule": None,
         "weights": "gptq",
+        "weight_quantizer": "sym4-channel",
         "w_bits": 4,
         "a_bits": 4,
     }
@@ -37,7 +38,8 @@ def row(rotation: str, value: float, seed: int | None = 0, **changes) -> dict:
         "windows": 6,
         "seed": seed,
     }
-    return about | changes
+    about |= changes
+    return about | {"bits": f"{about['w_bits']}-{about['a_bits']}-{about['kv_bits']}"}
 
 
 def place(lines: pd.DataFrame, **columns) -> pd.Series:
