@@ -75,7 +75,10 @@ def main() -> None:
     ours = seconds(lambda: gptq.quantize(weight, hessian, plain))
     slow = seconds(lambda: column_by_column(weight, hessian, scale, plain.damping))
     same = float(
-        (gptq.quantize(weight, hessian, plain).codes == column_by_column(weight, hessian, scale, plain.damping))
+        (
+            gptq.quantize(weight, hessian, plain).codes
+            == column_by_column(weight, hessian, scale, plain.damping)
+        )
         .float()
         .mean()
     )

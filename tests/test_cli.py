@@ -407,7 +407,9 @@ def test_an_experiment_writes_its_table_and_figure_where_told(bench, tmp_path):
 
 def test_an_unknown_experiment_is_one_line_that_lists_them(bench, tmp_path):
     result = invoke("experiment", "keepout", *bench, code=1)
-    assert result.stderr.strip().startswith("Error: no experiment 'keepout'; there are main, token-errors-3d,")
+    assert result.stderr.strip().startswith(
+        "Error: no experiment 'keepout'; there are main, token-errors-3d,"
+    )
     assert "keep-out" in result.stderr
     assert not (tmp_path / "runs").exists()
 

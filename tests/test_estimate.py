@@ -152,7 +152,9 @@ def test_a_larger_model_costs_more_at_every_stage(bigger):
 
 def test_more_windows_cost_evaluations_only_and_more_tokens_all_but_loading():
     base = seconds(SMALL)
-    assert [a > b for a, b in zip(seconds(SMALL, recipes=main_job(windows=7)), base, strict=True)] == [False] * 4 + [True] * 3
+    assert [a > b for a, b in zip(seconds(SMALL, recipes=main_job(windows=7)), base, strict=True)] == [
+        False
+    ] * 4 + [True] * 3
     assert [a > b for a, b in zip(seconds(SMALL, tokens=4096), base, strict=True)] == [False] + [True] * 6
 
 
@@ -228,14 +230,7 @@ def test_the_text_names_model_machines_and_how_far_to_trust_it():
 
 @pytest.mark.parametrize(
     ("value", "words"),
-    [
-        (0.071, "1 s"),
-        (4.46, "4.5 s"),
-        (89, "89 s"),
-        (720, "12 min"),
-        (12240, "3.4 h"),
-        (449280, "5.2 days"),
-    ],
+    [(0.071, "1 s"), (4.46, "4.5 s"), (89, "89 s"), (720, "12 min"), (12240, "3.4 h"), (449280, "5.2 days")],
 )
 def test_durations_are_in_words(value, words):
     assert duration(value) == words

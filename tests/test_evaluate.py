@@ -720,7 +720,10 @@ def test_a_spec_that_cannot_be_scored_is_refused_before_weights_are_quantized(ba
         ({"window": "64"}, r"Recipe\.window must be a whole number >= 2; got '64'"),
         ({"model": "smollm2-135m"}, r"Recipe\.model must be a ModelSpec; got 'smollm2-135m'"),
         ({"kv": QuantSpec()}, r"Recipe has no field 'kv'; it has model, .*keys, values, "),
-        ({"keep_out": "sun"}, r"Recipe\.keep_out must be one of None, nr_error_8\.5, nr_error_9\.5, ro_vs_nr, .*; got 'sun'"),
+        (
+            {"keep_out": "sun"},
+            r"Recipe\.keep_out must be one of None, nr_error_8\.5, nr_error_9\.5, ro_vs_nr, .*; got 'sun'",
+        ),
     ],
 )
 def test_specs_that_make_no_sense_are_refused(fields, message):

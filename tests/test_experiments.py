@@ -215,14 +215,10 @@ def test_each_line_is_what_its_row_s_losses_say(lab, name):
     expected = []
     for row in lab.distinct(name):
         losses = lab.result(row.spec).losses
-        expected.append(
-            (resolved(row.spec).key, dict(row.labels), "perplexity", math.exp(losses.mean()))
-        )
+        expected.append((resolved(row.spec).key, dict(row.labels), "perplexity", math.exp(losses.mean())))
         for called, reference in row.against.items():
             difference = math.exp(losses.mean()) - math.exp(lab.result(reference).losses.mean())
-            expected.append(
-                (resolved(row.spec).key, dict(row.labels), f"perplexity - {called}", difference)
-            )
+            expected.append((resolved(row.spec).key, dict(row.labels), f"perplexity - {called}", difference))
     lines = table[table["recipe"].notna() & (table["metric"] != SHARE)].to_dict("records")
     assert len(lines) == len(expected)
     for line, (key, labels, metric, value) in zip(lines, expected, strict=True):
@@ -279,11 +275,7 @@ def test_rows_that_experiments_share_are_evaluated_once(lab, tmp_path, monkeypat
     store = Store(tmp_path / "both")
     for name in ("clip-sweep", "intervene"):
         experiments.run(name, lab.setting, store)
-    distinct = {
-        resolved(row.spec).key
-        for name in ("clip-sweep", "intervene")
-        for row in lab.distinct(name)
-    }
+    distinct = {resolved(row.spec).key for name in ("clip-sweep", "intervene") for row in lab.distinct(name)}
     assert len(calls) == lab.setting.windows * len(distinct)
 
 
@@ -517,6 +509,8 @@ def test_token_errors_are_those_of_the_four_rotations(lab, name):
         expected = squared_error(recorded.all_rows() @ R.float(), QuantSpec(scheme="asymmetric")).numpy()
         np.testing.assert_allclose(table[kind], expected, rtol=1e-3)
     assert table["order"].tolist() == errors.orders(table).tolist()
+    mask = massive.find(recorded, PAPER_RULE).flatten().tolist()
+    assert table["massive"].tolist() == mask and 0 < sum(mask) < len(mask)
 
 
 def test_token_orders_count_the_tokens_of_each_site(lab):
@@ -595,9 +589,7 @@ def test_a_run_stopped_again_and_again_ends_with_the_same_table(lab, name, stop,
         except stop:
             stops += 1
     assert stops == math.ceil(len(scored) / 7) - 1 >= 4
-    assert len(scored) == lab.setting.windows * len(
-        {resolved(row.spec).key for row in lab.distinct(name)}
-    )
+    assert len(scored) == lab.setting.windows * len({resolved(row.spec).key for row in lab.distinct(name)})
     assert_same_rows(found, whole)
 
 
@@ -731,7 +723,11 @@ def test_a_setting_s_specs_are_of_its_model_text_and_windows():
         5,
         64,
     )
-    assert (row.bits, row.keep_out, row.rotation) == ("4-4-16", "nr_error_9.5", RotationSpec(kind="RH", seed=4))
+    assert (row.bits, row.keep_out, row.rotation) == (
+        "4-4-16",
+        "nr_error_9.5",
+        RotationSpec(kind="RH", seed=4),
+    )
     by_rtn = setting.with_(weights="rtn")
     assert [s.row("4-4-16", RotationSpec()).weights.method for s in (setting, by_rtn)] == ["gptq", "rtn"]
     assert by_rtn.row("4-4-16", RotationSpec(), weights="gptq").weights.method == "gptq"

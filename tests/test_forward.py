@@ -64,7 +64,10 @@ def each_head(weight: Tensor) -> Tensor:
 def rotated(w: dict[str, Tensor], layer: int, R1: Tensor) -> dict[str, Tensor]:
     """One layer's weights with norm gains, R1, R2 and the offline half of R4 in them."""
     own = {name.split(".")[-2]: x for name, x in w.items() if name.startswith(f"model.layers.{layer}.")}
-    reads = {"input_layernorm": ("q_proj", "k_proj", "v_proj"), "post_attention_layernorm": ("gate_proj", "up_proj")}
+    reads = {
+        "input_layernorm": ("q_proj", "k_proj", "v_proj"),
+        "post_attention_layernorm": ("gate_proj", "up_proj"),
+    }
     made = {name: own[name] * own[gain] @ R1 for gain, names in reads.items() for name in names}
     made["v_proj"] = each_head(made["v_proj"].T).T
     made["o_proj"] = R1.T @ each_head(own["o_proj"])
@@ -73,7 +76,13 @@ def rotated(w: dict[str, Tensor], layer: int, R1: Tensor) -> dict[str, Tensor]:
 
 
 def forward(
-    w: dict[str, Tensor], config: Any, ids: Tensor, R1: Tensor, weight: Weight, a_bits: int = 16, kv_bits: int = 16
+    w: dict[str, Tensor],
+    config: Any,
+    ids: Tensor,
+    R1: Tensor,
+    weight: Weight,
+    a_bits: int = 16,
+    kv_bits: int = 16,
 ) -> Tensor:
     """Logits (windows, window, vocabulary) of token ids (windows, window)."""
     window, theta, eps = ids.shape[1], config.rope_parameters["rope_theta"], config.rms_norm_eps

@@ -187,7 +187,9 @@ def test_a_committed_row_has_every_column_and_those_of_its_experiment(path):
     assert all(table[name].dtype == "Int64" for name in tables.WHOLE)
 
 
-@pytest.mark.parametrize("path", [p for p in COMMITTED if experiment_of(p) != "main"], ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [p for p in COMMITTED if experiment_of(p) != "main"], ids=lambda path: path.stem
+)
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_a_committed_table_is_read_and_not_computed_on_any_device(path, device, monkeypatch):
     """The default setting's question is answered by it; another question is not."""

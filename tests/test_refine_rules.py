@@ -54,14 +54,21 @@ def test_half_a_step_rounds_with_the_quantizer_s_clip(clip):
     quantizer, weights = ASYM4.with_(clip_ratio=clip), row_weights(mask, 3.0)
     product, losses = half_step(x, R, weights, mask, quantizer)
     turned = x @ R.float()
-    low, high = clip * turned.amin(1, keepdim=True).clamp(max=0), clip * turned.amax(1, keepdim=True).clamp(min=0)
+    low, high = (
+        clip * turned.amin(1, keepdim=True).clamp(max=0),
+        clip * turned.amax(1, keepdim=True).clamp(min=0),
+    )
     step = (high - low) / 15
     zero = torch.round(-low / step)
     eta = step * ((torch.round(turned / step) + zero).clamp(0, 15) - zero)
     assert clip < 1 or torch.allclose(eta, rounded(turned, 4))
     assert_near(product, (x * torch.where(mask, 9.0, 1.0)[:, None]).double().T @ eta.double())
     error = (turned - eta).square().sum(1).double()
-    wanted = {"objective": (error * weights).mean(), "ordinary": error[~mask].mean(), "massive": error[mask].mean()}
+    wanted = {
+        "objective": (error * weights).mean(),
+        "ordinary": error[~mask].mean(),
+        "massive": error[mask].mean(),
+    }
     for found in (losses, losses_of(x, R, weights, mask, quantizer)):
         assert found == pytest.approx({name: float(value) for name, value in wanted.items()}, rel=1e-5)
 

@@ -325,7 +325,9 @@ def test_a_comparison_refuses_rows_that_it_would_merge(name, metric):
     lines = [row(first), row(second)]
     if metric != "perplexity":
         lines = [difference_row(each, each, "RH") for each in (first, second)]
-    with pytest.raises(ValueError, match=rf"rows of row .*, bits 4-4-16 differ in column '{name}' \(.+, .+\)"):
+    with pytest.raises(
+        ValueError, match=rf"rows of row .*, bits 4-4-16 differ in column '{name}' \(.+, .+\)"
+    ):
         comparison(pd.DataFrame(lines), metric)
     assert comparison(pd.DataFrame([lines[0]]), metric).shape == (1, 1)
 
@@ -347,7 +349,9 @@ def test_a_comparison_refuses_rows_that_differ_in_an_experiment_s_own_column():
 def test_missing_is_missing_however_a_table_holds_it(tmp_path: Path):
     """A row from a file has NaN where a new one has None: they are not two."""
     append(tmp_path / "rows.jsonl", [row(result())])
-    both = pd.concat([load(tmp_path / "rows.jsonl").astype(object), pd.DataFrame([row(result())], dtype=object)])
+    both = pd.concat(
+        [load(tmp_path / "rows.jsonl").astype(object), pd.DataFrame([row(result())], dtype=object)]
+    )
     assert comparison(both).shape == (1, 1)
 
 
@@ -361,7 +365,9 @@ def test_by_seed_has_a_row_for_each_bits_and_refuses_rows_that_it_would_merge():
     found = by_seed(pd.DataFrame(lines))
     assert found.index.tolist() == ["16-4-16"] and found.columns.tolist() == ["seed 2", "seed 10", "seed 1"]
     lines.append(difference_row(result("4-4-16", rotation=RO.with_(seed=2), weights="rtn"), result(), "RH"))
-    with pytest.raises(ValueError, match=r"rows of bits 4-4-16, seed seed 2 differ in column 'weights' \(gptq, rtn\)"):
+    with pytest.raises(
+        ValueError, match=r"rows of bits 4-4-16, seed seed 2 differ in column 'weights' \(gptq, rtn\)"
+    ):
         by_seed(pd.DataFrame(lines))
 
 

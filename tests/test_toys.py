@@ -51,7 +51,7 @@ OFFERS: dict[str, tuple[Callable[[], object], tuple[str, ...]]] = {
 
 def said(mistake: Callable[[], object]) -> str:
     """The error of a mistake, which lists what there is."""
-    with pytest.raises(ValueError, match="there are|must be one of") as caught:
+    with pytest.raises(ValueError, match=r"there are|must be one of") as caught:
         mistake()
     return str(caught.value)
 

@@ -94,7 +94,9 @@ def _wide(rows: list[dict[str, Any]], down: Mapping[str, Any], across: Mapping[s
     for place, same in places.items():
         require_distinct(same, dict(zip(axes, place, strict=True)))
     lines = [(*place, cell(same[-1])) for place, same in places.items()]
-    wide = pd.DataFrame(lines, columns=[*axes, "cell"]).pivot(index=list(down), columns=list(across), values="cell")
+    wide = pd.DataFrame(lines, columns=[*axes, "cell"]).pivot(
+        index=list(down), columns=list(across), values="cell"
+    )
     index, columns = (list(dict.fromkeys(place[n] for place in places)) for n in (0, 1))
     return wide.reindex(index=index, columns=columns)
 

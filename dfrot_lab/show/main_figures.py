@@ -52,11 +52,9 @@ def error_table(result: MainResult) -> pd.DataFrame:
     refinement's own quantizer.
     """
     site = error_site(result.capture)
-    return errors.wide(
-        errors.token_errors(
-            result.capture, main_matrices(result), [result.setting.refine.quantizer], sites=[site]
-        )
-    )
+    matrices, quantizers = main_matrices(result), [result.setting.refine.quantizer]
+    rule = result.setting.rule
+    return errors.wide(errors.token_errors(result.capture, matrices, quantizers, sites=[site], rule=rule))
 
 
 def main_figures(result: MainResult, wide: pd.DataFrame) -> dict[str, tuple[Figure, dict[str, Any]]]:

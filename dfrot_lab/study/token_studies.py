@@ -17,7 +17,8 @@ def token_errors(setting: Setting, store: Store) -> pd.DataFrame:
     the first three (Fig. 2 and 3).
     """
     recorded = capture(setting.capture, store)
-    table = errors.wide(errors.token_errors(recorded, matrices(setting, store), [setting.refine.quantizer]))
+    rotation, quantizers = matrices(setting, store), [setting.refine.quantizer]
+    table = errors.wide(errors.token_errors(recorded, rotation, quantizers, rule=setting.rule))
     return table.assign(order=errors.orders(table))
 
 
