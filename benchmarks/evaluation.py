@@ -10,17 +10,18 @@ from common import Row, eager, options, peak_gb, print_peak, report, seconds
 
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.maths.quantizers import fake_quantize
-from dfrot_lab.model import loading, surgery
+from dfrot_lab.model import door, hooks, loading, surgery
 from dfrot_lab.model.integer import IntegerLinear
 from dfrot_lab.recipe.specs import CorpusSpec, Recipe, recipe_of
-from dfrot_lab.score.build import Built, build, quantized, rounded
+from dfrot_lab.score.build import Built, build, quantized
 from dfrot_lab.score.perplexity import window_loss
 from dfrot_lab.study import cost
 
 
 def spec() -> Recipe:
     """RH at 4-4-4 with weights rounded to nearest: how they were rounded costs a forward nothing."""
-    return recipe_of("4-4-4", weights="rtn", corpus=CorpusSpec(name="wikipedia-sample"), windows=1)
+    recipe = recipe_of("4-4-4", weights="rtn", corpus=CorpusSpec(name="wikipedia-sample"), windows=1)
+    return door.resolved(recipe).canonical()
 
 
 def ready() -> tuple[Built, torch.Tensor]:
@@ -32,12 +33,12 @@ def ready() -> tuple[Built, torch.Tensor]:
 @contextmanager
 def fake_eager(built: Built) -> Iterator[None]:
     """The same model as fake quantization in float, every linear's input by `eager`."""
-    cache = rounded(spec(), inputs=False)
+    sites = hooks.sites_of(built.loaded, *hooks.LINEAR_INPUTS, "k", "v")
 
-    def function(site: str, x: torch.Tensor) -> torch.Tensor | None:
-        return cache(site, x) if site[-2:] in (".q", ".k", ".v") else eager(x)
+    def quantize(site: str, x: torch.Tensor) -> torch.Tensor:
+        return fake_quantize(x, spec().values) if site.endswith((".k", ".v")) else eager(x)
 
-    with surgery.online(built.loaded, r3=True, r4=True, function=function):
+    with surgery.online(built.loaded, r3=True, r4=True, function=quantize, sites=sites):
         yield
 
 

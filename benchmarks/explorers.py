@@ -14,7 +14,7 @@ from common import Row, options, report, seconds
 
 from dfrot_lab import explore
 from dfrot_lab.disk.artefacts import Store
-from dfrot_lab.explore import residual
+from dfrot_lab.explore.massive.numbers import token_table
 from dfrot_lab.observe import errors
 from dfrot_lab.observe.capture import capture
 from dfrot_lab.recipe.specs import QuantSpec
@@ -39,14 +39,14 @@ def mover(control: Any, values: Iterable[object]) -> Callable[[], None]:
 
 def new_heat_map(top: Any) -> None:
     """A layer's table and a heat map of all its tokens and channels."""
-    seen, layer = top.view.seen, top.state.layer
-    residual.token_table(seen, layer, top.state.rule)
-    go.FigureWidget(go.Heatmap(z=np.log10(seen.layers[layer].x.abs().T.numpy() + 1e-3)))
+    seen, layer = top.seen, top.state.layer
+    token_table(seen, layer, top.state.rule)
+    go.FigureWidget(go.Heatmap(z=np.log10(seen.streams[layer].abs().T.numpy() + 1e-3)))
 
 
 def new_scatter(top: Any) -> None:
     """A site's error table and a scatter of it."""
-    rows = top.view.rows
+    rows = top.rows
     table = errors.wide(
         errors.token_errors(
             rows.acts, rows.matrices, [QuantSpec(bits=top.state.bits)], sites=[top.state.site]
@@ -75,7 +75,7 @@ def main() -> None:
     acts = capture(store=store)
     top = explore.massive(acts, store=store, tokens=TOKENS)
     baseline = seconds(lambda: new_heat_map(top))
-    layers = range(len(top.view.seen.layers))
+    layers = range(len(top.seen.streams))
     rows = [row("massive", "layer, heat map", mover(top.controls["layer"], layers), baseline)]
     top.controls["view"].value = "3-D"
     rows.append(row("massive", "layer, 3-D", mover(top.controls["layer"], layers), baseline))

@@ -24,7 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from dfrot_lab.maths import rotations
 from dfrot_lab.maths.hadamard import has_hadamard
 from dfrot_lab.maths.quantizers import squared_error
-from dfrot_lab.model import loading, surgery
+from dfrot_lab.model import families, loading, surgery
 from dfrot_lab.model.loading import LoadedModel
 from dfrot_lab.observe.capture import record
 from dfrot_lab.recipe.specs import (
@@ -97,9 +97,7 @@ def random_model(channels: int, tokens: int) -> LoadedModel:
     )  # fmt: skip
     model = LlamaForCausalLM(config).eval().requires_grad_(False)
     model.model.embed_tokens.weight[0, :2] += torch.tensor([40.0, -25.0])
-    loaded = LoadedModel(
-        model, None, loading.ROLES["LlamaForCausalLM"], ModelSpec(source="random"), "random", "random"
-    )
+    loaded = LoadedModel(model, None, families.Roles(), ModelSpec(source="random"), "random", "random")
     surgery.prepare(loaded)
     return loaded
 

@@ -5,8 +5,7 @@ direction only; NR, RO, RH are no rotation, random orthogonal and random Hadamar
 model whose activations we look at, such as `layers.12.input_norm`.
 
 Importing this package is cheap: torch and transformers load with the first name that needs them. What shares
-its module's name is taken from there: `from dfrot_lab.observe.capture import capture`.
-"""
+its module's name is taken from there: `from dfrot_lab.observe.capture import capture`."""
 
 import importlib
 from typing import Any

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.rotate import dfrot
-from dfrot_lab.rotate.dfrot import RefineResult
+from dfrot_lab.rotate.steps import RefineResult
 
 FLOAT32, FLOAT64 = 1e-5, 1e-12
 """Of the largest value: what some products and sums in a row, as a tiny model has them, leave of the equality

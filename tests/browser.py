@@ -16,7 +16,7 @@ from pathlib import Path
 
 from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, Request, Response
 
-from dfrot_lab.disk.artefacts import cache_dir
+from dfrot_lab.disk.atomic import cache_dir
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 ARTEFACTS = Path(__file__).parent / "artefacts"

@@ -16,7 +16,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from dfrot_lab.disk.artefacts import Store
-from dfrot_lab.model import loading
+from dfrot_lab.model import families, loading
 from dfrot_lab.model.loading import LoadedModel
 from dfrot_lab.recipe.specs import ModelSpec
 
@@ -79,7 +79,7 @@ def tiny_model(
     return LoadedModel(
         model,
         tokenizer,
-        loading.ROLES[FAMILIES[family]],
+        families.roles_of(FAMILIES[family]),
         ModelSpec(source=f"tiny {family}"),
         f"tiny-{family}-{seed}",
         "random",

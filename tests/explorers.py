@@ -8,7 +8,7 @@ from typing import Any
 import ipywidgets as widgets
 import plotly.graph_objects as go
 
-from dfrot_lab.explore import base
+from dfrot_lab.show.markup import visible
 
 MALICIOUS = [
     "<img src=x onerror=alert(1)>",
@@ -115,4 +115,4 @@ def event(plot: Any, kind: str, points: list[int], trace: int = 0) -> None:
 
 def shown_text(text: str) -> str:
     """A token as a reader sees it."""
-    return base.visible(text)
+    return visible(text)

@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dfrot_lab.model.loading import ROLES, LoadedModel
-from dfrot_lab.recipe.specs import ModelSpec, file_digest
+from dfrot_lab.disk.digests import digest
+from dfrot_lab.model.families import Roles
+from dfrot_lab.model.loading import LoadedModel
+from dfrot_lab.recipe.specs import ModelSpec
 
 HEADER = struct.Struct("<7i")
 BOS, EOS, FIRST_BYTE = 1, 2, 3
@@ -158,8 +160,8 @@ def load(folder: Path) -> LoadedModel:
     return LoadedModel(
         model,
         tokenizer,
-        ROLES["LlamaForCausalLM"],
+        Roles(),
         ModelSpec(source="stories260K"),
-        file_digest(path),
+        digest(path),
         f"llama2.c checkpoint {path.name}",
     )

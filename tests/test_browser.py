@@ -52,12 +52,11 @@ def opened(chromium: Browser, server: str, name: str) -> Notebook:
 @pytest.fixture(scope="module")
 def say(request: pytest.FixtureRequest) -> Callable[[str], None]:
     """A line of pytest's own output, for what is measured and not judged."""
-    plugins = request.config.pluginmanager
-    reporter, captured = plugins.getplugin("terminalreporter"), plugins.getplugin("capturemanager")
+    captured = request.config.pluginmanager.getplugin("capturemanager")
 
     def write(line: str) -> None:
         with captured.global_and_fixture_disabled():
-            reporter.write_line(f"\n  {line}")
+            sys.stderr.write(f"\n  {line}\n")  # one of several processes has no terminal reporter, but this
 
     return write
 
@@ -112,7 +111,6 @@ def count(explorer: Explorer, plot: int = 0) -> int:
 
 
 # ---- massive
-# ----------------------------------------------------------------------------------------------------------------------------------
 
 
 def test_the_first_massive_token_is_named(book):
@@ -182,7 +180,6 @@ def test_a_malicious_text_is_shown_and_does_not_run(book):
 
 
 # ---- errors
-# -----------------------------------------------------------------------------------------------------------------------------------
 
 
 def test_hovering_a_point_names_its_token(book):
@@ -227,7 +224,6 @@ def test_clicking_a_point_opens_its_values_also_in_a_brushed_region(book):
 
 
 # ---- worth and generate
-# -----------------------------------------------------------------------------------------------------------------------
 
 
 def test_an_evaluation_is_cancelled_and_the_kernel_stays_free(book):
@@ -282,8 +278,21 @@ def test_the_dark_theme(book):
     )
 
 
+def test_a_reloaded_page_shows_its_plots(book):
+    massive, errors = book.explorer("massive"), book.explorer("errors")
+    points, axis = count(massive), "plot => plot._fullLayout.xaxis.title.text"
+    assert points > 4 and count(errors) > 4
+    title = errors.plot().evaluate(axis)
+    book.menu("File", "Save Notebook")
+    book.page.wait_for_timeout(3000)
+    book.page.reload()
+    massive, errors = book.explorer("massive"), book.explorer("errors")
+    wait_until(lambda: count(massive) == points, 60)
+    massive.shoot("5-reloaded")
+    assert count(errors) > 4 and errors.plot().evaluate(axis) == title
+
+
 # ---- the lesson
-# -------------------------------------------------------------------------------------------------------------------------------
 
 
 def test_a_spike_is_turned_by_keyboard(lesson):
@@ -341,7 +350,6 @@ def test_a_wrong_step_is_red_and_says_why(lesson):
 
 
 # ---- the report
-# -------------------------------------------------------------------------------------------------------------------------------
 
 
 def test_the_report_opens_from_disk_with_the_network_off(chromium, tmp_path):

@@ -48,7 +48,6 @@ def spec_of(model: ModelSpec, text: Path, tokens: int = CONTEXT) -> CaptureSpec:
 
 
 # ---- what is recorded
-# -------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -154,7 +153,6 @@ def test_the_median_of_many_tokens_is_close_to_the_full_one():
 
 
 # ---- from spec to artefact
-# --------------------------------------------------------------------------------------------------------------
 
 
 def test_capture_stores_what_record_sees(tiny_spec: ModelSpec, text_file: Path, store: Store):
@@ -189,10 +187,10 @@ def test_a_given_model_is_used_as_the_loaded_one_would_be(
 
 def test_an_unknown_site_is_named(tiny_spec: ModelSpec, text_file: Path, store: Store):
     found = capture(spec_of(tiny_spec, text_file), store)
-    with pytest.raises(
-        KeyError,
-        match=r"no site 'layers\.7\.input_norm' in this capture; it has layers\.0\.input_norm \.\. layers\.1\.post_atten",
-    ):
+    said = (
+        r"no site 'layers\.7\.input_norm' in this capture; it has layers\.0\.input_norm \.\. layers\.1\.post"
+    )
+    with pytest.raises(KeyError, match=said):
         found.rows("layers.7.input_norm")
 
 
@@ -240,7 +238,7 @@ def test_skip_beyond_the_text_is_refused_and_stores_nothing(
         ValueError, match=rf"blocks must be <= {last + 1}: .* has .* whole windows of 100; got {last + 2}"
     ):
         capture(spec.with_(skip=last + 1), store)
-    assert [a.manifest["inputs"]["spec"].get("skip") for a in store.list()] == [last]
+    assert [a.manifest["inputs"]["skip"] for a in store.list()] == [last]
 
 
 OPEN_ALONE = """
@@ -277,7 +275,8 @@ from dfrot_lab.observe.capture import capture
 from dfrot_lab.recipe.specs import CaptureSpec, CorpusSpec, ModelSpec
 from dfrot_lab.disk.artefacts import Store
 root, model, text = sys.argv[1:]
-spec = CaptureSpec(model=ModelSpec(source=model), corpus=CorpusSpec(name=text, split="calibration"), tokens=128)
+text = CorpusSpec(name=text, split="calibration")
+spec = CaptureSpec(model=ModelSpec(source=model), corpus=text, tokens=128)
 print(capture(spec, Store(Path(root))).key, "transformers" in sys.modules)
 """
 
@@ -301,7 +300,6 @@ def test_other_bytes_of_model_or_text_are_another_capture(tmp_path: Path, text_f
 
 
 # ---- bad input
-# --------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")], ids=str)
@@ -351,14 +349,13 @@ def test_no_tokens(tokens: int):
 
 
 # ---- memory
-# -----------------------------------------------------------------------------------------------------------------------------
 
 MEASURE = """
 import sys
 from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
-from dfrot_lab.model import loading, surgery
+from dfrot_lab.model import families, loading, surgery
 from dfrot_lab.observe.capture import record
 from dfrot_lab.model.loading import LoadedModel
 from dfrot_lab.recipe.specs import ModelSpec
@@ -367,10 +364,13 @@ from dfrot_lab.disk.artefacts import Store
 def peak(work):
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
     work()
-    return next(int(line.split()[1]) / 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
 
-config = LlamaConfig(vocab_size=64, hidden_size=512, intermediate_size=512, num_hidden_layers=8, num_attention_heads=4, num_key_value_heads=1)
-loaded = LoadedModel(LlamaForCausalLM(config).eval().requires_grad_(False), None, loading.Roles(), ModelSpec(source="x"), "x", "x")
+sizes = dict(vocab_size=64, hidden_size=512, intermediate_size=512, num_hidden_layers=8)
+config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=1)
+model = LlamaForCausalLM(config).eval().requires_grad_(False)
+loaded = LoadedModel(model, None, families.Roles(), ModelSpec(source="x"), "x", "x")
 surgery.prepare(loaded)
 ids = torch.arange(2048)[None] % 64
 

@@ -17,7 +17,8 @@ from transformers import PreTrainedTokenizerFast
 
 from dfrot_lab.disk.downloads import WIKIPEDIA_XML, fetch
 from dfrot_lab.model import corpus
-from dfrot_lab.model.corpus import fingerprint, load_text, resolve, strip_markup, token_blocks, token_ids
+from dfrot_lab.model.corpus import fingerprint, load_text, resolve, token_blocks, token_ids
+from dfrot_lab.model.wiki import strip_markup
 from dfrot_lab.recipe.specs import WINDOW, CorpusSpec
 
 BOS = 256
@@ -122,7 +123,7 @@ def test_wrong_raw_file_is_refused_with_both_hashes(tmp_path: Path, monkeypatch:
 
 
 def test_offline_says_what_to_do(tmp_path: Path):
-    script = "from dfrot_lab.corpus import load_text\nfrom dfrot_lab.specs import CorpusSpec\nload_text(CorpusSpec(name='wikitext2'))"
+    script = "from dfrot_lab.model.corpus import load_text\nfrom dfrot_lab.recipe.specs import CorpusSpec\nload_text(CorpusSpec(name='wikitext2'))"
     environment = os.environ | {
         "HF_HUB_OFFLINE": "1",
         "HF_HOME": str(tmp_path),
@@ -250,7 +251,7 @@ def test_other_sample_is_said_and_other_dump_refused(
 ):
     assert f"(sha256 {fingerprint(sample())}, must be {corpus.SAMPLE_SHA256['calibration']})" in caplog.text
     monkeypatch.setattr(corpus, "SAMPLE_ARTICLES", 106)
-    monkeypatch.setattr(corpus, "SAMPLE_VERSION", 2)  # so that it is stripped again
+    monkeypatch.setattr(corpus, "VERSION", 2)  # so that it is stripped again
     with pytest.raises(ValueError, match="must have 106 articles; got 4"):
         load_text(sample())
 
@@ -361,3 +362,18 @@ def test_impossible_blocks_say_what_there_is(text_file: CorpusSpec):
             ValueError, match=rf"token_blocks.blocks and window must be >= 1; got {blocks} and {window}"
         ):
             token_blocks(text_file, byte_tokenizer(), blocks=blocks, window=window)
+
+
+def test_a_text_is_read_once_for_all_keys_while_its_file_is_the_same(
+    text_file: CorpusSpec, monkeypatch: pytest.MonkeyPatch
+):
+    loads: list[CorpusSpec] = []
+    monkeypatch.setattr(corpus, "load_text", lambda spec: loads.append(spec) or load_text(spec))
+    first = [fingerprint(text_file) for _ in range(3)]
+    assert loads == [text_file] and len(set(first)) == 1
+    assert fingerprint(text_file.with_(split="evaluation")) != first[0] and len(loads) == 2
+    Path(text_file.name).write_text("Other words.\n\nAnd more.\n", encoding="utf-8")
+    assert fingerprint(text_file) != first[0] and len(loads) == 3
+    monkeypatch.setattr(corpus, "VERSION", 2)
+    fingerprint(text_file)
+    assert len(loads) == 4, "a text that is cut in another way has another key"

@@ -19,6 +19,7 @@ from dfrot_lab.observe import massive
 from dfrot_lab.observe.capture import Capture, capture
 from dfrot_lab.observe.errors import default_rotations, token_errors
 from dfrot_lab.recipe.specs import (
+    PAPER_RULE,
     CaptureSpec,
     CorpusSpec,
     QuantSpec,
@@ -29,15 +30,8 @@ from dfrot_lab.recipe.specs import (
     recipe_of,
 )
 from dfrot_lab.rotate.dfrot import refined
-from dfrot_lab.score.perplexity import (
-    EvalResult,
-    build,
-    canonical,
-    evaluate,
-    evaluate_all,
-    paired_difference,
-    quantized,
-)
+from dfrot_lab.score.build import build, quantized
+from dfrot_lab.score.perplexity import EvalResult, evaluate, evaluate_all, paired_difference
 
 pytestmark = pytest.mark.model
 
@@ -65,7 +59,7 @@ def mean_roots(found: Capture, seeds: range) -> pd.DataFrame:
         matrices = default_rotations(found.channels, seed)
         if seed:
             del matrices["NR"]  # the same for every seed
-        table = token_errors(found, matrices, rules=())
+        table = token_errors(found, matrices)
         late = table[(table["token"] == 0) & table["site"].isin(late_sites(found))]
         for kind in matrices:
             every, first = table[table["rotation"] == kind]["root"], late[late["rotation"] == kind]["root"]
@@ -83,7 +77,6 @@ def mean_roots(found: Capture, seeds: range) -> pd.DataFrame:
 
 
 # ---- the model
-# ------------------------------------------------------------------------------------------------------------------------------
 
 
 def test_it_is_the_model_the_design_names(default_model: LoadedModel):
@@ -104,7 +97,6 @@ def test_it_is_the_model_the_design_names(default_model: LoadedModel):
 
 
 # ---- massive activations
-# --------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(params=[WIKITEXT2, SAMPLE])
@@ -122,9 +114,9 @@ def test_token_0_is_massive_from_layer_12_to_28_and_no_other_token_is(found: Cap
     sun = massive.find(found, "sun")
     assert [row.nonzero().flatten().tolist() for row in sun[late]] == [[0]] * len(late)
     assert not sun[: late[0]].any(), "born in one step between the input norms of layers 11 and 12"
-    assert bool(massive.find(found, "nr_error")[late, 0].all())
+    assert bool(massive.find(found, PAPER_RULE)[late, 0].all())
     assert bool(
-        massive.find(found, "ratio")[late[:-6], 0].all()
+        massive.find(found, "ratio_64")[late[:-6], 0].all()
     )  # by layer 26 or so the other tokens have grown too
 
 
@@ -143,7 +135,7 @@ def test_few_rows_are_massive(wikitext2: None, default_store: Store):
     nearly all of the norm of 24.
     """
     rows = recorded(WIKITEXT2, default_store).all_rows()
-    spiked, marked = rows.abs().amax(1) > 22, massive.rows_rule(rows, "nr_error")
+    spiked, marked = rows.abs().amax(1) > 22, massive.rows_rule(rows, PAPER_RULE)
     assert len(rows) == 122_880
     counts = [int(spiked.sum()), int(marked.sum()), int((spiked & marked).sum())]
     # 336, 347 and 258 by the published protocol, whose joined rows differ from the raw file's bytes (321, 315
@@ -152,7 +144,6 @@ def test_few_rows_are_massive(wikitext2: None, default_store: Store):
 
 
 # ---- token errors
-# ---------------------------------------------------------------------------------------------------------------------------
 
 
 def test_root_errors_are_the_ones_measured(wikitext2: None, default_store: Store):
@@ -194,7 +185,6 @@ def test_ordinary_tokens_hardly_tell_ro_from_rh(wikitext2: None, default_store: 
 
 
 # ---- perplexity
-# -----------------------------------------------------------------------------------------------------------------------------
 
 
 def at(bits: str, windows: int, kind: str = "RH", **fields: object) -> Recipe:
@@ -243,7 +233,6 @@ def test_gptq_at_4_16_16_loses_under_a_fifth(
 
 
 # ---- fast, and the same
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def test_the_accelerated_refinement_ends_below_the_papers_100_steps_in_both_parts(default_store: Store):
@@ -262,7 +251,7 @@ def test_the_accelerated_refinement_ends_below_the_papers_100_steps_in_both_part
 
 @torch.inference_mode()
 def test_every_integer_linear_equals_fake_quantization_to_1e_5(default_store: Store):
-    spec = canonical(recipe_of("4-4-4", weights="rtn", corpus=CorpusSpec(name=SAMPLE), windows=1))
+    spec = recipe_of("4-4-4", weights="rtn", corpus=CorpusSpec(name=SAMPLE), windows=1)
     built = build(spec, default_store)
     found: list[float] = []
 

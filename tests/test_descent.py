@@ -8,7 +8,7 @@ from dfrot_lab.maths import rotations
 from dfrot_lab.maths.quantizers import fake_quantize
 from dfrot_lab.recipe.specs import QuantSpec, RotationSpec
 from dfrot_lab.rotate import descent
-from dfrot_lab.rotate.dfrot import polar
+from dfrot_lab.rotate.steps import polar
 
 FINE = QuantSpec(bits=8, scheme="asymmetric")
 """Errors so small that a first-order step is nearly the whole step."""

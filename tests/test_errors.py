@@ -23,7 +23,15 @@ from dfrot_lab.observe.errors import (
     token_errors,
     wide,
 )
-from dfrot_lab.recipe.specs import MASSIVE_RULES, CaptureSpec, CorpusSpec, ModelSpec, QuantSpec, RotationSpec
+from dfrot_lab.recipe.specs import (
+    DEFAULT_RULE,
+    MASSIVE_RULES,
+    CaptureSpec,
+    CorpusSpec,
+    ModelSpec,
+    QuantSpec,
+    RotationSpec,
+)
 
 SYM4, ASYM4, SYM8 = QuantSpec(), QuantSpec(scheme="asymmetric"), QuantSpec(bits=8)
 TOKENS = 100
@@ -46,7 +54,6 @@ def custom(channels: int) -> Tensor:
 
 
 # ---- against a loop
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -114,23 +121,39 @@ def test_an_unknown_site_is_named(recorded: Capture):
 
 def test_an_unknown_rule_is_refused(recorded: Capture):
     with pytest.raises(ValueError, match=r"rule must be one of .*; got 'big'"):
-        token_errors(recorded, rules=("big",))
+        token_errors(recorded, rule="big")
 
 
 # ---- massive tokens in the table
-# --------------------------------------------------------------------------------------------------------
 
 
-def test_massive_column_joins_the_rules_that_mark_the_token(recorded: Capture):
-    table = token_errors(recorded, {"NR": torch.eye(64)}, sites=recorded.sites[2:])
-    masks = {rule: massive.find(recorded, rule) for rule in MASSIVE_RULES}
+@pytest.mark.parametrize("rule", MASSIVE_RULES)
+def test_massive_column_is_the_verdict_of_one_rule(recorded: Capture, rule: str):
+    table = token_errors(recorded, {"NR": torch.eye(64)}, sites=recorded.sites[2:], rule=rule)
+    mask = massive.find(recorded, rule)
+    assert table["massive"].dtype == bool and set(table["massive"]) == {True, False}
     for row in table.itertuples():
-        site = recorded.sites.index(row.site)
-        marking = [rule for rule in MASSIVE_RULES if masks[rule][site, row.token]]
-        assert row.massive == ",".join(marking)
-    assert set(table["massive"]) == {"", "sun,nr_error,ro_vs_nr,ratio"}
-    assert set(token_errors(recorded, rules=())["massive"]) == {""}
-    assert set(massive_names(recorded, ("ratio", "sun")).flatten()) == {"", "ratio,sun"}
+        assert row.massive == bool(mask[recorded.sites.index(row.site), row.token])
+
+
+def test_the_rule_of_the_massive_column_is_the_default_one(recorded: Capture):
+    table = token_errors(recorded, {"NR": torch.eye(64)})
+    mask = massive.find(recorded, DEFAULT_RULE)
+    assert table["massive"].tolist() == mask.flatten().tolist()
+
+
+def test_massive_names_joins_the_rules_that_mark_a_token(recorded: Capture):
+    masks = {rule: massive.find(recorded, rule) for rule in MASSIVE_RULES}
+    names = massive_names(recorded)
+    assert names.shape == (len(recorded.sites), TOKENS)
+    for site, token in np.ndindex(names.shape):
+        marking = [rule for rule in MASSIVE_RULES if masks[rule][site, token]]
+        assert names[site, token] == ", ".join(marking)
+    assert {"", ", ".join(MASSIVE_RULES)} <= set(names.flatten())
+    assert set(massive_names(recorded, ()).flatten()) == {""}
+    assert set(massive_names(recorded, ("ratio_8", "sun")).flatten()) == {"", "ratio_8, sun"}
+    one = massive_names(recorded, sites=recorded.sites[1:2])
+    assert one.tolist() == names[1:2].tolist()
 
 
 def test_wide_has_one_column_a_rotation(recorded: Capture):
@@ -157,13 +180,20 @@ def test_wide_takes_one_quantizer(recorded: Capture):
         wide(token_errors(recorded, quantizers=(SYM4, ASYM4)))
 
 
+def test_wide_refuses_two_rows_in_one_place(recorded: Capture):
+    """Two quantizers may not be averaged, nor anything else."""
+    table = token_errors(recorded)
+    with pytest.raises(ValueError, match="duplicate"):
+        wide(pd.concat([table, table.iloc[:1].assign(error=3.0)]))
+
+
 def test_summary_splits_massive_from_ordinary_tokens(recorded: Capture):
     table = token_errors(recorded, quantizers=(SYM4, ASYM4))
     found = summary(table)
     assert list(found.columns) == ["quantizer", "rotation", "tokens", "rows", "mean", "median", "p99"]
     assert len(found) == 2 * 3 * 2
     for row in found.itertuples():
-        marked = table["massive"].str.contains("nr_error") == (row.tokens == "massive")
+        marked = table["massive"] == (row.tokens == "massive")
         roots = table[(table["quantizer"] == row.quantizer) & (table["rotation"] == row.rotation) & marked][
             "root"
         ]
@@ -190,7 +220,6 @@ def test_massive_values_are_the_row_before_and_after_quantization(recorded: Capt
 
 
 # ---- the paper's claim
-# ------------------------------------------------------------------------------------------------------------------
 
 
 def roots(x: Tensor, kind: str, seed: int) -> Tensor:
@@ -229,13 +258,12 @@ def test_ordinary_rows_differ_little_between_ro_and_rh(seed: int):
 
 def test_massive_tokens_of_the_tiny_model_prefer_hadamard(recorded: Capture):
     spread = wide(token_errors(recorded))
-    marked = spread[spread["massive"] != ""]
+    marked = spread[spread["massive"]]
     assert len(marked) > 5
     assert (marked["RH"] < marked["RO"]).mean() > 0.9
 
 
 # ---- orders
-# -----------------------------------------------------------------------------------------------------------------------------
 
 
 def slow_orders(table: pd.DataFrame, names: tuple[str, ...]) -> list[str]:
@@ -271,6 +299,6 @@ def test_equal_errors_keep_the_order_of_the_names():
 def test_massive_tokens_have_the_papers_order_and_ordinary_ones_another(recorded: Capture):
     table = wide(token_errors(recorded))
     order = orders(table)
-    heavy = table["massive"].str.contains("nr_error")
+    heavy = table["massive"]
     assert heavy.any() and set(order[heavy]) == {"RO > RH > NR"}, set(order[heavy])
     assert (order[~heavy].str.startswith("NR")).mean() > 0.9

@@ -18,7 +18,7 @@ from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.maths import rotations
 from dfrot_lab.maths.quantizers import fake_quantize
 from dfrot_lab.maths.statistics import bootstrap, closed_share
-from dfrot_lab.model import door, loading, surgery
+from dfrot_lab.model import door, hooks, loading, surgery
 from dfrot_lab.observe import massive
 from dfrot_lab.recipe.specs import (
     CaptureSpec,
@@ -630,12 +630,9 @@ def test_keeping_all_tokens_out_leaves_norm_outputs_unquantized(base, store, whi
     built = build(spec, store)
     ids = torch.arange(64) * 3 % 250
 
-    act = rounded(spec)
-
-    def but_for_norms(site: str, x: torch.Tensor) -> torch.Tensor | None:
-        return None if site.endswith("_norm") else act(site, x)
-
-    with surgery.online(built.loaded, r3=spec.keys.bits < 16, r4=True, function=but_for_norms):
+    kinds = ("o_proj_in", "down_proj_in", *(("k", "v") if spec.keys.bits < 16 else ()))
+    sites, act = hooks.sites_of(built.loaded, *kinds), rounded(spec, {}, None)
+    with surgery.online(built.loaded, r3=spec.keys.bits < 16, r4=True, function=act, sites=sites):
         expected = window_loss(built.loaded, ids)
     kept = spec.with_(keep_out=which, keep_out_tokens=64)
     with quantized(built, kept, fake=True):
@@ -676,10 +673,11 @@ def test_nr_has_no_rotation_at_all(base, store):
     assert built.R is None
     ids = torch.arange(40)
 
-    def act(site: str, x: torch.Tensor) -> torch.Tensor | None:
-        return None if site[-1] in "qkv" else fake_quantize(x, spec.activations)
+    def act(_site: str, x: torch.Tensor) -> torch.Tensor:
+        return fake_quantize(x, spec.activations)
 
-    with surgery.online(plain, function=act), quantized(built, spec):
+    sites = hooks.sites_of(plain, *hooks.LINEAR_INPUTS)
+    with surgery.online(plain, function=act, sites=sites), quantized(built, spec):
         assert window_loss(built.loaded, ids) == pytest.approx(window_loss(plain, ids), rel=FLIPPED)
 
 

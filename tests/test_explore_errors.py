@@ -15,10 +15,12 @@ from explorers import MALICIOUS, Page, assert_safe, event, shown_text
 from test_massive import handmade
 
 from dfrot_lab import explore
-from dfrot_lab.explore import error_rows
-from dfrot_lab.explore.parts import contexts, html_table, number, spec_of
+from dfrot_lab.explore.errors.numbers import KEPT, ErrorRows
+from dfrot_lab.explore.shell.offers import levels
+from dfrot_lab.explore.shell.words import contexts, html_table, number
 from dfrot_lab.maths import rotations
 from dfrot_lab.maths.quantizers import fake_quantize
+from dfrot_lab.model import door
 from dfrot_lab.observe import errors
 from dfrot_lab.observe.capture import Capture, capture
 from dfrot_lab.recipe.specs import CaptureSpec, CorpusSpec, QuantSpec, RefineSpec, RotationSpec
@@ -81,15 +83,14 @@ def view_of(top) -> tuple:
     return (
         data.x.tobytes(),
         data.y.tobytes(),
-        top.view.about.value,
-        top.view.listed.value,
+        top.about.value,
+        top.listed.value,
         top.fig4.data[1].y.tobytes(),
         tuple(top.table().columns),
     )
 
 
 # ---- the numbers
-# ------------------------------------------------------------------------------------------------------------------------
 
 
 def test_its_table_is_the_error_table(acts, top):
@@ -136,26 +137,25 @@ def test_bits_and_clip_do_not_rotate_again(acts, top, monkeypatch):
         raise AssertionError(f"the rows of {site} were read again")
 
     top.controls["bits"].value = 3
-    monkeypatch.setattr(error_rows.ErrorRows, "put", never)
-    rotated = {name: top.view.rows.rotated(top.state.site, name) for name in ("RO", "RH")}
+    monkeypatch.setattr(ErrorRows, "put", never)
+    rotated = {name: top.rows.rotated(top.state.site, name) for name in ("RO", "RH")}
     top.controls["clip"].value = 0.9
-    assert all(top.view.rows.rotated(top.state.site, name) is x for name, x in rotated.items())
+    assert all(top.rows.rotated(top.state.site, name) is x for name, x in rotated.items())
 
 
 def test_only_the_newest_rotated_rows_are_kept(acts):
-    rows = error_rows.ErrorRows(
-        acts, {f"R{i}": torch.eye(64, dtype=torch.float64) for i in range(2 * error_rows.KEPT)}
-    )
+    rows = ErrorRows(acts, {f"R{i}": torch.eye(64, dtype=torch.float64) for i in range(2 * KEPT)})
     for name in rows.matrices:
         rows.rotated(acts.sites[0], name)
-    assert len(rows._rotated) == error_rows.KEPT and (acts.sites[0], name) in rows._rotated
+    assert rows.rotated.cache_info().currsize == KEPT
 
 
 def test_given_rotations_are_used_as_they_are_and_have_no_seed(acts, store):
     R = rotations.make(RotationSpec(kind="RO", seed=7), 64)
     top = explore.errors(acts, {"mine": R, "NR": torch.eye(64)}, store=store)
     assert top.controls["seed"].disabled and top.controls["x"].options == ("mine", "NR")
-    assert_same(top.table(), expected(acts, {"mine": R, "NR": torch.eye(64)}, top.state.site, QuantSpec()))
+    wanted = expected(acts, {"mine": R, "NR": torch.eye(64)}, top.state.site, QuantSpec())
+    assert_same(top.table(), wanted)
     with pytest.raises(ValueError, match=r"rotation\.shape must be \(64, 64\)"):
         explore.errors(acts, {"wrong": torch.eye(32)}, store=store)
     with pytest.raises(ValueError, match="rotation must name at least one matrix"):
@@ -163,7 +163,6 @@ def test_given_rotations_are_used_as_they_are_and_have_no_seed(acts, store):
 
 
 # ---- massive tokens, three axes
-# ---------------------------------------------------------------------------------------------------------
 
 
 def test_massive_tokens_are_drawn_larger_and_in_the_other_colour(top):
@@ -176,7 +175,7 @@ def test_massive_tokens_are_drawn_larger_and_in_the_other_colour(top):
 
 def test_three_axes_are_a_plot_in_space_and_back(top):
     top.controls["z"].value = "NR"
-    assert top.view.stage.shown is top.space
+    assert top.stage.shown is top.space
     table = top.table()
     for letter, name in (("x", "RO"), ("y", "RH"), ("z", "NR")):
         assert np.array_equal(top.space.data[0][letter], table[name])
@@ -185,7 +184,7 @@ def test_three_axes_are_a_plot_in_space_and_back(top):
     event(top.space, "plotly_click", [9])
     assert top.state.token == 9
     top.controls["z"].value = "none"
-    assert top.view.stage.shown is top.plot
+    assert top.stage.shown is top.plot
 
 
 def test_hover_shows_the_token_in_its_context():
@@ -205,7 +204,6 @@ def test_hover_has_every_rotations_error(top):
 
 
 # ---- brush and click
-# --------------------------------------------------------------------------------------------------------------------
 
 
 def test_brushing_lists_exactly_the_points_inside(top):
@@ -215,16 +213,16 @@ def test_brushing_lists_exactly_the_points_inside(top):
     assert 10 < len(inside) < TOKENS
     event(top.plot, "plotly_selected", inside[::-1])
     assert top.selected()["token"].tolist() == inside
-    page = Page(top.view.listed.value).text
+    page = Page(top.listed.value).text
     assert page.startswith(f"{len(inside)} brushed tokens, largest E(RH) first")
-    heads = re.findall(r"<th[^>]*>([^<]*)</th>", top.view.listed.value)
-    assert heads[:4] == ["token", "text", *top.view.axes[:2]] and heads[-1] == "massive"
-    rows = top.view.listed.value.count("<tr>") - 1
+    heads = re.findall(r"<th[^>]*>([^<]*)</th>", top.listed.value)
+    assert heads[:4] == ["token", "text", *top.axes[:2]] and heads[-1] == "massive"
+    rows = top.listed.value.count("<tr>") - 1
     assert rows == len(inside)
     top.controls["bits"].value = 3
     assert top.selected()["RO"].tolist() == top.table()["RO"].iloc[inside].tolist()
     event(top.plot, "plotly_deselect", [])
-    assert top.selected().empty and "Brush a region" in top.view.listed.value
+    assert top.selected().empty and "Brush a region" in top.listed.value
 
 
 def test_a_click_opens_fig_4_of_that_token(acts, top):
@@ -245,7 +243,7 @@ def test_a_click_opens_fig_4_of_that_token(acts, top):
         )
         assert error == pytest.approx(top.table()[name].iloc[17], rel=1e-4)
     assert top.fig4.layout.xaxis4.visible is False and top.fig4.layout.annotations[3].text == ""
-    assert Page(top.view.about.value).text.startswith(
+    assert Page(top.about.value).text.startswith(
         f"Token 17 \u2018{shown_text(acts.texts[17])}\u2019 before and after quantization"
     )
     top.controls["token"].value = 18
@@ -270,14 +268,13 @@ def test_fig_4_shows_the_rotations_chosen_for_it(top):
 def test_levels_are_all_values_the_quantizer_gives(bits, symmetric):
     quantizer = QuantSpec(bits=bits, scheme="symmetric" if symmetric else "asymmetric", clip_ratio=0.9)
     row = torch.randn(1, 4096, generator=torch.Generator().manual_seed(0)) + 1
-    found = error_rows.levels(row[0].numpy(), quantizer)
+    found = levels(row[0], quantizer).numpy()
     assert len(found) == 2**bits and (np.diff(found) > 0).all()
     given = np.unique(fake_quantize(row, quantizer).numpy())
     assert np.abs(given[:, None] - found).min(1).max() < 1e-5
 
 
 # ---- saved rotations, refinement
-# --------------------------------------------------------------------------------------------------------
 
 
 def add(top, path: Path | str) -> None:
@@ -343,7 +340,7 @@ def test_a_rotation_of_another_size_and_a_matrix_that_is_none_are_refused(top, t
 
 
 def test_dfrot_is_taken_from_the_store_or_made_by_the_button(acts, top, store):
-    spec = RefineSpec(capture=spec_of(acts))
+    spec = RefineSpec(capture=acts.spec)
     assert "DFRot" not in top.table().columns and dfrot.stored(spec, store) is None
     top.controls["refine"].click()
     top.job.wait(120)
@@ -381,9 +378,7 @@ def test_a_refinement_can_be_cancelled_and_goes_on_where_it_was(acts, top, store
     assert "cancelled" in top.status.text and view_of(top) == before and not top.controls["refine"].disabled
     steps = []
     done(
-        RefineSpec(capture=spec_of(acts)),
-        store,
-        checkpoint=lambda state: steps.append(state.history[-1]["step"]),
+        RefineSpec(capture=acts.spec), store, checkpoint=lambda state: steps.append(state.history[-1]["step"])
     )
     assert steps[0] == 20  # step 0 was saved before it was stopped
 
@@ -394,7 +389,6 @@ def test_a_capture_that_does_not_say_how_it_was_made_has_no_refinement(store):
 
 
 # ---- safe text, table and figure
-# --------------------------------------------------------------------------------------------------------
 
 
 def test_token_text_never_becomes_markup(acts, store, monkeypatch):
@@ -405,8 +399,8 @@ def test_token_text_never_becomes_markup(acts, store, monkeypatch):
     for token, text in enumerate(MALICIOUS):
         top.state.token = token
         assert_safe(top)
-        assert shown_text(text) in Page(top.view.about.value).text
-        assert shown_text(text) in Page(top.view.listed.value).text
+        assert shown_text(text) in Page(top.about.value).text
+        assert shown_text(text) in Page(top.listed.value).text
     assert "onerror" in top.plot.data[0].text[0] and "<img" not in top.plot.data[0].text[0]
     assert "<b>\u2068&lt;b&gt;\u2069</b>" in top.plot.data[0].text[1]
 
@@ -455,4 +449,4 @@ def test_the_captures_spec_comes_back(tmp_path, text_file, store):
     spec = CaptureSpec(
         model=model, corpus=CorpusSpec(name=str(text_file), split="evaluation"), tokens=64, skip=1
     )
-    assert spec_of(capture(spec, store)) == spec
+    assert capture(spec, store).spec == door.resolved(spec)

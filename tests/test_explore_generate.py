@@ -10,12 +10,14 @@ import torch
 from test_evaluate import save_lively
 
 from dfrot_lab.disk.artefacts import Store
-from dfrot_lab.explore import base
-from dfrot_lab.explore.generate import EXACT, Generate, generate
-from dfrot_lab.explore.writing import first_difference, token_losses, write
+from dfrot_lab.explore.generate import numbers
+from dfrot_lab.explore.generate.numbers import continuation, first_difference, token_losses
+from dfrot_lab.explore.generate.widget import EXACT, Generate, generate
 from dfrot_lab.model import loading
 from dfrot_lab.rotate import dfrot
-from dfrot_lab.score import perplexity
+from dfrot_lab.score import build, perplexity
+from dfrot_lab.show.markup import span, visible
+from dfrot_lab.show.theme import MASSIVE_COLOUR
 from dfrot_lab.study.setting import Setting
 
 PATIENCE = 120
@@ -78,15 +80,66 @@ def test_the_cache_changes_nothing_a_model_writes(setting, store, bits):
     quantization cannot tell them apart.
     """
     spec = setting.row(bits, setting.rotation("RH"))
-    built = perplexity.build(spec, store)
+    built = build.build(spec, store)
     ids = built.loaded.tokenizer(PROMPT, return_tensors="pt").input_ids[0]
-    with perplexity.quantized(built, spec), torch.inference_mode():
-        fast, slow = write(built, ids, 8, lambda _id: None), ids
+    with build.quantized(built, spec), torch.inference_mode():
+        fast, slow = continuation(built.loaded, ids, 8), ids
         for _ in range(8):
             slow = torch.cat(
                 [slow, built.loaded.model(slow[None], use_cache=False).logits[0, -1].argmax()[None]]
             )
     assert fast == slow[len(ids) :].tolist()
+
+
+def test_a_models_own_generation_settings_do_not_change_its_words(setting):
+    """What many published models ask for: a penalty on repetition, a temperature, few candidates."""
+    loaded = loading.load_model(setting.model)
+    ids = loaded.tokenizer(PROMPT * 2, return_tensors="pt").input_ids[0]
+    plain = continuation(loaded, ids, 12), continuation(loaded, ids, 12, temperature=1.0)
+    own = {"do_sample": True, "repetition_penalty": 9.0, "temperature": 0.01, "top_p": 0.1, "top_k": 2}
+    loaded.model.generation_config.update(**own)
+    penalised = loaded.model.generate(ids[None], attention_mask=torch.ones_like(ids)[None], max_new_tokens=12)
+    assert penalised[0, len(ids) :].tolist() != plain[0], (
+        "these settings change nothing: the test shows nothing"
+    )
+    assert (continuation(loaded, ids, 12), continuation(loaded, ids, 12, temperature=1.0)) == plain
+
+
+def test_sampled_text_is_its_seeds(setting):
+    """The same seed, the same text, whatever was drawn before; other draws of the process are as ever."""
+    loaded = loading.load_model(setting.model)
+    ids = loaded.tokenizer(PROMPT, return_tensors="pt").input_ids[0]
+    options = {"temperature": 1.5, "top_k": 20}
+    before = torch.get_rng_state()
+    texts = [continuation(loaded, ids, 12, seed=seed, **options) for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert continuation(loaded, ids, 12, temperature=1.0, top_k=1) == continuation(loaded, ids, 12)
+
+
+def test_a_sampled_text_is_drawn_from_the_models_own_probabilities(setting):
+    """The first token of many seeds, against softmax(logits / temperature) of the likeliest five."""
+    loaded = loading.load_model(setting.model)
+    ids = loaded.tokenizer(PROMPT, return_tensors="pt").input_ids[0]
+    drawn = [continuation(loaded, ids, 1, temperature=0.7, top_k=5, seed=seed)[0] for seed in range(300)]
+    with torch.no_grad():
+        values, candidates = loaded.model(ids[None]).logits[0, -1].topk(5)
+    wanted = (values / 0.7).softmax(0)
+    found = torch.tensor([drawn.count(int(i)) / len(drawn) for i in candidates])
+    assert set(drawn) <= set(candidates.tolist()) and len(set(drawn)) > 2
+    assert float((found - wanted).abs().max()) < 0.1  # 3.4 standard errors of a share of one half
+
+
+def test_the_widget_samples_with_its_controls(widget):
+    widget.controls["rotations"].value = ("RH",)
+    greedy = written(widget).table()["id"].tolist()
+    widget.controls["temperature"].value = 1.5
+    sampled = written(widget).table()["id"].tolist()
+    assert written(widget).table()["id"].tolist() == sampled != greedy
+    widget.controls["seed"].value = 1
+    assert written(widget).table()["id"].tolist() != sampled
+    widget.controls["top_k"].value = 1
+    assert written(widget).table()["id"].tolist() == greedy
 
 
 def test_losses_are_those_of_a_slow_loop(widget, setting, store):
@@ -95,8 +148,8 @@ def test_losses_are_those_of_a_slow_loop(widget, setting, store):
     assert losses["text"].tolist() == [widget.text(i) for i in ids.tolist()][1:]
     for name in ("RO", "NR"):
         spec = widget.specs()[name]
-        built = perplexity.build(spec, store)
-        with perplexity.quantized(built, spec), torch.inference_mode():
+        built = build.build(spec, store)
+        with build.quantized(built, spec), torch.inference_mode():
             for place in range(1, len(ids)):
                 logits = built.loaded.model(ids[None, :place], use_cache=False).logits[0, -1]
                 assert losses[name][place - 1] == pytest.approx(
@@ -106,10 +159,10 @@ def test_losses_are_those_of_a_slow_loop(widget, setting, store):
 
 def test_the_mean_of_the_losses_is_the_windows_loss(setting, store):
     spec = setting.row("4-4-16", setting.rotation("RH"))
-    built = perplexity.build(spec, store)
+    built = build.build(spec, store)
     ids = torch.randint(0, 256, (40,), generator=torch.Generator().manual_seed(0))
-    with perplexity.quantized(built, spec):
-        assert sum(token_losses(built, ids)) / 39 == pytest.approx(
+    with build.quantized(built, spec):
+        assert sum(token_losses(built.loaded, ids)) / 39 == pytest.approx(
             perplexity.window_loss(built.loaded, ids), rel=1e-5
         )
 
@@ -127,8 +180,9 @@ def test_the_first_token_that_departs_is_marked(widget):
         if expected is not None:
             departed += 1
             assert f"departs at token {expected + 1}" in widget.columns[name].value
-            title = f"token {expected + 1}, id {own['id'][expected]}; full precision wrote {base.visible(widget.text(exact[expected]))}"
-            assert base.span(own["text"][expected], base.MASSIVE_COLOUR, title) in widget.columns[name].value
+            wrote = visible(widget.text(exact[expected]))
+            title = f"token {expected + 1}, id {own['id'][expected]}; full precision wrote {wrote}"
+            assert span(own["text"][expected], MASSIVE_COLOUR, title) in widget.columns[name].value
     assert departed, "no 4-bit model of these departs: the test shows nothing"
 
 
@@ -181,11 +235,11 @@ def test_cancel_stops_at_a_token_and_the_widget_goes_on(widget):
 
 
 def test_models_are_built_once_while_the_settings_stay(widget, monkeypatch):
-    built, real = [], perplexity.build
+    built, real = [], build.build
     monkeypatch.setattr(
         perplexity, "build", lambda spec, store, *more: built.append(spec.bits) or real(spec, store, *more)
     )
-    monkeypatch.setattr("dfrot_lab.explore.writing.ROOM", 0)
+    monkeypatch.setattr(numbers, "ROOM", 0)
     widget.controls["rotations"].value = ("RO", "RH")
     written(widget)
     widget.controls["prompt"].value = "other words"
@@ -193,16 +247,16 @@ def test_models_are_built_once_while_the_settings_stay(widget, monkeypatch):
     assert built == ["16-16-16", "4-4-16", "4-4-16"]
     widget.controls["bits"].value = "16-4-16"
     written(widget)
-    assert built[3:] == ["16-4-16", "16-4-16"] and len(widget.workshop.kept) == 3
-    monkeypatch.setattr("dfrot_lab.explore.writing.ROOM", float("inf"))  # no memory to spare
+    assert built[3:] == ["16-4-16", "16-4-16"] and len(widget.kept) == 3
+    monkeypatch.setattr(numbers, "ROOM", float("inf"))  # no memory to spare
     widget.controls["bits"].value = "4-4-4"
     written(widget)
-    assert len(widget.workshop.kept) == 1
+    assert len(widget.kept) == 1
 
 
 @pytest.mark.parametrize(
     ("prompt", "tokens", "sentence"),
-    [("", 8, "the prompt is empty"), ("x" * 125, 8, "context of 128 tokens; got 133")],
+    [("", 8, "prompt must have at least one token"), ("x" * 125, 8, "context of 128 tokens; got 125 and 8")],
 )
 def test_an_error_is_one_sentence(widget, prompt, tokens, sentence):
     widget.controls["prompt"].value, widget.controls["tokens"].value = prompt, tokens
@@ -232,7 +286,7 @@ def test_the_strip_shows_the_losses_and_so_does_the_static_figure(widget):
         strip.z[2].tolist() == losses["RO"].tolist() and strip.zmax == losses[list(strip.y)].to_numpy().max()
     )
     assert widget.plot.layout.shapes[0].x0 == len(widget.prompt_ids) + 0.5
-    image = widget.static().axes[0].get_images()[0]
+    image = widget.static().axes[0].collections[0]
     assert not plt.get_fignums(), "a notebook would show an open figure twice"
     assert image.get_array().shape == (4, len(losses))
 

@@ -12,8 +12,8 @@ from conftest import LAYERS, MASSIVE
 from explorers import MALICIOUS, Page, assert_safe, event, shown_text
 
 from dfrot_lab import explore
-from dfrot_lab.explore import residual
-from dfrot_lab.explore.parts import packed, unpacked
+from dfrot_lab.explore.massive import numbers
+from dfrot_lab.explore.shell.plot import packed
 from dfrot_lab.observe import massive
 from dfrot_lab.observe.capture import capture
 from dfrot_lab.recipe.specs import MASSIVE_RULES, CaptureSpec, CorpusSpec, ModelSpec
@@ -31,6 +31,11 @@ def top(tiny_spec, corpus, store):
     return explore.massive(model=tiny_spec, corpus=corpus, store=store, tokens=128)
 
 
+def unpacked(array: np.ndarray) -> np.ndarray:
+    """The array that `packed` made of float32."""
+    return np.asarray(array, dtype=np.float32)
+
+
 def look(top, text: str) -> None:
     top.controls["text"].value = text
     top.controls["look"].click()
@@ -40,28 +45,27 @@ def look(top, text: str) -> None:
 def state_of(top) -> tuple:
     """All that a reader sees but the status."""
     drawn = unpacked(top.plot.data[0].z).tobytes()
-    return drawn, top.view.sentence.value, top.view.text.value, top.view.tokens.value, len(top.table())
+    return drawn, top.sentence.value, top.text.value, top.tokens.value, len(top.table())
 
 
 def test_it_opens_on_the_planted_token_in_the_middle_layer(top):
     assert "dfrot-massive" in top._dom_classes
     assert top.state.layer == top.controls["layer"].value == LAYERS // 2
-    table, newlines = top.table(), [i for i, text in enumerate(top.view.seen.texts) if text == "\n"]
+    table, newlines = top.table(), [i for i, text in enumerate(top.seen.texts) if text == "\n"]
     assert 2 <= len(newlines) <= 16
     assert sorted(table.loc[table["massive"], "token"]) == newlines
     first = table.iloc[0]
     assert (first["text"], first["channel"]) == ("\n", BIG)
-    said = Page(top.view.sentence.value).text
-    assert said.startswith(
-        f"Token {first['token']} \u2018\u21b5\u2019 reaches {abs(first['value']):,.0f} in channel {BIG} at layer 1: "
-    )
+    said = Page(top.sentence.value).text
+    reaches = f"reaches {abs(first['value']):,.0f} in channel {BIG} at layer 1: "
+    assert said.startswith(f"Token {first['token']} \u2018\u21b5\u2019 {reaches}")
     assert f"Rule sun marks {len(newlines)} of 128 tokens." in said
-    assert "<td" in top.view.tokens.value and shown_text("\n") in Page(top.view.tokens.value).text
-    assert Page(top.view.channels.value).text.startswith(
+    assert "<td" in top.tokens.value and shown_text("\n") in Page(top.tokens.value).text
+    assert Page(top.channels.value).text.startswith(
         f"Largest channels at layer 1channelvalueratiotokentext{BIG}"
     )
-    marked = top.view.text.value.count("background:")
-    assert marked == len(newlines) and f"channel {BIG}: " in top.view.text.value
+    marked = top.text.value.count("background:")
+    assert marked == len(newlines) and f"channel {BIG}: " in top.text.value
 
 
 def test_its_numbers_are_the_models_own(top, tiny_spec, corpus, store):
@@ -76,15 +80,15 @@ def test_its_numbers_are_the_models_own(top, tiny_spec, corpus, store):
     assert table["text"].tolist() == recorded.texts
     for rule in MASSIVE_RULES:
         assert torch.equal(
-            top.view.seen.marked(1, rule), massive.find(recorded, rule, ["layers.1.input_norm"])[0]
+            numbers.marks(top.seen, 1, rule), massive.find(recorded, rule, ["layers.1.input_norm"])[0]
         ), rule
 
 
 def test_a_capture_opens_on_its_own_tokens_and_model(tiny_spec, corpus, store):
     recorded = capture(CaptureSpec(model=tiny_spec, corpus=corpus, tokens=96), store)
     top = explore.massive(recorded, store=store)
-    assert top.view.seen.texts == recorded.texts
-    assert top.view.loaded.spec == tiny_spec and top.view.corpus.name == corpus.name
+    assert top.seen.texts == recorded.texts
+    assert top.loaded.spec == tiny_spec and top.corpus.name == corpus.name
 
 
 def test_a_slider_move_changes_the_data_in_place(top):
@@ -92,14 +96,14 @@ def test_a_slider_move_changes_the_data_in_place(top):
     top.controls["layer"].value = 0
     assert top.plot is plot and top.plot.data[0] is trace and top.profile is profile
     assert state_of(top)[0] != before[0]
-    assert " at layer 0: " in Page(top.view.sentence.value).text
+    assert " at layer 0: " in Page(top.sentence.value).text
     assert list(profile.data[0].x) == [0, 0]
     top.state.layer = 1
     assert state_of(top) == before and top.controls["layer"].value == 1
 
 
 def test_the_cells_are_the_largest_of_their_channels_and_name_the_true_one(top):
-    x = top.view.seen.layers[1].x
+    x = top.seen.streams[1]
     drawn = unpacked(top.plot.data[0].customdata)
     assert drawn.shape == (64, 128, 3) and top.plot.data[0].hovertemplate.count("customdata") == 3
     token = int(top.table()["token"].iloc[0])
@@ -115,18 +119,18 @@ def test_the_cells_are_the_largest_of_their_channels_and_name_the_true_one(top):
 @pytest.mark.parametrize(("tokens", "channels"), [(256, 576), (2048, 576), (7, 10), (1, 1), (300, 1000)])
 def test_pooling_keeps_every_token_its_largest_channel_and_few_cells(tokens, channels):
     x = torch.randn(tokens, channels, generator=torch.Generator().manual_seed(0))
-    value, channel = residual.pooled(x)
-    assert value.shape == channel.shape == (tokens, len(residual.starts(tokens, channels)))
-    assert value.numel() <= residual.CELLS and value.shape[1] <= residual.COLUMNS
+    value, channel = numbers.pooled(x)
+    assert value.shape == channel.shape == (tokens, len(numbers.starts(tokens, channels)))
+    assert value.numel() <= numbers.CELLS and value.shape[1] <= numbers.COLUMNS
     assert torch.equal(value, x.gather(1, channel))
     assert torch.equal(value.abs().amax(1), x.abs().amax(1))
-    first = torch.tensor(residual.starts(tokens, channels))
+    first = torch.tensor(numbers.starts(tokens, channels))
     assert bool((channel >= first).all())
 
 
 def test_the_three_d_view_shows_the_same(top):
     top.controls["view"].value = "3-D"
-    assert top.view.stage.shown is top.space
+    assert top.stage.shown is top.space
     assert np.array_equal(
         unpacked(top.space.data[0].z), np.abs(unpacked(top.plot.data[0].customdata)[..., 0])
     )
@@ -138,7 +142,7 @@ def test_the_three_d_view_shows_the_same(top):
 @pytest.mark.parametrize("rule", MASSIVE_RULES)
 def test_every_rule_says_its_threshold_and_marks_the_planted_tokens(top, rule):
     top.controls["rule"].value = rule
-    assert rule in top.view.words.value and any(c.isdigit() for c in Page(top.view.words.value).text)
+    assert rule in top.words.value and any(c.isdigit() for c in Page(top.words.value).text)
     table = top.table()
     assert set(table.loc[table["massive"], "text"]) == {"\n"}
     diamonds = list(top.plot.data[1].x)
@@ -148,9 +152,9 @@ def test_every_rule_says_its_threshold_and_marks_the_planted_tokens(top, rule):
 def test_a_typed_text_takes_its_place(top):
     look(top, "a\nb")
     assert (top.status.state, top.table()["text"].tolist()[0]) == ("ready", "\n")
-    assert top.view.seen.texts == ["a", "\n", "b"]
+    assert top.seen.texts == ["a", "\n", "b"]
     look(top, "sheep")
-    assert Page(top.view.sentence.value).text.startswith("No token is massive here by rule sun.")
+    assert Page(top.sentence.value).text.startswith("No token is massive here by rule sun.")
 
 
 def test_a_long_text_is_cut_and_says_so(top):
@@ -164,7 +168,7 @@ def test_a_block_of_the_corpus_takes_its_place(top, tiny_spec, corpus, store):
     top.controls["open"].click()
     top.job.wait(60)
     assert (
-        top.view.seen.texts
+        top.seen.texts
         == capture(CaptureSpec(model=tiny_spec, corpus=corpus, tokens=128, skip=2), store).texts
     )
 
@@ -192,19 +196,19 @@ def test_an_error_is_one_sentence_and_leaves_the_view(top, block, text, sentence
 
 def test_cancel_stops_before_the_next_layer_and_leaves_the_view(top, monkeypatch):
     before, reached, go = state_of(top), threading.Event(), threading.Event()
-    ids = residual.typed_ids
+    ids = numbers.typed_ids
 
     def slow(*arguments):
         reached.set()
         assert go.wait(20)
         return ids(*arguments)
 
-    monkeypatch.setattr(residual, "typed_ids", slow)
+    monkeypatch.setattr(numbers, "typed_ids", slow)
     top.controls["text"].value = "something else"
     top.controls["look"].click()
     assert reached.wait(20) and top.job.running and top.controls["look"].disabled
-    top.view.look_at_text()
-    assert "cancel it, or wait" in top.status.text
+    top.look_at_text()
+    assert "cancel the one that runs, or wait" in top.status.text
     top.controls["cancel"].click()
     go.set()
     top.job.wait(20)
@@ -212,7 +216,7 @@ def test_cancel_stops_before_the_next_layer_and_leaves_the_view(top, monkeypatch
 
 
 def test_a_text_that_overflows_the_model_is_refused(top):
-    loaded = top.view.loaded
+    loaded = top.loaded
     loaded.model.get_submodule(loaded.roles.embedding).weight.data.fill_(torch.nan)
     before = state_of(top)
     look(top, "x")
@@ -221,12 +225,12 @@ def test_a_text_that_overflows_the_model_is_refused(top):
 
 
 def test_token_text_never_becomes_markup(top):
-    texts = [MALICIOUS[i % len(MALICIOUS)] for i in range(len(top.view.seen.texts))]
+    texts = [MALICIOUS[i % len(MALICIOUS)] for i in range(len(top.seen.texts))]
     for view in ("heat map", "3-D"):
         top.state.view = view
-        top.view._show(dataclasses.replace(top.view.seen, texts=texts))
+        top._show(dataclasses.replace(top.seen, texts=texts))
         assert_safe(top)
-    shown = Page(top.view.text.value).text
+    shown = Page(top.text.value).text
     for text in MALICIOUS:
         assert shown_text(text) in shown, text
     assert "<0x202E>" in shown and "onerror" in shown
@@ -237,8 +241,8 @@ def test_token_text_never_becomes_markup(top):
 
 
 def test_the_profile_is_the_layers_own_and_a_click_on_it_goes_there(top):
-    for layer, here in enumerate(top.view.seen.layers):
-        magnitude = here.x.abs().flatten()
+    for layer, x in enumerate(top.seen.streams):
+        magnitude = x.abs().flatten()
         drawn = [trace.y[layer] for trace in top.profile.data[1:]]
         assert drawn == pytest.approx([*magnitude.topk(3).values.tolist(), float(magnitude.median())])
     assert top.profile.layout.yaxis.type == "log"

@@ -10,14 +10,21 @@ import torch
 from again import REFINED, assert_same_refinement
 from test_evaluate import save_lively
 
-from dfrot_lab.explore.parts import spec_of
-from dfrot_lab.explore.refinement import Refinement, refinement
-from dfrot_lab.explore.refinerows import WATCHED, choices, watched
+from dfrot_lab.explore.refinement.numbers import WATCHED, choices, watched
+from dfrot_lab.explore.refinement.widget import Refinement, refinement
 from dfrot_lab.maths import rotations
 from dfrot_lab.maths.quantizers import squared_error
 from dfrot_lab.observe import massive
 from dfrot_lab.observe.capture import Capture, capture
-from dfrot_lab.recipe.specs import CaptureSpec, CorpusSpec, ModelSpec, QuantSpec, RefineSpec, RotationSpec
+from dfrot_lab.recipe.specs import (
+    DEFAULT_RULE,
+    CaptureSpec,
+    CorpusSpec,
+    ModelSpec,
+    QuantSpec,
+    RefineSpec,
+    RotationSpec,
+)
 from dfrot_lab.rotate import dfrot
 
 VARIANTS = ["accelerated", "guarded", "as_paper", "as_released"]
@@ -55,12 +62,11 @@ def finish(view: Refinement) -> None:
 
 
 # ---- refine's own seam
-# ------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_watching_every_step_changes_nothing(variant, recorded):
-    rows, mask = recorded.all_rows().double(), massive.find(recorded, "nr_error").flatten()
+    rows, mask = recorded.all_rows().double(), massive.find(recorded, DEFAULT_RULE).flatten()
     spec = RefineSpec(variant=variant, steps=30, quantizer=QuantSpec())
     seen: list[tuple[int, torch.Tensor]] = []
     plain = dfrot.refine(rows, spec, mask)
@@ -73,11 +79,10 @@ def test_watching_every_step_changes_nothing(variant, recorded):
 
 
 # ---- pure parts
-# -------------------------------------------------------------------------------------------------------------------------
 
 
 def test_the_spec_of_a_capture_is_the_one_it_was_made_with(recorded, lively, text_file):
-    spec = spec_of(recorded)
+    spec = recorded.spec
     assert spec == CaptureSpec(model=lively, corpus=CorpusSpec(name=str(text_file)), tokens=128)
     assert recorded.artefact.manifest["inputs"]["spec"] == spec.to_dict()
 
@@ -106,7 +111,6 @@ def test_the_list_of_tokens_begins_with_the_most_massive(recorded):
 
 
 # ---- the widget
-# -------------------------------------------------------------------------------------------------------------------------
 
 
 def test_it_opens_ready_and_every_control_says_what_it_is(view, recorded):
@@ -158,7 +162,7 @@ def test_the_history_is_the_losses_of_each_steps_rotation(view, recorded):
     view.state.steps = 3
     view.start()
     finish(view)
-    rows, mask = recorded.all_rows().double(), massive.find(recorded, "nr_error").flatten()
+    rows, mask = recorded.all_rows().double(), massive.find(recorded, DEFAULT_RULE).flatten()
     for steps in (1, 3):
         R = dfrot.refine(rows, view.spec.with_(steps=steps), mask).R
         error = squared_error(rows @ R, view.spec.quantizer)
@@ -171,12 +175,12 @@ def test_the_history_is_the_losses_of_each_steps_rotation(view, recorded):
 
 
 def test_pause_stops_the_history_resume_goes_on_and_the_end_is_the_same(view):
-    view.state.steps = 60
+    view.state.steps = 25
     view.start()
     finish(view)
     straight, length = view.result, len(view.history)
     view.start()
-    for part in (5, 15, 30):
+    for part in (4, 9, 16):
         until(lambda part=part: len(view.history) >= part)
         view.controls["pause"].click()
         until(lambda: view.job.paused)
@@ -192,7 +196,7 @@ def test_pause_stops_the_history_resume_goes_on_and_the_end_is_the_same(view):
         view.controls["resume"].click()
     finish(view)
     assert_same_refinement(view.result, straight)
-    assert len(view.history) == length == 61
+    assert len(view.history) == length == 26
 
 
 @pytest.mark.parametrize("paused", [False, True])
@@ -235,11 +239,11 @@ def test_a_saved_r1_loads_with_its_spec_and_is_not_overwritten(view, tmp_path):
 
 
 def test_plots_are_changed_in_place_and_show_the_chosen_token(view, recorded):
-    losses, entries = view.losses.plot, view.entries.plot
+    losses, entries = view.plot, view.entries
     view.state.steps = 40
     view.start()
     finish(view)
-    assert view.losses.plot is losses and view.entries.plot is entries and view.plot is losses
+    assert view.plot is losses and view.entries is entries
     table = view.table()
     assert (
         list(losses.data[1].y) == table["massive"].tolist()

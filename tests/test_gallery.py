@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.figure import Figure
@@ -14,7 +15,7 @@ from test_experiments import EVALUATING, LOOKING, Lab, lab  # noqa: F401 (a fixt
 from dfrot_lab.disk import row_files
 from dfrot_lab.maths import tables
 from dfrot_lab.show import figures, gallery
-from dfrot_lab.show.figures_tokens import ORDERS
+from dfrot_lab.show.tokens import ORDER_COLOURS, ORDER_MARKERS
 from dfrot_lab.study.experiments import EXPERIMENTS
 
 
@@ -46,30 +47,23 @@ def test_tasks_are_drawn_with_their_errors():
     tasks = ("piqa", "winogrande", "average of six")
     rows = [
         {"row": row, "task": task, "metric": "acc", "value": value, "stderr": 0.05, "items": 100}
+        | {"rotation": row.split()[0] if "4-4" in row else None}
         for row, value in (("plain transformers", 0.5), ("RO 4-4-16", 0.4), ("DFRot 4-4-16", 0.45))
         for task in tasks
     ]
     figure = drawn("zero-shot", pd.DataFrame(rows))
+    assert [ax.get_title() for ax in figure.axes] == list(tasks)
     ax = figure.axes[0]
-    assert [label.get_text() for label in ax.get_xticklabels()] == list(tasks)
-    assert [text.get_text() for text in ax.get_legend().get_texts()] == [
-        "plain transformers",
-        "RO 4-4-16",
-        "DFRot 4-4-16",
-    ]
-    heights = sorted(
-        round(float(line.get_ydata()[0]), 6)
-        for line in ax.lines
-        if line.get_marker() not in ("_", "None", "")
-    )
-    assert {40.0, 45.0, 50.0} <= set(heights)
+    labels = [label.get_text() for label in ax.get_yticklabels()]
+    assert labels == ["plain transformers", "RO 4-4-16", "DFRot 4-4-16"]
+    assert [float(line.get_xdata()[0]) for line in ax.lines] == pytest.approx([50, 40, 45])
+    bars = [bar.get_segments()[0][:, 0] for bar in ax.collections]
+    assert np.concatenate(bars) == pytest.approx([45, 55, 35, 45, 40, 50])
     plt.close(figure)
 
 
 def test_colours_and_markers_tell_the_orders_apart():
-    assert (
-        len({colour for colour, _ in ORDERS.values()}) == len({marker for _, marker in ORDERS.values()}) == 6
-    )
+    assert len(set(ORDER_COLOURS.values())) == len(set(ORDER_MARKERS.values())) == 6
 
 
 @pytest.mark.parametrize(("limit", "ending"), [(5000, "jsonl"), (3, "parquet")])

@@ -11,12 +11,13 @@ from again import FLIPPED, FLOAT32, NOTICED, apart, assert_near
 from conftest import CHANNELS, FAMILIES, LAYERS, MASSIVE, tiny_model
 from torch import Tensor
 
-from dfrot_lab.model import corpus, loading
+from dfrot_lab.model import corpus, door, loading
 from dfrot_lab.model.loading import LoadedModel
 from dfrot_lab.observe import residual
 from dfrot_lab.observe.intervene import before_layers, massive_mask, massive_set, mean_massive
+from dfrot_lab.recipe import keys
 from dfrot_lab.recipe.specs import CaptureSpec, CorpusSpec, ModelSpec, RotationSpec, recipe_of
-from dfrot_lab.score import perplexity
+from dfrot_lab.score import build, perplexity
 
 TEXT = "a sheep went over the hill;\nand a goat came back\n" * 20
 
@@ -42,7 +43,6 @@ def slow_mask(x: Tensor) -> Tensor:
 
 
 # ---- which values are massive
-# -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(7, 8), (3, 7, 8), (1, 1, 40)], ids=str)
@@ -76,7 +76,6 @@ def test_newlines_are_massive_in_the_largest_planted_channel_alone():
 
 
 # ---- overwriting
-# ------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("to", ["zero", "mean"])
@@ -124,7 +123,7 @@ def test_exactly_the_massive_values_that_enter_a_layer_are_set(family, to):
 
 
 def test_zero_is_the_model_on_embeddings_without_the_massive_value():
-    """After layer 0 nothing is massive any more, since these models' massive values come from the embedding."""
+    """After layer 0 nothing is massive any more: these models' massive values come from the embedding."""
     loaded = tiny_model()
     ids = windows_of(loaded, 2)
     embedded = loaded.model.get_input_embeddings()(ids)
@@ -169,7 +168,6 @@ def test_the_mean_is_of_the_model_as_it_is_and_leaves_it_so():
 
 
 # ---- hooks
-# ------------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -225,7 +223,6 @@ def test_hooks_are_gone_when_what_they_call_fails():
 
 
 # ---- as a row of an evaluation
-# ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bits", ["16-16-16", "16-4-16"])
@@ -239,12 +236,12 @@ def test_an_evaluation_overwrites_in_every_window(tiny_spec, text_file, store, t
         bits, model=tiny_spec, corpus=text, rotation=RotationSpec(kind="NR"), windows=3, window=64
     )
     spec = plain.with_(set_massive=to)
-    built = perplexity.build(perplexity.canonical(plain), store)
+    built = build.build(plain, store)
     calibration, scored = (
         corpus.token_blocks(text.with_(split=split), built.loaded.tokenizer, blocks=3, window=64)
         for split in ("calibration", "evaluation")
     )
-    with massive_set(built.loaded, to, calibration), perplexity.quantized(built, plain):
+    with massive_set(built.loaded, to, calibration), build.quantized(built, plain):
         expected = [perplexity.window_loss(built.loaded, window) for window in scored]
     found = perplexity.evaluate(spec, store).losses
     assert found.tolist() == pytest.approx(expected, rel=FLIPPED)
@@ -253,7 +250,7 @@ def test_an_evaluation_overwrites_in_every_window(tiny_spec, text_file, store, t
 
 
 def test_means_from_another_calibration_text_are_another_evaluation(tiny_spec, text_file):
-    def spec(to: str | None) -> dict[str, object]:
+    def key(to: str | None) -> dict[str, object]:
         row = recipe_of(
             "16-16-16",
             model=tiny_spec,
@@ -261,19 +258,18 @@ def test_means_from_another_calibration_text_are_another_evaluation(tiny_spec, t
             rotation=RotationSpec(kind="NR"),
             set_massive=to,
         )
-        return perplexity.inputs(perplexity.canonical(row))
+        return keys.evaluation(door.resolved(row).canonical(), door.PRINTS)
 
-    before = {to: spec(to) for to in (None, "mean")}
+    before = {to: key(to) for to in (None, "mean")}
     text = text_file.read_text()
     text_file.write_text(
         text[:3000].replace("sheep", "geese") + text[3000:]
     )  # the first half alone, of the same length
-    assert spec("mean") != before["mean"]
-    assert spec(None) == before[None]
+    assert key("mean") != before["mean"]
+    assert key(None) == before[None]
 
 
 # ---- profiles
-# ---------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", FAMILIES)

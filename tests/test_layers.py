@@ -228,7 +228,7 @@ def test_files_and_functions_are_short(name: str):
 def test_the_package_is_small():
     size = {name: len(file.read_text().splitlines()) for name, file in MODULES.items()}
     assert sum(size.values()) <= 14_500
-    assert sum(lines for name, lines in size.items() if name.startswith("explore")) <= 5_000
+    assert sum(lines for name, lines in size.items() if name.startswith("explore")) <= 3_850
 
 
 def in_a_fresh_process(code: str) -> object:
@@ -241,7 +241,8 @@ def in_a_fresh_process(code: str) -> object:
 
 
 def test_importing_the_package_loads_nothing_heavy_and_takes_no_time():
-    code = "import time\nt = time.perf_counter()\nimport dfrot_lab\nprint(json.dumps([list(sys.modules), time.perf_counter() - t]))"
+    said = "print(json.dumps([list(sys.modules), time.perf_counter() - t]))"
+    code = f"import time\nt = time.perf_counter()\nimport dfrot_lab\n{said}"
     runs = [in_a_fresh_process(code) for _ in range(3)]
     modules = set(runs[0][0])
     assert "dfrot_lab" in modules
@@ -266,7 +267,9 @@ def test_every_name_of_the_package_is_the_same_public_object_at_every_look(order
 import types, dfrot_lab
 names = dir(dfrot_lab)
 looks = [[getattr(dfrot_lab, n) for n in {order}] for _ in range(2)]
-print(json.dumps([sorted(names), [n for n, a, b in zip({order}, *looks) if a is not b or isinstance(a, types.ModuleType)]]))
+module = types.ModuleType
+changed = [n for n, a, b in zip({order}, *looks) if a is not b or isinstance(a, module)]
+print(json.dumps([sorted(names), changed]))
 """
     names, changed = in_a_fresh_process(code)
     assert {"load_model", "Store", "ModelSpec", "token_errors", "__version__"} <= set(names)

@@ -18,8 +18,17 @@ def by_rows(x, R):
     return torch.stack([sum(value * R[i] for i, value in enumerate(row)) for row in x])
 
 
+def codes(bits):
+    return 2 ** (bits - 1) - 1
+
+
 def step(x, bits):
-    return x.abs().max() / (2 ** (bits - 1) - 1)
+    return x.abs().max() / codes(bits)
+
+
+def past_the_codes(x, largest):
+    size = x.abs().max() / largest
+    return (x / size).round() * size
 
 
 def rounded(x, bits):
@@ -60,15 +69,15 @@ WRONG: list[tuple[Callable, Callable, str]] = [
     (lesson.check_rotate_row, lambda x, R: 2 * x @ R, "not x @ R"),
     (lesson.check_rotate_row, lambda x, R: (x @ R)[0], r"shape \(6,\), \(6, 6\) was expected"),
     (lesson.check_quantize, lambda x, bits: on_grid(x, x.abs().max() / 2 ** (bits - 1), bits), "divided by"),
-    (lesson.check_quantize, lambda x, bits: (x / (s := x.abs().max() / 2 ** (bits - 1))).round() * s, "needs one more"),
+    (lesson.check_quantize, lambda x, bits: past_the_codes(x, 2 ** (bits - 1)), "needs one more"),
     (lesson.check_quantize, lambda x, bits: (x / step(x, bits)).round(), "returned the codes"),
     (lesson.check_quantize, lambda x, bits: (x / step(x, bits)).trunc() * step(x, bits), "cut off"),
     (lesson.check_quantize, lambda x, bits: (x / step(x, bits)).floor() * step(x, bits), "rounded down"),
-    (lesson.check_quantize, lambda x, bits: on_grid(x, x.max() / (2 ** (bits - 1) - 1), bits), "sign and all"),
+    (lesson.check_quantize, lambda x, bits: on_grid(x, x.max() / codes(bits), bits), "sign and all"),
     (lesson.check_quantize, lambda x, bits: x, "nothing was rounded"),
     (lesson.check_quantize, lambda x, bits: x.round(), r"step must be max\|x\| / 7"),
     (lesson.check_quantize, lambda x, bits: rounded(x, 4), r"at 3 bits"),
-    (lesson.check_quantize, lambda x, bits: (x / step(x, bits)).round() * step(x, bits), "zeros must stay zeros"),
+    (lesson.check_quantize, lambda x, bits: (x / step(x, bits)).round() * step(x, bits), "must stay zeros"),
     (lesson.check_fuse_norm, lambda gain, weight: weight / gain, "divided"),
     (lesson.check_fuse_norm, lambda gain, weight: weight, "came back as it was"),
     (lesson.check_fuse_norm, lambda gain, weight: weight + gain, "added"),

@@ -14,7 +14,16 @@ from dfrot_lab.maths.quantizers import squared_error
 from dfrot_lab.maths.rotations import make
 from dfrot_lab.observe import massive
 from dfrot_lab.observe.capture import Capture, capture
-from dfrot_lab.recipe.specs import MASSIVE_RULES, CaptureSpec, CorpusSpec, QuantSpec, RotationSpec
+from dfrot_lab.recipe.specs import (
+    MASSIVE_RULES,
+    PAPER_RULE,
+    RELEASED_KEEP_OUT,
+    ROW_RULES,
+    CaptureSpec,
+    CorpusSpec,
+    QuantSpec,
+    RotationSpec,
+)
 
 SYM4 = QuantSpec(bits=4, scheme="symmetric")
 
@@ -57,7 +66,6 @@ def handmade(
 
 
 # ---- the planted models
-# -----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -73,13 +81,12 @@ def test_every_rule_marks_exactly_the_newlines(tmp_path, text_file, store, famil
     ]
 
 
-@pytest.mark.parametrize("rule", ["sun", "ratio", "nr_error"])
+@pytest.mark.parametrize("rule", ["sun", "ratio_8", "ratio_64", "nr_error_8.5"])
 def test_a_model_without_massive_tokens_has_none(tmp_path, text_file, store, rule):
     assert not massive.find(planted(tmp_path, text_file, store, plant=False), rule).any()
 
 
 # ---- thresholds
-# -------------------------------------------------------------------------------------------------------------------------
 
 
 def test_sun_needs_more_than_100_and_at_least_1000_medians(store):
@@ -88,29 +95,53 @@ def test_sun_needs_more_than_100_and_at_least_1000_medians(store):
     assert found.tolist() == [[False, True, True], [False, True, True], [False, False, True]]
 
 
-def test_ratio_needs_more_than_64_medians_of_the_tokens_maxima(store):
-    largest = [[1.0, 1.0, 1.0, 64.0, 64.5], [2.0, 2.0, 2.0, 128.0, 128.5]]
-    found = massive.find(handmade(store, largest, [1.0, 1.0]), "ratio")
+@pytest.mark.parametrize("factor", [8, 64])
+def test_ratio_needs_more_than_that_many_medians_of_the_tokens_maxima(store, factor):
+    largest = [[1.0, 1.0, 1.0, 1.0 * factor, factor + 0.5], [2.0, 2.0, 2.0, 2.0 * factor, 2.0 * factor + 0.5]]
+    found = massive.find(handmade(store, largest, [1.0, 1.0]), f"ratio_{factor}")
     assert found.tolist() == [[False, False, False, False, True]] * 2
 
 
+def slow_ratio(found: Capture, factor: float) -> list[list[bool]]:
+    """The rule as it is said: a token's largest |a| before a norm against the median token's there."""
+    verdicts = []
+    for site in found.residual_max.tolist():
+        middle = sorted(site)[(len(site) - 1) // 2]  # the lower of two middle ones, as torch's
+        verdicts.append([largest > factor * middle for largest in site])
+    return verdicts
+
+
+@pytest.mark.parametrize("factor", [8, 64])
+def test_ratio_is_its_definition_on_any_maxima(store, factor):
+    draws = torch.randn(5, 60, generator=torch.Generator().manual_seed(0)).mul(2.5).exp()
+    found = handmade(store, draws.tolist(), [1.0] * 5)
+    mask = massive.find(found, f"ratio_{factor}")
+    assert 0 < int(mask.sum()) < 150
+    assert mask.tolist() == slow_ratio(found, factor)
+
+
+def test_the_number_in_a_rules_name_is_its_threshold():
+    numbers = {rule: massive.threshold(rule) for rule in MASSIVE_RULES if rule[-1].isdigit()}
+    assert numbers == {"ratio_8": 8, "ratio_64": 64, "nr_error_8.5": 8.5, "nr_error_9.5": 9.5}
+
+
 @pytest.mark.parametrize("channels", [64, 576, 4096])
-@pytest.mark.parametrize("root", [massive.NR_ERROR_ROOT, massive.KEEP_OUT_ROOT])
+@pytest.mark.parametrize("root", [8.5, 9.5])
 def test_nr_error_threshold_scales_with_the_root_of_the_channels(channels, root):
     row = torch.randn(1, channels, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     row *= (
         root * (channels / 4096) ** 0.5 / squared_error(row, SYM4).sqrt()
     )  # its root error is now the threshold
     rows = torch.cat([row * (1 - 1e-6), row * (1 + 1e-6)])
-    assert massive.rows_rule(rows, "nr_error", root=root).tolist() == [True, False]
+    assert massive.rows_rule(rows, f"nr_error_{root}").tolist() == [True, False]
 
 
-def test_nr_error_default_is_refinements_threshold():
-    assert (massive.NR_ERROR_ROOT, massive.KEEP_OUT_ROOT) == (8.5, 9.5)
+def test_the_released_codes_two_thresholds_differ():
+    assert (PAPER_RULE, RELEASED_KEEP_OUT) == ("nr_error_8.5", "nr_error_9.5")
     row = torch.randn(1, 4096, generator=torch.Generator().manual_seed(0))
     row *= 9.0 / squared_error(row, SYM4).sqrt()
-    assert not massive.rows_rule(row, "nr_error").any()
-    assert massive.rows_rule(row, "nr_error", root=massive.KEEP_OUT_ROOT).all()
+    assert not massive.rows_rule(row, PAPER_RULE).any()
+    assert massive.rows_rule(row, RELEASED_KEEP_OUT).all()
 
 
 def test_ro_vs_nr_compares_with_the_seed_0_rotation():
@@ -124,7 +155,7 @@ def test_ro_vs_nr_compares_with_the_seed_0_rotation():
     assert 0 < int(expected.sum()) < 200
 
 
-@pytest.mark.parametrize("rule", ["nr_error", "ro_vs_nr"])
+@pytest.mark.parametrize("rule", ROW_RULES)
 def test_rows_may_have_more_dimensions_and_another_dtype(rule):
     x = torch.randn(2, 30, 64, generator=torch.Generator().manual_seed(0))
     x[:, ::7] = torch.eye(64)[:5] * 8
@@ -134,18 +165,81 @@ def test_rows_may_have_more_dimensions_and_another_dtype(rule):
 
 
 # ---- bad input, table
-# -------------------------------------------------------------------------------------------------------------------
 
 
 def test_an_unknown_rule_is_refused_with_the_choices(store):
     found = handmade(store, [[1.0, 2.0]], [1.0])
-    with pytest.raises(ValueError, match=r"rule must be one of sun, nr_error, ro_vs_nr, ratio; got 'mass'"):
+    with pytest.raises(ValueError, match=rf"rule must be one of {', '.join(MASSIVE_RULES)}; got 'mass'"):
         massive.find(found, "mass")
-    for rule in ("sun", "ratio", "mass"):
-        with pytest.raises(
-            ValueError, match=rf"rule must be nr_error or ro_vs_nr for rows alone .*; got '{rule}'"
-        ):
+    for rule in ("sun", "ratio_8", "ratio_64", "nr_error", "mass"):
+        said = rf"rule must be one of {', '.join(ROW_RULES)} for rows alone .*; got '{rule}'"
+        with pytest.raises(ValueError, match=said):
             massive.rows_rule(torch.ones(2, 16), rule)
+    for rule in (*ROW_RULES, "mass"):
+        said = rf"rule must be sun or a ratio for the residual stream; got '{rule}'"
+        with pytest.raises(ValueError, match=said):
+            massive.residual_rule(found.residual_max, found.residual_median, rule)
+
+
+# ---- what is odd about a rule
+
+
+def judged(store: Store, *, grid: int = 0, alone: int = 0, large: int = 0, median: float = 0.1) -> Capture:
+    """A capture of 200 tokens at one site. No rule calls its rows massive, but: the first `grid` lie on the
+    symmetric grid, which both rules of rows see; the next `alone` only nr_error sees; the first `large`
+    tokens have 500 in a residual stream of `median`.
+    """
+    R = make(RotationSpec(kind="RO", seed=0), 64).float()
+    rows = 72 * torch.eye(64).repeat(4, 1)[:200] @ R.T
+    rows[:grid] = 8 * torch.eye(64)[:grid]
+    rows[grid : grid + alone] /= 9
+    largest = [500.0 if token < large else 1.0 for token in range(200)]
+    return handmade(store, [largest], [median], rows)
+
+
+ODD = [
+    ({}, "sun", "rule sun marks no row: there is no massive token to look at by it"),
+    ({"large": 4}, "ratio_8", None),
+    (
+        {"large": 5},
+        "ratio_8",
+        "rule ratio_8 marks 5 rows, 2.5% of all: more than rare tokens; look at the others",
+    ),
+    ({"grid": 2}, "nr_error_8.5", None),
+    ({"alone": 3}, "nr_error_8.5", "rule nr_error_8.5 marks 3 rows, 3 of which no other rule calls massive"),
+    (
+        {"grid": 1, "alone": 2},
+        "nr_error_8.5",
+        "rule nr_error_8.5 marks 3 rows, 2 of which no other rule calls massive",
+    ),
+    ({"grid": 2, "alone": 2}, "nr_error_8.5", None),
+    ({"alone": 3, "large": 3}, "nr_error_9.5", None),
+    (
+        {"large": 2, "median": 1.0},
+        "ratio_64",
+        "rule ratio_64 marks 2 rows, 2 of which no other rule calls massive",
+    ),
+    ({"large": 2, "grid": 1, "median": 1.0}, "ratio_64", None),
+]
+
+
+@pytest.mark.parametrize(("tokens", "rule", "said"), ODD)
+def test_doubt_says_none_too_many_or_what_no_other_rule_finds(store, tokens, rule, said):
+    assert massive.doubt(judged(store, **tokens), rule) == said
+
+
+def test_a_doubt_is_said_once(store, caplog):
+    massive._warn_once.cache_clear()  # what an earlier test said of the same capture
+    found = judged(store, alone=3)
+    for rule in ("sun", "nr_error_8.5", "sun", "nr_error_8.5", "ro_vs_nr"):
+        massive.warn(found, rule)
+    massive.warn(Capture(found.artefact), "sun")
+    assert [record.getMessage() for record in caplog.records] == [
+        massive.doubt(found, rule) for rule in ("sun", "nr_error_8.5", "ro_vs_nr")
+    ]
+    assert {record.levelname for record in caplog.records} == {"WARNING"}
+    massive.warn(judged(store, large=2), "ratio_8")
+    assert len(caplog.records) == 3
 
 
 def test_table_has_one_row_a_marked_token(tmp_path, text_file, store):
@@ -186,4 +280,9 @@ def test_table_says_which_rule_marks_and_which_does_not(store):
         )
     )
     by_token = table.set_index("token")
-    assert by_token.loc[3, ["sun", "ratio", "nr_error"]].tolist() == [False, True, False]
+    assert by_token.loc[3, ["sun", "ratio_8", "ratio_64", "nr_error_8.5"]].tolist() == [
+        False,
+        True,
+        True,
+        False,
+    ]

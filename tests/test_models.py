@@ -19,9 +19,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from dfrot_lab.disk import downloads
 from dfrot_lab.disk.artefacts import Store
-from dfrot_lab.model import loading
-from dfrot_lab.model.loading import LoadedModel, check_tokens, fingerprint, load_model, resolve, roles_of
-from dfrot_lab.recipe.specs import DTYPES, ModelSpec
+from dfrot_lab.maths import rotations
+from dfrot_lab.model import families, loading, surgery
+from dfrot_lab.model.families import roles_of
+from dfrot_lab.model.loading import LoadedModel, check_tokens, fingerprint, load_model, resolve
+from dfrot_lab.recipe.specs import DTYPES, ModelSpec, RotationSpec
 
 SUPPORTED = "Supported: LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM"
 TINY = {
@@ -180,7 +182,7 @@ def test_architectures_that_rotation_would_change_are_refused_with_the_reason(
         load_model(ModelSpec(source=str(tmp_path / "m")), store)
 
 
-@pytest.mark.parametrize("architecture", loading.REFUSED)
+@pytest.mark.parametrize("architecture", families.REFUSED)
 def test_every_refusal_gives_a_reason(architecture: str):
     with pytest.raises(ValueError, match=f"^{architecture} cannot be rotated without changing it: it"):
         roles_of(architecture)
@@ -193,7 +195,7 @@ def test_a_config_without_architectures_is_known_by_its_type(tmp_path: Path, sto
     config.write_text(
         json.dumps({k: v for k, v in json.loads(config.read_text()).items() if k != "architectures"})
     )
-    assert load_model(spec, store).roles == loading.ROLES["LlamaForCausalLM"]
+    assert load_model(spec, store).roles == families.FAMILIES["LlamaForCausalLM"]
 
 
 @pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])
@@ -273,6 +275,50 @@ except OSError as error:
     ).stdout
     assert told.startswith("cannot read hub:nobody/nothing from the hub (")
     assert told.rstrip().endswith("Check the network and the name, or give a local folder.")
+
+
+def test_a_model_of_the_hub_loads_from_its_cache_and_is_named_by_its_commit(tmp_path: Path):
+    """As a download leaves it: refs say which commit `main` is, snapshots hold a commit's files."""
+    cached = tmp_path / "hub" / "models--me--tiny"
+    for commit in ("1" * 40, "2" * 40):
+        save_tiny(cached / "snapshots" / commit)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("1" * 40)
+    code = """
+from dfrot_lab import ModelSpec, load_model
+from dfrot_lab.model.loading import fingerprint
+spec = ModelSpec(source="hub:me/tiny")
+print(load_model(spec).fingerprint == fingerprint(spec) != fingerprint(spec.with_(revision="2" * 40)))
+print(load_model(spec).provenance, load_model(spec).family)
+"""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    told = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    ).stdout
+    assert told.splitlines() == ["True", "hub me/tiny LlamaForCausalLM"]
+
+
+def test_a_new_family_is_one_entry_in_the_table(
+    tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+):
+    """Granite is a Llama whose embedding, residual branches and logits have multipliers."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("granite", **TINY_KV, embedding_multiplier=3.0, residual_multiplier=0.5)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "m")
+    tiny_model().tokenizer.save_pretrained(tmp_path / "m")
+    spec = ModelSpec(source=str(tmp_path / "m"), dtype="float64")
+    with pytest.raises(ValueError, match="GraniteForCausalLM is not in the table of roles"):
+        load_model(spec, store)
+    monkeypatch.setitem(families.FAMILIES, "GraniteForCausalLM", families.Roles())
+    loaded = load_model(spec, store)
+    assert loaded.family == "GraniteForCausalLM"
+    ids = torch.arange(40)[None]
+    wanted = loaded.model(ids).logits
+    surgery.prepare(loaded)
+    surgery.rotate_residual(loaded, rotations.make(RotationSpec(kind="RO"), loaded.channels))
+    surgery.rotate_heads(loaded)
+    assert not torch.equal(loaded.model(ids).logits, wanted)
+    torch.testing.assert_close(loaded.model(ids).logits, wanted, rtol=1e-6, atol=1e-6)
 
 
 def test_a_folder_and_the_packaged_model_are_told_apart(tiny_spec: ModelSpec):

@@ -20,14 +20,14 @@ from dfrot_lab.maths.quantizers import (
     quantize,
     squared_error,
 )
-from dfrot_lab.recipe.specs import QuantSpec
+from dfrot_lab.model import integer
+from dfrot_lab.recipe.specs import SCHEMES, QuantSpec
 
-SYM, ASYM = (
-    QuantSpec(bits=4, scheme="symmetric" if symmetric else "asymmetric") for symmetric in (True, False)
-)
+SYM, ASYM, FREE = (QuantSpec(bits=4, scheme=scheme) for scheme in SCHEMES)
 SPECS = [
-    QuantSpec(bits=bits, scheme="symmetric" if symmetric else "asymmetric", clip_ratio=clip)
-    for bits, symmetric, clip in itertools.product(range(2, 9), (True, False), (1.0, 0.83))
+    QuantSpec(bits=bits, scheme=scheme, clip_ratio=clip)
+    for bits, scheme, clip in itertools.product(range(2, 9), SCHEMES, (1.0, 0.83))
+    if scheme != "free" or bits in (2, 4, 8)
 ]
 GRANULARITIES = [
     {"granularity": "per_token"},
@@ -51,6 +51,12 @@ def slow(values: list[float], spec: QuantSpec) -> tuple[list[int], float, int]:
         scale = spec.clip_ratio * max(abs(v) for v in values) / high or 1.0
     else:
         low, high = 0, 2**spec.bits - 1
+        if spec.scheme == "free":
+            cut = (max(values) - min(values)) * (1 - spec.clip_ratio) / 2
+            smallest, largest = min(values) + cut, max(values) - cut
+            scale = (largest - smallest) / high or abs(smallest) or 1.0
+            zero = -round(smallest / scale)
+            return [min(max(round(v / scale) + zero, low), high) for v in values], scale, zero
         smallest, largest = spec.clip_ratio * min(0.0, *values), spec.clip_ratio * max(0.0, *values)
         scale = (largest - smallest) / high or 1.0
         zero = -round(smallest / scale)
@@ -65,7 +71,6 @@ def eq5(values: list[float], bits: int) -> list[float]:
 
 
 # ---- against the slow loop
-# --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
@@ -92,15 +97,25 @@ def test_codes_scales_and_values_equal_a_slow_loop(spec, granularity):
         )
 
 
+@pytest.mark.parametrize("scheme", ["asymmetric", "free"])
 @pytest.mark.parametrize("bits", range(2, 9))
-def test_asymmetric_is_equation_5_for_rows_with_both_signs(bits):
+def test_asymmetric_and_free_are_equation_5_for_rows_with_both_signs(bits, scheme):
     x = rows(50, 16, seed=bits) + torch.linspace(-1, 1, 50, dtype=torch.float64)[:, None]
     x = x[(x.amin(1) < 0) & (x.amax(1) > 0)]
     assert len(x) > 40, "too few rows with both signs: the test is vacuous"
     expected = torch.tensor([eq5(row, bits) for row in x.tolist()], dtype=torch.float64)
     torch.testing.assert_close(
-        fake_quantize(x, QuantSpec(bits=bits, scheme="asymmetric")), expected, rtol=1e-12, atol=1e-14
+        fake_quantize(x, QuantSpec(bits=bits, scheme=scheme)), expected, rtol=1e-12, atol=1e-14
     )
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_free_is_equation_5_for_any_row(bits):
+    x = rows(50, 16, seed=bits) + torch.linspace(-40, 40, 50, dtype=torch.float64)[:, None]
+    assert ((x.amin(1) > 0) | (x.amax(1) < 0)).sum() > 40, "too few rows of one sign: the test is vacuous"
+    expected = torch.tensor([eq5(row, bits) for row in x.tolist()], dtype=torch.float64)
+    found = fake_quantize(x, QuantSpec(bits=bits, scheme="free"))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
 
 
 def test_asymmetric_range_always_includes_zero():
@@ -113,7 +128,6 @@ def test_asymmetric_range_always_includes_zero():
 
 
 # ---- properties
-# -------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
@@ -124,7 +138,7 @@ def test_scale_equivariant_to_the_bit_for_powers_of_two(spec, power, seed):
     assert torch.equal(fake_quantize(x * 2.0**power, spec), fake_quantize(x, spec) * 2.0**power)
 
 
-@pytest.mark.parametrize("spec", [SYM, ASYM], ids=lambda spec: spec.name)
+@pytest.mark.parametrize("spec", [SYM, ASYM, FREE], ids=lambda spec: spec.name)
 @given(factor=st.floats(1e-3, 1e3), seed=st.integers(0, 1000))
 @settings(max_examples=25, deadline=None)
 def test_scale_equivariant_for_any_factor(spec, factor, seed):
@@ -142,15 +156,10 @@ def test_symmetric_unclipped_is_idempotent(bits, granularity):
     torch.testing.assert_close(fake_quantize(once, spec), once, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_error_decreases_with_bits(symmetric):
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_error_decreases_with_bits(scheme):
     x = rows(200, 64)
-    errors = [
-        float(
-            squared_error(x, QuantSpec(bits=bits, scheme="symmetric" if symmetric else "asymmetric")).mean()
-        )
-        for bits in range(2, 17)
-    ]
+    errors = [float(squared_error(x, QuantSpec(bits=bits, scheme=scheme)).mean()) for bits in range(2, 17)]
     assert all(more < 0.6 * fewer for fewer, more in itertools.pairwise(errors)), (
         errors
     )  # each bit halves the step: a quarter of the square
@@ -164,15 +173,16 @@ def test_error_decreases_with_bits(symmetric):
     magnitude=st.sampled_from([1e-30, 1e-3, 1.0, 1e4, 1e30]),
 )
 @settings(max_examples=200, deadline=None)
-def test_no_value_moves_by_more_than_half_a_step(bits, symmetric, values, magnitude):
+def test_no_value_moves_by_more_than_half_a_step(bits, scheme, values, magnitude):
     """For any row, however large or small: what makes E(x) a rounding error and nothing else."""
     x = torch.tensor([values], dtype=torch.float32) * magnitude
     assume(not x.any() or x.abs().max() > 1e-34)  # below that the step itself is not a normal float32
-    spec = QuantSpec(bits=bits, scheme="symmetric" if symmetric else "asymmetric")
+    spec = QuantSpec(bits=bits, scheme=scheme)
     quantized = quantize(x, spec)
     error = (fake_quantize(x, spec).double() - x.double()).abs()
     slack = 1e-5 + 2.0 ** (bits - 22)  # x / step is known to float32's 24 bits
-    assert bool((error <= quantized.scale.double() * (0.5 + slack)).all())
+    own = 4e-7 * x.abs().max()  # a free zero point may be far from 0: the value itself is known to 24 bits
+    assert bool((error <= quantized.scale.double() * (0.5 + slack) + (scheme == "free") * own).all())
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
@@ -184,13 +194,11 @@ def test_rows_of_zeros_stay_zeros(spec):
     assert quantize(x, spec).scale.flatten().tolist() == [1, 1, 1]
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("value", [3.7, -3.7, 1e-20, -1e20])
-def test_constant_rows_come_back(symmetric, value):
+def test_constant_rows_come_back(scheme, value):
     x = torch.full((2, 8), value)
-    torch.testing.assert_close(
-        fake_quantize(x, QuantSpec(scheme="symmetric" if symmetric else "asymmetric")), x, rtol=1e-6, atol=0
-    )
+    torch.testing.assert_close(fake_quantize(x, QuantSpec(scheme=scheme)), x, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -202,14 +210,14 @@ def test_one_sided_rows_use_all_codes_when_asymmetric(sign):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_values_near_the_largest_of_the_dtype_stay_finite(dtype, symmetric):
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_values_near_the_largest_of_the_dtype_stay_finite(dtype, scheme):
     """In float16 that is 65,504, and the massive activation of the default model is 24,816: max - min must
     not overflow.
     """
     largest = torch.finfo(dtype).max
     x = torch.tensor([[-0.7 * largest, 0.1 * largest, 0.7 * largest]], dtype=dtype)
-    found = fake_quantize(x, QuantSpec(scheme="symmetric" if symmetric else "asymmetric"))
+    found = fake_quantize(x, QuantSpec(scheme=scheme))
     assert bool(found.isfinite().all())
     torch.testing.assert_close(found.double() / largest, x.double() / largest, rtol=0, atol=0.06)
 
@@ -231,21 +239,87 @@ def test_sign_flips_change_the_asymmetric_error():
     assert changed.float().mean() > 0.5  # all but the rows whose two extremes met the same sign
 
 
+# ---- the free scheme
+
+
+@given(steps=st.integers(-1000, 1000), bits=st.integers(2, 8), seed=st.integers(0, 1000))
+@settings(max_examples=50, deadline=None)
+def test_an_offset_of_whole_steps_leaves_the_free_error_unchanged(steps, bits, seed):
+    """Q(x + c 1) = Q(x) + c 1 where c is a multiple of the row's own step, since the grid goes through 0."""
+    spec, x = QuantSpec(bits=bits, scheme="free"), rows(5, 16, seed=seed)
+    offset = steps * quantize(x, spec).scale
+    found, wanted = fake_quantize(x + offset, spec), fake_quantize(x, spec) + offset
+    tie = (x.amin(1, keepdim=True) / quantize(x, spec).scale).frac().abs().sub(0.5).abs() < 1e-9
+    assume(not tie.any())
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("offset", [-1000.0, -7.3, 0.6, 7.3, 1000.0])
+def test_any_offset_costs_the_free_scheme_nothing_and_the_asymmetric_one_much(offset):
+    """In the mean, not row by row: where a row lies between two points of its grid changes with it."""
+    x = rows(4000, 64)
+    plain, moved = squared_error(x, FREE).mean(), squared_error(x + offset, FREE).mean()
+    assert float(moved / plain) == pytest.approx(1, abs=0.01)
+    torch.testing.assert_close(quantize(x + offset, FREE).scale, quantize(x, FREE).scale)
+    if abs(offset) > 5:
+        assert squared_error(x + offset, ASYM).mean() > 3 * moved
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_free_is_asymmetric_for_rows_of_both_signs_and_never_has_a_larger_step(bits):
+    asymmetric, free = (QuantSpec(bits=bits, scheme=scheme) for scheme in ("asymmetric", "free"))
+    x = rows(400, 16, seed=bits) + torch.linspace(-4, 4, 400, dtype=torch.float64)[:, None]
+    both = (x.amin(1) < 0) & (x.amax(1) > 0)
+    assert both.sum() > 100 and (~both).sum() > 100
+    assert torch.equal(fake_quantize(x[both], free), fake_quantize(x[both], asymmetric))
+    assert bool((quantize(x[~both], free).scale < quantize(x[~both], asymmetric).scale).all())
+    assert squared_error(x[~both], free).mean() < 0.7 * squared_error(x[~both], asymmetric).mean()
+    worst = 16 * (quantize(x, free).scale.flatten() / 2) ** 2
+    assert bool((squared_error(x, free) <= worst * (1 + 1e-9)).all())
+
+
+@pytest.mark.parametrize("clip", [1.0, 0.7])
+@pytest.mark.parametrize("value", [3.7, -3.7, 1e-20, -1e20, 0.0])
+def test_constant_rows_are_exact_in_the_free_scheme(value, clip):
+    x = torch.full((2, 8), value)
+    spec = FREE.with_(clip_ratio=clip)
+    assert torch.equal(fake_quantize(x, spec), x)
+    assert torch.equal(dequantize(quantize(x, spec), x.shape), x)
+
+
+def test_free_clips_about_the_middle_of_the_range():
+    x = rows(50, 64) + 30
+    spec = FREE.with_(clip_ratio=0.5)
+    middle, half = (x.amax(1) + x.amin(1)) / 2, (x.amax(1) - x.amin(1)) / 4
+    found, step = fake_quantize(x, spec), quantize(x, spec).scale.flatten()
+    torch.testing.assert_close(step, 2 * half / 15)
+    assert bool(((found.amax(1) - middle - half).abs() <= step * 0.5001).all())
+    assert bool(((middle - half - found.amin(1)).abs() <= step * 0.5001).all())
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_free_codes_never_count_as_small_integers(bits):
+    """Their zero point may be anywhere, so codes less zero points need not fit int8."""
+    spec = QuantSpec(bits=bits, scheme="free")
+    assert not integer.fits(spec)
+    assert float(quantize(rows(4, 16) + 1000, spec).zero.abs().max()) > 128
+
+
 # ---- codes
-# ------------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bits", range(2, 16))
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_codes_are_in_range_and_of_the_smallest_dtype(bits, symmetric):
-    spec = QuantSpec(
-        bits=bits, scheme="symmetric" if symmetric else "asymmetric", clip_ratio=0.5
-    )  # clipped, so that both ends are met
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_codes_are_in_range_and_of_the_smallest_dtype(bits, scheme):
+    spec = QuantSpec(bits=bits, scheme=scheme, clip_ratio=0.5)  # clipped, so that both ends are met
     low, high = code_range(spec)
-    assert (low, high) == ((-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if symmetric else (0, 2**bits - 1))
+    assert (low, high) == (
+        (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if scheme == "symmetric" else (0, 2**bits - 1)
+    )
     quantized = quantize(rows(64, 32, dtype=torch.float32), spec)
     assert (int(quantized.codes.min()), int(quantized.codes.max())) == (low, high)
-    assert quantized.codes.dtype == ((torch.int8 if symmetric else torch.uint8) if bits <= 8 else torch.int32)
+    small = torch.int8 if scheme == "symmetric" else torch.uint8
+    assert quantized.codes.dtype == (small if bits <= 8 else torch.int32)
     assert quantized.codes.shape == (64, 32)
     assert quantized.scale.shape == quantized.zero.shape == (64, 1)
 
@@ -264,14 +338,14 @@ def test_dequantized_codes_are_the_fake_quantized_values_exactly(spec, dtype):
 def test_the_input_is_left_as_it_was():
     x = rows(6, 16)
     before = x.clone()
-    for spec in (SYM, ASYM):
+    for spec in (SYM, ASYM, FREE):
         quantize(x, spec), fake_quantize(x, spec), squared_error(x, spec), clip_search(x, spec)
     assert torch.equal(x, before)
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_16_bits_leave_the_tensor_alone(symmetric):
-    spec, x = QuantSpec(bits=16, scheme="symmetric" if symmetric else "asymmetric"), rows(2, 3, 8)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_16_bits_leave_the_tensor_alone(scheme):
+    spec, x = QuantSpec(bits=16, scheme=scheme), rows(2, 3, 8)
     assert fake_quantize(x, spec) is x
     assert torch.equal(squared_error(x, spec), torch.zeros(2, 3, dtype=torch.float64))
     with pytest.raises(ValueError, match=r"QuantSpec\.bits must be below 16 to have codes; got 16"):
@@ -289,13 +363,12 @@ def test_a_group_size_must_divide_the_last_dimension():
 
 
 # ---- chunks
-# -----------------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("shape", [(1000, 576), (2, module._CHUNK + 5), (4, 250, 576)], ids=str)
-def test_chunks_do_not_matter(symmetric, shape):
-    spec, x = QuantSpec(scheme="symmetric" if symmetric else "asymmetric"), rows(*shape, dtype=torch.float32)
+def test_chunks_do_not_matter(scheme, shape):
+    spec, x = QuantSpec(scheme=scheme), rows(*shape, dtype=torch.float32)
     assert x.numel() > module._CHUNK, "one chunk would do: the test is vacuous"
     flat = x.reshape(-1, shape[-1])
     assert torch.equal(
@@ -325,7 +398,6 @@ def test_no_rows_give_no_rows():
 
 
 # ---- clip search
-# ------------------------------------------------------------------------------------------------------------------------
 
 
 def weight_error(weight: Tensor, scale: Tensor, bits: int) -> Tensor:

@@ -21,21 +21,35 @@ from scipy.linalg import orthogonal_procrustes
 from test_evaluate import save_lively
 from torch import Tensor
 
+from dfrot_lab.disk import rotation_files
 from dfrot_lab.disk.artefacts import Store, Writer
 from dfrot_lab.maths import rotations
 from dfrot_lab.maths.quantizers import fake_quantize, squared_error
+from dfrot_lab.model import door
 from dfrot_lab.observe import massive
 from dfrot_lab.observe.capture import capture
-from dfrot_lab.recipe.specs import CaptureSpec, CorpusSpec, ModelSpec, QuantSpec, RefineSpec, RotationSpec
+from dfrot_lab.recipe import keys
+from dfrot_lab.recipe.specs import (
+    MASSIVE_RULES,
+    ROW_RULES,
+    CaptureSpec,
+    CorpusSpec,
+    ModelSpec,
+    QuantSpec,
+    RefineSpec,
+    RotationSpec,
+)
 from dfrot_lab.rotate import dfrot as module
-from dfrot_lab.rotate.dfrot import (
-    _State,
+from dfrot_lab.rotate import steps
+from dfrot_lab.rotate.dfrot import refined, stored
+from dfrot_lab.rotate.steps import (
+    RefineResult,
+    State,
     half_step,
-    identity,
+    losses_of,
     polar,
     procrustes,
     refine,
-    refined,
     row_weights,
 )
 
@@ -69,7 +83,6 @@ def orthogonal(channels: int, seed: int = 0) -> Tensor:
 
 
 # ---- procrustes
-# -------------------------------------------------------------------------------------------------------------------------
 
 
 @given(seed=st.integers(0, 10_000), channels=st.integers(1, 12), tokens=st.integers(20, 40))
@@ -101,15 +114,14 @@ def test_polar_of_a_singular_matrix_is_still_orthogonal(rank):
 
 
 # ---- half step
-# --------------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("quantizer", [SYM4, ASYM4], ids=lambda q: q.name)
+@pytest.mark.parametrize("quantizer", [SYM4, ASYM4, QuantSpec(scheme="free")], ids=lambda q: q.name)
 @pytest.mark.parametrize("gamma", [1.0, 7.0, math.inf])
 def test_half_step_equals_a_slow_loop(quantizer, gamma):
-    x, mask = planted(tokens=module.ROWS_AT_ONCE + 300, channels=8, massive=50)
-    mask = mask.roll(module.ROWS_AT_ONCE - 20)  # massive rows on both sides of the border of two blocks
-    x = x.roll(module.ROWS_AT_ONCE - 20, dims=0)
+    x, mask = planted(tokens=steps.ROWS_AT_ONCE + 300, channels=8, massive=50)
+    mask = mask.roll(steps.ROWS_AT_ONCE - 20)  # massive rows on both sides of the border of two blocks
+    x = x.roll(steps.ROWS_AT_ONCE - 20, dims=0)
     R = orthogonal(8)
     product, losses = half_step(x, R, row_weights(mask, gamma), mask, quantizer)
     expected, error, weight = torch.zeros(8, 8, dtype=torch.float64), [], []
@@ -144,6 +156,14 @@ def test_scaling_massive_rows_by_gamma_is_weighting_them_by_its_square():
     assert losses["objective"] == pytest.approx(scaled_losses["objective"], rel=1e-9)
 
 
+@pytest.mark.parametrize("quantizer", [SYM4, ASYM4, QuantSpec(scheme="free")], ids=lambda q: q.name)
+def test_losses_are_those_of_a_half_step(quantizer):
+    x, mask = planted(tokens=steps.ROWS_AT_ONCE + 300, channels=8, massive=50)
+    R, weights = orthogonal(8), row_weights(mask, 7.0)
+    expected = half_step(x, R, weights, mask, quantizer)[1]
+    assert losses_of(x, R, weights, mask, quantizer) == pytest.approx(expected, rel=1e-12)
+
+
 def test_the_rows_are_left_as_they_were():
     x, mask = planted()
     before = x.clone()
@@ -152,7 +172,6 @@ def test_the_rows_are_left_as_they_were():
 
 
 # ---- as the paper
-# -----------------------------------------------------------------------------------------------------------------------
 
 
 def paper_loop(x: Tensor, mask: Tensor, R: Tensor, gamma: float, steps: int) -> Tensor:
@@ -211,7 +230,6 @@ def test_the_history_says_what_each_step_reached():
 
 
 # ---- as released
-# ------------------------------------------------------------------------------------------------------------------------
 
 
 def released_loop(x: Tensor, mask: Tensor, start: Tensor, gamma: float, steps: int) -> Tensor:
@@ -241,7 +259,7 @@ def released_loop(x: Tensor, mask: Tensor, start: Tensor, gamma: float, steps: i
 
 
 def up_to_signs(R: Tensor, like: Tensor) -> Tensor:
-    """R with the signs of its columns chosen to fit: QR picks them, and no symmetric error depends on them."""
+    """R with the signs of its columns chosen to fit: QR picks them; no symmetric error depends on them."""
     return R * torch.where((R * like).sum(0) < 0, -1.0, 1.0)
 
 
@@ -291,7 +309,6 @@ def test_as_released_takes_no_infinite_gamma():
 
 
 # ---- guarded
-# ----------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("gamma", [1.0, 100.0])
@@ -336,7 +353,6 @@ def test_orthogonal_to_1e_5_after_100_steps(variant):
 
 
 # ---- accelerated
-# ------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("gamma", [1.0, 10.0, 100.0])
@@ -355,8 +371,8 @@ def test_accelerated_ends_no_higher_than_the_papers_100_steps(gamma, kind, seed)
 def test_accelerated_goes_back_where_a_check_finds_no_gain(monkeypatch):
     """A step ten times too long: it must shorten itself, and never return worse than the start."""
     x, mask = planted()
-    monkeypatch.setattr(module, "LENGTH", 5.0)
-    found = refine(x, RefineSpec(gamma=10), mask, state=_State(R := orthogonal(32), R, [], length=5.0))
+    monkeypatch.setattr(steps, "LENGTH", 5.0)
+    found = refine(x, RefineSpec(gamma=10), mask, state=State(R := orthogonal(32), R, [], length=5.0))
     assert (found.history["objective"].diff() > 0).any(), "no check was worse: the test is vacuous"
     assert found.history["best"].iloc[-1] < found.history["objective"].iloc[0]
     error = squared_error(x @ found.R, ASYM4) * row_weights(mask, 10.0)
@@ -385,20 +401,21 @@ def test_accelerated_is_the_same_on_one_thread_and_two(threads):
 
 
 # ---- gamma
-# ------------------------------------------------------------------------------------------------------------------------------
 
 
 def test_gamma_infinite_fits_the_massive_rows_alone():
-    x, mask = planted()
+    """60 rows like any other are called massive: planted spikes, whose codes are nearly all alike, would
+    leave most of R to rounding.
+    """
+    x, mask = planted()[0], torch.arange(400) >= 340
     spec = RefineSpec(variant="as_paper", gamma=math.inf, steps=8)
     found, alone = (
         refine(x, spec, mask),
         refine(x[mask], spec.with_(gamma=1), torch.ones(int(mask.sum()), dtype=torch.bool)),
     )
-    # 12 rows do not fix R in 32 dimensions: what they fix is where they go.
-    torch.testing.assert_close(x[mask] @ found.R, x[mask] @ alone.R, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found.R, alone.R, rtol=0, atol=REFINED)
     assert found.history["objective"].tolist() == pytest.approx(
-        (alone.history["objective"] * 12 / 400).tolist(), rel=1e-5
+        (alone.history["objective"] * 60 / 400).tolist(), rel=1e-5
     )
 
 
@@ -418,7 +435,7 @@ def test_row_weights():
     assert row_weights(mask, math.inf).tolist() == [1, 0, 1]
 
 
-@pytest.mark.parametrize("rule", ["nr_error", "ro_vs_nr"])
+@pytest.mark.parametrize("rule", ROW_RULES)
 def test_without_a_mask_the_rule_finds_the_massive_rows(rule):
     x, _ = planted()
     mask = massive.rows_rule(x, rule)
@@ -428,7 +445,6 @@ def test_without_a_mask_the_rule_finds_the_massive_rows(rule):
 
 
 # ---- bad input, sameness
-# ----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -442,19 +458,19 @@ def test_rows_that_are_not_finite_are_named(bad):
 def test_infinite_gamma_needs_a_massive_row():
     x, mask = planted()
     with pytest.raises(
-        ValueError,
-        match=r"RefineSpec\.gamma must be finite where rule nr_error finds no massive row; got inf",
+        ValueError, match=r"RefineSpec\.gamma must be finite where rule ratio_8 finds no massive row; got inf"
     ):
         refine(x, RefineSpec(gamma=math.inf, steps=2), torch.zeros_like(mask))
 
 
 def test_rules_that_need_the_residual_need_a_mask():
-    with pytest.raises(ValueError, match=r"rule must be nr_error or ro_vs_nr for rows alone"):
-        refine(planted()[0], RefineSpec(rule="sun", steps=2))
+    for rule in set(MASSIVE_RULES) - set(ROW_RULES):
+        with pytest.raises(ValueError, match=rf"rule must be one of .* for rows alone .*; got '{rule}'"):
+            refine(planted()[0], RefineSpec(rule=rule, steps=2))
 
 
 def test_a_start_of_the_wrong_size_is_refused(tmp_path):
-    rotations.save(orthogonal(16), tmp_path / "R1.safetensors", None)
+    rotation_files.save(orthogonal(16), tmp_path / "R1.safetensors", None)
     init = RotationSpec(kind="file", path=str(tmp_path / "R1.safetensors"))
     with pytest.raises(ValueError, match=r"rotation\.shape must be \(32, 32\); got \(16, 16\)"):
         refine(planted()[0], RefineSpec(init=init, steps=2), planted()[1])
@@ -482,7 +498,6 @@ def test_same_spec_same_r(variant):
 
 
 # ---- stopped and resumed
-# ----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -491,9 +506,9 @@ def test_same_spec_same_r(variant):
 def test_a_stopped_run_goes_on_from_its_checkpoint_to_the_same_r(variant, rows_of_history):
     x, mask = planted()
     spec = RefineSpec(variant=variant, steps=57)
-    kept: list[_State] = []
+    kept: list[State] = []
 
-    def stop_at_second(state: _State) -> None:
+    def stop_at_second(state: State) -> None:
         kept.append(copy.deepcopy(state))
         if len(kept) == 2:
             raise KeyboardInterrupt
@@ -517,6 +532,16 @@ def lively(tmp_path: Path, in_float64: None) -> ModelSpec:
     return save_lively(tmp_path / "lively")
 
 
+def identity(spec: RefineSpec) -> dict[str, object]:
+    """What a refinement is stored under."""
+    return keys.identity(door.resolved(spec), door.PRINTS)
+
+
+def assert_same(a: RefineResult, b: RefineResult) -> None:
+    assert torch.equal(a.R, b.R)
+    pd.testing.assert_frame_equal(a.history, b.history, check_exact=True, check_dtype=False, check_like=True)
+
+
 def test_refined_computes_once_and_returns_the_refinement_of_its_capture(
     lively: ModelSpec, text_file: Path, store: Store
 ):
@@ -535,9 +560,32 @@ def test_refined_computes_once_and_returns_the_refinement_of_its_capture(
     assert list(first.history.columns) == HISTORY
 
 
+def test_stored_finds_what_was_refined_and_computes_nothing(tiny_spec, text_file, store):
+    spec = spec_of(tiny_spec, text_file, steps=2, gamma=math.inf)
+    assert stored(spec, store) is None and store.list() == []
+    first = refined(spec, store)
+    found = stored(spec, store)
+    assert_same(first, found)
+    assert stored(spec.with_(gamma=10.0), store) is None
+    elsewhere = spec.capture.model.with_(device="cpu")  # what auto stands for here
+    assert_same(first, stored(spec.with_(capture=spec.capture.with_(model=elsewhere)), store))
+
+
+def test_refining_says_what_is_odd_about_its_rule(tiny_spec, text_file, store, caplog):
+    massive._warn_once.cache_clear()
+    spec = spec_of(tiny_spec, text_file, steps=1)
+    spec = spec.with_(capture=spec.capture.with_(tokens=128))
+    refined(spec, store)
+    said = massive.doubt(capture(spec.capture, store), spec.rule)
+    assert said is not None and [r.getMessage() for r in caplog.records if r.levelname == "WARNING"] == [said]
+
+
 @pytest.mark.parametrize("variant", ["accelerated", "guarded", "as_released"])
 def test_refined_goes_on_after_an_interrupt(lively, text_file, store, tmp_path, monkeypatch, caplog, variant):
-    spec = spec_of(lively, text_file, steps=45, variant=variant, quantizer=SYM4)
+    # Momentum makes a million times more of a rounding in 20 steps, and with massive rows of weight 10,000
+    # its frame, made again, is off by 1e-9.
+    less = {"steps": 25, "gamma": 1} if variant == "accelerated" else {"steps": 45}
+    spec = spec_of(lively, text_file, variant=variant, quantizer=SYM4, **less)
     save, saved = module._save_state, []
 
     def save_and_stop(writer, state):
@@ -556,7 +604,7 @@ def test_refined_goes_on_after_an_interrupt(lively, text_file, store, tmp_path, 
         assert saved == [10, 20]
         assert "going on with refinement at step 19 of 45" in caplog.text
     if variant == "accelerated":
-        assert "going on with refinement at step 20 of 45" in caplog.text
+        assert "going on with refinement at step 20 of 25" in caplog.text
     assert_same_refinement(resumed, refined(spec, sharing(store, tmp_path / "one go", "capture")))
 
 
@@ -573,7 +621,8 @@ def save_and_die(writer, state):
     save(writer, state)
     os.kill(os.getpid(), signal.SIGKILL)
 dfrot._save_state = save_and_die
-recorded = CaptureSpec(model=ModelSpec(source=model), corpus=CorpusSpec(name=text, split="calibration"), tokens=64)
+text = CorpusSpec(name=text, split="calibration")
+recorded = CaptureSpec(model=ModelSpec(source=model), corpus=text, tokens=64)
 dfrot.refined(RefineSpec(capture=recorded, steps=25, variant="guarded"), Store(Path(root)))
 """
 
@@ -590,7 +639,6 @@ def test_refined_goes_on_after_kill_9(lively, text_file, store, tmp_path, caplog
 
 
 # ---- a sample of the rows
-# ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("count", [1, 7, 50, 400])
@@ -641,7 +689,6 @@ def test_more_rows_than_the_capture_has_are_refused(tiny_spec, text_file, store)
 
 
 # ---- seconds
-# ----------------------------------------------------------------------------------------------------------------------------
 
 
 def test_seconds_are_measured_once_and_come_from_the_store(tiny_spec, text_file, store):
@@ -657,31 +704,30 @@ def test_seconds_are_nan_where_they_were_not_measured(tiny_spec, text_file, stor
     """
     spec = spec_of(tiny_spec, text_file, steps=2)
     rows = capture(spec.capture, store).all_rows()
-    bare = refine(rows, spec)
+    bare = refine(rows, spec, torch.zeros(len(rows), dtype=torch.bool))
     assert math.isnan(bare.seconds)
 
     def without_note(writer: Writer) -> None:
         writer.save_tensors("R1", {"R1": bare.R})
         writer.save_json("history", bare.history.to_dict("records"))
 
-    store.get_or_make("refine", {"refine": identity(spec)}, without_note)
+    store.get_or_make("refine", identity(spec), without_note)
     found = refined(spec, store)
     assert math.isnan(found.seconds) and torch.equal(found.R, bare.R)
 
 
 # ---- identity
-# ---------------------------------------------------------------------------------------------------------------------------
 
 
 def test_a_start_from_a_file_is_known_by_its_bytes(tiny_spec, text_file, store, tmp_path):
     """The file at the same path with another matrix is another refinement, not the stored one."""
     path = tmp_path / "start.safetensors"
-    rotations.save(orthogonal(64, seed=0), path, None)
+    rotation_files.save(orthogonal(64, seed=0), path, None)
     spec = spec_of(
         tiny_spec, text_file, steps=1, variant="as_paper", init=RotationSpec(kind="file", path=str(path))
     )
     first, first_key = refined(spec, store), identity(spec)
-    rotations.save(orthogonal(64, seed=1), path, None)
+    rotation_files.save(orthogonal(64, seed=1), path, None)
     second = refined(spec, store)
     assert identity(spec) != first_key
     assert rotations.distance(first.R, second.R) > 0.5

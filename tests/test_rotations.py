@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import dfrot_lab
+from dfrot_lab.disk.rotation_files import load, load_spec, save
 from dfrot_lab.maths.hadamard import hadamard_matrix, hadamard_transform
-from dfrot_lab.maths.rotations import check, distance, load, load_spec, make, orthogonality_error, save
+from dfrot_lab.maths.rotations import check, distance, make, orthogonality_error
 from dfrot_lab.recipe.specs import RotationSpec
+from dfrot_lab.rotate.random import matrix
 
 
 def random_rows(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -124,7 +126,19 @@ def test_a_size_without_a_hadamard_matrix_has_a_block_rotation():
 )
 def test_impossible_sizes_are_refused(spec, channels, text):
     with pytest.raises(ValueError, match=text):
-        make(spec, channels)
+        matrix(spec, channels)
+
+
+def test_a_file_is_not_made_but_read():
+    with pytest.raises(ValueError, match=r"a file is read by rotate\.random\.matrix; got a\.safetensors"):
+        make(RotationSpec(kind="file", path="a.safetensors"), 48)
+
+
+@pytest.mark.parametrize(
+    "spec", [RotationSpec(kind="NR"), RotationSpec(kind="RO", seed=2), RotationSpec(block=16)]
+)
+def test_the_matrix_of_a_spec_that_is_no_file_is_the_one_made(spec):
+    assert torch.equal(matrix(spec, 48), make(spec, 48))
 
 
 def test_distance_is_zero_for_equal_and_two_for_opposite():
@@ -172,7 +186,7 @@ def test_a_saved_rotation_comes_back_exactly_with_its_spec(tmp_path):
     R = make(spec, 48)
     save(R, path, spec, model="smollm2-135m", steps=3)
     assert torch.equal(load(path, 48), R)
-    assert torch.equal(make(RotationSpec(kind="file", path=str(path)), 48), R)
+    assert torch.equal(matrix(RotationSpec(kind="file", path=str(path)), 48), R)
     assert load_spec(path) == spec.to_dict()
     text = path.read_bytes()[:1000]
     assert b"smollm2-135m" in text and dfrot_lab.__version__.encode() in text
@@ -196,7 +210,7 @@ def test_a_refused_or_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
         target.write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr("dfrot_lab.maths.rotations.save_file", fail_halfway)
+    monkeypatch.setattr("dfrot_lab.disk.rotation_files.save_file", fail_halfway)
     with pytest.raises(OSError, match="disk full"):
         save(-torch.eye(4), path, None)
     assert torch.equal(load(path), torch.eye(4, dtype=torch.float64)) and list(tmp_path.iterdir()) == [path]

@@ -16,8 +16,11 @@ import pytest
 import torch
 
 from dfrot_lab.disk import artefacts as store_module
-from dfrot_lab.disk.artefacts import Artefact, CorruptArtefact, Store, Writer, cache_dir
-from dfrot_lab.recipe.specs import CaptureSpec, content_key
+from dfrot_lab.disk import atomic, digests
+from dfrot_lab.disk.artefacts import Artefact, CorruptArtefact, Store, Writer
+from dfrot_lab.disk.atomic import cache_dir
+from dfrot_lab.recipe.content import content_key
+from dfrot_lab.recipe.specs import CaptureSpec
 
 INPUTS = {"spec": "a", "tokens": 8}
 KEY = content_key({"kind": "capture", "formulas": store_module.FORMULAS, "inputs": INPUTS})
@@ -270,21 +273,48 @@ def test_get_or_make_never_returns_damage(tmp_path: Path, damage) -> None:
     assert again.json("table") == [1, 2.5, "three", None]
 
 
-def test_a_flipped_bit_in_a_large_artefact_is_found_at_first_read(
+def test_a_flipped_bit_is_found_before_use_and_whole_files_are_read_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store_module, "HASH_AT_OPEN", 1000)  # so that a small artefact counts as a large one
-    store = Store(tmp_path)
-    flip(store.get_or_make("capture", INPUTS, make).path)
+    monkeypatch.setenv("DFROT_LAB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(digests, "SETTLED", -(10**12))  # so that young files are remembered too
+    reads: list[str] = []
+    read = digests._read
+    monkeypatch.setattr(digests, "_read", lambda path, *rest: reads.append(path.name) or read(path, *rest))
+    store = Store(tmp_path / "store")
+    store.get_or_make("capture", INPUTS, make)
+    reads.clear()
     artefact = store.get_or_make("capture", INPUTS, never)
-    assert artefact.json("table") == [1, 2.5, "three", None]
+    files = ["layers.0.input_norm.safetensors", "table.json"]
+    assert sorted(reads) == files and artefact.json("table") and store.open("capture", INPUTS)
+    assert sorted(reads) == files, "opened and read again: nothing had changed"
+    flip(artefact.path)
     with pytest.raises(
         CorruptArtefact, match="has a wrong checksum; run the same command again to recompute it"
     ):
         artefact.tensors("layers.0.input_norm")
     assert not artefact.path.exists()
-    assert (tmp_path / "capture" / f"{KEY}.corrupt-1").exists()
+    assert artefact.path.with_name(f"{KEY}.corrupt-1").exists()
     assert store.get_or_make("capture", INPUTS, make).tensors("layers.0.input_norm")["x"].sum() == 499500
+
+
+def test_a_cache_that_cannot_be_written_can_be_read(tmp_path: Path) -> None:
+    Store(tmp_path / "store").get_or_make("capture", INPUTS, make)
+    script = f"""
+import os, sys
+from pathlib import Path
+os.access = lambda path, mode: False
+import tempfile
+tempfile.TemporaryFile = tempfile.NamedTemporaryFile = None
+from dfrot_lab.disk.artefacts import Store
+print(Store(Path(sys.argv[1])).get_or_make("capture", {INPUTS!r}, None).json("table")[0])
+try:
+    Store(Path(sys.argv[1])).get_or_make("capture", {{}}, None)
+except OSError as error:
+    print(error)
+"""
+    out = finished(start(script, tmp_path / "store"))
+    assert out.startswith("1\n") and f"cannot write to the folder {tmp_path / 'store' / 'capture'}" in out
 
 
 def test_an_artefact_under_anothers_name_is_not_used(tmp_path: Path) -> None:
@@ -580,7 +610,7 @@ def assert_refused(out: str, code: str, folder: Path) -> None:
         assert raised == code
         assert f"to {folder}" in message
         assert "bytes wanted" in message
-        assert "free some space or set DFROT_LAB_CACHE" in message
+        assert "free some space or write elsewhere (DFROT_LAB_CACHE" in message
 
 
 @posix
@@ -643,9 +673,7 @@ def test_the_cache_folder_is_the_variables_or_the_users(
     assert (tmp_path / "mine").is_dir()
     assert Store().root == tmp_path / "mine" / "store"
     monkeypatch.delenv("DFROT_LAB_CACHE")
-    monkeypatch.setattr(
-        store_module, "user_cache_path", lambda name: tmp_path / "user" / name
-    )  # leave the real one alone
+    monkeypatch.setattr(atomic, "user_cache_path", lambda name: tmp_path / "user" / name)  # not the real one
     assert cache_dir() == tmp_path / "user" / "dfrot-lab"
 
 

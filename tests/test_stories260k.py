@@ -208,10 +208,8 @@ def test_a_checkpoint_is_read_to_its_last_float(tmp_path: Path, shared: bool):
     assert np.array_equal(model.model.norm.weight.numpy(), weights[-dim:].astype(np.float32))
     for wrong in (data[:-4], data + bytes(4), data[: 28 + 400]):
         path.write_bytes(wrong)
-        with pytest.raises(
-            ValueError,
-            match=f"tiny.bin must have {(len(data) - 28) // 4} floats by its header; got {(len(wrong) - 28) // 4}",
-        ):
+        wanted, got = (len(data) - 28) // 4, (len(wrong) - 28) // 4
+        with pytest.raises(ValueError, match=f"tiny.bin must have {wanted} floats by its header; got {got}"):
             read_checkpoint(path)
 
 

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import torch
 
-from dfrot_lab.maths import rotations, theory
+from dfrot_lab.maths import planted, rotations, theory
 from dfrot_lab.maths.quantizers import squared_error
 from dfrot_lab.maths.theory import (
     error_no_rotation,
@@ -22,7 +22,7 @@ from dfrot_lab.maths.theory import (
     unit_rms,
 )
 from dfrot_lab.recipe.specs import QuantSpec, RotationSpec
-from dfrot_lab.show import figures_theory
+from dfrot_lab.show import figures
 
 SYM4, ASYM4 = QuantSpec(), QuantSpec(scheme="asymmetric")
 EVERY_BITS = [
@@ -43,7 +43,6 @@ def spikes_everywhere(channels: int, m: float = 1.0) -> torch.Tensor:
 
 
 # ---- the largest of many
-# ----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -64,7 +63,6 @@ def test_expected_largest_agrees_with_draws_and_stays_below_the_textbook(channel
 
 
 # ---- the rounding error of one Gaussian number
-# ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("level", [0.0, 0.2, -0.5, 3.4])
@@ -84,7 +82,6 @@ def test_rounding_error_has_its_limits():
 
 
 # ---- identities
-# -------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("channels", [64, 576])
@@ -115,7 +112,7 @@ def test_an_asymmetric_grid_misses_the_two_levels_of_a_spike_by_half_a_step(bits
 @pytest.mark.parametrize("ratio", [0.0, 0.05, 1 / 13, 0.12, 1 / 6, 0.3, 0.4, 0.77, 1.0])
 @pytest.mark.parametrize("channels", [64, 576])
 def test_two_spikes_without_noise_are_predicted_to_the_digit(ratio: float, channels: int):
-    table = theory.measure([channels], [INF], ratios=[ratio], kinds=["RH", "NR"], seeds=range(2), tokens=10)
+    table = planted.measure([channels], [INF], ratios=[ratio], kinds=["RH", "NR"], seeds=range(2), tokens=10)
     np.testing.assert_allclose(table["predicted"], table["measured"], rtol=1e-9, atol=1e-20)
 
 
@@ -177,7 +174,6 @@ def test_a_rows_levels_may_be_given_in_any_order():
 
 
 # ---- monotone
-# ---------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", theory.PREDICT)
@@ -209,21 +205,20 @@ def test_rh_does_not_gain_from_every_cleaning_of_the_spike():
 
 
 # ---- against planted tokens
-# -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("quantizer", EVERY_BITS, **by_name)
 @pytest.mark.parametrize("kind", theory.PREDICT)
 def test_predictions_agree_with_planted_tokens(kind: str, quantizer: QuantSpec):
     """Within 3% over 4 draws of matrix and tokens; the draws themselves scatter by 1% (RO)."""
-    table = theory.measure([256], [2, 8, 40], [quantizer], kinds=[kind], seeds=range(4), tokens=100)
+    table = planted.measure([256], [2, 8, 40], [quantizer], kinds=[kind], seeds=range(4), tokens=100)
     mean = table.groupby("snr")[["predicted", "measured"]].mean()
     np.testing.assert_allclose(mean["predicted"], mean["measured"], rtol=0.03)
 
 
 @pytest.mark.parametrize("snr", [3, 15])
 def test_predictions_agree_with_planted_tokens_of_two_spikes(snr: float):
-    table = theory.measure([256], [snr], [SYM4, ASYM4], ratios=[0.1, 0.9], seeds=range(3), tokens=100)
+    table = planted.measure([256], [snr], [SYM4, ASYM4], ratios=[0.1, 0.9], seeds=range(3), tokens=100)
     mean = table.groupby(["rotation", "ratio", "quantizer"])[["predicted", "measured"]].mean()
     np.testing.assert_allclose(mean["predicted"], mean["measured"], rtol=0.05)
 
@@ -233,7 +228,9 @@ def test_the_order_of_the_paper_holds_inside_the_window_and_not_outside():
     assert (low, high) == pytest.approx((7.3, 22.8), rel=0.01)
     order = {}
     for snr in (0.85 * low, 1.15 * low, 0.9 * high, 1.15 * high):
-        error = theory.measure([576], [snr], seeds=range(3), tokens=60).groupby("rotation")["measured"].mean()
+        error = (
+            planted.measure([576], [snr], seeds=range(3), tokens=60).groupby("rotation")["measured"].mean()
+        )
         order[snr] = list(error.sort_values(ascending=False).index)
     assert list(order.values()) == [
         ["NR", "RO", "RH"],
@@ -256,19 +253,18 @@ def test_the_rule_of_thumb_is_right_from_3_bits_on_and_not_at_2():
 
 
 # ---- tokens, planted and real
-# -----------------------------------------------------------------------------------------------------------
 
 
 def test_planted_tokens_are_what_was_asked_for_and_repeat():
-    x = theory.planted(20, 0.5, 128, 400, generator(1), [6.0])
+    x = planted.rows(20, 0.5, 128, 400, generator(1), [6.0])
     assert x.shape == (400, 128)
     assert x.dtype == torch.float64
-    found = theory.estimate(x)
+    found = planted.estimate(x)
     assert found["m"].mean() == pytest.approx(20, abs=0.2)
     assert found["second"].mean() == pytest.approx(6, abs=0.2)
     assert found["channel"].nunique() > 100
-    assert torch.equal(x, theory.planted(20, 0.5, 128, 400, generator(1), [6.0]))
-    assert theory.estimate(theory.planted(3, 0, 8, 50, generator()))["sigma"].max() == 0
+    assert torch.equal(x, planted.rows(20, 0.5, 128, 400, generator(1), [6.0]))
+    assert planted.estimate(planted.rows(3, 0, 8, 50, generator()))["sigma"].max() == 0
 
 
 def test_unit_rms_has_its_snr_and_mean_square_one():
@@ -279,7 +275,7 @@ def test_unit_rms_has_its_snr_and_mean_square_one():
 
 
 def test_estimate_gives_back_spike_and_noise():
-    found = theory.estimate(theory.planted(10, 0.2, 256, 300, generator()))
+    found = planted.estimate(planted.rows(10, 0.2, 256, 300, generator()))
     assert list(found.columns) == ["channel", "m", "second", "sigma", "snr", "tail"]
     assert (found["m"].mean(), found["sigma"].mean()) == pytest.approx((10, 0.2), rel=0.01)
     assert found["snr"].mean() == pytest.approx(10 / (0.2 * 16), rel=0.01)
@@ -287,8 +283,8 @@ def test_estimate_gives_back_spike_and_noise():
 
 
 def test_predict_takes_the_largest_entries_as_spikes():
-    x = theory.planted(20, 0.1, 64, 3, generator(), [5.0, 2.0])
-    table = theory.predict(x, spikes=3)
+    x = planted.rows(20, 0.1, 64, 3, generator(), [5.0, 2.0])
+    table = planted.predict(x, spikes=3)
     largest = x[1].abs().sort(descending=True).values
     m, sigma, others = float(largest[0]), float(largest[3:].square().mean() ** 0.5), largest[1:3].tolist()
     assert list(table.columns) == ["NR", "RO", "RH"]
@@ -299,7 +295,7 @@ def test_predict_takes_the_largest_entries_as_spikes():
 
 
 def test_measure_is_tidy_and_repeats():
-    table = theory.measure(
+    table = planted.measure(
         [64, 128], [2, INF], [SYM4, ASYM4], ratios=[0, 0.5], kinds=["RH"], seeds=[0, 3], tokens=4
     )
     assert len(table) == 2 * 2 * 2 * 2 * 2
@@ -316,7 +312,7 @@ def test_measure_is_tidy_and_repeats():
     ]
     pd.testing.assert_frame_equal(
         table,
-        theory.measure(
+        planted.measure(
             [64, 128], [2, INF], [SYM4, ASYM4], ratios=[0, 0.5], kinds=["RH"], seeds=[0, 3], tokens=4
         ),
     )
@@ -324,7 +320,6 @@ def test_measure_is_tidy_and_repeats():
 
 
 # ---- what is refused
-# --------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -343,15 +338,19 @@ def test_measure_is_tidy_and_repeats():
         (lambda: error_rh(1, 1, 64, SYM4, [2]), r"theory\.others must be in 0\.\.m = 1; got 2"),
         (
             lambda: error_ro(1, 1, 64, QuantSpec(clip_ratio=0.9)),
-            r"theory\.quantizer must be per_token with clip_ratio 1 .*; got .*clip_ratio=0\.9",
+            r"theory\.quantizer must be .*per_token, with clip_ratio 1 .*; got .*clip_ratio=0\.9",
         ),
         (
             lambda: error_ro(1, 1, 64, QuantSpec(bits=16)),
             r"theory\.quantizer must be .* fewer than 16 bits; got .*bits=16",
         ),
         (
+            lambda: error_ro(1, 1, 64, QuantSpec(scheme="free")),
+            r"theory\.quantizer must be symmetric or asymmetric.*; got .*free",
+        ),
+        (
             lambda: error_ro(1, 1, 64, QuantSpec(granularity="per_tensor")),
-            r"theory\.quantizer must be per_token .*; got .*per_tensor",
+            r"theory\.quantizer must be .*per_token.*; got .*per_tensor",
         ),
         (
             lambda: error_of_levels([1.0], [1, 2], 1),
@@ -363,19 +362,19 @@ def test_measure_is_tidy_and_repeats():
         (lambda: unit_rms(-1, 64), r"theory\.snr must be >= 0; got -1"),
         (lambda: unit_rms(1, 64, 2), r"theory\.ratio must be in 0\.\.1; got 2"),
         (
-            lambda: theory.planted(1, 1, 64, 0, generator()),
+            lambda: planted.rows(1, 1, 64, 0, generator()),
             r"theory\.tokens must be a whole number >= 1; got 0",
         ),
         (
-            lambda: theory.curve([64], [1], kinds=["DFRot"]),
+            lambda: planted.curve([64], [1], kinds=["DFRot"]),
             r"theory\.kinds must be among \('NR', 'RO', 'RH'\); got 'DFRot'",
         ),
         (
-            lambda: theory.estimate(torch.ones(5)),
+            lambda: planted.estimate(torch.ones(5)),
             r"theory\.x must be finite, \(tokens, channels >= 3\); got shape \(5,\)",
         ),
         (
-            lambda: theory.predict(torch.ones(1, 8), spikes=4),
+            lambda: planted.predict(torch.ones(1, 8), spikes=4),
             r"theory\.spikes must be a whole number in 1\.\.log2\(channels\); got 4",
         ),
         (
@@ -390,16 +389,20 @@ def test_bad_input_is_refused_by_name_rule_and_value(call, message: str):
 
 
 # ---- figures
-# ----------------------------------------------------------------------------------------------------------------------------
 
 
 def test_prediction_figure_draws_the_table(recwarn):
-    curve = theory.curve([64], [1, 2, 4, 8])
-    table = pd.concat([curve, theory.measure([64], [2, 8], tokens=4)])
-    ax = figures_theory.plot_prediction(table, "snr")
-    assert [line.get_label() for line in ax.lines[1::2]] == ["NR", "RO", "RH"]
+    curve = planted.curve([64], [1, 2, 4, 8])
+    table = pd.concat([curve, planted.measure([64], [2, 8], tokens=4)])
+    ax = figures.plot_prediction(table, "snr")
+    assert ax.get_legend_handles_labels()[1] == ["NR", "RO", "RH"]
     ro = curve[curve["rotation"] == "RO"]["predicted"] / 64
-    np.testing.assert_allclose(ax.lines[2].get_ydata(), ro)
+    np.testing.assert_allclose(ax.lines[1].get_ydata(), ro)
+    measured = table[table["measured"].notna()]
+    np.testing.assert_allclose(
+        sorted(ax.collections[0].get_offsets()[:, 1].compressed()),
+        sorted(measured.groupby(["rotation", "snr"])["measured"].mean() / 64),
+    )
     assert ax.get_xticks().tolist() == [2, 8]
     assert not recwarn
     plt.close(ax.figure)
@@ -407,7 +410,7 @@ def test_prediction_figure_draws_the_table(recwarn):
 
 def test_row_figure_draws_roots():
     table = pd.DataFrame({"rotation": ["NR", "RH"], "predicted": [4.0, 1.0], "measured": [9.0, 1.0]})
-    ax = figures_theory.plot_predicted_rows(table)
-    assert (ax.lines[0].get_xdata()[0], ax.lines[0].get_ydata()[0]) == (2, 3)
+    ax = figures.plot_predicted_rows(table)
+    assert ax.collections[0].get_offsets().tolist() == [[2, 3], [1, 1]]
     assert ax.get_legend_handles_labels()[1] == ["NR", "RH"]
     plt.close(ax.figure)

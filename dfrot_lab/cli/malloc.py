@@ -1,6 +1,4 @@
-"""How the process treats memory it has freed: kept for the next tensor, or given back to the system and
-fetched again page by page.
-"""
+"""Freed memory: kept for the next tensor, or given back to the system and fetched again page by page."""
 
 import ctypes
 import logging
@@ -13,19 +11,15 @@ _PAD = 1 << 26
 
 
 def keep_freed_memory() -> bool:
-    """Have glibc's malloc keep what is freed for the rest of this process; True where that could be done
-    (Linux with glibc), else nothing changes.
+    """Have glibc's malloc keep what is freed for the rest of this process; False where that cannot be done.
 
-    By default every tensor above 32 MB is mapped anew and its pages are zeroed on first use, which costs a
-    CPU more than many an operation on it: a fifth of a batched forward pass, half of a large Hadamard
-    transform. In return the process stays as large as its peak, which can be a quarter higher. A decision for
-    a program, not for a library: the command line takes it, a notebook may.
-    """
+    By default every tensor above 32 MB is mapped anew and its pages are zeroed on first use: a fifth of a
+    batched forward pass on a CPU, half of a large Hadamard transform. In return the process stays as large
+    as its peak. A decision for a program, not for a library: the command line takes it, a notebook may."""
     if not sys.platform.startswith("linux"):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    done = mallopt is not None and all(
-        [mallopt(_MMAP_MAX, 0), mallopt(_TRIM_THRESHOLD, -1), mallopt(_TOP_PAD, _PAD)]
-    )
+    settings = ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1), (_TOP_PAD, _PAD))
+    done = mallopt is not None and all([mallopt(*setting) for setting in settings])
     log.debug("freed memory is %s", "kept" if done else "given back as usual")
     return done

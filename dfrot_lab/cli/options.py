@@ -1,6 +1,5 @@
 """The options that commands share, and what all commands do: set up logging, list choices, say errors in a
-line.
-"""
+line."""
 
 import logging
 import sys

@@ -1,6 +1,5 @@
 """What the commands put on standard output: JSON alone, or a table and facts for a reader. Nothing heavy is
-imported before it is needed.
-"""
+imported before it is needed."""
 
 import json
 from collections.abc import Mapping

@@ -46,8 +46,7 @@ def capture_command(
     tokens: Tokens = 2048, dtype: Dtype = "float32",
 ) -> None:  # fmt: skip
     """Record every norm's output and find the massive tokens by all rules. --out: their table (.csv,
-    .parquet, .json).
-    """
+    .parquet, .json)."""
     from dfrot_lab.observe import massive
     from dfrot_lab.observe.capture import capture
 
@@ -66,8 +65,7 @@ def errors_command(
     scheme: Scheme = "symmetric", rule: Rule = DEFAULT_RULE, dtype: Dtype = "float32",
 ) -> None:  # fmt: skip
     """Per-token quantization error under NR, RO and RH at every site. --out: the whole table; on screen its
-    summary.
-    """
+    summary."""
     from dfrot_lab.disk import row_files
     from dfrot_lab.observe import errors
     from dfrot_lab.observe.capture import capture
@@ -121,8 +119,7 @@ def evaluate_command(
     gamma: Gamma = 100.0, rule: Rule = DEFAULT_RULE, dtype: Dtype = "float32", recipe: RecipeFile = None,
 ) -> None:  # fmt: skip
     """Perplexity of one rotation at given bits, or of a recipe. --out: a .jsonl file the row is added to; the
-    recipe is written beside it.
-    """
+    recipe is written beside it."""
     from dfrot_lab.disk import row_files
     from dfrot_lab.maths import tables
     from dfrot_lab.score import rows

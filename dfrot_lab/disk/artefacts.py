@@ -1,72 +1,55 @@
-"""Compute once: every artefact is a folder of safetensors and JSON, named by the content of its inputs and
-never overwritten.
+"""Compute once: an artefact is a folder of safetensors and JSON, named by its inputs, never overwritten.
 
     <root>/<kind>/<key>/             a finished artefact: manifest.json and its data files
-    <root>/<kind>/<key>.partial/     one being made, or left by a killed run: the files finished so far, and a manifest of them as the journal
+    <root>/<kind>/<key>.partial/     being made, or left by a killed run: finished files and their manifest
     <root>/<kind>/<key>.lock         held while one process makes it
     <root>/<kind>/<key>.corrupt-1/   one that failed its checks, set aside: yours to look at or to delete
 
-What is checked: at every open, the manifest's own checksum and the size of every file, and every file's
-checksum too if the artefact is at most `HASH_AT_OPEN` bytes; of a larger one, each file's checksum when an
-`Artefact` first reads that file.
+Checked at every open: the manifest's own checksum, and every file's size and checksum (a file that did not
+change since it was last read is not read again).
 """
 
 import builtins
-import hashlib
 import itertools
 import json
 import logging
-import os
 import platform
 import re
-import shutil
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import xxhash
 from filelock import FileLock
-from platformdirs import user_cache_path
 
-from dfrot_lab.recipe.keys import FORMULAS, content_key
+from dfrot_lab.disk.atomic import cache_dir, make_folder, replacing
+from dfrot_lab.disk.digests import digest
+from dfrot_lab.recipe.content import content_key
+from dfrot_lab.recipe.keys import FORMULAS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-HASH_AT_OPEN = 64 * 2**20  # bytes; a larger artefact is not read in full at open
 MANIFEST = "manifest.json"
 
 _dumps = json.JSONEncoder(sort_keys=True, indent=1).encode
-_log = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 class CorruptArtefact(ValueError):
     """A stored file is not what was written: missing, of another size, or of another checksum."""
 
 
-def cache_dir() -> Path:
-    """The cache folder, created if missing: $DFROT_LAB_CACHE, else the user's cache folder. OSError if it
-    cannot be written.
-    """
-    chosen = os.environ.get("DFROT_LAB_CACHE")
-    return _writable(Path(chosen).expanduser() if chosen else user_cache_path("dfrot-lab"))
-
-
 class Artefact:
-    """A stored artefact: `kind`, `key`, `path` (its folder) and `manifest` (inputs, note, versions, files,
-    created, seconds).
-    """
+    """A stored artefact: `kind`, `key`, `path`, `manifest` (inputs, note, versions, files, seconds)."""
 
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
         self.path, self.manifest = path, manifest
         self.kind: str = manifest["kind"]
         self.key: str = manifest["key"]
-        self._verified: set[str] = set()
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.kind}/{self.key}: {', '.join(self.names)})"
@@ -77,9 +60,7 @@ class Artefact:
         return sorted(Path(filename).stem for filename in self.manifest["files"])
 
     def tensors(self, name: str) -> "dict[str, Tensor]":
-        """The tensors saved as `name`, on the CPU and memory-mapped: changed in place, they change in memory
-        only. KeyError, CorruptArtefact.
-        """
+        """The tensors saved as `name`, memory-mapped: changed in place, they change in memory only."""
         from safetensors.torch import load_file
 
         return load_file(self._checked(f"{name}.safetensors"))
@@ -89,26 +70,20 @@ class Artefact:
         return json.loads(self._checked(f"{name}.json").read_bytes())
 
     def _checked(self, filename: str) -> Path:
-        """The file's path; its checksum is verified at this object's first read, and a finished artefact is
-        set aside if it is wrong.
-        """
+        """The file's path, once its checksum is right; a finished artefact with a wrong one is set aside."""
         path, files = self.path / filename, self.manifest["files"]
         if filename not in files:
-            raise KeyError(
-                f"{filename} is not in {self.path}, which has {', '.join(sorted(files)) or 'no files'}"
-            )
-        if filename not in self._verified and (fault := _fault(path, files[filename])):
+            there = ", ".join(sorted(files)) or "no files"
+            raise KeyError(f"{filename} is not in {self.path}, which has {there}")
+        if fault := _fault(path, files[filename]):
             if self.path.name == self.key:  # not so in a Writer, whose other files are still good
-                _open_or_set_aside(self.path, float("inf"))
+                _open_or_set_aside(self.path)
             raise CorruptArtefact(f"{path} {fault}; run the same command again to recompute it")
-        self._verified.add(filename)
         return path
 
 
 class Writer(Artefact):
-    """An artefact in the making; `note` holds free JSON values for its manifest. A killed run goes on from
-    its last save, files and note.
-    """
+    """An artefact in the making, `note` for its manifest. A killed run goes on from its last save."""
 
     def __init__(self, path: Path, content: Mapping[str, Any]) -> None:
         super().__init__(path, {**content, "key": path.stem, "files": {}})
@@ -121,40 +96,30 @@ class Writer(Artefact):
             stray.unlink()
 
     def has(self, name: str) -> bool:
-        """Whether `name` is finished, in this run or in an earlier, killed one (whose files were verified
-        when this run began).
-        """
+        """Whether `name` is finished, in this run or in an earlier, killed one."""
         return name in self.names
 
     def save_tensors(self, name: str, tensors: "Mapping[str, Tensor]") -> None:
-        """Write tensors as `<name>.safetensors`; what was saved as `name` before is replaced. OSError if the
-        disk is full.
-        """
+        """Write tensors as `<name>.safetensors`, replacing what was saved so. OSError: a full disk."""
         from safetensors.torch import save_file
 
         plain: dict[str, Tensor] = {}
+        taken: set[int] = set()
         for key, tensor in tensors.items():
             here = tensor.detach().cpu().contiguous()
-            shared = any(
-                here.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
-                for other in plain.values()
-            )
-            plain[key] = here.clone() if shared else here  # safetensors refuses tensors that share memory
-        self._save(
-            f"{name}.safetensors", sum(t.nbytes for t in plain.values()), lambda path: save_file(plain, path)
-        )
+            memory = here.untyped_storage().data_ptr()
+            plain[key] = here.clone() if memory in taken else here  # safetensors refuses shared memory
+            taken.add(memory)
+        size = sum(t.nbytes for t in plain.values())
+        self._save(f"{name}.safetensors", size, lambda path: save_file(plain, path))
 
     def save_json(self, name: str, value: Any) -> None:
-        """Write a JSON value as `<name>.json`; what was saved as `name` before is replaced. TypeError, or
-        OSError if the disk is full.
-        """
+        """Write a JSON value as `<name>.json`, replacing what was saved so. TypeError, OSError."""
         data = _dumps(value).encode()
         self._save(f"{name}.json", len(data), lambda path: path.write_bytes(data))
 
     def load_tensors(self, name: str) -> "dict[str, Tensor]":
-        """The tensors saved as `name`, copied to memory: not every system can replace a mapped file.
-        KeyError, CorruptArtefact.
-        """
+        """The tensors saved as `name`, copied to memory: not every system can replace a mapped file."""
         return {key: tensor.clone() for key, tensor in self.tensors(name).items()}
 
     load_json = Artefact.json
@@ -163,39 +128,33 @@ class Writer(Artefact):
         """Remove what was saved as `name`, such as a checkpoint; nothing happens if there is none."""
         for filename in [f for f in self.manifest["files"] if Path(f).stem == name]:
             del self.manifest["files"][filename]
-            # before the file goes: an entry without a file would be reported as a loss
-            self._write_manifest()
+            self._write_manifest()  # before the file goes: an entry without a file would count as a loss
             (self.path / filename).unlink()
 
     def _save(self, filename: str, size: int, put: Callable[[Path], object]) -> None:
         files, name = self.manifest["files"], filename.rpartition(".")[0]
         _require_name("name", name)
         if filename == MANIFEST or (name in self.names and filename not in files):
-            raise ValueError(
-                f"name must be free; {name!r} is taken by the manifest or by a file of the other format"
-            )
-        with _replacing(self.path / filename, size) as temp:
+            taken = "is taken by the manifest or by a file of the other format"
+            raise ValueError(f"name must be free; {name!r} {taken}")
+        with replacing(self.path / filename, size) as temp:
             put(temp)
-            record = _record(temp)
-            # Both records, until the next save: a kill on either side of the rename leaves a file that
-            # matches one of them.
+            record = {"bytes": temp.stat().st_size, "xxh3_128": digest(temp)}
+            # both records, until the next save: on either side of the rename the file matches one of them
             self._write_manifest(files={**files, filename: record}, replaced={filename: files.get(filename)})
         files[filename] = record
 
     def _write_manifest(self, **changes: Any) -> None:
-        versions = {
-            "python": platform.python_version(),
-            **{package: version(package) for package in ("torch", "transformers", "dfrot_lab")},
-        }
+        packages = {name: version(name) for name in ("torch", "transformers", "dfrot_lab")}
         made = {
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": round(time.monotonic() - self._start, 3),
+            "note": self.note,
+            "versions": {"python": platform.python_version(), **packages},
         }
-        plain = json.loads(
-            _dumps({**self.manifest, **made, "note": self.note, "versions": versions, **changes})
-        )  # as it will be read back
+        plain = json.loads(_dumps({**self.manifest, **made, **changes}))  # as it will be read back
         data = _dumps({**plain, "check": content_key(plain)}).encode()
-        with _replacing(self.path / MANIFEST, len(data)) as temp:
+        with replacing(self.path / MANIFEST, len(data)) as temp:
             temp.write_bytes(data)
 
     def _resume(self) -> None:
@@ -203,39 +162,35 @@ class Writer(Artefact):
         try:
             journal = _read_manifest(self.path, self.key)
         except CorruptArtefact as error:
-            _log.warning("%s; starting afresh", error)
+            log.warning("%s; starting afresh", error)
             return
         self.note = journal["note"]
         self._start -= journal["seconds"]
         for filename, record in journal["files"].items():
-            before = journal.get("replaced", {}).get(filename)
-            intact = [r for r in (record, before) if r and not _fault(self.path / filename, r)]
+            path, before = self.path / filename, journal.get("replaced", {}).get(filename)
+            intact = [r for r in (record, before) if r and not _fault(path, r)]
             if intact:
                 self.manifest["files"][filename] = intact[0]
             else:
-                _log.warning(
-                    "%s %s; it will be recomputed", self.path / filename, _fault(self.path / filename, record)
-                )
-        _log.info("resuming %s %s: %d files already done", self.kind, self.key, len(self.manifest["files"]))
+                log.warning("%s %s; it will be recomputed", path, _fault(path, record))
+        log.info("resuming %s %s: %d files already done", self.kind, self.key, len(self.manifest["files"]))
 
 
 class Store:
-    """A folder of artefacts (default: `store` in the cache folder), shared safely by any number of processes."""
+    """A folder of artefacts (default: `store` in the cache folder), shared safely by many processes."""
 
     def __init__(self, root: Path | None = None) -> None:
         self.root = cache_dir() / "store" if root is None else Path(root)
 
     def get_or_make(self, kind: str, inputs: Mapping[str, Any], make: Callable[[Writer], None]) -> Artefact:
-        """The artefact of `inputs` (plain JSON values, such as `spec.to_dict()`): opened if it is stored,
-        else made by `make`, once.
+        """The artefact of `inputs` (plain JSON values): opened if it is stored, else made by `make`, once.
 
         A second process waits, then opens. If `make` raises or is killed, its finished files stay for the
-        next call. OSError names the folder.
-        """
+        next call. OSError names the folder."""
         folder, content = self._place(kind, inputs)
-        if (found := _open_or_set_aside(folder, HASH_AT_OPEN)) is not None:
+        if (found := _open_or_set_aside(folder)) is not None:
             return found
-        _writable(folder.parent)
+        make_folder(folder.parent, to_write=True)
         with FileLock(f"{folder}.lock"):
             if not folder.exists():  # else another process made it while this one waited
                 writer = Writer(folder.with_name(f"{folder.name}.partial"), content)
@@ -245,57 +200,46 @@ class Store:
             return Artefact(folder, _read_manifest(folder, folder.name))
 
     def open(self, kind: str, inputs: Mapping[str, Any]) -> Artefact | None:
-        """The stored artefact of `inputs`; None if there is none, or if it is corrupt: then it is set aside
-        and a logged warning says why.
-        """
-        return _open_or_set_aside(self._place(kind, inputs)[0], HASH_AT_OPEN)
+        """The stored artefact of `inputs`, or None; a corrupt one is set aside with a warning."""
+        return _open_or_set_aside(self._place(kind, inputs)[0])
 
     def list(self) -> builtins.list[Artefact]:
-        """All artefacts, by kind and key, after a check of manifests and file sizes; a corrupt one is set
-        aside, with a logged warning.
-        """
-        return [
-            found
+        """All artefacts by kind and key, after a check of manifests and sizes; corrupt ones are set aside."""
+        found = (
+            _open_or_set_aside(folder, sizes_only=True)
             for folder in sorted(self.root.glob("*/" + "[0-9a-f]" * 32))
-            if (found := _open_or_set_aside(folder, 0))
-        ]
+        )
+        return [artefact for artefact in found if artefact]
 
     def _place(self, kind: str, inputs: Mapping[str, Any]) -> tuple[Path, dict[str, Any]]:
-        """The artefact's folder, and the content it is named by: through JSON and back, so that nothing is
-        keyed by its repr.
-        """
+        """The artefact's folder and the content it is named by: JSON, so that nothing is keyed by a repr."""
         _require_name("kind", kind)
         content = {"kind": kind, "formulas": FORMULAS, "inputs": json.loads(_dumps(inputs))}
         return self.root / kind / content_key(content), content
 
 
-def _open(folder: Path, hash_limit: float) -> Artefact | None:
-    """The artefact in `folder`, None if there is none; files are hashed if they have at most `hash_limit`
-    bytes together. CorruptArtefact.
-    """
+def _open(folder: Path, sizes_only: bool) -> Artefact | None:
+    """The artefact in `folder`, if there is one. CorruptArtefact."""
     if not folder.is_dir():
         return None
     manifest = _read_manifest(folder, folder.name)
-    hashed = sum(record["bytes"] for record in manifest["files"].values()) <= hash_limit
     for filename, record in manifest["files"].items():
-        if fault := _fault(folder / filename, record if hashed else {"bytes": record["bytes"]}):
+        if fault := _fault(folder / filename, record, sizes_only):
             raise CorruptArtefact(f"{folder / filename} {fault}")
     return Artefact(folder, manifest)
 
 
-def _open_or_set_aside(folder: Path, hash_limit: float) -> Artefact | None:
+def _open_or_set_aside(folder: Path, sizes_only: bool = False) -> Artefact | None:
     """As `_open`, but a corrupt artefact is renamed, and None."""
     with suppress(CorruptArtefact):
-        return _open(folder, hash_limit)
+        return _open(folder, sizes_only)
     with FileLock(f"{folder}.lock"):
         try:
-            return _open(folder, hash_limit)  # another process may have put a good one in its place
+            return _open(folder, sizes_only)  # another process may have put a good one in its place
         except CorruptArtefact as error:
-            aside = next(
-                path for n in itertools.count(1) if not (path := Path(f"{folder}.corrupt-{n}")).exists()
-            )
+            aside = next(p for n in itertools.count(1) if not (p := Path(f"{folder}.corrupt-{n}")).exists())
             folder.rename(aside)
-            _log.warning("%s; set aside as %s, it will be recomputed", error, aside.name)
+            log.warning("%s; set aside as %s, it will be recomputed", error, aside.name)
             return None
 
 
@@ -310,60 +254,15 @@ def _read_manifest(folder: Path, key: str) -> dict[str, Any]:
     return manifest
 
 
-def _writable(path: Path) -> Path:
-    """The folder, created if missing, after a trial write. OSError that says what to do."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            return path
-    except OSError as error:
-        raise OSError(
-            error.errno,
-            f"cannot write to the folder {path} ({error.strerror}); set DFROT_LAB_CACHE to another one",
-        ) from error
-
-
-@contextmanager
-def _replacing(path: Path, size: int) -> Iterator[Path]:
-    """A temporary file that takes the place of `path` when the block ends, and is removed if it fails; a full
-    disk is reported with the remedy.
-    """
-    temp = path.with_name(f".{path.name}.tmp")
-    try:
-        yield temp
-        temp.replace(path)  # no fsync: a file that a power cut garbles fails its checksum and is made again
-    except BaseException as error:
-        temp.unlink(missing_ok=True)
-        hidden = re.search(
-            r"os error (\d+)", str(error)
-        )  # safetensors raises its own error, with the number in its text
-        code = int(hidden[1]) if hidden else getattr(error, "errno", None)
-        if code is None:
-            raise
-        room = f"{size:,} bytes wanted, {shutil.disk_usage(path.parent).free:,} free; free some space or set DFROT_LAB_CACHE to another disk"
-        raise OSError(
-            code, f"cannot write {path.name} to {path.parent} ({os.strerror(code)}): {room}"
-        ) from error
-
-
-def _record(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {
-            "bytes": path.stat().st_size,
-            "xxh3_128": hashlib.file_digest(file, xxhash.xxh3_128).hexdigest(),
-        }
-
-
-def _fault(path: Path, record: Mapping[str, Any]) -> str:
-    """What is wrong with a file by its record (one without a checksum: its size only); empty if nothing is."""
+def _fault(path: Path, record: Mapping[str, Any], sizes_only: bool = False) -> str:
+    """What is wrong with a file by its record; empty if nothing is."""
     size = path.stat().st_size if path.is_file() else None
     if size != record["bytes"]:
         return "is missing" if size is None else f"has {size:,} bytes instead of {record['bytes']:,}"
-    return "has a wrong checksum" if "xxh3_128" in record and _record(path) != record else ""
+    return "" if sizes_only or digest(path) == record["xxh3_128"] else "has a wrong checksum"
 
 
 def _require_name(what: str, name: str) -> None:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        raise ValueError(
-            f"{what} must be letters, digits, '.', '_' and '-', and start with a letter or a digit; got {name!r}"
-        )
+        rule = "letters, digits, '.', '_' and '-', and start with a letter or a digit"
+        raise ValueError(f"{what} must be {rule}; got {name!r}")

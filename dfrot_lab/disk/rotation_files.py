@@ -1,7 +1,6 @@
 """A rotation as a safetensors file: written whole, read with every check."""
 
 import json
-import uuid
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dfrot_lab import __version__
+from dfrot_lab.disk.atomic import replacing
 from dfrot_lab.maths.rotations import check
 from dfrot_lab.recipe.base import Spec
 
@@ -21,8 +21,7 @@ def save(R: Tensor, path: str | Path, spec: Spec | None, **note: Any) -> None:
     package version as metadata.
 
     A reader sees the old file or the new one, never a part. What `load` would refuse is refused here too
-    (ValueError).
-    """
+    (ValueError)."""
     target = Path(path)
     metadata = {
         "spec": json.dumps(spec and spec.to_dict()),
@@ -30,13 +29,8 @@ def save(R: Tensor, path: str | Path, spec: Spec | None, **note: Any) -> None:
         "dfrot_lab": __version__,
     }
     tensor = check(R).cpu().contiguous()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-    try:
+    with replacing(target, tensor.nbytes) as temporary:
         save_file({TENSOR: tensor}, temporary, metadata)
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _open(path: str | Path) -> Any:
@@ -70,8 +64,7 @@ def load(path: str | Path, channels: int | None = None) -> Tensor:
     square tensor, of any float dtype.
 
     FileNotFoundError: no such file. ValueError: not a complete safetensors file, no such tensor, wrong size,
-    not finite, not orthogonal.
-    """
+    not finite, not orthogonal."""
     with _open(path) as file:
         matrix = file.get_tensor(_rotation_name(file, path))
     try:

@@ -1,11 +1,10 @@
 """Explorers: functions that return a widget to look, touch and teach with in JupyterLab.
-`explore.massive(acts)`, `explore.errors(acts)`, ...
-"""
+`explore.massive(acts)`, `explore.errors(acts)`, ..."""
 
-from .errors import errors as errors
-from .generate import generate as generate
-from .invariance import invariance as invariance
-from .massive import massive as massive
-from .playground import playground as playground
-from .refinement import refinement as refinement
-from .worth import worth as worth
+from .errors.widget import errors as errors
+from .generate.widget import generate as generate
+from .invariance.widget import invariance as invariance
+from .massive.widget import massive as massive
+from .playground.widget import playground as playground
+from .refinement.widget import refinement as refinement
+from .worth.widget import worth as worth

@@ -2,8 +2,7 @@
 
 A Hadamard matrix H (n, n) has entries +-1 and H @ H.T = n I. Here n is a product of table orders (multiples
 of 4 up to 256, from the table that the compressed-tensors package ships) and one power of two, and H is the
-Kronecker product of the factors' matrices, as in QuaRot (arXiv 2404.00456).
-"""
+Kronecker product of the factors' matrices, as in QuaRot (arXiv 2404.00456)."""
 
 import functools
 import importlib
@@ -12,48 +11,40 @@ import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
+import scipy.linalg
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 Transform = Callable[[Tensor, float], Tensor]
 
 LARGEST = 64
-"""Largest order that is one matrix product: measured on a 2-core CPU, splitting it is slower, and not
-splitting a larger one too.
-"""
+"""Largest order that is one matrix product: measured on a 2-core CPU, splitting it would be slower."""
 STAGE = 32
-"""What a larger power of two is split into: the fastest stage in the same measurement
-(`benchmarks/hadamard.py`).
-"""
+"""What a larger power of two is split into: the fastest in the same measurement, `benchmarks/hadamard.py`."""
 CHUNK = 1 << 19
 """Elements worked on at once on a CPU: what is between two stages stays in cache."""
 KERNEL_MAX = 32768
 """Largest power of two that the fast-hadamard-transform package takes."""
-WORK_DTYPES = {
-    torch.float16: torch.float32,
-    torch.bfloat16: torch.float32,
-    torch.float32: torch.float32,
-    torch.float64: torch.float64,
-}
+WORK_DTYPES = dict.fromkeys((torch.float16, torch.bfloat16, torch.float32), torch.float32)
+WORK_DTYPES[torch.float64] = torch.float64
 
 
 @functools.cache
 def _tables() -> dict[int, Tensor]:
-    """The shipped int8 matrices by order. Finding the package's folder does not import the package, which
-    would take seconds.
-    """
+    """The shipped int8 matrices by order. The package is found and not imported, which would take seconds."""
     spec = importlib.util.find_spec("compressed_tensors")
-    folders = (spec and spec.submodule_search_locations) or []
-    files = [Path(folder) / "transform" / "utils" / "hadamards.safetensors" for folder in folders]
-    found = next((file for file in files if file.is_file()), None)
-    if found is None:
-        raise FileNotFoundError(
-            "compressed_tensors must ship transform/utils/hadamards.safetensors; got none. Run: pip install -r requirements.txt"
-        )
-    return {int(order): matrix for order, matrix in load_file(found).items()}
+    for folder in (spec and spec.submodule_search_locations) or []:
+        file = Path(folder) / "transform" / "utils" / "hadamards.safetensors"
+        if file.is_file():
+            return {int(order): matrix for order, matrix in load_file(file).items()}
+    raise FileNotFoundError(
+        "compressed_tensors must ship transform/utils/hadamards.safetensors; got none. "
+        "Run: pip install -r requirements.txt"
+    )
 
 
 def _odd_splits(odd: int, least: int = 3) -> Iterator[tuple[int, ...]]:
@@ -67,11 +58,9 @@ def _odd_splits(odd: int, least: int = 3) -> Iterator[tuple[int, ...]]:
 
 @functools.cache
 def factors(n: int) -> tuple[int, ...] | None:
-    """Table orders and one last power of two whose product is n, or None where there is no such product.
-
-    The power of two is always there, as 1 if need be: 576 -> (36, 16), 4096 -> (4096,), 1680 -> (28, 60, 1),
-    13696 -> None. Fewest table factors first, then the smallest sum, which is the cost of the transform.
-    """
+    """Table orders and one last power of two, 1 if need be, whose product is n: 576 -> (36, 16), 1680 -> (28,
+    60, 1). Of several the fewest table orders, then the smallest sum, which is the cost of the transform.
+    None where there is no such product: 13696."""
     if n < 1:
         return None
     power = n & -n
@@ -83,14 +72,12 @@ def factors(n: int) -> tuple[int, ...] | None:
 
 
 def has_hadamard(n: int) -> bool:
-    """True where `hadamard_matrix(n)` and `hadamard_transform` over n channels exist."""
+    """Whether `hadamard_matrix(n)` and `hadamard_transform` over n channels exist."""
     return factors(n) is not None
 
 
 def largest_block(n: int) -> int:
-    """The largest divisor of n that has a Hadamard matrix (1 always has): the widest block-diagonal RH for n
-    channels.
-    """
+    """The largest divisor of n with a Hadamard matrix, be it 1: the widest block of an RH of n channels."""
     if n < 1:
         raise ValueError(f"largest_block.n must be >= 1; got {n}")
     return next(block for block in range(n, 0, -1) if n % block == 0 and has_hadamard(block))
@@ -103,38 +90,26 @@ def _required_factors(n: int) -> tuple[int, ...]:
     found = factors(n)
     if found is None:
         block = largest_block(n)
-        instead = (
-            f"RH-b{block} (RotationSpec(kind='RH', block={block})), which is block-diagonal, or "
-            if block > 1
-            else ""
-        )
-        rule = "a power of two times orders from the table (multiples of 4 up to 256)"
+        instead = f"RH-b{block} (RotationSpec(kind='RH', block={block})), which is block-diagonal, or "
         raise ValueError(
-            f"hadamard.n must be {rule}; got {n}: no Hadamard matrix of that order is known here. Use {instead}RotationSpec(kind='RO')"
+            "hadamard.n must be a power of two times orders from the table (multiples of 4 up to 256); got "
+            f"{n}: no Hadamard matrix of that order is known here. Use {instead if block > 1 else ''}"
+            "RotationSpec(kind='RO')"
         )
     return found
 
 
-def _sylvester(n: int) -> Tensor:
-    """Sylvester's int8 matrix of a power of two, in natural order: scipy.linalg.hadamard(n)."""
-    h = torch.ones(1, 1, dtype=torch.int8)
-    while h.shape[0] < n:
-        h = torch.cat([torch.cat([h, h], dim=1), torch.cat([h, -h], dim=1)])
-    return h
-
-
 def _factor_matrix(order: int) -> Tensor:
-    return _sylvester(order) if order & (order - 1) == 0 else _tables()[order]
+    """int8 (order, order): of a power of two Sylvester's, in natural order; else the table's."""
+    is_power = order & (order - 1) == 0
+    return torch.from_numpy(scipy.linalg.hadamard(order, dtype=np.int8)) if is_power else _tables()[order]
 
 
 def hadamard_matrix(
     n: int, *, dtype: torch.dtype = torch.float64, device: torch.device | str | None = None
 ) -> Tensor:
-    """H (n, n) of +-1 with H @ H.T = n I, unnormalised: the Kronecker product of the matrices of
-    `factors(n)`.
-
-    An order without a known matrix is a ValueError that names the block-diagonal alternative.
-    """
+    """H (n, n) of +-1 with H @ H.T = n I, unnormalised: the Kronecker product over `factors(n)`. ValueError:
+    an order without a known matrix; it names the block-diagonal alternative."""
     parts = [_factor_matrix(order) for order in _required_factors(n)]
     # Built in int8, an eighth of float64: n = 14336 needs 0.2 GB before the one cast.
     return functools.reduce(torch.kron, parts).to(device=device, dtype=dtype)
@@ -150,9 +125,8 @@ def _small(orders: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
 
 @functools.cache
 def _stages(n: int) -> tuple[tuple[int, ...], ...]:
-    """The factors of n as the products a CPU computes: 1536 = 12 x 128 -> ((12, 4), (32,)), 14336 = 28 x 512
-    -> ((28,), (16,), (32,)).
-    """
+    """The factors of n as the products a CPU computes, each a Kronecker product of a few orders: 1536 = 12 x
+    128 -> ((12, 4), (32,)), 14336 = 28 x 512 -> ((28,), (16,), (32,))."""
     *tables, power = _required_factors(n)
     stages: list[tuple[int, ...]] = []
     while power > LARGEST:
@@ -169,12 +143,8 @@ def _stages(n: int) -> tuple[tuple[int, ...], ...]:
 def _kron_product(
     x: Tensor, stages: tuple[tuple[int, ...], ...], scale: float = 1.0, out: Tensor | None = None
 ) -> Tensor:
-    """x (..., n) @ (H_1 kron H_2 kron ... kron I).T * scale, one small product a stage; the identity fills up
-    what `stages` leave of n.
-
-    `scale` is used by the product over the last axis, so `stages` must reach it where scale is not 1. The
-    result goes to `out` where given.
-    """
+    """x (..., n) @ (H_1 kron H_2 kron ... kron I).T * scale, into `out` if given, one small product a stage.
+    The identity fills up what `stages` leave of n; where scale is not 1 they must leave nothing."""
     rows, right = x, x.shape[-1]
     for orders in stages:
         h = _small(orders, x.dtype, x.device)
@@ -182,9 +152,8 @@ def _kron_product(
         if right > 1:
             rows = torch.matmul(h, rows.reshape(-1, len(h), right))
         else:
-            rows = torch.mm(
-                rows.reshape(-1, len(h)), h.T * scale, out=None if out is None else out.view(-1, len(h))
-            )
+            result = None if out is None else out.view(-1, len(h))
+            rows = torch.mm(rows.reshape(-1, len(h)), h.T * scale, out=result)
     return rows.reshape(x.shape)
 
 
@@ -193,68 +162,58 @@ def _torch_transform(x: Tensor, scale: float) -> Tensor:
     n, stages = x.shape[-1], _stages(x.shape[-1])
     if x.device.type != "cpu" or x.numel() <= CHUNK or (x.requires_grad and torch.is_grad_enabled()):
         return _kron_product(x, stages, scale)
-    rows = x.reshape(-1, n)
+    rows, step = x.reshape(-1, n), max(1, CHUNK // n)
     out = torch.empty_like(rows)
-    for part, result in zip(rows.split(step := max(1, CHUNK // n)), out.split(step), strict=True):
+    for part, result in zip(rows.split(step), out.split(step), strict=True):
         _kron_product(part, stages, scale, out=result)
     return out.reshape(x.shape)
 
 
 def _kernel_transform(x: Tensor, scale: float, kernel: Transform) -> Tensor:
-    """The transform with `kernel(rows (..., 2^k), scale)` for the last factor and small products for the
-    table factors.
-
-    The kernel is an argument so that the path a GPU takes can be tested without one.
-    """
+    """The transform with `kernel(rows (..., 2^k), scale)` for the last factor, small products for the others.
+    The kernel is an argument so that the path a GPU takes can be tested without one."""
     *tables, power = _required_factors(x.shape[-1])
     if power == 1:
         return _torch_transform(x, scale)
-    return kernel(_kron_product(x, tuple((table,) for table in tables)).reshape(-1, power), scale).reshape(
-        x.shape
-    )
+    rows = _kron_product(x, tuple((table,) for table in tables)).reshape(-1, power)
+    return kernel(rows, scale).reshape(x.shape)
 
 
 @functools.cache
 def _cuda_kernel() -> Transform | None:
-    """The fast-hadamard-transform package's function where the package is installed and works, else None
-    (said once).
-    """
+    """The function of the fast-hadamard-transform package where that works, else None (said once)."""
     if importlib.util.find_spec("fast_hadamard_transform") is None:
         return None
     try:
         return importlib.import_module("fast_hadamard_transform").hadamard_transform
     except ImportError as error:
-        logger.warning(
-            "fast_hadamard_transform is installed but cannot be imported (%s): using torch products instead",
-            error,
+        said = (
+            "fast_hadamard_transform is installed but cannot be imported (%s): using torch products instead"
         )
+        log.warning(said, error)
         return None
 
 
 def hadamard_transform(x: Tensor, scale: float = 1.0) -> Tensor:
-    """x (..., n) @ H.T * scale with H = hadamard_matrix(n), unnormalised, without forming H: pass scale = n
-    ** -0.5 for a rotation.
+    """x (..., n) @ H.T * scale with H = hadamard_matrix(n), without forming it; a rotation at scale n**-0.5.
 
     Same signature and, for powers of two, same meaning as in the fast-hadamard-transform package, which does
     that part on CUDA where it is installed. Unlike there, another size is not padded with zeros (which is no
     rotation): its Kronecker factors are used exactly. The result has x's dtype, device and shape. ValueError:
-    n without a Hadamard matrix, or x not float16, bfloat16, float32 or float64.
-    """
+    n without a Hadamard matrix, or x not float16, bfloat16, float32 or float64."""
     if x.ndim == 0 or x.dtype not in WORK_DTYPES:
         raise ValueError(
-            f"hadamard_transform.x must be (..., n) of a float dtype; got shape {tuple(x.shape)}, {x.dtype}. Cast it: x.float()"
+            "hadamard_transform.x must be (..., n) of a float dtype; got shape "
+            f"{tuple(x.shape)}, {x.dtype}. Cast it: x.float()"
         )
     orders = _required_factors(x.shape[-1])
     if x.numel() == 0:
         return x.clone()  # a kernel launch over no rows is a CUDA error
     kernel = _cuda_kernel() if x.is_cuda and x.dtype != torch.float64 and orders[-1] <= KERNEL_MAX else None
     if kernel is not None and len(orders) == 1:
-        return _kernel_transform(
-            x, scale, kernel
-        )  # reads 16 bits, sums in float32 and rounds once, by itself
+        return _kernel_transform(x, scale, kernel)  # it sums in float32 and rounds once, by itself
     # A sum of n terms can leave float16's range before `scale` brings it back, and rounding after each factor
     # would add up: round once, at the end.
     work = x.to(WORK_DTYPES[x.dtype])
-    return (_torch_transform(work, scale) if kernel is None else _kernel_transform(work, scale, kernel)).to(
-        x.dtype
-    )
+    done = _torch_transform(work, scale) if kernel is None else _kernel_transform(work, scale, kernel)
+    return done.to(x.dtype)

@@ -6,8 +6,7 @@ Asymmetric, b bits: s = c (max x - min x) / (2^b - 1),  z = -round(c min x / s),
 In the asymmetric scheme, as in QuaRot's code, the range always includes 0, so that z is itself a code; a row
 with values of both signs is not touched by that. In the free scheme it need not, which is Eq. 5 to the
 letter: an offset that all channels share costs nothing. c is the clip ratio; max and min run over what shares
-one scale.
-"""
+one scale."""
 
 from typing import NamedTuple
 
@@ -17,15 +16,11 @@ from torch import Tensor
 from dfrot_lab.recipe.specs import QuantSpec
 
 _CHUNK = 1 << 19
-"""Elements worked on at once: 2 MiB of float32 stays in a core's cache, which makes the passes over it nearly
-as cheap as one fused kernel.
-"""
+"""Elements worked on at once: 2 MiB of float32 stays in a core's cache, where passes cost little."""
 
 
 class Quantized(NamedTuple):
-    """Integer `codes` (groups, n) with one `scale` and `zero` (groups, 1) each; the value of a code is `scale
-    * (code - zero)`.
-    """
+    """Integer `codes` (groups, n) with `scale` and `zero` (groups, 1): each is scale * (code - zero)."""
 
     codes: Tensor
     scale: Tensor
@@ -39,39 +34,32 @@ def code_range(spec: QuantSpec) -> tuple[int, int]:
 
 
 def grouped(x: Tensor, spec: QuantSpec) -> Tensor:
-    """`x` as (groups, n), a view where possible: each row is what shares one scale. A group size must divide
-    the last dimension.
-    """
+    """`x` as (groups, n), a view where possible: each row shares one scale. ValueError: a group size that
+    does not divide the last dimension."""
     if spec.granularity == "per_tensor":
         return x.reshape(1, -1)
-    if spec.granularity == "per_group" and spec.group_size is not None:
-        if x.shape[-1] % spec.group_size:
-            raise ValueError(
-                f"QuantSpec.group_size must divide the last dimension {x.shape[-1]}; got {spec.group_size}"
-            )
-        return x.reshape(-1, spec.group_size)
-    return x.reshape(-1, x.shape[-1])
+    size = spec.group_size or x.shape[-1]
+    if x.shape[-1] % size:
+        raise ValueError(f"QuantSpec.group_size must divide the last dimension {x.shape[-1]}; got {size}")
+    return x.reshape(-1, size)
 
 
 def scale_zero(groups: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     """Scale and zero point (groups, 1) of each row of `groups` (groups, n). A row of zeros gets scale 1, so
-    that it stays zeros; in the free scheme a constant row is a code, too.
-    """
+    that it stays zeros; in the free scheme a constant row is a code, too."""
     # on a CPU 6 times as fast as torch.aminmax over a dimension
     low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+    top, still = code_range(spec)[1], torch.ones_like(low)
     if spec.symmetric:
-        scale = torch.maximum(-low, high).mul_(spec.clip_ratio / code_range(spec)[1])
-        scale = torch.where(scale == 0, 1, scale)
-        return scale, torch.zeros_like(scale)
+        scale = torch.maximum(-low, high).mul_(spec.clip_ratio / top)
+        return torch.where(scale == 0, still, scale), torch.zeros_like(scale)
     if spec.scheme == "free":
         cut = (high / 2 - low / 2).mul_(1 - spec.clip_ratio)  # the range shrinks about its middle
         low, high = low + cut, high - cut
         still = torch.where(low == 0, 1, low.abs())
     else:
         low, high = low.clamp_(max=0).mul_(spec.clip_ratio), high.clamp_(min=0).mul_(spec.clip_ratio)
-        still = torch.ones_like(low)
-    # not (high - low) / n, which overflows at the dtype's largest values
-    scale = high / code_range(spec)[1] - low / code_range(spec)[1]
+    scale = high / top - low / top  # not (high - low) / top, which overflows at the dtype's largest values
     scale = torch.where(scale == 0, still, scale)
     return scale, low.div_(scale).round_().neg_()
 
@@ -84,15 +72,13 @@ def _round_clamp(
     out = torch.div(groups, scale, out=out).round_()
     if spec.symmetric:
         return out.clamp_(low, high)
-    return torch.minimum(
-        torch.maximum(out, low - zero, out=out), high - zero, out=out
-    )  # twice as fast as clamp_ with tensor limits
+    torch.maximum(out, low - zero, out=out)  # these two are twice as fast as clamp_ with tensor limits
+    return torch.minimum(out, high - zero, out=out)
 
 
 def quantize(x: Tensor, spec: QuantSpec) -> Quantized:
-    """Codes, scales and zero points of `x`; codes are int8 up to 8 bits symmetric (uint8 asymmetric), int32
-    above. Not defined at 16 bits.
-    """
+    """Codes, scales and zero points of `x`; codes are int8 (uint8 where not symmetric), int32 above 8 bits.
+    ValueError: 16 bits, which have no codes."""
     if spec.bits == 16:
         raise ValueError(
             "QuantSpec.bits must be below 16 to have codes; got 16, which means: leave the tensor alone"
@@ -105,9 +91,8 @@ def quantize(x: Tensor, spec: QuantSpec) -> Quantized:
 
 
 def centred(x: Tensor, spec: QuantSpec, out: Tensor) -> Tensor:
-    """Write the codes of `x` (rows, n) less their zero points into `out` (same shape, int8) and return the
-    scales (rows, 1), for scale * out.
-    """
+    """Write the codes of `x` (rows, n) less their zero points into `out` (int8, the same shape); the scales
+    (rows, 1), so that scale * out is x rounded."""
     groups = grouped(x, spec)
     scale, zero = scale_zero(groups, spec)
     out.copy_(_round_clamp(groups, scale, zero, spec))
@@ -124,8 +109,7 @@ def fake_quantize(x: Tensor, spec: QuantSpec) -> Tensor:
     """`x` rounded to the values its codes stand for, same shape and dtype; `x` itself at 16 bits.
 
     Scale-equivariant for every spec (Q(a x) = a Q(x), a > 0: what lets gamma scale rows in DFRot Eq. 3);
-    idempotent when symmetric and unclipped.
-    """
+    idempotent when symmetric and unclipped."""
     if spec.bits == 16:
         return x
     groups = grouped(x, spec)
@@ -138,43 +122,28 @@ def fake_quantize(x: Tensor, spec: QuantSpec) -> Tensor:
 
 
 def squared_error(x: Tensor, spec: QuantSpec) -> Tensor:
-    """E(x) = sum over channels of (x - Q(x))^2, one value a token: (tokens, channels) to (tokens,) (DFRot,
-    Eq. 1 per row).
-    """
-    if spec.bits == 16:
+    """E(x) = sum over channels of (x - Q(x))^2, one a token: (..., channels) to (...) (DFRot, Eq. 1)."""
+    if spec.bits == 16 or not x.numel():
         return x.new_zeros(x.shape[:-1])
-    flat = x.reshape(-1, x.shape[-1])
-    errors = [
-        (part - fake_quantize(part, spec)).square_().sum(-1)
-        for part in flat.split(max(1, _CHUNK // flat.shape[-1]))
-    ]
-    return torch.cat(errors).reshape(x.shape[:-1]) if errors else x.new_zeros(x.shape[:-1])
+    rows = x.reshape(-1, x.shape[-1]).split(max(1, _CHUNK // x.shape[-1]))
+    errors = [(part - fake_quantize(part, spec)).square_().sum(-1) for part in rows]
+    return torch.cat(errors).reshape(x.shape[:-1])
 
 
 def clip_search(weight: Tensor, spec: QuantSpec, *, steps: int = 30, smallest: float = 0.4) -> Tensor:
     """The scale (rows, 1) of each row of a symmetric per-channel `weight` (rows, n) with least squared error
-    over clip ratios 1 .. `smallest`.
-
-    The linear search of GPTQ's and QuaRot's code, which take |error|^2.4 instead of the square.
-    """
+    over `steps` clip ratios from 1 to `smallest`: the linear search of GPTQ's and QuaRot's code, which take
+    |error|^2.4 instead of the square."""
     widest, _ = scale_zero(weight, spec)
-    best_scale, best_error = widest.clone(), torch.full_like(widest, torch.inf)
-    for rows in range(0, len(weight), step := max(1, _CHUNK // weight.shape[-1])):
-        part, best, least = (
-            weight[rows : rows + step],
-            best_scale[rows : rows + step],
-            best_error[rows : rows + step],
-        )
+    found = widest.clone()
+    step = max(1, _CHUNK // weight.shape[-1])
+    for part, wide, best in zip(weight.split(step), widest.split(step), found.split(step), strict=True):
+        least = torch.full_like(wide, torch.inf)
         for ratio in torch.linspace(1, smallest, steps).tolist():
-            scale = widest[rows : rows + step] * ratio
-            error = (
-                _round_clamp(part, scale, torch.zeros_like(scale), spec)
-                .mul_(scale)
-                .sub_(part)
-                .square_()
-                .sum(-1, keepdim=True)
-            )
+            scale = wide * ratio
+            rounded = _round_clamp(part, scale, torch.zeros_like(scale), spec).mul_(scale)
+            error = rounded.sub_(part).square_().sum(-1, keepdim=True)
             better = error < least
             best.copy_(torch.where(better, scale, best))
             least.copy_(torch.where(better, error, least))
-    return best_scale
+    return found

@@ -16,8 +16,7 @@ def perplexity(losses: np.ndarray, axis: int = -1) -> Any:
 
 def bootstrap(statistic: Callable[..., Any], *samples: np.ndarray) -> tuple[float, float]:
     """Percentile bootstrap 95% interval of `statistic(*samples, axis=)` over paired samples (windows,); (nan,
-    nan) for fewer than 2 windows.
-    """
+    nan) for fewer than 2 windows."""
     if len(samples[0]) < 2:
         return float("nan"), float("nan")
     options: dict[str, Any] = {"paired": True, "vectorized": True, "method": "percentile", "rng": 0}
@@ -37,6 +36,5 @@ def difference(a: np.ndarray, b: np.ndarray, axis: int) -> Any:
 
 def closed_share(ro: np.ndarray, ro_kept: np.ndarray, rh: np.ndarray, rh_kept: np.ndarray, axis: int) -> Any:
     """From losses, the share of the perplexity gap between RO and RH that is gone when massive tokens are
-    kept out: 1 where none is left.
-    """
+    kept out: 1 where none is left."""
     return 1 - difference(ro_kept, rh_kept, axis) / difference(ro, rh, axis)

@@ -1,4 +1,5 @@
-"""Tables of results as the paper prints them; a table that would have to merge rows that differ is an error."""
+"""Tables of results as the paper prints them; a table that would have to merge rows that differ is an
+error."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -7,15 +8,14 @@ import pandas as pd
 
 COLUMNS = (
     "model", "family", "corpus", "method", "rotation", "gamma", "rule", "parameters", "seed",
-    "weights", "weight_quantizer", "calibration", "activations", "keys", "values", "w_bits", "a_bits", "kv_bits", "bits",
-    "keep_out", "keep_out_rule", "keep_out_tokens", "set_massive", "windows", "window", "device",
+    "weights", "weight_quantizer", "calibration", "activations", "keys", "values",
+    "w_bits", "a_bits", "kv_bits", "bits", "keep_out", "keep_out_rule", "keep_out_tokens",
+    "set_massive", "windows", "window", "device",
     "metric", "value", "ci95", "seconds", "recipe", "versions", "formulas", "commit",
 )  # fmt: skip
-"""Columns of every results row, in order. `weight_quantizer`, `activations`, `keys` and `values` name
-quantizers, and a name says all that makes one different; `parameters` are what a method has beside its own
-columns; `ci95` is [low, high]; `recipe` is the key of the recipe, whose YAML is kept beside the rows;
-`formulas` and `commit` are the code's.
-"""
+"""Columns of every results row, in order. Quantizers are named by all that makes one different; `parameters`
+are what a method has beside its own columns; `ci95` is [low, high]; `recipe` is the key of the recipe, whose
+YAML is kept beside the rows; `formulas` and `commit` are the code's."""
 
 WHOLE = ("seed", "w_bits", "a_bits", "kv_bits", "keep_out_tokens", "windows", "window", "formulas")
 """Columns of whole numbers, or of nothing."""
@@ -38,10 +38,8 @@ def whole(table: pd.DataFrame) -> pd.DataFrame:
 
 def first_seed(entries: pd.DataFrame) -> pd.DataFrame:
     """The rows of the first seed, and those in which nothing is random."""
-    seeds = entries["seed"].dropna()
-    if seeds.empty:
-        return entries
-    return entries[entries["seed"].isna() | (entries["seed"] == seeds.iloc[0]).fillna(value=False)]
+    seeds = entries["seed"]
+    return entries[seeds.isna() | seeds.isin(seeds.dropna().head(1))]
 
 
 def label(entry: Mapping[str, Any]) -> str:
@@ -51,10 +49,8 @@ def label(entry: Mapping[str, Any]) -> str:
     name = entry["rotation"] if pd.isna(entry["gamma"]) else f"{entry['rotation']} gamma={entry['gamma']:g}"
     if not entry["keep_out"]:
         return str(name)
-    counted = not pd.isna(entry["keep_out_tokens"])
-    return f"{name}, kept out" + (
-        f" ({entry['keep_out_rule']} {entry['keep_out_tokens']})" if counted else ""
-    )
+    tokens = entry["keep_out_tokens"]
+    return f"{name}, kept out" + ("" if pd.isna(tokens) else f" ({entry['keep_out_rule']} {tokens})")
 
 
 def bits(entry: Mapping[str, Any]) -> str:
@@ -74,9 +70,8 @@ def require_distinct(rows: list[dict[str, Any]], place: Mapping[str, Any]) -> No
         seen = list(dict.fromkeys(_said(row[name]) for row in rows))
         if len(seen) > 1 and name not in FREE:
             where = ", ".join(f"{key} {value}" for key, value in place.items())
-            raise ValueError(
-                f"rows of {where} differ in column {name!r} ({', '.join(seen)}): choose one of them"
-            )
+            said = f"differ in column {name!r} ({', '.join(seen)}): choose one of them"
+            raise ValueError(f"rows of {where} {said}")
 
 
 def _said(value: Any) -> str:
@@ -86,17 +81,15 @@ def _said(value: Any) -> str:
 
 def _wide(rows: list[dict[str, Any]], down: Mapping[str, Any], across: Mapping[str, Any]) -> pd.DataFrame:
     """Cells of rows in their order, by the name and the function of each axis; ValueError where rows of one
-    place differ.
-    """
+    place differ."""
     axes, places = {**down, **across}, dict[tuple[str, ...], list[dict[str, Any]]]()
     for row in rows:
         places.setdefault(tuple(str(value(row)) for value in axes.values()), []).append(row)
     for place, same in places.items():
         require_distinct(same, dict(zip(axes, place, strict=True)))
     lines = [(*place, cell(same[-1])) for place, same in places.items()]
-    wide = pd.DataFrame(lines, columns=[*axes, "cell"]).pivot(
-        index=list(down), columns=list(across), values="cell"
-    )
+    table = pd.DataFrame(lines, columns=[*axes, "cell"])
+    wide = table.pivot(index=list(down), columns=list(across), values="cell")
     index, columns = (list(dict.fromkeys(place[n] for place in places)) for n in (0, 1))
     return wide.reindex(index=index, columns=columns)
 
@@ -111,8 +104,7 @@ def comparison(table: pd.DataFrame, metric: str = PERPLEXITY) -> pd.DataFrame:
 
 def by_seed(table: pd.DataFrame, metric: str = f"{PERPLEXITY} - RH", rotation: str = "RO") -> pd.DataFrame:
     """One rotation's rows of a metric at the bits that were run with several seeds: a row for each bits, a
-    column a seed. ValueError where two rows of one place differ.
-    """
+    column a seed. ValueError where two rows of one place differ."""
     rows = [r for r in records(table, metric) if r["rotation"] == rotation and not r["keep_out"]]
     return _wide(rows, {"bits": bits}, {"seed": lambda r: f"seed {r['seed']}"}).dropna()
 

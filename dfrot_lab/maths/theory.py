@@ -1,5 +1,5 @@
-"""What a massive token's error should be: the token is a spike and Gaussian noise, x = m e_j + sigma g, and
-every rotation makes levels of it.
+"""What a massive token's error should be: it is a spike and Gaussian noise, x = m e_j + sigma g, and every
+rotation makes levels of it.
 
 | rotation | entries of x R | levels (how many entries) | noise about a level |
 |---|---|---|---|
@@ -7,138 +7,107 @@ every rotation makes levels of it.
 | RO | a random direction of length ||x||: Gaussian numbers | 0 (C) | sqrt(m^2 / C + sigma^2) |
 | RH | +-m / sqrt(C) and the noise, rotated | each sign (C / 2) | sigma |
 
-More spikes under RH make more levels, (+-m1 +-m2 ...) / sqrt(C). The quantizers of `quantize` round to whole
-multiples of one step, which the row's largest entry (symmetric) or its range (asymmetric) sets; nothing is
-clamped but ties. So one formula covers every case, `error_of_levels`: the expected error of rounding a
-Gaussian number to a multiple of the step, summed over levels, averaged over the step's distribution. It takes
-the step as independent of the entries; all else is exact. The signal-to-noise ratio is snr = m / (sigma
-sqrt(C)). Squared errors, float64, unit of x^2.
-"""
+More spikes under RH make more levels, (+-m1 +-m2 ...) / sqrt(C). The quantizers round to whole multiples of
+one step, which the row's largest entry (symmetric) or its range (asymmetric) sets; nothing is clamped but
+ties. So one formula covers every case, `error_of_levels`: the expected error of rounding a Gaussian number to
+a multiple of the step, summed over levels, averaged over the step's distribution. It takes the step as
+independent of the entries; all else is exact. The signal-to-noise ratio is snr = m / (sigma sqrt(C)). Squared
+errors, float64, unit of x^2. Wrong arguments are ValueErrors."""
 
 import itertools
 import math
 from collections.abc import Sequence
 
 import numpy as np
-import pandas as pd
-import torch
 from numpy.typing import NDArray
 from scipy.integrate import quad
 from scipy.optimize import brentq
 from scipy.special import log_ndtr, ndtr
-from torch import Tensor
 
-from dfrot_lab.maths import rotations
-from dfrot_lab.maths.quantizers import code_range, squared_error
-from dfrot_lab.recipe.specs import QuantSpec, RotationSpec
+from dfrot_lab.maths.quantizers import code_range
+from dfrot_lab.recipe.specs import QuantSpec
 
 Array = NDArray[np.float64]
 SYM4 = QuantSpec(bits=4, scheme="symmetric")
 
 _NODES = 48
-"""Quantiles of the largest entry that the error is averaged over; twice as many move no prediction by more
-than 0.1%.
-"""
+"""Quantiles of the largest entry that the error is averaged over; twice as many change nothing by 0.1%."""
 _REACH = 9.0
-"""Standard deviations beyond which a Gaussian number is taken not to lie: P < 1e-18, against at most some
-thousand entries.
-"""
+"""Standard deviations beyond which no Gaussian number is taken to lie: P < 1e-18, of some thousand
+entries."""
 _CODES = np.arange(-10.0, 11.0)
 """Codes about the nearest one that noise below one step can reach."""
 
 
-def _require(name: str, value: float, ok: bool, rule: str) -> None:
+def require(name: str, value: float, ok: bool, rule: str) -> None:
+    """A ValueError that names the argument, the rule and the value, unless `ok`."""
     if not ok:
         raise ValueError(f"theory.{name} must be {rule}; got {value}")
 
 
-def _check(m: float, sigma: float, channels: int, others: Sequence[float]) -> None:
-    _require("m", m, math.isfinite(m) and m >= 0, "finite and >= 0")
-    _require("sigma", sigma, math.isfinite(sigma) and sigma >= 0, "finite and >= 0")
-    _require(
-        "channels",
-        channels,
-        channels >= 2 ** (1 + len(others)),
-        f"a whole number >= {2 ** (1 + len(others))} with {1 + len(others)} spikes",
-    )
+def check_token(m: float, sigma: float, channels: int, others: Sequence[float]) -> None:
+    """Refuse a token of spikes `m` and `others` and noise `sigma` that no formula here covers."""
+    for name, value in (("m", m), ("sigma", sigma)):
+        require(name, value, math.isfinite(value) and value >= 0, "finite and >= 0")
+    spikes = 1 + len(others)
+    fewest = f"a whole number >= {2**spikes} with {spikes} spikes"
+    require("channels", channels, channels >= 2**spikes, fewest)
     for other in others:
-        _require("others", other, 0 <= other <= m, f"in 0..m = {m:g}")
+        require("others", other, 0 <= other <= m, f"in 0..m = {m:g}")
 
 
 def _steps(quantizer: QuantSpec) -> int:
     """Steps between zero and the largest entry (symmetric) or in the whole range (asymmetric). Only what
-    `error_of_levels` covers.
-    """
+    `error_of_levels` covers."""
     plain = quantizer.granularity == "per_token" and quantizer.scheme != "free" and quantizer.clip_ratio == 1
     if not plain or quantizer.bits == 16:
         raise ValueError(
-            "theory.quantizer must be symmetric or asymmetric, per_token, with clip_ratio 1 and fewer than 16 "
-            f"bits; got {quantizer}"
+            "theory.quantizer must be symmetric or asymmetric, per_token, with clip_ratio 1 and fewer than "
+            f"16 bits; got {quantizer}"
         )
     return code_range(quantizer)[1]
 
 
 def expected_largest(channels: int) -> float:
-    """Expected largest of `channels` absolute values of independent N(0, 1) numbers: the integral of 1 -
-    P(|z| < t)^channels.
+    """Expected largest of `channels` absolute values of independent N(0, 1) numbers. The textbook sqrt(2 ln
+    C) is its leading term for C to infinity, and 7% above it at C = 4096. ValueError: channels < 1."""
+    require("channels", channels, channels >= 1, "a whole number >= 1")
 
-    The textbook sqrt(2 ln C) is its leading term for C to infinity, and 7% above it at C = 4096. ValueError:
-    channels < 1.
-    """
-    _require("channels", channels, channels >= 1, "a whole number >= 1")
-    return float(
-        quad(
-            lambda t: -math.expm1(channels * math.log(max(math.erf(t / math.sqrt(2)), 1e-300))),
-            0,
-            _REACH + 3,
-            limit=200,
-        )[0]
-    )
+    def some_above(t: float) -> float:  # 1 - P(|z| < t)^channels
+        return -math.expm1(channels * math.log(max(math.erf(t / math.sqrt(2)), 1e-300)))
+
+    return float(quad(some_above, 0, _REACH + 3, limit=200)[0])
 
 
 def uniform_error(largest: float, channels: int, quantizer: QuantSpec = SYM4) -> float:
     """The rule of thumb: C step^2 / 12, for entries spread evenly within a step; `largest` is max |x R|
-    (asymmetric: a range of twice that).
-
-    ValueError: channels < 2, a quantizer that is not per token or clips.
-    """
-    _require("channels", channels, channels >= 2, "a whole number >= 2")
+    (asymmetric: a range of twice that)."""
+    require("channels", channels, channels >= 2, "a whole number >= 2")
     step = largest * (1 if quantizer.symmetric else 2) / _steps(quantizer)
     return channels * step**2 / 12
 
 
 def rounding_error(level: Array, sd: Array) -> Array:
-    """E (y - round y)^2 of y ~ N(level, sd^2), elementwise, in units of the step squared.
-
-    From the noise's energy plus the level's misfit, sd^2 + (level - round level)^2 while both lie within half
-    a step, to 1/12 when sd >> 1/2 (Widrow: the difference is below 1e-8 from sd = 1 on, where 1/12 is
-    returned).
-    """
+    """E (y - round y)^2 of y ~ N(level, sd^2), elementwise, in units of the step squared: the noise's energy
+    plus the level's misfit while both lie within half a step, and 1/12 when sd >> 1/2 (Widrow: the difference
+    is below 1e-8 from sd = 1 on, where 1/12 is returned)."""
     off = (level - np.round(level))[..., None] - _CODES
     noise = np.clip(sd, 1e-150, 1.0)[..., None]
     low, high = (-0.5 - off) / noise, (0.5 - off) / noise
-    p_low, p_high = (
-        np.exp(-(low**2) / 2) / math.sqrt(2 * math.pi),
-        np.exp(-(high**2) / 2) / math.sqrt(2 * math.pi),
-    )
-    parts = (
-        (off**2 + noise**2) * (ndtr(high) - ndtr(low))
-        + 2 * off * noise * (p_low - p_high)
-        + noise**2 * (low * p_low - high * p_high)
-    )
+    p_low, p_high = (np.exp(-(z**2) / 2) / math.sqrt(2 * math.pi) for z in (low, high))
+    misfit, cross = (off**2 + noise**2) * (ndtr(high) - ndtr(low)), 2 * off * noise * (p_low - p_high)
+    parts = misfit + cross + noise**2 * (low * p_low - high * p_high)
     return np.where(sd < 1, parts.sum(-1), 1 / 12)
 
 
 def _largest(levels: Array, counts: Array, sd: float, *, absolute: bool) -> Array:
     """Quantiles of equal weight of the largest entry, or |entry|, of a row with `counts` entries about each
-    of `levels`.
-    """
+    of `levels`."""
     top = float(np.abs(levels).max() if absolute else levels.max())
     if sd == 0:
         return np.array([top])
-    t = np.linspace(max(top - _REACH * sd, 0) if absolute else top - _REACH * sd, top + _REACH * sd, 4001)[
-        :, None
-    ]
+    least = top - _REACH * sd
+    t = np.linspace(max(least, 0) if absolute else least, top + _REACH * sd, 4001)[:, None]
     log_below = log_ndtr((t - levels) / sd)
     if absolute:
         with np.errstate(divide="ignore"):
@@ -150,22 +119,15 @@ def _largest(levels: Array, counts: Array, sd: float, *, absolute: bool) -> Arra
 def error_of_levels(
     levels: Sequence[float], counts: Sequence[float], sd: float, quantizer: QuantSpec = SYM4
 ) -> float:
-    """Expected squared error of a row that has `counts[i]` entries N(levels[i], sd^2): the one formula behind
-    every other here.
+    """Expected squared error of a row that has `counts[i]` entries N(levels[i], sd^2): the formula behind
+    all.
 
     A single entry at the top sets the step: it is on the grid itself (symmetric), or as far off it as the
-    zero point is (asymmetric). Scale-equivariant: levels and sd times a give a^2 times the error. ValueError:
-    not as many counts as levels, sd < 0, a quantizer that clips.
-    """
-    _require("sd", sd, math.isfinite(sd) and sd >= 0, "finite and >= 0")
-    _require(
-        "counts", len(counts), len(counts) == len(levels) > 0, f"one for each of the {len(levels)} levels"
-    )
-    place, many, steps = (
-        np.array(levels, dtype=np.float64),
-        np.array(counts, dtype=np.float64),
-        _steps(quantizer),
-    )
+    zero point is (asymmetric). Scale-equivariant: levels and sd times a give a^2 times the error."""
+    require("sd", sd, math.isfinite(sd) and sd >= 0, "finite and >= 0")
+    each_one = f"one for each of the {len(levels)} levels"
+    require("counts", len(counts), len(counts) == len(levels) > 0, each_one)
+    place, many, steps = np.array(levels, np.float64), np.array(counts, np.float64), _steps(quantizer)
     if sd == 0 and not place.any():
         return 0.0
     top = int(np.abs(place).argmax() if quantizer.symmetric else place.argmax())
@@ -173,14 +135,12 @@ def error_of_levels(
         step = _largest(place, many, sd, absolute=True) / steps
         misfit = np.zeros_like(step)
     else:
-        high, low = (
-            np.maximum(_largest(place, many, sd, absolute=False), 0),
-            np.maximum(_largest(-place, many, sd, absolute=False), 0),
-        )
+        high, low = (np.maximum(_largest(ends, many, sd, absolute=False), 0) for ends in (place, -place))
         step = ((high[:, None] + low) / steps).ravel()
         below = np.broadcast_to(low, (len(high), len(low))).ravel() / step
         misfit = (below - np.round(below)) ** 2
-    each = rounding_error(place / step[:, None], np.broadcast_to(sd / step[:, None], (len(step), len(place))))
+    width = step[:, None]
+    each = rounding_error(place / width, np.broadcast_to(sd / width, (len(step), len(place))))
     if many[top] == 1:  # a spike that sets the step by itself is not independent of it
         each[:, top] = misfit
     return float((step**2 * (each * many).sum(-1)).mean())
@@ -189,14 +149,10 @@ def error_of_levels(
 def error_no_rotation(
     m: float, sigma: float, channels: int, quantizer: QuantSpec = SYM4, others: Sequence[float] = ()
 ) -> float:
-    """E(NR): the spike takes the grid; noise below half a step, m / 14 at symmetric 4 bits, falls to zero and
-    the error is its energy C sigma^2.
-
-    `m` the largest spike, `others` further ones, `sigma` the noise a channel, all in x's unit and >= 0.
-    ValueError: a negative number or one of `others` above m, fewer channels than 2^spikes, a quantizer that
-    is not per token or clips.
-    """
-    _check(m, sigma, channels, others)
+    """E(NR): the spike takes the grid; noise below half a step, m / 14 at symmetric 4 bits, falls to zero,
+    and the error is its energy C sigma^2. `m` the largest spike, `others` further ones, `sigma` the noise a
+    channel, all in x's unit and >= 0; at least 2^spikes channels."""
+    check_token(m, sigma, channels, others)
     spikes = [m, *others]
     return error_of_levels([*spikes, 0.0], [*(1.0 for _ in spikes), channels - len(spikes)], sigma, quantizer)
 
@@ -208,9 +164,8 @@ def error_ro(
 
     x R is uniform on the sphere of radius ||x||. The error is scale-equivariant and a Gaussian row's length
     is independent of its direction, so the expectation is *exactly* that of a Gaussian row of the same mean
-    square; spike or not makes no difference. Arguments as `error_no_rotation`.
-    """
-    _check(m, sigma, channels, others)
+    square; spike or not makes no difference. Arguments as `error_no_rotation`."""
+    check_token(m, sigma, channels, others)
     energy = m**2 + sum(other**2 for other in others)
     return error_of_levels([0.0], [channels], math.sqrt(energy / channels + sigma**2), quantizer)
 
@@ -226,14 +181,10 @@ def error_rh(
     the last code. Arguments as `error_no_rotation`. Two exceptions. Asymmetric, a spike in the channel of a
     constant Hadamard row, where the order has one, makes one level and not two. With three spikes or more the
     signs may depend on each other (in a power of two, one row in C is the product of two others), which
-    leaves fewer levels.
-    """
-    _check(m, sigma, channels, others)
-    signs = itertools.product((-1, 1), repeat=1 + len(others))
-    levels = [
-        sum(sign * spike for sign, spike in zip(s, (m, *others), strict=True)) / math.sqrt(channels)
-        for s in signs
-    ]
+    leaves fewer levels."""
+    check_token(m, sigma, channels, others)
+    signed = itertools.product(*((-spike, spike) for spike in (m, *others)))
+    levels = [sum(spikes) / math.sqrt(channels) for spikes in signed]
     return error_of_levels(levels, [channels / len(levels)] * len(levels), sigma, quantizer)
 
 
@@ -243,158 +194,29 @@ PREDICT = {"NR": error_no_rotation, "RO": error_ro, "RH": error_rh}
 
 def unit_rms(snr: float, channels: int, ratio: float = 0.0) -> tuple[float, float]:
     """(m, sigma) of a token of mean square 1, as RMSNorm leaves it, with `snr` = length of the spikes /
-    (sigma sqrt(C)) and second spike ratio * m.
-
-    `snr` may be inf: no noise. ValueError: snr < 0, ratio outside 0..1.
-    """
-    _require("snr", snr, snr >= 0, ">= 0")
-    _require("ratio", ratio, 0 <= ratio <= 1, "in 0..1")
+    (sigma sqrt(C)), which may be inf, and second spike ratio * m."""
+    require("snr", snr, snr >= 0, ">= 0")
+    require("ratio", ratio, 0 <= ratio <= 1, "in 0..1")
     signal = 1 / (1 + snr**-2) if snr > 0 else 0.0
     return math.sqrt(channels * signal / (1 + ratio**2)), math.sqrt(max(1 - signal, 0))
 
 
 def paper_window(channels: int, quantizer: QuantSpec = SYM4) -> tuple[float, float]:
     """The snr from which E(RO) > E(NR), and the first snr from which E(NR) < E(RH): between them lies DFRot's
-    order RO > NR > RH.
-
-    Raises ValueError where the formulas do not cross between snr 1 and 1000.
-    """
+    order RO > NR > RH. ValueError: no crossing between snr 1 and 1000."""
 
     def gap(log_snr: float, above: str, below: str) -> float:
         m, sigma = unit_rms(math.exp(log_snr), channels)
-        return math.log(
-            PREDICT[above](m, sigma, channels, quantizer) / PREDICT[below](m, sigma, channels, quantizer)
-        )
+        more, less = (PREDICT[kind](m, sigma, channels, quantizer) for kind in (above, below))
+        return math.log(more / less)
 
     ends = []
     for pair in (("NR", "RO"), ("NR", "RH")):
         snr = next((snr for snr in np.linspace(0, math.log(1000), 81) if gap(snr, *pair) < 0), None)
         if not snr:
             raise ValueError(
-                f"theory.channels must let E({pair[0]}) fall below E({pair[1]}) between snr 1 and 1000; got {channels} at {quantizer.name}"
+                f"theory.channels must let E({pair[0]}) fall below E({pair[1]}) between snr 1 and 1000; got "
+                f"{channels} at {quantizer.name}"
             )
         ends.append(math.exp(brentq(gap, snr - math.log(1000) / 80, snr, args=pair, xtol=1e-4)))
     return ends[0], ends[1]
-
-
-def planted(
-    m: float,
-    sigma: float,
-    channels: int,
-    tokens: int,
-    generator: torch.Generator,
-    others: Sequence[float] = (),
-) -> Tensor:
-    """`tokens` rows (tokens, channels), float64, of Gaussian noise `sigma` with the spike `m`, and `others`,
-    in different random channels.
-
-    ValueError: as `error_no_rotation`, or tokens < 1.
-    """
-    _check(m, sigma, channels, others)
-    _require("tokens", tokens, tokens >= 1, "a whole number >= 1")
-    x = sigma * torch.randn(tokens, channels, dtype=torch.float64, generator=generator)
-    spikes = torch.tensor([m, *others], dtype=torch.float64)
-    places = torch.rand(tokens, channels, generator=generator).argsort(1)[:, : len(spikes)]
-    return x.scatter_add_(1, places, spikes.expand(tokens, -1))
-
-
-def curve(
-    channels: Sequence[int],
-    snrs: Sequence[float],
-    quantizers: Sequence[QuantSpec] = (SYM4,),
-    *,
-    ratios: Sequence[float] = (0.0,),
-    kinds: Sequence[str] = tuple(PREDICT),
-) -> pd.DataFrame:
-    """Predicted squared error of tokens of mean square 1, a row for every combination of the arguments; a
-    ratio is second spike / first.
-
-    Columns: channels, rotation, snr, ratio, quantizer, bits, predicted. ValueError: a kind that has no
-    prediction.
-    """
-    rows = []
-    for c, kind, snr, ratio, q in itertools.product(channels, kinds, snrs, ratios, quantizers):
-        if kind not in PREDICT:
-            raise ValueError(f"theory.kinds must be among {tuple(PREDICT)}; got {kind!r}")
-        m, sigma = unit_rms(snr, c, ratio)
-        others = (ratio * m,) if ratio else ()
-        rows.append((c, kind, snr, ratio, q.name, q.bits, PREDICT[kind](m, sigma, c, q, others)))
-    return pd.DataFrame(
-        rows, columns=["channels", "rotation", "snr", "ratio", "quantizer", "bits", "predicted"]
-    )
-
-
-def measure(
-    channels: Sequence[int],
-    snrs: Sequence[float],
-    quantizers: Sequence[QuantSpec] = (SYM4,),
-    *,
-    ratios: Sequence[float] = (0.0,),
-    kinds: Sequence[str] = tuple(PREDICT),
-    seeds: Sequence[int] = (0,),
-    tokens: int = 64,
-) -> pd.DataFrame:
-    """`curve` with what planted tokens of the same snr and ratio measure: column measured, the mean over
-    `tokens` tokens, one row a seed.
-
-    A seed draws the rotation and the tokens. ValueError: as `curve` and `planted`.
-    """
-    parts = []
-    for c, kind in itertools.product(channels, kinds):
-        table = curve([c], snrs, quantizers, ratios=ratios, kinds=[kind])
-        for seed in seeds:
-            R, found = rotations.make(RotationSpec(kind=kind, seed=seed), c), []
-            for snr, ratio in itertools.product(snrs, ratios):
-                m, sigma = unit_rms(snr, c, ratio)
-                x = (
-                    planted(
-                        m,
-                        sigma,
-                        c,
-                        tokens,
-                        torch.Generator().manual_seed(seed),
-                        (ratio * m,) if ratio else (),
-                    )
-                    @ R
-                )
-                found += [float(squared_error(x, q).mean()) for q in quantizers]
-            parts.append(table.assign(seed=seed, measured=found))
-    return pd.concat(parts, ignore_index=True)
-
-
-def estimate(x: Tensor) -> pd.DataFrame:
-    """Spike and noise of real rows `x` (tokens, channels), a line a row, in x's unit.
-
-    Columns: channel and m (of the largest |entry|), second (the next), sigma (root mean square of all but the
-    largest), snr (m / (sigma sqrt(C))), tail (fourth moment of all but the largest / sigma^4: 3 for Gaussian
-    noise). ValueError: not (tokens, >= 3 channels), not finite.
-    """
-    if x.ndim != 2 or x.shape[1] < 3 or not x.isfinite().all():
-        raise ValueError(f"theory.x must be finite, (tokens, channels >= 3); got shape {tuple(x.shape)}")
-    largest, where = x.double().abs().sort(1, descending=True)
-    sigma = largest[:, 1:].square().mean(1).sqrt()
-    columns = {
-        "channel": where[:, 0],
-        "m": largest[:, 0],
-        "second": largest[:, 1],
-        "sigma": sigma,
-        "snr": largest[:, 0] / (sigma * math.sqrt(x.shape[1])),
-        "tail": largest[:, 1:].pow(4).mean(1) / sigma**4,
-    }
-    return pd.DataFrame({name: values.numpy() for name, values in columns.items()})
-
-
-def predict(x: Tensor, quantizer: QuantSpec = SYM4, *, spikes: int = 1) -> pd.DataFrame:
-    """Predicted squared errors of real rows `x` (tokens, channels): their `spikes` largest |entries| as
-    spikes, all else as Gaussian noise.
-
-    Columns NR, RO, RH, a line a row. Signs are dropped, which matters to NR of an asymmetric quantizer alone.
-    ValueError: spikes < 1 or more than log2(channels), a quantizer that is not per token or clips.
-    """
-    _require("spikes", spikes, 1 <= spikes <= math.log2(x.shape[-1]), "a whole number in 1..log2(channels)")
-    largest = x.double().abs().sort(1, descending=True).values
-    noise = largest[:, spikes:].square().mean(1).sqrt()
-    rows = []
-    for (m, *others), sigma in zip(largest[:, :spikes].tolist(), noise.tolist(), strict=True):
-        rows.append([error(m, sigma, x.shape[1], quantizer, others) for error in PREDICT.values()])
-    return pd.DataFrame(rows, columns=list(PREDICT))

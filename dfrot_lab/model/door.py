@@ -2,9 +2,9 @@
 
 from typing import TypeVar, cast
 
+from dfrot_lab.disk.digests import digest
 from dfrot_lab.model import corpus, loading
 from dfrot_lab.recipe.base import Spec
-from dfrot_lab.recipe.keys import file_digest
 from dfrot_lab.recipe.specs import CorpusSpec, ModelSpec
 
 S = TypeVar("S", bound=Spec)
@@ -12,8 +12,7 @@ S = TypeVar("S", bound=Spec)
 
 def resolved(spec: S) -> S:
     """`spec` with the text and the device of every nested spec named: no `auto` is left. ValueError for a
-    text or a device that is not here.
-    """
+    text or a device that is not here."""
     if isinstance(spec, CorpusSpec):
         return cast(S, corpus.resolve(spec))
     if isinstance(spec, ModelSpec):
@@ -36,7 +35,7 @@ class _Prints:
 
     def file(self, path: str) -> str:
         """Hash of a file's bytes."""
-        return file_digest(path)
+        return digest(path)
 
 
 PRINTS = _Prints()

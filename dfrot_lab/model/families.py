@@ -1,7 +1,6 @@
 """Which model families can be rotated, and which part of each plays which role: the one place that knows any.
 
-A new family is one entry in FAMILIES, and one tiny random model in tests/conftest.py.
-"""
+A new family is one entry in FAMILIES, and one tiny random model in tests/conftest.py."""
 
 from dataclasses import dataclass
 
@@ -11,8 +10,7 @@ class Roles:
     """Which submodule plays which role; a layer's parts are named inside the decoder layer.
 
     `feeds` holds (site, norm, the linears that alone read that norm's output): from it follow the fusing of
-    gains, R1 and what is quantized.
-    """
+    gains, R1 and what is quantized."""
 
     embedding: str = "model.embed_tokens"
     layers: str = "model.layers"

@@ -1,12 +1,8 @@
-"""Linears in integer arithmetic: the int8 product of activation and weight codes, exact in int32, with the
-scales applied after it.
+"""Linears in integer arithmetic: the int8 product of activation and weight codes, then the scales.
 
 For a token with scale s, codes q and zero point z, and an output channel with scale t and codes p (weights
-are symmetric),
-    sum over channels of s (q - z) t p  =  s t (sum over channels of (q - z) p),
-and the right side is what fake quantization computes as the left one, to float rounding, at the speed of
-int8.
-"""
+are symmetric), sum over channels of s (q - z) t p  =  s t (sum over channels of (q - z) p): the left side is
+what fake quantization computes, the right side the same to float rounding, at the speed of int8."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,32 +20,26 @@ from dfrot_lab.model.surgery import Transform
 from dfrot_lab.recipe.specs import QuantSpec
 
 _ROWS = 512
-"""Tokens worked on at once: what is between the input and its codes, and between the int32 sums and the
-result, stays in cache.
-"""
+"""Tokens worked on at once: what is between input, codes, int32 sums and result stays in cache."""
 
 
 def fits(spec: QuantSpec) -> bool:
     """Whether codes less their zero point fit int8: up to 8 bits symmetric, 7 asymmetric; never in the free
-    scheme, whose zero point may lie anywhere.
-    """
+    scheme, whose zero point may lie anywhere."""
     return spec.scheme != "free" and spec.bits <= (8 if spec.symmetric else 7)
 
 
 @cache
 def _fast_on_cpu() -> bool:
-    """Whether the CPU has instructions for it: without them torch's int8 product takes 50 times as long as
-    float32's (measured on AVX2).
-    """
+    """Whether the CPU has instructions for it: without them (AVX2) torch's int8 product takes 50 times as long
+    as float32's."""
     return torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a (m, k) @ b.T for int8 `a` and `b` (n, k): int32 (m, n), exact.
 
-    Where torch has no fast int8 product (on a GPU: up to 16 rows, or k or n not a multiple of 8) it is one of
-    floats that hold every sum exactly.
-    """
+    Where torch has no fast int8 product, it is one of floats that hold every sum exactly."""
     if (len(a) > 16 and a.shape[1] % 8 == 0 and len(b) % 8 == 0) if a.is_cuda else _fast_on_cpu():
         return torch._int_mm(a, b.T)
     largest = a.shape[1] * math.prod(int(x.to(torch.int16).abs().max()) for x in (a, b))
@@ -58,9 +48,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 class _Coded(NamedTuple):
-    """An activation `of` (..., channels) as codes less zero points (tokens, channels) int8 and scales
-    (tokens, 1), and the tokens left alone.
-    """
+    """An activation as codes less zero points (tokens, channels), scales (tokens, 1), tokens left alone."""
 
     of: Tensor
     codes: Tensor
@@ -69,9 +57,7 @@ class _Coded(NamedTuple):
 
 
 class _Input:
-    """The activation last quantized: q, k and v (gate and up) read the same tensor, and only the first of
-    them quantizes it.
-    """
+    """The activation last quantized: q, k and v (gate and up) read one tensor, and the first quantizes it."""
 
     def __init__(self, spec: QuantSpec) -> None:
         self.spec = spec
@@ -84,9 +70,8 @@ class _Input:
             rows = x.reshape(-1, x.shape[-1])
             codes = torch.empty(rows.shape, dtype=torch.int8, device=x.device)
             parts = zip(rows.split(_ROWS), codes.split(_ROWS), strict=True)
-            scale = torch.cat(
-                [centred(before(part) if before else part, self.spec, out=out) for part, out in parts]
-            )
+            before = before or (lambda part: part)
+            scale = torch.cat([centred(before(part), self.spec, out=out) for part, out in parts])
             self.last = _Coded(x, codes, scale, spare(rows).nonzero().flatten() if spare else None)
         return self.last
 
@@ -98,8 +83,7 @@ class _Input:
 class IntegerLinear(nn.Module):
     """In place of a linear with quantized weights: quantizes its input per token, multiplies codes, scales.
 
-    `before` transforms the input first (R4); rows that `spare` marks (tokens,) go through the float linear,
-    unquantised.
+    `before` transforms the input first (R4); rows that `spare` marks (tokens,) go through the float linear.
     """
 
     def __init__(
@@ -117,17 +101,18 @@ class IntegerLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) to (..., out), in x's dtype."""
         coded = self.source.take(x, self.before, self.spare)
-        out = x.new_empty(len(coded.codes), len(self.codes))
+        # at least float32: an int32 sum, not scaled yet, may be too large for 16 bits
+        wide = torch.promote_types(x.dtype, torch.float32)
+        out = x.new_empty(len(coded.codes), len(self.codes), dtype=wide)
         parts = zip(coded.codes.split(_ROWS), coded.scale.split(_ROWS), out.split(_ROWS), strict=True)
         for codes, scale, result in parts:
             result.copy_(product(codes, self.codes)).mul_(scale).mul_(self.scale)
         if self.original.bias is not None:
             out += self.original.bias
         if coded.spared is not None and len(coded.spared):
-            out[coded.spared] = F.linear(
-                x.reshape(-1, x.shape[-1])[coded.spared], self.original.weight, self.original.bias
-            )
-        return out.reshape(*x.shape[:-1], -1)
+            rows = x.reshape(-1, x.shape[-1])[coded.spared]
+            out[coded.spared] = F.linear(rows, self.original.weight, self.original.bias).to(wide)
+        return out.reshape(*x.shape[:-1], -1).to(x.dtype)
 
 
 @contextmanager
@@ -139,12 +124,9 @@ def integer_linears(
     r4: Transform | None = None,
     spare: Transform | None = None,
 ) -> Iterator[None]:
-    """While the block runs, every linear of every layer is an `IntegerLinear` on `codes` (one mapping from
-    linear name a layer); as it was after it.
+    """While the block runs, every linear is an `IntegerLinear` on `codes` (a layer's, by linear name).
 
-    `r4` is applied to down_proj's input; `spare` judges the tokens of the norm outputs, which q, k, v, gate
-    and up read.
-    """
+    `r4` is applied to down_proj's input; `spare` judges the tokens of norm outputs."""
     source = _Input(spec)
     after_norm = [name for _, _, names in loaded.roles.feeds for name in names]
     with ExitStack() as stack:
@@ -153,9 +135,7 @@ def integer_linears(
             for name, weight in weights.items():
                 original = linear(layer, name)
                 before = r4 if name == loaded.roles.down else None
-                layer.set_submodule(
-                    name,
-                    IntegerLinear(original, weight, source, before, spare if name in after_norm else None),
-                )
+                spared = spare if name in after_norm else None
+                layer.set_submodule(name, IntegerLinear(original, weight, source, before, spared))
                 stack.callback(layer.set_submodule, name, original)
         yield

@@ -1,20 +1,18 @@
-"""Record sites during one forward pass: every norm's output, written to the store site by site, and the
-residual stream's largest value a token.
-"""
+"""Record one forward pass: every norm's output, written to the store site by site, and how large the residual
+stream is."""
 
 import logging
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dfrot_lab.disk.artefacts import Artefact, Store, Writer
-from dfrot_lab.model import corpus, door, loading, surgery
+from dfrot_lab.model import corpus, door, hooks, loading, surgery
 from dfrot_lab.model.loading import LoadedModel
 from dfrot_lab.recipe import keys
 from dfrot_lab.recipe.specs import WINDOW, CaptureSpec
@@ -22,9 +20,8 @@ from dfrot_lab.recipe.specs import WINDOW, CaptureSpec
 log = logging.getLogger(__name__)
 
 _MEDIAN_SAMPLE = 1 << 16
-"""Values the residual median is taken over (whole tokens, evenly spaced): the full median costs a fifth of
-the forward pass.
-"""
+"""Values of whole tokens, evenly spaced, that the residual median is taken over: of all it costs a fifth of
+the forward pass."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +44,13 @@ class Capture:
         return self.artefact.key
 
     @property
+    def spec(self) -> CaptureSpec:
+        """What it was recorded from and how."""
+        return CaptureSpec.of(self._about["spec"])
+
+    @property
     def sites(self) -> list[str]:
-        """Site names in the order the forward pass meets them: layers.0.input_norm,
-        layers.0.post_attention_norm, ...
-        """
+        """Sites as the forward pass meets them: layers.0.input_norm, layers.0.post_attention_norm, ..."""
         return list(self._about["sites"])
 
     @property
@@ -70,7 +70,7 @@ class Capture:
 
     @property
     def texts(self) -> list[str]:
-        """Each token's text as the tokenizer decodes it alone (white space kept, not escaped)."""
+        """Each token's text as the tokenizer decodes it alone, white space kept."""
         return list(self._about["texts"])
 
     def rows(self, site: str) -> Tensor:
@@ -79,19 +79,14 @@ class Capture:
         return self.artefact.tensors(site)["x"]
 
     def place(self, site: str) -> int:
-        """Where `site` is in `sites`; KeyError that names it if it is not there."""
+        """Where `site` is in `sites`; KeyError."""
         if site not in self.sites:
             raise KeyError(f"no site {site!r} in this capture; it has {self.sites[0]} .. {self.sites[-1]}")
         return self.sites.index(site)
 
     def all_rows(self) -> Tensor:
-        """Every site's rows below one another (sites * tokens, channels), in the order of `sites`: what R1 is
-        refined on.
-        """
-        out = torch.empty(len(self.sites) * self.tokens, self.channels)
-        for i, site in enumerate(self.sites):
-            out[i * self.tokens : (i + 1) * self.tokens] = self.rows(site)
-        return out
+        """Every site's rows below one another (sites * tokens, channels), float32: what R1 is refined on."""
+        return torch.cat([self.rows(site).float() for site in self.sites])
 
     @property
     def residual_max(self) -> Tensor:
@@ -113,31 +108,31 @@ def capture(
     spec: CaptureSpec | None = None, store: Store | None = None, loaded: LoadedModel | None = None
 ) -> Capture:
     """The capture `spec` describes, from the store or recorded now. `loaded`, where given, must be a fresh
-    load of `spec.model`; it gets prepared.
-
-    Raises ValueError for more tokens than the corpus or the model's context has, and for NaN or Inf, naming
-    site and token.
-    """
-    spec, store = spec or CaptureSpec(), store or Store()
-    spec = door.resolved(spec)
-
+    load of `spec.model`; it gets prepared. ValueError: more tokens than the corpus or the model's context
+    has; NaN or Inf, naming site and token."""
+    spec, store = door.resolved(spec or CaptureSpec()), store or Store()
     if loaded is not None and loaded.spec != spec.model:
         raise ValueError(
-            f"capture.loaded must be a load of CaptureSpec.model {spec.model.source}; got one of {loaded.spec.source}"
+            f"capture.loaded must be a load of CaptureSpec.model {spec.model.source}; got one of "
+            f"{loaded.spec.source}"
         )
 
     def make(writer: Writer) -> None:
         ready = loaded or loading.load_model(spec.model, store)
         ids = token_blocks(spec, ready)
         surgery.prepare(ready)
-        log.info("capturing %d sites of %d tokens (%.2f GB)", *_size(ready, ids))
+        count = len(hooks.sites_of(ready, *hooks.NORMS))
+        size = count * ids.numel() * ready.channels * 4 / 1e9
+        log.info("capturing %d sites of %d tokens (%.2f GB)", count, ids.numel(), size)
         started = time.perf_counter()
         sites, residual = record(ready, ids, lambda site, x: writer.save_tensors(site, {"x": x}))
         writer.save_tensors("residual", residual)
         flat = ids.flatten().tolist()
         texts = [ready.tokenizer.decode([i]) for i in flat]
-        writer.save_json("about", {"sites": sites, "channels": ready.channels, "ids": flat, "texts": texts})
-        writer.note.update(provenance=ready.provenance, forward_seconds=time.perf_counter() - started)
+        about = {"sites": sites, "channels": ready.channels, "ids": flat, "texts": texts}
+        writer.save_json("about", {**about, "spec": spec.plain()})
+        seconds = time.perf_counter() - started
+        writer.note.update(provenance=ready.provenance, family=ready.family, forward_seconds=seconds)
 
     return Capture(store.get_or_make("capture", keys.identity(spec, door.PRINTS), make))
 
@@ -156,63 +151,43 @@ def token_blocks(spec: CaptureSpec, loaded: LoadedModel) -> Tensor:
         )
     window = min(spec.tokens, WINDOW)
     loading.check_tokens(loaded, window)
-    return corpus.token_blocks(
-        spec.corpus, loaded.tokenizer, blocks=spec.skip + spec.tokens // window, window=window
-    )[spec.skip :]
-
-
-def _size(loaded: LoadedModel, ids: Tensor) -> tuple[int, int, float]:
-    sites = len(loaded.layers) * len(loaded.roles.feeds)
-    return sites, ids.numel(), sites * ids.numel() * loaded.channels * 4 / 1e9
+    blocks = spec.skip + spec.tokens // window
+    return corpus.token_blocks(spec.corpus, loaded.tokenizer, blocks=blocks, window=window)[spec.skip :]
 
 
 def record(
     loaded: LoadedModel, ids: Tensor, save: Callable[[str, Tensor], None]
 ) -> tuple[list[str], dict[str, Tensor]]:
-    """Run `ids` (blocks, window) once and hand each norm's output (tokens, channels) to `save` as it appears;
-    nothing is kept.
-
-    Returns the site names and {abs_max, channel: (sites, tokens); median: (sites,)} of the residual stream
-    before each norm.
+    """Run `ids` (blocks, window) once and hand each norm's output (tokens, channels) to `save` as it appears.
+    The sites, and {abs_max, channel: (sites, tokens); median: (sites,)} of the residual stream before each.
     """
     names: list[str] = []
     rows: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def hook(site: str) -> Callable[..., None]:
-        def see(
-            _module: nn.Module, args: tuple[Tensor, ...], output: Tensor
-        ) -> None:  # returns None: the output stays as it is
-            x = output.detach().reshape(-1, output.shape[-1])
-            _require_finite(x, site)
-            names.append(site)
-            rows.append(_extremes(args[0].detach().reshape(x.shape)))
-            save(site, x)
+    def see(site: str, x: Tensor) -> None:
+        x = x.detach().reshape(-1, x.shape[-1])
+        if site.endswith("_in"):
+            rows.append(_extremes(x))
+            return
+        bad = (~x.isfinite()).any(-1).nonzero()
+        if len(bad):
+            raise ValueError(
+                f"activations must be finite; got NaN or Inf at site {site}, token {int(bad[0])}. The model "
+                "is broken, or its dtype too small."
+            )
+        names.append(site)
+        save(site, x)
 
-        return see
-
-    with ExitStack() as stack, torch.inference_mode():
-        for index, layer in enumerate(loaded.layers):
-            for name, norm, _ in loaded.roles.feeds:
-                handle = layer.get_submodule(norm).register_forward_hook(hook(f"layers.{index}.{name}"))
-                stack.callback(handle.remove)
+    sites = hooks.sites_of(loaded, *hooks.NORMS, *hooks.NORM_INPUTS)
+    with torch.inference_mode(), hooks.at_sites(loaded, see, sites):
         loading.body(loaded)(ids.to(loaded.device), use_cache=False)
     abs_max, channel, median = (torch.stack(column) for column in zip(*rows, strict=True))
     return names, {"abs_max": abs_max, "channel": channel, "median": median}
 
 
 def _extremes(residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Largest |value| and its channel for each token (tokens,), and the median |value| (scalar) of a residual
-    stream (tokens, channels).
-    """
+    """Of a residual stream (tokens, channels) each token's largest |value|, its channel; the median."""
     magnitude = residual.abs()
     value, channel = magnitude.max(-1)
     step = max(1, residual.numel() // _MEDIAN_SAMPLE)
     return value, channel, magnitude[::step].median()
-
-
-def _require_finite(x: Tensor, site: str) -> None:
-    if not torch.isfinite(x).all():
-        token = int((~torch.isfinite(x)).any(-1).nonzero()[0])
-        raise ValueError(
-            f"activations must be finite; got NaN or Inf at site {site}, token {token}. The model is broken, or its dtype too small."
-        )

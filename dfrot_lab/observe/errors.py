@@ -1,13 +1,10 @@
-"""Per-token quantization errors of captured activations, for any set of rotations and quantizers, as one tidy
-table.
-"""
+"""Quantization errors of captured tokens under any rotations and quantizers, as one tidy table."""
 
 import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
-import torch
 from torch import Tensor
 
 from dfrot_lab.maths import rotations
@@ -25,14 +22,16 @@ def default_rotations(channels: int, seed: int = 0) -> dict[str, Tensor]:
 
 
 def token_errors(
-    capture: Capture, rotation: Mapping[str, Tensor] | None = None, quantizers: Sequence[QuantSpec] = (SYM4,), *,
-    sites: Sequence[str] | None = None, rule: str = DEFAULT_RULE,
-) -> pd.DataFrame:  # fmt: skip
-    """E(x R) of every token at every site under every rotation and quantizer.
-
-    Columns: site, token (index), text, rotation, quantizer, error (sum of squares over channels: the paper's
-    figures), root (its square root), massive (whether `rule` calls the token massive at that site).
-    """
+    capture: Capture,
+    rotation: Mapping[str, Tensor] | None = None,
+    quantizers: Sequence[QuantSpec] = (SYM4,),
+    *,
+    sites: Sequence[str] | None = None,
+    rule: str = DEFAULT_RULE,
+) -> pd.DataFrame:
+    """E(x R) of every token at every site under every rotation and quantizer. Columns: site, token (index),
+    text, rotation, quantizer, error (sum of squares over channels: the paper's figures), root (its square
+    root), massive (whether `rule` calls the token massive at that site)."""
     chosen = list(sites or capture.sites)
     matrices = rotation if rotation is not None else default_rotations(capture.channels)
     massive_at = dict(zip(chosen, massive.find(capture, rule, chosen).numpy(), strict=True))
@@ -62,9 +61,8 @@ def token_errors(
 def massive_names(
     capture: Capture, rules: Sequence[str] = MASSIVE_RULES, sites: Sequence[str] | None = None
 ) -> np.ndarray:
-    """For each (site, token) the rules that call it massive, in words: an object array (sites, tokens); all
-    sites, or those named.
-    """
+    """The rules that call each token massive, in words: objects (sites, tokens); all sites, or those
+    named."""
     names = np.full((len(capture.sites if sites is None else sites), capture.tokens), "", dtype=object)
     for rule in rules:
         mask = massive.find(capture, rule, sites).numpy()
@@ -83,20 +81,15 @@ def wide(errors: pd.DataFrame, value: str = "error") -> pd.DataFrame:
 
 
 def orders(wide: pd.DataFrame, names: Sequence[str] = ("NR", "RO", "RH")) -> pd.Series:
-    """The order of each token's errors, largest first, such as `RO > NR > RH`: what the paper's Fig. 2
-    colours by.
-    """
+    """The order of each token's errors, largest first, such as `RO > NR > RH`: Fig. 2 colours by it."""
     place = np.argsort(-wide[list(names)].to_numpy(), axis=1, kind="stable")
-    labels = {
-        order: " > ".join(names[i] for i in order) for order in itertools.permutations(range(len(names)))
-    }
+    every = itertools.permutations(range(len(names)))
+    labels = {order: " > ".join(names[i] for i in order) for order in every}
     return pd.Series([labels[tuple(row)] for row in place.tolist()], index=wide.index, dtype="category")
 
 
 def summary(errors: pd.DataFrame) -> pd.DataFrame:
-    """Mean, median and 99th percentile of the root error by rotation and quantizer, for ordinary and for
-    massive tokens.
-    """
+    """Mean, median and p99 of root errors by rotation and quantizer, of ordinary and of massive tokens."""
     tokens = errors["massive"].map({True: "massive", False: "ordinary"})
     keys = ["quantizer", "rotation", "tokens"]
     groups = errors.assign(tokens=tokens).groupby(keys, sort=False, observed=True)["root"]
@@ -105,26 +98,20 @@ def summary(errors: pd.DataFrame) -> pd.DataFrame:
 
 def _repeated(names: Sequence[str], times: int) -> "pd.Categorical[str]":
     """Each name `times` times, as a categorical in order of appearance."""
-    order = list(dict.fromkeys(names))
-    return pd.Categorical.from_codes(
-        np.repeat([order.index(name) for name in names], times), categories=pd.Index(order)
-    )
+    codes, order = pd.factorize(pd.Index(names))
+    return pd.Categorical.from_codes(np.repeat(codes, times), categories=order)
 
 
 def massive_values(
     capture: Capture, site: str, token: int, matrices: Mapping[str, Tensor], quantizer: QuantSpec = SYM4
 ) -> pd.DataFrame:
     """One token's values before and after quantization under each rotation (the paper's Fig. 4): rotation,
-    channel, value, quantized.
-    """
+    channel, value, quantized."""
     row = capture.rows(site)[token : token + 1]
     tables = []
     for name, R in matrices.items():
         value = row @ R.to(row)
-        columns = {
-            "rotation": name,
-            "channel": torch.arange(value.shape[-1]).numpy(),
-            "value": value[0].numpy(),
-        }
-        tables.append(pd.DataFrame({**columns, "quantized": fake_quantize(value, quantizer)[0].numpy()}))
+        columns = {"value": value[0].numpy(), "quantized": fake_quantize(value, quantizer)[0].numpy()}
+        table = pd.DataFrame(columns).rename_axis("channel").reset_index()
+        tables.append(table.assign(rotation=name)[["rotation", "channel", "value", "quantized"]])
     return pd.concat(tables, ignore_index=True)

@@ -1,17 +1,14 @@
 """Overwrite massive values while a model runs, to see what they are for (Sun et al., arXiv 2402.17762, Sec.
-3.3).
-
-Massive values are those of the residual stream, before a layer, that rule `sun` names: |a| > 100 and >= 1000
-x the median |a| there.
-"""
+3.3): those of the residual stream before a layer that are, by rule `sun`, > 100 and >= 1000 x the median."""
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dfrot_lab.model import loading
+from dfrot_lab.model.hooks import at_sites, sites_of
 from dfrot_lab.model.loading import LoadedModel
 from dfrot_lab.observe import massive
 
@@ -20,9 +17,7 @@ See = Callable[[int, Tensor], Tensor | None]
 
 
 def massive_mask(x: Tensor) -> Tensor:
-    """Which values of a residual stream `x` (..., tokens, channels) are massive by rule `sun`; a mask of x's
-    shape.
-    """
+    """Which values of a residual stream `x` (..., tokens, channels) are massive by rule `sun`, as a mask."""
     magnitude = x.abs()
     return (magnitude > massive.SUN_ABSOLUTE) & (magnitude >= massive.SUN_RATIO * magnitude.median())
 
@@ -30,8 +25,7 @@ def massive_mask(x: Tensor) -> Tensor:
 @torch.inference_mode()
 def mean_massive(loaded: LoadedModel, ids: Tensor) -> Tensor:
     """Mean of the massive values of each layer's input in each channel (layers, channels) over token ids
-    (windows, window); 0 where none is.
-    """
+    (windows, window); 0 where none is."""
     total = torch.zeros(len(loaded.layers), loaded.channels, dtype=torch.float64)
     count = torch.zeros_like(total)
 
@@ -49,8 +43,7 @@ def mean_massive(loaded: LoadedModel, ids: Tensor) -> Tensor:
 @contextmanager
 def massive_set(loaded: LoadedModel, to: str, ids: Tensor) -> Iterator[None]:
     """While the block runs, massive values before every layer are 0 (`to` = zero), or their average over
-    `ids` (windows, window) (mean).
-    """
+    `ids` (windows, window) (mean)."""
     value = torch.zeros(len(loaded.layers), loaded.channels) if to == "zero" else mean_massive(loaded, ids)
     with before_layers(loaded, lambda layer, x: torch.where(massive_mask(x), value[layer].to(x), x)):
         yield
@@ -60,14 +53,8 @@ def massive_set(loaded: LoadedModel, to: str, ids: Tensor) -> Iterator[None]:
 def before_layers(loaded: LoadedModel, function: See) -> Iterator[None]:
     """While the block runs, `function` sees, and may replace, what enters every layer."""
 
-    def hook(number: int) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...] | None]:
-        def see(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-            new = function(number, args[0])
-            return None if new is None else (new, *args[1:])
+    def see(site: str, x: Tensor) -> Tensor | None:
+        return function(int(site.split(".")[1]), x)
 
-        return see
-
-    with ExitStack() as stack:
-        for number, layer in enumerate(loaded.layers):
-            stack.callback(layer.register_forward_pre_hook(hook(number)).remove)
+    with at_sites(loaded, see, sites_of(loaded, "residual")):
         yield

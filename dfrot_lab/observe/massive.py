@@ -2,17 +2,16 @@
 
 | rule | a token is massive at a site when | source |
 |---|---|---|
-| ratio_8 | its largest |a| in the residual stream is > 8 x the median token's largest there | here: the portable one |
-| ratio_64 | the same with 64 | PrefixQuant, arXiv 2410.05265 (which looks at linear inputs) |
-| sun | an |a| > 100 in its residual stream is >= 1000 x the median |a| there | Sun et al., arXiv 2402.17762 |
-| nr_error_8.5 | root E(NR) of its row, symmetric 4-bit, is < 8.5 sqrt(C / 4096) | DFRot's released code, to refine |
-| nr_error_9.5 | the same with 9.5 | DFRot's released code, to keep tokens out |
-| ro_vs_nr | E(RO) >= E(NR) of its row, symmetric 4-bit | DFRot's released code, for Mistral |
+| ratio_8 | its largest residual value is > 8 x the median token's largest | here: the portable one |
+| ratio_64 | the same with 64 | PrefixQuant, arXiv 2410.05265 (at linear inputs) |
+| sun | a residual value > 100 is >= 1000 x the median value there | Sun et al., arXiv 2402.17762 |
+| nr_error_8.5 | root E(NR) of its row, symmetric 4-bit, is < 8.5 sqrt(C / 4096) | DFRot's code, to refine |
+| nr_error_9.5 | the same with 9.5 | DFRot's code, to keep tokens out |
+| ro_vs_nr | E(RO) >= E(NR) of its row, symmetric 4-bit | DFRot's code, for Mistral |
 
-The first three need the residual stream, so they need a Capture; the others the normalised row alone. A
-massive row has one entry that takes almost all of the norm sqrt(C), so it lies on a symmetric grid already:
-that is why its unrotated error is *small*.
-"""
+Values are absolute ones. The first three rules need the residual stream, so a Capture; the others the
+normalised row alone. A massive row has one entry with almost all of the norm sqrt(C), so it lies on a
+symmetric grid already: that is why its unrotated error is *small*."""
 
 import logging
 from collections.abc import Sequence
@@ -48,10 +47,8 @@ def threshold(rule: str) -> float:
 
 
 def rows_rule(x: Tensor, rule: str) -> Tensor:
-    """Massive mask (tokens,) of normalised, unrotated rows `x` (tokens, channels) by a rule on rows alone.
-
-    The threshold of nr_error is that at C = 4096; it scales with sqrt(C), as the row norm does. ValueError.
-    """
+    """Massive mask (tokens,) of normalised, unrotated rows (tokens, channels) by a rule on rows alone. The
+    threshold of nr_error is that at C = 4096; it scales with sqrt(C), as the row norm does. ValueError."""
     if rule == "ro_vs_nr":
         rotated = x @ _reference_ro(x.shape[-1]).to(x)
         return squared_error(rotated, RULE_QUANTIZER) >= squared_error(x, RULE_QUANTIZER)
@@ -59,15 +56,14 @@ def rows_rule(x: Tensor, rule: str) -> Tensor:
         limit = threshold(rule) * (x.shape[-1] / NR_ERROR_CHANNELS) ** 0.5
         return squared_error(x, RULE_QUANTIZER).sqrt() < limit
     raise ValueError(
-        f"rule must be one of {', '.join(ROW_RULES)} for rows alone (the others need the residual stream of a "
-        f"Capture); got {rule!r}"
+        f"rule must be one of {', '.join(ROW_RULES)} for rows alone (the others need the residual stream of "
+        f"a Capture); got {rule!r}"
     )
 
 
 def residual_rule(magnitude: Tensor, median: Tensor, rule: str) -> Tensor:
     """Massive mask (sites, tokens) by a rule on the residual stream, from each token's largest |a| (sites,
-    tokens) and the median |a| (sites,). ValueError.
-    """
+    tokens) and the median |a| (sites,). ValueError."""
     if rule == "sun":
         return (magnitude > SUN_ABSOLUTE) & (magnitude >= SUN_RATIO * median[:, None])
     if rule in MASSIVE_RULES and rule not in ROW_RULES:
@@ -87,23 +83,18 @@ def find(capture: Capture, rule: str, sites: Sequence[str] | None = None) -> Ten
 
 
 def doubt(capture: Capture, rule: str) -> str | None:
-    """What is odd about the rows a rule marks, in one sentence: none, more than 2%, or rows that no other
-    rule calls massive; None where nothing is.
-    """
+    """What is odd about the rows a rule marks, in a sentence: none, more than 2%, or rows no other rule calls
+    massive; None where nothing is."""
     mask = find(capture, rule)
     share, marked = float(mask.double().mean()), int(mask.sum())
     if not marked:
         return f"rule {rule} marks no row: there is no massive token to look at by it"
+    said = f"rule {rule} marks {marked} rows, "
     if share > MANY:
-        return (
-            f"rule {rule} marks {marked} rows, {share:.1%} of all: more than rare tokens; look at the others"
-        )
-    kin = rule.rsplit("_", 1)[0]
-    others = [other for other in MASSIVE_RULES if not other.startswith(kin)]
+        return f"{said}{share:.1%} of all: more than rare tokens; look at the others"
+    others = [other for other in MASSIVE_RULES if not other.startswith(rule.rsplit("_", 1)[0])]
     alone = int((mask & ~torch.stack([find(capture, other) for other in others]).any(0)).sum())
-    if alone > marked / 2:
-        return f"rule {rule} marks {marked} rows, {alone} of which no other rule calls massive"
-    return None
+    return f"{said}{alone} of which no other rule calls massive" if alone > marked / 2 else None
 
 
 def warn(capture: Capture, rule: str) -> None:
@@ -118,15 +109,14 @@ def _warn_once(_capture: str, _rule: str, said: str | None) -> None:
 
 
 def table(capture: Capture) -> pd.DataFrame:
-    """One row a (site, token) that any rule calls massive: residual maximum, its channel, the site's median,
-    their ratio, and each rule's verdict.
-    """
+    """A row a (site, token) that any rule calls massive: residual maximum, its channel, the site's median,
+    their ratio, each rule's verdict."""
     masks = {rule: find(capture, rule) for rule in MASSIVE_RULES}
     site, token = torch.stack(list(masks.values())).any(0).nonzero(as_tuple=True)
-    texts = capture.texts
+    sites, texts = capture.sites, capture.texts
     largest, median = capture.residual_max[site, token], capture.residual_median[site]
     about = {
-        "site": [capture.sites[i] for i in site.tolist()],
+        "site": [sites[i] for i in site.tolist()],
         "token": token.numpy(),
         "text": [texts[i] for i in token.tolist()],
         "residual_max": largest.numpy(),

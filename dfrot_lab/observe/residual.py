@@ -1,6 +1,5 @@
-"""The residual stream itself, layer by layer: how large its largest values are, and where (Sun et al., arXiv
-2402.17762, Fig. 1 to 4).
-"""
+"""The residual stream, layer by layer: how large its largest values are, and where (Sun et al., arXiv
+2402.17762, Fig. 1 to 4)."""
 
 import pandas as pd
 import torch
@@ -26,38 +25,27 @@ def streams(loaded: LoadedModel, ids: Tensor) -> list[Tensor]:
 
 
 def residual_profile(spec: CaptureSpec, store: Store | None = None) -> pd.DataFrame:
-    """The largest three |values| and the median before each layer over the capture's first window: layer,
-    metric, value.
-    """
+    """The largest three |values| and the median before each layer over the capture's first window: model,
+    corpus, layer, metric, value."""
     loaded = loading.load_model(spec.model, store)
     lines = []
     for layer, x in enumerate(streams(loaded, token_blocks(spec, loaded)[0])):
         magnitude = x.abs().flatten()
-        found = {f"top {n + 1}": value for n, value in enumerate(magnitude.topk(TOP).values.tolist())} | {
+        largest = magnitude.topk(TOP).values.tolist()
+        found = {f"top {n + 1}": value for n, value in enumerate(largest)} | {
             "median": float(magnitude.median())
         }
-        lines += [
-            {
-                "model": spec.model.source,
-                "corpus": spec.corpus.name,
-                "layer": layer,
-                "metric": name,
-                "value": value,
-            }
-            for name, value in found.items()
-        ]
-    return pd.DataFrame(lines)
+        about = (spec.model.source, spec.corpus.name, layer)
+        lines += [(*about, name, value) for name, value in found.items()]
+    return pd.DataFrame(lines, columns=["model", "corpus", "layer", "metric", "value"])
 
 
 def magnitudes(spec: CaptureSpec, layer: int, tokens: int = 32, store: Store | None = None) -> pd.DataFrame:
-    """|residual stream| before one layer for the first `tokens` tokens of the capture: token, text, channel,
-    magnitude.
-    """
+    """|residual stream| before one layer of a capture's first tokens: token, channel, magnitude, text."""
     loaded = loading.load_model(spec.model, store)
     ids = token_blocks(spec, loaded)[0]
     x = streams(loaded, ids)[layer][:tokens].abs()
     index = pd.MultiIndex.from_product([range(len(x)), range(x.shape[1])], names=["token", "channel"])
     table = pd.DataFrame({"magnitude": x.flatten().numpy()}, index=index).reset_index()
-    return table.assign(
-        text=table["token"].map(dict(enumerate(loaded.tokenizer.decode([i]) for i in ids[:tokens].tolist())))
-    )
+    texts = [loaded.tokenizer.decode([i]) for i in ids[:tokens].tolist()]
+    return table.assign(text=table["token"].map(dict(enumerate(texts))))

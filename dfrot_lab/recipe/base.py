@@ -1,7 +1,6 @@
 """What every spec is: immutable, validated field by field, the same in any process, to and from plain values.
 
-A field carries its rule in words, and an error is that rule: `RefineSpec.gamma must be > 0; got -3`.
-"""
+A field carries its rule in words, and an error is that rule: `RefineSpec.gamma must be > 0; got -3`."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self, get_args
@@ -9,11 +8,11 @@ from typing import Any, ClassVar, Self, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dfrot_lab.recipe import registry
-from dfrot_lab.recipe.keys import content_key
+from dfrot_lab.recipe.content import content_key
 
 
 def ruled(default: Any, rule: str, **limits: Any) -> Any:
-    """A field with its default, its rule in words ("a whole number >= 1") and pydantic's limits (ge, gt, le)."""
+    """A field: its default, its rule in words ("a whole number >= 1"), and pydantic's limits (ge, gt, le)."""
     return Field(default, description=rule, **limits)
 
 
@@ -26,8 +25,7 @@ def one_of(default: Any, choices: tuple[Any, ...]) -> Any:
 
 class Spec(BaseModel):
     """Base of all specs: frozen, keyword-only. A field that is unknown or wrong is a ValueError that names
-    it.
-    """
+    it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -108,7 +106,7 @@ class Spec(BaseModel):
 
 
 class MethodSpec(Spec):
-    """Base of the specs of rotation methods: which method, with its parameters. Each has a `name` for tables."""
+    """Base of the specs of rotation methods: which, with its parameters. Each has a `name` for tables."""
 
     method: ClassVar[str] = ""
 
@@ -133,6 +131,7 @@ class MethodSpec(Spec):
         name = values.pop("method", cls.method or "random")
         if name == cls.method and name:
             return super().of(values)
-        known = {kind.method: kind for kind in MethodSpec.__subclasses__()}
-        found: Any = known[name] if name in known else registry.load(registry.METHODS, name).SPEC
+        found: Any = next((kind for kind in MethodSpec.__subclasses__() if kind.method == name), None)
+        if found is None:
+            found = registry.load(registry.METHODS, name, "rotation method").SPEC
         return found.of(values)

@@ -2,64 +2,40 @@
 
 A key is the hash of plain values. In a key a model, a text and a file stand for their bytes and not for
 their names, so that what moved is found again and what changed is not. `FORMULAS` is part of every key and of
-every results row: what another version computed is never taken for ours.
-"""
+every results row: what another version computed is never taken for ours."""
 
-import hashlib
-import json
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
-import xxhash
-
-if TYPE_CHECKING:
-    from dfrot_lab.recipe.base import Spec
-    from dfrot_lab.recipe.specs import CorpusSpec, ModelSpec, Recipe
+from dfrot_lab.recipe.base import Spec
+from dfrot_lab.recipe.content import content_key
+from dfrot_lab.recipe.specs import CorpusSpec, ModelSpec, Recipe
 
 FORMULAS = 3
 """Version of what artefacts hold and how it is computed; raise it with any change of a formula."""
 
 
 class Fingerprints(Protocol):
-    """What stands behind a name: `model/fingerprints.py` looks at the files, a test may say it itself."""
+    """What stands behind a name: `model/door.py` looks at the files, a test may say it itself."""
 
-    def model(self, spec: "ModelSpec") -> str:
+    def model(self, spec: ModelSpec) -> str:
         """Hash of the model's bytes, dtype and device: `model_key`."""
 
-    def text(self, spec: "CorpusSpec") -> str:
+    def text(self, spec: CorpusSpec) -> str:
         """Hash of the text."""
 
     def file(self, path: str) -> str:
         """Hash of a file's bytes."""
 
 
-def content_key(value: Any) -> str:
-    """The first 32 hex digits of the sha256 of a JSON-able value: equal values have equal keys, in any
-    process.
-    """
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-def file_digest(path: Path | str) -> str:
-    """xxh3_128 of a file's bytes, 32 hex digits: the part of a key that stands for a file the user names."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
-
-
 def model_key(digest: str, dtype: str, device: str) -> str:
     """A model's key: its bytes, the dtype it is loaded in, and the kind of device it runs on.
 
-    The device, since rounding differs between kinds, and at 4 bits a rounding can turn a code.
-    """
+    The device, since rounding differs between kinds, and at 4 bits a rounding can turn a code."""
     return content_key([digest, dtype, device])
 
 
-def identity(spec: "Spec", prints: Fingerprints) -> Any:
+def identity(spec: Spec, prints: Fingerprints) -> Any:
     """What a resolved spec is keyed by: its values, with bytes in place of names."""
-    from dfrot_lab.recipe.base import Spec
-    from dfrot_lab.recipe.specs import CorpusSpec, ModelSpec
-
     if isinstance(spec, ModelSpec):
         return prints.model(spec)
     if isinstance(spec, CorpusSpec):
@@ -70,13 +46,13 @@ def identity(spec: "Spec", prints: Fingerprints) -> Any:
     return {"spec": type(spec).__name__, **said}
 
 
-def weights(recipe: "Recipe", prints: Fingerprints) -> dict[str, Any]:
+def weights(recipe: Recipe, prints: Fingerprints) -> dict[str, Any]:
     """What quantized weights are keyed by: how, and the rotated model they are of."""
     parts = {"model": recipe.model, "rotation": recipe.rotation, "weights": recipe.weights}
     return {name: identity(part, prints) for name, part in parts.items()}
 
 
-def evaluation(recipe: "Recipe", prints: Fingerprints) -> dict[str, Any]:
+def evaluation(recipe: Recipe, prints: Fingerprints) -> dict[str, Any]:
     """What the losses of a canonical recipe are keyed by."""
     found = {"recipe": identity(recipe, prints)}
     if recipe.set_massive == "mean":  # the values it sets come from the text's other half
@@ -85,9 +61,8 @@ def evaluation(recipe: "Recipe", prints: Fingerprints) -> dict[str, Any]:
 
 
 def tasks(
-    of: "Recipe | ModelSpec", prints: Fingerprints, digests: dict[str, str], limit: int | None, version: str
+    of: Recipe | ModelSpec, prints: Fingerprints, digests: dict[str, str], limit: int | None, version: str
 ) -> dict[str, Any]:
     """What zero-shot accuracies are keyed by: a recipe or a plain model, the tasks' items, how many of them,
-    and lm-eval's version.
-    """
+    and lm-eval's version."""
     return {"of": identity(of, prints), "tasks": digests, "limit": limit, "lm_eval": version}

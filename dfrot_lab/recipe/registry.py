@@ -1,8 +1,7 @@
 """The tables of what can be chosen by name: rotation methods and weight quantizers.
 
 A line says in which module a choice lives and what its rows are called; the module is imported when it is
-asked for, so that listing them costs nothing. Adding a method or a quantizer: one file, one line here.
-"""
+asked for, so that listing them costs nothing. Adding a method or a quantizer: one file, one line here."""
 
 import importlib
 from dataclasses import dataclass
@@ -22,22 +21,20 @@ METHODS: dict[str, Choice] = {
     "dfrot": Choice("dfrot_lab.rotate.dfrot", ("DFRot",)),
 }
 """Rotation methods. The module has `SPEC` (its MethodSpec), `spec(row, seed=, capture=)` and `fit(recipe,
-context)`.
-"""
+context)`."""
 
 WEIGHTS: dict[str, Choice] = {
     "rtn": Choice("dfrot_lab.weights.rtn"),
     "gptq": Choice("dfrot_lab.weights.gptq"),
 }
 """Weight quantizers. The module has `quantize(weight, hessian, spec)` and `CALIBRATED`: whether it needs the
-Hessian.
-"""
+Hessian."""
 
 
-def load(table: dict[str, Choice], name: str) -> Any:
-    """The module of a choice; ValueError that lists what there is."""
-    if name not in table:
-        raise ValueError(f"there is no {name!r}; there are {', '.join(table)}")
+def load(table: dict[str, Choice], name: str, what: str = "choice") -> Any:
+    """The module of a choice; a ValueError says `what` was to be chosen and what there is."""
+    if name not in list(table):  # a list: what a file says may not be hashable
+        raise ValueError(f"{what} must be one of {', '.join(table)}; got {name!r}")
     return importlib.import_module(table[name].module)
 
 

@@ -36,8 +36,7 @@ SET_MASSIVE = ("zero", "mean")
 
 class ModelSpec(Spec):
     """Which language model: `smollm2-135m` (packaged), a folder, a `.gguf` file, or `hub:owner/name` (the
-    only form that uses the network); in which dtype, and on which device it runs.
-    """
+    only form that uses the network); in which dtype, and on which device it runs."""
 
     source: str = ruled(
         DEFAULT_MODEL, "a packaged name, a folder, a .gguf file or hub:owner/name", pattern=r"\S"
@@ -51,8 +50,7 @@ class CorpusSpec(Spec):
     """Which text: `auto`, `wikitext2`, `wikipedia-sample` or a text file; and which part of it.
 
     `calibration` and `evaluation` are a corpus's own halves: the valid and test split of WikiText-2, two sets
-    of articles of the sample.
-    """
+    of articles of the sample."""
 
     name: str = ruled("auto", "auto, wikitext2, wikipedia-sample or a text file", pattern=r"\S")
     split: str = one_of("evaluation", SPLITS)
@@ -66,8 +64,7 @@ class RotationSpec(MethodSpec):
     file.
 
     `block` makes it block-diagonal with blocks of that many channels: `RH` with `block=312` is named
-    `RH-b312`.
-    """
+    `RH-b312`."""
 
     method: ClassVar[str] = "random"
     kind: str = one_of("RH", ROTATION_KINDS)
@@ -99,8 +96,7 @@ class QuantSpec(Spec):
     default.
 
     `granularity` says what shares one scale: a token (row), an output channel of a weight (row), a group of
-    `group_size` channels (a head where no size is given), or the tensor.
-    """
+    `group_size` channels (a head where no size is given), or the tensor."""
 
     bits: int = ruled(4, "a whole number in 2..16", ge=2, le=16)
     scheme: str = one_of("symmetric", tuple(SCHEMES))
@@ -127,15 +123,14 @@ class QuantSpec(Spec):
         """Short name for tables: `sym4`, `asym4-c0.9`, `sym4-channel`, `asym4-g128`; `none` at 16 bits."""
         if self.bits == 16:
             return "none"
-        clip = f"-c{self.clip_ratio:g}" if self.clip_ratio != 1 else ""
+        clip = f"-c{self.clip_ratio}" if self.clip_ratio != 1 else ""
         shared = f"-g{self.group_size}" if self.group_size else GRANULARITIES[self.granularity]
         return f"{SCHEMES[self.scheme]}{self.bits}{clip}{shared}"
 
 
 class CaptureSpec(Spec):
     """Which activations to record: all norm outputs of `model`, norms fused, for `tokens` tokens of `corpus`
-    after the first `skip` windows.
-    """
+    after the first `skip` windows."""
 
     model: ModelSpec = ModelSpec()
     corpus: CorpusSpec = CALIBRATION
@@ -150,8 +145,7 @@ class RefineSpec(MethodSpec):
     `as_paper` runs the paper's steps and returns the last R, `guarded` the best by the weighted objective;
     `accelerated` (default) minimises that objective in a sixth of the time; `as_released` is the released
     code: QR after the SVD (which flips signs), its accept test; it was released with a symmetric quantizer.
-    `gamma=inf` fits the massive rows alone; `rows` takes a random sample of that many rows.
-    """
+    `gamma=inf` fits the massive rows alone; `rows` takes a random sample of that many rows."""
 
     method: ClassVar[str] = "dfrot"
     capture: CaptureSpec = CaptureSpec()
@@ -188,8 +182,7 @@ class RefineSpec(MethodSpec):
 
 class WeightSpec(Spec):
     """How the linears' weights are quantized: by `gptq` on `windows` calibration windows, by `rtn`, or
-    another of the table of weight quantizers; per channel, symmetric, with clip search.
-    """
+    another of the table of weight quantizers; per channel, symmetric, with clip search."""
 
     method: str = "gptq"
     quantizer: QuantSpec = QuantSpec(granularity="per_channel")
@@ -221,8 +214,7 @@ class Recipe(Spec):
 
     `keep_out` names the rule by which massive tokens pass the q, k, v, gate and up inputs unquantised
     (`QuaRot.FP16()`), or which `keep_out_tokens` of a window do; None quantizes all. `set_massive` overwrites
-    massive values of the residual stream (Sun et al.).
-    """
+    massive values of the residual stream (Sun et al.)."""
 
     model: ModelSpec = ModelSpec()
     corpus: CorpusSpec = CorpusSpec()
@@ -261,8 +253,7 @@ class Recipe(Spec):
     @property
     def bits(self) -> str:
         """Bits of weights, activations and KV cache, as in the paper's tables: `4-4-16`; keys and values
-        apart where they differ: `4-4-k4v2`.
-        """
+        apart where they differ: `4-4-k4v2`."""
         cache = (
             f"{self.keys.bits}"
             if self.keys.bits == self.values.bits
@@ -294,8 +285,7 @@ class Recipe(Spec):
     @classmethod
     def from_yaml(cls, text: str | Path) -> "Recipe":
         """The recipe in a YAML file (or text): fields left out have their defaults; ValueError for what is
-        wrong.
-        """
+        wrong."""
         import yaml
 
         said = text.read_text(encoding="utf-8") if isinstance(text, Path) else text
@@ -305,7 +295,7 @@ class Recipe(Spec):
             raise ValueError(
                 f"a recipe must be YAML; got {text!r} ({' '.join(str(error).split())})"
             ) from error
-        return cls.of(found or {})
+        return cls.of({} if found is None else found)
 
 
 def parse_bits(text: str) -> tuple[int, int, int]:
@@ -319,8 +309,7 @@ def parse_bits(text: str) -> tuple[int, int, int]:
 
 def recipe_of(bits: str, *, weights: str = "gptq", **fields: Any) -> Recipe:
     """The recipe of `bits` such as `4-4-16` with the default quantizers: weights per channel, symmetric;
-    activations per token, keys and values per head, asymmetric.
-    """
+    activations per token, keys and values per head, asymmetric."""
     w_bits, a_bits, kv_bits = parse_bits(bits)
     weight_spec = WeightSpec(method=weights, quantizer=QuantSpec(bits=w_bits, granularity="per_channel"))
     quantizers = {"keys": kv_quantizer(kv_bits), "values": kv_quantizer(kv_bits)}

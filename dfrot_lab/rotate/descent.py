@@ -5,8 +5,7 @@ With e = x R - Q(x R), G = sum w x^T x and P = sum w x^T e, the product of Eq. 6
 P, and Eq. 8's solution its polar factor. To first order that polar factor is (I - D) R with G D + D G = P R^T
 - R P^T, which in G's eigenbasis is a division by sums of two eigenvalues. So G is decomposed once, a step
 needs no SVD and no loss of its own, and being a step along a gradient it takes momentum and a sample of the
-rows.
-"""
+rows."""
 
 import itertools
 import math
@@ -20,47 +19,35 @@ from dfrot_lab.model.integer import product
 from dfrot_lab.recipe.specs import QuantSpec
 
 ROWS_AT_ONCE = 4096
-"""Rows of one product: small enough that x R, its quantized values and their difference stay in cache between
-the passes.
-"""
-
+"""Rows of one product: x R, its quantized values and their difference stay in cache between the passes."""
 PARTS = 8
 """An accelerated step sees all massive rows and one of this many parts of the others, each part in turn."""
-
 LEAST_ROWS = 1024
 """Rows of such a part where there are that many."""
-
 EIGHT_BITS = QuantSpec(bits=8)
-
 TILE = 256
 """Side of the square worked on at once where a matrix meets its transpose."""
-
 TURN_ERROR = 0.02
 """How far a singular value may leave 1 in one step; every check brings them back."""
 
 
 def parts(mask: Tensor, weights: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """(row numbers, weights (rows, 1)) of each part: all massive rows, and a random part of the others, which
-    stand for all of them.
-    """
+    """(row numbers, weights (rows, 1)) of each part: all massive rows, and some others that stand for all."""
     massive_rows = mask.nonzero().flatten()
     others = (~mask & (weights > 0)).nonzero().flatten()
     others = others[torch.randperm(len(others), generator=torch.Generator().manual_seed(0)).to(others.device)]
     size = max(1, -(-len(others) // PARTS), min(len(others), LEAST_ROWS))
-    return [
-        (
-            torch.cat([massive_rows, part]),
-            torch.cat([weights[massive_rows], weights[part] * len(others) / max(1, len(part))])[:, None],
-        )
-        for part in others.split(size)
-    ]
+    found = []
+    for part in others.split(size):
+        scaled = weights[part] * len(others) / max(1, len(part))
+        weight = torch.cat([weights[massive_rows], scaled])[:, None]
+        found.append((torch.cat([massive_rows, part]), weight))
+    return found
 
 
 @dataclass(frozen=True)
 class Metric:
-    """Eigenvectors V (channels, channels) of G, and 1 / (sums of two eigenvalues, kept from 0): what a
-    Procrustes step divides by.
-    """
+    """Eigenvectors V (channels, channels) of G, and 1 / (sums of two eigenvalues, kept from 0)."""
 
     V: Tensor
     inverse: Tensor
@@ -89,8 +76,7 @@ def move(
     rows: Tensor, index: Tensor, weights: Tensor, metric: Metric, R: Tensor, quantizer: QuantSpec
 ) -> Tensor:
     """D of the rotation V R over the rows `index` with `weights` (rows, 1), in V's frame; it turns the
-    smaller of rows and R into that frame.
-    """
+    smaller of rows and R into that frame."""
     few = len(index) < len(R)
     whole, total = R if few else metric.V @ R, torch.zeros_like(R)
     for part, weight in zip(index.split(ROWS_AT_ONCE), weights.split(ROWS_AT_ONCE), strict=True):
@@ -112,21 +98,17 @@ def _skew(a: Tensor) -> Tensor:
 
 
 def turn(R: Tensor, skew: Tensor, length: float) -> Tensor:
-    """exp(-length skew) R (channels, channels) by the exponential's series, up to the order whose remainder
-    is below TURN_ERROR.
-
-    Its products are of 8-bit codes, a row a scale: their error is 1% of the turn, less than the sampling of
-    the rows makes of it.
-    """
+    """exp(-length skew) R (channels, channels) by the exponential's series, until its rest is below
+    TURN_ERROR. Its products are of 8-bit codes, a row a scale: their error is 1% of the turn, less than the
+    sampling of rows makes."""
     codes, scale = _coded(skew)
     angle, order, term = length * _largest(skew), 0, R.T.contiguous()
     found = term.clone()
     while order == 0 or (angle ** (order + 1) / math.factorial(order + 1) > TURN_ERROR and order < 8):
         order += 1
         own, size = _coded(term)
-        term = (
-            product(own, codes).to(term.dtype).mul_(size).mul_(scale.T * (-length / order))
-        )  # a product with skew^T, which is -skew
+        term = product(own, codes).to(term.dtype)  # with skew^T, which is -skew
+        term = term.mul_(size).mul_(scale.T * (-length / order))
         found += term
     return found.T.contiguous()
 
@@ -146,9 +128,8 @@ def _largest(a: Tensor) -> float:
 
 
 def orthonormal(R: Tensor) -> Tensor:
-    """The polar factor of a nearly orthogonal R (channels, channels) by Newton-Schulz products alone, in R's
-    dtype: no SVD.
-    """
+    """The polar factor of a nearly orthogonal R (channels, channels) by Newton-Schulz, in R's dtype: no
+    SVD."""
     for _ in range(30):
         gram = R.T @ R
         size = _largest(gram)  # the largest singular value squared; the iteration needs it below 3

@@ -1,6 +1,5 @@
 """DFRot: refine R1 by alternating per-token quantization and orthogonal Procrustes, massive rows weighted
-(arXiv 2412.00648, Sec. 3.3, Alg. 1). Here what is kept of it; the steps themselves are in `steps`.
-"""
+(arXiv 2412.00648, Sec. 3.3, Alg. 1). Here what is kept of it; the steps themselves are in `steps`."""
 
 import logging
 import math
@@ -48,10 +47,8 @@ def refined(
     spec: RefineSpec, store: Store | None = None, checkpoint: Checkpoint | None = None
 ) -> RefineResult:
     """The refinement `spec` describes, from the store or computed now on the rows of its capture; a stopped
-    run goes on at its last checkpoint.
-
-    `checkpoint` sees the state each time it has been saved; what it raises stops the run there.
-    """
+    run goes on at its last checkpoint. `checkpoint` sees the state each time it has been saved; what it
+    raises stops the run there."""
     spec, store = door.resolved(spec), store or Store()
     recorded = captured(spec.capture, store)
 
@@ -84,9 +81,7 @@ def _result(artefact: Artefact) -> RefineResult:
 
 
 def sample_rows(rows: Tensor, mask: Tensor, spec: RefineSpec) -> tuple[Tensor, Tensor]:
-    """The rows to refine on and their mask: all, or as many as the spec says, drawn with the seed of its
-    start, in their order.
-    """
+    """The rows to refine on and their mask: all, or as many as the spec says, drawn with its start's seed."""
     if spec.rows is None:
         return rows, mask
     if spec.rows > len(rows):
@@ -99,9 +94,7 @@ def sample_rows(rows: Tensor, mask: Tensor, spec: RefineSpec) -> tuple[Tensor, T
 
 
 def _save_state(writer: Writer, state: State) -> None:
-    """One file, so that a kill between two files cannot leave a rotation and a history that do not belong
-    together.
-    """
+    """One file: a kill cannot leave a rotation and a history that do not belong together."""
     history = torch.tensor([[row[name] for name in HISTORY] for row in state.history], dtype=torch.float64)
     length = torch.tensor(state.length, dtype=torch.float64)
     momentum = {} if state.momentum is None else {"momentum": state.momentum}

@@ -30,6 +30,6 @@ def matrix(spec: RotationSpec, channels: int) -> Tensor:
         return rotations.make(spec, channels)
     if spec.block is not None:
         raise ValueError(
-            f"RotationSpec.block must be None for kind 'file'; got {spec.block}. The file's matrix is used as it is"
+            f"RotationSpec.block must be None for kind 'file'; got {spec.block}. The matrix is used as it is"
         )
     return rotation_files.load(str(spec.path), channels)

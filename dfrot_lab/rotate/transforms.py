@@ -1,40 +1,37 @@
 """What a rotation method makes, and what it may look at: the seam between methods and everything else.
 
-A method is a module of the table `recipe.registry.METHODS` with `fit(recipe, context) -> Transforms`.
-"""
+A method is a module of the table `recipe.registry.METHODS` with `fit(recipe, context) -> Transforms`."""
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 import torch
 from torch import Tensor
 
 from dfrot_lab.disk.artefacts import Store, Writer
-from dfrot_lab.model import corpus, door, loading, surgery
+from dfrot_lab.model import corpus, door, hooks, loading, surgery
 from dfrot_lab.model.loading import LoadedModel
 from dfrot_lab.observe.capture import Capture, capture
 from dfrot_lab.recipe import keys, registry
-from dfrot_lab.recipe.specs import CaptureSpec, CorpusSpec, Recipe
+from dfrot_lab.recipe.specs import CaptureSpec, Recipe
 
-HADAMARD = "hadamard"
+HADAMARD: Literal["hadamard"] = "hadamard"
 
 
 @dataclass(frozen=True)
 class Transforms:
-    """The transforms of one model.
-
-    `R1` (channels, channels) or None; `R2` a Hadamard matrix on each head's values, one (head, head) for all
-    layers, one a layer (layers, head, head), or None; `gains` (channels,) a norm, folded after R1, and
-    `clips` a clip ratio a site, by site name; whether the online Hadamards R3 and R4 act. Then how the fit
-    went: `history` one row a step, `seconds`, `memory` (bytes at the peak; NaN where not measured).
-    """
+    """The transforms of one model: `R1` (channels, channels) or None; `R2` a Hadamard matrix on each head's
+    values, one (head, head) for all layers, one a layer (layers, head, head), or None; `gains` (channels,) a
+    norm, folded after R1, and `clips` a clip ratio a site, by site name; whether the online Hadamards R3 and
+    R4 act. Then how the fit went: `history` one row a step, `seconds`, `memory` (bytes at the peak; NaN where
+    not measured)."""
 
     R1: Tensor | None
-    R2: Tensor | str | None = HADAMARD
+    R2: Tensor | Literal["hadamard"] | None = HADAMARD
     gains: Mapping[str, Tensor] = field(default_factory=dict)
     clips: Mapping[str, float] = field(default_factory=dict)
     r3: bool = True
@@ -45,9 +42,8 @@ class Transforms:
 
 
 class Context:
-    """What a method may look at, made when it is asked for: `model` (prepared: untied, norms fused; not to be
-    changed), captured rows, sensitivities, text.
-    """
+    """What a method may look at, made when it is asked for: the model (not to be changed), captured rows,
+    sensitivities, text."""
 
     def __init__(self, recipe: Recipe, store: Store, model: LoadedModel | None = None) -> None:
         self.recipe, self.store, self._model = recipe, store, model
@@ -61,30 +57,25 @@ class Context:
         surgery.prepare(loaded)
         return loaded
 
+    @property
+    def rows(self) -> CaptureSpec:
+        """One window of the text's calibration half."""
+        text = self.recipe.corpus.with_(split="calibration")
+        return CaptureSpec(model=self.recipe.model, corpus=text, tokens=self.recipe.window)
+
     def capture(self, **changes: Any) -> Capture:
-        """Rows of every norm output on the text's calibration half; `changes` are fields of the CaptureSpec."""
-        return capture(self._capture_spec(**changes), self.store)
+        """Rows of every norm output on the text's calibration half; `changes` are fields of its spec."""
+        return capture(self.rows.with_(**changes), self.store)
 
     def text(self, windows: int) -> Tensor:
         """Token ids (windows, window) of the calibration half."""
-        spec = self.recipe
-        return corpus.token_blocks(self._text, self.model.tokenizer, blocks=windows, window=spec.window)
-
-    @property
-    def _text(self) -> CorpusSpec:
-        return self.recipe.corpus.with_(split="calibration")
-
-    def _capture_spec(self, **changes: Any) -> CaptureSpec:
-        spec = CaptureSpec(model=self.recipe.model, corpus=self._text, tokens=self.recipe.window)
-        return spec.with_(**changes)
+        rows = self.rows
+        return corpus.token_blocks(rows.corpus, self.model.tokenizer, blocks=windows, window=rows.tokens)
 
     def sensitivities(self, windows: int = 1) -> dict[str, Tensor]:
-        """Mean squared gradient of the loss at each norm output and channel, by site (channels,) float32,
-        over the first calibration windows of the unrotated model: how much an error there costs, to second
-        order.
-        """
-        spec = self._capture_spec()
-        inputs = {"of": keys.identity(door.resolved(spec), door.PRINTS), "windows": windows}
+        """Mean squared gradient of the loss at each norm output, by site (channels,) float32, over the first
+        calibration windows of the unrotated model: what an error there costs, to second order."""
+        inputs = {"of": keys.identity(door.resolved(self.rows), door.PRINTS), "windows": windows}
 
         def make(writer: Writer) -> None:
             writer.save_tensors("squares", _squared_gradients(self.model, self.text(windows)))
@@ -96,30 +87,26 @@ def _squared_gradients(loaded: LoadedModel, ids: Tensor) -> dict[str, Tensor]:
     """By site, the mean over tokens of the loss's squared gradient (channels,) at each norm output."""
     total: dict[str, Tensor] = {}
 
-    def hook(site: str) -> Any:
-        def see(_module: Any, _args: Any, output: Tensor) -> Tensor:
-            output = output if output.requires_grad else output.requires_grad_()
+    def see(site: str, x: Tensor) -> Tensor:
+        def add(gradient: Tensor) -> None:
+            squares = gradient.detach().float().square().flatten(0, -2).mean(0).cpu()
+            total[site] = total.get(site, torch.zeros_like(squares)) + squares / len(ids)
 
-            def add(gradient: Tensor) -> None:
-                squares = gradient.detach().float().square().flatten(0, -2).mean(0).cpu()
-                total[site] = total.get(site, torch.zeros_like(squares)) + squares / len(ids)
+        x = x if x.requires_grad else x.requires_grad_()
+        x.register_hook(add)
+        return x
 
-            output.register_hook(add)
-            return output
-
-        return see
-
-    handles = []
-    for number, layer in enumerate(loaded.layers):
-        for name, norm, _ in loaded.roles.feeds:
-            handles.append(layer.get_submodule(norm).register_forward_hook(hook(f"layers.{number}.{name}")))
+    learned = [parameter for parameter in loaded.model.parameters() if parameter.requires_grad]
+    for parameter in learned:  # else each would be left with a gradient as large as itself
+        parameter.requires_grad_(False)
+    sites = hooks.sites_of(loaded, *hooks.NORMS)
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), hooks.at_sites(loaded, see, sites):
             for window in ids.to(loaded.device):
                 loaded.model(window[None], labels=window[None], use_cache=False).loss.backward()
     finally:
-        for handle in handles:
-            handle.remove()
+        for parameter in learned:
+            parameter.requires_grad_(True)
     return total
 
 

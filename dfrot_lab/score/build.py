@@ -1,8 +1,7 @@
 """The model of a recipe: rotated, its weights quantized; and, while a block runs, quantized altogether.
 
 Where weights and activations both have codes, linears run in integer arithmetic; with 16-bit weights, and for
-keys and values, values are fake-quantized: rounded to their grid, computed in float.
-"""
+keys and values, values are fake-quantized: rounded to their grid, computed in float."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -13,13 +12,14 @@ from torch import Tensor
 
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.maths.quantizers import fake_quantize, squared_error
-from dfrot_lab.model import corpus, door, integer, loading, surgery
+from dfrot_lab.model import corpus, door, hooks, integer, loading, surgery
+from dfrot_lab.model.hooks import At
 from dfrot_lab.model.loading import LoadedModel
 from dfrot_lab.observe import intervene, massive
 from dfrot_lab.recipe import keys
 from dfrot_lab.recipe.specs import KEEP_OUT_COUNTS, Recipe
 from dfrot_lab.rotate import transforms
-from dfrot_lab.rotate.transforms import HADAMARD, Context, Transforms
+from dfrot_lab.rotate.transforms import Context, Transforms
 from dfrot_lab.weights import run
 from dfrot_lab.weights.run import LayerCodes, OnPart, nothing
 
@@ -27,8 +27,7 @@ from dfrot_lab.weights.run import LayerCodes, OnPart, nothing
 @dataclass(frozen=True)
 class Built:
     """A model with its transforms fused and its weights quantized, the transforms, R1 in the model's dtype
-    (None without rotation) and the weight codes, one mapping a layer (none at 16 bits).
-    """
+    (None without rotation) and the weight codes, one mapping a layer (none at 16 bits)."""
 
     loaded: LoadedModel
     transforms: Transforms
@@ -61,7 +60,7 @@ def fuse(loaded: LoadedModel, made: Transforms) -> None:
         surgery.rotate_residual(loaded, made.R1)
     surgery.fold_gains(loaded, made.gains)
     if made.R2 is not None:
-        surgery.rotate_heads(loaded, None if isinstance(made.R2, str) and made.R2 == HADAMARD else made.R2)
+        surgery.rotate_heads(loaded, None if isinstance(made.R2, str) else made.R2)
     if made.r4:
         surgery.rotate_down(loaded)
 
@@ -74,8 +73,7 @@ def weights_stored(recipe: Recipe, store: Store) -> bool:
 
 def windows(recipe: Recipe, loaded: LoadedModel) -> Tensor:
     """The token ids (windows, window) a recipe is scored on; a ValueError where corpus or context has not
-    that many.
-    """
+    that many."""
     loading.check_tokens(loaded, recipe.window)
     return corpus.token_blocks(recipe.corpus, loaded.tokenizer, blocks=recipe.windows, window=recipe.window)
 
@@ -123,48 +121,39 @@ def quantized(built: Built, recipe: Recipe, *, fake: bool = False) -> Iterator[N
 
     Linears run in integer arithmetic where `is_integer`; `fake` has them compute in float on rounded values
     instead, the same to float rounding. On a GPU they always do: its float products are fast, and the passes
-    between int8 products are not (0.11 s a window against 0.31 s on an H100).
-    """
+    between int8 products are not (0.11 s a window against 0.31 s on an H100)."""
     loaded, made, act = built.loaded, built.transforms, recipe.activations
     spare = keep_out(recipe, built.R) if recipe.keep_out else None
-    r3 = made.r3 and recipe.keys.bits < 16
     in_integers = is_integer(recipe) and not made.clips and not fake and loaded.device.type == "cpu"
+    kinds = [kind for kind, grid in (("k", recipe.keys), ("v", recipe.values)) if grid.bits < 16]
     with ExitStack() as stack:
         if recipe.set_massive:
             means = _calibration(recipe, loaded)
             stack.enter_context(intervene.massive_set(loaded, recipe.set_massive, means))
         if in_integers:
-            r4 = surgery.apply_r4 if made.r4 else None
+            r4 = surgery.hadamard if made.r4 else None
             stack.enter_context(integer.integer_linears(loaded, built.codes, act, r4=r4, spare=spare))
-            stack.enter_context(surgery.online(loaded, r3=r3, function=rounded(recipe, inputs=False)))
-        else:
-            function = rounded(recipe, made.clips, spare)
-            stack.enter_context(surgery.online(loaded, r3=r3, r4=made.r4, function=function))
+        elif act.bits < 16:
+            kinds += hooks.LINEAR_INPUTS
+        sites = hooks.sites_of(loaded, *kinds) if kinds else ()
+        r3, r4_online = made.r3 and recipe.keys.bits < 16, made.r4 and not in_integers
+        function = rounded(recipe, made.clips, spare)
+        stack.enter_context(surgery.online(loaded, r3=r3, r4=r4_online, function=function, sites=sites))
         yield
 
 
-def rounded(
-    recipe: Recipe,
-    clips: Mapping[str, float] | None = None,
-    spare: Judge | None = None,
-    *,
-    inputs: bool = True,
-) -> Callable[[str, Tensor], Tensor | None]:
-    """The function (site, x) -> x that rounds keys, values and, with `inputs`, the linears' inputs to the
-    grids of `recipe`, clipped by `clips` where a site has one; tokens of a norm's output that `spare` marks
-    pass.
-    """
-    grids = {site: recipe.activations.with_(clip_ratio=clip) for site, clip in (clips or {}).items()}
+def rounded(recipe: Recipe, clips: Mapping[str, float], spare: Judge | None) -> At:
+    """The function (site, x) -> x that rounds keys, values and the linears' inputs to the grids of `recipe`,
+    clipped by `clips` where a site has one; tokens of a norm's output that `spare` marks pass."""
+    grids = {site: recipe.activations.with_(clip_ratio=clip) for site, clip in clips.items()}
     cache = {"k": recipe.keys, "v": recipe.values}
 
-    def function(site: str, x: Tensor) -> Tensor | None:
-        kind = site.rsplit(".", 1)[-1]
-        grid = cache.get(kind) or grids.get(site, recipe.activations)
-        if grid.bits == 16 or kind == "q" or (kind not in cache and not inputs):
-            return None
-        if spare is not None and kind.endswith("_norm"):
-            return torch.where(spare(x)[..., None], x, fake_quantize(x, grid))
-        return fake_quantize(x, grid)
+    def function(site: str, x: Tensor) -> Tensor:
+        kind = site.rpartition(".")[2]
+        x_rounded = fake_quantize(x, cache.get(kind) or grids.get(site, recipe.activations))
+        if spare is None or kind not in hooks.NORMS:
+            return x_rounded
+        return torch.where(spare(x)[..., None], x, x_rounded)
 
     return function
 

@@ -1,8 +1,7 @@
 """What a recipe is worth: perplexity of the quantized model, with its uncertainty.
 
 Perplexity follows the WikiText-2 protocol of GPTQ, QuaRot and DFRot: the text tokenised whole, cut into
-windows, exp(mean over windows of the mean next-token loss).
-"""
+windows, exp(mean over windows of the mean next-token loss)."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -34,8 +33,7 @@ KIND = "evaluation"
 @dataclass(frozen=True)
 class EvalResult:
     """Mean next-token loss of each window (windows,), in nats, the seconds it took, and where model and text
-    came from; and the `versions` that computed it.
-    """
+    came from; and the `versions` that computed it."""
 
     spec: Recipe
     losses: np.ndarray
@@ -57,8 +55,7 @@ class EvalResult:
 
 def statistic(function: Callable[..., Any], found: Sequence[EvalResult]) -> tuple[float, tuple[float, float]]:
     """`function(*losses, axis=)` of several evaluations and its bootstrap 95% interval, resampling the
-    windows that all were scored on. ValueError where they are not the same windows, on the same device.
-    """
+    windows that all were scored on. ValueError where they are not the same windows, on the same device."""
     places = [(r.spec.corpus, len(r.losses), r.spec.window, r.spec.model.device) for r in found]
     for other in places[1:]:
         if other != places[0]:
@@ -76,8 +73,7 @@ def paired_difference(a: EvalResult, b: EvalResult) -> tuple[float, tuple[float,
 @torch.inference_mode()
 def window_loss(loaded: LoadedModel, ids: Tensor) -> float:
     """Mean next-token loss in nats of one window of token ids (window,), logits in float32 a few hundred
-    tokens at a time.
-    """
+    tokens at a time."""
     head, ids = loaded.model.get_submodule(loaded.roles.lm_head), ids.to(loaded.device)
     hidden = loading.body(loaded)(ids[None], use_cache=False).last_hidden_state[0, :-1]
     total = 0.0
@@ -95,8 +91,7 @@ def evaluate(
 
     `build_model` supplies the built model when one is needed (so that rows with the same `build_key` can
     share it); by default it is built here. `on_part` is called after each window that is finished and kept,
-    and may raise to stop there.
-    """
+    and may raise to stop there."""
     store, spec = store or Store(), door.resolved(spec).canonical()
 
     def make(writer: Writer) -> None:
@@ -151,8 +146,7 @@ def evaluate_all(
     stored builds nothing.
 
     `on_part` is told of each finished window, and of each finished layer of weights; what it raises stops the
-    work there, with all that kept.
-    """
+    work there, with all that kept."""
     store = store or Store()
     cache, found = BuildCache(store), []
     for spec in specs:

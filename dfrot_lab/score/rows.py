@@ -18,8 +18,7 @@ PACKAGES = ("dfrot_lab", "torch", "transformers")
 @cache
 def commit() -> str | None:
     """The git commit of the code that runs, with `+` behind it where files differ from it; None outside a
-    checkout.
-    """
+    checkout."""
     command = ["git", "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
     try:
         run = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
@@ -35,8 +34,7 @@ def row(result: EvalResult) -> dict[str, Any]:
 
 def difference_row(result: EvalResult, reference: EvalResult, name: str) -> dict[str, Any]:
     """The results row of a paired difference: perplexity of `result` minus that of `reference` (called
-    `name`) on the same windows.
-    """
+    `name`) on the same windows."""
     return statistic_row(result, f"{PERPLEXITY} - {name}", *paired_difference(result, reference))
 
 
@@ -95,8 +93,7 @@ def _rest(recipe: Recipe) -> list[str]:
 
 def parameters(spec: Spec, shown: tuple[str, ...] = ("gamma", "rule", "seed", "kind", "model")) -> str:
     """What of a spec is not the default and not `shown` elsewhere, in words: `steps=20, quantizer=sym4`;
-    empty where all is.
-    """
+    empty where all is."""
     default = {name: field.default for name, field in type(spec).model_fields.items()}
     own = {name: value for name, value in spec if name not in shown}
     return ", ".join(f"{name}={_word(value)}" for name, value in own.items() if value != default[name])
@@ -104,8 +101,7 @@ def parameters(spec: Spec, shown: tuple[str, ...] = ("gamma", "rule", "seed", "k
 
 def _word(value: Any) -> str:
     """A field's value in a word: a text with its part, a quantizer or rotation by its name, a capture by what
-    of it is not the default.
-    """
+    of it is not the default."""
     if isinstance(value, CorpusSpec):
         return f"{value.name} ({value.split})"
     if isinstance(value, Spec):

@@ -3,8 +3,7 @@ the hub.
 
 Local files are `<task>.jsonl` in `zero_shot/` of the folder DFROT_LAB_DATA names, in the field names
 lm-eval's task files read. Each task's result is kept as it is finished; accuracies come with lm-eval's
-standard error, task version and number of items.
-"""
+standard error, task version and number of items."""
 
 import json
 import logging
@@ -56,8 +55,7 @@ def table(
     Columns: row, task, metric (acc, acc_norm), value, stderr, items, version (of the task), source, then what
     a results row says of the model. Only the first `limit` items of a task are scored; None takes all. Where
     some tasks have local files, those are scored and the others left out, with a line that says so; where
-    none has, all come from the hub, and without it this is a ConnectionError.
-    """
+    none has, all come from the hub, and without it this is a ConnectionError."""
     store, model = store or Store(), door.resolved(model)
     # how much text a perplexity takes is nothing to tasks
     recipe = door.resolved(spec.with_(windows=1)).canonical() if spec else None
@@ -91,8 +89,7 @@ def table(
 
 def _averages(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The plain mean over tasks of acc, and of acc_norm where a task has it and acc where not; nothing where
-    a task is missing.
-    """
+    a task is missing."""
     if {line["task"] for line in lines} != set(TASKS):
         return []
     found = {(line["task"], line["metric"]): line for line in lines}
@@ -120,53 +117,45 @@ def _score(
     loaded: loading.LoadedModel, task: str, path: Path | None, limit: int | None
 ) -> list[dict[str, Any]]:
     """One task's accuracies by lm-eval: metric, value, stderr, items, version, source."""
-    from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
-
-    logging.getLogger("lm_eval").setLevel(
-        logging.ERROR
-    )  # it warns that a model is no name, and that it cannot check a device it does not choose
-    language_model = HFLM(
-        pretrained=loaded.model,
-        tokenizer=loaded.tokenizer,
-        batch_size=BATCH,
-        device=str(loaded.device),
-        max_length=loaded.context,
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        manager = _local_task(task, path, Path(folder)) if path else TaskManager()
-        try:
-            found = simple_evaluate(
-                language_model,
-                tasks=[task],
-                limit=limit,
-                task_manager=manager,
-                bootstrap_iters=0,
-                log_samples=False,
-            )
-        except OSError as error:
-            raise ConnectionError(
-                f"task {task} is not here and could not be loaded from the hub ({error}). Put {task}.jsonl into zero_shot/ of a folder and name "
-                f"the folder in DFROT_LAB_DATA, or go online."
-            ) from error
-    if found is None:
-        raise RuntimeError(f"lm-eval returned nothing for task {task}")
-    scores, items = found["results"][task], found["n-samples"][task]["effective"]
-    about = {
-        "items": int(items),
-        "version": str(found["versions"][task]),
-        "source": "local file" if path else "hub",
-    }
+    found = _simple_evaluate(loaded, task, path, limit)
+    scores, items = found["results"][task], int(found["n-samples"][task]["effective"])
+    source = "local file" if path else "hub"
+    about = {"items": items, "version": str(found["versions"][task]), "source": source}
     lines = []
     for metric in METRICS:
         if f"{metric},none" in scores:
             value = float(scores[f"{metric},none"])
-            stderr = (
-                value * (1 - value) / max(items - 1, 1)
-            ) ** 0.5  # what lm-eval's own formula gives for a mean of zeros and ones
+            # what lm-eval's own formula gives for a mean of zeros and ones
+            stderr = (value * (1 - value) / max(items - 1, 1)) ** 0.5
             lines.append({"metric": metric, "value": value, "stderr": stderr, **about})
     return lines
+
+
+def _simple_evaluate(
+    loaded: loading.LoadedModel, task: str, path: Path | None, limit: int | None
+) -> dict[str, Any]:
+    """What lm-eval itself returns for one task."""
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    # it warns that a model is no name, and that it cannot check a device it does not choose
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    own: dict[str, Any] = {"pretrained": loaded.model, "tokenizer": loaded.tokenizer, "batch_size": BATCH}
+    model = HFLM(**own, device=str(loaded.device), max_length=loaded.context)
+    with tempfile.TemporaryDirectory() as folder:
+        manager = _local_task(task, path, Path(folder)) if path else TaskManager()
+        options: dict[str, Any] = {"task_manager": manager, "bootstrap_iters": 0, "log_samples": False}
+        try:
+            found = simple_evaluate(model, tasks=[task], limit=limit, **options)
+        except OSError as error:
+            raise ConnectionError(
+                f"task {task} is not here and could not be loaded from the hub ({error}). Put {task}.jsonl into "
+                "zero_shot/ of a folder and name the folder in DFROT_LAB_DATA, or go online."
+            ) from error
+    if found is None:
+        raise RuntimeError(f"lm-eval returned nothing for task {task}")
+    return dict(found)
 
 
 def _local_task(task: str, path: Path, folder: Path) -> Any:

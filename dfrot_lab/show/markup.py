@@ -17,14 +17,14 @@ def visible(text: str) -> str:
 
 def safe(text: str) -> str:
     """A token's text for HTML and for plotly's hover labels: white space visible, markup escaped, so that no
-    token is ever run.
-    """
+    token is ever run."""
     return html.escape(visible(text), quote=True)
 
 
 def span(text: str, colour: str | None = None, title: str = "") -> str:
     """One token as an HTML span, isolated from the writing direction of its neighbours; with `colour` it is
-    marked, with `title` it has a tooltip.
-    """
-    style = f"background:{colour};color:#fff;" if colour else ""
-    return f'<bdi class="dfrot-token" title="{html.escape(title, quote=True)}" style="{style}border-radius:3px;padding:0 1px">{safe(text)}</bdi>'
+    marked, with `title` it has a tooltip."""
+    mark = f"background:{colour};color:#fff;" if colour else ""
+    style = f"{mark}border-radius:3px;padding:0 1px"
+    tip = html.escape(title, quote=True)
+    return f'<bdi class="dfrot-token" title="{tip}" style="{style}">{safe(text)}</bdi>'

@@ -1,49 +1,56 @@
 """A report to send to a colleague: one HTML file with a model's main results, figures and data inside,
-nothing fetched when it is opened.
-"""
+nothing fetched when it is opened. The page is `report.html.j2`; here its values are collected."""
 
+import base64
+import hashlib
+import io
 import shlex
-from dataclasses import dataclass, replace
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from matplotlib.figure import Figure
+from plotly.offline import get_plotlyjs
 
 from dfrot_lab.disk.artefacts import Store
+from dfrot_lab.disk.atomic import replacing
 from dfrot_lab.maths import tables
 from dfrot_lab.model import corpus, loading
-from dfrot_lab.observe import capture as captures
-from dfrot_lab.observe.capture import capture
-from dfrot_lab.recipe.specs import DEFAULT_MODEL, CorpusSpec, Recipe, RefineSpec
-from dfrot_lab.rotate import dfrot
-from dfrot_lab.score import perplexity
+from dfrot_lab.recipe import registry
+from dfrot_lab.recipe.specs import DEFAULT_MODEL, MASSIVE_RULES, CorpusSpec, Recipe, RefineSpec
 from dfrot_lab.score import rows as score_rows
 from dfrot_lab.score.perplexity import EvalResult
-from dfrot_lab.show import figures, main_figures, report_page
+from dfrot_lab.show import figures, main_figures
 from dfrot_lab.show.markup import visible
-from dfrot_lab.show.report_page import figure_html, note, paragraph, section, table_html
-from dfrot_lab.study import mainjob, paper
-from dfrot_lab.study.mainjob import MainResult, Progress
-from dfrot_lab.study.setting import Setting
+from dfrot_lab.show.perplexity import rows_of
+from dfrot_lab.show.report_plot import scatter_figure
+from dfrot_lab.study import cost, main, paper, runner
+from dfrot_lab.study.cost import Progress
+from dfrot_lab.study.main import MainResult
+from dfrot_lab.study.setting import Setting, figure_site
 
 PACKAGES = ("dfrot-lab", "torch", "transformers", "numpy", "matplotlib", "plotly")
 SHOWN_TOKENS = 15
 """Massive tokens listed, the most extreme first; the rest are counted."""
-SECONDS = {"capture": mainjob.NOMINAL_SECONDS["capture"], "tokens": 2.0, "errors": 2.0, "figures": 6.0}
-"""Nominal seconds of each part on 2 cores with the default model."""
+HISTORY_LINES = 12
+"""Lines of a refinement's history that are listed, first and last among them."""
+SECONDS = {"tokens": 2.0, "errors": 2.0, "figures": 6.0}
+"""Seconds of each part after the capture on 2 cores with the default model."""
 
 
 @dataclass(frozen=True)
 class Findings:
     """What a report shows: the main job's result as far as it is stored, the rows that are not, and tables of
-    massive tokens and token errors.
-    """
+    massive tokens and token errors."""
 
     result: MainResult
-    found: list[EvalResult]
     missing: list[Recipe]
     massive: pd.DataFrame
     errors: pd.DataFrame
@@ -51,54 +58,89 @@ class Findings:
 
 def collect(setting: Setting, store: Store | None = None) -> Findings:
     """The main results of `setting` that are stored. The capture is recorded if it is missing; nothing else
-    is computed that takes long.
-    """
+    is computed that takes long."""
     store, setting = store or Store(), setting.resolved()
-    there = captures.stored(setting.capture, store) is not None
-    progress = Progress(
-        [0.0 if there else SECONDS["capture"], SECONDS["tokens"], SECONDS["errors"], SECONDS["figures"]]
-    )
+    progress = Progress([cost.preparation(setting, store)[0], *SECONDS.values()])
     progress.begin("activations of the first calibration window")
-    recorded = capture(setting.capture, store)
-    specs, text_key = mainjob.main_specs(setting), cache(corpus.fingerprint)
-    looked_up = {spec: perplexity.stored(spec, store, text_key) for spec in specs}
-    found = [result for result in looked_up.values() if result]
-    result = MainResult(setting, mainjob.main_table(found), recorded, dfrot.stored(setting.refine, store))
+    result = main.stored(setting, store)
+    missing = list(dict.fromkeys(row.spec for row in main.rows(setting) if row.spec not in result.found))
     progress.begin("massive tokens")
     massive = main_figures.massive_table(result)
     progress.begin("errors of every token")
     errors = main_figures.error_table(result)
     progress.begin("figures and page")
-    return Findings(result, found, [spec for spec in specs if looked_up[spec] is None], massive, errors)
+    return Findings(result, missing, massive, errors)
 
 
 def page(findings: Findings) -> str:
     """The whole report as HTML."""
-    setting = findings.result.setting
+    return render(values(findings))
+
+
+def render(values: Mapping[str, Any]) -> str:
+    """The page with these values (those of `values`), all escaped but the scripts.
+
+    It may load nothing and run only its two scripts, plotly's library and the call of it: its
+    Content-Security-Policy names each by its hash."""
+    pages = Environment(
+        loader=PackageLoader("dfrot_lab", "show"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+    )
+    pages.filters["sha256"] = lambda script: _base64(hashlib.sha256(script.encode()).digest())
+    return pages.get_template("report.html.j2").render(values)
+
+
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def values(findings: Findings) -> dict[str, Any]:
+    """What the page shows, by the names the template uses."""
+    result, table, massive = findings.result, findings.result.table, findings.massive
+    setting = result.setting
     with figures.theme():
-        drawn = {
-            name: figure
-            for name, (figure, _) in main_figures.main_figures(findings.result, findings.errors).items()
-        }
-    sections = [
-        section("What was measured", table_html(about(findings), index=False)),
-        section("Massive tokens", *_massive_tokens(findings)),
-        section("Quantization error of every token", *_token_errors(findings, drawn)),
-        section(
-            "The residual stream" + (" and the refined rotation" if findings.result.refinement else ""),
-            *_refinement(findings, drawn),
-        ),
-        section("What a rotation is worth: perplexity", *_perplexity(findings, drawn)),
-        section("The paper's numbers beside ours", *_paper(findings)),
-        section("Limits", *map(paragraph, limits(setting))),
-    ]
-    return report_page.document(f"DFRot Lab: {named(setting.model.source)}", _abstract(findings), sections)
+        drawn = main_figures.main_figures(result, findings.errors)
+        pictures = {name: _svg(figure) for name, (figure, _) in drawn.items()}
+    return {
+        "title": f"DFRot Lab: {named(setting.model.source)}",
+        "massive": main_figures.most_massive(massive),
+        "gap": _gap(findings),
+        "about": about(findings),
+        "tokens": massive_tokens(massive),
+        "shown": SHOWN_TOKENS,
+        "by_sun": massive.loc[massive["sun"], "token"].nunique(),
+        "window": result.capture.tokens,
+        "site": figure_site(result.capture.sites),
+        "quantizer": setting.refine.quantizer.name,
+        "library": Markup(get_plotlyjs()),
+        "plot": scatter_figure(findings.errors).to_plotly_json(),
+        "pictures": pictures,
+        "history": None if result.refinement is None else _history(result.refinement.history),
+        "command": command(public(setting)),
+        "comparison": tables.comparison(table) if result.found else None,
+        "differences": main_figures.differences(table),
+        "missing": _missing(findings),
+        "paper": _paper(list(result.found.values())),
+        "model": named(setting.model.source),
+        "packaged": setting.model.source == DEFAULT_MODEL,
+        "corpus": named(setting.corpus),
+        "windows": setting.windows,
+    }
+
+
+def _svg(figure: Figure) -> str:
+    """A figure as base64 SVG; it is closed."""
+    data = io.BytesIO()
+    figure.savefig(data, format="svg", metadata={"Date": None})
+    figures.plt.close(figure)
+    return _base64(data.getvalue())
 
 
 def named(source: str) -> str:
     """A model or text as a reader of the report needs it: of a file or folder its name, not where it lies on
-    this machine.
-    """
+    this machine."""
     return Path(source).name if Path(source).expanduser().exists() else source
 
 
@@ -106,19 +148,20 @@ def about(findings: Findings) -> pd.DataFrame:
     """What the report is of, as lines: what, value."""
     setting, recorded = findings.result.setting, findings.result.capture
     manifest = recorded.artefact.manifest
-    where = str(manifest["note"]["provenance"])
+    origin, own = str(manifest["note"]["provenance"]), setting.model.source != DEFAULT_MODEL
     texts = {split: CorpusSpec(name=setting.corpus, split=split) for split in ("calibration", "evaluation")}
+    rows = f"the first {recorded.tokens} calibration tokens"
     lines: dict[str, Any] = {
         "model": named(setting.model.source),
-        "made from": where
-        if setting.model.source == DEFAULT_MODEL
-        else f"{where.split(' ', 1)[0]} {named(setting.model.source)}",
+        "made from": f"{origin.split(' ', 1)[0]} {named(setting.model.source)}" if own else origin,
         "model's content hash": loading.fingerprint(setting.model),
         "text": named(setting.corpus),
         **{f"{split} text, sha256": corpus.fingerprint(spec) for split, spec in texts.items()},
         "evaluation": f"{setting.windows} windows of {setting.window} tokens",
         "seed of the rotations": setting.seed,
-        "refinement": f"gamma {setting.gamma:g}, {setting.steps} steps, on the first {recorded.tokens} calibration tokens",
+        "refinement": f"gamma {setting.gamma:g}, rule {setting.rule}, {setting.steps} steps, on {rows}",
+        "rotations and weights": f"{', '.join(registry.rows())}; {', '.join(registry.WEIGHTS)}",
+        "family, device": f"{manifest['note']['family']}, {setting.model.device}",
         "capture": f"{recorded.key}, recorded {manifest['created']}",
         "versions": ", ".join(f"{name} {metadata.version(name)}" for name in PACKAGES),
         "code": score_rows.commit() or "no checkout",
@@ -129,48 +172,71 @@ def about(findings: Findings) -> pd.DataFrame:
 
 def massive_tokens(table: pd.DataFrame) -> pd.DataFrame:
     """A line a token of `massive.table`, the most extreme first: its text, largest |value|, where, and at how
-    many sites each rule marks it.
-    """
+    many sites each rule marks it."""
     top = table.sort_values("residual_max", ascending=False).drop_duplicates("token").set_index("token")
-    rules = ["sun", "nr_error", "ro_vs_nr", "ratio"]
-    counts = table.groupby("token")[rules].sum().loc[top.index]
-    shown = pd.DataFrame(
-        {
-            "token": top.index,
-            "text": top["text"].map(visible),
-            "largest |value|": top["residual_max"].map("{:,.0f}".format),
-        }
-    )
-    shown = shown.assign(
-        **{
-            "times the median": top["ratio_to_median"].map("{:,.0f}".format),
-            "channel": top["channel"],
-            "at": top["site"],
-        }
-    )
-    return shown.join(counts.add_prefix("sites by ")).reset_index(drop=True)
+    shown = {
+        "text": top["text"].map(visible),
+        "largest |value|": top["residual_max"].map("{:,.0f}".format),
+        "times the median": top["ratio_to_median"].map("{:,.0f}".format),
+        "channel": top["channel"],
+        "at": top["site"],
+    }
+    counts = table.groupby("token")[list(MASSIVE_RULES)].sum().add_prefix("sites by ")
+    return pd.DataFrame(shown).join(counts).reset_index()
+
+
+def _gap(findings: Findings) -> dict[Hashable, Any] | None:
+    """RO - RH at the last bits that are stored: the row of the page's first paragraph."""
+    rows = rows_of(findings.result.table, f"{tables.PERPLEXITY} - RH")
+    own = rows["rotation"].eq("RO") & ~rows["keep_out"].astype(bool)
+    rows = rows[own & rows["seed"].eq(findings.result.setting.seed)]
+    return None if rows.empty else rows.to_dict("records")[-1]
+
+
+def _history(history: pd.DataFrame) -> pd.DataFrame:
+    places = np.linspace(0, len(history) - 1, min(HISTORY_LINES, len(history))).round().astype(int)
+    return history.iloc[places].round(4).rename(columns={"ordinary": "ordinary"})
+
+
+def _missing(findings: Findings) -> pd.DataFrame:
+    """The rows that are not stored, each with the command that computes it alone."""
+    setting, lines = public(findings.result.setting), []
+    for spec in findings.missing:
+        lines.append((runner.row_name(spec), row_command(setting, spec)))
+    return pd.DataFrame(lines, columns=["row", "alone"])
+
+
+def _paper(found: list[EvalResult]) -> pd.DataFrame:
+    """The paper's perplexities in the rows' places, ours first: it must not be scrolled out of sight."""
+    beside = paper.beside_rows(found)
+    ours = beside.pop("ours").map("{:,.2f}".format)
+    beside.insert(min(2, beside.shape[1]), "ours", ours)
+    return beside.fillna("")
 
 
 def command(setting: Setting) -> str:
     """The command that computes every row a report of `setting` shows."""
-    return f"dfrot-lab run {_options(setting, setting.seed)} --gamma {setting.gamma:g}"
+    return f"dfrot-lab run {_options(setting, setting.seed)} --gamma {setting.gamma:g} --rule {setting.rule}"
 
 
 def public(setting: Setting) -> Setting:
     """`setting` with a model's or text's own path cut to its name: what a page that is sent away may say."""
-    return replace(
-        setting, model=setting.model.with_(source=named(setting.model.source)), corpus=named(setting.corpus)
-    )
+    model = setting.model.with_(source=named(setting.model.source))
+    return setting.with_(model=model, corpus=named(setting.corpus))
 
 
 def row_command(setting: Setting, spec: Recipe) -> str:
     """The command that computes one row."""
     seed = spec.rotation.first_seed
-    weights = f" --weights {spec.weights.method}" if spec.weights.quantizer.bits < 16 else ""
-    kept = " --keep-out" if spec.keep_out else ""
-    gamma = f" --gamma {spec.rotation.gamma:g}" if isinstance(spec.rotation, RefineSpec) else ""
     options = _options(setting, setting.seed if seed is None else seed)
-    return f"dfrot-lab evaluate {options} --rotation {spec.rotation.name} --bits {spec.bits}{weights}{kept}{gamma}"
+    parts = [f"dfrot-lab evaluate {options} --rotation {spec.rotation.name} --bits {spec.bits}"]
+    if spec.weights.quantizer.bits < 16:
+        parts.append(f"--weights {spec.weights.method}")
+    if spec.keep_out:
+        parts.append("--keep-out")
+    if isinstance(spec.rotation, RefineSpec):
+        parts.append(f"--gamma {spec.rotation.gamma:g} --rule {spec.rotation.rule}")
+    return " ".join(parts)
 
 
 def _options(setting: Setting, seed: int) -> str:
@@ -178,157 +244,8 @@ def _options(setting: Setting, seed: int) -> str:
     return f"--model {model} --corpus {text} --seed {seed} --windows {setting.windows}"
 
 
-def limits(setting: Setting) -> list[str]:
-    """What the numbers do not say."""
-    small = (
-        "The default model is small and its published weights are 4-bit already. "
-        if setting.model.source == DEFAULT_MODEL
-        else ""
-    )
-    return [
-        f"{small}Levels of perplexity cannot be compared with the paper's larger models; the order of the rotations and the sign of the gaps can.",
-        f"Intervals are a bootstrap over {setting.windows} windows of one text: how sure the mean over such windows is, not how another text "
-        "or seed would come out. Rows are compared on the same windows, so a paired difference is surer than two intervals side by side.",
-        "Perplexity and token errors are measured with quantization simulated exactly; nothing here says how fast a 4-bit kernel would run.",
-        "lm_head, embeddings and norms stay in full precision, as in the paper.",
-    ]
-
-
-def _abstract(findings: Findings) -> str:
-    setting, text = findings.result.setting, ""
-    if len(findings.massive):
-        head = findings.massive.iloc[0]
-        text = (
-            f"The most massive token, {visible(head['text'])!r}, reaches {head['residual_max']:,.0f} in channel {head['channel']} of the residual "
-            f"stream, {head['ratio_to_median']:,.0f} times the median. "
-        )
-    rows = tables.records(findings.result.table, f"{tables.PERPLEXITY} - RH")
-    gaps = [
-        row for row in rows if row["rotation"] == "RO" and not row["keep_out"] and row["seed"] == setting.seed
-    ]
-    if gaps:
-        low, high = gaps[-1]["ci95"]
-        text += f"At {tables.bits(gaps[-1])} RO's perplexity is {gaps[-1]['value']:.2f} [{low:.2f}, {high:.2f}] above RH's."
-    return text
-
-
-def _massive_tokens(findings: Findings) -> list[str]:
-    tokens = massive_tokens(findings.massive)
-    if tokens.empty:
-        return [paragraph("No token of the first calibration window is massive by any of the four rules.")]
-    rest = f" The {SHOWN_TOKENS} most extreme are shown." if len(tokens) > SHOWN_TOKENS else ""
-    marked = f"{len(tokens)} of {findings.result.capture.tokens} tokens are massive somewhere by at least one of four rules.{rest}"
-    return [paragraph(marked), table_html(tokens.head(SHOWN_TOKENS), index=False)]
-
-
-def _token_errors(findings: Findings, drawn: dict[str, Any]) -> list[str]:
-    site, quantizer = (
-        main_figures.error_site(findings.result.capture),
-        findings.result.setting.refine.quantizer.name,
-    )
-    said = f"E(xR), a token's squared error at {site} under {quantizer}, one rotation against another. Below the line the second is better."
-    return [
-        paragraph(said),
-        report_page.error_scatter(findings.errors),
-        figure_html(
-            drawn["token-errors"],
-            f"Three scatter plots of every token's error at {site}: RO and RH against NR, RH against RO",
-        ),
-        paragraph("The site's most massive token, its values before and after quantization:"),
-        figure_html(
-            drawn["massive-token-values"],
-            "The massive token's values against their quantized values, a panel for each rotation",
-        ),
-    ]
-
-
-def _refinement(findings: Findings, drawn: dict[str, Any]) -> list[str]:
-    parts = [
-        figure_html(
-            drawn["residual-and-refinement"],
-            "The residual stream's largest values and median by layer; a refinement's loss by step",
-        )
-    ]
-    refinement = findings.result.refinement
-    if refinement is None:
-        return [
-            *parts,
-            note(
-                "DFRot's rotation is not refined yet. This computes it, with all rows:",
-                command(public(findings.result.setting)),
-            ),
-        ]
-    history = refinement.history
-    shown = (
-        history
-        if len(history) <= 12
-        else history.iloc[[*range(0, len(history), max(1, len(history) // 10)), -1]].drop_duplicates("step")
-    )
-    return [
-        *parts,
-        paragraph("Mean squared error of ordinary and massive rows, and the distance from the start:"),
-        table_html(shown.round(4), index=False),
-    ]
-
-
-def _perplexity(findings: Findings, drawn: dict[str, Any]) -> list[str]:
-    table, setting = findings.result.table, findings.result.setting
-    parts = [
-        paragraph(
-            f"On {named(setting.corpus)}, {setting.windows} windows, with the 95% interval; bits are weights-activations-KV cache."
-        )
-    ]
-    if findings.found:
-        parts.append(table_html(tables.comparison(table)))
-    if "perplexity" in drawn:
-        parts.append(
-            figure_html(
-                drawn["perplexity"],
-                "Perplexity of each rotation with its interval, a panel for each setting of the bits",
-            )
-        )
-    for metric in [name for name in dict.fromkeys(table["metric"]) if name != tables.PERPLEXITY]:
-        parts += [
-            paragraph(f"{metric}, on the same windows, with the paired 95% interval:"),
-            table_html(tables.comparison(table, metric)),
-        ]
-    if findings.found and not (seeds := tables.by_seed(table)).empty:
-        parts += [paragraph("RO - RH, each random seed on its own:"), table_html(seeds)]
-    if findings.missing:
-        rows = [
-            (f"{mainjob.row_name(spec)}, seed {spec.rotation.first_seed}", row_command(public(setting), spec))
-            for spec in findings.missing
-        ]
-        parts.append(
-            note(
-                f"{len(rows)} rows are not stored. This computes them all, and may be stopped and resumed:",
-                command(public(setting)),
-            )
-        )
-        parts.append(
-            table_html(
-                pd.DataFrame(rows, columns=["row", "alone"]).replace(", seed None", "", regex=True),
-                index=False,
-            )
-        )
-    return parts
-
-
-def _paper(findings: Findings) -> list[str]:
-    beside = paper.beside_rows(findings.found)
-    if beside.empty:
-        return [
-            paragraph(
-                "There are none: the paper has no number for the rows above, or this is not a checkout with data/paper."
-            )
-        ]
-    mine = beside.assign(ours=beside["ours"].map("{:,.2f}".format)).fillna("")
-    said = f"WikiText-2 perplexity as printed (Inf and NaN too), other models; ours is {named(findings.result.setting.model.source)}"
-    return [paragraph(f"{said} on {named(findings.result.setting.corpus)}."), table_html(mine, index=False)]
-
-
 def check_out(path: Path) -> Path:
-    """`path`, if a report can be written there; else a ValueError that says why, before anything is computed."""
+    """`path`, if a report can be written there; else a ValueError that says why."""
     if path.is_dir():
         raise ValueError(f"--out must be a file; {path} is a folder. Say for example {path / 'report.html'}")
     if not path.parent.is_dir():
@@ -340,9 +257,5 @@ def check_out(path: Path) -> Path:
 
 def write(path: Path, text: str) -> None:
     """Put `text` into `path`, whole or not at all: until it is complete, what was there stays."""
-    temporary = check_out(path).with_name(f".{path.name}.part")
-    try:
+    with replacing(check_out(path)) as temporary:
         temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

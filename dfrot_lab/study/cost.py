@@ -3,15 +3,14 @@ machine's rates. The one model behind progress lines, dry runs and explorers.
 
 A product (m, k) @ (k, n) counts 2 m k n operations; a pass (one read or one write) over a float32 tensor its
 bytes. Nothing overlaps, so the parts of a stage add up. Weights count as float32, as the package loads them
-on a CPU, whatever they are published in. Disk and figures are left out.
-"""
+on a CPU. Disk and figures are left out."""
 
 import logging
 import statistics
 import time
 import timeit
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import pandas as pd
 import torch
@@ -33,27 +32,21 @@ FLOAT, INTEGER, TOTAL = "evaluate, 16-bit weights", "evaluate, integer", "total"
 
 CHANNEL_PASSES, MLP_PASSES = 40, 8
 """Passes of a LLaMA layer in transformers over its C channels (norms 14, rotary embedding 10, adds 6, inputs
-and outputs 10) and its MLP's width.
-"""
+and outputs 10), and over its MLP's width."""
 QUANTIZE_PASSES, HADAMARD_PASSES, RESCALE_PASSES, LOGIT_PASSES = 5, 4, 3, 7
 """To quantize an input, apply R4, scale an int8 product's sums, turn logits into a loss: in cache, so timed
-on one core, in passes of a copy.
-"""
+on one core, in passes of a copy."""
 CLIP_BYTES, COLUMN_BYTES, EDIT_BYTES, HESSIAN_BYTES = 450, 700, 40, 32
-"""Bytes a weight for GPTQ's clip search and columns (timed too), an edit in float64; of a Hessian's entry
-being factored (2 float32, 3 float64).
-"""
+"""Bytes a weight for GPTQ's clip search and columns (timed too), an edit in float64; of a Hessian's entry."""
 STEP_PRODUCTS, STEP_PASSES = 4, 9
 """A refinement step's products of (C, C) matrices (two with the eigenvectors, two of the turn) and passes
-over its rows.
-"""
+over its rows."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What a machine does in a second: float32 and float64 flops, int8 operations, bytes read and written;
-    and its memory in bytes.
-    """
+    """Float32 and float64 flops, int8 operations, bytes read and written in a second; memory; rates'
+    source."""
 
     name: str
     float_rate: float
@@ -65,46 +58,28 @@ class Machine:
 
 
 GPU_80GB = Machine(
-    "one 80 GB GPU",
-    19.5e12 / 2,
-    9.7e12 / 2,
-    624e12 / 2,
-    2.0e12 / 2,
-    80e9,
-    "half its data sheet's, not measured",
+    "one 80 GB GPU", 9.75e12, 4.85e12, 312e12, 1e12, 80e9, "half its data sheet's, not measured"
 )
-"""One 80 GB GPU of the A100 kind: its data sheet's rates (float32 19.5e12, float64 9.7e12, int8 624e12,
-2.0e12 bytes/s) times 0.5. NOT measured.
-"""
+"""One of the A100 kind; its data sheet says float32 19.5e12, float64 9.7e12, int8 624e12, 2.0e12 bytes/s."""
 TWO_CORES = Machine("2 cores", 150e9, 70e9, 300e9, 8e9, 24e9, "a usual laptop's, not measured")
 """What progress lines assume until the work itself has shown its pace."""
 
 
 def measure_machine() -> Machine:
-    """This machine's rates with the threads torch has now, measured in about 2 s; int8 as the package
-    multiplies it, be it in float64.
-    """
+    """This machine's rates with torch's threads, measured in about 2 s; int8 as the package multiplies it."""
     import psutil
 
-    a, a64, a8 = (
-        torch.randn(2048, 2048),
-        torch.randn(1024, 1024, dtype=torch.float64),
-        torch.randint(-8, 8, (2048, 2048), dtype=torch.int8),
-    )
+    a, a64 = torch.randn(2048, 2048), torch.randn(1024, 1024, dtype=torch.float64)
+    a8 = torch.randint(-8, 8, (2048, 2048), dtype=torch.int8)
     large, copy = torch.zeros(256 << 18), torch.empty(256 << 18)
-    products = (
+    rates = (
         _rate(2 * 2048**3, lambda: a @ a),
         _rate(2 * 1024**3, lambda: a64 @ a64),
         _rate(2 * 2048**3, lambda: integer.product(a8, a8)),
+        _rate(2 * large.nbytes, lambda: copy.copy_(large)),
     )
-    copies = _rate(2 * large.nbytes, lambda: copy.copy_(large))
-    return Machine(
-        "this machine",
-        *products,
-        copies,
-        psutil.virtual_memory().total,
-        f"measured now, {torch.get_num_threads()} threads of torch",
-    )
+    source = f"measured now, {torch.get_num_threads()} threads of torch"
+    return Machine("this machine", *rates, psutil.virtual_memory().total, source)
 
 
 def _rate(amount: float, work: Callable[[], object]) -> float:
@@ -114,9 +89,8 @@ def _rate(amount: float, work: Callable[[], object]) -> float:
 
 @dataclass(frozen=True)
 class Work:
-    """What a stage does: float32 and float64 flops, int8 operations, bytes moved; and the bytes of memory it
-    peaks at.
-    """
+    """What a stage does: float32 and float64 flops, int8 operations, bytes moved; bytes of memory at its
+    peak."""
 
     stage: str
     float_flops: float = 0
@@ -147,8 +121,7 @@ class Work:
 
 def stages(shape: Shape, recipes: Sequence[Recipe], *, tokens: int = WINDOW) -> list[Work]:
     """The stages of a main job of `recipes`, in order: one capture and refinement, then a load for each model
-    built (rows with equal rotation and weights share one), GPTQ where it is quantized, each row's windows.
-    """
+    built (rows with equal rotation and weights share one), GPTQ where it is quantized, each row's windows."""
     builds = {(spec.rotation, spec.weights): spec for spec in recipes}.values()
     rotated = sum(spec.is_rotated for spec in builds)
     quantized = sum(spec.weights.quantizer.bits < 16 for spec in builds)
@@ -166,62 +139,36 @@ def stages(shape: Shape, recipes: Sequence[Recipe], *, tokens: int = WINDOW) -> 
 
 def load(shape: Shape, loads: int, rotated: int) -> Work:
     """Read the weights and fuse the norms' gains; fuse R1, one float64 product of every weight with R, the
-    largest held in float64 twice.
-    """
-    weights, largest = (
-        shape.linear_weights + 2 * shape.embedding,
-        max(shape.embedding, shape.mlp * shape.channels),
-    )
+    largest held in float64 twice."""
+    weights = shape.linear_weights + 2 * shape.embedding
     moved = loads * (2 * PASS + EDIT_BYTES) + rotated * EDIT_BYTES
-    return Work(
-        LOAD,
-        0,
-        rotated * 2 * shape.channels * weights,
-        moved=moved * weights,
-        memory=shape.model_bytes + 2 * 8 * largest,
-    )
+    memory = shape.model_bytes + 2 * 8 * max(shape.embedding, shape.mlp * shape.channels)
+    return Work(LOAD, 0, rotated * 2 * shape.channels * weights, moved=moved * weights, memory=memory)
 
 
 def forward(shape: Shape, tokens: int, windows: int = 1) -> Work:
-    """The layers, without lm_head, on `windows` windows at once; attention is causal, so it computes half of
-    the pairs of tokens.
-    """
+    """The layers, without lm_head, on `windows` windows at once; attention is causal: half of the pairs."""
     rows, attention = tokens * windows, windows * shape.layers * 2 * tokens**2 * shape.heads * shape.head
-    moved = (
-        shape.layers * rows * (CHANNEL_PASSES * shape.channels + MLP_PASSES * shape.mlp)
-        + shape.linear_weights
-    )
-    held = rows * (6 * shape.channels + 3 * shape.mlp) * PASS
-    return Work(
-        "forward",
-        2 * shape.linear_weights * rows + attention,
-        moved=PASS * moved,
-        memory=shape.model_bytes + held,
-    )
+    passes = shape.layers * rows * (CHANNEL_PASSES * shape.channels + MLP_PASSES * shape.mlp)
+    memory = shape.model_bytes + rows * (6 * shape.channels + 3 * shape.mlp) * PASS
+    flops = 2 * shape.linear_weights * rows + attention
+    return Work("forward", flops, moved=PASS * (passes + shape.linear_weights), memory=memory)
 
 
 def capture(shape: Shape, tokens: int) -> Work:
-    """A forward pass whose norm outputs, two a layer, are looked at (finite? the largest?) and written: 6
-    passes.
-    """
+    """A forward pass whose norm outputs, two a layer, are looked at and written, in 6 passes."""
     return Work(CAPTURE, moved=6 * PASS * 2 * shape.layers * tokens * shape.channels) + forward(shape, tokens)
 
 
 def refine(shape: Shape, tokens: int) -> Work:
     """Refine R1: x^T x of all rows, its eigenvectors (9 C^3); steps on a part of the rows (x R; x^T error
-    R^T); looks at all rows (x R).
-    """
+    R^T); looks at all rows (x R)."""
     C, rows, steps = shape.channels, 2 * shape.layers * tokens, RefineSpec().steps
     part, looks = min(rows, max(rows / descent.PARTS, descent.LEAST_ROWS)), steps / CHECK_EVERY + 1
     step = 2 * part * C**2 * (2 + min(1, C / descent.ROWS_AT_ONCE)) + STEP_PRODUCTS * 2 * C**3
+    flops = steps * step + (looks + 1) * 2 * rows * C**2
     moved = PASS * STEP_PASSES * C * (steps * part + looks * rows)
-    return Work(
-        REFINE,
-        steps * step + (looks + 1) * 2 * rows * C**2,
-        9 * C**3,
-        moved=moved,
-        memory=1.5 * PASS * rows * C,
-    )
+    return Work(REFINE, flops, 9 * C**3, moved=moved, memory=1.5 * PASS * rows * C)
 
 
 def gptq(shape: Shape, tokens: int, windows: int = WeightSpec().windows) -> Work:
@@ -230,96 +177,73 @@ def gptq(shape: Shape, tokens: int, windows: int = WeightSpec().windows) -> Work
     one's error going to all after it (out in^2)."""
     hessians = sum(windows * tokens * into**2 for into in shape.inputs)
     columns = sum(out * into**2 for out, into in shape.linears)
-    factors = sum(4 / 3 * into**3 for _, into in shape.linears)
+    factors = shape.layers * sum(4 / 3 * into**3 for _, into in shape.linears)
     passes = forward(shape, tokens, windows)
     memory = passes.memory + HESSIAN_BYTES * max(shape.inputs) ** 2
     moved = shape.linear_weights * (CLIP_BYTES + COLUMN_BYTES)
-    return (
-        Work(GPTQ, shape.layers * (hessians + columns), shape.layers * factors, moved=moved, memory=memory)
-        + passes
-    )
+    return Work(GPTQ, shape.layers * (hessians + columns), factors, moved=moved, memory=memory) + passes
 
 
 def float_window(shape: Shape, tokens: int) -> Work:
-    """One evaluation window with 16-bit weights: all products in float, the linears' inputs fake-quantized."""
-    return Work(FLOAT) + forward(shape, tokens) + _scoring(shape, tokens)
+    """One evaluation window with 16-bit weights: all products in float; the linears' inputs quantized, R4,
+    and lm_head with the loss, a few hundred tokens at a time."""
+    inputs = shape.layers * tokens * (QUANTIZE_PASSES * sum(shape.inputs) + HADAMARD_PASSES * shape.mlp)
+    moved = PASS * (inputs + shape.embedding + LOGIT_PASSES * tokens * shape.vocabulary)
+    memory = shape.model_bytes + 3 * PASS * perplexity.LOGIT_ROWS * shape.vocabulary
+    return Work(FLOAT, 2 * shape.embedding * tokens, moved=moved, memory=memory) + forward(shape, tokens)
 
 
 def integer_window(shape: Shape, tokens: int) -> Work:
-    """One evaluation window with integer linears, attention and lm_head in float; the codes are held beside
-    the float weights.
-    """
-    floats, linears = forward(shape, tokens), 2 * shape.linear_weights * tokens
-    floats = replace(
-        floats,
-        float_flops=floats.float_flops - linears,
-        int8_ops=linears,
-        memory=floats.memory + shape.linear_weights,
-    )
+    """The same with integer linears; attention and lm_head in float, the codes held beside float weights."""
+    floats, linears = float_window(shape, tokens), 2 * shape.linear_weights * tokens
     results = RESCALE_PASSES * PASS * shape.layers * tokens * sum(out for out, _ in shape.linears)
-    return Work(INTEGER, moved=results) + floats + _scoring(shape, tokens)
+    flops, moved = floats.float_flops - linears, floats.moved + results
+    memory = max(floats.memory, forward(shape, tokens).memory + shape.linear_weights)
+    return Work(INTEGER, flops, 0, linears, moved, memory=memory)
 
 
-def _scoring(shape: Shape, tokens: int) -> Work:
-    """What a window adds to a forward pass: the linears' inputs quantized, R4, and lm_head with the loss, a
-    few hundred tokens at a time.
-    """
-    inputs = shape.layers * tokens * (QUANTIZE_PASSES * sum(shape.inputs) + HADAMARD_PASSES * shape.mlp)
-    moved = inputs + shape.embedding + LOGIT_PASSES * tokens * shape.vocabulary
-    logits = 3 * PASS * perplexity.LOGIT_ROWS * shape.vocabulary
-    return Work(
-        "scoring", 2 * shape.embedding * tokens, moved=PASS * moved, memory=shape.model_bytes + logits
-    )
-
-
-def estimate(
-    shape: Shape, machine: Machine, recipes: Sequence[Recipe], *, tokens: int = WINDOW
-) -> pd.DataFrame:
-    """Seconds and peak memory (GB) of each stage, whether the machine has that memory; then `total`: the sum
-    of seconds, the largest memory.
-    """
-    works = [
-        (work.stage, work.seconds(machine), work.memory / 1e9)
-        for work in stages(shape, recipes, tokens=tokens)
-    ]
-    table = pd.DataFrame(works, columns=["stage", "seconds", "memory_gb"])
+def estimate(shape: Shape, machine: Machine, recipes: Sequence[Recipe], tokens: int = WINDOW) -> pd.DataFrame:
+    """Seconds, peak memory (GB) and whether the machine has that much, a row a stage; then `total`."""
+    works = stages(shape, recipes, tokens=tokens)
+    lines = [(work.stage, work.seconds(machine), work.memory / 1e9) for work in works]
+    table = pd.DataFrame(lines, columns=["stage", "seconds", "memory_gb"])
     table.loc[len(table)] = [TOTAL, table["seconds"].sum(), table["memory_gb"].max()]
     return table.assign(fits=table["memory_gb"] * 1e9 <= machine.memory)
 
 
 def preparation(setting: Setting, store: Store) -> list[float]:
     """Nominal seconds on 2 cores of a setting's capture and refinement; 0 for what is stored."""
-    sizes = shape(setting.model)
-    works = (load(sizes, 1, 0) + capture(sizes, setting.window), refine(sizes, setting.window))
-    there = (captures.stored(setting.capture, store), dfrot.stored(setting.refine, store))
-    pairs = zip(works, there, strict=True)
-    return [0.0 if found is not None else work.seconds(TWO_CORES) for work, found in pairs]
+    sizes, tokens = shape(setting.model), setting.window
+    recorded, refined = captures.stored(setting.capture, store), dfrot.stored(setting.refine, store)
+    works = (load(sizes, 1, 0) + capture(sizes, tokens), recorded), (refine(sizes, tokens), refined)
+    return [0.0 if found else work.seconds(TWO_CORES) for work, found in works]
 
 
 def seconds(specs: Sequence[Recipe], store: Store) -> list[float]:
     """Nominal seconds on 2 cores of each recipe: 0 if it is stored, else its windows, with its refinement,
-    build and weights where it is the first to need them.
-    """
+    build and weights where it is the first to need them."""
     seen: set[str] = set()
     return [0.0 if perplexity.stored(spec, store) else _missing(spec, store, seen) for spec in specs]
 
 
 def _missing(spec: Recipe, store: Store, seen: set[str]) -> float:
+    """Those of a recipe that is not stored; `seen` are the keys of what will be there by then."""
     sizes, rotation, key = shape(spec.model), spec.rotation, build.build_key(spec)
-    window = integer_window if build.is_integer(spec) else float_window
-    work = window(sizes, spec.window).times(spec.windows)
+    work = scoring(spec)
     if key not in seen:
         work += load(sizes, 1, int(spec.is_rotated))
         if spec.weights.quantizer.bits < 16 and not build.weights_stored(spec, store):
             work += gptq(sizes, spec.weights.window, spec.weights.windows)
-    if (
-        isinstance(rotation, RefineSpec)
-        and rotation.key not in seen
-        and dfrot.stored(rotation, store) is None
-    ):
+    if isinstance(rotation, RefineSpec) and rotation.key not in seen and not dfrot.stored(rotation, store):
         work += refine(sizes, rotation.capture.tokens)
     seen |= {key, rotation.key}
     return work.seconds(TWO_CORES)
+
+
+def scoring(spec: Recipe) -> Work:
+    """A recipe's windows alone."""
+    window = integer_window if build.is_integer(spec) else float_window
+    return window(shape(spec.model), spec.window).times(spec.windows)
 
 
 def duration(seconds: float) -> str:
@@ -333,9 +257,7 @@ class Progress:
     """Says what is being done and how long the rest will take, as log lines."""
 
     def __init__(self, costs: Sequence[float] = ()) -> None:
-        self.costs = list(costs)
-        self.begun = 0
-        self.at = time.perf_counter()
+        self.costs, self.begun, self.at = list(costs), 0, time.perf_counter()
         self.nominal, self.spent = 1.0, 1.0
 
     def extend(self, costs: Sequence[float]) -> None:
@@ -348,9 +270,7 @@ class Progress:
         return sum(self.costs[max(self.begun - 1, 0) :]) * self.spent / self.nominal
 
     def begin(self, what: str) -> None:
-        """Announce the next step; the pace comes from the steps that really ran, not from those the store
-        had.
-        """
+        """Announce the next step; the pace comes from steps that really ran, not from those the store had."""
         now = time.perf_counter()
         cost, took = (self.costs[self.begun - 1], now - self.at) if self.begun else (0.0, 0.0)
         if took > 0.1 * cost:
@@ -361,20 +281,19 @@ class Progress:
 
 
 def describe(name: str, shape: Shape, machines: Sequence[Machine], recipes: Sequence[Recipe]) -> str:
-    """The estimate as text: the model, each machine's rates, stages by time and memory on each machine, and
-    how far to trust it.
-    """
+    """The estimate as text: the model, each machine's rates, each stage's time and memory on each machine."""
     tables = [estimate(shape, machine, recipes) for machine in machines]
     columns = {"stage": tables[0]["stage"], "memory": tables[0]["memory_gb"].map("{:,.1f} GB".format)}
     for machine, table in zip(machines, tables, strict=True):
-        columns[machine.name] = table["seconds"].map(duration) + table["fits"].map(
-            {True: "", False: " (does not fit)"}
-        )
-    sizes = f"C = {shape.channels}, MLP {shape.mlp}, {shape.heads} heads of {shape.head}, {shape.kv_heads} for keys, vocabulary {shape.vocabulary}"
-    lines = [f"{name}: {shape.parameters:,} parameters, float32; {shape.layers} layers, {sizes}"]
-    for machine in machines:
-        rates = f"float32 {machine.float_rate / 1e9:,.0f}, float64 {machine.double_rate / 1e9:,.0f}, int8 {machine.int8_rate / 1e9:,.0f} Gop/s"
-        memory = f"{machine.byte_rate / 1e9:,.0f} GB/s read and written, {machine.memory / 1e9:,.0f} GB"
-        lines.append(f"{machine.name}: {rates}, {memory}; {machine.source}")
+        fits = table["fits"].map({True: "", False: " (does not fit)"})
+        columns[machine.name] = table["seconds"].map(duration) + fits
+    heads = f"{shape.heads} heads of {shape.head}, {shape.kv_heads} for keys, vocabulary {shape.vocabulary}"
+    sizes = f"{shape.layers} layers, C = {shape.channels}, MLP {shape.mlp}, {heads}"
+    lines = [f"{name}: {shape.parameters:,} parameters, float32; {sizes}"]
+    for m in machines:
+        rates = {"float32": m.float_rate, "float64": m.double_rate, "int8": m.int8_rate}
+        said = ", ".join(f"{what} {rate / 1e9:,.0f}" for what, rate in rates.items())
+        memory = f"{m.byte_rate / 1e9:,.0f} GB/s read and written, {m.memory / 1e9:,.0f} GB"
+        lines.append(f"{m.name}: {said} Gop/s, {memory}; {m.source}")
     trust = "Arithmetic at these rates, nothing run: expect the truth within a factor of about 2."
     return "\n".join([*lines, "", pd.DataFrame(columns).to_string(index=False), "", trust])

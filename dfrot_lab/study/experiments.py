@@ -1,9 +1,7 @@
-"""The paper's tables and figures, and what its reviewers asked for, as named experiments: one tidy table
-each.
+"""The paper's tables and figures, and what its reviewers asked for, as experiments: a tidy table each.
 
 An experiment that evaluates is a list of `Row`s, each one artefact in the store. Its table has a line a row
-and metric, with the columns of `maths.tables` after the experiment's own.
-"""
+and metric, with the columns of `maths.tables` after the experiment's own."""
 
 import itertools
 import logging
@@ -18,20 +16,14 @@ from dfrot_lab.maths import statistics
 from dfrot_lab.model import corpus
 from dfrot_lab.observe import massive, residual
 from dfrot_lab.observe.capture import capture
-from dfrot_lab.recipe.specs import (
-    KEEP_OUT_COUNTS,
-    PAPER_RULE,
-    RELEASED_KEEP_OUT,
-    CorpusSpec,
-    QuantSpec,
-    Recipe,
-    RefineSpec,
-)  # fmt: skip
+from dfrot_lab.recipe import specs
+from dfrot_lab.recipe.specs import CorpusSpec, QuantSpec, Recipe, RefineSpec
 from dfrot_lab.rotate import dfrot, steps
 from dfrot_lab.score import perplexity, rows, zeroshot
-from dfrot_lab.study import main, token_studies
+from dfrot_lab.study import main
 from dfrot_lab.study.runner import Found, Row, evaluated, joined
 from dfrot_lab.study.setting import Setting
+from dfrot_lab.study.token_studies import massive_magnitudes, massive_token, token_errors, token_orders
 
 log = logging.getLogger(__name__)
 
@@ -39,9 +31,8 @@ GAMMAS = (1.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, float("inf"))
 """The paper's sweep (Fig. 5 and 6)."""
 CLIPS = (0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)
 ROW_COUNTS = (48, 32, 24, 16, 8)
-"""Table 3: calibration rows in units of the window; a model of n layers has 2n windows of rows, and counts
-beyond that are left out.
-"""
+"""Table 3: rows in units of the window; a model of n layers has 2n of them, and what is beyond is left
+out."""
 SAMPLES = 5
 KEPT = (1, 4, 16, 64)
 SHARE = "share of RO - RH closed"
@@ -49,9 +40,7 @@ SHARE = "share of RO - RH closed"
 
 @dataclass(frozen=True)
 class Experiment:
-    """A named experiment: what it reproduces, its question, and the function from setting and store to a tidy
-    table. Those of the paper refine by the paper's rule.
-    """
+    """A named experiment: what it reproduces, its question, and what makes its tidy table."""
 
     name: str
     reproduces: str
@@ -60,13 +49,11 @@ class Experiment:
 
     def setting(self, setting: Setting) -> Setting:
         """The setting it runs on: the paper's rule but for the main job, which takes the setting's own."""
-        return setting if self.name == "main" else setting.with_(rule=PAPER_RULE)
+        return setting if self.name == "main" else setting.with_(rule=specs.PAPER_RULE)
 
 
 def run(name: str, setting: Setting | None = None, store: Store | None = None) -> pd.DataFrame:
-    """The table of the experiment `name`, from the store where it has the rows, else computed now; KeyError
-    for a name that is none.
-    """
+    """The table of an experiment, from the store where it has the rows, else computed now. KeyError."""
     if name not in EXPERIMENTS:
         raise KeyError(f"no experiment {name!r}; there are {', '.join(EXPERIMENTS)}")
     experiment = EXPERIMENTS[name]
@@ -93,13 +80,12 @@ def _refinement(setting: Setting, offset: int = 0, **changes: Any) -> RefineSpec
 
 def _kept_out(recipe: Recipe) -> Recipe:
     """The same with massive tokens kept out by the released code's rule."""
-    return recipe.with_(keep_out=RELEASED_KEEP_OUT)
+    return recipe.with_(keep_out=specs.RELEASED_KEEP_OUT)
 
 
 def keep_out(setting: Setting, store: Store) -> pd.DataFrame:
-    """Table 1: RO and RH with all tokens quantized and with massive ones kept out; then the share of the RO -
-    RH gap that keep-out closes.
-    """
+    """Table 1: RO and RH with all tokens quantized and with massive ones kept out; the share of the RO - RH
+    gap that keep-out closes."""
     asked, settings = [Row(setting.row("16-16-16", setting.rotation("NR")))], ("4-4-16", "4-4-4", "4-8-16")
     for offset, kind, bits in itertools.product(range(setting.seeds), ("RH", "RO"), settings):
         plain = setting.row(bits, setting.rotation(kind, offset))
@@ -112,11 +98,8 @@ def keep_out(setting: Setting, store: Store) -> pd.DataFrame:
 
 
 def _shares(setting: Setting, found: Found, settings: Sequence[str]) -> list[dict[str, Any]]:
-    """For each seed and setting of the bits, 1 - (RO - RH with massive tokens kept out) / (RO - RH), with its
-    paired bootstrap interval.
-
-    Left out where the interval of RO - RH itself has 0 in it: there is no gap to have a share of.
-    """
+    """For each seed and bits, 1 - (RO - RH with massive tokens kept out) / (RO - RH), with its interval; left
+    out where that of RO - RH has 0 in it: there is no gap to have a share of."""
     lines = []
     for offset, bits in itertools.product(range(setting.seeds), settings):
         ro, rh = (setting.row(bits, setting.rotation(kind, offset)) for kind in ("RO", "RH"))
@@ -129,14 +112,11 @@ def _shares(setting: Setting, found: Found, settings: Sequence[str]) -> list[dic
 
 
 def main_table(setting: Setting, store: Store) -> pd.DataFrame:
-    """Table 2 and the README's tables: NR, RO, RH and DFRot by RTN and GPTQ, with the minutes each takes
-    beyond RH.
-    """
+    """Table 2 and the README's: NR, RO, RH and DFRot by RTN and GPTQ, with the minutes beyond RH."""
     asked = [Row(setting.row("16-16-16", setting.rotation("NR")), {"extra_minutes": 0.0})]
     minutes = dfrot.refined(setting.refine, store).seconds / 60
-    for name, weights, bits in itertools.product(
-        ("NR", "RO", "RH", "DFRot"), ("rtn", "gptq"), ("4-4-4", "4-4-16")
-    ):
+    names = ("NR", "RO", "RH", "DFRot")
+    for name, weights, bits in itertools.product(names, ("rtn", "gptq"), ("4-4-4", "4-4-16")):
         rh = setting.row(bits, setting.rotation("RH"), weights=weights)
         extra = {"extra_minutes": minutes if name == "DFRot" else 0.0}
         spec = setting.row(bits, setting.method(name), weights=weights)
@@ -145,9 +125,7 @@ def main_table(setting: Setting, store: Store) -> pd.DataFrame:
 
 
 def gamma_sweep(setting: Setting, store: Store) -> pd.DataFrame:
-    """Fig. 5 and 6: perplexity against gamma, from RH and from RO, beside QuaRot and QuaRot.FP16() of the
-    same start.
-    """
+    """Fig. 5 and 6: perplexity against gamma, from RH and RO, beside QuaRot and its FP16() of that start."""
     asked = []
     some = massive.find(capture(setting.capture, store), setting.rule).any()
     gammas = [gamma for gamma in GAMMAS if some or gamma < float("inf")]  # no massive row to fit alone
@@ -164,11 +142,8 @@ def gamma_sweep(setting: Setting, store: Store) -> pd.DataFrame:
 
 
 def calibration(setting: Setting, store: Store) -> pd.DataFrame:
-    """Table 3: five samples, five row counts; and the text refined on another than the one it is tested on,
-    and the reverse.
-    """
-    Way = tuple[dict[str, Any], Setting, RefineSpec]
-    ways: list[Way] = []
+    """Table 3: five samples, five row counts; refined on one text and tested on another, and the reverse."""
+    ways: list[tuple[dict[str, Any], Setting, RefineSpec]] = []
     for skip in _trimmed(range(SAMPLES), setting):
         spec = _refinement(setting, capture=setting.capture.with_(skip=skip))
         ways.append(({"varied": "sample", "level": str(skip)}, setting, spec))
@@ -191,20 +166,15 @@ def calibration(setting: Setting, store: Store) -> pd.DataFrame:
 
 
 def _texts(setting: Setting) -> list[str]:
-    """The texts to exchange: the setting's own and, where both can be had, WikiText-2 and the packaged
-    sample.
-    """
+    """The texts to exchange: WikiText-2 and the packaged sample where both can be had, else the setting's."""
     if setting.quick or corpus.resolve(CorpusSpec(name="auto")).name != "wikitext2":
-        said = "calibrating on one text and testing on another is left out: it needs WikiText-2 (and the full profile)"
-        log.info(said)
+        log.info("testing on another text is left out: it needs WikiText-2 (and the full profile)")
         return [setting.corpus]
     return ["wikitext2", "wikipedia-sample"]
 
 
 def clip_sweep(setting: Setting, store: Store) -> pd.DataFrame:
-    """The activation clip ratio under RO, RH and DFRot, refined with the same clip: what a reviewer asked
-    for.
-    """
+    """The activation clip ratio under RO, RH and DFRot, refined with the same clip."""
     asked = []
     for name, clip in itertools.product(("RO", "RH", "DFRot"), _trimmed(CLIPS, setting)):
         whole = setting.row("16-4-16", setting.method(name))
@@ -215,10 +185,8 @@ def clip_sweep(setting: Setting, store: Store) -> pd.DataFrame:
     return evaluated(asked, store)[0]
 
 
-def symmetric_or_not(setting: Setting, store: Store) -> pd.DataFrame:
-    """Refine with a symmetric or asymmetric quantizer, evaluate with either; the refinement with and without
-    the released code's sign flips.
-    """
+def either_scheme(setting: Setting, store: Store) -> pd.DataFrame:
+    """Refine and evaluate with either quantizer; refine with and without the released code's sign flips."""
     asked, schemes = [], ("asymmetric", "symmetric")
     for tested in schemes:
         plain = setting.row("16-4-16", setting.rotation("RH"))
@@ -233,62 +201,48 @@ def symmetric_or_not(setting: Setting, store: Store) -> pd.DataFrame:
 
 
 def variants(setting: Setting, store: Store) -> pd.DataFrame:
-    """The refinement as released, as in the paper and as here, some seeds each: objective and errors under
-    the evaluation's quantizer, perplexity.
-    """
-    specs = {}
+    """The refinement as released, as in the paper and as here: losses under one quantizer, perplexity."""
+    fits = {}
     for offset, name in itertools.product(range(setting.seeds), ("as_released", "as_paper", "accelerated")):
         quantizer = QuantSpec(scheme="symmetric" if name == "as_released" else "asymmetric")
-        specs[name, offset] = _refinement(setting, offset, variant=name, quantizer=quantizer)
+        fits[name, offset] = _refinement(setting, offset, variant=name, quantizer=quantizer)
     asked = []
-    for bits, ((name, offset), spec) in itertools.product(("16-4-16", "4-4-16"), specs.items()):
+    for bits, ((name, offset), spec) in itertools.product(("16-4-16", "4-4-16"), fits.items()):
         rh = setting.row(bits, setting.rotation("RH", offset))
-        asked += [
-            Row(rh, {"variant": "not refined"}),
-            Row(setting.row(bits, spec), {"variant": name}, {"RH": rh}),
-        ]
-    losses = [line for (name, _), spec in specs.items() for line in _final_losses(name, spec, setting, store)]
+        asked.append(Row(rh, {"variant": "not refined"}))
+        asked.append(Row(setting.row(bits, spec), {"variant": name}, {"RH": rh}))
+    losses = [line for (name, _), spec in fits.items() for line in _final_losses(name, spec, setting, store)]
     return joined(evaluated(asked, store)[0], pd.DataFrame(losses))
 
 
 def _final_losses(name: str, spec: RefineSpec, setting: Setting, store: Store) -> list[dict[str, Any]]:
-    """Weighted objective, ordinary and massive error of a refined R over all rows of its capture, all under
-    one quantizer; and its seconds.
-    """
+    """Losses of a refined R over all rows of its capture under the setting's quantizer; and its seconds."""
     result, recorded = dfrot.refined(spec, store), capture(spec.capture, store)
     mask = massive.find(recorded, spec.rule).flatten()
     weights, quantizer = steps.row_weights(mask, spec.gamma), setting.refine.quantizer
     losses = steps.losses_of(recorded.all_rows(), result.R, weights, mask, quantizer)
-    about: dict[str, Any] = {
-        "variant": name,
-        "model": setting.model.source,
-        "corpus": setting.corpus,
-        "rotation": spec.name,
-    }
-    about |= {"gamma": spec.gamma, "rule": spec.rule, "seed": spec.first_seed}
+    about: dict[str, Any] = {"variant": name, "model": setting.model.source, "corpus": setting.corpus}
+    about |= {"rotation": spec.name, "gamma": spec.gamma, "rule": spec.rule, "seed": spec.first_seed}
     values = {**losses, "seconds of refinement": result.seconds}
     return [{**about, "metric": metric, "value": value} for metric, value in values.items()]
 
 
 def intervene(setting: Setting, store: Store) -> pd.DataFrame:
-    """Which tokens matter: perplexity with k tokens of each window kept out, chosen by size, by error or at
-    random, under RO and RH.
-    """
+    """Which tokens matter: k tokens a window kept out, by size, by error or at random, under RO and RH."""
     asked = []
     for kind in ("RO", "RH"):
         plain = setting.row("16-4-16", setting.rotation(kind))
         asked.append(Row(plain, {"chosen": "none", "k": 0}))
-        asked.append(Row(_kept_out(plain), {"chosen": f"rule {RELEASED_KEEP_OUT}", "k": None}, {kind: plain}))
-        for chosen, k in itertools.product(KEEP_OUT_COUNTS, _trimmed(KEPT, setting)):
+        by_rule = {"chosen": f"rule {specs.RELEASED_KEEP_OUT}", "k": None}
+        asked.append(Row(_kept_out(plain), by_rule, {kind: plain}))
+        for chosen, k in itertools.product(specs.KEEP_OUT_COUNTS, _trimmed(KEPT, setting)):
             spec = plain.with_(keep_out=chosen, keep_out_tokens=k)
             asked.append(Row(spec, {"chosen": chosen, "k": k}, {kind: plain}))
     return evaluated(asked, store)[0].astype({"k": "Int64"})
 
 
 def massive_activations(setting: Setting, store: Store) -> pd.DataFrame:
-    """Sun et al.: the three largest values and the median of the residual stream by layer; then massive
-    values set to zero, or to their mean.
-    """
+    """Sun et al.: massive values set to zero, or to their mean; the residual stream by layer."""
     plain = setting.row("16-16-16", setting.rotation("NR"))
     asked = [Row(plain)]
     asked += [Row(plain.with_(set_massive=to), against={"left alone": plain}) for to in ("zero", "mean")]
@@ -297,18 +251,13 @@ def massive_activations(setting: Setting, store: Store) -> pd.DataFrame:
 
 
 def zero_shot(setting: Setting, store: Store) -> pd.DataFrame:
-    """Table 5 and the README's: six tasks through lm-eval, for the plain model, NR and RH unquantized, and
-    RO, RH and DFRot at 4 bits.
-    """
-    named: list[tuple[str, Recipe | None]] = [("plain transformers", None)]
-    full = [("16-16-16", name) for name in ("NR", "RH")]
-    quantized = itertools.product(
-        ("4-4-16",) if setting.quick else ("4-4-16", "4-4-4"), ("RO", "RH", "DFRot")
-    )
-    named += [
-        (f"{name} {bits}", setting.row(bits, setting.method(name))) for bits, name in [*full, *quantized]
-    ]
-    tables = [zeroshot.table(name, spec, setting.model, setting.limit, store) for name, spec in named]
+    """Table 5 and the README's: six tasks by lm-eval; plain, NR, RH in full, RO, RH, DFRot at 4 bits."""
+    named: dict[str, Recipe | None] = {"plain transformers": None}
+    quantized = ("4-4-16",) if setting.quick else ("4-4-16", "4-4-4")
+    full = [("16-16-16", "NR"), ("16-16-16", "RH")]
+    for bits, name in [*full, *itertools.product(quantized, ("RO", "RH", "DFRot"))]:
+        named[f"{name} {bits}"] = setting.row(bits, setting.method(name))
+    tables = [zeroshot.table(name, spec, setting.model, setting.limit, store) for name, spec in named.items()]
     return pd.concat(tables, ignore_index=True)
 
 
@@ -316,58 +265,27 @@ def _main(setting: Setting, store: Store) -> pd.DataFrame:
     return main.run(setting, store).table
 
 
-_ALL: tuple[tuple[str, str, str, Callable[[Setting, Store], pd.DataFrame]], ...] = (
-    ("main", "Table 1, 2", "What is each rotation worth, with massive tokens and without?", _main),
-    (
-        "token-errors-3d",
-        "Fig. 2, 13-24",
-        "Which tokens does each rotation help, site by site?",
-        token_studies.token_errors,
+_ALL = (
+    Experiment("main", "Table 1, 2", "What is each rotation worth, with massive tokens and without?", _main),
+    Experiment("token-errors-3d", "Fig. 2, 13-24", "Which tokens does each rotation help?", token_errors),
+    Experiment("token-errors-2d", "Fig. 3, 10-12", "Where do RO, RH and DFRot part?", token_errors),
+    Experiment("token-orders", "Fig. 2, 13-24", "How many tokens have the paper's order?", token_orders),
+    Experiment("massive-token", "Fig. 4, 7-9", "What happens to one massive token's values?", massive_token),
+    Experiment("gamma-sweep", "Fig. 5, 6", "How much should massive tokens weigh?", gamma_sweep),
+    Experiment("keep-out", "Table 1", "Do massive tokens explain the gap between RO and RH?", keep_out),
+    Experiment("main-table", "Table 2, README", "What is each rotation worth, by RTN and GPTQ?", main_table),
+    Experiment("calibration", "Table 3", "Does it matter what R1 is refined on?", calibration),
+    Experiment("zero-shot", "Table 5, README", "Does what holds for perplexity hold for tasks?", zero_shot),
+    Experiment("clip-sweep", "asked by a reviewer", "Is it the rotation, or would a clip do?", clip_sweep),
+    Experiment(
+        "symmetric-or-not", "Eq. 5, released code", "Which quantizer to refine R1 with?", either_scheme
     ),
-    ("token-errors-2d", "Fig. 3, 10-12", "Where do RO, RH and DFRot part?", token_studies.token_errors),
-    (
-        "token-orders",
-        "Fig. 2, 13-24",
-        "How many tokens have the paper's order, site by site?",
-        token_studies.token_orders,
+    Experiment(
+        "variants", "Alg. 1, released code", "Do its steps, the paper's and ours end alike?", variants
     ),
-    (
-        "massive-token",
-        "Fig. 4, 7-9",
-        "What happens to one massive token's values?",
-        token_studies.massive_token,
-    ),
-    ("gamma-sweep", "Fig. 5, 6", "How much should massive tokens weigh?", gamma_sweep),
-    ("keep-out", "Table 1", "Do massive tokens explain the gap between RO and RH?", keep_out),
-    ("main-table", "Table 2, README", "What is each rotation worth, by RTN and by GPTQ?", main_table),
-    ("calibration", "Table 3", "Does it matter what R1 is refined on?", calibration),
-    ("zero-shot", "Table 5, README", "Does what holds for perplexity hold for tasks?", zero_shot),
-    ("clip-sweep", "asked by a reviewer", "Is it the rotation, or would a clip do?", clip_sweep),
-    (
-        "symmetric-or-not",
-        "Eq. 5 against the code",
-        "Does it matter which quantizer R1 is refined with?",
-        symmetric_or_not,
-    ),
-    (
-        "variants",
-        "Alg. 1 against the code",
-        "Do the released steps, the paper's and ours end alike?",
-        variants,
-    ),
-    (
-        "massive-activations",
-        "Sun et al.",
-        "How large are they, and does the model need them?",
-        massive_activations,
-    ),
-    (
-        "massive-magnitudes",
-        "Sun et al., Fig. 1",
-        "Which token, which channel?",
-        token_studies.massive_magnitudes,
-    ),
-    ("intervene", "asked here", "Which tokens must be kept out?", intervene),
+    Experiment("massive-activations", "Sun et al.", "How large, and are they needed?", massive_activations),
+    Experiment("massive-magnitudes", "Sun et al., Fig. 1", "Which token, which channel?", massive_magnitudes),
+    Experiment("intervene", "asked here", "Which tokens must be kept out?", intervene),
 )
-EXPERIMENTS = {about[0]: Experiment(*about) for about in _ALL}
+EXPERIMENTS = {experiment.name: experiment for experiment in _ALL}
 """Every experiment by name, in the paper's order."""

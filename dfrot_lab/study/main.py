@@ -1,4 +1,5 @@
-"""The main job, what `make run` does: capture, refine, evaluate every rotation at every setting of the bits."""
+"""The main job, what `make run` does: capture, refine, evaluate every rotation at every setting of the
+bits."""
 
 import logging
 from dataclasses import dataclass
@@ -24,8 +25,7 @@ BITS = ("16-4-16", "4-4-16", "4-4-4")
 def rows(setting: Setting) -> list[Row]:
     """Full precision; NR, RO, RH, DFRot at all bits, RO and RH also with massive tokens kept out; then RO and
     RH at 16-4-16 with more seeds. Each rotation is compared with RH at the same bits, each keep-out row with
-    its own rotation. Rows that share a built model stand side by side.
-    """
+    its own rotation. Rows that share a built model stand side by side."""
     rotations = [(name, setting.method(name)) for name in ("NR", "RO", "RH", "DFRot")]
     found = [Row(setting.row("16-16-16", setting.rotation("NR")))]
     for name, rotation in rotations:
@@ -42,9 +42,7 @@ def rows(setting: Setting) -> list[Row]:
 
 @dataclass(frozen=True)
 class MainResult:
-    """What the main job found: results rows as a table, the evaluations, the capture, and the refinement
-    (None where there is none yet).
-    """
+    """What the main job found: rows as a table, evaluations, the capture, the refinement if there is one."""
 
     setting: Setting
     table: pd.DataFrame
@@ -54,9 +52,7 @@ class MainResult:
 
 
 def run(setting: Setting, store: Store | None = None) -> MainResult:
-    """Capture, refine, evaluate every row; whatever is stored is reused, and a stopped run goes on where it
-    was.
-    """
+    """Capture, refine, evaluate every row; what is stored is reused, a stopped run goes on where it was."""
     store, setting = store or Store(), setting.resolved()
     log.info("model %s, corpus %s, device %s", setting.model.source, setting.corpus, setting.model.device)
     asked, progress = rows(setting), Progress()

@@ -17,9 +17,8 @@ from dfrot_lab.study.cost import Progress
 
 @dataclass(frozen=True)
 class Row:
-    """One evaluation of an experiment: the experiment's own columns, and rows of the same experiment to take
-    paired differences to, by name.
-    """
+    """One evaluation of an experiment: its own columns, and recipes to take paired differences to, by
+    name."""
 
     spec: Recipe
     labels: Mapping[str, Any] = field(default_factory=dict)
@@ -49,10 +48,8 @@ Found = dict[Recipe, EvalResult]
 def evaluated(
     asked: Sequence[Row], store: Store, progress: Progress | None = None
 ) -> tuple[pd.DataFrame, Found]:
-    """Evaluate rows in order: their table (perplexity, and each paired difference), and the evaluations.
-
-    A stopped run goes on at the row it was at, and rows that two experiments share are computed once.
-    """
+    """Evaluate rows in order: their table (perplexity, and each paired difference), and the evaluations. A
+    stopped run goes on at the row it was at; rows that two experiments share are computed once."""
     specs = list(dict.fromkeys(row.spec for row in asked))
     progress = progress or Progress()
     progress.extend(cost.seconds(specs, store))
@@ -81,11 +78,9 @@ def table_of(asked: Sequence[Row], found: Found) -> pd.DataFrame:
         if row.spec not in found or row in asked[:n]:
             continue
         lines.append({**row.labels, **rows.row(found[row.spec])})
-        pairs = {name: found[other] for name, other in row.against.items() if other in found}
-        lines += [
-            {**row.labels, **rows.difference_row(found[row.spec], other, name)}
-            for name, other in pairs.items()
-        ]
+        for name, other in row.against.items():
+            if other in found:
+                lines.append({**row.labels, **rows.difference_row(found[row.spec], found[other], name)})
     return whole(pd.DataFrame(lines))
 
 

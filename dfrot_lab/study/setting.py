@@ -5,47 +5,33 @@ from collections.abc import Sequence
 from typing import Any
 
 from dfrot_lab.model import door
-from dfrot_lab.recipe import registry
+from dfrot_lab.recipe import registry, specs
 from dfrot_lab.recipe.base import MethodSpec, Spec, one_of, ruled
-from dfrot_lab.recipe.specs import (
-    DEFAULT_RULE,
-    MASSIVE_RULES,
-    WINDOW,
-    CaptureSpec,
-    CorpusSpec,
-    ModelSpec,
-    Recipe,
-    RefineSpec,
-    RotationSpec,
-    recipe_of,
-)  # fmt: skip
+from dfrot_lab.recipe.specs import CaptureSpec, CorpusSpec, ModelSpec, Recipe, RefineSpec, RotationSpec
 
 FIGURE_LAYER = 15
 """A layer in the middle of the stretch where the default model's first token is massive (12 to 28)."""
 
 PROFILE = "DFROT_LAB_PROFILE"
-"""The environment variable that makes notebooks and experiments `quick` (minutes, for tests) or `full`
-(default).
-"""
+"""The environment variable that makes notebooks and experiments `quick` (minutes) or `full` (default)."""
 
-QUICK: dict[str, Any] = {
-    "windows": 2, "window": 512, "gptq_windows": 4, "seeds": 1, "limit": 2, "weights": "rtn", "steps": 20, "quick": True
-}  # fmt: skip
+QUICK: dict[str, Any] = {"windows": 2, "window": 512, "gptq_windows": 4, "weights": "rtn"}
+QUICK |= {"seeds": 1, "limit": 2, "steps": 20, "quick": True}
+"""What the quick profile changes."""
 
 
 class Setting(Spec):
     """A model, a text, seeds and sizes. `rule` says which rows a refinement weights by `gamma`; `quick` trims
-    sweeps to a few rows: to see that all works, not what is true.
-    """
+    sweeps to a few rows: to see that all works, not what is true."""
 
     model: ModelSpec = ModelSpec()
     corpus: str = "auto"
     seed: int = ruled(0, "a whole number >= 0", ge=0)
     windows: int = ruled(6, "a whole number >= 1", ge=1)
     gamma: float = 100.0
-    rule: str = one_of(DEFAULT_RULE, MASSIVE_RULES)
+    rule: str = one_of(specs.DEFAULT_RULE, specs.MASSIVE_RULES)
     seeds: int = ruled(3, "a whole number >= 1", ge=1)
-    window: int = WINDOW
+    window: int = specs.WINDOW
     gptq_windows: int = 16
     limit: int | None = 100
     weights: str = "gptq"
@@ -73,37 +59,27 @@ class Setting(Spec):
 
     @property
     def refine(self) -> RefineSpec:
-        """DFRot with the paper's rows, gamma and 100 steps, from RH, with the evaluation's own asymmetric
-        quantizer.
-        """
-        start = self.rotation("RH")
-        return RefineSpec(
-            capture=self.capture, gamma=self.gamma, rule=self.rule, init=start, steps=self.steps
-        )
+        """DFRot from RH on the rows of `capture`, with the evaluation's own asymmetric quantizer."""
+        spec = self.method("DFRot")
+        assert isinstance(spec, RefineSpec)
+        return spec
 
     def rotation(self, kind: str, offset: int = 0) -> RotationSpec:
         """NR, RO or RH with the setting's seed, or one of the `seeds` that follow it."""
         return RotationSpec(kind=kind, seed=self.seed + offset)
 
     def method(self, row: str, offset: int = 0) -> MethodSpec:
-        """Any row of the table of methods by its name, with the setting's seed, capture, gamma, rule and
-        steps where the method has them.
-        """
+        """A row of the table of methods, with the setting's seed, capture, and the fields it has of gamma,
+        rule and steps."""
         spec: MethodSpec = registry.spec_of(row, seed=self.seed + offset, capture=self.capture)
-        own = {
-            name: getattr(self, name)
-            for name in ("gamma", "rule", "steps")
-            if name in type(spec).model_fields
-        }
-        return spec.with_(**own)
+        own = {"gamma", "rule", "steps"} & set(type(spec).model_fields)
+        return spec.with_(**{name: getattr(self, name) for name in own})
 
     def row(self, bits: str, rotation: MethodSpec, *, weights: str | None = None, **fields: Any) -> Recipe:
-        """The recipe of one row: this setting's model, text and windows, weights calibrated on the text's
-        other half.
-        """
+        """The recipe of one row: this setting's model, text and windows, weights by the text's other half."""
         text = CorpusSpec(name=self.corpus, split="evaluation")
         sizes: dict[str, Any] = {"windows": self.windows, "window": self.window}
-        spec = recipe_of(bits, model=self.model, corpus=text, rotation=rotation, **sizes, **fields)
+        spec = specs.recipe_of(bits, model=self.model, corpus=text, rotation=rotation, **sizes, **fields)
         sizes = {"windows": self.gptq_windows, "window": self.window}
         other = text.with_(split="calibration")
         return spec.with_(weights=spec.weights.with_(method=weights or self.weights, corpus=other, **sizes))
@@ -111,6 +87,5 @@ class Setting(Spec):
 
 def figure_site(sites: Sequence[str]) -> str:
     """Of the sites a table has, the one its figure shows: the first of layer 15, or the middle layer's."""
-    return next(
-        (site for site in sites if site.startswith(f"layers.{FIGURE_LAYER}.")), sites[len(sites) // 4 * 2]
-    )
+    of_layer = [site for site in sites if site.startswith(f"layers.{FIGURE_LAYER}.")]
+    return of_layer[0] if of_layer else sites[len(sites) // 4 * 2]

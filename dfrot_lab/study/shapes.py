@@ -1,4 +1,4 @@
-"""The sizes of a model, known without loading it: what its cost is counted from."""
+"""The sizes of a model, known without reading its weights: what its cost is counted from."""
 
 import struct
 from dataclasses import dataclass, replace
@@ -14,9 +14,8 @@ PASS = 4
 
 @dataclass(frozen=True)
 class Shape:
-    """A LLaMA-like model's sizes: channels C, layers, MLP width, query and key-value heads, channels of a
-    head, vocabulary, lm_head tied or not.
-    """
+    """A LLaMA-like model: channels C, layers, MLP width, heads of queries and of keys and values, channels of
+    a head, vocabulary, whether lm_head is tied."""
 
     channels: int
     layers: int
@@ -50,14 +49,9 @@ class Shape:
 
     @property
     def parameters(self) -> int:
-        """Parameters as published: linears, norm gains, embedding, and lm_head unless tied. Biases and norms
-        of heads (Qwen) are left out.
-        """
-        return (
-            self.linear_weights
-            + (2 * self.layers + 1) * self.channels
-            + self.embedding * (1 if self.tied else 2)
-        )
+        """Parameters as published, lm_head counted unless tied; biases and norms of heads (Qwen) left out."""
+        gains = (2 * self.layers + 1) * self.channels
+        return self.linear_weights + gains + self.embedding * (1 if self.tied else 2)
 
     @property
     def model_bytes(self) -> float:
@@ -76,49 +70,35 @@ SHAPES = {
 def shape_of(config: Any) -> Shape:
     """The shape of a transformers config of a supported architecture."""
     C, heads = config.hidden_size, config.num_attention_heads
-    kv_heads, head = (
-        getattr(config, "num_key_value_heads", None) or heads,
-        getattr(config, "head_dim", None) or C // heads,
-    )
-    return Shape(
-        C,
-        config.num_hidden_layers,
-        config.intermediate_size,
-        heads,
-        kv_heads,
-        head,
-        config.vocab_size,
-        bool(config.tie_word_embeddings),
-    )
+    layers, mlp = config.num_hidden_layers, config.intermediate_size
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    head = getattr(config, "head_dim", None) or C // heads
+    return Shape(C, layers, mlp, heads, kv_heads, head, config.vocab_size, bool(config.tie_word_embeddings))
 
 
 def shape(source: ModelSpec) -> Shape:
-    """The shape of a model: a name in `SHAPES`, or the config of a folder (no weights needed), a .gguf file
-    or the hub; else a ValueError.
-    """
+    """The shape of a model: a name in `SHAPES`, the config of a folder or of the hub, or a .gguf file's
+    header; else a ValueError."""
     if source.source in SHAPES:
         return SHAPES[source.source]
-    name, path = source.source.removeprefix("hub:"), Path(source.source).expanduser()
+    path = Path(source.source).expanduser()
     if path.suffix == ".gguf" and path.is_file():
         return _gguf_shape(path)
-    if name == source.source and not (path / "config.json").is_file():
-        try:
-            loading.resolve(
-                source
-            )  # raises; where there is a model it would read all its weights, to name them by their bytes
-        except ValueError as error:
-            raise ValueError(f"{error} To estimate without a model: {', '.join(SHAPES)}.") from None
-    place = path if name == source.source else name
-    loading.roles_of(loading._architecture(place, source))
-    return shape_of(loading._config(place, source))
+    if (path / "config.json").is_file():  # no weights are needed
+        return shape_of(loading.config_of(path, source))
+    try:
+        _, place = loading.resolve(source)
+    except ValueError as error:
+        raise ValueError(f"{error} To estimate without a model: {', '.join(SHAPES)}.") from None
+    return shape_of(loading.config_of(place, source))
 
 
 def _gguf_shape(path: Path) -> Shape:
+    """The shape that the header of a GGUF file gives; ValueError."""
     from transformers import AutoConfig
 
     try:
         return shape_of(AutoConfig.from_pretrained(path.parent, gguf_file=path.name))
-    except (ValueError, OSError, RuntimeError, IndexError, KeyError, AttributeError, struct.error) as error:
-        raise ValueError(
-            f"{path} is not a whole GGUF file of a LLaMA-like model ({type(error).__name__}: {error})"
-        ) from error
+    except (ValueError, OSError, RuntimeError, LookupError, AttributeError, struct.error) as error:
+        said = f"{path} is not a whole GGUF file of a LLaMA-like model ({type(error).__name__}: {error})"
+        raise ValueError(said) from error

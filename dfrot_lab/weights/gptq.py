@@ -24,8 +24,7 @@ def quantize(weight: Tensor, hessian: Tensor | None, spec: WeightSpec) -> Quanti
 
     Columns in order, each one's rounding error spread over those not yet rounded by the inverse Hessian's
     Cholesky factor. An input that is always zero has its weight set to 0. Raises ValueError where the damped
-    Hessian is not positive definite (NaN or Inf in the calibration activations).
-    """
+    Hessian is not positive definite (NaN or Inf in the calibration activations)."""
     if hessian is None:
         raise ValueError("gptq.hessian must be the sum of x x^T of the layer's inputs; got None")
     weight, hessian = weight.float().clone(), hessian.clone()
@@ -48,8 +47,7 @@ def _block(weight: Tensor, factor: Tensor, scale: Tensor, low: int, high: int) -
     is contiguous.
 
     On the CPU wherever the weight is: a GPU would take longer to start these many small steps than to do
-    them.
-    """
+    them."""
     where = weight.device
     columns, factor, step = weight.T.contiguous().cpu(), factor.cpu(), scale.flatten().cpu()
     codes, errors = torch.empty_like(columns), torch.empty_like(columns)
@@ -62,8 +60,7 @@ def _block(weight: Tensor, factor: Tensor, scale: Tensor, low: int, high: int) -
 
 def hessian_of(x: Tensor) -> Tensor:
     """sum over rows of x x^T (in, in) for `x` (tokens, in): the upper blocks are computed, the lower ones are
-    their mirror image.
-    """
+    their mirror image."""
     n = x.shape[1]
     hessian = x.new_empty(n, n)
     for start in range(0, n, HESSIAN_BLOCK):

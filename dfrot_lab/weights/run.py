@@ -4,12 +4,10 @@ done.
 A calibrated quantizer (GPTQ) runs in ONE forward pass over all calibration windows: just before a group of
 linears that read the same input (q, k, v; o; gate, up; down) is first used, a hook sums that input's Hessian
 and puts the quantized weights in, so each group is calibrated on what the quantized model before it really
-sends, activations unquantised (as QuaRot). A stopped run goes on where it was.
-"""
+sends, activations unquantised (as QuaRot). A stopped run goes on where it was."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,7 +16,7 @@ from tqdm.auto import tqdm
 
 from dfrot_lab.disk.artefacts import Store, Writer
 from dfrot_lab.maths.quantizers import Quantized, dequantize
-from dfrot_lab.model import corpus, loading, surgery
+from dfrot_lab.model import corpus, hooks, loading, surgery
 from dfrot_lab.model.loading import LoadedModel
 from dfrot_lab.recipe import registry
 from dfrot_lab.recipe.specs import WeightSpec
@@ -33,8 +31,7 @@ LayerCodes = dict[str, Quantized]
 
 OnPart = Callable[[str, int, int], None]
 """Told of every finished part of long work: what it is (`layer`, `window`), how many are done, of how many.
-It may raise to stop the work there.
-"""
+It may raise to stop the work there."""
 
 
 def nothing(_part: str, _done: int, _total: int) -> None:
@@ -55,8 +52,7 @@ def quantize_weights(
 
     `key` (`keys.weights`) says of which model they are and how they are made: they are stored under it.
     lm_head and embedding stay as they are. Returns the codes, one mapping a layer, memory-mapped; an empty
-    list at 16 bits. `on_part` is told of each layer once it is kept.
-    """
+    list at 16 bits. `on_part` is told of each layer once it is kept."""
     if spec.quantizer.bits == 16:
         return []
     calibrated = registry.load(registry.WEIGHTS, spec.method).CALIBRATED
@@ -120,47 +116,28 @@ def _run_calibrated(loaded: LoadedModel, spec: WeightSpec, writer: Writer, r4: b
     ids = corpus.token_blocks(spec.corpus, loaded.tokenizer, blocks=spec.windows, window=spec.window)
     name = spec.method.upper()
     log.info("%s to %d bits on %d x %d tokens of %s", name, spec.quantizer.bits, *ids.shape, spec.corpus.name)
-    (_, _, qkv), (_, _, mlp) = loaded.roles.feeds
-    groups = [qkv, (loaded.roles.o,), mlp, (loaded.roles.down,)]
-    with ExitStack() as stack, tqdm(total=len(loaded.layers), desc=name, unit="layer", leave=False) as bar:
-        stack.enter_context(surgery.online(loaded, r4=r4))  # first: R4 must act before the Hessian is taken
-        for index, layer in enumerate(loaded.layers):
-            done: LayerCodes = {}
-            if writer.has(_file(index)):
-                _install(layer, writer.load_tensors(_file(index)))
-            else:
-                for names in groups:
-                    stack.enter_context(_quantized_on_arrival(layer, names, spec, done))
-            stack.callback(layer.register_forward_hook(_finished(writer, index, done, bar, on_part)).remove)
+    groups, done = loaded.roles.groups, LayerCodes()
+    bar = tqdm(total=len(loaded.layers), desc=name, unit="layer", leave=False)
+
+    def arrive(site: str, x: Tensor) -> None:
+        """Quantize the linears that read `site` before they use it; after a layer's last ones, keep it."""
+        number, kind = int(site.split(".")[1]), site.rpartition(".")[2]
+        layer = loaded.layers[number]
+        if not writer.has(_file(number)):
+            hessian = hessian_of(x.reshape(-1, x.shape[-1]).float())
+            for linear in groups[kind]:
+                done[linear] = _quantize(layer, linear, hessian, spec)
+                _put(loading.linear(layer, linear), done[linear])
+        if kind == list(groups)[-1]:
+            if done:
+                _save(writer, number, done)
+                done.clear()
+            bar.update()
+            on_part("layer", number + 1, len(loaded.layers))
+
+    for number, layer in enumerate(loaded.layers):
+        if writer.has(_file(number)):
+            _install(layer, writer.load_tensors(_file(number)))
+    # R4 acts before the Hessian is taken
+    with bar, surgery.online(loaded, r4=r4, function=arrive, sites=hooks.sites_of(loaded, *groups)):
         loading.body(loaded)(ids.to(loaded.device), use_cache=False)
-
-
-@contextmanager
-def _quantized_on_arrival(
-    layer: nn.Module, names: tuple[str, ...], spec: WeightSpec, done: LayerCodes
-) -> Iterator[None]:
-    """While the block runs, the first input to reach the linears `names` of a layer has them quantized before
-    they use it.
-    """
-
-    def arrive(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        hessian = hessian_of(args[0].reshape(-1, args[0].shape[-1]).float())
-        for name in names:
-            done[name] = _quantize(layer, name, hessian, spec)
-            _put(loading.linear(layer, name), done[name])
-
-    handle = layer.get_submodule(names[0]).register_forward_pre_hook(arrive)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def _finished(writer: Writer, index: int, done: LayerCodes, bar: Any, on_part: OnPart) -> Any:
-    def save(_layer: nn.Module, _args: Any, _output: Any) -> None:
-        if done:
-            _save(writer, index, done)
-        bar.update()
-        on_part("layer", index + 1, bar.total)
-
-    return save

@@ -1,0 +1,86 @@
+"""The digest of a file's bytes, read once: later looks, in any process, compare its size, times and inode."""
+
+import hashlib
+import json
+import logging
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import xxhash
+from filelock import FileLock
+from tqdm.auto import tqdm
+
+from dfrot_lab.disk.atomic import cache_dir, replacing
+
+log = logging.getLogger(__name__)
+
+ALGORITHMS: dict[str, Any] = {"xxh3_128": xxhash.xxh3_128, "sha256": hashlib.sha256}
+BLOCK = 1 << 20
+LARGE = 1 << 30
+"""Bytes above which reading a file takes long enough to show a bar."""
+SETTLED = 2_000_000_000
+"""Nanoseconds: a file changed more recently may change again under the same time, so it is not remembered."""
+ENTRIES = 10_000
+
+_known: dict[str, list[Any]] = {}
+
+
+def digest(path: Path | str, algorithm: str = "xxh3_128") -> str:
+    """Hex digest of a file's bytes by one of ALGORITHMS; an unchanged file costs a look at its entry."""
+    path = Path(path).resolve()
+    name, stamp = f"{algorithm}:{path}", _stamp(path)
+    settled = time.time_ns() - max(stamp[1:3]) > SETTLED
+    if settled and _known.get(name, [])[:-1] != stamp:
+        _known.update(_remembered())
+    if settled and _known.get(name, [])[:-1] == stamp:
+        return str(_known[name][-1])
+    found = _read(path, stamp[0], algorithm)
+    if settled and _stamp(path) == stamp:
+        _remember(name, [*stamp, found])
+    return found
+
+
+def _stamp(path: Path) -> list[int]:
+    """What changes when a file does: bytes, times of its content and of its inode (ns), inode."""
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+
+
+def _read(path: Path, size: int, algorithm: str) -> str:
+    found = ALGORITHMS[algorithm]()
+    bar = tqdm(
+        total=size,
+        desc=f"Reading {path.name}, once",
+        unit="B",
+        unit_scale=True,
+        disable=size < LARGE,
+        leave=False,
+    )
+    with path.open("rb") as file, bar:
+        while block := file.read(BLOCK):
+            found.update(block)
+            bar.update(len(block))
+    return found.hexdigest()
+
+
+def _memory() -> Path:
+    return cache_dir() / "digests.json"
+
+
+def _remembered() -> dict[str, list[Any]]:
+    """The entries of all processes; none where the memory is missing, damaged or out of reach."""
+    with suppress(OSError, ValueError, AttributeError):
+        entries = json.loads(_memory().read_bytes())
+        return {name: entry for name, entry in entries.items() if isinstance(entry, list)}
+    return {}
+
+
+def _remember(name: str, entry: list[Any]) -> None:
+    """Add an entry for all processes; where the cache cannot be written, the next one reads again."""
+    _known[name] = entry
+    with suppress(OSError), FileLock(f"{_memory()}.lock"):
+        entries = {**_remembered(), name: entry}
+        with replacing(_memory()) as temp:
+            temp.write_text(json.dumps(dict(list(entries.items())[-ENTRIES:])), encoding="utf-8")

@@ -1,0 +1,1 @@
+"""The errors explorer: every token's quantization error under two rotations or three."""

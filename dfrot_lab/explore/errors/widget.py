@@ -1,0 +1,232 @@
+"""Every token's quantization error under two rotations or three; brush to list tokens, click to open one."""
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ipywidgets as widgets
+import pandas as pd
+from matplotlib.figure import Figure
+from torch import Tensor
+from traitlets import Bool, Float, HasTraits, Int, Tuple, Unicode
+
+from dfrot_lab.disk import rotation_files
+from dfrot_lab.disk.artefacts import Store
+from dfrot_lab.explore.errors import plots
+from dfrot_lab.explore.errors.numbers import ErrorRows, grids, is_massive
+from dfrot_lab.explore.errors.plots import PANEL_HEIGHT, PANELS, Panels, Tokens
+from dfrot_lab.explore.shell.explorer import Explorer, beside, control
+from dfrot_lab.explore.shell.job import Job
+from dfrot_lab.explore.shell.plot import HEIGHT, Stage
+from dfrot_lab.explore.shell.words import html_table, panel
+from dfrot_lab.maths import rotations
+from dfrot_lab.observe.capture import Capture, capture
+from dfrot_lab.observe.errors import default_rotations
+from dfrot_lab.recipe.specs import QuantSpec, RefineSpec
+from dfrot_lab.rotate import dfrot
+from dfrot_lab.show.markup import span
+from dfrot_lab.study import setting
+
+LISTED = 200
+"""Rows of the brushed table at most."""
+NONE = "none"
+
+
+class State(HasTraits):
+    """Site and quantizer, the seed of RO and RH, the rotations on the axes and in Fig. 4, token, brush."""
+
+    site = control(Unicode(), widgets.SelectionSlider, "site", 560, continuous_update=False)
+    bits = control(Int(4), widgets.IntSlider, "bits", 220, min=2, max=8)
+    symmetric = control(Bool(True), widgets.Checkbox, "symmetric", 110, indent=False)
+    clip = control(Float(1.0), widgets.FloatText, "clip ratio", 150, step=0.05)
+    seed = control(Int(0), widgets.BoundedIntText, "seed of RO, RH", 190, max=10_000)
+    x = control(Unicode(), widgets.Dropdown, "x axis", 190)
+    y = control(Unicode(), widgets.Dropdown, "y axis", 190)
+    z = control(Unicode(NONE), widgets.Dropdown, "z axis", 190)
+    path = control(Unicode(), widgets.Text, "saved R1", 420, placeholder="path of a .safetensors file")
+    token = control(Int(0), widgets.BoundedIntText, "token", 140)
+    panels = control(Tuple(), widgets.SelectMultiple, "rotations shown", 300, rows=4)
+    brushed = Tuple()
+
+
+class Errors(Explorer):
+    """The widget of `errors`."""
+
+    ONE, CANCELLED = "refinement", "refinement cancelled; it goes on from its last checkpoint"
+    state: State
+
+    def __init__(self, rows: ErrorRows, seeded: bool, spec: RefineSpec | None, store: Store) -> None:
+        self.rows, self.spec, self.store, self._quiet = rows, spec, store, False
+        sites, names = rows.acts.sites, list(rows.matrices)
+        site = setting.figure_site(sites)
+        token = int(rows.acts.residual_max[sites.index(site)].argmax())
+        x, y = ("RO", "RH") if {"RO", "RH"} <= set(names) else (names[0], names[-1])
+        late = {"x": names, "y": names, "z": [NONE, *names], "panels": names, "site": sites}
+        options = {name: {"options": offered} for name, offered in late.items()}
+        state = State(site=site, x=x, y=y, token=token, panels=tuple(names[:PANELS]))
+        last = {"max": len(rows.texts) - 1}
+        super().__init__(state, seed={"disabled": not seeded}, token=last, **options)
+        self.button("load", "add", self.load, tooltip="add the rotation in this file")
+        about = "compute DFRot with the default settings"
+        self.button("refine", "refine (about 15 s)", self.refine, tooltip=about)
+        self.button("cancel", "cancel", self.job.cancel, tooltip="stop refining")
+        open_token = functools.partial(state.set_trait, "token")
+        self.plot, self.space = (Tokens(rows.texts, open_token, space=space) for space in (False, True))
+        self.plot.on_brush(functools.partial(state.set_trait, "brushed"))
+        self.fig4, self.listed, self.about = Panels(), panel(HEIGHT), panel(26)
+        self.stage = Stage(self.plot)
+        self.redraw()
+        self.enable()
+        self.on("site bits symmetric clip x y z panels", self.redraw)
+        self.on("z", lambda: self.stage.turn(self.plot if self.state.z == NONE else self.space))
+        self.on("seed", self._reseed)
+        self.on("token", self._pick)
+        self.on("brushed", self._list)
+        self.children = [
+            self.row("site", "bits", "symmetric", "clip", "seed"),
+            self.row("x", "y", "z", "path", "load"),
+            *([] if "DFRot" in names else [self.row("refine", "cancel")]),
+            self.status.widget,
+            beside(self.stage, self.listed, shares=(64, 36)),
+            self.row("token", "panels"),
+            self.about,
+            beside(self.fig4, height=PANEL_HEIGHT),
+        ]
+
+    def redraw(self) -> None:
+        """All plots and tables as the controls say; the impossible is said, and the view stays."""
+        if self._quiet:
+            return
+        with self.status.doing("computing", self._summary):
+            s = self.state
+            quantizer = QuantSpec(
+                bits=s.bits, scheme="symmetric" if s.symmetric else "asymmetric", clip_ratio=s.clip
+            )
+            self.shown, self.quantizer = self.rows.table(s.site, quantizer), quantizer
+            self.axes = [s.x, s.y] if s.z == NONE else [s.x, s.y, s.z]
+            (self.plot if s.z == NONE else self.space).draw(self.shown, self.axes, list(self.rows.matrices))
+            self._list()
+            self._fig4()
+
+    @property
+    def _where(self) -> str:
+        return f"{self.shown['site'].iloc[0]}, {self.quantizer.name}"
+
+    def _summary(self) -> str:
+        heavy, matrices = is_massive(self.shown), self.rows.matrices
+        medians = ", ".join(f"{name} {self.shown[name].median():.3g}" for name in matrices)
+        tokens = f"{len(heavy):,} tokens, {heavy.sum()} massive (red, larger)"
+        return f"{self._where}: {tokens}. Median E: {medians}"
+
+    def _list(self) -> None:
+        """The brushed tokens, largest error on the y axis first; the plot's own rotations stay in sight."""
+        rows, name = self.selected(), self.axes[1]
+        caption = f"{len(rows):,} brushed tokens, largest E({name}) first"
+        order = list(dict.fromkeys(["token", "text", *self.axes, *self.rows.matrices, "massive"]))
+        if rows.empty:
+            caption, order = "Brush a region of the plot: its tokens are listed here", ["site", "token"]
+        self.listed.value = html_table(rows.sort_values(name, ascending=False).head(LISTED)[order], caption)
+
+    def _fig4(self) -> None:
+        """The chosen token's values before and after quantization."""
+        names = [name for name in self.state.panels if name in self.rows.matrices] or list(self.rows.matrices)
+        token, site = self.state.token, self.shown["site"].iloc[0]
+        self.values = self.rows.values(site, token, names[:PANELS], self.quantizer)
+        self.fig4.draw(self.values, grids(self.values, self.quantizer))
+        rules = self.rows.verdicts(site)[token] or "no rule"
+        named = f"Token {token} \u2018{span(self.rows.texts[token])}\u2019 before and after quantization"
+        self.about.value = f'<span class="dfrot-fig4">{named}; massive by {rules}. Lines: the grid.</span>'
+
+    def table(self) -> pd.DataFrame:
+        """Every token at the site shown: site, token, text, massive, and its error under each rotation."""
+        return self.shown.copy()
+
+    def selected(self) -> pd.DataFrame:
+        """Those that are brushed."""
+        return self.shown.iloc[list(self.state.brushed)].reset_index(drop=True)
+
+    def static(self) -> Figure:
+        """The scatter as a matplotlib figure."""
+        return plots.static(self.shown, self.axes, self._where)
+
+    def static_token(self) -> Figure:
+        """The chosen token's values (Fig. 4) as a matplotlib figure."""
+        return plots.static_token(
+            self.values, self.quantizer, f"token {self.state.token} at {self.state.site}"
+        )
+
+    def _pick(self) -> None:
+        with self.status.doing("opening the token", self._summary):
+            self._fig4()
+
+    def _reseed(self) -> None:
+        self.status.busy("making RO and RH")
+        for name, R in default_rotations(self.rows.acts.channels, self.state.seed).items():
+            self.rows.put(name, R)
+        self.redraw()
+
+    def add(self, name: str, R: Tensor) -> None:
+        """One more rotation, on the y axis at once."""
+        self.rows.put(name, R)
+        names, panels = list(self.rows.matrices), self.state.panels
+        self._quiet = True  # a control whose options are replaced goes to its first value
+        for axis in ("x", "y", "panels"):
+            self.controls[axis].options = names
+        self.controls["z"].options = [NONE, *names]
+        self.state.x, self.state.y = self.axes[0], name
+        self.state.z = self.axes[2] if len(self.axes) == 3 else NONE
+        self.state.panels = (*[other for other in panels if other != name], name)[-PANELS:]
+        self._quiet = False
+        self.redraw()
+
+    def load(self) -> None:
+        """The saved R1 that the path names."""
+        path, R = self.state.path.strip(), None
+        with self.status.doing(f"reading {path}"):
+            R = rotation_files.load(Path(path).expanduser(), self.rows.acts.channels)
+        if R is not None:
+            self.add(Path(path).name, R)
+
+    def refine(self) -> None:
+        """Compute the default refinement off the kernel's thread; a cancelled one goes on where it was."""
+        self.work("refining", self._refine)
+
+    def _refine(self, job: Job) -> None:
+        assert self.spec is not None, "the button is off where the capture does not say of what it is"
+
+        def seen(state: Any) -> None:
+            self.status.busy(f"refining: step {state.history[-1]['step']} of {spec.steps}")
+            job.step()
+
+        spec = self.spec
+        R = dfrot.refined(spec, self.store, checkpoint=seen).R
+        job.step()
+        self.add("DFRot", R)
+
+    def enabled(self) -> dict[str, bool]:
+        """A file can be added at any time; the refinement is made once, where the capture says of what."""
+        missing = self.spec is not None and "DFRot" not in self.rows.matrices
+        return {"load": True, "refine": missing and not self.job.running, "cancel": self.job.running}
+
+
+def errors(
+    acts: Capture | None = None, rotation: Mapping[str, Tensor] | None = None, *, store: Store | None = None
+) -> Errors:
+    """A widget that shows each token's error E(x R) at a site of `acts` (default: the default capture) under
+    two rotations or three.
+
+    `rotation` names matrices R (channels, channels), as `errors.token_errors` takes them; default NR, RO, RH,
+    whose seed can then be turned, and DFRot where the store has it (else a button computes it). The widget
+    has `table()` (one row a token at the site shown), `selected()` (those brushed), `static()` and
+    `static_token()` (matplotlib figures), `state`, `controls`, `status`, `plot`, `space` and `fig4`."""
+    store = store or Store()
+    acts = acts or capture(store=store)
+    spec = RefineSpec(capture=acts.spec)
+    given = dict(rotation) if rotation is not None else default_rotations(acts.channels)
+    if not given:
+        raise ValueError("rotation must name at least one matrix; got none")
+    matrices = {name: rotations.check(R, acts.channels) for name, R in given.items()}
+    if rotation is None and (found := dfrot.stored(spec, store)) is not None:
+        matrices["DFRot"] = found.R
+    return Errors(ErrorRows(acts, matrices), rotation is None, spec, store)

@@ -1,0 +1,1 @@
+"""What quantized models write, side by side."""

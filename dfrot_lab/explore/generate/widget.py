@@ -1,0 +1,247 @@
+"""What quantization does to the words: one prompt through each rotation and without, token by token."""
+
+import html
+from functools import partial
+from typing import Any
+
+import ipywidgets as widgets
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+from traitlets import Enum, Float, HasTraits, Int, Tuple, Unicode
+
+from dfrot_lab.disk.artefacts import Store
+from dfrot_lab.explore.generate import numbers
+from dfrot_lab.explore.generate.numbers import Written
+from dfrot_lab.explore.generate.plots import Strip, figure_strip
+from dfrot_lab.explore.shell import offers
+from dfrot_lab.explore.shell.explorer import Explorer, control
+from dfrot_lab.explore.shell.job import Job
+from dfrot_lab.explore.shell.plot import GREY
+from dfrot_lab.explore.shell.words import duration
+from dfrot_lab.model import door
+from dfrot_lab.recipe import registry
+from dfrot_lab.recipe.specs import Recipe
+from dfrot_lab.rotate import dfrot
+from dfrot_lab.score import build
+from dfrot_lab.score.build import Built
+from dfrot_lab.show.markup import span, visible
+from dfrot_lab.show.theme import COLOURS, MASSIVE_COLOUR
+from dfrot_lab.study import cost
+from dfrot_lab.study.setting import Setting
+from dfrot_lab.weights.run import OnPart
+
+EXACT = "full precision"
+BOX = {"width": "420px", "height": "96px"}
+SIZE = {"height": "250px", "width": "236px"}
+COLUMN = {**SIZE, "overflow": "auto", "border": f"1px solid {GREY}", "padding": "4px"}
+UNREFINED = "its rotation is not refined yet: press Refine DFRot"
+UNSTORED = "its GPTQ weights are not stored: choose rtn, or compute its row with `dfrot-lab evaluate`"
+LIKELIEST = "Temperature (0: the likeliest)"
+
+
+class State(HasTraits):
+    """What is written, through which rotations, at which bits and weights, and how tokens are chosen."""
+
+    prompt = control(Unicode("The Eiffel Tower is in"), widgets.Textarea, "Prompt", layout=BOX)
+    rotations = control(Tuple(), widgets.SelectMultiple, "Rotations", 220, rows=4)
+    bits = control(Enum(offers.BITS, "4-4-16"), widgets.Dropdown, "Bits W-A-KV")
+    weights = control(Unicode("rtn"), widgets.ToggleButtons, "Weights", 70)
+    tokens = control(Int(24), widgets.IntSlider, "Tokens", min=1, max=128)
+    temperature = control(Float(0.0), widgets.FloatSlider, LIKELIEST, 340, min=0, max=2, step=0.1)
+    top_k = control(Int(50), widgets.IntSlider, "Top-k", 260, min=1, max=200)
+    seed = control(Int(0), widgets.BoundedIntText, "Seed", 150, min=0, max=10**6)
+
+
+def generate(setting: Setting | None = None, store: Store | None = None) -> "Generate":
+    """What each rotation makes a quantized model write, where it departs, and its loss of every token."""
+    return Generate((setting or Setting.of_profile()).resolved(), store or Store())
+
+
+class Generate(Explorer):
+    """The widget of `generate`: columns of text and a strip of losses (`plot`)."""
+
+    state: State
+
+    def __init__(self, setting: Setting, store: Store) -> None:
+        names = offers.methods()
+        offered: dict[str, Any] = {"rotations": {"options": names}, "weights": {"options": offers.weights()}}
+        super().__init__(State(rotations=names), **offered)
+        self.setting, self.store = setting, store
+        self.kept: dict[str, Built] = {}
+        self.written: dict[str, Written] = {}
+        self.prompt_ids: list[int] = []
+        self.tokenizer: Any = None
+        self.columns = {name: widgets.HTML(layout=COLUMN) for name in (EXACT, *names)}
+        for name in self.columns:
+            self._fill(name)
+        self.plot = Strip()
+        self.bar = widgets.FloatProgress(min=0, max=1, description="Done", layout={"width": "300px"})
+        self.button("write", "Write", self.write, icon="pencil")
+        self.button("cancel", "Cancel", self.cancel, icon="stop")
+        self.button("refine", "Refine DFRot", self.refine, icon="magic")
+        self.children = [
+            self.row("prompt", "rotations", ["bits", "weights", "tokens"], ["temperature", "top_k", "seed"]),
+            self.row("write", "cancel", "refine", self.bar),
+            self.status.widget,
+            widgets.HBox(list(self.columns.values()), layout={"grid_gap": "6px", "overflow": "auto"}),
+            self.plot,
+        ]
+        self.enable()
+
+    def specs(self) -> dict[str, Recipe]:
+        """The models that write, by name; first the one that is not quantized."""
+        state, rows = self.state, {EXACT: offers.row(self.setting, "NR", offers.FULL)}
+        for name in state.rotations:
+            rows[name] = offers.row(self.setting, name, state.bits, weights=state.weights)
+        return {name: door.resolved(spec.with_(windows=1)).canonical() for name, spec in rows.items()}
+
+    def refined(self) -> bool:
+        """Whether DFRot's rotation is in the store."""
+        return dfrot.stored(self.setting.refine, self.store) is not None
+
+    def unready(self, specs: dict[str, Recipe]) -> dict[str, str]:
+        """Which models are left out, and why: nothing that takes minutes is started unasked."""
+        why = {}
+        for name, spec in specs.items():
+            if name == "DFRot" and not self.refined():
+                why[name] = UNREFINED
+            elif registry.load(registry.WEIGHTS, spec.weights.method).CALIBRATED and not build.weights_stored(
+                spec, self.store
+            ):
+                why[name] = UNSTORED
+        return why
+
+    @staticmethod
+    def _takes_minutes(spec: Recipe) -> bool:
+        """Whether its weights need a calibration pass."""
+        return bool(registry.load(registry.WEIGHTS, spec.weights.method).CALIBRATED)
+
+    def write(self) -> None:
+        """Write in the background, model after model."""
+        state = self.state
+        drawn = {"temperature": state.temperature, "top_k": state.top_k, "seed": state.seed}
+        work = partial(self._write, prompt=state.prompt, tokens=state.tokens, drawn=drawn)
+        self.work("looking in the store", work)
+
+    def refine(self) -> None:
+        """Refine DFRot's rotation in the background and keep it."""
+        seconds = sum(cost.preparation(self.setting, self.store))
+
+        def work(job: Job) -> None:
+            dfrot.refined(self.setting.refine, self.store, lambda _state: job.step())
+
+        self.work(f"refining DFRot's rotation, about {duration(seconds)} on 2 cores", work)
+
+    def cancel(self) -> None:
+        """Stop at the next token, layer or checkpoint."""
+        if self.job.running:
+            self.status.busy("stopping")
+            self.job.cancel()
+
+    def enabled(self) -> dict[str, bool]:
+        """A rotation that is stored needs no refinement."""
+        return {**super().enabled(), "refine": not self.job.running and not self.refined()}
+
+    def at_end(self, error: BaseException | None) -> str:
+        """What is written stays."""
+        return "Done" if error is None else "Stopped: what is written stays"
+
+    def _write(self, job: Job, prompt: str, tokens: int, drawn: dict[str, Any]) -> None:
+        specs = self.specs()
+        why = self.unready(specs)
+        self.written, self.bar.value = {}, 0.0
+        for name in self.columns:
+            self._fill(name, text=html.escape(why.get(name, "")))
+        ready = {name: spec for name, spec in specs.items() if name not in why}
+        keys = {name: build.build_key(spec) for name, spec in ready.items()}
+        self.kept = {key: built for key, built in self.kept.items() if key in keys.values()}
+
+        def on_part(part: str, done: int, total: int) -> None:
+            self.status.busy(f"quantizing weights, {part} {done} of {total}")
+            job.step()
+
+        def on_token(token: int) -> None:
+            *done, result = self.written.values()
+            result.ids.append(token)
+            self.bar.value = (len(done) + len(result.ids) / tokens) / len(ready)
+            self._show(result)
+            of = f"of {tokens}, model {len(done) + 1} of {len(ready)}"
+            self.status.busy(f"{result.name} writes token {len(result.ids)} {of}")
+            job.step()
+
+        for name, spec in ready.items():
+            self.status.busy(f"building {name}, model {len(self.written) + 1} of {len(ready)}")
+            job.step()
+            built = self._built(keys[name], spec, on_part)
+            if name == EXACT:
+                self.tokenizer = built.loaded.tokenizer
+                self.prompt_ids = numbers.prompt_ids(built.loaded, prompt, tokens).tolist()
+            result = self.written[name] = Written(name)
+            with build.quantized(built, spec):
+                ids = torch.tensor(self.prompt_ids)
+                numbers.continuation(built.loaded, ids, tokens, on_token, **drawn)
+                ids = torch.tensor(self.prompt_ids + self.written[EXACT].ids)
+                result.losses = numbers.token_losses(built.loaded, ids)
+            self._show(result)
+            self.plot.draw(self.losses())
+
+    def _built(self, key: str, spec: Recipe, on_part: OnPart) -> Built:
+        """The model of `spec`, built now unless it is kept; the others go first where memory is short."""
+        if key not in self.kept:
+            if not numbers.is_room(self.kept.values()):
+                self.kept.clear()
+            self.kept[key] = build.build(spec, self.store, on_part)
+        return self.kept[key]
+
+    def _show(self, result: Written) -> None:
+        exact, different = self.written[EXACT].ids, self._different(result)
+        head = "as full precision" if different is None else f"departs at token {different + 1}"
+        parts = []
+        for place, token in enumerate(result.ids):
+            title, text, departs = f"token {place + 1}, id {token}", self.text(token), place == different
+            if departs and place < len(exact):
+                title += f"; full precision wrote {visible(self.text(exact[place]))}"
+            marked = span(text, MASSIVE_COLOUR if departs else None, title)
+            parts.append(marked + ("<br>" if "\n" in text else ""))
+        prompt = html.escape(self.tokenizer.decode(self.prompt_ids))
+        words = f'<span style="color:{GREY}">{prompt}</span><wbr>{"<wbr>".join(parts)}'
+        self._fill(result.name, "" if result.name == EXACT else head, words)
+
+    def _fill(self, name: str, head: str = "", text: str = "") -> None:
+        """Put a heading and its words into a model's column."""
+        mark = f"border-left:6px solid {COLOURS.get(name, GREY)};padding-left:6px"
+        title = f'<b style="{mark}">{html.escape(name)}</b> <i style="color:{GREY}">{head}</i>'
+        words = f'<div style="line-height:1.5;overflow-wrap:anywhere">{text}</div>'
+        self.columns[name].value = title + words
+
+    def _different(self, result: Written) -> int | None:
+        """Where a text departs from full precision's; while it is being written its end is no difference."""
+        exact = self.written[EXACT].ids
+        return numbers.first_difference(result.ids, exact if result.losses else exact[: len(result.ids)])
+
+    def text(self, token: int) -> str:
+        """A token's text as the tokenizer decodes it alone."""
+        return str(self.tokenizer.decode([token]))
+
+    def table(self) -> pd.DataFrame:
+        """What was written: model, position (from 1), id, text, departs (at the first that differs)."""
+        lines = [
+            (name, place + 1, token, self.text(token), place == self._different(result))
+            for name, result in self.written.items()
+            for place, token in enumerate(result.ids)
+        ]
+        return pd.DataFrame(lines, columns=["model", "position", "id", "text", "departs"])
+
+    def losses(self) -> pd.DataFrame:
+        """Each token of the prompt and of full precision's text but the first: position (from 2), text,
+        prompt, and the loss in nats, a column a model."""
+        scored = {name: result.losses for name, result in self.written.items() if result.losses}
+        ids = self.prompt_ids + self.written[EXACT].ids if scored else []
+        losses = pd.DataFrame({"position": range(1, len(ids) + 1), "text": [self.text(i) for i in ids]})
+        losses["prompt"] = losses["position"] <= len(self.prompt_ids)
+        return losses.iloc[1:].reset_index(drop=True).assign(**scored)
+
+    def static(self) -> Figure:
+        """The loss strip as a matplotlib figure."""
+        return figure_strip(self.losses())

@@ -1,0 +1,1 @@
+"""Steps of surgery, switched on and off."""

@@ -1,0 +1,155 @@
+"""Switch surgery steps on and off, and see what the logits and the generated text make of it."""
+
+import html
+from typing import Any
+
+import pandas as pd
+from ipywidgets import HTML, BoundedIntText, Checkbox, Dropdown, HBox, Text, VBox
+from matplotlib.figure import Figure
+from traitlets import Bool, Enum, HasTraits, Int, Unicode
+
+from dfrot_lab.disk.artefacts import Store
+from dfrot_lab.explore.invariance.numbers import PROMPT, STEPS, TOLERANCE, Bench, Outcome, Steps
+from dfrot_lab.explore.invariance.plots import BROKEN, SHOWN, Trials
+from dfrot_lab.explore.shell.explorer import Explorer, control
+from dfrot_lab.explore.shell.job import Job
+from dfrot_lab.explore.shell.plot import drawing
+from dfrot_lab.model import loading
+from dfrot_lab.model.loading import LoadedModel
+from dfrot_lab.recipe.specs import ModelSpec, RotationSpec
+from dfrot_lab.show import figures
+from dfrot_lab.show.markup import span
+from dfrot_lab.show.theme import COLOURS
+
+
+def _switch(name: str) -> Bool:
+    return control(Bool(), Checkbox, STEPS[name], 320, indent=False)
+
+
+class State(HasTraits):
+    """What is switched on: one Bool a step, the kind and seed of R1, the prompt."""
+
+    untie, centre, fuse, drop = _switch("untie"), _switch("centre"), _switch("fuse"), _switch("drop")
+    r1, r2, r3 = _switch("r1"), _switch("r2"), _switch("r3")
+    r4_fused, r4_online = _switch("r4_fused"), _switch("r4_online")
+    kind = control(Enum(("RH", "RO"), "RH"), Dropdown, "R1 is", 170)
+    seed = control(Int(0, min=0), BoundedIntText, "Seed of R1", 180, min=0, max=10**6)
+    prompt = control(Unicode(PROMPT), Text, "Prompt", 470, continuous_update=False)
+
+    def steps(self) -> Steps:
+        """The switches as the steps to take."""
+        on = {name: getattr(self, name) for name in STEPS}
+        return Steps(**on, rotation=RotationSpec(kind=self.kind, seed=self.seed))
+
+
+def verdict_html(outcome: Outcome) -> str:
+    """The verdict in colour, with a sign that does not need one."""
+    unchanged = ("\u2714 Unchanged:", COLOURS["DFRot"])
+    sign, colour = ("\u2718 Broken:", BROKEN) if outcome.broken else unchanged
+    words = f'<b style="color:{colour}">{sign}</b> {html.escape(outcome.verdict)}'
+    return f'<p class="dfrot-verdict" style="margin:4px 0;line-height:1.4">{words}</p>'
+
+
+def text_html(outcome: Outcome, truth: Outcome) -> str:
+    """Both continuations, token by token; what differs from the untouched model's is marked."""
+    own = "".join(
+        span(token, None if token == wanted else BROKEN, f"untouched: {wanted}")
+        for token, wanted in zip(outcome.tokens, truth.tokens, strict=False)
+    )
+    wanted = "".join(span(token) for token in truth.tokens)
+    same = "the same text" if outcome.tokens == truth.tokens else "marked: not what the untouched model says"
+    words = f"untouched: {wanted}<br>with these steps: {own} <i>({same})</i>"
+    return f'<p style="margin:4px 0;line-height:1.7">{words}</p>'
+
+
+class Invariance(Explorer):
+    """The widget of `invariance`; `outcomes` are its trials."""
+
+    CANCELLED = "cancelled; the trials are as they were"
+    state: State
+
+    def __init__(self, spec: ModelSpec, store: Store | None, loaded: LoadedModel | None) -> None:
+        super().__init__(State())
+        self.spec, self.store, self.loaded = spec, store, loaded
+        self.bench: Bench | None = None
+        self.outcomes: list[Outcome] = []
+        self.truth: dict[str, Outcome] = {}
+        self.plot = Trials()
+        self.verdict, self.text = (HTML(layout={"min_height": high}) for high in ("66px", "60px"))
+        right = {name: name not in ("centre", "drop") for name in STEPS}
+        self.button("correct", "All steps, correctly", lambda: self.set(**right))
+        self.button("clear", "No step", lambda: self.set(**dict.fromkeys(STEPS, False)))
+        self.button("cancel", "Cancel", self.job.cancel)
+        switches = VBox([self.controls[name] for name in STEPS], layout={"width": "350px"})
+        seen = {"flex": "1 1 600px", "min_width": "0"}
+        found = VBox([self.plot, self.verdict, self.text], layout=seen)
+        self.children = [
+            self.row("prompt", "kind", "seed", "correct", "clear", "cancel"),
+            HBox([switches, found]),
+            self.status.widget,
+        ]
+        self.on(" ".join([*STEPS, "kind seed prompt"]), self.ask)
+        self.ask()
+
+    def set(self, **changes: Any) -> None:
+        """Change several switches at once; all that are not named stay."""
+        with self.state.hold_trait_notifications():
+            for name, value in changes.items():
+                setattr(self.state, name, value)
+
+    def ask(self) -> None:
+        """Try what is switched on now, in the background."""
+        self.status.busy("loading the model" if self.bench is None else f"trying {self.state.steps().name}")
+        steps, prompt = self.state.steps(), self.state.prompt
+        self.job.instead(lambda job: self._compute(job, steps, prompt))
+        self.enable()
+
+    def enabled(self) -> dict[str, bool]:
+        """A newer trial takes the place of the one that runs."""
+        return {"cancel": self.job.running}
+
+    def wait(self, seconds: float | None = 120) -> Outcome:
+        """The newest trial, once nothing is left to compute; TimeoutError after `seconds`."""
+        self.job.wait(seconds)
+        if self.job.running or not self.outcomes:
+            raise TimeoutError(f"no trial ended within {seconds} s: {self.status.text}")
+        return self.outcomes[-1]
+
+    def table(self) -> pd.DataFrame:
+        """One row a trial, oldest first: steps, error (relative, of the logits), broken, why, refused (the
+        package's words), text."""
+        rows = [
+            (o.steps.name, o.error, o.broken, " ".join(o.faults), " ".join(o.refusals), "".join(o.tokens))
+            for o in self.outcomes
+        ]
+        return pd.DataFrame(rows, columns=["steps", "error", "broken", "why", "refused", "text"])
+
+    def static(self) -> Figure:
+        """The plotted trials as a matplotlib figure."""
+        with drawing(size=(8, 3.8)) as (figure, (ax,)):
+            shown = self.table().tail(SHOWN).rename(columns={"steps": "step"})
+            figures.plot_logit_errors(shown, TOLERANCE, ax=ax)
+        return figure
+
+    def _compute(self, job: Job, steps: Steps, prompt: str) -> None:
+        """In the background: load the model once, try the steps, show the outcome."""
+        if self.bench is None:
+            self.bench = Bench(self.loaded or loading.load_model(self.spec, self.store))
+        self.status.busy(f"trying {steps.name}")
+        if prompt not in self.truth:
+            self.truth[prompt] = self.bench.measure(Steps(), prompt, step=job.step)
+        outcome = truth = self.truth[prompt]
+        if steps != Steps(rotation=steps.rotation):
+            outcome = self.bench.measure(steps, prompt, step=job.step)
+        self.outcomes.append(outcome)
+        self.plot.draw(self.outcomes)
+        self.verdict.value, self.text.value = verdict_html(outcome), text_html(outcome, truth)
+        self.status.say(f"{outcome.steps.name}: {'broken' if outcome.broken else 'unchanged'}")
+
+
+def invariance(
+    model: ModelSpec | None = None, *, store: Store | None = None, loaded: LoadedModel | None = None
+) -> Invariance:
+    """Switch each surgery step on and off and see the logits' error against the untouched model, and a short
+    text it generates. `loaded`, where given, is used (and changed) instead of a fresh load of `model`."""
+    return Invariance(model or ModelSpec(), store, loaded)

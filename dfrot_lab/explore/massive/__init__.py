@@ -1,0 +1,1 @@
+"""The massive explorer: any text's residual stream, layer by layer."""

@@ -1,0 +1,188 @@
+"""One text's residual stream, layer by layer: pooled cells, marked tokens, tables, sentences."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from dfrot_lab.explore.shell.words import number
+from dfrot_lab.model import corpus
+from dfrot_lab.model.loading import LoadedModel
+from dfrot_lab.observe import intervene, massive, residual
+from dfrot_lab.recipe.specs import ROW_RULES, WINDOW, CorpusSpec
+from dfrot_lab.show.markup import span
+from dfrot_lab.show.theme import MASSIVE_COLOUR
+
+CELLS, COLUMNS = 49152, 192
+"""Cells and columns of the heat map at most: of 256 tokens and 576 channels, three channels a cell."""
+TINY = 1e-30
+
+
+@dataclass(frozen=True)
+class Look:
+    """A text as the model sees it: token texts, the stream x (tokens, channels) float32 before each layer,
+    and how many tokens the text has in all.
+
+    profile: the largest three |x| and the median before each layer: layer, top 1, top 2, top 3, median."""
+
+    texts: list[str]
+    streams: list[Tensor]
+    profile: pd.DataFrame
+    eps: float
+    whole: int
+    masks: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+
+    def median(self, layer: int) -> float:
+        """Median |x| before a layer."""
+        return max(float(self.profile["median"].iloc[layer]), TINY)
+
+
+def look(
+    loaded: LoadedModel,
+    ids: Tensor,
+    whole: int | None = None,
+    step: Callable[[int], None] = lambda _layer: None,
+) -> Look:
+    """One forward pass of ids (tokens,); `step` is called before each layer. ValueError for NaN or Inf."""
+    with intervene.before_layers(loaded, lambda layer, _x: step(layer)):
+        streams = residual.streams(loaded, ids)
+    broken = next((i for i, x in enumerate(streams) if not torch.isfinite(x).all()), None)
+    if broken is not None:
+        found = f"activations must be finite; got NaN or Inf before layer {broken}"
+        raise ValueError(f"{found}. The model is broken, or its dtype too small.")
+    texts = [loaded.tokenizer.decode([i]) for i in ids.tolist()]
+    eps = float(getattr(loaded.model.config, "rms_norm_eps", 0.0))
+    streams = [x.float() for x in streams]
+    return Look(texts, streams, _profile(streams), eps, whole or len(texts))
+
+
+def _profile(streams: list[Tensor]) -> pd.DataFrame:
+    rows = []
+    for layer, x in enumerate(streams):
+        magnitude = x.abs().flatten()
+        top = magnitude.topk(min(residual.TOP, len(magnitude))).values.tolist()
+        named = {f"top {n + 1}": value for n, value in enumerate(top)}
+        rows.append({"layer": layer, **named, "median": float(magnitude.median())})
+    return pd.DataFrame(rows)
+
+
+def typed_ids(loaded: LoadedModel, text: str, most: int) -> tuple[Tensor, int]:
+    """The first `most` token ids of a typed text, and how many it has; ValueError for a text of none."""
+    ids = torch.tensor(loaded.tokenizer(text, verbose=False).input_ids, dtype=torch.int64)
+    if not text or not len(ids):
+        raise ValueError("the text must hold at least one token; got an empty text")
+    return ids[: min(most, loaded.context)], len(ids)
+
+
+def block_ids(loaded: LoadedModel, spec: CorpusSpec, block: int, most: int) -> tuple[Tensor, int]:
+    """The first `most` token ids of a corpus block (whole windows, from 0), and how many the block has."""
+    window = min(WINDOW, loaded.context)
+    ids = corpus.token_blocks(spec, loaded.tokenizer, blocks=block + 1, window=window)[block]
+    return ids[:most], window
+
+
+def marks(seen: Look, layer: int, rule: str) -> Tensor:
+    """Mask (tokens,) of what `rule` calls massive, kept; rules of rows see normalised ones (no gain)."""
+    if (layer, rule) not in seen.masks:
+        x = seen.streams[layer]
+        rows = torch.nn.functional.rms_norm(x, x.shape[-1:], eps=seen.eps)
+        largest, median = x.abs().amax(1)[None], torch.tensor([seen.median(layer)])
+        by_rows = rule in ROW_RULES
+        mask = massive.rows_rule(rows, rule) if by_rows else massive.residual_rule(largest, median, rule)[0]
+        seen.masks[layer, rule] = mask
+    return seen.masks[layer, rule]
+
+
+def rule_words(rule: str, channels: int) -> str:
+    """A rule's threshold in words, for a model of so many channels."""
+    if rule == "sun":
+        return (
+            f"|x| > {massive.SUN_ABSOLUTE:g} and at least {massive.SUN_RATIO:,.0f} \u00d7 the median |x| of the "
+            "layer (Sun et al.)"
+        )
+    if rule == "ro_vs_nr":
+        return "the row's symmetric 4-bit error is no smaller under RO than unrotated (DFRot's code, for Mistral)"
+    number = massive.threshold(rule)
+    if rule in ROW_RULES:
+        root = number * math.sqrt(channels / massive.NR_ERROR_CHANNELS)
+        return f"root error of the row, unrotated, symmetric 4-bit, below {root:.3g} ({number:g} at 4096 channels)"
+    return f"the token's largest |x| > {number:g} \u00d7 the median of all tokens' largest"
+
+
+def pooled(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Of at most CELLS cells (tokens, columns) the value of largest |x|, and the channel it sits in."""
+    tokens, channels = x.shape
+    first = torch.from_numpy(starts(tokens, channels)).long()
+    size = _pool(tokens, channels)
+    padded = torch.nn.functional.pad(x, (0, len(first) * size - channels)).view(tokens, -1, size)
+    place = padded.abs().argmax(2, keepdim=True)
+    return padded.gather(2, place)[..., 0], (place[..., 0] + first).clamp_(max=channels - 1)
+
+
+def _pool(tokens: int, channels: int) -> int:
+    """Channels pooled to one cell."""
+    return math.ceil(channels / max(1, min(COLUMNS, channels, CELLS // tokens)))
+
+
+def starts(tokens: int, channels: int) -> np.ndarray:
+    """The first channel of each pooled column (columns,)."""
+    return np.arange(0, channels, _pool(tokens, channels), dtype=np.float32)
+
+
+def cells(seen: Look, layer: int) -> np.ndarray:
+    """What is drawn of a layer (columns, tokens, 3) float32: value (signed), channel, ratio to median."""
+    value, channel = pooled(seen.streams[layer])
+    ratio = value.abs() / seen.median(layer)
+    return np.stack([x.T.float().numpy() for x in (value, channel, ratio)], axis=-1)
+
+
+def token_table(seen: Look, layer: int, rule: str) -> pd.DataFrame:
+    """Every token at a layer, largest first: token, text, channel, value (signed), ratio, massive."""
+    channel = seen.streams[layer].abs().argmax(1).numpy()
+    massive = marks(seen, layer, rule).numpy()
+    return _largest_first(seen, layer, np.arange(len(channel)), channel, massive=massive)
+
+
+def channel_table(seen: Look, layer: int) -> pd.DataFrame:
+    """Every channel at a layer, largest first: channel, value (signed), ratio, its token and text."""
+    token = seen.streams[layer].abs().argmax(0).numpy()
+    table = _largest_first(seen, layer, token, np.arange(len(token)))
+    return table[["channel", "value", "ratio", "token", "text"]]
+
+
+def _largest_first(
+    seen: Look, layer: int, token: np.ndarray, channel: np.ndarray, **more: Any
+) -> pd.DataFrame:
+    """The entries of a layer at these places: token, text, channel, value, ratio, and `more` columns."""
+    value = seen.streams[layer][token, channel].numpy()
+    place = {"token": token, "text": [seen.texts[i] for i in token], "channel": channel}
+    table = pd.DataFrame({**place, "value": value, "ratio": np.abs(value) / seen.median(layer), **more})
+    return table.sort_values("ratio", ascending=False, kind="stable", ignore_index=True)
+
+
+def sentence(table: pd.DataFrame, layer: int, rule: str) -> str:
+    """What there is to see in a `token_table`, as HTML: the largest marked token, or the largest of all."""
+    marked = table[table["massive"]]
+    token = (marked if len(marked) else table).iloc[0]
+    where = f"in channel {token['channel']} at layer {layer}: {number(token['ratio'])} \u00d7 the median."
+    named = f"oken {token['token']} \u2018{span(token['text'])}\u2019"
+    what = f"{named} reaches {number(abs(token['value']))} {where}"
+    if not len(marked):
+        return f"No token is massive here by rule {rule}. The largest, t{what}"
+    return f"<b>T{what}</b> Rule {rule} marks {len(marked)} of {len(table)} tokens."
+
+
+def text_spans(table: pd.DataFrame) -> str:
+    """The text of a `token_table` as HTML, a span a token, the marked ones in colour, value as tooltip."""
+    spans = []
+    for row in table.sort_values("token").to_dict("records"):
+        about = f", channel {row['channel']}: {number(abs(row['value']))}" if row["massive"] else ""
+        colour = MASSIVE_COLOUR if row["massive"] else None
+        spans.append(span(row["text"], colour, f"token {row['token']}{about}"))
+        spans.append("<br>" if "\n" in row["text"] else "<wbr>")
+    return f'<div class="dfrot-text" style="line-height:1.5;overflow-wrap:anywhere">{"".join(spans)}</div>'

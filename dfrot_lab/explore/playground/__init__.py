@@ -1,0 +1,1 @@
+"""The playground: a spike turned by hand, and by matrices."""

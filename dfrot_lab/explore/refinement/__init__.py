@@ -1,0 +1,1 @@
+"""The refinement explorer: refine R1 live."""

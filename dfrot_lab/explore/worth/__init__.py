@@ -1,0 +1,1 @@
+"""The worth explorer: what the rotations are worth end to end."""

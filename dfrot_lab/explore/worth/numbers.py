@@ -1,0 +1,146 @@
+"""The rows of `worth`: which they are, what they cost, and how they and the paper's numbers are shown."""
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+
+from dfrot_lab.disk.artefacts import Store
+from dfrot_lab.explore.shell import offers
+from dfrot_lab.explore.shell.offers import FULL
+from dfrot_lab.explore.shell.words import duration
+from dfrot_lab.recipe.specs import RELEASED_KEEP_OUT, Recipe
+from dfrot_lab.score import perplexity
+from dfrot_lab.score.perplexity import EvalResult
+from dfrot_lab.show.markup import safe
+from dfrot_lab.study import cost, paper, runner
+from dfrot_lab.study.setting import Setting
+
+KEPT = {"none": None, RELEASED_KEEP_OUT: RELEASED_KEEP_OUT}
+"""Which massive tokens pass unquantized: none, or those the released code's rule finds."""
+DIFFERENCE = ["minus_rh", "minus_rh_low", "minus_rh_high"]
+COLUMNS = ["rotation", "kept_out", "row", "bits", "weights", "perplexity", "low", "high", *DIFFERENCE]
+
+Lookup = Callable[[Recipe], EvalResult | None]
+
+
+def specs_of(
+    setting: Setting, names: Sequence[str], bits: Sequence[str], weights: str, keep_out: Sequence[str | None]
+) -> list[Recipe]:
+    """The rows picked, those that share a built model side by side; one row at 16-16-16."""
+    found = [offers.row(setting, "NR", FULL, weights=weights)] if FULL in bits else []
+    rows = [(b, kept) for b in bits if b != FULL for kept in keep_out]
+    for name in names:
+        found += [offers.row(setting, name, b, weights=weights, keep_out=kept) for b, kept in rows]
+    return found
+
+
+class Tally:
+    """How far the work is: nominal seconds of every row and of scoring one; what is done of them."""
+
+    def __init__(self, costs: list[float], scoring: float) -> None:
+        self.costs, self.scoring = costs, scoring
+        self.done, self.part, self.started = 0, 0.0, time.perf_counter()
+
+    @classmethod
+    def of(cls, specs: Sequence[Recipe], store: Store) -> "Tally":
+        """The tally of rows that are missing."""
+        return cls(cost.seconds(specs, store), cost.scoring(specs[0]).seconds(cost.TWO_CORES))
+
+    def at(self, part: str, done: int, total: int) -> None:
+        """`done` of `total` layers of weights, or windows, of the row being made."""
+        building = self.costs[self.done] - self.scoring
+        self.part = building + self.scoring * done / total if part == "window" else building * done / total
+
+    def next(self) -> None:
+        """The row being made is finished."""
+        self.done, self.part = self.done + 1, 0.0
+
+    @property
+    def share(self) -> float:
+        """What is done, 0 to 1."""
+        return min(1.0, (sum(self.costs[: self.done]) + self.part) / max(sum(self.costs), 1e-9))
+
+    @property
+    def left(self) -> float:
+        """Seconds left, at the pace so far."""
+        spent = time.perf_counter() - self.started
+        return spent * (1 - self.share) / self.share if self.share > 0.02 else sum(self.costs)
+
+
+def said(missing: Sequence[Recipe], store: Store) -> str:
+    """Which rows are not stored and about how long they take."""
+    if not missing:
+        return "All rows that are picked are stored."
+    names = "; ".join(runner.row_name(spec) for spec in missing)
+    return f"Not stored: {names}. To compute: about {duration(sum(cost.seconds(missing, store)))} on 2 cores."
+
+
+def rows_table(
+    specs: Sequence[Recipe], lookup: Lookup, references: Mapping[str, EvalResult | None]
+) -> pd.DataFrame:
+    """A line a row, its 95% interval, the paired difference to RH, windows, stored or not."""
+    lines = []
+    for spec in specs:
+        result, kept, quantized = lookup(spec), spec.keep_out is not None, spec.weights.quantizer.bits < 16
+        about = (spec.rotation.name, kept, runner.row_label(spec), spec.bits)
+        weights = spec.weights.method if quantized else None
+        found = (result.perplexity, *result.ci95) if result else (math.nan,) * 3
+        difference = _difference(result, references.get(spec.bits))
+        lines.append((*about, weights, *found, *difference, spec.windows, result is not None))
+    return pd.DataFrame(lines, columns=[*COLUMNS, "windows", "stored"])
+
+
+def _difference(result: EvalResult | None, reference: EvalResult | None) -> tuple[float, float, float]:
+    if result is None or reference is None or result.spec == reference.spec or result.spec.bits == FULL:
+        return math.nan, math.nan, math.nan
+    value, (low, high) = perplexity.paired_difference(result, reference)
+    return value, low, high
+
+
+def paper_table(specs: Sequence[Recipe], lookup: Lookup) -> pd.DataFrame:
+    """The paper's perplexities in the rows' places: row, bits, a column a model (as printed), ours last."""
+    missing = np.array([math.nan])
+    return paper.beside_rows([lookup(spec) or EvalResult(spec, missing, math.nan, "", {}) for spec in specs])
+
+
+def paper_rows(beside: pd.DataFrame, model: str) -> pd.DataFrame:
+    """One model's column of `paper_table` as rows to draw; what is printed as NaN is left out."""
+    value = pd.to_numeric(beside.get(model, pd.Series(dtype=float)), errors="coerce")
+    nothing = dict.fromkeys(("low", "high", *DIFFERENCE), math.nan)
+    rows = beside[["row", "bits"]].assign(perplexity=value, stored=True, windows="", **nothing)
+    return rows[rows["perplexity"].notna()]
+
+
+def interval(value: float, low: float, high: float) -> str:
+    """`36.11 [31.20, 40.80]`, without an interval where there is none, nothing for NaN."""
+    if math.isnan(value):
+        return ""
+    return f"{value:,.2f}" if math.isnan(low) else f"{value:,.2f} [{low:,.2f}, {high:,.2f}]"
+
+
+def shown(table: pd.DataFrame) -> str:
+    """The rows as an HTML table."""
+    view = pd.DataFrame({"row": table["row"], "bits": table["bits"], "weights": table["weights"].fillna("")})
+    columns = {"perplexity [95%]": ["perplexity", "low", "high"], "minus RH [95%]": DIFFERENCE}
+    for title, names in columns.items():
+        view[title] = [interval(*values) for values in table[names].itertuples(index=False)]
+    stored = table["stored"].map({True: "yes", False: "no"})
+    return _html(view.assign(windows=table["windows"], stored=stored))
+
+
+def shown_paper(beside: pd.DataFrame, text: str) -> str:
+    """The paper's numbers beside ours as an HTML table, and what may be compared."""
+    if beside.empty and paper.PUBLISHED.exists():
+        return "The paper has no number for these rows."
+    if beside.empty:
+        return "The paper's numbers are in a checkout's data/paper only."
+    mine = beside["ours"].map(lambda v: "" if pd.isna(v) else f"{v:,.2f}")
+    may = f"Ours is on {safe(text)}: other models, so compare the order and the gaps."
+    return f"{may}{_html(beside.assign(ours=mine).fillna(''))}"
+
+
+def _html(table: pd.DataFrame) -> str:
+    return str(table.to_html(index=False, escape=True, border=0, classes="dfrot-table"))

@@ -1,0 +1,124 @@
+"""Functions of one kind at named sites while a model runs: `f(site, x) -> x`, or None to leave x as it is.
+
+| site | what it is | shape |
+|---|---|---|
+| `layers.12.residual` | the residual stream before layer 12 | (batch, tokens, channels) |
+| `layers.12.input_norm_in`, `.post_attention_norm_in` | the residual stream as a norm reads it | the same |
+| `layers.12.input_norm`, `.post_attention_norm` | a norm's output, what q, k, v (gate, up) read | the same |
+| `layers.12.q`, `.k`, `.v` | queries and keys after RoPE, values | (batch, heads, tokens, head size) |
+| `layers.12.o_proj_in`, `.down_proj_in` | what o_proj, down_proj read | (batch, tokens, their inputs) |"""
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from dfrot_lab.model.loading import LoadedModel
+
+At = Callable[[str, Tensor], Tensor | None]
+"""From a site and what is there, what is to be there instead; None leaves it."""
+Shown = tuple[tuple[At, Collection[str]], ...]
+
+NORMS = ("input_norm", "post_attention_norm")
+NORM_INPUTS = tuple(f"{norm}_in" for norm in NORMS)
+LINEAR_INPUTS = (*NORMS, "o_proj_in", "down_proj_in")
+"""The kinds of site that the linears of a layer read."""
+ATTENTION = ("q", "k", "v")
+KINDS = (*LINEAR_INPUTS, *ATTENTION)
+ALL_KINDS = ("residual", *NORM_INPUTS, *KINDS)
+
+
+def sites_of(loaded: LoadedModel, *kinds: str) -> tuple[str, ...]:
+    """The sites of some kinds (by default KINDS), layer by layer; KeyError for a kind that is none."""
+    if unknown := set(kinds) - set(ALL_KINDS):
+        raise KeyError(f"a site's kind must be one of {', '.join(ALL_KINDS)}; got {sorted(unknown)}")
+    return tuple(f"layers.{i}.{kind}" for i in range(len(loaded.layers)) for kind in kinds or KINDS)
+
+
+@contextmanager
+def at_sites(loaded: LoadedModel, function: At, sites: Collection[str] | None = None) -> Iterator[None]:
+    """While the block runs, `function` sees, and may replace, what is at `sites` (by default all of KINDS).
+
+    Blocks nest: the inner one sees what the outer one put there. All is gone at the end, whatever happens."""
+    wanted = set(sites_of(loaded) if sites is None else sites)
+    if unknown := wanted - set(sites_of(loaded, *ALL_KINDS)):
+        known = sites_of(loaded)
+        raise KeyError(f"no site {min(unknown)!r} in this model; it has {known[0]} .. {known[-1]}")
+    with ExitStack() as stack:
+        for number, layer in enumerate(loaded.layers):
+            for kind, (name, is_output) in _places(loaded).items():
+                if (site := f"layers.{number}.{kind}") in wanted:
+                    module = layer.get_submodule(name)
+                    register = module.register_forward_hook if is_output else module.register_forward_pre_hook
+                    stack.callback(register(_hook(site, function, is_output)).remove)
+        if any(site.rpartition(".")[2] in ATTENTION for site in wanted):
+            stack.enter_context(_attention(loaded, function, wanted))
+        yield
+
+
+def _places(loaded: LoadedModel) -> dict[str, tuple[str, bool]]:
+    """For each kind of site the part of a layer (empty: the layer itself), and whether it is its output."""
+    places = {"residual": ("", False)}
+    places |= {"o_proj_in": (loaded.roles.o, False), "down_proj_in": (loaded.roles.down, False)}
+    for kind, norm, _ in loaded.roles.feeds:
+        places |= {f"{kind}_in": (norm, False), kind: (norm, True)}
+    return places
+
+
+def _hook(site: str, function: At, is_output: bool) -> Any:
+    if is_output:
+        return lambda _module, _args, output: function(site, output)
+
+    def see(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        new = function(site, args[0])
+        return None if new is None else (new, *args[1:])
+
+    return see
+
+
+def _attend(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    *,
+    shown: Shown,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Attention (SDPA) after the functions in `shown` have seen, in their order, q, k and v."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    seen = [query, key, value]
+    for function, sites in shown:
+        for place, kind in enumerate(ATTENTION):
+            if (site := f"layers.{module.layer_idx}.{kind}") in sites:
+                new = function(site, seen[place])
+                seen[place] = seen[place] if new is None else new
+    query, key, value = seen
+    return sdpa_attention_forward(module, query, key, value, mask, **options)
+
+
+@contextmanager
+def _attention(loaded: LoadedModel, function: At, sites: Collection[str]) -> Iterator[None]:
+    """Have transformers compute attention through an entry of its own table, removed again at the end."""
+    from transformers import AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    model: Any = loaded.model
+    before = loaded.config._attn_implementation
+    outer = getattr(ALL_ATTENTION_FUNCTIONS.get(before), "keywords", {}).get("shown", ())
+    attend = partial(_attend, shown=(*outer, (function, sites)))
+    name = f"dfrot_lab_{id(attend)}"
+    ALL_ATTENTION_FUNCTIONS[name] = attend
+    AttentionMaskInterface.register(name, sdpa_mask)  # masks are looked for among the registered ones alone
+    try:
+        model.set_attn_implementation(name)
+        yield
+    finally:
+        model.set_attn_implementation(before)
+        del ALL_ATTENTION_FUNCTIONS[name]
+        del AttentionMaskInterface._global_mapping[name]
