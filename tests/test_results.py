@@ -12,6 +12,7 @@ import pytest
 
 from dfrot_lab.disk import row_files
 from dfrot_lab.disk.row_files import append, load
+from dfrot_lab.maths import tables
 from dfrot_lab.maths.tables import COLUMNS, by_seed, comparison, markdown
 from dfrot_lab.recipe.base import Spec
 from dfrot_lab.recipe.keys import FORMULAS
@@ -30,6 +31,7 @@ from dfrot_lab.recipe.specs import (
 from dfrot_lab.score import rows as score_rows
 from dfrot_lab.score.perplexity import EvalResult
 from dfrot_lab.score.rows import difference_row, row
+from dfrot_lab.study import runner
 
 COMMIT = score_rows.commit()
 
@@ -299,6 +301,13 @@ def test_markdown_is_a_table_that_github_reads(table: pd.DataFrame):
 def test_rows_are_plain_json(tmp_path: Path):
     append(tmp_path / "rows.jsonl", [row(result())])
     assert json.loads((tmp_path / "rows.jsonl").read_text())["seconds"] == pytest.approx(12.35, abs=0.01)
+
+
+def test_a_table_of_nothing_has_all_columns_and_no_row():
+    """As of a report before anything is stored."""
+    for nothing in (tables.table([]), runner.table_of([], {})):
+        assert tuple(nothing.columns) == COLUMNS and len(nothing) == 0
+        assert comparison(nothing).empty and by_seed(nothing).empty and tables.records(nothing) == []
 
 
 # ---- rows that a table would merge
