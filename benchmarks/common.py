@@ -34,7 +34,7 @@ def seconds(work: Callable[[], object], runs: int = RUNS) -> float:
 
 
 def eager(x: torch.Tensor) -> torch.Tensor:
-    """Asymmetric 4-bit fake quantization as research scripts write it: one pass over everything an operation."""
+    """Asymmetric 4-bit fake quantization as research scripts write it: every operation passes over all."""
     low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
     scale = (high - low) / 15
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
@@ -112,7 +112,8 @@ HEADER = (
 
 def machine() -> str:
     """The machine in words: processor flags that matter, threads, torch."""
-    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    cpu = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    return f"{cpu}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 def options(doc: str | None) -> argparse.ArgumentParser:

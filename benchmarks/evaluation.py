@@ -49,7 +49,8 @@ def worst_relative_difference(built: Built, ids: torch.Tensor) -> float:
 
     def compare(module: torch.nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> None:
         x = module.before(args[0]) if module.before else args[0]  # type: ignore[operator]
-        fake = module.original(fake_quantize(x, module.source.spec))  # type: ignore[operator, union-attr, arg-type]
+        rounded = fake_quantize(x, module.source.spec)  # type: ignore[union-attr, arg-type]
+        fake = module.original(rounded)  # type: ignore[operator]
         found.append(float((output - fake).norm() / fake.norm()))
 
     with quantized(built, spec()):

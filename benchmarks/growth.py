@@ -92,8 +92,9 @@ def random_model(channels: int, tokens: int) -> LoadedModel:
         raise SystemExit(f"--channels must be multiples of 32; got {channels}")
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=channels, intermediate_size=mlp_width(channels), num_hidden_layers=LAYERS, head_dim=head,
-        num_attention_heads=channels // head, num_key_value_heads=channels // head, max_position_embeddings=tokens, tie_word_embeddings=False,
+        vocab_size=VOCABULARY, hidden_size=channels, intermediate_size=mlp_width(channels),
+        num_hidden_layers=LAYERS, head_dim=head, num_attention_heads=channels // head,
+        num_key_value_heads=channels // head, max_position_embeddings=tokens, tie_word_embeddings=False,
     )  # fmt: skip
     model = LlamaForCausalLM(config).eval().requires_grad_(False)
     model.model.embed_tokens.weight[0, :2] += torch.tensor([40.0, -25.0])
@@ -211,9 +212,8 @@ def laws_text(laws: dict[str, Law], points: Sequence[Point]) -> str:
         own = [p for p in points if p.what == what]
         power = f"C^{law.channels:.2f}" + (f" rows^{law.rows:.2f}" if law.rows is not None else "")
         rows = "" if law.rows is None else _range([p.rows or 0 for p in own])
-        lines.append(
-            f"| {what} | {power} | {_range([p.channels for p in own])} | {rows} | {_range([float(f'{p.seconds:.2g}') for p in own])} |"
-        )
+        took = _range([float(f"{p.seconds:.2g}") for p in own])
+        lines.append(f"| {what} | {power} | {_range([p.channels for p in own])} | {rows} | {took} |")
     return "\n".join(lines)
 
 

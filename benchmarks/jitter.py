@@ -50,9 +50,8 @@ def main() -> None:
             with quantized(built, spec):
                 found.append(float(np.exp(np.mean([window_loss(built.loaded, window) for window in ids]))))
         spread = (max(found) - min(found)) / found[0]
-        print(
-            f"{kind} 16-4-16, {spec.windows} windows: {', '.join(f'{v:.2f}' for v in found)}: a spread of {100 * spread:.1f}%"
-        )
+        values = ", ".join(f"{value:.2f}" for value in found)
+        print(f"{kind} 16-4-16, {spec.windows} windows: {values}: a spread of {100 * spread:.1f}%")
 
 
 if __name__ == "__main__":

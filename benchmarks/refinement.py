@@ -95,7 +95,8 @@ def default() -> list[Row]:
     torch.set_num_threads(2)
     last, end = paper.iloc[-1], final.iloc[-1]
     floor = step * 2 * 2 * len(rows) / 8 * rows.shape[1] ** 2 / cost.measure_machine().float_rate
-    said = f"objective {losses['objective']:.2f} at step {step}; published {target:.2f} (ordinary {last['ordinary']:.3f}, massive {last['massive']:.3f})"
+    parts = f"ordinary {last['ordinary']:.3f}, massive {last['massive']:.3f}"
+    said = f"objective {losses['objective']:.2f} at step {step}; published {target:.2f} ({parts})"
     ended = f"objective {end['objective']:.2f}, ordinary {end['ordinary']:.3f}, massive {end['massive']:.3f}"
     memory = float(peak_gb(__file__, "--memory", "default"))
     size = rows.numel() * 4 / 1e9
@@ -152,7 +153,8 @@ def wide() -> list[Row]:
     start = time.perf_counter()
     history = refine(rows, SPEC, mask).history
     ours = (time.perf_counter() - start) / STEPS
-    said = f"objective {history['objective'].iloc[0]:.0f} to {history['objective'].min():.0f}; eigenvectors and checks included"
+    first, best = history["objective"].iloc[0], history["objective"].min()
+    said = f"objective {first:.0f} to {best:.0f}; eigenvectors and checks included"
     return [
         Row(
             "refinement",

@@ -47,7 +47,7 @@ WITHOUT = {
 
 @pytest.fixture
 def bench(tmp_path, text_file, monkeypatch):
-    """A cache of its own, a tiny model that sees windows of 2048, and the working folder inside the test's."""
+    """A cache of its own, a tiny model that sees windows of 2048, and the test's folder to work in."""
     monkeypatch.setenv("DFROT_LAB_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("DFROT_LAB_DATA", raising=False)
     monkeypatch.chdir(tmp_path)
@@ -78,7 +78,8 @@ def test_help_lists_the_commands_and_what_can_be_chosen_by_name():
 
 
 def test_help_and_import_load_nothing_heavy():
-    code = "import sys; from dfrot_lab import cli; print(sorted({'torch', 'transformers', 'pandas', 'matplotlib'} & set(sys.modules)))"
+    heavy = "{'torch', 'transformers', 'pandas', 'matplotlib'}"
+    code = f"import sys; from dfrot_lab import cli; print(sorted({heavy} & set(sys.modules)))"
     assert (
         subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=True
@@ -201,7 +202,8 @@ def run_program(bench, tmp_path, *more):
         *more,
     ]
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
         # a shell's background job is deaf to Ctrl-C, and so would its children be
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip

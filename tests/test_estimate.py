@@ -207,7 +207,8 @@ def test_a_gguf_file_is_read_too(tmp_path):
 def test_what_the_package_refuses_has_no_estimate(tmp_path):
     with pytest.raises(
         ValueError,
-        match=r"got 'llama-7b', which is none of them\. To estimate without a model: smollm2-135m, llama-2-7b, llama-3-70b",
+        match=r"got 'llama-7b', which is none of them\. "
+        r"To estimate without a model: smollm2-135m, llama-2-7b, llama-3-70b",
     ):
         shapes.shape(ModelSpec(source="llama-7b"))
     GPT2Config(architectures=["GPT2LMHeadModel"]).save_pretrained(tmp_path / "gpt2")

@@ -93,7 +93,7 @@ def result_of(losses: list[float], spec: Recipe | None = None) -> EvalResult:
 
 
 # ---- loss and perplexity
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tokens", [2, 50, 128, 600])
@@ -182,7 +182,7 @@ def test_a_rotation_that_does_not_fit_is_refused(base, store, tmp_path, wrong):
 
 
 # ---- intervals
-# --------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------
 
 
 def test_ci95_is_the_percentile_bootstrap_of_the_perplexity():
@@ -319,7 +319,7 @@ def test_bootstrap_of_a_mean():
 
 
 # ---- equal work, one key
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------
 
 SIXTEEN = WeightSpec(method="rtn", quantizer=QuantSpec(bits=16, granularity="per_channel"))
 W4 = QuantSpec(bits=4, granularity="per_channel")
@@ -408,7 +408,7 @@ def test_another_calibration_text_at_the_same_path_is_another_evaluation(base, s
 
 
 # ---- the store
-# --------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------
 
 
 def test_stored_is_none_then_the_result(base, store):
@@ -516,7 +516,7 @@ def test_build_keys_differ_where_models_do(base, text_file, tmp_path):
 
 
 # ---- keep-out
-# ---------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rule", [RULE, "ro_vs_nr"])
@@ -608,7 +608,7 @@ def test_most_massive_and_worst_of_a_spike():
 
 @pytest.mark.parametrize("k", [1, 5, 60, 99])
 def test_random_keep_out_has_the_same_places_at_every_call_and_site(k):
-    """Whatever the values are, and whatever was drawn before: a token is kept out in all layers or in none."""
+    """Whatever the values are and was drawn before: a token is kept out in all layers or in none."""
     chosen = keep_out(Recipe(keep_out="random", keep_out_tokens=k), None)
     first = chosen(torch.zeros(1, 60, 64))
     torch.manual_seed(123)
@@ -682,13 +682,14 @@ def test_nr_has_no_rotation_at_all(base, store):
 
 
 # ---- bad input
-# --------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------
 
 
 def test_more_windows_than_the_text(base, store):
     with pytest.raises(
         ValueError,
-        match=r"token_blocks\.blocks must be <= \d+: .*text\.txt \(evaluation\) has .* whole windows of 64; got 999",
+        match=r"token_blocks\.blocks must be <= \d+: .*text\.txt \(evaluation\) has .* "
+        r"whole windows of 64; got 999",
     ):
         evaluate(base.with_(windows=999), store)
     assert stored(base.with_(windows=999), store) is None

@@ -46,7 +46,8 @@ from dfrot_lab.study.setting import PROFILE, Setting
 from dfrot_lab.weights import run as weighing
 
 EVALUATING = (
-    "main", "gamma-sweep", "keep-out", "main-table", "calibration", "clip-sweep", "symmetric-or-not", "variants", "massive-activations", "intervene",
+    "main", "gamma-sweep", "keep-out", "main-table", "calibration", "clip-sweep", "symmetric-or-not",
+    "variants", "massive-activations", "intervene",
 )  # fmt: skip
 LOOKING = ("token-errors-3d", "token-errors-2d", "token-orders", "massive-token", "massive-magnitudes")
 ELSEWHERE = ("zero-shot",)
@@ -174,7 +175,7 @@ def assert_same_rows(found: pd.DataFrame, table: pd.DataFrame) -> None:
 
 
 # ---- tables of evaluations
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------
 
 
 def test_every_experiment_is_tested_here_or_where_it_is_said():
@@ -289,7 +290,7 @@ def test_equal_rows_are_one_line_and_the_same_spec_with_other_labels_is_another(
 
 
 # ---- single experiments
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------
 
 
 def test_the_share_is_the_one_computed_by_hand_from_the_tables_perplexities(lab):
@@ -419,7 +420,7 @@ def test_one_text_where_there_is_no_other(lab, monkeypatch):
 
 
 # ---- the full profile, planned but not run
-# ----------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", EVALUATING)
@@ -492,7 +493,7 @@ def test_a_clipped_rotation_is_refined_with_the_clip_it_is_tested_with(lab, plan
 
 
 # ---- errors, token by token
-# -------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------
 
 
 def rotations_of(lab: Lab) -> dict[str, torch.Tensor]:
@@ -509,6 +510,8 @@ def test_token_errors_are_those_of_the_four_rotations(lab, name):
         expected = squared_error(recorded.all_rows() @ R.float(), QuantSpec(scheme="asymmetric")).numpy()
         np.testing.assert_allclose(table[kind], expected, rtol=1e-3)
     assert table["order"].tolist() == errors.orders(table).tolist()
+    mask = massive.find(recorded, PAPER_RULE).flatten().tolist()
+    assert table["massive"].tolist() == mask and 0 < sum(mask) < len(mask)
 
 
 def test_token_orders_count_the_tokens_of_each_site(lab):
@@ -561,7 +564,7 @@ def test_massive_magnitudes_are_of_the_middle_layer(lab):
 
 
 # ---- stopped, killed, resumed
-# -----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("name", "stop"), [("keep-out", KeyboardInterrupt), ("intervene", RuntimeError)])
@@ -633,7 +636,8 @@ def and_die(loaded, ids):
     left[0] -= 1
     return score(loaded, ids)
 perplexity.window_loss = and_die
-setting = Setting(model=ModelSpec(source=model), corpus=text, windows=2, window=64, gptq_windows=2, seeds=2, quick=True)
+sizes = dict(windows=2, window=64, gptq_windows=2, seeds=2, quick=True)
+setting = Setting(model=ModelSpec(source=model), corpus=text, **sizes)
 experiments.run("keep-out", setting, Store(Path(root)))
 """
 
@@ -665,7 +669,7 @@ def test_a_run_killed_in_the_middle_of_a_row_loses_nothing_it_had(lab, tmp_path,
 
 
 # ---- names and settings
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------
 
 
 def test_an_unknown_name_is_refused_with_the_names(store):

@@ -5,7 +5,8 @@ To make the outputs again after a change, from the repository's root (record_tim
 them). If anything had to be computed or fetched, run it once more: progress bars are outputs too, and a test
 below refuses them.
 
-    jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False notebooks/*.ipynb
+    jupyter nbconvert --to notebook --execute --inplace \
+        --ExecutePreprocessor.record_timing=False notebooks/*.ipynb
     python tests/strip_views.py notebooks/09-explorer.ipynb notebooks/10-teach.ipynb
 """
 

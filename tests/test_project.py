@@ -15,7 +15,12 @@ from typer.testing import CliRunner
 from dfrot_lab.cli.app import app
 from dfrot_lab.disk import row_files
 from dfrot_lab.maths import tables
+from dfrot_lab.recipe.keys import FORMULAS
+from dfrot_lab.recipe.specs import MASSIVE_RULES, ModelSpec
+from dfrot_lab.show import gallery
+from dfrot_lab.study import experiments
 from dfrot_lab.study.experiments import EXPERIMENTS
+from dfrot_lab.study.setting import Setting
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -115,7 +120,7 @@ def test_committed_results_have_provenance():
     for file in files:
         rows = [json.loads(line) for line in file.read_text().splitlines()]
         assert all(tuple(row) == tables.COLUMNS for row in rows)
-        assert all(row["commit"] and row["spec"] and row["windows"] for row in rows)
+        assert all(row["commit"] and row["recipe"] and row["windows"] and row["device"] for row in rows)
 
 
 def test_committed_experiments_have_provenance_and_a_figure():
@@ -133,11 +138,72 @@ def test_committed_experiments_have_provenance_and_a_figure():
         )
         rows = [json.loads(line) for line in file.read_text().splitlines()]
         scored = [row for row in rows if row.get("metric", "").startswith("perplexity")]
-        assert all(row["commit"] and row["spec"] and row["windows"] for row in scored)
+        assert all(row["commit"] and row["recipe"] and row["windows"] and row["device"] for row in scored)
         about = json.loads((ROOT / "figures" / corpus / f"{name}.json").read_text())
         assert about["rows"] == len(rows), f"{file.name} and its figure are not of the same table"
-        assert set(about["specs"]) == {row["spec"] for row in rows if row.get("spec")}
+        assert set(about["specs"]) == {row["recipe"] for row in rows if row.get("recipe")}
         assert not about["quick"]
+
+
+OWN = {
+    "main": (),
+    "gamma-sweep": ("init", "line"),
+    "keep-out": (),
+    "main-table": ("extra_minutes",),
+    "calibration": ("varied", "level"),
+    "clip-sweep": ("clip",),
+    "symmetric-or-not": ("refined_with", "sign_flips", "tested_with"),
+    "variants": ("variant",),
+    "massive-activations": ("layer",),
+    "intervene": ("chosen", "k"),
+}
+"""Columns an experiment of evaluations has beside those of every results row."""
+COMMITTED = [path for path in sorted((ROOT / "data" / "results").glob("*.jsonl")) if path.stem != "bench"]
+
+
+def experiment_of(path: Path) -> str:
+    """The experiment whose rows a file holds; its name ends in the text's."""
+    return next(name for name in EXPERIMENTS if path.stem.startswith(f"{name}-wiki"))
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
+def test_a_committed_row_has_every_column_and_those_of_its_experiment(path):
+    name, rows = experiment_of(path), [json.loads(line) for line in path.read_text().splitlines()]
+    assert len({tuple(row) for row in rows}) == 1
+    if name not in OWN:
+        assert name in ("zero-shot", "token-orders"), "a table of something else than evaluations"
+        return
+    assert {*rows[0]} - {*tables.COLUMNS} == {*OWN[name]} and [c for c in rows[0] if c not in OWN[name]] == [
+        *tables.COLUMNS
+    ]
+    for row in (row for row in rows if row["recipe"]):
+        assert row["formulas"] <= FORMULAS and row["versions"]["torch"] and row["family"] and row["method"]
+        assert row["bits"] == f"{row['w_bits']}-{row['a_bits']}-{row['kv_bits']}"
+        assert row["weight_quantizer"].startswith("none" if row["w_bits"] == 16 else f"sym{row['w_bits']}")
+        assert (row["keep_out_rule"] is not None) == row["keep_out"]
+        assert (row["rule"] in MASSIVE_RULES) == (row["method"] == "dfrot")
+        assert (row["calibration"] is not None) == (row["weights"] == "gptq")
+    table = row_files.load(path)
+    assert all(table[name].dtype == "Int64" for name in tables.WHOLE)
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in COMMITTED if experiment_of(p) != "main"], ids=lambda path: path.stem
+)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_committed_table_is_read_and_not_computed_on_any_device(path, device, monkeypatch):
+    """The default setting's question is answered by it; another question is not."""
+
+    def computed(name: str, *_: object) -> None:
+        raise LookupError(name)
+
+    monkeypatch.setattr(experiments, "run", computed)
+    name = experiment_of(path)
+    setting = Setting(corpus="wikitext2", model=ModelSpec(device=device))
+    assert len(gallery.table(name, setting, ROOT)) == len(path.read_text().splitlines())
+    for change in ({"seed": 1}, {"windows": 7}, {"model": ModelSpec(dtype="float64", device=device)}):
+        with pytest.raises(LookupError, match=name):
+            gallery.table(name, setting.with_(**change), ROOT)
 
 
 def test_the_performance_page_shows_the_committed_benchmark():

@@ -12,6 +12,7 @@ import pytest
 
 from dfrot_lab.disk import row_files
 from dfrot_lab.disk.row_files import append, load
+from dfrot_lab.maths import tables
 from dfrot_lab.maths.tables import COLUMNS, by_seed, comparison, markdown
 from dfrot_lab.recipe.base import Spec
 from dfrot_lab.recipe.keys import FORMULAS
@@ -30,6 +31,7 @@ from dfrot_lab.recipe.specs import (
 from dfrot_lab.score import rows as score_rows
 from dfrot_lab.score.perplexity import EvalResult
 from dfrot_lab.score.rows import difference_row, row
+from dfrot_lab.study import runner
 
 COMMIT = score_rows.commit()
 
@@ -46,7 +48,7 @@ def result(
 
 
 # ---- rows
-# -------------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------
 
 
 def test_a_row_has_the_columns_in_order_and_their_values():
@@ -59,12 +61,14 @@ def test_a_row_has_the_columns_in_order_and_their_values():
         and found["ci95"][0] < found["value"] < found["ci95"][1]
     )
     expected = {
-        "model": "smollm2-135m", "family": "LlamaForCausalLM", "corpus": "auto", "method": "random", "rotation": "RO",
-        "gamma": None, "rule": None, "parameters": "", "seed": 7, "weights": "gptq", "weight_quantizer": "sym4-channel",
-        "calibration": "auto (calibration), 16 x 2048", "activations": "asym4", "keys": "none", "values": "none",
-        "w_bits": 4, "a_bits": 4, "kv_bits": 16, "bits": "4-4-16", "keep_out": True, "keep_out_rule": "nr_error_9.5",
+        "model": "smollm2-135m", "family": "LlamaForCausalLM", "corpus": "auto", "method": "random",
+        "rotation": "RO", "gamma": None, "rule": None, "parameters": "", "seed": 7, "weights": "gptq",
+        "weight_quantizer": "sym4-channel", "calibration": "auto (calibration), 16 x 2048",
+        "activations": "asym4", "keys": "none", "values": "none", "w_bits": 4, "a_bits": 4, "kv_bits": 16,
+        "bits": "4-4-16", "keep_out": True, "keep_out_rule": "nr_error_9.5",
         "keep_out_tokens": None, "set_massive": None, "windows": 6, "window": 2048, "device": "auto",
-        "metric": "perplexity", "seconds": 12.35, "recipe": made.spec.key, "formulas": FORMULAS, "commit": COMMIT,
+        "metric": "perplexity", "seconds": 12.35, "recipe": made.spec.key, "formulas": FORMULAS,
+        "commit": COMMIT,
     }  # fmt: skip
     assert {name: found[name] for name in expected} == expected
     assert found["versions"] == {"dfrot_lab": "0.2", "torch": "2.13", "transformers": "5.23"}
@@ -185,7 +189,7 @@ def test_a_difference_is_result_minus_reference():
 
 
 # ---- the file
-# ---------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------
 
 
 def test_append_and_load_round_trip(tmp_path: Path):
@@ -254,7 +258,7 @@ def test_an_empty_file_is_a_table_without_rows(tmp_path: Path):
 
 
 # ---- tables
-# -----------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -301,8 +305,15 @@ def test_rows_are_plain_json(tmp_path: Path):
     assert json.loads((tmp_path / "rows.jsonl").read_text())["seconds"] == pytest.approx(12.35, abs=0.01)
 
 
+def test_a_table_of_nothing_has_all_columns_and_no_row():
+    """As of a report before anything is stored."""
+    for nothing in (tables.table([]), runner.table_of([], {})):
+        assert tuple(nothing.columns) == COLUMNS and len(nothing) == 0
+        assert comparison(nothing).empty and by_seed(nothing).empty and tables.records(nothing) == []
+
+
 # ---- rows that a table would merge
-# -------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------
 
 
 RO = RotationSpec(kind="RO")
@@ -372,7 +383,7 @@ def test_by_seed_has_a_row_for_each_bits_and_refuses_rows_that_it_would_merge():
 
 
 # ---- recipes beside rows
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------
 
 
 def test_the_yaml_beside_rows_gives_back_each_recipe(tmp_path: Path):

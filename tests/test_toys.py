@@ -13,6 +13,9 @@ from typer.testing import CliRunner
 
 from dfrot_lab.cli.app import app
 from dfrot_lab.disk import row_files
+from dfrot_lab.explore.generate.widget import Generate
+from dfrot_lab.explore.shell import offers
+from dfrot_lab.explore.worth.widget import Worth
 from dfrot_lab.maths import tables
 from dfrot_lab.model.families import FAMILIES
 from dfrot_lab.recipe import registry
@@ -21,6 +24,7 @@ from dfrot_lab.recipe.registry import Choice
 from dfrot_lab.recipe.specs import Recipe, WeightSpec
 from dfrot_lab.score import rows
 from dfrot_lab.score.perplexity import evaluate
+from dfrot_lab.show import report
 from dfrot_lab.study.setting import Setting
 
 
@@ -42,6 +46,8 @@ OFFERS: dict[str, tuple[Callable[[], object], tuple[str, ...]]] = {
     "the help page": (help_page, ("toy", "TOY", "down", family.NAME)),
     "rows by name": (registry.rows, ("TOY",)),
     "weight quantizers": (lambda: registry.WEIGHTS, ("down",)),
+    "explorers' rotations": (offers.methods, ("TOY",)),
+    "explorers' weights": (offers.weights, ("down",)),
     "a mistyped rotation": (lambda: said(lambda: registry.spec_of("TOI")), ("TOY",)),
     "a mistyped method": (lambda: said(lambda: MethodSpec.of({"method": "toi"})), ("toy",)),
     "a mistyped quantizer": (lambda: said(lambda: WeightSpec(method="up")), ("down",)),
@@ -66,6 +72,30 @@ def test_toys_are_offered_where_the_others_are(toys, place):
 def test_without_their_lines_they_are_not(place):
     offered, names = OFFERS[place]
     assert not any(name in offered() for name in names)
+
+
+@pytest.fixture
+def setting(tmp_path, text_file) -> Setting:
+    """A tiny model's, with one window."""
+    model = save_lively(tmp_path / "model")
+    return Setting(model=model, corpus=str(text_file), windows=1, window=64, gptq_windows=1, seeds=1)
+
+
+@pytest.mark.parametrize("explorer", [Worth, Generate])
+def test_toys_can_be_picked_in_explorers(toys, setting, store, explorer):
+    """And what is picked first is all there is."""
+    widget = explorer(setting, store)
+    assert "TOY" in widget.controls["rotations"].options and "TOY" in widget.state.rotations
+    assert "down" in widget.controls["weights"].options
+    widget.state.weights = "down"
+    found = offers.row(setting, "TOY", "4-4-16", weights="down")
+    assert (found.rotation.name, found.weights.method) == ("TOY", "down")
+
+
+def test_toys_are_named_in_the_report(toys, setting, store):
+    page = report.page(report.collect(setting, store))
+    assert "NR, RO, RH, DFRot, TOY; rtn, gptq, down" in page
+    assert "LlamaForCausalLM, cpu" in page
 
 
 def test_a_toy_method_is_evaluated_from_yaml_and_shown_in_its_row(toys, tmp_path, store, text_file):

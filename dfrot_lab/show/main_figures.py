@@ -26,9 +26,13 @@ def main_matrices(result: MainResult) -> dict[str, Tensor]:
 
 def error_table(result: MainResult) -> pd.DataFrame:
     """Each token's error at the main figures' site, a column a rotation, by the evaluation's and the
-    refinement's own quantizer."""
-    quantizers, sites = [result.setting.refine.quantizer], [figure_site(result.capture.sites)]
-    return errors.wide(errors.token_errors(result.capture, main_matrices(result), quantizers, sites=sites))
+    refinement's own quantizer; massive by the setting's rule.
+    """
+    setting, sites = result.setting, [figure_site(result.capture.sites)]
+    rule, quantizers = setting.rule, [setting.refine.quantizer]
+    return errors.wide(
+        errors.token_errors(result.capture, main_matrices(result), quantizers, sites=sites, rule=rule)
+    )
 
 
 def main_figures(result: MainResult, wide: pd.DataFrame) -> dict[str, tuple[Figure, dict[str, Any]]]:

@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 
 from dfrot_lab.disk.artefacts import Store
-from dfrot_lab.maths.tables import whole
+from dfrot_lab.maths.tables import COLUMNS, whole
 from dfrot_lab.recipe.specs import Recipe
 from dfrot_lab.score import perplexity, rows
 from dfrot_lab.score.perplexity import EvalResult
@@ -81,7 +81,7 @@ def table_of(asked: Sequence[Row], found: Found) -> pd.DataFrame:
         for name, other in row.against.items():
             if other in found:
                 lines.append({**row.labels, **rows.difference_row(found[row.spec], found[other], name)})
-    return whole(pd.DataFrame(lines))
+    return whole(pd.DataFrame(lines, columns=None if lines else list(COLUMNS)))
 
 
 def joined(*parts: pd.DataFrame) -> pd.DataFrame:

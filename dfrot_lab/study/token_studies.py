@@ -14,7 +14,8 @@ def token_errors(setting: Setting, store: Store) -> pd.DataFrame:
     """Each token's squared error at every site under NR, RO, RH and DFRot, a column each; the first three's
     order (Fig. 2 and 3)."""
     recorded = capture(setting.capture, store)
-    table = errors.wide(errors.token_errors(recorded, matrices(setting, store), [setting.refine.quantizer]))
+    rotation, quantizers = matrices(setting, store), [setting.refine.quantizer]
+    table = errors.wide(errors.token_errors(recorded, rotation, quantizers, rule=setting.rule))
     return table.assign(order=errors.orders(table))
 
 

@@ -69,7 +69,7 @@ def quantize_weights(
 
 def _quantize(layer: nn.Module, name: str, hessian: Tensor | None, spec: WeightSpec) -> Quantized:
     quantizer = registry.load(registry.WEIGHTS, spec.method)
-    found: Quantized = quantizer.quantize(loading.linear(layer, name).weight, hessian, spec)
+    found: Quantized = quantizer.quantize(loading.linear(layer, name).weight.detach(), hessian, spec)
     return found
 
 
