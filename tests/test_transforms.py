@@ -100,7 +100,7 @@ def test_nr_is_no_rotation_anywhere(context: Context):
 
 
 def test_dfrot_makes_the_refinement_of_its_own_capture(context: Context):
-    spec = RefineSpec(capture=context._capture_spec(tokens=64), steps=2)
+    spec = RefineSpec(capture=context.rows.with_(tokens=64), steps=2)
     found, own = made(context, spec), refined(spec, context.store)
     assert torch.equal(found.R1, own.R) and found.history.equals(own.history)
     assert found.seconds == own.seconds and (found.R2, found.r3, found.r4) == (
