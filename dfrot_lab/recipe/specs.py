@@ -267,7 +267,7 @@ class Recipe(Spec):
         """The whole recipe as YAML, every field said."""
         import yaml
 
-        return str(yaml.safe_dump(self.plain(), sort_keys=False, allow_unicode=True))
+        return str(yaml.safe_dump(self.plain(), sort_keys=False))
 
     @classmethod
     def from_yaml(cls, text: str | Path) -> "Recipe":
