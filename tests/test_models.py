@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 from dfrot_lab.disk import downloads
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.maths import rotations
-from dfrot_lab.model import families, loading, surgery
+from dfrot_lab.model import door, families, loading, surgery
 from dfrot_lab.model.families import roles_of
 from dfrot_lab.model.loading import LoadedModel, check_tokens, fingerprint, load_model, resolve
 from dfrot_lab.recipe.specs import DTYPES, ModelSpec, RotationSpec
