@@ -132,7 +132,7 @@ def test_the_massive_value_is_the_one_measured(wikitext2: None, default_store: S
 
 
 def test_the_default_rule_finds_token_0_from_layer_3_on_and_no_plain_embedding(found: Capture):
-    """139 rows of WikiText-2 and 145 of the sample at 50 sites; the released code's rule marks 87 embeddings."""
+    """139 rows of WikiText-2, 145 of the sample; the released code's rule marks 87 plain embeddings."""
     mask = massive.find(found, DEFAULT_RULE)
     sites = [found.sites[i] for i in mask.any(1).nonzero().flatten().tolist()]
     assert len(sites) == 50 and sites[0] == "layers.3.input_norm"
