@@ -12,9 +12,9 @@ import pytest
 import torch
 from conftest import LAYERS, save_tiny
 from explorers import MALICIOUS, Page, assert_safe, event, shown_text
-from test_massive import handmade
 
 from dfrot_lab import explore
+from dfrot_lab.disk import rotation_files
 from dfrot_lab.explore.errors.numbers import KEPT, ErrorRows
 from dfrot_lab.explore.shell.offers import levels
 from dfrot_lab.explore.shell.words import contexts, html_table, number
@@ -95,7 +95,7 @@ def view_of(top) -> tuple:
 
 def test_its_table_is_the_error_table(acts, top):
     assert "dfrot-errors" in top._dom_classes
-    assert_same(top.table(), expected(acts, errors.default_rotations(64), "layers.0.input_norm", QuantSpec()))
+    assert_same(top.table(), expected(acts, errors.default_rotations(64), "layers.1.input_norm", QuantSpec()))
     moves = {"site": "layers.1.post_attention_norm", "bits": 3, "symmetric": False, "clip": 0.8, "seed": 5}
     for name, value in moves.items():
         top.controls[name].value = value
@@ -111,7 +111,7 @@ def test_its_table_is_the_error_table(acts, top):
 def test_going_back_gives_the_first_view_again(top):
     before = view_of(top)
     for name, there in (
-        ("site", "layers.1.input_norm"),
+        ("site", "layers.0.input_norm"),
         ("bits", 2),
         ("symmetric", False),
         ("clip", 0.5),
@@ -284,7 +284,7 @@ def add(top, path: Path | str) -> None:
 
 def test_a_saved_rotation_joins_the_axes(acts, top, tmp_path):
     R = rotations.make(RotationSpec(kind="RO", seed=9), 64)
-    rotations.save(R, tmp_path / "mine.safetensors", None)
+    rotation_files.save(R, tmp_path / "mine.safetensors", None)
     add(top, tmp_path / "mine.safetensors")
     assert (top.state.x, top.state.y, top.state.z) == ("RO", "mine.safetensors", "none")
     assert top.controls["x"].options == ("NR", "RO", "RH", "mine.safetensors")
@@ -292,7 +292,7 @@ def test_a_saved_rotation_joins_the_axes(acts, top, tmp_path):
     assert_same(top.table(), expected(acts, matrices, top.state.site, QuantSpec()))
     assert np.array_equal(top.plot.data[0].y, top.table()["mine.safetensors"])
     assert top.fig4.layout.annotations[3].text.startswith("mine.safetensors: E = ")
-    rotations.save(R.T, tmp_path / "mine.safetensors", None)
+    rotation_files.save(R.T, tmp_path / "mine.safetensors", None)
     add(top, tmp_path / "mine.safetensors")
     assert_same(
         top.table(), expected(acts, {**matrices, "mine.safetensors": R.T}, top.state.site, QuantSpec())
@@ -301,7 +301,7 @@ def test_a_saved_rotation_joins_the_axes(acts, top, tmp_path):
 
 def test_a_files_name_is_text_and_no_template(top, tmp_path):
     name = "%{x}<b>'\".safetensors"
-    rotations.save(torch.eye(64), tmp_path / name, None)
+    rotation_files.save(torch.eye(64), tmp_path / name, None)
     add(top, tmp_path / name)
     assert top.status.state == "ready" and top.state.y == name
     assert_safe(top)
@@ -331,7 +331,7 @@ def test_an_error_is_one_sentence_and_leaves_the_view(top, control, value, sente
 
 def test_a_rotation_of_another_size_and_a_matrix_that_is_none_are_refused(top, tmp_path):
     before = view_of(top)
-    rotations.save(torch.eye(32), tmp_path / "small.safetensors", None)
+    rotation_files.save(torch.eye(32), tmp_path / "small.safetensors", None)
     add(top, tmp_path / "small.safetensors")
     assert "rotation.shape must be (64, 64); got (32, 32)" in top.status.text
     (tmp_path / "broken.safetensors").write_bytes(b"\x00" * 40)
@@ -381,11 +381,6 @@ def test_a_refinement_can_be_cancelled_and_goes_on_where_it_was(acts, top, store
         RefineSpec(capture=acts.spec), store, checkpoint=lambda state: steps.append(state.history[-1]["step"])
     )
     assert steps[0] == 20  # step 0 was saved before it was stopped
-
-
-def test_a_capture_that_does_not_say_how_it_was_made_has_no_refinement(store):
-    top = explore.errors(handmade(store, [[1.0, 2.0, 3.0]], [1.0], torch.randn(3, 16)), store=store)
-    assert top.controls["refine"].disabled and len(top.table()) == 3
 
 
 # ---- safe text, table and figure

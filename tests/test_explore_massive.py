@@ -14,6 +14,7 @@ from explorers import MALICIOUS, Page, assert_safe, event, shown_text
 from dfrot_lab import explore
 from dfrot_lab.explore.massive import numbers
 from dfrot_lab.explore.shell.plot import packed
+from dfrot_lab.model import door
 from dfrot_lab.observe import massive
 from dfrot_lab.observe.capture import capture
 from dfrot_lab.recipe.specs import MASSIVE_RULES, CaptureSpec, CorpusSpec, ModelSpec
@@ -88,7 +89,7 @@ def test_a_capture_opens_on_its_own_tokens_and_model(tiny_spec, corpus, store):
     recorded = capture(CaptureSpec(model=tiny_spec, corpus=corpus, tokens=96), store)
     top = explore.massive(recorded, store=store)
     assert top.seen.texts == recorded.texts
-    assert top.loaded.spec == tiny_spec and top.corpus.name == corpus.name
+    assert top.loaded.spec == door.resolved(tiny_spec) and top.corpus.name == corpus.name
 
 
 def test_a_slider_move_changes_the_data_in_place(top):

@@ -101,7 +101,7 @@ def specs_of(setting: Setting) -> list[Recipe]:
 def test_nothing_but_the_capture_is_computed_and_every_row_is_named(setting, store):
     findings = report.collect(setting, store)
     assert {path.name for path in store.root.iterdir()} == {"capture"}
-    assert findings.missing == specs_of(setting) and not findings.result.found
+    assert findings.missing == specs_of(setting.resolved()) and not findings.result.found
     page = Page(report.page(findings))
     loads_nothing(page)
     assert report.command(report.public(setting)) in page.text
@@ -150,7 +150,7 @@ def test_a_report_tells_no_place_on_this_machine(setting, store, tmp_path):
 def test_the_massive_tokens_are_the_tables_own(setting, store):
     findings = report.collect(setting, store)
     tokens, own = report.massive_tokens(findings.massive), findings.massive
-    assert set(tokens["token"]) == set(own["token"]) and set(tokens["text"]) == {"\u21b5"}
+    assert set(tokens["token"]) == set(own["token"]) and tokens["text"][0] == "\u21b5"
     assert tokens["largest |value|"][0] == f"{own['residual_max'].max():,.0f}"
     first = own[own["token"] == tokens["token"][0]]
     assert tokens["sites by nr_error_8.5"][0] == first["nr_error_8.5"].sum()
