@@ -165,7 +165,7 @@ def view(shared: Playground) -> Playground:
         snr=8.0,
         seed=0,
         bits=4,
-        scheme="symmetric",
+        symmetric=True,
         channels=64,
         source="planted",
     )
