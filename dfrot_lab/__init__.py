@@ -13,9 +13,11 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOME = {
-    "ModelSpec": "recipe.specs", "CorpusSpec": "recipe.specs", "RotationSpec": "recipe.specs", "QuantSpec": "recipe.specs", "CaptureSpec": "recipe.specs", "RefineSpec": "recipe.specs",
+    "ModelSpec": "recipe.specs", "CorpusSpec": "recipe.specs", "RotationSpec": "recipe.specs",
+    "QuantSpec": "recipe.specs", "CaptureSpec": "recipe.specs", "RefineSpec": "recipe.specs",
     "WeightSpec": "recipe.specs", "Recipe": "recipe.specs", "recipe_of": "recipe.specs",
-    "load_model": "model.loading", "token_blocks": "model.corpus", "Store": "disk.artefacts", "token_errors": "observe.errors",
+    "load_model": "model.loading", "token_blocks": "model.corpus", "Store": "disk.artefacts",
+    "token_errors": "observe.errors",
 }  # fmt: skip
 
 

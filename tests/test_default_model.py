@@ -19,6 +19,7 @@ from dfrot_lab.observe import massive
 from dfrot_lab.observe.capture import Capture, capture
 from dfrot_lab.observe.errors import default_rotations, token_errors
 from dfrot_lab.recipe.specs import (
+    DEFAULT_RULE,
     PAPER_RULE,
     CaptureSpec,
     CorpusSpec,
@@ -128,6 +129,16 @@ def test_the_massive_value_is_the_one_measured(wikitext2: None, default_store: S
     beyond = found.residual_max[site] > 1000 * found.residual_median[site]
     assert beyond.nonzero().flatten().tolist() == [0]
     assert 1.6 < float(found.residual_median[site]) < 11
+
+
+def test_the_default_rule_finds_token_0_from_layer_3_on_and_no_plain_embedding(found: Capture):
+    """139 rows of WikiText-2, 145 of the sample; the released code's rule marks 87 plain embeddings."""
+    mask = massive.find(found, DEFAULT_RULE)
+    sites = [found.sites[i] for i in mask.any(1).nonzero().flatten().tolist()]
+    assert len(sites) == 50 and sites[0] == "layers.3.input_norm"
+    assert int(mask[:, 0].sum()) == 50, "token 0 at each of them"
+    assert 130 <= int(mask.sum()) <= 155
+    assert massive.doubt(found, DEFAULT_RULE) is None
 
 
 def test_few_rows_are_massive(wikitext2: None, default_store: Store):

@@ -15,8 +15,9 @@ from dfrot_lab.maths.quantizers import fake_quantize
 from dfrot_lab.model import integer, loading, surgery
 from dfrot_lab.model.integer import IntegerLinear, _Input, fits, product
 from dfrot_lab.recipe.specs import QuantSpec, RotationSpec, WeightSpec, recipe_of
+from dfrot_lab.rotate.transforms import Transforms
 from dfrot_lab.score.build import Built, is_integer, quantized
-from dfrot_lab.weights import gptq
+from dfrot_lab.weights import rtn, run
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -41,12 +42,10 @@ def pair(
         spec or QuantSpec(scheme="asymmetric"),
         nn.Linear(64, 24, bias=bias).requires_grad_(False),
     )
-    weight = gptq.rtn(
-        original.weight,
-        WeightSpec(
-            method="rtn", quantizer=QuantSpec(bits=bits, granularity="per_channel"), clip_search=False
-        ),
+    how = WeightSpec(
+        method="rtn", quantizer=QuantSpec(bits=bits, granularity="per_channel"), clip_search=False
     )
+    weight = rtn.quantize(original.weight, None, how)
     original.weight.copy_(weight.codes * weight.scale)
     return (
         IntegerLinear(original, weight, _Input(spec), options.get("before"), options.get("spare")),
@@ -122,7 +121,7 @@ def test_float16_holds_what_its_int32_sums_do_not():
     original = nn.Linear(4096, 16, bias=False).requires_grad_(False)
     original.weight.fill_(0.01)
     spec = WeightSpec(method="rtn", quantizer=QuantSpec(bits=8, granularity="per_channel"), clip_search=False)
-    weight = gptq.rtn(original.weight, spec)
+    weight = rtn.quantize(original.weight, None, spec)
     x = torch.rand(20, 4096).to(torch.float16)
     found = IntegerLinear(original, weight, _Input(QuantSpec(bits=8)), None, None)(x)
     assert found.dtype == torch.float16 and relative(found.double(), original(x.float()).double()) < 1e-2
@@ -157,7 +156,11 @@ def test_spared_rows_are_the_float_linears():
 def test_linears_that_read_one_tensor_quantize_it_once(monkeypatch):
     first, _, _ = pair()
     second = IntegerLinear(
-        first.original, gptq.rtn(first.original.weight, WeightSpec(method="rtn")), first.source, None, None
+        first.original,
+        rtn.quantize(first.original.weight, None, WeightSpec(method="rtn")),
+        first.source,
+        None,
+        None,
     )
     calls: list[int] = []
     whole: Callable[..., Tensor] = integer.centred
@@ -180,14 +183,14 @@ def built(tmp_path, family: str) -> Built:
     surgery.rotate_residual(loaded, R)
     surgery.rotate_heads(loaded)
     surgery.rotate_down(loaded)
-    weights = gptq.quantize_weights(
-        loaded, WeightSpec(method="rtn", clip_search=False), "tiny", Store(tmp_path / "store")
+    weights = run.quantize_weights(
+        loaded, WeightSpec(method="rtn", clip_search=False), {"model": "tiny"}, Store(tmp_path / "store")
     )
     loaded.model.double()
     for layer, found in zip(loaded.layers, weights, strict=True):
         for name, weight in found.items():
             loading.linear(layer, name).weight.data.copy_(weight.codes * weight.scale.double())
-    return Built(loaded, R, weights)
+    return Built(loaded, Transforms(R1=R), R, weights)
 
 
 @pytest.mark.parametrize("keep", [None, "nr_error_9.5"])

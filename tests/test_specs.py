@@ -547,13 +547,19 @@ def test_a_recipe_file_says_only_what_is_not_the_default(tmp_path: Path):
     )
     assert Recipe.from_yaml(path) == Recipe.from_yaml(path.read_text()) == expected
     assert Recipe.from_yaml("") == Recipe()
+    assert Recipe.from_yaml("rotation: {kind: RO}") == Recipe(rotation=RotationSpec(kind="RO"))
+
+
+def test_a_names_odd_characters_survive_the_yaml():
+    """The next-line character is a line break to YAML, and folded away where it is written as it is."""
+    recipe = Recipe(model=ModelSpec(source="a\x85b: \u2028 # 'é\"\n"), corpus=CorpusSpec(name="1e5"))
+    assert Recipe.from_yaml(recipe.to_yaml()) == recipe
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
     [
         ("rotation: {method: spin}", r"rotation method must be one of random, dfrot; got 'spin'"),
-        ("rotation: {kind: RO}", r"rotation method must be one of random, dfrot; got None"),
         ("rotation: {method: [1]}", r"rotation method must be one of random, dfrot; got \[1\]"),
         ("rotation: RH", r"Recipe\.rotation must be a MethodSpec; got 'RH'"),
         ("rotation: {method: dfrot, kind: RO}", r"RefineSpec has no field 'kind'; it has capture, init, .*"),

@@ -48,7 +48,7 @@ def fetch(
 def doctor(
     model: Model = DEFAULT_MODEL, corpus: Corpus = "auto", out: Out = None, as_json: Json = False
 ) -> None:
-    """Versions, cores, memory, what is cached and what is missing; exit code 1 if the main job could not run."""
+    """Versions, cores, memory, what is cached, what is missing; exit code 1 if the main job could not run."""
     from dfrot_lab.cli.doctor import checkup
 
     with clear_errors():

@@ -41,7 +41,8 @@ def _setup(verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log mo
 
 @app.command()
 def run(
-    model: Model = DEFAULT_MODEL, corpus: Corpus = "auto", seed: Seed = 0, out: Out = None, as_json: Json = False,
+    model: Model = DEFAULT_MODEL, corpus: Corpus = "auto", seed: Seed = 0, out: Out = None,
+    as_json: Json = False,
     windows: Windows = 6, gamma: Gamma = 100.0, rule: Rule = DEFAULT_RULE, dry_run: DryRun = False,
     dtype: Dtype = "float32",
 ) -> None:  # fmt: skip
@@ -90,10 +91,11 @@ def _dry_run(setting: "Setting", as_json: bool) -> None:
 @app.command("experiment")
 def experiment_command(
     name: Annotated[str, typer.Argument(help="Which experiment; without it they are listed.")] = "",
-    model: Model = DEFAULT_MODEL, corpus: Corpus = "auto", seed: Seed = 0, out: Out = None, as_json: Json = False,
+    model: Model = DEFAULT_MODEL, corpus: Corpus = "auto", seed: Seed = 0, out: Out = None,
+    as_json: Json = False,
     windows: Windows = 6,
     limit: Annotated[int, typer.Option(help="Items of each zero-shot task; 0 takes all.", min=0)] = 100,
-    quick: Annotated[bool, typer.Option("--quick", help="A few short windows: to see that it works.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="A few short windows, to see it work.")] = False,
 ) -> None:  # fmt: skip
     """One of the paper's tables or figures by name, row by row; a stopped one goes on. --out: folder
     (default: runs/experiments/)."""
@@ -119,7 +121,8 @@ def experiment_command(
 
 @app.command("figures")
 def figures_command(
-    model: Model = DEFAULT_MODEL, corpus: Corpus = "auto", seed: Seed = 0, out: Out = None, as_json: Json = False,
+    model: Model = DEFAULT_MODEL, corpus: Corpus = "auto", seed: Seed = 0, out: Out = None,
+    as_json: Json = False,
     windows: Windows = 6,
 ) -> None:  # fmt: skip
     """Rewrite the committed figures/ and data/results/: the main job's and every experiment's. What is not
@@ -145,7 +148,8 @@ def figures_command(
 
 @app.command("report")
 def report_command(
-    model: Model = DEFAULT_MODEL, corpus: Corpus = "auto", seed: Seed = 0, out: Out = None, as_json: Json = False,
+    model: Model = DEFAULT_MODEL, corpus: Corpus = "auto", seed: Seed = 0, out: Out = None,
+    as_json: Json = False,
     windows: Windows = 6, gamma: Gamma = 100.0, rule: Rule = DEFAULT_RULE, dtype: Dtype = "float32",
 ) -> None:  # fmt: skip
     """One HTML file to send to a colleague: the main job's results for --model, figures inside, nothing

@@ -60,7 +60,8 @@ def capture_command(
 
 @app.command("errors")
 def errors_command(
-    model: Model = DEFAULT_MODEL, corpus: Corpus = "auto", seed: Seed = 0, out: Out = None, as_json: Json = False,
+    model: Model = DEFAULT_MODEL, corpus: Corpus = "auto", seed: Seed = 0, out: Out = None,
+    as_json: Json = False,
     tokens: Tokens = 2048, bits: Annotated[int, typer.Option(help="Bits of the quantizer.")] = 4,
     scheme: Scheme = "symmetric", rule: Rule = DEFAULT_RULE, dtype: Dtype = "float32",
 ) -> None:  # fmt: skip
@@ -82,9 +83,11 @@ def errors_command(
 
 @app.command("refine")
 def refine_command(
-    model: Model = DEFAULT_MODEL, corpus: Corpus = "auto", seed: Seed = 0, out: Out = None, as_json: Json = False,
+    model: Model = DEFAULT_MODEL, corpus: Corpus = "auto", seed: Seed = 0, out: Out = None,
+    as_json: Json = False,
     tokens: Tokens = 2048, gamma: Gamma = 100.0,
-    init: Annotated[str, typer.Option(help="Rotation to start from: RH or RO.")] = "RH", rule: Rule = DEFAULT_RULE,
+    init: Annotated[str, typer.Option(help="Rotation to start from: RH or RO.")] = "RH",
+    rule: Rule = DEFAULT_RULE,
     steps: Annotated[int, typer.Option(help="Steps.")] = 100,
     variant: Annotated[str, typer.Option(help=f"{', '.join(REFINE_VARIANTS)}.")] = REFINE_VARIANTS[0],
     dtype: Dtype = "float32",
@@ -113,7 +116,8 @@ def refine_command(
 
 @app.command("evaluate")
 def evaluate_command(
-    model: Model = DEFAULT_MODEL, corpus: Corpus = "auto", seed: Seed = 0, out: Out = None, as_json: Json = False,
+    model: Model = DEFAULT_MODEL, corpus: Corpus = "auto", seed: Seed = 0, out: Out = None,
+    as_json: Json = False,
     windows: Windows = 6, rotation: Rotation = "RH", bits: Bits = "4-4-16", weights: Weights = "gptq",
     keep_out: Annotated[bool, typer.Option("--keep-out", help="Massive tokens pass unquantised.")] = False,
     gamma: Gamma = 100.0, rule: Rule = DEFAULT_RULE, dtype: Dtype = "float32", recipe: RecipeFile = None,
@@ -152,7 +156,8 @@ def recipe_command(
     rotation: Annotated[str, typer.Argument(help="A row such as RO, or a safetensors file with R1.")] = "RH",
     bits: Annotated[str, typer.Argument(help="Weights-activations-KV, such as 4-4-16.")] = "4-4-16",
     weights: Weights = "gptq", model: Model = DEFAULT_MODEL, corpus: Corpus = "auto", seed: Seed = 0,
-    gamma: Gamma = 100.0, rule: Rule = DEFAULT_RULE, dtype: Dtype = "float32", windows: Windows = 6, out: Out = None,
+    gamma: Gamma = 100.0, rule: Rule = DEFAULT_RULE, dtype: Dtype = "float32", windows: Windows = 6,
+    out: Out = None,
 ) -> None:  # fmt: skip
     """A recipe as YAML, every field said: to keep, to change, to evaluate with `evaluate --recipe`."""
     with clear_errors():

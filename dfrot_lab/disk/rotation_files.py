@@ -54,7 +54,8 @@ def _rotation_name(file: Any, path: str | Path) -> str:
         return TENSOR
     if len(square) != 1:
         raise ValueError(
-            f"rotation.path must hold a tensor {TENSOR!r} or exactly one square tensor; got {shapes or 'no tensor'} in {path}"
+            f"rotation.path must hold a tensor {TENSOR!r} or exactly one square tensor; "
+            f"got {shapes or 'no tensor'} in {path}"
         )
     return square[0]
 

@@ -90,7 +90,7 @@ def save(path: Path, table: pd.DataFrame, recipes: Mapping[str, Any]) -> list[Pa
     replace(path, rows(table))
     texts = {
         path.with_suffix(".md"): markdown(comparison(table)) + "\n",
-        path.with_suffix(".recipes.yaml"): yaml.safe_dump(dict(recipes), sort_keys=False, allow_unicode=True),
+        path.with_suffix(".recipes.yaml"): yaml.safe_dump(dict(recipes), sort_keys=False),
     }
     for beside, text in texts.items():
         with replacing(beside) as temporary:

@@ -31,8 +31,8 @@ def fits(spec: QuantSpec) -> bool:
 
 @cache
 def _fast_on_cpu() -> bool:
-    """Whether the CPU has instructions for it: without them (AVX2) torch's int8 product takes 50 times as long
-    as float32's."""
+    """Whether the CPU has instructions for it: without them (AVX2) torch's int8 product takes 50 times as
+    long as float32's."""
     return torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()
 
 

@@ -181,9 +181,8 @@ def load_model(spec: ModelSpec | None = None, store: Store | None = None) -> Loa
     where = device_of(spec)
     spec = spec.with_(device=where)
     if where == "cuda" and not torch.cuda.is_available():
-        what = DEVICE if getattr(spec, "device", "auto") == "auto" else "ModelSpec.device"
         raise ValueError(
-            f"{what} must be cpu or auto where torch sees no GPU; got cuda. "
+            f"ModelSpec.device and {DEVICE} must be cpu or auto where torch sees no GPU; got cuda. "
             "Results stored with it can be read, but nothing computed"
         )
     kind, place = resolve(spec)

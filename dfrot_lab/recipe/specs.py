@@ -11,6 +11,7 @@ WINDOW = 2048
 """Tokens in one window: the length DFRot, QuaRot and GPTQ calibrate and evaluate with."""
 
 DEFAULT_MODEL = "smollm2-135m"
+MODEL_SOURCES = "a packaged name, a folder, a .gguf file or hub:owner/name"
 
 ROTATION_KINDS = ("NR", "RO", "RH", "file")
 SPLITS = ("calibration", "evaluation", "train", "valid", "test")
@@ -31,26 +32,22 @@ PAPER_RULE, RELEASED_KEEP_OUT = "nr_error_8.5", "nr_error_9.5"
 REFINE_VARIANTS = ("accelerated", "guarded", "as_paper", "as_released")
 KEEP_OUT_COUNTS = ("most_massive", "worst", "random")
 """Which `keep_out_tokens` of a window to keep out: the largest value, the largest error, or any."""
+KEPT_COUNTED = f"given for keep_out {', '.join(KEEP_OUT_COUNTS)} alone"
 SET_MASSIVE = ("zero", "mean")
 
 
 class ModelSpec(Spec):
-    """Which language model: `smollm2-135m` (packaged), a folder, a `.gguf` file, or `hub:owner/name` (the
-    only form that uses the network); in which dtype, and on which device it runs."""
+    """Which language model (`hub:owner/name` alone uses the network), in which dtype, on which device."""
 
-    source: str = ruled(
-        DEFAULT_MODEL, "a packaged name, a folder, a .gguf file or hub:owner/name", pattern=r"\S"
-    )
+    source: str = ruled(DEFAULT_MODEL, MODEL_SOURCES, pattern=r"\S")
     dtype: str = one_of("float32", DTYPES)
     revision: str | None = None
     device: str = one_of("auto", DEVICES)
 
 
 class CorpusSpec(Spec):
-    """Which text: `auto`, `wikitext2`, `wikipedia-sample` or a text file; and which part of it.
-
-    `calibration` and `evaluation` are a corpus's own halves: the valid and test split of WikiText-2, two sets
-    of articles of the sample."""
+    """Which text, and which part of it: `calibration` and `evaluation` are a corpus's own halves (WikiText-2:
+    valid and test split)."""
 
     name: str = ruled("auto", "auto, wikitext2, wikipedia-sample or a text file", pattern=r"\S")
     split: str = one_of("evaluation", SPLITS)
@@ -159,15 +156,12 @@ class RefineSpec(MethodSpec):
 
     def check(self) -> None:
         """What the steps can do with the quantizer and gamma."""
-        self._require(
-            "quantizer",
-            self.quantizer.bits < 16 and self.quantizer.granularity == "per_token",
-            "per_token, of fewer than 16 bits",
-        )
-        self._require("gamma", self.gamma < 1e9 or self.gamma == math.inf, "below 1e9, or inf")
-        self._require(
-            "gamma", self.gamma < math.inf or self.variant != "as_released", "finite with variant as_released"
-        )
+        fits = self.quantizer.bits < 16 and self.quantizer.granularity == "per_token"
+        self._require("quantizer", fits, "per_token, of fewer than 16 bits")
+        infinite = self.gamma == math.inf
+        self._require("gamma", infinite or self.gamma < 1e9, "below 1e9, or inf")
+        free = self.variant != "as_released" or not infinite
+        self._require("gamma", free, "finite with variant as_released")
 
     @property
     def name(self) -> str:
@@ -226,7 +220,7 @@ class Recipe(Spec):
     keep_out: str | None = one_of(None, (None, *ROW_RULES, *KEEP_OUT_COUNTS))
     windows: int = ruled(6, "a whole number >= 1", ge=1)
     window: int = ruled(WINDOW, "a whole number >= 2", ge=2)
-    keep_out_tokens: int | None = ruled(None, f"given for keep_out {', '.join(KEEP_OUT_COUNTS)} alone", ge=1)
+    keep_out_tokens: int | None = ruled(None, KEPT_COUNTED, ge=1)
     set_massive: str | None = one_of(None, (None, *SET_MASSIVE))
 
     def check(self) -> None:
@@ -237,13 +231,9 @@ class Recipe(Spec):
             self._require(name, grouped, "per_group (one scale a token and head, or a part of a head)")
         counted = self.keep_out in KEEP_OUT_COUNTS
         given = self.keep_out_tokens is not None
-        self._require(
-            "keep_out_tokens", given == counted, f"given for keep_out {', '.join(KEEP_OUT_COUNTS)} alone"
-        )
+        self._require("keep_out_tokens", given == counted, KEPT_COUNTED)
         free = self.set_massive is None or not self.is_rotated
-        self._require(
-            "set_massive", free, "None with a rotation: it spreads massive values over all channels"
-        )
+        self._require("set_massive", free, "None with a rotation, which spreads massive values over channels")
 
     @property
     def is_rotated(self) -> bool:
@@ -254,11 +244,8 @@ class Recipe(Spec):
     def bits(self) -> str:
         """Bits of weights, activations and KV cache, as in the paper's tables: `4-4-16`; keys and values
         apart where they differ: `4-4-k4v2`."""
-        cache = (
-            f"{self.keys.bits}"
-            if self.keys.bits == self.values.bits
-            else f"k{self.keys.bits}v{self.values.bits}"
-        )
+        keys, values = self.keys.bits, self.values.bits
+        cache = keys if keys == values else f"k{keys}v{values}"
         return f"{self.weights.quantizer.bits}-{self.activations.bits}-{cache}"
 
     def canonical(self) -> "Recipe":
@@ -280,21 +267,19 @@ class Recipe(Spec):
         """The whole recipe as YAML, every field said."""
         import yaml
 
-        return str(yaml.safe_dump(self.plain(), sort_keys=False, allow_unicode=True))
+        return str(yaml.safe_dump(self.plain(), sort_keys=False))
 
     @classmethod
     def from_yaml(cls, text: str | Path) -> "Recipe":
-        """The recipe in a YAML file (or text): fields left out have their defaults; ValueError for what is
-        wrong."""
+        """The recipe in a YAML file (or text); fields left out have their defaults. ValueError."""
         import yaml
 
         said = text.read_text(encoding="utf-8") if isinstance(text, Path) else text
         try:
             found = yaml.safe_load(said)
         except yaml.YAMLError as error:
-            raise ValueError(
-                f"a recipe must be YAML; got {text!r} ({' '.join(str(error).split())})"
-            ) from error
+            why = " ".join(str(error).split())
+            raise ValueError(f"a recipe must be YAML; got {text!r} ({why})") from error
         return cls.of({} if found is None else found)
 
 
@@ -308,8 +293,7 @@ def parse_bits(text: str) -> tuple[int, int, int]:
 
 
 def recipe_of(bits: str, *, weights: str = "gptq", **fields: Any) -> Recipe:
-    """The recipe of `bits` such as `4-4-16` with the default quantizers: weights per channel, symmetric;
-    activations per token, keys and values per head, asymmetric."""
+    """The recipe of `bits` such as `4-4-16` with the default quantizers."""
     w_bits, a_bits, kv_bits = parse_bits(bits)
     weight_spec = WeightSpec(method=weights, quantizer=QuantSpec(bits=w_bits, granularity="per_channel"))
     quantizers = {"keys": kv_quantizer(kv_bits), "values": kv_quantizer(kv_bits)}

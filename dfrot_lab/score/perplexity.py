@@ -139,7 +139,8 @@ def _losses(
 
 
 def evaluate_all(
-    specs: Sequence[Recipe], store: Store | None = None, on_result: Callable[[EvalResult], None] | None = None,
+    specs: Sequence[Recipe], store: Store | None = None,
+    on_result: Callable[[EvalResult], None] | None = None,
     on_part: OnPart = nothing,
 ) -> list[EvalResult]:  # fmt: skip
     """`evaluate` for each recipe in turn; neighbours that share a built model build it once, and what is

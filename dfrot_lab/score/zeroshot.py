@@ -150,8 +150,8 @@ def _simple_evaluate(
             found = simple_evaluate(model, tasks=[task], limit=limit, **options)
         except OSError as error:
             raise ConnectionError(
-                f"task {task} is not here and could not be loaded from the hub ({error}). Put {task}.jsonl into "
-                "zero_shot/ of a folder and name the folder in DFROT_LAB_DATA, or go online."
+                f"task {task} is not here and could not be loaded from the hub ({error}). Put {task}.jsonl "
+                "into zero_shot/ of a folder and name the folder in DFROT_LAB_DATA, or go online."
             ) from error
     if found is None:
         raise RuntimeError(f"lm-eval returned nothing for task {task}")

@@ -1,4 +1,4 @@
-"""GPTQ (Frantar et al., arXiv 2210.17323): columns rounded in order, each one's error spread over the rest."""
+"""GPTQ (Frantar et al., arXiv 2210.17323): columns rounded in order, each error spread over the rest."""
 
 import torch
 from torch import Tensor
@@ -80,5 +80,6 @@ def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
         ).float()
     except torch.linalg.LinAlgError as error:
         raise ValueError(
-            f"the calibration Hessian must be positive definite; it is not ({error}). Look for NaN or Inf in the activations."
+            f"the calibration Hessian must be positive definite; it is not ({error}). "
+            "Look for NaN or Inf in the activations."
         ) from error

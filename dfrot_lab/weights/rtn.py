@@ -11,7 +11,7 @@ CALIBRATED = False
 
 
 def quantize(weight: Tensor, hessian: Tensor | None, spec: WeightSpec) -> Quantized:
-    """`weight` (out, in) rounded to nearest: codes int8, scale (out, 1), zero 0; `hessian` is not looked at."""
+    """`weight` (out, in) rounded to nearest: codes int8, scale (out, 1), zero 0; `hessian` is not used."""
     del hessian
     weight = weight.float()
     scale = scale_of(weight, spec)

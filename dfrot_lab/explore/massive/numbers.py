@@ -102,15 +102,15 @@ def rule_words(rule: str, channels: int) -> str:
     """A rule's threshold in words, for a model of so many channels."""
     if rule == "sun":
         return (
-            f"|x| > {massive.SUN_ABSOLUTE:g} and at least {massive.SUN_RATIO:,.0f} \u00d7 the median |x| of the "
-            "layer (Sun et al.)"
+            f"|x| > {massive.SUN_ABSOLUTE:g} and at least {massive.SUN_RATIO:,.0f} \u00d7 the median |x| of "
+            "the layer (Sun et al.)"
         )
     if rule == "ro_vs_nr":
-        return "the row's symmetric 4-bit error is no smaller under RO than unrotated (DFRot's code, for Mistral)"
+        return "the row's symmetric 4-bit error is no smaller under RO than unrotated (DFRot's, for Mistral)"
     number = massive.threshold(rule)
     if rule in ROW_RULES:
         root = number * math.sqrt(channels / massive.NR_ERROR_CHANNELS)
-        return f"root error of the row, unrotated, symmetric 4-bit, below {root:.3g} ({number:g} at 4096 channels)"
+        return f"root error of the row, unrotated, symmetric 4-bit, below {root:.3g} ({number:g} at C = 4096)"
     return f"the token's largest |x| > {number:g} \u00d7 the median of all tokens' largest"
 
 

@@ -198,7 +198,7 @@ class Refinement(Explorer):
         if self.result is None:
             return "ready: press Start"
         last = self.result.history.iloc[-1]
-        losses = f"ordinary {last['normal']:.2f}, massive {last['massive']:.2f}"
+        losses = f"ordinary {last['ordinary']:.2f}, massive {last['massive']:.2f}"
         return f"done: on all its rows {losses}, distance {last['distance']:.3f}"
 
     def _step(self) -> int:

@@ -1,5 +1,4 @@
-"""What explorers offer, in one place: rotations, weight quantizers, bits, the row that a choice means, the levels
-of a grid."""
+"""What explorers offer: rotations, weight quantizers, bits, the row a choice means, a grid's levels."""
 
 from typing import Any
 
