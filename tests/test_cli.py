@@ -248,7 +248,7 @@ def test_run_stopped_by_ctrl_c_goes_on_and_a_second_run_reuses_everything(bench,
     ):
         assert (tmp_path / "out" / name).stat().st_size > 0
     assert len(row_files.load(tmp_path / "out" / "rows.jsonl")) == len(rows)
-    assert "The most massive token, ‘↵’, " in output
+    assert "The most massive token, \N{LEFT SINGLE QUOTATION MARK}↵" in output
 
 
 def test_a_dry_run_says_what_a_model_that_is_not_here_would_take_and_writes_nothing(bench, tmp_path):
