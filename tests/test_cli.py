@@ -175,7 +175,7 @@ def test_a_recipe_that_was_printed_gives_the_row_of_its_options(bench, tmp_path,
     [
         ("windows: six", "Recipe.windows must be a whole number >= 1; got 'six'"),
         ("rotations: {kind: RO}", "Recipe has no field 'rotations'; it has model, "),
-        ("rotation: {method: quip}", "there is no 'quip'; there are random, dfrot"),
+        ("rotation: {method: quip}", "rotation method must be one of random, dfrot; got 'quip'"),
         ("rotation: {kind: RX}", "RotationSpec.kind must be one of NR, RO, RH, file; got 'RX'"),
         ("- a\n- b", "Recipe must be a mapping of its fields; got ['a', 'b']"),
         ("a: [", "a recipe must be YAML; got "),
@@ -248,7 +248,7 @@ def test_run_stopped_by_ctrl_c_goes_on_and_a_second_run_reuses_everything(bench,
     ):
         assert (tmp_path / "out" / name).stat().st_size > 0
     assert len(row_files.load(tmp_path / "out" / "rows.jsonl")) == len(rows)
-    assert "The most massive token: '\\n'" in output
+    assert "The most massive token, \N{LEFT SINGLE QUOTATION MARK}↵" in output
 
 
 def test_a_dry_run_says_what_a_model_that_is_not_here_would_take_and_writes_nothing(bench, tmp_path):

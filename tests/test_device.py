@@ -54,7 +54,8 @@ def test_without_a_gpu_auto_is_the_cpu_and_cuda_is_refused(monkeypatch, tiny_spe
     assert loading.device() == "cpu" and loading.load_model(tiny_spec).device.type == "cpu"
     monkeypatch.setenv(loading.DEVICE, "cuda")
     with pytest.raises(
-        ValueError, match="DFROT_LAB_DEVICE must be cpu or auto where torch sees no GPU; got cuda"
+        ValueError,
+        match=r"ModelSpec\.device and DFROT_LAB_DEVICE must be cpu or auto where torch sees no GPU; got cuda",
     ):
         loading.load_model(tiny_spec)
 
