@@ -232,7 +232,7 @@ def _missing(spec: Recipe, store: Store, seen: set[str]) -> float:
     work = scoring(spec)
     if key not in seen:
         work += load(sizes, 1, int(spec.is_rotated))
-        if spec.weights.quantizer.bits < 16 and not build.weights_stored(spec, store):
+        if spec.canonical().weights.corpus and not build.weights_stored(spec, store):
             work += gptq(sizes, spec.weights.window, spec.weights.windows)
     if isinstance(rotation, RefineSpec) and rotation.key not in seen and not dfrot.stored(rotation, store):
         work += refine(sizes, rotation.capture.tokens)
