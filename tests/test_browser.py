@@ -290,6 +290,8 @@ def test_a_reloaded_page_shows_its_plots(book):
     wait_until(lambda: count(massive) == points, 60)
     massive.shoot("5-reloaded")
     assert count(errors) > 4 and errors.plot().evaluate(axis) == title
+    place = "plot => Math.abs(plot._fullLayout.width - plot.parentElement.clientWidth)"
+    wait_until(lambda: max(plot.evaluate(place) for plot in (massive.plot(0), massive.plot(1))) <= 2)
 
 
 # ---- the lesson

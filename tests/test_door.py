@@ -114,6 +114,7 @@ def test_a_loaded_models_spec_is_resolved(tiny_spec: ModelSpec):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_a_spec_that_wants_a_gpu_is_refused_where_there_is_none(tiny_spec: ModelSpec):
     with pytest.raises(
-        ValueError, match=r"ModelSpec.device must be cpu or auto where torch sees no GPU; got cuda"
+        ValueError,
+        match=r"ModelSpec.device and DFROT_LAB_DEVICE must be cpu or auto where torch sees no GPU; got cuda",
     ):
         loading.load_model(tiny_spec.with_(device="cuda"))

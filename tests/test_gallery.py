@@ -3,7 +3,6 @@ stopped write leaves what was there.
 """
 
 import json
-from dataclasses import replace
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -87,7 +86,7 @@ def test_table_and_figure_are_kept_with_what_they_were_made_from(
         assert pd.read_parquet(written[0])["value"].tolist() == table["value"].tolist()
     about = json.loads(written[1].with_suffix(".json").read_text())
     assert (about["experiment"], about["rows"]) == ("clip-sweep", len(table))
-    assert set(about["specs"]) == set(table["spec"])
+    assert set(about["recipes"]) == set(table["recipe"])
     assert written[1].with_suffix(".svg").exists()
 
 
@@ -123,7 +122,7 @@ def test_a_kept_table_is_read_where_its_setting_is_the_same_and_computed_where_n
     )
     assert {name: str(read[name].dtype) for name in tables.WHOLE} == {name: "Int64" for name in tables.WHOLE}
     plt.close(drawn("gamma-sweep", read))
-    other = replace(lab.setting, seed=7)
+    other = lab.setting.with_(seed=7)
     gallery.table("gamma-sweep", other, tmp_path)
     gallery.table("clip-sweep", lab.setting, tmp_path)
     assert computed == [("gamma-sweep", other), ("clip-sweep", lab.setting)]

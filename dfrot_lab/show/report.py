@@ -161,7 +161,7 @@ def about(findings: Findings) -> pd.DataFrame:
         "seed of the rotations": setting.seed,
         "refinement": f"gamma {setting.gamma:g}, rule {setting.rule}, {setting.steps} steps, on {rows}",
         "rotations and weights": f"{', '.join(registry.rows())}; {', '.join(registry.WEIGHTS)}",
-        "family, device": f"{manifest['note']['family']}, {setting.model.device}",
+        "family, device": f"{manifest['note'].get('family', 'not noted')}, {setting.model.device}",
         "capture": f"{recorded.key}, recorded {manifest['created']}",
         "versions": ", ".join(f"{name} {metadata.version(name)}" for name in PACKAGES),
         "code": score_rows.commit() or "no checkout",

@@ -159,6 +159,8 @@ export default { render({ el }) {
   el.style.cssText = "width:100%;height:0";
   widths.observe(el);
   document.addEventListener("plotlywidget-after-render", drawn);
+  const plots = () => [...document.querySelectorAll(".js-plotly-plot")].filter((plot) => plot._fullLayout);
+  setTimeout(() => plots().forEach((plot) => fill(plot, 0)), 1000);  // after a reload some plots are drawn before this is
   return () => { widths.disconnect(); document.removeEventListener("plotlywidget-after-render", drawn); };
 } };
 """
