@@ -2,50 +2,34 @@
 that `--help` is instant."""
 
 import logging
+import sys
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dfrot_lab.cli.options import (
-    Corpus,
-    DryRun,
-    Dtype,
-    Gamma,
-    Json,
-    Model,
-    Out,
-    Rule,
-    Seed,
-    Windows,
-    app,
-    clear_errors,
-    log,
-    set_up,
-)
-from dfrot_lab.cli.output import show_facts, show_json, show_table
-from dfrot_lab.recipe.specs import DEFAULT_MODEL, DEFAULT_RULE, ModelSpec
+from dfrot_lab.cli.malloc import keep_freed_memory
+from dfrot_lab.cli.options import Options, app, command, log, show_facts, show_json, show_table
 
 if TYPE_CHECKING:
     from dfrot_lab.study.setting import Setting
 
 __all__ = ["app"]
 
+DRY_RUN = "Only say what it would take; --model may also be llama-2-7b or llama-3-70b."
+
 
 @app.callback()
 def _setup(verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log more.")] = False) -> None:
     """See, prove and use what rotation does to 4-bit language models (DFRot, arXiv 2412.00648)."""
-    set_up(verbose)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    log.setLevel(logging.DEBUG if verbose else logging.INFO)
+    keep_freed_memory()
 
 
-@app.command()
-def run(
-    model: Model = DEFAULT_MODEL, corpus: Corpus = "auto", seed: Seed = 0, out: Out = None,
-    as_json: Json = False,
-    windows: Windows = 6, gamma: Gamma = 100.0, rule: Rule = DEFAULT_RULE, dry_run: DryRun = False,
-    dtype: Dtype = "float32",
-) -> None:  # fmt: skip
+@command("run", "model corpus seed out as_json windows gamma rule dtype")
+def run(said: Options, dry_run: Annotated[bool, typer.Option("--dry-run", help=DRY_RUN)] = False) -> None:
     """The main job: capture, refine, GPTQ, and a table of NR, RO, RH and DFRot at 16-4-16, 4-4-16 and 4-4-4,
     with keep-out rows and figures.
 
@@ -54,25 +38,22 @@ def run(
     from dfrot_lab.disk import row_files
     from dfrot_lab.show import main_figures
     from dfrot_lab.study import main
-    from dfrot_lab.study.setting import Setting
 
-    with clear_errors():
-        spec = ModelSpec(source=model, dtype=dtype)
-        setting = Setting(model=spec, corpus=corpus, seed=seed, windows=windows, gamma=gamma, rule=rule)
-        if dry_run:
-            _dry_run(setting, as_json)
-            return
-        folder = out or Path("runs") / f"{datetime.now():%Y-%m-%d}"
-        folder.mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(folder / "log.txt", encoding="utf-8")
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-        log.addHandler(handler)
-        result = main.run(setting)
-        main_figures.save_run(result, folder)
-        if as_json:
-            show_json(row_files.rows(result.table))
-        else:
-            typer.echo(f"\n{main_figures.report(result)}\nRows, recipes, table, figures and log: {folder}/")
+    setting = said.setting()
+    if dry_run:
+        _dry_run(setting, said.as_json)
+        return
+    folder = said.out or Path("runs") / f"{datetime.now():%Y-%m-%d}"
+    folder.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(folder / "log.txt", encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    log.addHandler(handler)
+    result = main.run(setting)
+    main_figures.save_run(result, folder)
+    if said.as_json:
+        show_json(row_files.rows(result.table))
+    else:
+        typer.echo(f"\n{main_figures.report(result)}\nRows, recipes, table, figures and log: {folder}/")
 
 
 def _dry_run(setting: "Setting", as_json: bool) -> None:
@@ -88,70 +69,51 @@ def _dry_run(setting: "Setting", as_json: bool) -> None:
     show_json([{"model": name, "machine": machine, **row} for machine, row in rows])
 
 
-@app.command("experiment")
-def experiment_command(
+@command("experiment", "model corpus seed out as_json windows")
+def experiment(
+    said: Options,
     name: Annotated[str, typer.Argument(help="Which experiment; without it they are listed.")] = "",
-    model: Model = DEFAULT_MODEL, corpus: Corpus = "auto", seed: Seed = 0, out: Out = None,
-    as_json: Json = False,
-    windows: Windows = 6,
     limit: Annotated[int, typer.Option(help="Items of each zero-shot task; 0 takes all.", min=0)] = 100,
     quick: Annotated[bool, typer.Option("--quick", help="A few short windows, to see it work.")] = False,
-) -> None:  # fmt: skip
+) -> None:
     """One of the paper's tables or figures by name, row by row; a stopped one goes on. --out: folder
     (default: runs/experiments/)."""
     from dfrot_lab.show import gallery
     from dfrot_lab.study import experiments
-    from dfrot_lab.study.setting import QUICK, Setting
+    from dfrot_lab.study.setting import QUICK
 
-    with clear_errors():
-        if not name:
-            show_table(experiments.listing(), None, as_json, {})
-            return
-        spec = ModelSpec(source=model)
-        setting = Setting(
-            model=spec, corpus=corpus, seed=seed, windows=windows, limit=limit or None
-        ).resolved()
-        setting = setting.with_(**QUICK) if quick else setting
-        table = experiments.run(name, setting)
-        written = gallery.save_experiment(name, table, setting, *[out or Path("runs") / "experiments"] * 2)
-        hidden = ("recipe", "commit", "model", "corpus", "versions", "formulas", "parameters")
-        shown = [column for column in table if column not in hidden and table[column].notna().any()]
-        show_table(table if as_json else table[shown], None, as_json, {"written": list(map(str, written))})
+    if not name:
+        show_table(experiments.listing(), said.as_json, {})
+        return
+    setting = said.setting(limit=limit or None).resolved().with_(**QUICK if quick else {})
+    table = experiments.run(name, setting)
+    written = gallery.save_experiment(name, table, setting, *[said.out or Path("runs") / "experiments"] * 2)
+    hidden = ("recipe", "commit", "model", "corpus", "versions", "formulas", "parameters")
+    shown = [column for column in table if column not in hidden and table[column].notna().any()]
+    show_table(table if said.as_json else table[shown], said.as_json, {"written": list(map(str, written))})
 
 
-@app.command("figures")
-def figures_command(
-    model: Model = DEFAULT_MODEL, corpus: Corpus = "auto", seed: Seed = 0, out: Out = None,
-    as_json: Json = False,
-    windows: Windows = 6,
-) -> None:  # fmt: skip
+@command("figures", "model corpus seed out as_json windows")
+def figures(said: Options) -> None:
     """Rewrite the committed figures/ and data/results/: the main job's and every experiment's. What is not
     stored is computed: hours, resumable.
 
     --out: another folder for both."""
     from dfrot_lab.show import gallery, main_figures
     from dfrot_lab.study import experiments, main
-    from dfrot_lab.study.setting import Setting
 
-    with clear_errors():
-        root = out or Path()
-        setting = Setting(model=ModelSpec(source=model), corpus=corpus, seed=seed, windows=windows).resolved()
-        tables, pictures = root / "data" / "results", root / "figures" / setting.corpus
-        written = main_figures.save(main.run(setting), tables / f"main-{setting.corpus}.jsonl", pictures)
-        for name in experiments.EXPERIMENTS:
-            if name != "main":
-                written += gallery.save_experiment(
-                    name, experiments.run(name, setting), setting, tables, pictures
-                )
-        show_json(written) if as_json else typer.echo("\n".join(map(str, written)))
+    root, setting = said.out or Path(), said.setting().resolved()
+    tables, pictures = root / "data" / "results", root / "figures" / setting.corpus
+    written = main_figures.save(main.run(setting), tables / f"main-{setting.corpus}.jsonl", pictures)
+    for name in experiments.EXPERIMENTS:
+        if name != "main":
+            table = experiments.run(name, setting)
+            written += gallery.save_experiment(name, table, setting, tables, pictures)
+    show_json(written) if said.as_json else typer.echo("\n".join(map(str, written)))
 
 
-@app.command("report")
-def report_command(
-    model: Model = DEFAULT_MODEL, corpus: Corpus = "auto", seed: Seed = 0, out: Out = None,
-    as_json: Json = False,
-    windows: Windows = 6, gamma: Gamma = 100.0, rule: Rule = DEFAULT_RULE, dtype: Dtype = "float32",
-) -> None:  # fmt: skip
+@command("report", "model corpus seed out as_json windows gamma rule dtype")
+def report_command(said: Options) -> None:
     """One HTML file to send to a colleague: the main job's results for --model, figures inside, nothing
     loaded from the network.
 
@@ -159,17 +121,14 @@ def report_command(
     computed if it is missing, and rows that are not stored are named with the command that computes them."""
     from dfrot_lab.show import report
     from dfrot_lab.study import runner
-    from dfrot_lab.study.setting import Setting
 
-    with clear_errors():
-        path, spec = report.check_out(out or Path("report.html")), ModelSpec(source=model, dtype=dtype)
-        setting = Setting(model=spec, corpus=corpus, seed=seed, windows=windows, gamma=gamma, rule=rule)
-        findings = report.collect(setting)
-        report.write(path, report.page(findings))
-        missing = [runner.row_name(spec) for spec in findings.missing]
-        computes = report.command(findings.result.setting) if missing else None
-        about = {"out": path, "bytes": path.stat().st_size, "rows not stored": missing}
-        show_facts({**about, "which this computes": computes}, None, as_json)
+    path = report.check_out(said.out or Path("report.html"))
+    findings = report.collect(said.setting())
+    report.write(path, report.page(findings))
+    missing = [runner.row_name(spec) for spec in findings.missing]
+    computes = report.command(findings.result.setting) if missing else None
+    about = {"out": path, "bytes": path.stat().st_size, "rows not stored": missing}
+    show_facts({**about, "which this computes": computes}, said.as_json)
 
 
-from dfrot_lab.cli import about, steps  # noqa: E402, F401  their commands are listed after those above
+from dfrot_lab.cli import steps  # noqa: E402, F401  its commands are listed after those above

@@ -1,6 +1,5 @@
 """What this machine has, what is cached and what is missing: to be looked at first when something fails."""
 
-import importlib.util
 import os
 import platform
 import shutil
@@ -16,8 +15,7 @@ from dfrot_lab.disk.atomic import cache_dir
 from dfrot_lab.model import corpus, loading
 from dfrot_lab.recipe.specs import DEFAULT_MODEL, CorpusSpec, ModelSpec
 
-MODEL_PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "compressed-tensors", "gguf")
-PACKAGES = ("dfrot-lab", *MODEL_PACKAGES, "numpy", "scipy", "pandas", "jupyterlab")
+PACKAGES = "dfrot-lab torch transformers tokenizers safetensors compressed-tensors gguf numpy scipy pandas"
 DISK_NEEDED = 3e9
 """Bytes the main job writes, doubled: model 0.54 GB, capture 0.28, weights 4 x 0.11, downloads 0.12."""
 MEMORY_NEEDED = 6e9
@@ -30,7 +28,7 @@ def checkup(model: ModelSpec, text: CorpusSpec) -> tuple[dict[str, Any], list[st
 
     folder = cache_dir()
     memory, free = psutil.virtual_memory().total, shutil.disk_usage(folder).free
-    versions = {name: _version(name) for name in PACKAGES}
+    versions = {name: _version(name) for name in (*PACKAGES.split(), "jupyterlab")}
     about = {
         "python": platform.python_version(),
         "system": platform.platform(terse=True),
@@ -42,8 +40,9 @@ def checkup(model: ModelSpec, text: CorpusSpec) -> tuple[dict[str, Any], list[st
         "model": _state(lambda: loading.resolve(model)[0]),
         "corpus": _state(lambda: corpus.resolve(text).name),
     }
-    absent = [name for name, found in versions.items() if found is None]
-    missing = [f"{name} is not installed: pip install -r requirements.txt" for name in absent]
+    missing = [
+        f"{name} is not installed: pip install -r requirements.txt" for name in versions if not versions[name]
+    ]
     if free < DISK_NEEDED:
         room = f"{free / 1e9:.1f} GB are free in {folder}; set DFROT_LAB_CACHE"
         missing.append(f"{DISK_NEEDED / 1e9:.0f} GB of disk for the cache: {room}")
@@ -65,8 +64,7 @@ def _cuda() -> str:
 
     if not torch.cuda.is_available():
         return "none: everything runs on the CPU"
-    found = importlib.util.find_spec("fast_hadamard_transform")
-    kernel = "installed" if found else "not installed: the torch path is used"
+    kernel = _version("fast-hadamard-transform") or "not installed: the torch path is used"
     return f"{torch.cuda.get_device_name()}, fast-hadamard-transform {kernel}"
 
 

@@ -1,114 +1,170 @@
-"""The options that commands share, and what all commands do: set up logging, list choices, say errors in a
-line."""
+"""What commands share: options and the specs they say, output, errors in a line. Nothing heavy is imported
+before it is needed."""
 
+import functools
+import inspect
+import json
 import logging
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dfrot_lab.cli.malloc import keep_freed_memory
-from dfrot_lab.recipe import registry
-from dfrot_lab.recipe.specs import DTYPES, MASSIVE_RULES, SCHEMES, CaptureSpec, CorpusSpec, ModelSpec
+from dfrot_lab.recipe import registry, specs
+from dfrot_lab.recipe.specs import CorpusSpec, ModelSpec
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from dfrot_lab.study.setting import Setting
 
 log = logging.getLogger("dfrot_lab")
 
-Model = Annotated[
-    str, typer.Option(help="smollm2-135m, a folder, a .gguf file, or hub:owner/name (the network).")
-]
-Dtype = Annotated[str, typer.Option(help=f"What weights are computed in: {', '.join(DTYPES)}.")]
-Corpus = Annotated[str, typer.Option(help="auto, wikitext2, wikipedia-sample, or a text file.")]
-Seed = Annotated[int, typer.Option(help="Seed of the random rotations.", min=0)]
-Out = Annotated[Path | None, typer.Option(help="Where the result goes; the ending says the format.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on standard output.")]
-Tokens = Annotated[int, typer.Option(help="Tokens to record: up to 2048, or a multiple of it.")]
-Gamma = Annotated[float, typer.Option(help="Weight of massive rows; inf fits them alone.")]
-Windows = Annotated[int, typer.Option(help="Evaluation windows of 2048 tokens.")]
-Rule = Annotated[str, typer.Option(help=f"What makes a row massive: {', '.join(MASSIVE_RULES)}.")]
-Rotation = Annotated[
-    str, typer.Option(help="A row of the rotations listed by --help, or a safetensors file with R1.")
-]
-Bits = Annotated[str, typer.Option(help="Weights-activations-KV, such as 4-4-16.")]
-Weights = Annotated[str, typer.Option(help="A weight quantizer listed by --help.")]
-RecipeFile = Annotated[
-    Path | None, typer.Option(help="A recipe's YAML, in place of all options but --out, --json.")
-]
-Scheme = Annotated[str, typer.Option(help=f"The quantizer's range: {', '.join(SCHEMES)}.")]
-DryRun = Annotated[
-    bool,
-    typer.Option(
-        "--dry-run", help="Only say what it would take; --model may also be llama-2-7b or llama-3-70b."
-    ),
-]
+OUT = "Where the result goes; the ending says the format."
+SOURCES = "smollm2-135m, a folder, a .gguf file, or hub:owner/name (the network)."
+CORPORA = "auto, wikitext2, wikipedia-sample, or a text file."
+RULES = f"What makes a row massive: {', '.join(specs.MASSIVE_RULES)}."
+DTYPES = f"What weights are computed in: {', '.join(specs.DTYPES)}."
+JSON = "Print JSON and nothing else on standard output."
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options that commands share, with their defaults, and the specs that they say together."""
+
+    model: Annotated[str, typer.Option(help=SOURCES)] = specs.DEFAULT_MODEL
+    corpus: Annotated[str, typer.Option(help=CORPORA)] = "auto"
+    seed: Annotated[int, typer.Option(help="Seed of the random rotations.", min=0)] = 0
+    out: Annotated[Path | None, typer.Option(help=OUT)] = None
+    as_json: Annotated[bool, typer.Option("--json", help=JSON)] = False
+    tokens: Annotated[int, typer.Option(help="Tokens to record: up to 2048, or a multiple of it.")] = 2048
+    windows: Annotated[int, typer.Option(help="Evaluation windows of 2048 tokens.")] = 6
+    gamma: Annotated[float, typer.Option(help="Weight of massive rows; inf fits them alone.")] = 100.0
+    rule: Annotated[str, typer.Option(help=RULES)] = specs.DEFAULT_RULE
+    weights: Annotated[str, typer.Option(help="A weight quantizer listed by --help.")] = "gptq"
+    dtype: Annotated[str, typer.Option(help=DTYPES)] = "float32"
+
+    @property
+    def model_spec(self) -> ModelSpec:
+        """The model in its dtype."""
+        return ModelSpec(source=self.model, dtype=self.dtype)
+
+    @property
+    def capture(self) -> specs.CaptureSpec:
+        """The capture of the text's calibration half."""
+        text = CorpusSpec(name=self.corpus, split="calibration")
+        return specs.CaptureSpec(model=self.model_spec, corpus=text, tokens=self.tokens)
+
+    def setting(self, **more: Any) -> "Setting":
+        """The setting of the main job and the experiments; `more` are further fields of it."""
+        from dfrot_lab.study.setting import Setting
+
+        same = {name: getattr(self, name) for name in ("corpus", "seed", "windows", "gamma", "rule")}
+        return Setting(model=self.model_spec, **same, **more)
+
+    def rotation(self, name: str, **fields: Any) -> Any:
+        """The rotation of a row's name or of a safetensors file; gamma, rule and `fields` are set where its
+        method has them."""
+        names = registry.rows()
+        if name not in names and Path(name).is_file():
+            return specs.RotationSpec(kind="file", path=name)
+        if name not in names:
+            rule = f"{', '.join(names)}, or an existing safetensors file"
+            raise ValueError(f"--rotation must be {rule}; got {name!r}")
+        spec = registry.spec_of(name, seed=self.seed, capture=self.capture)
+        fields = {"gamma": self.gamma, "rule": self.rule, **fields}
+        return spec.with_(**{key: value for key, value in fields.items() if key in type(spec).model_fields})
+
+    def recipe(self, rotation: str, bits: str) -> specs.Recipe:
+        """The recipe of a rotation at some bits, weights calibrated on the text's other half."""
+        parts = {"corpus": CorpusSpec(name=self.corpus), "rotation": self.rotation(rotation)}
+        sizes = {"model": self.model_spec, "windows": self.windows}
+        spec = specs.recipe_of(bits, weights=self.weights, **parts, **sizes)
+        return spec.with_(weights=spec.weights.with_(corpus=self.capture.corpus))
 
 
 class Group(typer.core.TyperGroup):
     """The commands; below them, what can be chosen by name."""
 
-    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+    def format_epilog(self, _ctx: Any, formatter: Any) -> None:
         """List rotations, weight quantizers and families as the tables have them now."""
         from dfrot_lab.model.families import FAMILIES
 
-        del ctx
         methods = (f"{name} ({', '.join(choice.rows)})" for name, choice in registry.METHODS.items())
-        lists = {
-            "Rotations": methods,
-            "Weights": registry.WEIGHTS,
-            "Families": FAMILIES,
-            "Rules": MASSIVE_RULES,
-        }
+        lists = {"Rotations": methods, "Weights": registry.WEIGHTS, "Families": FAMILIES}
+        lists["Rules"] = specs.MASSIVE_RULES
         with formatter.section("What can be chosen"):
             formatter.write_dl([(title, ", ".join(names)) for title, names in lists.items()])
 
-
-def set_up(verbose: bool) -> None:
-    """Log to standard error, and keep freed memory for the next tensor."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    log.setLevel(logging.DEBUG if verbose else logging.INFO)
-    keep_freed_memory()
-
-
-@contextmanager
-def clear_errors() -> Iterator[None]:
-    """Turn what a user can mend into one line and exit code 1, and Ctrl-C into a promise that is kept."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        typer.echo("Stopped. What is finished is kept: the same command goes on from here.", err=True)
-        raise typer.Exit(130) from None
-    except (ValueError, KeyError, OSError, RuntimeError) as error:
-        if log.isEnabledFor(logging.DEBUG):
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command; what a user can mend becomes one line and exit code 1, Ctrl-C a promise that is
+        kept."""
+        try:
+            return super().invoke(ctx)
+        except (typer.Exit, typer.Abort):
             raise
-        typer.echo(f"Error: {error.args[0] if isinstance(error, KeyError) else error}", err=True)
-        raise typer.Exit(1) from None
-
-
-def capture_spec(model: ModelSpec, corpus: str, tokens: int) -> CaptureSpec:
-    """The capture of a text's calibration half."""
-    return CaptureSpec(model=model, corpus=CorpusSpec(name=corpus, split="calibration"), tokens=tokens)
-
-
-def rotation_spec(name: str, seed: int, capture: CaptureSpec, **fields: Any) -> Any:
-    """The rotation of a row's name or of a safetensors file; `fields` are set where its method has them."""
-    if name not in registry.rows() and Path(name).is_file():
-        from dfrot_lab.recipe.specs import RotationSpec
-
-        return RotationSpec(kind="file", path=name)
-    if name not in registry.rows():
-        names = ", ".join(registry.rows())
-        raise ValueError(f"--rotation must be {names}, or an existing safetensors file; got {name!r}")
-    spec = registry.spec_of(name, seed=seed, capture=capture)
-    return spec.with_(**{key: value for key, value in fields.items() if key in type(spec).model_fields})
+        except KeyboardInterrupt:
+            typer.echo("Stopped. What is finished is kept: the same command goes on from here.", err=True)
+            raise typer.Exit(130) from None
+        except (ValueError, KeyError, OSError, RuntimeError) as error:
+            if log.isEnabledFor(logging.DEBUG):
+                raise
+            typer.echo(f"Error: {error.args[0] if isinstance(error, KeyError) else error}", err=True)
+            raise typer.Exit(1) from None
 
 
 app = typer.Typer(
-    cls=Group,
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
+    cls=Group, no_args_is_help=True, add_completion=False, rich_markup_mode=None,
     pretty_exceptions_enable=False,
-)
+)  # fmt: skip
 """The application; the files of this room add their commands to it."""
+
+
+def command(name: str, options: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Add a function as a command with some of the shared options, which it gets together as its first
+    argument, and options of its own, its other parameters."""
+    fields, kind = Options.__dataclass_fields__, inspect.Parameter.POSITIONAL_OR_KEYWORD
+    taken = [fields[option] for option in options.split()]
+    shared = [inspect.Parameter(f.name, kind, default=f.default, annotation=f.type) for f in taken]
+
+    def add(function: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(function)
+        def run(**said: Any) -> None:
+            function(Options(**{field.name: said.pop(field.name) for field in taken}), **said)
+
+        own = list(inspect.signature(function).parameters.values())[1:]
+        run.__dict__["__signature__"] = inspect.Signature([*shared, *own])
+        return app.command(name)(run)
+
+    return add
+
+
+def show_json(value: Any) -> None:
+    """A value as indented JSON on standard output."""
+    typer.echo(json.dumps(value, indent=1, default=str))
+
+
+def show_table(table: "pd.DataFrame", as_json: bool, about: Mapping[str, Any]) -> None:
+    """A table and facts about it on standard output."""
+    from dfrot_lab.disk import row_files
+
+    if as_json:
+        show_json({**about, "rows": row_files.rows(table)})
+    else:
+        typer.echo(table.to_string(index=False, max_rows=30))
+        typer.echo("\n" + "\n".join(f"{name}: {value}" for name, value in about.items() if value is not None))
+
+
+def show_facts(about: Mapping[str, Any], as_json: bool, out: Path | None = None) -> None:
+    """Named facts on standard output; with `out` also as a JSON file."""
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(about, indent=1, default=str) + "\n", encoding="utf-8")
+    if as_json:
+        show_json(about)
+        return
+    for name, value in about.items():
+        lines = [f"  {k}: {v}" for k, v in value.items()] if isinstance(value, Mapping) else []
+        typer.echo("\n".join([f"{name}: {'' if lines else value}".rstrip(), *lines]))
