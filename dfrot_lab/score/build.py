@@ -47,15 +47,6 @@ def build(recipe: Recipe, store: Store, on_part: OnPart = nothing) -> Built:
     windows(recipe, loaded)  # before minutes of work on weights: is there that much text, and does it fit?
     surgery.prepare(loaded)
     made = transforms.fit(recipe, Context(recipe, store, loaded))
-    fuse(loaded, made)
-    key = keys.weights(recipe, door.PRINTS)
-    codes = run.quantize_weights(loaded, recipe.weights, key, store, r4=made.r4, on_part=on_part)
-    R = None if made.R1 is None else made.R1.to(next(loaded.model.parameters()))
-    return Built(loaded, made, R, codes)
-
-
-def fuse(loaded: LoadedModel, made: Transforms) -> None:
-    """Fuse R1, the norms' gains, R2 and the offline half of R4 into a prepared model."""
     if made.R1 is not None:
         surgery.rotate_residual(loaded, made.R1)
     surgery.fold_gains(loaded, made.gains)
@@ -63,6 +54,10 @@ def fuse(loaded: LoadedModel, made: Transforms) -> None:
         surgery.rotate_heads(loaded, None if isinstance(made.R2, str) else made.R2)
     if made.r4:
         surgery.rotate_down(loaded)
+    key = keys.weights(recipe, door.PRINTS)
+    codes = run.quantize_weights(loaded, recipe.weights, key, store, r4=made.r4, on_part=on_part)
+    R = None if made.R1 is None else made.R1.to(next(loaded.model.parameters()))
+    return Built(loaded, made, R, codes)
 
 
 def weights_stored(recipe: Recipe, store: Store) -> bool:
@@ -72,20 +67,13 @@ def weights_stored(recipe: Recipe, store: Store) -> bool:
 
 
 def windows(recipe: Recipe, loaded: LoadedModel) -> Tensor:
-    """The token ids (windows, window) a recipe is scored on; a ValueError where corpus or context has not
-    that many."""
+    """The token ids (windows, window) a recipe is scored on; ValueError if text or context is too short."""
     loading.check_tokens(loaded, recipe.window)
     return corpus.token_blocks(recipe.corpus, loaded.tokenizer, blocks=recipe.windows, window=recipe.window)
 
 
-def _calibration(recipe: Recipe, loaded: LoadedModel) -> Tensor:
-    """As many windows of the text's calibration half: where mean massive values come from."""
-    text = recipe.corpus.with_(split="calibration")
-    return windows(recipe.with_(corpus=text), loaded)
-
-
 def is_integer(recipe: Recipe) -> bool:
-    """Whether both sides of every linear are codes that fit int8, so that it runs as an integer product."""
+    """Whether both sides of every linear are codes that fit int8: then it is an integer product."""
     return recipe.weights.quantizer.bits <= 8 and integer.fits(recipe.activations)
 
 
@@ -116,19 +104,18 @@ def keep_out(recipe: Recipe, R: Tensor | None) -> Judge:
 
 @contextmanager
 def quantized(built: Built, recipe: Recipe, *, fake: bool = False) -> Iterator[None]:
-    """While the block runs the built model has the recipe's online rotations, activation, key and value
-    quantization and keep-out.
+    """While the block runs the built model has the recipe's online rotations, quantization and keep-out.
 
-    Linears run in integer arithmetic where `is_integer`; `fake` has them compute in float on rounded values
-    instead, the same to float rounding. On a GPU they always do: its float products are fast, and the passes
-    between int8 products are not (0.11 s a window against 0.31 s on an H100)."""
+    Linears are integer products where `is_integer`; with `fake`, and on a GPU, where the passes between the
+    products are slow (0.31 s a window against 0.11 s on an H100), floats on rounded values."""
     loaded, made, act = built.loaded, built.transforms, recipe.activations
     spare = keep_out(recipe, built.R) if recipe.keep_out else None
     in_integers = is_integer(recipe) and not made.clips and not fake and loaded.device.type == "cpu"
     kinds = [kind for kind, grid in (("k", recipe.keys), ("v", recipe.values)) if grid.bits < 16]
     with ExitStack() as stack:
         if recipe.set_massive:
-            means = _calibration(recipe, loaded)
+            other_half = recipe.with_(corpus=recipe.corpus.with_(split="calibration"))
+            means = windows(other_half, loaded)
             stack.enter_context(intervene.massive_set(loaded, recipe.set_massive, means))
         if in_integers:
             r4 = surgery.hadamard if made.r4 else None
@@ -136,9 +123,9 @@ def quantized(built: Built, recipe: Recipe, *, fake: bool = False) -> Iterator[N
         elif act.bits < 16:
             kinds += hooks.LINEAR_INPUTS
         sites = hooks.sites_of(loaded, *kinds) if kinds else ()
-        r3, r4_online = made.r3 and recipe.keys.bits < 16, made.r4 and not in_integers
+        online = {"r3": made.r3 and recipe.keys.bits < 16, "r4": made.r4 and not in_integers}
         function = rounded(recipe, made.clips, spare)
-        stack.enter_context(surgery.online(loaded, r3=r3, r4=r4_online, function=function, sites=sites))
+        stack.enter_context(surgery.online(loaded, **online, function=function, sites=sites))
         yield
 
 
@@ -156,20 +143,3 @@ def rounded(recipe: Recipe, clips: Mapping[str, float], spare: Judge | None) -> 
         return torch.where(spare(x)[..., None], x, x_rounded)
 
     return function
-
-
-class BuildCache:
-    """Keeps the model built last, for the next recipe that needs the same one."""
-
-    def __init__(self, store: Store) -> None:
-        self.store = store
-        self._key: str | None = None
-        self._built: Built | None = None
-
-    def built(self, recipe: Recipe, on_part: OnPart = nothing) -> Built:
-        """The built model of `recipe`."""
-        key = build_key(recipe)
-        if self._built is None or self._key != key:
-            self._built = None  # frees the model before the next one is built
-            self._built, self._key = build(recipe, self.store, on_part), key
-        return self._built

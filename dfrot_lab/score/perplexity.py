@@ -20,12 +20,11 @@ from dfrot_lab.model import door, loading
 from dfrot_lab.model.loading import LoadedModel
 from dfrot_lab.recipe import keys
 from dfrot_lab.recipe.specs import Recipe
-from dfrot_lab.score.build import BuildCache, Built, build, quantized, windows
+from dfrot_lab.score.build import Built, build, build_key, quantized, windows
 from dfrot_lab.weights.run import OnPart, nothing
 
 LOGIT_ROWS = 256
-"""Tokens whose logits exist at once: a whole window's would be the largest tensor of an evaluation (0.4 GB).
-"""
+"""Tokens whose logits exist at once: a whole window's (0.4 GB) would be an evaluation's largest tensor."""
 
 KIND = "evaluation"
 
@@ -57,11 +56,9 @@ def statistic(function: Callable[..., Any], found: Sequence[EvalResult]) -> tupl
     """`function(*losses, axis=)` of several evaluations and its bootstrap 95% interval, resampling the
     windows that all were scored on. ValueError where they are not the same windows, on the same device."""
     places = [(r.spec.corpus, len(r.losses), r.spec.window, r.spec.model.device) for r in found]
-    for other in places[1:]:
-        if other != places[0]:
-            raise ValueError(
-                f"paired results must share corpus, windows, window and device; got {places[0]} and {other}"
-            )
+    if others := [place for place in places if place != places[0]]:
+        rule = "must share corpus, windows, window and device"
+        raise ValueError(f"paired results {rule}; got {places[0]} and {others[0]}")
     return statistics.with_interval(function, *(result.losses for result in found))
 
 
@@ -72,8 +69,7 @@ def paired_difference(a: EvalResult, b: EvalResult) -> tuple[float, tuple[float,
 
 @torch.inference_mode()
 def window_loss(loaded: LoadedModel, ids: Tensor) -> float:
-    """Mean next-token loss in nats of one window of token ids (window,), logits in float32 a few hundred
-    tokens at a time."""
+    """Mean next-token loss in nats of one window of token ids (window,), logits in float32."""
     head, ids = loaded.model.get_submodule(loaded.roles.lm_head), ids.to(loaded.device)
     hidden = loading.body(loaded)(ids[None], use_cache=False).last_hidden_state[0, :-1]
     total = 0.0
@@ -89,18 +85,17 @@ def evaluate(
     """The losses of a recipe, from the store or computed now; a stopped evaluation goes on at the window it
     was at.
 
-    `build_model` supplies the built model when one is needed (so that rows with the same `build_key` can
-    share it); by default it is built here. `on_part` is called after each window that is finished and kept,
-    and may raise to stop there."""
+    `build_model` supplies the built model where one is needed, so that rows can share it; by default it is
+    built here. `on_part` is called after each window that is kept, and may raise to stop there."""
     store, spec = store or Store(), door.resolved(spec).canonical()
 
     def make(writer: Writer) -> None:
         built = build_model() if build_model else build(spec, store, on_part)
-        losses, seconds = _losses(built, spec, windows(spec, built.loaded), writer, on_part)
+        losses, seconds = _losses(built, spec, writer, on_part)
         writer.save_json("losses", losses)
         writer.save_json("recipe", spec.plain())
-        writer.note.update(provenance=built.loaded.provenance, scoring_seconds=seconds)
-        writer.note.update(family=built.loaded.family)
+        about = {"provenance": built.loaded.provenance, "family": built.loaded.family}
+        writer.note.update(about, scoring_seconds=seconds)
 
     return _result(spec, store.get_or_make(KIND, keys.evaluation(spec, door.PRINTS), make))
 
@@ -113,16 +108,14 @@ def stored(spec: Recipe, store: Store) -> EvalResult | None:
 
 
 def _result(spec: Recipe, artefact: Artefact) -> EvalResult:
-    note, losses = artefact.manifest["note"], np.array(artefact.json("losses"))
-    versions = dict(artefact.manifest["versions"])
-    seconds, family = float(note["scoring_seconds"]), str(note["family"])
-    return EvalResult(spec, losses, seconds, str(note["provenance"]), versions, family)
+    note, versions = artefact.manifest["note"], dict(artefact.manifest["versions"])
+    said = {"provenance": note["provenance"], "versions": versions, "family": note["family"]}
+    return EvalResult(spec, np.array(artefact.json("losses")), note["scoring_seconds"], **said)
 
 
-def _losses(
-    built: Built, spec: Recipe, ids: Tensor, writer: Writer, on_part: OnPart
-) -> tuple[list[float], float]:
+def _losses(built: Built, spec: Recipe, writer: Writer, on_part: OnPart) -> tuple[list[float], float]:
     """Each window's loss and the seconds of all, those of a run that was stopped included."""
+    ids = windows(spec, built.loaded)
     names = [f"window-{i:03d}" for i in range(len(ids))]
     with quantized(built, spec):
         bar = tqdm(names, desc=f"{spec.rotation.name} {spec.bits}", unit="window", leave=False)
@@ -148,10 +141,17 @@ def evaluate_all(
 
     `on_part` is told of each finished window, and of each finished layer of weights; what it raises stops the
     work there, with all that kept."""
-    store = store or Store()
-    cache, found = BuildCache(store), []
+    store, found = store or Store(), list[EvalResult]()
+    kept: dict[str, Built] = {}  # the model built last
+
+    def built(spec: Recipe) -> Built:
+        if (key := build_key(spec)) not in kept:
+            kept.clear()  # frees that model before the next one is built
+            kept[key] = build(spec, store, on_part)
+        return kept[key]
+
     for spec in specs:
-        found.append(evaluate(spec, store, partial(cache.built, spec, on_part), on_part))
+        found.append(evaluate(spec, store, partial(built, spec), on_part))
         if on_result:
             on_result(found[-1])
     return found

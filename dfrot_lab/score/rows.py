@@ -1,7 +1,7 @@
 """Results as rows with provenance: a column for everything that makes a row different, nothing in a label."""
 
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,7 @@ PACKAGES = ("dfrot_lab", "torch", "transformers")
 
 @cache
 def commit() -> str | None:
-    """The git commit of the code that runs, with `+` behind it where files differ from it; None outside a
-    checkout."""
+    """The git commit of the code, `+` behind it where files differ from it; None outside a checkout."""
     command = ["git", "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
     try:
         run = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
@@ -33,16 +32,13 @@ def row(result: EvalResult) -> dict[str, Any]:
 
 
 def difference_row(result: EvalResult, reference: EvalResult, name: str) -> dict[str, Any]:
-    """The results row of a paired difference: perplexity of `result` minus that of `reference` (called
-    `name`) on the same windows."""
+    """The row of the paired difference in perplexity of `result` and `reference`, called `name`."""
     return statistic_row(result, f"{PERPLEXITY} - {name}", *paired_difference(result, reference))
 
 
-def statistic_row(
-    result: EvalResult, metric: str, value: float, interval: tuple[float, float]
-) -> dict[str, Any]:
+def statistic_row(result: EvalResult, metric: str, value: float, ci95: Sequence[float]) -> dict[str, Any]:
     """The results row of any number, with its interval, that is said of the evaluation `result`."""
-    said = {"metric": metric, "value": value, "ci95": list(interval), "seconds": round(result.seconds, 2)}
+    said = {"metric": metric, "value": value, "ci95": list(ci95), "seconds": round(result.seconds, 2)}
     made = {name: result.versions[name] for name in PACKAGES if name in result.versions}
     code = {"recipe": result.spec.key, "versions": made, "formulas": FORMULAS, "commit": commit()}
     values = {**columns(result.spec), "family": result.family, **said, **code}
@@ -50,63 +46,37 @@ def statistic_row(
 
 
 def columns(recipe: Recipe) -> dict[str, Any]:
-    """What a row says of its recipe, column by column."""
-    weights, rotation = recipe.weights, recipe.rotation
-    cache_bits = recipe.keys.bits if recipe.keys.bits == recipe.values.bits else None
-    calibration = weights.corpus and f"{_word(weights.corpus)}, {weights.windows} x {weights.window}"
-    return {
-        "model": recipe.model.source,
-        "corpus": recipe.corpus.name,
-        "method": rotation.method,
-        "rotation": rotation.name,
-        "gamma": getattr(rotation, "gamma", None),
-        "rule": getattr(rotation, "rule", None),
-        "parameters": ", ".join(filter(None, [parameters(rotation), *_rest(recipe)])),
-        "seed": rotation.first_seed,
-        "weights": weights.method if weights.quantizer.bits < 16 else None,
-        "weight_quantizer": weights.quantizer.name,
-        "calibration": calibration,
-        **{name: getattr(recipe, name).name for name in ("activations", "keys", "values")},
-        "w_bits": weights.quantizer.bits,
-        "a_bits": recipe.activations.bits,
-        "kv_bits": cache_bits,
-        "bits": recipe.bits,
-        "keep_out": recipe.keep_out is not None,
-        "keep_out_rule": recipe.keep_out,
-        "keep_out_tokens": recipe.keep_out_tokens,
-        "set_massive": recipe.set_massive,
-        "windows": recipe.windows,
-        "window": recipe.window,
-        "device": recipe.model.device,
-    }
-
-
-def _rest(recipe: Recipe) -> list[str]:
-    """What of a recipe has no column of its own and is not the default, in words."""
-    parts: dict[Spec, tuple[str, ...]] = {
-        recipe.model: ("source", "device"),
-        recipe.corpus: ("name",),
-        recipe.weights: ("method", "quantizer", "corpus", "windows", "window"),
-    }
-    return [parameters(part, shown) for part, shown in parts.items()]
+    """What a row says of its recipe, column by column; `parameters` are what else is not the default."""
+    model, weights, rotation = recipe.model, recipe.weights, recipe.rotation
+    shown: dict[str, tuple[str, ...]] = {"model": ("source", "device"), "corpus": ("name",)}
+    shown["weights"] = ("method", "quantizer", "corpus", "windows", "window")
+    rest = [parameters(rotation), *(parameters(getattr(recipe, part), own) for part, own in shown.items())]
+    said: dict[str, Any] = {"model": model.source, "device": model.device, "corpus": recipe.corpus.name}
+    said |= {"method": rotation.method, "rotation": rotation.name, "seed": rotation.first_seed}
+    said |= {name: getattr(rotation, name, None) for name in ("gamma", "rule")}
+    said |= {"parameters": ", ".join(filter(None, rest)), "weight_quantizer": weights.quantizer.name}
+    said["weights"] = weights.method if weights.quantizer.bits < 16 else None
+    said["calibration"] = weights.corpus and f"{_word(weights.corpus)}, {weights.windows} x {weights.window}"
+    said |= {name: getattr(recipe, name).name for name in ("activations", "keys", "values")}
+    said |= {"bits": recipe.bits, "w_bits": weights.quantizer.bits, "a_bits": recipe.activations.bits}
+    said["kv_bits"] = recipe.keys.bits if recipe.keys.bits == recipe.values.bits else None
+    said |= {"keep_out": recipe.keep_out is not None, "keep_out_rule": recipe.keep_out}
+    same = ("keep_out_tokens", "set_massive", "windows", "window")
+    return said | {name: getattr(recipe, name) for name in same}
 
 
 def parameters(spec: Spec, shown: tuple[str, ...] = ("gamma", "rule", "seed", "kind", "model")) -> str:
-    """What of a spec is not the default and not `shown` elsewhere, in words: `steps=20, quantizer=sym4`;
-    empty where all is."""
-    default = {name: field.default for name, field in type(spec).model_fields.items()}
-    own = {name: value for name, value in spec if name not in shown}
-    return ", ".join(f"{name}={_word(value)}" for name, value in own.items() if value != default[name])
+    """What of a spec is not the default and not `shown` elsewhere, in words: `steps=20, quantizer=sym4`."""
+    fields = type(spec).model_fields
+    own = {name: value for name, value in spec if name not in shown and value != fields[name].default}
+    return ", ".join(f"{name}={_word(value)}" for name, value in own.items())
 
 
 def _word(value: Any) -> str:
-    """A field's value in a word: a text with its part, a quantizer or rotation by its name, a capture by what
-    of it is not the default."""
+    """A field's value in a word: a text with its part, another spec by its name or its parameters."""
     if isinstance(value, CorpusSpec):
         return f"{value.name} ({value.split})"
-    if isinstance(value, Spec):
-        return str(getattr(value, "name", f"({parameters(value)})"))
-    return str(value)
+    return str(getattr(value, "name", f"({parameters(value)})") if isinstance(value, Spec) else value)
 
 
 def recipes(found: Iterable[EvalResult]) -> dict[str, Any]:

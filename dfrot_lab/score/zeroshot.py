@@ -18,6 +18,7 @@ import pandas as pd
 
 from dfrot_lab.disk.artefacts import Store, Writer
 from dfrot_lab.model import door, loading
+from dfrot_lab.model.loading import LoadedModel
 from dfrot_lab.recipe import keys
 from dfrot_lab.recipe.specs import ModelSpec, Recipe
 from dfrot_lab.score import build
@@ -96,26 +97,14 @@ def _averages(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     averages = []
     for metric in METRICS:
         chosen = [found.get((task, metric), found[task, "acc"]) for task in TASKS]
-        stderr = sum(line["stderr"] ** 2 for line in chosen) ** 0.5 / len(chosen)
-        value = sum(line["value"] for line in chosen) / len(chosen)
-        about = {"version": None, "source": None}
-        averages.append(
-            {
-                **chosen[0],
-                "task": AVERAGE,
-                "metric": metric,
-                "value": value,
-                "stderr": stderr,
-                **about,
-                "items": sum(c["items"] for c in chosen),
-            }
-        )
+        numbers: dict[str, Any] = {"value": sum(line["value"] for line in chosen) / len(chosen)}
+        numbers["stderr"] = sum(line["stderr"] ** 2 for line in chosen) ** 0.5 / len(chosen)
+        about = {"items": sum(line["items"] for line in chosen), "version": None, "source": None}
+        averages.append({**chosen[0], "task": AVERAGE, "metric": metric, **numbers, **about})
     return averages
 
 
-def _score(
-    loaded: loading.LoadedModel, task: str, path: Path | None, limit: int | None
-) -> list[dict[str, Any]]:
+def _score(loaded: LoadedModel, task: str, path: Path | None, limit: int | None) -> list[dict[str, Any]]:
     """One task's accuracies by lm-eval: metric, value, stderr, items, version, source."""
     found = _simple_evaluate(loaded, task, path, limit)
     scores, items = found["results"][task], int(found["n-samples"][task]["effective"])
@@ -131,9 +120,7 @@ def _score(
     return lines
 
 
-def _simple_evaluate(
-    loaded: loading.LoadedModel, task: str, path: Path | None, limit: int | None
-) -> dict[str, Any]:
+def _simple_evaluate(loaded: LoadedModel, task: str, path: Path | None, limit: int | None) -> dict[str, Any]:
     """What lm-eval itself returns for one task."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
@@ -147,15 +134,12 @@ def _simple_evaluate(
         manager = _local_task(task, path, Path(folder)) if path else TaskManager()
         options: dict[str, Any] = {"task_manager": manager, "bootstrap_iters": 0, "log_samples": False}
         try:
-            found = simple_evaluate(model, tasks=[task], limit=limit, **options)
+            return dict(simple_evaluate(model, tasks=[task], limit=limit, **options) or {})
         except OSError as error:
             raise ConnectionError(
                 f"task {task} is not here and could not be loaded from the hub ({error}). Put {task}.jsonl "
                 "into zero_shot/ of a folder and name the folder in DFROT_LAB_DATA, or go online."
             ) from error
-    if found is None:
-        raise RuntimeError(f"lm-eval returned nothing for task {task}")
-    return dict(found)
 
 
 def _local_task(task: str, path: Path, folder: Path) -> Any:
@@ -164,17 +148,13 @@ def _local_task(task: str, path: Path, folder: Path) -> Any:
     from lm_eval.tasks import TaskManager
 
     own, split = TASKS[task]
-    unwanted = {
-        f"{name}_split": None for name in ("training", "validation", "test", "fewshot") if name != split
-    }
-    override = {
+    override = dict.fromkeys(f"{name}_split" for name in ("training", "validation", "test", "fewshot"))
+    override |= {
         "include": str(Path(lm_eval.tasks.__file__).parent / own),
         "task": task,
-        "dataset_path": "json",
-        "dataset_name": None,
-        "dataset_kwargs": {"data_files": {split: str(path)}},
         f"{split}_split": split,
-        **unwanted,
     }
+    override |= {"dataset_path": "json", "dataset_name": None}
+    override["dataset_kwargs"] = {"data_files": {split: str(path)}}
     (folder / f"{task}.yaml").write_text(json.dumps(override), encoding="utf-8")  # JSON is YAML
     return TaskManager(include_path=str(folder), include_defaults=False)
