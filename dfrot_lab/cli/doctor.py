@@ -40,13 +40,9 @@ def checkup(model: ModelSpec, text: CorpusSpec) -> tuple[dict[str, Any], list[st
     }
     states = {"model": _state(lambda: loading.resolve(model)[0])}
     states["corpus"] = _state(lambda: corpus.resolve(text).name)
-    about = {
-        "python": platform.python_version(),
-        "system": platform.platform(terse=True),
-        "versions": versions,
-    }
-    about |= {"cores": os.cpu_count(), "memory": f"{memory / 1e9:.1f} GB"}
-    about |= {"cuda": _cuda(), "cache": cache, **states}
+    about: dict[str, Any] = {"python": platform.python_version(), "system": platform.platform(terse=True)}
+    about.update(versions=versions, cores=os.cpu_count(), memory=f"{memory / 1e9:.1f} GB", cuda=_cuda())
+    about.update(cache=cache, **states)
     absent = [name for name, found in versions.items() if found is None]
     missing = [f"{name} is not installed: pip install -r requirements.txt" for name in absent]
     if free < DISK_NEEDED:

@@ -1,6 +1,7 @@
 """The door: where `auto` is replaced by what is here, once, before anything is computed or keyed."""
 
-from typing import TypeVar, cast
+from types import SimpleNamespace
+from typing import Any, TypeVar, cast
 
 from dfrot_lab.disk.digests import digest
 from dfrot_lab.model import corpus, loading
@@ -11,8 +12,7 @@ S = TypeVar("S", bound=Spec)
 
 
 def resolved(spec: S) -> S:
-    """`spec` with the text and the device of every nested spec named: no `auto` is left. ValueError for a
-    text or a device that is not here."""
+    """`spec` with the text and device of every nested spec said: no `auto` is left. ValueError if not here."""
     if isinstance(spec, CorpusSpec):
         return cast(S, corpus.resolve(spec))
     if isinstance(spec, ModelSpec):
@@ -22,21 +22,5 @@ def resolved(spec: S) -> S:
     return spec.with_(**changed) if changed else spec
 
 
-class _Prints:
-    """Fingerprints by looking at the files."""
-
-    def model(self, spec: ModelSpec) -> str:
-        """Hash of the model's bytes, dtype and device."""
-        return loading.fingerprint(spec)
-
-    def text(self, spec: CorpusSpec) -> str:
-        """Hash of the text."""
-        return corpus.fingerprint(spec)
-
-    def file(self, path: str) -> str:
-        """Hash of a file's bytes."""
-        return digest(path)
-
-
-PRINTS = _Prints()
-"""What stands behind names on this machine, for `recipe.keys`."""
+PRINTS: Any = SimpleNamespace(model=loading.fingerprint, text=corpus.fingerprint, file=digest)
+"""What stands behind names on this machine, for `recipe.keys`: fingerprints of models, texts and files."""

@@ -16,7 +16,6 @@ class Roles:
     layers: str = "model.layers"
     final_norm: str = "model.norm"
     lm_head: str = "lm_head"
-    attention: str = "self_attn"
     v: str = "self_attn.v_proj"
     o: str = "self_attn.o_proj"
     down: str = "mlp.down_proj"
@@ -45,25 +44,15 @@ FAMILIES: dict[str, Roles] = {
 }
 """Roles by the class name of the transformers model."""
 
-_GEMMA = (
-    "its norms multiply by 1 + gain, and its post-norms sit before the residual add, "
-    "so no rotation of the residual stream passes through them"
+REFUSED: dict[str, str] = dict.fromkeys(
+    ("GemmaForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"),
+    "its norms multiply by 1 + gain, and its post-norms sit before the residual add, so no rotation of the "
+    "residual stream passes through them",
+) | dict.fromkeys(
+    ("GPT2LMHeadModel", "OPTForCausalLM", "GPTNeoXForCausalLM", "BloomForCausalLM", "PhiForCausalLM"),
+    "it uses LayerNorm, which subtracts the mean: a rotation does not commute with that until the model is "
+    "converted to RMSNorm",
 )
-_LAYER_NORM = (
-    "it uses LayerNorm, which subtracts the mean: a rotation does not commute with that "
-    "until the model is converted to RMSNorm"
-)
-REFUSED: dict[str, str] = {
-    "GemmaForCausalLM": _GEMMA,
-    "Gemma2ForCausalLM": _GEMMA,
-    "Gemma3ForCausalLM": _GEMMA,
-    "Gemma3ForConditionalGeneration": _GEMMA,
-    "GPT2LMHeadModel": _LAYER_NORM,
-    "OPTForCausalLM": _LAYER_NORM,
-    "GPTNeoXForCausalLM": _LAYER_NORM,
-    "BloomForCausalLM": _LAYER_NORM,
-    "PhiForCausalLM": _LAYER_NORM,
-}
 """Families that rotation would change, with the reason."""
 
 

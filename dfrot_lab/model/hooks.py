@@ -50,9 +50,7 @@ def at_sites(loaded: LoadedModel, function: At, sites: Collection[str] | None = 
         for number, layer in enumerate(loaded.layers):
             for kind, (name, is_output) in _places(loaded).items():
                 if (site := f"layers.{number}.{kind}") in wanted:
-                    module = layer.get_submodule(name)
-                    register = module.register_forward_hook if is_output else module.register_forward_pre_hook
-                    stack.callback(register(_hook(site, function, is_output)).remove)
+                    stack.callback(_hooked(layer.get_submodule(name), site, function, is_output).remove)
         if any(site.rpartition(".")[2] in ATTENTION for site in wanted):
             stack.enter_context(_attention(loaded, function, wanted))
         yield
@@ -67,38 +65,28 @@ def _places(loaded: LoadedModel) -> dict[str, tuple[str, bool]]:
     return places
 
 
-def _hook(site: str, function: At, is_output: bool) -> Any:
+def _hooked(module: nn.Module, site: str, function: At, is_output: bool) -> Any:
     if is_output:
-        return lambda _module, _args, output: function(site, output)
+        return module.register_forward_hook(lambda _module, _args, output: function(site, output))
 
     def see(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         new = function(site, args[0])
         return None if new is None else (new, *args[1:])
 
-    return see
+    return module.register_forward_pre_hook(see)
 
 
-def _attend(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    *,
-    shown: Shown,
-    **options: Any,
-) -> tuple[Tensor, None]:
-    """Attention (SDPA) after the functions in `shown` have seen, in their order, q, k and v."""
+def _attend(module: Any, *inputs: Any, shown: Shown, **options: Any) -> tuple[Tensor, None]:
+    """Attention (SDPA) of q, k, v and a mask after the functions in `shown` have seen q, k and v in turn."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    seen = [query, key, value]
+    seen = list(inputs)
     for function, sites in shown:
         for place, kind in enumerate(ATTENTION):
             if (site := f"layers.{module.layer_idx}.{kind}") in sites:
                 new = function(site, seen[place])
                 seen[place] = seen[place] if new is None else new
-    query, key, value = seen
-    return sdpa_attention_forward(module, query, key, value, mask, **options)
+    return sdpa_attention_forward(module, *seen, **options)
 
 
 @contextmanager

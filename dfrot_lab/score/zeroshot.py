@@ -149,12 +149,8 @@ def _local_task(task: str, path: Path, folder: Path) -> Any:
 
     own, split = TASKS[task]
     override = dict.fromkeys(f"{name}_split" for name in ("training", "validation", "test", "fewshot"))
-    override |= {
-        "include": str(Path(lm_eval.tasks.__file__).parent / own),
-        "task": task,
-        f"{split}_split": split,
-    }
-    override |= {"dataset_path": "json", "dataset_name": None}
+    override |= {"include": str(Path(lm_eval.tasks.__file__).parent / own), "task": task}
+    override |= {"dataset_path": "json", "dataset_name": None, f"{split}_split": split}
     override["dataset_kwargs"] = {"data_files": {split: str(path)}}
     (folder / f"{task}.yaml").write_text(json.dumps(override), encoding="utf-8")  # JSON is YAML
     return TaskManager(include_path=str(folder), include_defaults=False)
