@@ -31,7 +31,6 @@ from dfrot_lab.recipe.specs import (
     WeightSpec,
     recipe_of,
 )
-from dfrot_lab.score import build as building
 from dfrot_lab.score import perplexity as module
 from dfrot_lab.score.build import Built, build, build_key, keep_out, quantized, rounded
 from dfrot_lab.score.perplexity import (
@@ -480,13 +479,13 @@ def test_seconds_of_a_stopped_evaluation_count_all_its_windows(base, store, monk
 
 def test_evaluate_all_builds_once_for_neighbours_that_share_a_model(base, store, tmp_path, monkeypatch):
     built: list[str] = []
-    real = building.build
+    real = module.build
 
     def counted(spec: Recipe, store: Store, *listener: OnPart) -> Built:
         built.append(f"{spec.rotation.name} {spec.bits}")
         return real(spec, store, *listener)
 
-    monkeypatch.setattr(building, "build", counted)
+    monkeypatch.setattr(module, "build", counted)
     specs = [
         at(base, bits, rotation=rotation)
         for rotation in (RO, RH)

@@ -101,10 +101,10 @@ def token_ids(spec: CorpusSpec, tokenizer: "PreTrainedTokenizerBase") -> "Tensor
     """Ids (tokens,) int64 of the whole text; in front a BOS if the tokenizer itself adds one."""
     import torch
 
-    ids = _plain_ids(load_text(spec), tokenizer)
-    if _adds_bos(tokenizer) and ids[:1] != (tokenizer.bos_token_id,):
-        ids = (tokenizer.bos_token_id, *ids)
-    return torch.tensor(ids, dtype=torch.int64)
+    ids, bos = _plain_ids(load_text(spec), tokenizer), tokenizer.bos_token_id
+    with_special, without = (tokenizer("a", add_special_tokens=add).input_ids for add in (True, False))
+    adds_bos = bos is not None and with_special[:1] == [bos] and len(with_special) > len(without)
+    return torch.tensor((bos, *ids) if adds_bos and ids[:1] != (bos,) else ids, dtype=torch.int64)
 
 
 @functools.lru_cache(maxsize=2)
@@ -136,12 +136,6 @@ def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _adds_bos(tokenizer: "PreTrainedTokenizerBase") -> bool:
-    bos = tokenizer.bos_token_id
-    with_special, without = (tokenizer("a", add_special_tokens=add).input_ids for add in (True, False))
-    return bos is not None and with_special[:1] == [bos] and len(with_special) > len(without)
-
-
 def _raw_file(split: str) -> Path | None:
     """The raw file of `valid`, `test` or `train` in $DFROT_LAB_DATA, if it is there."""
     if not os.environ.get(DATA_FOLDER):
@@ -153,28 +147,25 @@ def _raw_file(split: str) -> Path | None:
 
 def _wikitext2_rows(split: str) -> list[str]:
     """The rows of the hub's `wikitext-2-raw-v1`: lines with their ends; a blank line is an empty row."""
-    path = _raw_file(split)
+    path, source = _raw_file(split), "the hub"
     if path is None:
-        rows, source = _hub_rows(split), "the hub"
+        rows = _hub_rows(split)
     else:
-        rows, source = [line if line.strip() else "" for line in _raw_lines(path, split)], str(path)
+        data, source = path.read_bytes(), str(path)
+        found, expected = hashlib.sha256(data).hexdigest(), _WIKITEXT2_SHA256.get(split)
+        if expected not in (None, found):
+            raise ValueError(
+                f"{path} must be WikiText-2's raw {split} split, sha256 {expected}; got {found}: "
+                f"get the file again, or point ${DATA_FOLDER} elsewhere"
+            )
+        lines = StringIO(data.decode("utf-8"))  # str.splitlines would cut at rarer characters too
+        rows = [line if line.strip() else "" for line in lines]
     if len(rows) != _WIKITEXT2_ROWS[split]:
         raise ValueError(
             f"the {split} split of WikiText-2 must have {_WIKITEXT2_ROWS[split]} rows; "
             f"got {len(rows)} from {source}: get it again"
         )
     return rows
-
-
-def _raw_lines(path: Path, split: str) -> list[str]:
-    data = path.read_bytes()
-    found, expected = hashlib.sha256(data).hexdigest(), _WIKITEXT2_SHA256.get(split)
-    if expected not in (None, found):
-        raise ValueError(
-            f"{path} must be WikiText-2's raw {split} split, sha256 {expected}; got {found}: "
-            f"get the file again, or point ${DATA_FOLDER} elsewhere"
-        )
-    return list(StringIO(data.decode("utf-8")))  # str.splitlines would cut at rarer characters too
 
 
 def _hub_rows(split: str) -> list[str]:
@@ -235,10 +226,7 @@ def _file_half(path: Path, split: str) -> str:
     except UnicodeDecodeError as error:
         said = f"CorpusSpec.name must be a text file in UTF-8; got {path} ({error}): convert it"
         raise ValueError(said) from error
-    middle = len(text) // 2
-    for mark in ("\n\n", "\n", " "):
-        places = [m.end() for m in re.finditer(mark, text) if m.end() < len(text)]
-        if places:
-            middle = min(places, key=lambda place: abs(place - len(text) / 2))
-            break
+    ends = ([m.end() for m in re.finditer(mark, text) if m.end() < len(text)] for mark in ("\n\n", "\n", " "))
+    places = next(filter(None, ends), [len(text) // 2])
+    middle = min(places, key=lambda place: abs(place - len(text) / 2))
     return text[:middle] if split == "calibration" else text[middle:]

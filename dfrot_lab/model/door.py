@@ -12,11 +12,11 @@ S = TypeVar("S", bound=Spec)
 
 
 def resolved(spec: S) -> S:
-    """`spec` with the text and device of every nested spec said: no `auto` is left. ValueError if not here."""
+    """`spec` without an `auto`: every text and device in it named. ValueError for one that is not here."""
     if isinstance(spec, CorpusSpec):
         return cast(S, corpus.resolve(spec))
     if isinstance(spec, ModelSpec):
-        return spec.with_(device=loading.device()) if spec.device == "auto" else spec
+        return cast(S, loading.placed(spec))
     inner = {name: value for name, value in spec if isinstance(value, Spec)}
     changed = {name: new for name, value in inner.items() if (new := resolved(value)) is not value}
     return spec.with_(**changed) if changed else spec

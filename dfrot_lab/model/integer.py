@@ -19,6 +19,8 @@ from dfrot_lab.model.loading import LoadedModel, linear
 from dfrot_lab.model.surgery import Transform
 from dfrot_lab.recipe.specs import QuantSpec
 
+Maybe = Transform | None
+
 _ROWS = 512
 """Tokens worked on at once: what is between input, codes, int32 sums and result stays in cache."""
 
@@ -63,7 +65,7 @@ class _Input:
         self.spec = spec
         self.last: _Coded | None = None
 
-    def take(self, x: Tensor, before: Transform | None, spare: Transform | None) -> _Coded:
+    def take(self, x: Tensor, before: Maybe, spare: Maybe) -> _Coded:
         """`x` as codes; what was held before is dropped first."""
         if self.last is None or self.last.of is not x:
             self.last = None
@@ -75,24 +77,13 @@ class _Input:
             self.last = _Coded(x, codes, scale, spare(rows).nonzero().flatten() if spare else None)
         return self.last
 
-    def forget(self) -> None:
-        """Drop the tensors held."""
-        self.last = None
-
 
 class IntegerLinear(nn.Module):
-    """In place of a linear with quantized weights: quantizes its input per token, multiplies codes, scales.
-
-    `before` transforms the input first (R4); rows that `spare` marks (tokens,) go through the float linear.
-    """
+    """In place of a linear with quantized weights: quantizes its input per token, multiplies codes, scales;
+    `before` transforms the input first (R4), rows that `spare` marks (tokens,) stay in floats."""
 
     def __init__(
-        self,
-        original: nn.Linear,
-        weight: Quantized,
-        source: _Input,
-        before: Transform | None,
-        spare: Transform | None,
+        self, original: nn.Linear, weight: Quantized, source: _Input, before: Maybe, spare: Maybe
     ) -> None:
         super().__init__()
         self.original, self.codes, self.scale = original, weight.codes, weight.scale.flatten()
@@ -109,7 +100,7 @@ class IntegerLinear(nn.Module):
             result.copy_(product(codes, self.codes)).mul_(scale).mul_(self.scale)
         if self.original.bias is not None:
             out += self.original.bias
-        if coded.spared is not None and len(coded.spared):
+        if coded.spared is not None:
             rows = x.reshape(-1, x.shape[-1])[coded.spared]
             out[coded.spared] = F.linear(rows, self.original.weight, self.original.bias).to(wide)
         return out.reshape(*x.shape[:-1], -1).to(x.dtype)
@@ -117,12 +108,7 @@ class IntegerLinear(nn.Module):
 
 @contextmanager
 def integer_linears(
-    loaded: LoadedModel,
-    codes: Sequence[Mapping[str, Quantized]],
-    spec: QuantSpec,
-    *,
-    r4: Transform | None = None,
-    spare: Transform | None = None,
+    loaded: LoadedModel, codes: Sequence[Mapping[str, Quantized]], spec: QuantSpec, *, r4: Maybe, spare: Maybe
 ) -> Iterator[None]:
     """While the block runs, every linear is an `IntegerLinear` on `codes` (a layer's, by linear name).
 
@@ -130,7 +116,7 @@ def integer_linears(
     source = _Input(spec)
     after_norm = [name for _, _, names in loaded.roles.feeds for name in names]
     with ExitStack() as stack:
-        stack.callback(source.forget)
+        stack.callback(setattr, source, "last", None)
         for layer, weights in zip(loaded.layers, codes, strict=True):
             for name, weight in weights.items():
                 original = linear(layer, name)

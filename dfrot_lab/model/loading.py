@@ -6,7 +6,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -100,10 +100,9 @@ def device() -> str:
     return name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def device_of(spec: ModelSpec) -> str:
-    """The device of a spec: its own, or what `auto` is here."""
-    own = getattr(spec, "device", "auto")
-    return device() if own == "auto" else str(own)
+def placed(spec: ModelSpec) -> ModelSpec:
+    """`spec` with its device named: its own, or what `auto` is here."""
+    return spec.with_(device=device()) if spec.device == "auto" else spec
 
 
 def device_name() -> str:
@@ -135,11 +134,8 @@ def resolve(spec: ModelSpec) -> tuple[str, Path | str]:
 
 
 def fingerprint(spec: ModelSpec) -> str:
-    """Key of the model's bytes, dtype and kind of device; files that did not change are not read again.
-
-    The device, since at 4 bits a rounding that differs can turn a code: rows of two kinds are not compared.
-    """
-    return model_key(_bytes_key(spec), spec.dtype, device_of(spec))
+    """Key of the model's bytes, dtype and kind of device; files that did not change are not read again."""
+    return model_key(_bytes_key(spec), spec.dtype, placed(spec).device)
 
 
 def _bytes_key(spec: ModelSpec) -> str:
@@ -177,10 +173,8 @@ def load_model(spec: ModelSpec | None = None, store: Store | None = None) -> Loa
 
     A GGUF file is dequantised once into the store (about 20 s for the default model, under 1 s from then on).
     ValueError: an unknown source, an unsupported family, a damaged file. OSError: a hub out of reach."""
-    spec = spec or ModelSpec()
-    where = device_of(spec)
-    spec = spec.with_(device=where)
-    if where == "cuda" and not torch.cuda.is_available():
+    spec = placed(spec or ModelSpec())
+    if spec.device == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             f"ModelSpec.device and {DEVICE} must be cpu or auto where torch sees no GPU; got cuda. "
             "Results stored with it can be read, but nothing computed"
@@ -194,7 +188,7 @@ def load_model(spec: ModelSpec | None = None, store: Store | None = None) -> Loa
     config_of(place, spec)
     model = _from_pretrained(place, spec)
     tokenizer, roles = _tokenizer(str(place), spec.revision, key), roles_of(type(model).__name__)
-    return LoadedModel(model.eval().to(where), tokenizer, roles, spec, name, provenance)
+    return LoadedModel(model.eval().to(spec.device), tokenizer, roles, spec, name, provenance)
 
 
 def config_of(place: Path | str, spec: ModelSpec) -> Any:
@@ -202,11 +196,8 @@ def config_of(place: Path | str, spec: ModelSpec) -> Any:
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    if isinstance(place, Path):
-        config = AutoConfig.from_pretrained(place)
-    else:
-        with _hub_errors(spec.source):
-            config = AutoConfig.from_pretrained(place, revision=spec.revision)
+    with nullcontext() if isinstance(place, Path) else _hub_errors(spec.source):
+        config = AutoConfig.from_pretrained(place, revision=spec.revision)
     causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, type(config).__name__)
     roles_of(str((config.architectures or [causal])[0]))
     return config
@@ -214,17 +205,13 @@ def config_of(place: Path | str, spec: ModelSpec) -> Any:
 
 def _from_pretrained(place: Path | str, spec: ModelSpec) -> Any:
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
 
-    dtype = getattr(torch, spec.dtype)
-    options: dict[str, Any] = {"dtype": dtype, "revision": spec.revision, "output_loading_info": True}
+    options = {"revision": spec.revision, "output_loading_info": True}
     try:
-        with _quiet_loading():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(place, **options)
+        model, found = _quietly(place, dtype=getattr(torch, spec.dtype), **options)
     except (SafetensorError, RuntimeError) as error:
         fault = f"are damaged or not this model's ({error}). Copy or download them again."
         raise ValueError(f"the weights in {place} {fault}") from error
-    model, found = loaded
     if missing := sorted(found["missing_keys"]):  # transformers would go on with random numbers there
         fault = f"lack {len(missing)} tensors, the first {missing[0]}. Copy or download them again."
         raise ValueError(f"the weights in {place} {fault}")
@@ -243,15 +230,15 @@ def _tokenizer(place: str, revision: str | None, _bytes: str) -> Any:
         raise ValueError(said) from error
 
 
-@contextmanager
-def _quiet_loading() -> Iterator[None]:
-    """Turn transformers' own loading bars off for a block: ours says what is being done."""
+def _quietly(place: Path | str, **options: Any) -> Any:
+    """transformers' model without its own loading bars: ours says what is being done."""
+    from transformers import AutoModelForCausalLM
     from transformers.utils import logging as hf_logging
 
     was_on = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()
     try:
-        yield
+        return AutoModelForCausalLM.from_pretrained(place, **options)
     finally:
         if was_on:
             hf_logging.enable_progress_bar()
@@ -279,20 +266,15 @@ def _dequantised(path: Path, key: str, store: Store) -> tuple[Path, str]:
 def _read_gguf(path: Path) -> tuple[Any, Any, str]:
     """The model in float32, its tokenizer, and the kinds of its tensors such as `Q4_1/Q8_0`."""
     import gguf
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoTokenizer, GgufConfig
 
-    quantization: Any = GgufConfig(dequantize=True)
-    options: dict[str, Any] = {"dtype": torch.float32, "quantization_config": quantization}
+    options = {"dtype": torch.float32, "quantization_config": GgufConfig(dequantize=True)}
     try:
-        tensors = gguf.GGUFReader(path).tensors
-        kinds = sorted({t.tensor_type.name for t in tensors} - {"F32"}) or ["F32"]
-        with _quiet_loading():
-            model: Any = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, **options)
-            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        kinds = sorted({t.tensor_type.name for t in gguf.GGUFReader(path).tensors} - {"F32"}) or ["F32"]
+        model = _quietly(path.parent, gguf_file=path.name, **options)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     except (ValueError, OSError, RuntimeError, IndexError, KeyError) as error:
-        said = (
-            f"{path} is not a whole GGUF file ({type(error).__name__}: {error}). Copy or download it again."
-        )
-        raise ValueError(said) from error
+        fault = f"is not a whole GGUF file ({type(error).__name__}: {error}). Copy or download it again."
+        raise ValueError(f"{path} {fault}") from error
     model.config.architectures = [type(model).__name__]  # else only save_pretrained would write it
     return model, tokenizer, "/".join(kinds)

@@ -29,8 +29,8 @@ EDIT_ROWS = 1024
 
 def untie(loaded: LoadedModel) -> None:
     """Give lm_head its own copy of a tied embedding: the two are about to be changed differently."""
-    head, embedding = _ends(loaded)
-    if head.weight is embedding.weight:
+    if is_tied(loaded):
+        head, embedding = _ends(loaded)
         head.weight = nn.Parameter(embedding.weight.detach().clone(), requires_grad=False)
     loaded.config.tie_word_embeddings = False
 
@@ -99,20 +99,16 @@ def fold_gains(loaded: LoadedModel, gains: Mapping[str, Tensor]) -> None:
 
 def norms_are_fused(loaded: LoadedModel) -> bool:
     """Whether every norm gain that R1 must pass is 1."""
-    norms = [norm for norm, _ in _feeds(loaded).values()]
-    return all(
-        bool((norm.weight == 1).all()) for norm in (*norms, linear(loaded.model, loaded.roles.final_norm))
-    )
+    norms = [linear(loaded.model, loaded.roles.final_norm), *(norm for norm, _ in _feeds(loaded).values())]
+    return all(bool((norm.weight == 1).all()) for norm in norms)
 
 
 def rotate_residual(loaded: LoadedModel, R: Tensor) -> None:
     """Fuse R1 = `R` (channels, channels) into embedding, all linears and lm_head. Needs fused norms."""
     _require_untied(loaded)
     if not norms_are_fused(loaded):
-        raise ValueError(
-            "norm gains must be fused (surgery.fuse_norms) before R1: "
-            "a gain that is not 1 does not commute with a rotation"
-        )
+        why = "a gain that is not 1 does not commute with a rotation"
+        raise ValueError(f"norm gains must be fused (surgery.fuse_norms) before R1: {why}")
     R = check(R, loaded.channels).to(loaded.device)
     readers = [reader for _, found in _feeds(loaded).values() for reader in found]
     for module in (*_ends(loaded), *readers):
@@ -178,13 +174,9 @@ def head_size(loaded: LoadedModel) -> int:
 
 @contextmanager
 def online(
-    loaded: LoadedModel,
-    *,
-    r3: bool = False,
-    r4: bool = False,
-    function: At | None = None,
+    loaded: LoadedModel, *, r3: bool = False, r4: bool = False, function: At | None = None,
     sites: Collection[str] | None = None,
-) -> Iterator[None]:
+) -> Iterator[None]:  # fmt: skip
     """While the block runs: R3 on queries and keys, R4 before down_proj, then `function` at `sites` (all)."""
     if r3:
         _require_hadamard(head_size(loaded), "a head's size, so neither R2 nor R3")
@@ -204,18 +196,14 @@ def hadamard(x: Tensor) -> Tensor:
 
 def _require_untied(loaded: LoadedModel) -> None:
     if is_tied(loaded):
-        raise ValueError(
-            "embeddings must be untied (surgery.untie) first: "
-            "lm_head and the embedding are one tensor and would be changed twice"
-        )
+        why = "lm_head and the embedding are one tensor and would be changed twice"
+        raise ValueError(f"embeddings must be untied (surgery.untie) first: {why}")
 
 
 def _require_hadamard(n: int, what: str) -> None:
     if not has_hadamard(n):
-        raise ValueError(
-            f"no Hadamard matrix of order {n} is known here, and that is {what} can be applied: "
-            "evaluate this model with NR only"
-        )
+        said = f"no Hadamard matrix of order {n} is known here, and that is {what} can be applied"
+        raise ValueError(f"{said}: evaluate this model with NR only")
 
 
 def _edit_rows(module: nn.Linear, function: Transform) -> None:
