@@ -1,19 +1,15 @@
-"""The command line: every step of the notebooks as one command. Heavy imports happen inside the commands, so
-that `--help` is instant."""
+"""The command line: every step of the notebooks as one command, which imports what is heavy itself."""
 
 import logging
 import sys
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 
 from dfrot_lab.cli.malloc import keep_freed_memory
 from dfrot_lab.cli.options import Options, app, command, log, show_facts, show_json, show_table
-
-if TYPE_CHECKING:
-    from dfrot_lab.study.setting import Setting
 
 __all__ = ["app"]
 
@@ -56,7 +52,7 @@ def run(said: Options, dry_run: Annotated[bool, typer.Option("--dry-run", help=D
         typer.echo(f"\n{main_figures.report(result)}\nRows, recipes, table, figures and log: {folder}/")
 
 
-def _dry_run(setting: "Setting", as_json: bool) -> None:
+def _dry_run(setting: Any, as_json: bool) -> None:
     from dfrot_lab.study import cost, main, shapes
 
     shape, machines = shapes.shape(setting.model), [cost.measure_machine(), cost.GPU_80GB]

@@ -1,5 +1,4 @@
-"""What commands share: options and the specs they say, output, errors in a line. Nothing heavy is imported
-before it is needed."""
+"""What commands share: options and the specs they say, errors, output. Heavy imports wait until needed."""
 
 import functools
 import inspect
@@ -8,17 +7,12 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from dfrot_lab.recipe import registry, specs
 from dfrot_lab.recipe.specs import CorpusSpec, ModelSpec
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from dfrot_lab.study.setting import Setting
 
 log = logging.getLogger("dfrot_lab")
 
@@ -57,7 +51,7 @@ class Options:
         text = CorpusSpec(name=self.corpus, split="calibration")
         return specs.CaptureSpec(model=self.model_spec, corpus=text, tokens=self.tokens)
 
-    def setting(self, **more: Any) -> "Setting":
+    def setting(self, **more: Any) -> Any:
         """The setting of the main job and the experiments; `more` are further fields of it."""
         from dfrot_lab.study.setting import Setting
 
@@ -65,8 +59,7 @@ class Options:
         return Setting(model=self.model_spec, **same, **more)
 
     def rotation(self, name: str, **fields: Any) -> Any:
-        """The rotation of a row's name or of a safetensors file; gamma, rule and `fields` are set where its
-        method has them."""
+        """The rotation of a row's name, with those of gamma, rule and `fields` it has, or of a file."""
         names = registry.rows()
         if name not in names and Path(name).is_file():
             return specs.RotationSpec(kind="file", path=name)
@@ -99,8 +92,7 @@ class Group(typer.core.TyperGroup):
             formatter.write_dl([(title, ", ".join(names)) for title, names in lists.items()])
 
     def invoke(self, ctx: Any) -> Any:
-        """Run a command; what a user can mend becomes one line and exit code 1, Ctrl-C a promise that is
-        kept."""
+        """Run a command; what a user can mend becomes a line and exit code 1, Ctrl-C a kept promise."""
         try:
             return super().invoke(ctx)
         except (typer.Exit, typer.Abort):
@@ -123,8 +115,7 @@ app = typer.Typer(
 
 
 def command(name: str, options: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Add a function as a command with some of the shared options, which it gets together as its first
-    argument, and options of its own, its other parameters."""
+    """Add a function as a command: its first argument are shared options, the others options of its own."""
     fields, kind = Options.__dataclass_fields__, inspect.Parameter.POSITIONAL_OR_KEYWORD
     taken = [fields[option] for option in options.split()]
     shared = [inspect.Parameter(f.name, kind, default=f.default, annotation=f.type) for f in taken]
@@ -146,8 +137,8 @@ def show_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=1, default=str))
 
 
-def show_table(table: "pd.DataFrame", as_json: bool, about: Mapping[str, Any]) -> None:
-    """A table and facts about it on standard output."""
+def show_table(table: Any, as_json: bool, about: Mapping[str, Any]) -> None:
+    """A pandas table and facts about it on standard output."""
     from dfrot_lab.disk import row_files
 
     if as_json:

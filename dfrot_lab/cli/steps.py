@@ -1,5 +1,4 @@
-"""Commands that say what is here: models, fetch, doctor; and that take one step: capture, errors, refine,
-evaluate, recipe."""
+"""Commands that say what is here (models, fetch, doctor) or take one step (capture, errors, refine, ...)."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -63,10 +62,9 @@ def capture_command(said: Options) -> None:
     """Record every norm's output and find the massive tokens by all rules. --out: their table (.csv,
     .parquet, .json)."""
     from dfrot_lab.disk import row_files
-    from dfrot_lab.observe import massive
-    from dfrot_lab.observe.capture import capture
+    from dfrot_lab.observe import capture, massive
 
-    recorded = capture(said.capture)
+    recorded = capture.capture(said.capture)
     massive.warn(recorded, DEFAULT_RULE)
     table = massive.table(recorded).sort_values("residual_max", ascending=False)
     if said.out:
@@ -84,10 +82,9 @@ def errors_command(
     """Per-token quantization error under NR, RO and RH at every site. --out: the whole table; on screen its
     summary."""
     from dfrot_lab.disk import row_files
-    from dfrot_lab.observe import errors
-    from dfrot_lab.observe.capture import capture
+    from dfrot_lab.observe import capture, errors
 
-    quantizer, recorded = QuantSpec(bits=bits, scheme=scheme), capture(said.capture)
+    quantizer, recorded = QuantSpec(bits=bits, scheme=scheme), capture.capture(said.capture)
     rotations = errors.default_rotations(recorded.channels, said.seed)
     table = errors.token_errors(recorded, rotations, [quantizer], rule=said.rule)
     if said.out:
@@ -131,12 +128,11 @@ def evaluate_command(
     recipe is written beside it."""
     from dfrot_lab.disk import row_files
     from dfrot_lab.maths import tables
-    from dfrot_lab.score import rows
-    from dfrot_lab.score.perplexity import evaluate
+    from dfrot_lab.score import perplexity, rows
 
     kept = RELEASED_KEEP_OUT if keep_out else None
     spec = Recipe.from_yaml(recipe) if recipe else said.recipe(rotation, bits).with_(keep_out=kept)
-    result = evaluate(spec)
+    result = perplexity.evaluate(spec)
     row = rows.row(result)
     if said.out:
         row_files.append(said.out, [row])

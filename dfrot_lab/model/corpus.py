@@ -7,10 +7,11 @@ import logging
 import os
 import re
 from importlib.metadata import version
-from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
+import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from dfrot_lab.disk.atomic import cache_dir, replacing
@@ -18,10 +19,6 @@ from dfrot_lab.disk.digests import digest
 from dfrot_lab.disk.downloads import WIKIPEDIA_XML, fetch
 from dfrot_lab.model.wiki import read_dump, strip_markup
 from dfrot_lab.recipe.specs import WINDOW, CorpusSpec
-
-if TYPE_CHECKING:
-    from torch import Tensor
-    from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +36,6 @@ _WIKITEXT2_SHA256 = {
 VERSION = 1
 """Raise it with any change to how markup is stripped or a text is cut: every number changes with the text."""
 
-SAMPLE_ARTICLES = 106
 SAMPLE_SHA256 = {  # what mwparserfromhell 0.7.2 makes of the two halves
     "calibration": "f89786a34e873065e487a4db437695217296691e9f7b0dc3d378d114e878e467",
     "evaluation": "f920c560543cc5a1a43a1fc69254727ad41a02f910260c2dfc27aa3c140fd479",
@@ -48,36 +44,29 @@ SAMPLE_SHA256 = {  # what mwparserfromhell 0.7.2 makes of the two halves
 
 def resolve(spec: CorpusSpec) -> CorpusSpec:
     """`spec` with `auto` replaced by what is here: `wikitext2` if its raw files are, else `wikipedia-sample`.
-
-    Other names come back unchanged; ValueError for one that is neither a corpus nor a text file."""
+    ValueError for a name that is neither a corpus nor a text file."""
     if spec.name == "auto":
         here = all(_raw_file(split) for split in {"valid", "test", _HALVES.get(spec.split, spec.split)})
-        spec = spec.with_(name=WIKITEXT2 if here else SAMPLE)
-        where = "in" if here else "not in"
-        log.info("Corpus auto is %s: WikiText-2's raw files are %s $%s", spec.name, where, DATA_FOLDER)
-    elif spec.name not in (WIKITEXT2, SAMPLE) and not Path(spec.name).is_file():
-        raise ValueError(
-            f"CorpusSpec.name must be auto, {WIKITEXT2}, {SAMPLE} or the path of a text file; "
-            f"got {spec.name!r}, which is no file here"
-        )
+        name, where = (WIKITEXT2, "in") if here else (SAMPLE, "not in")
+        log.info("Corpus auto is %s: WikiText-2's raw files are %s $%s", name, where, DATA_FOLDER)
+        return spec.with_(name=name)
+    if spec.name not in (WIKITEXT2, SAMPLE) and not Path(spec.name).is_file():
+        rule = f"auto, {WIKITEXT2}, {SAMPLE} or the path of a text file"
+        raise ValueError(f"CorpusSpec.name must be {rule}; got {spec.name!r}, which is no file here")
     return spec
 
 
 def load_text(spec: CorpusSpec) -> str:
-    """The text that `spec` names, whole.
-
-    `wikitext2`: the split's rows joined by blank lines, as GPTQ, QuaRot, SpinQuant and DFRot do.
-    `wikipedia-sample`: the articles at even (`calibration`) or odd (`evaluation`) places of the dump. A text
-    file (UTF-8): what is before or after the paragraph break nearest its middle. ValueError if the corpus has
-    no such split, or a file is not the one it should be; ConnectionError if WikiText-2 is nowhere."""
+    """The whole text that `spec` names. `wikitext2`: the split's rows joined by blank lines, as GPTQ, QuaRot,
+    SpinQuant and DFRot do. `wikipedia-sample`: articles at even (`calibration`) or odd places of the dump. A
+    file (UTF-8): what is before or after the paragraph break nearest its middle. ValueError if there is no
+    such split, or a file is not the one it should be; ConnectionError if WikiText-2 is nowhere."""
     spec = resolve(spec)
     if spec.name == WIKITEXT2:
         return "\n\n".join(_wikitext2_rows(_HALVES.get(spec.split, spec.split)))
     if spec.split not in _HALVES:
-        raise ValueError(
-            f"CorpusSpec.split must be calibration or evaluation for {spec.name} "
-            f"(only {WIKITEXT2} has more); got {spec.split!r}"
-        )
+        rule = f"calibration or evaluation for {spec.name} (only {WIKITEXT2} has more)"
+        raise ValueError(f"CorpusSpec.split must be {rule}; got {spec.split!r}")
     return _sample_half(spec.split) if spec.name == SAMPLE else _file_half(Path(spec.name), spec.split)
 
 
@@ -94,13 +83,11 @@ def fingerprint(spec: CorpusSpec) -> str:
 
 @functools.lru_cache(maxsize=64)
 def _fingerprint(spec: CorpusSpec, _version: int, _bytes: str) -> str:
-    return _sha256(load_text(spec))
+    return hashlib.sha256(load_text(spec).encode()).hexdigest()
 
 
-def token_ids(spec: CorpusSpec, tokenizer: "PreTrainedTokenizerBase") -> "Tensor":
+def token_ids(spec: CorpusSpec, tokenizer: Any) -> Tensor:
     """Ids (tokens,) int64 of the whole text; in front a BOS if the tokenizer itself adds one."""
-    import torch
-
     ids, bos = _plain_ids(load_text(spec), tokenizer), tokenizer.bos_token_id
     with_special, without = (tokenizer("a", add_special_tokens=add).input_ids for add in (True, False))
     adds_bos = bos is not None and with_special[:1] == [bos] and len(with_special) > len(without)
@@ -108,32 +95,23 @@ def token_ids(spec: CorpusSpec, tokenizer: "PreTrainedTokenizerBase") -> "Tensor
 
 
 @functools.lru_cache(maxsize=2)
-def _plain_ids(text: str, tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
+def _plain_ids(text: str, tokenizer: Any) -> tuple[int, ...]:
     """Ids without special tokens, kept: every row of a table is scored on the same text."""
     # verbose=False: no warning about a text longer than the model's context, which is what we want here
     return tuple(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
 
 
-def token_blocks(
-    spec: CorpusSpec, tokenizer: "PreTrainedTokenizerBase", *, blocks: int, window: int = WINDOW
-) -> "Tensor":
-    """The first `blocks` whole windows of the text tokenised whole, (blocks, window) int64.
-
-    BOS is in the first window only, as in the published perplexities. ValueError for more than there are."""
+def token_blocks(spec: CorpusSpec, tokenizer: Any, *, blocks: int, window: int = WINDOW) -> Tensor:
+    """The first `blocks` whole windows of the text tokenised whole, (blocks, window) int64: BOS in the first
+    alone, as in the published perplexities. ValueError for more than there are."""
     if min(blocks, window) < 1:
         raise ValueError(f"token_blocks.blocks and window must be >= 1; got {blocks} and {window}")
     ids = token_ids(spec, tokenizer)
     whole = len(ids) // window
     if blocks > whole:
-        raise ValueError(
-            f"token_blocks.blocks must be <= {whole}: {spec.name} ({spec.split}) has {len(ids)} tokens, "
-            f"{whole} whole windows of {window}; got {blocks}"
-        )
+        there = f"{spec.name} ({spec.split}) has {len(ids)} tokens, {whole} whole windows of {window}"
+        raise ValueError(f"token_blocks.blocks must be <= {whole}: {there}; got {blocks}")
     return ids[: blocks * window].view(blocks, window)
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _raw_file(split: str) -> Path | None:
@@ -151,20 +129,16 @@ def _wikitext2_rows(split: str) -> list[str]:
     if path is None:
         rows = _hub_rows(split)
     else:
-        data, source = path.read_bytes(), str(path)
-        found, expected = hashlib.sha256(data).hexdigest(), _WIKITEXT2_SHA256.get(split)
+        found, expected = digest(path, "sha256"), _WIKITEXT2_SHA256.get(split)
         if expected not in (None, found):
-            raise ValueError(
-                f"{path} must be WikiText-2's raw {split} split, sha256 {expected}; got {found}: "
-                f"get the file again, or point ${DATA_FOLDER} elsewhere"
-            )
-        lines = StringIO(data.decode("utf-8"))  # str.splitlines would cut at rarer characters too
-        rows = [line if line.strip() else "" for line in lines]
-    if len(rows) != _WIKITEXT2_ROWS[split]:
-        raise ValueError(
-            f"the {split} split of WikiText-2 must have {_WIKITEXT2_ROWS[split]} rows; "
-            f"got {len(rows)} from {source}: get it again"
-        )
+            rule = f"WikiText-2's raw {split} split, sha256 {expected}"
+            advice = f"get the file again, or point ${DATA_FOLDER} elsewhere"
+            raise ValueError(f"{path} must be {rule}; got {found}: {advice}")
+        with path.open(encoding="utf-8", newline="\n") as file:
+            rows, source = [line if line.strip() else "" for line in file], str(path)
+    if len(rows) != (wanted := _WIKITEXT2_ROWS[split]):
+        got = f"got {len(rows)} from {source}: get it again"
+        raise ValueError(f"the {split} split of WikiText-2 must have {wanted} rows; {got}")
     return rows
 
 
@@ -176,21 +150,18 @@ def _hub_rows(split: str) -> list[str]:
     try:
         return list(load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=name)["text"])
     except (OSError, ValueError) as error:  # either, by how the network fails and what is cached
-        raise ConnectionError(
-            f"WikiText-2 is not here and could not be loaded from the hub ({error}): "
-            f"set ${DATA_FOLDER} to a folder with wiki.{split}.raw, or use the corpus {SAMPLE}"
-        ) from error
+        said = f"WikiText-2 is not here and could not be loaded from the hub ({error})"
+        advice = f"set ${DATA_FOLDER} to a folder with wiki.{split}.raw, or use the corpus {SAMPLE}"
+        raise ConnectionError(f"{said}: {advice}") from error
 
 
 def _sample_half(split: str) -> str:
     half = _sample_articles()[list(_HALVES).index(split) :: 2]
     text = "\n\n".join(f" = {a['title']} = \n\n{a['text']}" for a in half)
-    if _sha256(text) != SAMPLE_SHA256[split]:
-        said = (
-            "The %s half of %s is not the text this package knows (sha256 %s, must be %s): "
-            "install mwparserfromhell 0.7.2, or delete %s"
-        )
-        log.warning(said, split, SAMPLE, _sha256(text), SAMPLE_SHA256[split], _sample_file())
+    if (found := hashlib.sha256(text.encode()).hexdigest()) != SAMPLE_SHA256[split]:
+        fault = f"is not the text this package knows (sha256 {found}, must be {SAMPLE_SHA256[split]})"
+        advice = f"install mwparserfromhell 0.7.2, or delete {_sample_file()}"
+        log.warning("The %s half of %s %s: %s", split, SAMPLE, fault, advice)
     return text
 
 
@@ -206,13 +177,7 @@ def _sample_articles() -> list[dict[str, str]]:
             return list(json.loads(path.read_text(encoding="utf-8")))
         except ValueError as error:
             log.warning("%s is damaged (%s): making it again", path, error)
-    raw = read_dump(fetch(WIKIPEDIA_XML))
-    if len(raw) != SAMPLE_ARTICLES:
-        raise ValueError(
-            f"{SAMPLE} must have {SAMPLE_ARTICLES} articles; got {len(raw)}: "
-            "report it, the dump is not the one this package knows"
-        )
-    bar = tqdm(raw, desc="Reading Wikipedia articles", delay=2)
+    bar = tqdm(read_dump(fetch(WIKIPEDIA_XML)), desc="Reading Wikipedia articles", delay=2)
     articles = [{"title": title, "text": strip_markup(text)} for title, text in bar]
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(articles, ensure_ascii=False, indent=0), encoding="utf-8")

@@ -7,10 +7,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Roles:
-    """Which submodule plays which role; a layer's parts are named inside the decoder layer.
-
-    `feeds` holds (site, norm, the linears that alone read that norm's output): from it follow the fusing of
-    gains, R1 and what is quantized."""
+    """Which submodule plays which role, a layer's parts named inside the decoder layer. From `feeds` (site,
+    norm, the linears that alone read its output) follow the fusing of gains, R1 and what is quantized."""
 
     embedding: str = "model.embed_tokens"
     layers: str = "model.layers"

@@ -39,9 +39,8 @@ def sites_of(loaded: LoadedModel, *kinds: str) -> tuple[str, ...]:
 
 @contextmanager
 def at_sites(loaded: LoadedModel, function: At, sites: Collection[str] | None = None) -> Iterator[None]:
-    """While the block runs, `function` sees, and may replace, what is at `sites` (by default all of KINDS).
-
-    Blocks nest: the inner one sees what the outer one put there. All is gone at the end, whatever happens."""
+    """While the block runs, `function` sees, and may replace, what is at `sites` (by default all of KINDS);
+    of nested blocks the inner one sees what the outer one put there."""
     wanted = set(sites_of(loaded) if sites is None else sites)
     if unknown := wanted - set(sites_of(loaded, *ALL_KINDS)):
         known = sites_of(loaded)

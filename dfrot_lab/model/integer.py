@@ -8,10 +8,8 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cache
-from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dfrot_lab.maths.quantizers import Quantized, centred
@@ -26,22 +24,19 @@ _ROWS = 512
 
 
 def fits(spec: QuantSpec) -> bool:
-    """Whether codes less their zero point fit int8: up to 8 bits symmetric, 7 asymmetric; never in the free
-    scheme, whose zero point may lie anywhere."""
+    """Whether codes less their zero point fit int8; in the free scheme the zero point may lie anywhere."""
     return spec.scheme != "free" and spec.bits <= (8 if spec.symmetric else 7)
 
 
 @cache
 def _fast_on_cpu() -> bool:
-    """Whether the CPU has instructions for it: without them (AVX2) torch's int8 product takes 50 times as
-    long as float32's."""
+    """Whether the CPU has instructions for int8: without, torch's product takes 50 times float32's time."""
     return torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """a (m, k) @ b.T for int8 `a` and `b` (n, k): int32 (m, n), exact.
-
-    Where torch has no fast int8 product, it is one of floats that hold every sum exactly."""
+    """a (m, k) @ b.T for int8 `a` and `b` (n, k): int32 (m, n), exact; where torch has no fast int8 product,
+    one of floats that hold every sum exactly."""
     if (len(a) > 16 and a.shape[1] % 8 == 0 and len(b) % 8 == 0) if a.is_cuda else _fast_on_cpu():
         return torch._int_mm(a, b.T)
     largest = a.shape[1] * math.prod(int(x.to(torch.int16).abs().max()) for x in (a, b))
@@ -49,13 +44,8 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return (a.to(exact) @ b.to(exact).T).to(torch.int32)
 
 
-class _Coded(NamedTuple):
-    """An activation as codes less zero points (tokens, channels), scales (tokens, 1), tokens left alone."""
-
-    of: Tensor
-    codes: Tensor
-    scale: Tensor
-    spared: Tensor | None
+_Coded = tuple[Tensor, Tensor, Tensor, Tensor | None]
+"""An activation, its codes less zero points (tokens, channels), scales (tokens, 1), tokens left alone."""
 
 
 class _Input:
@@ -67,14 +57,14 @@ class _Input:
 
     def take(self, x: Tensor, before: Maybe, spare: Maybe) -> _Coded:
         """`x` as codes; what was held before is dropped first."""
-        if self.last is None or self.last.of is not x:
+        if self.last is None or self.last[0] is not x:
             self.last = None
             rows = x.reshape(-1, x.shape[-1])
             codes = torch.empty(rows.shape, dtype=torch.int8, device=x.device)
             parts = zip(rows.split(_ROWS), codes.split(_ROWS), strict=True)
             before = before or (lambda part: part)
             scale = torch.cat([centred(before(part), self.spec, out=out) for part, out in parts])
-            self.last = _Coded(x, codes, scale, spare(rows).nonzero().flatten() if spare else None)
+            self.last = (x, codes, scale, spare(rows).nonzero().flatten() if spare else None)
         return self.last
 
 
@@ -91,18 +81,17 @@ class IntegerLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) to (..., out), in x's dtype."""
-        coded = self.source.take(x, self.before, self.spare)
+        _, all_codes, scales, spared = self.source.take(x, self.before, self.spare)
         # at least float32: an int32 sum, not scaled yet, may be too large for 16 bits
         wide = torch.promote_types(x.dtype, torch.float32)
-        out = x.new_empty(len(coded.codes), len(self.codes), dtype=wide)
-        parts = zip(coded.codes.split(_ROWS), coded.scale.split(_ROWS), out.split(_ROWS), strict=True)
+        out = x.new_empty(len(all_codes), len(self.codes), dtype=wide)
+        parts = zip(all_codes.split(_ROWS), scales.split(_ROWS), out.split(_ROWS), strict=True)
         for codes, scale, result in parts:
             result.copy_(product(codes, self.codes)).mul_(scale).mul_(self.scale)
         if self.original.bias is not None:
             out += self.original.bias
-        if coded.spared is not None:
-            rows = x.reshape(-1, x.shape[-1])[coded.spared]
-            out[coded.spared] = F.linear(rows, self.original.weight, self.original.bias).to(wide)
+        if spared is not None:
+            out[spared] = self.original(x.reshape(-1, x.shape[-1])[spared]).to(wide)
         return out.reshape(*x.shape[:-1], -1).to(x.dtype)
 
 
@@ -110,9 +99,8 @@ class IntegerLinear(nn.Module):
 def integer_linears(
     loaded: LoadedModel, codes: Sequence[Mapping[str, Quantized]], spec: QuantSpec, *, r4: Maybe, spare: Maybe
 ) -> Iterator[None]:
-    """While the block runs, every linear is an `IntegerLinear` on `codes` (a layer's, by linear name).
-
-    `r4` is applied to down_proj's input; `spare` judges the tokens of norm outputs."""
+    """While the block runs, every linear is an `IntegerLinear` on `codes` (a layer's, by linear name); `r4`
+    is applied to down_proj's input, `spare` judges the tokens of norm outputs."""
     source = _Input(spec)
     after_norm = [name for _, _, names in loaded.roles.feeds for name in names]
     with ExitStack() as stack:

@@ -86,10 +86,8 @@ def body(loaded: LoadedModel) -> nn.Module:
 
 def check_tokens(loaded: LoadedModel, window: int) -> None:
     """Refuse windows longer than the model's context."""
-    if window > loaded.context:
-        raise ValueError(
-            f"window must be at most the model's context of {loaded.context} tokens; got {window}"
-        )
+    if window > (most := loaded.context):
+        raise ValueError(f"window must be at most the model's context of {most} tokens; got {window}")
 
 
 def device() -> str:
@@ -127,10 +125,8 @@ def resolve(spec: ModelSpec) -> tuple[str, Path | str]:
         return "gguf", path
     is_hub_name = re.fullmatch(r"[\w.-]+/[\w.-]+(?<!\.gguf)", source)
     hint = f" For a model on the hub say hub:{source}." if is_hub_name else ""
-    raise ValueError(
-        f"ModelSpec.source must be {DEFAULT_MODEL}, a folder, a .gguf file or hub:owner/name; "
-        f"got {source!r}, which is none of them.{hint}"
-    )
+    rule = f"{DEFAULT_MODEL}, a folder, a .gguf file or hub:owner/name"
+    raise ValueError(f"ModelSpec.source must be {rule}; got {source!r}, which is none of them.{hint}")
 
 
 def fingerprint(spec: ModelSpec) -> str:
@@ -169,16 +165,12 @@ def _hub_errors(source: str) -> Iterator[None]:
 
 
 def load_model(spec: ModelSpec | None = None, store: Store | None = None) -> LoadedModel:
-    """Load `spec` in eval mode on its device, or refuse it with the reason.
-
-    A GGUF file is dequantised once into the store (about 20 s for the default model, under 1 s from then on).
+    """Load `spec` in eval mode on its device; a GGUF file is dequantised once into the store (about 20 s).
     ValueError: an unknown source, an unsupported family, a damaged file. OSError: a hub out of reach."""
     spec = placed(spec or ModelSpec())
     if spec.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            f"ModelSpec.device and {DEVICE} must be cpu or auto where torch sees no GPU; got cuda. "
-            "Results stored with it can be read, but nothing computed"
-        )
+        rule = f"ModelSpec.device and {DEVICE} must be cpu or auto where torch sees no GPU; got cuda"
+        raise ValueError(f"{rule}. Results stored with it can be read, but nothing computed")
     kind, place = resolve(spec)
     key, name, provenance = _bytes_key(spec), fingerprint(spec), f"{kind} {place}"
     if kind == "packaged":
@@ -248,8 +240,19 @@ def _dequantised(path: Path, key: str, store: Store) -> tuple[Path, str]:
     """A GGUF file as a folder of float32 safetensors in the store, and words that say what it is."""
 
     def convert(writer: Writer) -> None:
+        import gguf
+        from transformers import AutoTokenizer, GgufConfig
+
         log.info("dequantising %s to float32, once (about 20 s)", path.name)
-        model, tokenizer, types = _read_gguf(path)
+        options = {"dtype": torch.float32, "quantization_config": GgufConfig(dequantize=True)}
+        try:
+            kinds = {tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
+            model = _quietly(path.parent, gguf_file=path.name, **options)
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        except (ValueError, OSError, RuntimeError, IndexError, KeyError) as error:
+            fault = f"is not a whole GGUF file ({type(error).__name__}: {error}). Copy or download it again."
+            raise ValueError(f"{path} {fault}") from error
+        model.config.architectures = [type(model).__name__]  # else only save_pretrained would write it
         tied = set(model._tied_weights_keys or {}) if model.config.tie_word_embeddings else set()
         writer.save_tensors("model", {name: x for name, x in model.state_dict().items() if name not in tied})
         with tempfile.TemporaryDirectory() as scratch:
@@ -257,24 +260,8 @@ def _dequantised(path: Path, key: str, store: Store) -> tuple[Path, str]:
             tokenizer.save_pretrained(scratch, save_jinja_files=False)
             for file in Path(scratch).glob("*.json"):
                 writer.save_json(file.stem, json.loads(file.read_text()))
+        types = "/".join(sorted(kinds - {"F32"})) or "F32"  # such as Q4_1/Q8_0
         writer.note["provenance"] = f"dequantised {types} of {path.name}"
 
     artefact = store.get_or_make("model", {"gguf": key}, convert)
     return artefact.path, str(artefact.manifest["note"]["provenance"])
-
-
-def _read_gguf(path: Path) -> tuple[Any, Any, str]:
-    """The model in float32, its tokenizer, and the kinds of its tensors such as `Q4_1/Q8_0`."""
-    import gguf
-    from transformers import AutoTokenizer, GgufConfig
-
-    options = {"dtype": torch.float32, "quantization_config": GgufConfig(dequantize=True)}
-    try:
-        kinds = sorted({t.tensor_type.name for t in gguf.GGUFReader(path).tensors} - {"F32"}) or ["F32"]
-        model = _quietly(path.parent, gguf_file=path.name, **options)
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    except (ValueError, OSError, RuntimeError, IndexError, KeyError) as error:
-        fault = f"is not a whole GGUF file ({type(error).__name__}: {error}). Copy or download it again."
-        raise ValueError(f"{path} {fault}") from error
-    model.config.architectures = [type(model).__name__]  # else only save_pretrained would write it
-    return model, tokenizer, "/".join(kinds)

@@ -77,15 +77,13 @@ def fuse_norm(norm: nn.Linear, linears: list[nn.Linear]) -> None:
 
 
 def fold_gains(loaded: LoadedModel, gains: Mapping[str, Tensor]) -> None:
-    """Give the norms at some sites gains g (channels,), which their readers take back: W -> W / g.
-
-    Comes after R1, which a gain that is not 1 does not commute with. Site: `layers.12.input_norm`."""
+    """Give the norms at some sites (`layers.12.input_norm`) gains g (channels,), which their readers take
+    back: W -> W / g. After R1, which a gain that is not 1 does not commute with."""
     feeds, wanted = _feeds(loaded), {}
     for site, gain in gains.items():
         if site not in feeds:
-            raise KeyError(
-                f"no norm at site {site!r} in this model; it has {', '.join(list(feeds)[:2])}, ..."
-            )
+            there = ", ".join(list(feeds)[:2])
+            raise KeyError(f"no norm at site {site!r} in this model; it has {there}, ...")
         if gain.shape != (loaded.channels,) or not (gain.isfinite() & (gain != 0)).all():
             rule = f"{loaded.channels} finite numbers that are not 0"
             raise ValueError(f"gains[{site!r}] must be {rule}; got shape {tuple(gain.shape)}, {gain}")
@@ -119,9 +117,8 @@ def rotate_residual(loaded: LoadedModel, R: Tensor) -> None:
 
 
 def rotate_heads(loaded: LoadedModel, R2: Tensor | None = None) -> None:
-    """Fuse R2 into each head's values, v -> v @ R2, and let o_proj take it back; default: Hadamard.
-
-    `R2`: one (head, head) for all, (layers, head, head), or (layers, key-value heads, head, head)."""
+    """Fuse R2 into each head's values, v -> v @ R2, and let o_proj take it back; default: Hadamard. `R2`:
+    one (head, head) for all, (layers, head, head), or (layers, key-value heads, head, head)."""
     head = head_size(loaded)
     if R2 is None:
         _require_hadamard(head, "a head's size, so neither R2 nor R3")
@@ -136,10 +133,9 @@ def rotate_heads(loaded: LoadedModel, R2: Tensor | None = None) -> None:
 
 def _of_each_head(loaded: LoadedModel, R2: Tensor) -> Tensor:
     """`R2` as (layers, key-value heads, head, head) float64, once it is known to fit and to be orthogonal."""
-    head = head_size(loaded)
-    full = (len(loaded.layers), loaded.config.num_key_value_heads, head, head)
-    allowed = (full[2:], (full[0], head, head), full)
-    if R2.shape not in allowed:
+    head, layers = head_size(loaded), len(loaded.layers)
+    full = (layers, loaded.config.num_key_value_heads, head, head)
+    if R2.shape not in (allowed := ((head, head), (layers, head, head), full)):
         raise ValueError(f"R2.shape must be one of {allowed}; got {tuple(R2.shape)}")
     for matrix in R2.reshape(-1, head, head):
         check(matrix, head)

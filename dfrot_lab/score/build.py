@@ -1,7 +1,5 @@
-"""The model of a recipe: rotated, its weights quantized; and, while a block runs, quantized altogether.
-
-Where weights and activations both have codes, linears run in integer arithmetic; with 16-bit weights, and for
-keys and values, values are fake-quantized: rounded to their grid, computed in float."""
+"""The model of a recipe: rotated, its weights quantized; while a block runs, quantized altogether: linears as
+integer products where both sides have codes, all else fake-quantized (rounded to its grid, then float)."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -13,13 +11,12 @@ from torch import Tensor
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.maths.quantizers import fake_quantize, squared_error
 from dfrot_lab.model import corpus, door, hooks, integer, loading, surgery
-from dfrot_lab.model.hooks import At
 from dfrot_lab.model.loading import LoadedModel
 from dfrot_lab.observe import intervene, massive
 from dfrot_lab.recipe import keys
 from dfrot_lab.recipe.specs import KEEP_OUT_COUNTS, Recipe
 from dfrot_lab.rotate import transforms
-from dfrot_lab.rotate.transforms import Context, Transforms
+from dfrot_lab.rotate.transforms import Transforms
 from dfrot_lab.weights import run
 from dfrot_lab.weights.run import LayerCodes, OnPart, nothing
 
@@ -46,7 +43,7 @@ def build(recipe: Recipe, store: Store, on_part: OnPart = nothing) -> Built:
     loaded = loading.load_model(recipe.model, store)
     windows(recipe, loaded)  # before minutes of work on weights: is there that much text, and does it fit?
     surgery.prepare(loaded)
-    made = transforms.fit(recipe, Context(recipe, store, loaded))
+    made = transforms.fit(recipe, transforms.Context(recipe, store, loaded))
     if made.R1 is not None:
         surgery.rotate_residual(loaded, made.R1)
     surgery.fold_gains(loaded, made.gains)
@@ -104,10 +101,9 @@ def keep_out(recipe: Recipe, R: Tensor | None) -> Judge:
 
 @contextmanager
 def quantized(built: Built, recipe: Recipe, *, fake: bool = False) -> Iterator[None]:
-    """While the block runs the built model has the recipe's online rotations, quantization and keep-out.
-
-    Linears are integer products where `is_integer`; with `fake`, and on a GPU, where the passes between the
-    products are slow (0.31 s a window against 0.11 s on an H100), floats on rounded values."""
+    """While the block runs the built model has the recipe's online rotations, quantization and keep-out, with
+    integer products where `is_integer` but for `fake`, and on a GPU, where the passes between them are slow
+    (0.31 s a window against 0.11 s on an H100)."""
     loaded, made, act = built.loaded, built.transforms, recipe.activations
     spare = keep_out(recipe, built.R) if recipe.keep_out else None
     in_integers = is_integer(recipe) and not made.clips and not fake and loaded.device.type == "cpu"
@@ -115,8 +111,8 @@ def quantized(built: Built, recipe: Recipe, *, fake: bool = False) -> Iterator[N
     with ExitStack() as stack:
         if recipe.set_massive:
             other_half = recipe.with_(corpus=recipe.corpus.with_(split="calibration"))
-            means = windows(other_half, loaded)
-            stack.enter_context(intervene.massive_set(loaded, recipe.set_massive, means))
+            ids = windows(other_half, loaded)  # where mean values come from
+            stack.enter_context(intervene.massive_set(loaded, recipe.set_massive, ids))
         if in_integers:
             r4 = surgery.hadamard if made.r4 else None
             stack.enter_context(integer.integer_linears(loaded, built.codes, act, r4=r4, spare=spare))
@@ -129,7 +125,7 @@ def quantized(built: Built, recipe: Recipe, *, fake: bool = False) -> Iterator[N
         yield
 
 
-def rounded(recipe: Recipe, clips: Mapping[str, float], spare: Judge | None) -> At:
+def rounded(recipe: Recipe, clips: Mapping[str, float], spare: Judge | None) -> hooks.At:
     """The function (site, x) -> x that rounds keys, values and the linears' inputs to the grids of `recipe`,
     clipped by `clips` where a site has one; tokens of a norm's output that `spare` marks pass."""
     grids = {site: recipe.activations.with_(clip_ratio=clip) for site, clip in clips.items()}

@@ -1,7 +1,5 @@
-"""What a recipe is worth: perplexity of the quantized model, with its uncertainty.
-
-Perplexity follows the WikiText-2 protocol of GPTQ, QuaRot and DFRot: the text tokenised whole, cut into
-windows, exp(mean over windows of the mean next-token loss)."""
+"""What a recipe is worth: perplexity with its uncertainty, by the WikiText-2 protocol of GPTQ, QuaRot and
+DFRot: the text tokenised whole, cut into windows, exp(mean over windows of the mean next-token loss)."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -17,7 +15,6 @@ from tqdm.auto import tqdm
 from dfrot_lab.disk.artefacts import Artefact, Store, Writer
 from dfrot_lab.maths import statistics
 from dfrot_lab.model import door, loading
-from dfrot_lab.model.loading import LoadedModel
 from dfrot_lab.recipe import keys
 from dfrot_lab.recipe.specs import Recipe
 from dfrot_lab.score.build import Built, build, build_key, quantized, windows
@@ -68,7 +65,7 @@ def paired_difference(a: EvalResult, b: EvalResult) -> tuple[float, tuple[float,
 
 
 @torch.inference_mode()
-def window_loss(loaded: LoadedModel, ids: Tensor) -> float:
+def window_loss(loaded: loading.LoadedModel, ids: Tensor) -> float:
     """Mean next-token loss in nats of one window of token ids (window,), logits in float32."""
     head, ids = loaded.model.get_submodule(loaded.roles.lm_head), ids.to(loaded.device)
     hidden = loading.body(loaded)(ids[None], use_cache=False).last_hidden_state[0, :-1]
@@ -82,11 +79,9 @@ def evaluate(
     spec: Recipe, store: Store | None = None, build_model: Callable[[], Built] | None = None,
     on_part: OnPart = nothing,
 ) -> EvalResult:  # fmt: skip
-    """The losses of a recipe, from the store or computed now; a stopped evaluation goes on at the window it
-    was at.
-
-    `build_model` supplies the built model where one is needed, so that rows can share it; by default it is
-    built here. `on_part` is called after each window that is kept, and may raise to stop there."""
+    """The losses of a recipe, from the store or computed now, from the window on that was reached before.
+    `build_model` supplies the built model where one is needed, so that rows can share it (default: `build`);
+    `on_part` is called after each window that is kept, and may raise to stop there."""
     store, spec = store or Store(), door.resolved(spec).canonical()
 
     def make(writer: Writer) -> None:
@@ -136,11 +131,8 @@ def evaluate_all(
     on_result: Callable[[EvalResult], None] | None = None,
     on_part: OnPart = nothing,
 ) -> list[EvalResult]:  # fmt: skip
-    """`evaluate` for each recipe in turn; neighbours that share a built model build it once, and what is
-    stored builds nothing.
-
-    `on_part` is told of each finished window, and of each finished layer of weights; what it raises stops the
-    work there, with all that kept."""
+    """`evaluate` for each recipe in turn; neighbours that share a built model build it once. `on_part` is
+    told of each finished window and layer of weights, and may raise to stop there."""
     store, found = store or Store(), list[EvalResult]()
     kept: dict[str, Built] = {}  # the model built last
 

@@ -1,9 +1,5 @@
-"""Zero-shot accuracy through lm-eval's own tasks: the paper's six, from local files where they are, else from
-the hub.
-
-Local files are `<task>.jsonl` in `zero_shot/` of the folder DFROT_LAB_DATA names, in the field names
-lm-eval's task files read. Each task's result is kept as it is finished; accuracies come with lm-eval's
-standard error, task version and number of items."""
+"""Zero-shot accuracy through lm-eval's own tasks: the paper's six, from the hub or from local files, with the
+fields lm-eval's task files read: `<task>.jsonl` in `zero_shot/` of the folder DFROT_LAB_DATA names."""
 
 import json
 import logging
@@ -50,13 +46,10 @@ def local_file(task: str) -> Path | None:
 def table(
     name: str, spec: Recipe | None, model: ModelSpec, limit: int | None, store: Store | None = None
 ) -> pd.DataFrame:
-    """Accuracy on each task, and the average, of one row called `name`: `spec`'s model, or with None the
-    plain transformers model as loaded.
-
-    Columns: row, task, metric (acc, acc_norm), value, stderr, items, version (of the task), source, then what
-    a results row says of the model. Only the first `limit` items of a task are scored; None takes all. Where
-    some tasks have local files, those are scored and the others left out, with a line that says so; where
-    none has, all come from the hub, and without it this is a ConnectionError."""
+    """Accuracy on each task (its first `limit` items), and the average, of a row called `name`: of `spec`'s
+    model, or with None the plain one. Columns: row, task, metric (acc, acc_norm), value, stderr, items,
+    version (of the task), source, then what a results row says of the model. Tasks without a local file are
+    left out where others have one; where none has, all come from the hub (ConnectionError)."""
     store, model = store or Store(), door.resolved(model)
     # how much text a perplexity takes is nothing to tasks
     recipe = door.resolved(spec.with_(windows=1)).canonical() if spec else None
@@ -89,8 +82,7 @@ def table(
 
 
 def _averages(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The plain mean over tasks of acc, and of acc_norm where a task has it and acc where not; nothing where
-    a task is missing."""
+    """The mean over tasks of acc, and of acc_norm (acc without one); nothing where a task is missing."""
     if {line["task"] for line in lines} != set(TASKS):
         return []
     found = {(line["task"], line["metric"]): line for line in lines}
@@ -110,14 +102,10 @@ def _score(loaded: LoadedModel, task: str, path: Path | None, limit: int | None)
     scores, items = found["results"][task], int(found["n-samples"][task]["effective"])
     source = "local file" if path else "hub"
     about = {"items": items, "version": str(found["versions"][task]), "source": source}
-    lines = []
-    for metric in METRICS:
-        if f"{metric},none" in scores:
-            value = float(scores[f"{metric},none"])
-            # what lm-eval's own formula gives for a mean of zeros and ones
-            stderr = (value * (1 - value) / max(items - 1, 1)) ** 0.5
-            lines.append({"metric": metric, "value": value, "stderr": stderr, **about})
-    return lines
+    values = {name: float(scores[f"{name},none"]) for name in METRICS if f"{name},none" in scores}
+    # lm-eval's own formula for a mean of zeros and ones
+    errors = {name: (value * (1 - value) / max(items - 1, 1)) ** 0.5 for name, value in values.items()}
+    return [{"metric": name, "value": values[name], "stderr": errors[name], **about} for name in values]
 
 
 def _simple_evaluate(loaded: LoadedModel, task: str, path: Path | None, limit: int | None) -> dict[str, Any]:
@@ -136,10 +124,9 @@ def _simple_evaluate(loaded: LoadedModel, task: str, path: Path | None, limit: i
         try:
             return dict(simple_evaluate(model, tasks=[task], limit=limit, **options) or {})
         except OSError as error:
-            raise ConnectionError(
-                f"task {task} is not here and could not be loaded from the hub ({error}). Put {task}.jsonl "
-                "into zero_shot/ of a folder and name the folder in DFROT_LAB_DATA, or go online."
-            ) from error
+            said = f"task {task} is not here and could not be loaded from the hub ({error})"
+            advice = "into zero_shot/ of a folder and name the folder in DFROT_LAB_DATA, or go online."
+            raise ConnectionError(f"{said}. Put {task}.jsonl {advice}") from error
 
 
 def _local_task(task: str, path: Path, folder: Path) -> Any:
