@@ -38,10 +38,15 @@ def checkup(model: ModelSpec, text: CorpusSpec) -> tuple[dict[str, Any], list[st
         f"{DEFAULT_MODEL} download": "fetched" if here else "not fetched yet (about 93 MB; dfrot-lab fetch)",
         "artefacts": ", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items())) or "none yet",
     }
+    cuda = "none: everything runs on the CPU"
+    if torch.cuda.is_available():
+        kernel = _version("fast-hadamard-transform") and "installed"
+        kernel = kernel or "not installed: the torch path is used"
+        cuda = f"{torch.cuda.get_device_name()}, fast-hadamard-transform {kernel}"
     states = {"model": _state(lambda: loading.resolve(model)[0])}
     states["corpus"] = _state(lambda: corpus.resolve(text).name)
     about: dict[str, Any] = {"python": platform.python_version(), "system": platform.platform(terse=True)}
-    about.update(versions=versions, cores=os.cpu_count(), memory=f"{memory / 1e9:.1f} GB", cuda=_cuda())
+    about.update(versions=versions, cores=os.cpu_count(), memory=f"{memory / 1e9:.1f} GB", cuda=cuda)
     about.update(cache=cache, **states)
     absent = [name for name, found in versions.items() if found is None]
     missing = [f"{name} is not installed: pip install -r requirements.txt" for name in absent]
@@ -59,13 +64,6 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _cuda() -> str:
-    if not torch.cuda.is_available():
-        return "none: everything runs on the CPU"
-    kernel = "installed" if _version("fast-hadamard-transform") else "not installed: the torch path is used"
-    return f"{torch.cuda.get_device_name()}, fast-hadamard-transform {kernel}"
 
 
 def _state(resolve: Callable[[], object]) -> str:

@@ -63,10 +63,10 @@ def strip_markup(markup: str) -> str:
     lead, *rest = re.split(rf"^{_HEADING}(\d) (.*)$", text, flags=re.MULTILINE)
     found = zip(rest[::3], rest[1::3], rest[2::3], strict=True)
     sections = _without_appendices([(int(level), title, body.strip()) for level, title, body in found])
-    parts = [lead.strip()]
-    for level, title, body in sections:
-        parts.append(f" {'= ' * level}{title}{' =' * level} \n\n{body}".rstrip("\n"))
-    return "\n\n".join(part for part in parts if part) + "\n"
+    parts = [
+        f" {'= ' * level}{title}{' =' * level} \n\n{body}".rstrip("\n") for level, title, body in sections
+    ]
+    return "\n\n".join(filter(None, [lead.strip(), *parts])) + "\n"
 
 
 def _without_appendices(sections: list[Section]) -> list[Section]:

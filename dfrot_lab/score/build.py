@@ -1,7 +1,7 @@
 """The model of a recipe: rotated, its weights quantized; while a block runs, quantized altogether: linears as
 integer products where both sides have codes, all else fake-quantized (rounded to its grid, then float)."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -12,6 +12,7 @@ from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.maths.quantizers import fake_quantize, squared_error
 from dfrot_lab.model import corpus, door, hooks, integer, loading, surgery
 from dfrot_lab.model.loading import LoadedModel
+from dfrot_lab.model.surgery import Transform
 from dfrot_lab.observe import intervene, massive
 from dfrot_lab.recipe import keys
 from dfrot_lab.recipe.specs import KEEP_OUT_COUNTS, Recipe
@@ -74,12 +75,9 @@ def is_integer(recipe: Recipe) -> bool:
     return recipe.weights.quantizer.bits <= 8 and integer.fits(recipe.activations)
 
 
-Judge = Callable[[Tensor], Tensor]
-"""From a norm's output (..., tokens, channels), which of its tokens (..., tokens) pass unquantised."""
-
-
-def keep_out(recipe: Recipe, R: Tensor | None) -> Judge:
-    """Which tokens pass unquantised: by a rule on the unrotated row x R^T, or so many by a measure."""
+def keep_out(recipe: Recipe, R: Tensor | None) -> Transform:
+    """From a norm's output (..., tokens, channels), which tokens (..., tokens) pass unquantised: by a rule on
+    the unrotated row x R^T, or so many by a measure."""
     rule, count = str(recipe.keep_out), recipe.keep_out_tokens
 
     def unrotated(x: Tensor) -> Tensor:
@@ -125,7 +123,7 @@ def quantized(built: Built, recipe: Recipe, *, fake: bool = False) -> Iterator[N
         yield
 
 
-def rounded(recipe: Recipe, clips: Mapping[str, float], spare: Judge | None) -> hooks.At:
+def rounded(recipe: Recipe, clips: Mapping[str, float], spare: Transform | None) -> hooks.At:
     """The function (site, x) -> x that rounds keys, values and the linears' inputs to the grids of `recipe`,
     clipped by `clips` where a site has one; tokens of a norm's output that `spare` marks pass."""
     grids = {site: recipe.activations.with_(clip_ratio=clip) for site, clip in clips.items()}

@@ -4,7 +4,6 @@ DFRot: the text tokenised whole, cut into windows, exp(mean over windows of the 
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -76,16 +75,18 @@ def window_loss(loaded: loading.LoadedModel, ids: Tensor) -> float:
 
 
 def evaluate(
-    spec: Recipe, store: Store | None = None, build_model: Callable[[], Built] | None = None,
-    on_part: OnPart = nothing,
-) -> EvalResult:  # fmt: skip
+    spec: Recipe, store: Store | None = None, on_part: OnPart = nothing, kept: dict[str, Built] | None = None
+) -> EvalResult:
     """The losses of a recipe, from the store or computed now, from the window on that was reached before.
-    `build_model` supplies the built model where one is needed, so that rows can share it (default: `build`);
-    `on_part` is called after each window that is kept, and may raise to stop there."""
-    store, spec = store or Store(), door.resolved(spec).canonical()
+    `on_part` is called after each window that is kept, and may raise to stop there; in `kept` the model built
+    last, by its `build_key`, is left for the next recipe."""
+    store, spec, kept = store or Store(), door.resolved(spec).canonical(), {} if kept is None else kept
 
     def make(writer: Writer) -> None:
-        built = build_model() if build_model else build(spec, store, on_part)
+        if (key := build_key(spec)) not in kept:
+            kept.clear()  # frees that model before the next one is built
+            kept[key] = build(spec, store, on_part)
+        built = kept[key]
         losses, seconds = _losses(built, spec, writer, on_part)
         writer.save_json("losses", losses)
         writer.save_json("recipe", spec.plain())
@@ -128,22 +129,13 @@ def _losses(built: Built, spec: Recipe, writer: Writer, on_part: OnPart) -> tupl
 
 def evaluate_all(
     specs: Sequence[Recipe], store: Store | None = None,
-    on_result: Callable[[EvalResult], None] | None = None,
-    on_part: OnPart = nothing,
+    on_result: Callable[[EvalResult], None] | None = None, on_part: OnPart = nothing,
 ) -> list[EvalResult]:  # fmt: skip
     """`evaluate` for each recipe in turn; neighbours that share a built model build it once. `on_part` is
     told of each finished window and layer of weights, and may raise to stop there."""
-    store, found = store or Store(), list[EvalResult]()
-    kept: dict[str, Built] = {}  # the model built last
-
-    def built(spec: Recipe) -> Built:
-        if (key := build_key(spec)) not in kept:
-            kept.clear()  # frees that model before the next one is built
-            kept[key] = build(spec, store, on_part)
-        return kept[key]
-
+    found, kept = list[EvalResult](), dict[str, Built]()
     for spec in specs:
-        found.append(evaluate(spec, store, partial(built, spec), on_part))
+        found.append(evaluate(spec, store, on_part, kept))
         if on_result:
             on_result(found[-1])
     return found

@@ -32,7 +32,6 @@ TASKS = {
 """lm-eval's own task file, and the split it is scored on."""
 METRICS = ("acc", "acc_norm")
 AVERAGE = "average of six"
-BATCH = 16
 KIND = "zero-shot"
 
 
@@ -116,7 +115,7 @@ def _simple_evaluate(loaded: LoadedModel, task: str, path: Path | None, limit: i
 
     # it warns that a model is no name, and that it cannot check a device it does not choose
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    own: dict[str, Any] = {"pretrained": loaded.model, "tokenizer": loaded.tokenizer, "batch_size": BATCH}
+    own: dict[str, Any] = {"pretrained": loaded.model, "tokenizer": loaded.tokenizer, "batch_size": 16}
     model = HFLM(**own, device=str(loaded.device), max_length=loaded.context)
     with tempfile.TemporaryDirectory() as folder:
         manager = _local_task(task, path, Path(folder)) if path else TaskManager()
