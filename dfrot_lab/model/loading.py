@@ -5,6 +5,8 @@ import logging
 import os
 import re
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -137,7 +139,7 @@ def _bytes_key(spec: ModelSpec) -> str:
     if kind == "packaged":
         return downloads.SMOLLM2_GGUF.member_sha256[:32]
     if kind == "hub":
-        return content_key([place, _hub_commit(str(place), spec)])
+        return content_key([place, _hub_commit(str(place), spec.revision)])
     if kind == "gguf":
         return digest(place)
     files = sorted(f for f in Path(place).iterdir() if f.suffix in MODEL_FILES)
@@ -145,9 +147,21 @@ def _bytes_key(spec: ModelSpec) -> str:
 
 
 @cache
-def _hub_commit(name: str, spec: ModelSpec) -> Any:
-    """The commit of a hub model; one for a whole process."""
-    return config_of(name, spec)._commit_hash
+def _hub_commit(name: str, revision: str | None) -> str | None:
+    """The commit of a hub model, which the path of its cached config holds; one for a whole process."""
+    from transformers.utils.hub import cached_file, extract_commit_hash
+
+    with _hub_errors(f"hub:{name}"):
+        return extract_commit_hash(cached_file(name, "config.json", revision=revision), None)
+
+
+@contextmanager
+def _hub_errors(source: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        advice = "Check the network and the name, or give a local folder."
+        raise OSError(f"cannot read {source} from the hub ({error}). {advice}") from error
 
 
 def load_model(spec: ModelSpec | None = None, store: Store | None = None) -> LoadedModel:
@@ -174,13 +188,8 @@ def config_of(place: Path | str, spec: ModelSpec) -> Any:
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    try:
+    with nullcontext() if isinstance(place, Path) else _hub_errors(spec.source):
         config = AutoConfig.from_pretrained(place, revision=spec.revision)
-    except OSError as error:
-        if isinstance(place, Path):
-            raise
-        advice = "Check the network and the name, or give a local folder."
-        raise OSError(f"cannot read {spec.source} from the hub ({error}). {advice}") from error
     causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, type(config).__name__)
     roles_of(str((config.architectures or [causal])[0]))
     return config
