@@ -61,9 +61,9 @@ class Options:
     def rotation(self, name: str, **fields: Any) -> Any:
         """The rotation of a row's name, with those of gamma, rule and `fields` it has, or of a file."""
         names = registry.rows()
-        if name not in names and Path(name).is_file():
-            return specs.RotationSpec(kind="file", path=name)
         if name not in names:
+            if Path(name).is_file():
+                return specs.RotationSpec(kind="file", path=name)
             rule = f"{', '.join(names)}, or an existing safetensors file"
             raise ValueError(f"--rotation must be {rule}; got {name!r}")
         spec = registry.spec_of(name, seed=self.seed, capture=self.capture)
@@ -72,9 +72,9 @@ class Options:
 
     def recipe(self, rotation: str, bits: str) -> specs.Recipe:
         """The recipe of a rotation at some bits, weights calibrated on the text's other half."""
-        parts = {"corpus": CorpusSpec(name=self.corpus), "rotation": self.rotation(rotation)}
-        sizes = {"model": self.model_spec, "windows": self.windows}
-        spec = specs.recipe_of(bits, weights=self.weights, **parts, **sizes)
+        text, method = CorpusSpec(name=self.corpus), self.rotation(rotation)
+        parts = {"model": self.model_spec, "corpus": text, "rotation": method, "windows": self.windows}
+        spec = specs.recipe_of(bits, weights=self.weights, **parts)
         return spec.with_(weights=spec.weights.with_(corpus=self.capture.corpus))
 
 

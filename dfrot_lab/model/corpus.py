@@ -127,7 +127,16 @@ def _wikitext2_rows(split: str) -> list[str]:
     """The rows of the hub's `wikitext-2-raw-v1`: lines with their ends; a blank line is an empty row."""
     path, source = _raw_file(split), "the hub"
     if path is None:
-        rows = _hub_rows(split)
+        from datasets import load_dataset
+
+        log.info("Loading the %s split of WikiText-2 from the Hugging Face hub", split)
+        name = {"valid": "validation"}.get(split, split)
+        try:
+            rows = list(load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=name)["text"])
+        except (OSError, ValueError) as error:  # either, by how the network fails and what is cached
+            said = f"WikiText-2 is not here and could not be loaded from the hub ({error})"
+            advice = f"set ${DATA_FOLDER} to a folder with wiki.{split}.raw, or use the corpus {SAMPLE}"
+            raise ConnectionError(f"{said}: {advice}") from error
     else:
         found, expected = digest(path, "sha256"), _WIKITEXT2_SHA256.get(split)
         if expected not in (None, found):
@@ -140,19 +149,6 @@ def _wikitext2_rows(split: str) -> list[str]:
         got = f"got {len(rows)} from {source}: get it again"
         raise ValueError(f"the {split} split of WikiText-2 must have {wanted} rows; {got}")
     return rows
-
-
-def _hub_rows(split: str) -> list[str]:
-    from datasets import load_dataset
-
-    log.info("Loading the %s split of WikiText-2 from the Hugging Face hub", split)
-    name = {"valid": "validation"}.get(split, split)
-    try:
-        return list(load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=name)["text"])
-    except (OSError, ValueError) as error:  # either, by how the network fails and what is cached
-        said = f"WikiText-2 is not here and could not be loaded from the hub ({error})"
-        advice = f"set ${DATA_FOLDER} to a folder with wiki.{split}.raw, or use the corpus {SAMPLE}"
-        raise ConnectionError(f"{said}: {advice}") from error
 
 
 def _sample_half(split: str) -> str:

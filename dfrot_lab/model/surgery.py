@@ -5,8 +5,7 @@ sits in the linears it feeds. So
     embedding E -> E R;  q, k, v, gate, up, lm_head: W -> W R  (their input is x R, and x R (W R)^T = x W^T);
     o, down: W -> R^T W, b -> b R,
 leaves every logit as it was (QuaRot, arXiv 2404.00456, Sec. 3; DFRot, arXiv 2412.00648, Sec. 3.1). The
-embedding is not centred: RMSNorm does not subtract a mean, so centring would change the model. All products
-run in float64 and are cast once."""
+embedding is not centred: RMSNorm does not subtract a mean. Products run in float64 and are cast once."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager

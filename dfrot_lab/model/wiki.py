@@ -36,8 +36,6 @@ _HOLES = (  # what the dropped things, and markup with a mistake in it, leave be
     (r"\n{3,}", "\n\n"),
 )
 
-Section = tuple[int, str, str]
-
 
 def read_dump(path: Path) -> list[tuple[str, str]]:
     """Title and markup of each article of a bz2 MediaWiki XML dump: namespace 0, no redirects."""
@@ -63,21 +61,19 @@ def strip_markup(markup: str) -> str:
     lead, *rest = re.split(rf"^{_HEADING}(\d) (.*)$", text, flags=re.MULTILINE)
     found = zip(rest[::3], rest[1::3], rest[2::3], strict=True)
     sections = _without_appendices([(int(level), title, body.strip()) for level, title, body in found])
-    parts = [
-        f" {'= ' * level}{title}{' =' * level} \n\n{body}".rstrip("\n") for level, title, body in sections
-    ]
+    parts = [f" {'= ' * n}{title}{' =' * n} \n\n{body}".rstrip("\n") for n, title, body in sections]
     return "\n\n".join(filter(None, [lead.strip(), *parts])) + "\n"
 
 
-def _without_appendices(sections: list[Section]) -> list[Section]:
+def _without_appendices(sections: list[tuple[int, str, str]]) -> list[tuple[int, str, str]]:
     """The (level, title, body) that hold prose: no reference lists and what is under them, no empty ones."""
-    prose, hidden = [], math.inf
+    prose, hidden = list[tuple[int, str, str]](), math.inf
     for level, title, body in sections:
         if level <= hidden:
             hidden = level if _APPENDIX.fullmatch(title) else math.inf
             if hidden == math.inf:
                 prose.append((level, title, body))
-    kept: list[Section] = []
+    kept = list[tuple[int, str, str]]()
     for section in reversed(prose):  # a heading stays with text, or before a deeper one that stays
         if section[2] or (kept and kept[0][0] > section[0]):
             kept.insert(0, section)

@@ -107,9 +107,8 @@ def quantized(built: Built, recipe: Recipe, *, fake: bool = False) -> Iterator[N
     in_integers = is_integer(recipe) and not made.clips and not fake and loaded.device.type == "cpu"
     kinds = [kind for kind, grid in (("k", recipe.keys), ("v", recipe.values)) if grid.bits < 16]
     with ExitStack() as stack:
-        if recipe.set_massive:
-            other_half = recipe.with_(corpus=recipe.corpus.with_(split="calibration"))
-            ids = windows(other_half, loaded)  # where mean values come from
+        if recipe.set_massive:  # mean values come from the text's other half
+            ids = windows(recipe.with_(corpus=recipe.corpus.with_(split="calibration")), loaded)
             stack.enter_context(intervene.massive_set(loaded, recipe.set_massive, ids))
         if in_integers:
             r4 = surgery.hadamard if made.r4 else None

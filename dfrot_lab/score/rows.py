@@ -18,12 +18,12 @@ PACKAGES = ("dfrot_lab", "torch", "transformers")
 @cache
 def commit() -> str | None:
     """The git commit of the code, `+` behind it where files differ from it; None outside a checkout."""
-    command = ["git", "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
+    command, folder = "git describe --always --abbrev=12 --dirty=+ --exclude=*", Path(__file__).parent
     try:
-        run = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+        found = subprocess.check_output(command.split(), cwd=folder, stderr=subprocess.DEVNULL, text=True)
     except (OSError, subprocess.CalledProcessError):
         return None
-    return run.stdout.strip()
+    return found.strip()
 
 
 def row(result: EvalResult) -> dict[str, Any]:
@@ -48,9 +48,8 @@ def statistic_row(result: EvalResult, metric: str, value: float, ci95: Sequence[
 def columns(recipe: Recipe) -> dict[str, Any]:
     """What a row says of its recipe, column by column; `parameters` are what else is not the default."""
     model, weights, rotation = recipe.model, recipe.weights, recipe.rotation
-    shown: dict[str, tuple[str, ...]] = {"model": ("source", "device"), "corpus": ("name",)}
-    shown["weights"] = ("method", "quantizer", "corpus", "windows", "window")
-    rest = [parameters(rotation), *(parameters(getattr(recipe, part), own) for part, own in shown.items())]
+    rest = [parameters(rotation), parameters(model, "source device"), parameters(recipe.corpus, "name")]
+    rest.append(parameters(weights, "method quantizer corpus windows window"))
     said: dict[str, Any] = {"model": model.source, "device": model.device, "corpus": recipe.corpus.name}
     said |= {"method": rotation.method, "rotation": rotation.name, "seed": rotation.first_seed}
     said |= {name: getattr(rotation, name, None) for name in ("gamma", "rule")}
@@ -65,10 +64,10 @@ def columns(recipe: Recipe) -> dict[str, Any]:
     return said | {name: getattr(recipe, name) for name in same}
 
 
-def parameters(spec: Spec, shown: tuple[str, ...] = ("gamma", "rule", "seed", "kind", "model")) -> str:
+def parameters(spec: Spec, shown: str = "gamma rule seed kind model") -> str:
     """What of a spec is not the default and not `shown` elsewhere, in words: `steps=20, quantizer=sym4`."""
-    fields = type(spec).model_fields
-    own = {name: value for name, value in spec if name not in shown and value != fields[name].default}
+    fields, known = type(spec).model_fields, shown.split()
+    own = {name: value for name, value in spec if name not in known and value != fields[name].default}
     return ", ".join(f"{name}={_word(value)}" for name, value in own.items())
 
 

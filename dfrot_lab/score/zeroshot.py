@@ -37,9 +37,8 @@ KIND = "zero-shot"
 
 def local_file(task: str) -> Path | None:
     """The task's items on this machine, or None."""
-    folder = os.environ.get("DFROT_LAB_DATA")
-    path = Path(folder) / "zero_shot" / f"{task}.jsonl" if folder else None
-    return path if path and path.is_file() else None
+    path = Path(os.environ.get("DFROT_LAB_DATA", ""), "zero_shot", f"{task}.jsonl")
+    return path if os.environ.get("DFROT_LAB_DATA") and path.is_file() else None
 
 
 def table(
