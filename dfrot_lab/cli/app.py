@@ -11,7 +11,6 @@ import typer
 from dfrot_lab.cli.malloc import keep_freed_memory
 from dfrot_lab.cli.options import Options, app, command, log, show_facts, show_json, show_table
 from dfrot_lab.recipe import specs
-from dfrot_lab.recipe.specs import CorpusSpec, QuantSpec, Recipe, RotationSpec
 
 ROTATION = "A row of the rotations listed by --help, or a safetensors file with R1."
 BITS = "Weights-activations-KV, such as 4-4-16."
@@ -151,7 +150,7 @@ def fetch(said: Options) -> None:
 
     about = {"model": said.model, "provenance": loading.load_model(said.model_spec).provenance}
     for split in ("calibration", "evaluation"):
-        spec = corpus.resolve(CorpusSpec(name=said.corpus, split=split))
+        spec = corpus.resolve(specs.CorpusSpec(name=said.corpus, split=split))
         about[f"{spec.name} {split}"] = f"{len(corpus.load_text(spec)):,} characters"
     show_facts(about, said.as_json, said.out)
 
@@ -161,7 +160,7 @@ def doctor(said: Options) -> None:
     """Versions, cores, memory, what is cached, what is missing; exit code 1 if the main job could not run."""
     from dfrot_lab.cli.doctor import checkup
 
-    about, missing = checkup(said.model_spec, CorpusSpec(name=said.corpus))
+    about, missing = checkup(said.model_spec, specs.CorpusSpec(name=said.corpus))
     show_facts({**about, "missing": missing or "nothing"}, said.as_json, said.out)
     if missing:
         raise typer.Exit(1)
@@ -194,7 +193,7 @@ def errors_command(
     from dfrot_lab.disk import row_files
     from dfrot_lab.observe import capture, errors
 
-    quantizer, recorded = QuantSpec(bits=bits, scheme=scheme), capture.capture(said.capture)
+    quantizer, recorded = specs.QuantSpec(bits=bits, scheme=scheme), capture.capture(said.capture)
     rotations = errors.default_rotations(recorded.channels, said.seed)
     table = errors.token_errors(recorded, rotations, [quantizer], rule=said.rule)
     if said.out:
@@ -217,9 +216,9 @@ def refine(
     if path.is_dir():
         example = path / "R1.safetensors"
         raise ValueError(f"--out must be a file; {path} is a folder. Say for example {example}")
-    fields: dict[str, Any] = {"init": RotationSpec(kind=init, seed=said.seed), "steps": steps}
+    fields: dict[str, Any] = {"init": specs.RotationSpec(kind=init, seed=said.seed), "steps": steps}
     if variant == "as_released":
-        fields["quantizer"] = QuantSpec()
+        fields["quantizer"] = specs.QuantSpec()
     spec = said.rotation("DFRot", variant=variant, **fields)
     result = refined(spec)
     rotation_files.save(result.R, path, spec)
@@ -241,7 +240,7 @@ def evaluate_command(
     from dfrot_lab.score import perplexity, rows
 
     kept = specs.RELEASED_KEEP_OUT if keep_out else None
-    spec = Recipe.from_yaml(recipe) if recipe else said.recipe(rotation, bits).with_(keep_out=kept)
+    spec = specs.Recipe.from_yaml(recipe) if recipe else said.recipe(rotation, bits).with_(keep_out=kept)
     result = perplexity.evaluate(spec)
     row = rows.row(result)
     if said.out:

@@ -31,19 +31,19 @@ ALL_KINDS = ("residual", *NORM_INPUTS, *KINDS)
 
 
 def sites_of(loaded: LoadedModel, *kinds: str) -> tuple[str, ...]:
-    """The sites of some kinds (by default KINDS), layer by layer; KeyError for a kind that is none."""
+    """The sites of some kinds, layer by layer; KeyError for a kind that is none."""
     if unknown := set(kinds) - set(ALL_KINDS):
         raise KeyError(f"a site's kind must be one of {', '.join(ALL_KINDS)}; got {sorted(unknown)}")
-    return tuple(f"layers.{i}.{kind}" for i in range(len(loaded.layers)) for kind in kinds or KINDS)
+    return tuple(f"layers.{i}.{kind}" for i in range(len(loaded.layers)) for kind in kinds)
 
 
 @contextmanager
 def at_sites(loaded: LoadedModel, function: At, sites: Collection[str] | None = None) -> Iterator[None]:
     """While the block runs, `function` sees, and may replace, what is at `sites` (by default all of KINDS);
     of nested blocks the inner one sees what the outer one put there."""
-    wanted = set(sites_of(loaded) if sites is None else sites)
+    known = sites_of(loaded, *KINDS)
+    wanted = set(known if sites is None else sites)
     if unknown := wanted - set(sites_of(loaded, *ALL_KINDS)):
-        known = sites_of(loaded)
         raise KeyError(f"no site {min(unknown)!r} in this model; it has {known[0]} .. {known[-1]}")
     with ExitStack() as stack:
         for number, layer in enumerate(loaded.layers):

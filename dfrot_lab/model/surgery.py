@@ -8,7 +8,7 @@ leaves every logit as it was (QuaRot, arXiv 2404.00456, Sec. 3; DFRot, arXiv 241
 embedding is not centred: RMSNorm does not subtract a mean. Products run in float64 and are cast once."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import torch
@@ -176,11 +176,8 @@ def online(
     if r3:
         _require_hadamard(head_size(loaded), "a head's size, so neither R2 nor R3")
     kinds = [*(("q", "k") if r3 else ()), *(("down_proj_in",) if r4 else ())]
-    with ExitStack() as stack:
-        if kinds:
-            stack.enter_context(at_sites(loaded, lambda _, x: hadamard(x), sites_of(loaded, *kinds)))
-        if function is not None:
-            stack.enter_context(at_sites(loaded, function, sites))
+    rotated = at_sites(loaded, lambda _, x: hadamard(x), sites_of(loaded, *kinds))
+    with rotated, at_sites(loaded, function, sites) if function else nullcontext():
         yield
 
 

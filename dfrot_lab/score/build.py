@@ -115,10 +115,9 @@ def quantized(built: Built, recipe: Recipe, *, fake: bool = False) -> Iterator[N
             stack.enter_context(integer.integer_linears(loaded, built.codes, act, r4=r4, spare=spare))
         elif act.bits < 16:
             kinds += hooks.LINEAR_INPUTS
-        sites = hooks.sites_of(loaded, *kinds) if kinds else ()
-        online = {"r3": made.r3 and recipe.keys.bits < 16, "r4": made.r4 and not in_integers}
-        function = rounded(recipe, made.clips, spare)
-        stack.enter_context(surgery.online(loaded, **online, function=function, sites=sites))
+        r3, r4_online = made.r3 and recipe.keys.bits < 16, made.r4 and not in_integers
+        function, sites = rounded(recipe, made.clips, spare), hooks.sites_of(loaded, *kinds)
+        stack.enter_context(surgery.online(loaded, r3=r3, r4=r4_online, function=function, sites=sites))
         yield
 
 
