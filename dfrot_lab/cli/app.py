@@ -52,7 +52,7 @@ def run(
     Everything is kept as it is finished: Ctrl-C and the same command goes on. Results go to --out (default:
     runs/<date>/)."""
     from dfrot_lab.disk import row_files
-    from dfrot_lab.show import main_figures
+    from dfrot_lab.show import gallery
     from dfrot_lab.study import main
     from dfrot_lab.study.setting import Setting
 
@@ -68,11 +68,12 @@ def run(
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         log.addHandler(handler)
         result = main.run(setting)
-        main_figures.save_run(result, folder)
+        row_files.write_table(gallery.massive_table(result), folder / "massive-tokens.csv")
+        gallery.save(result, folder / "rows.jsonl", folder / "figures")
         if as_json:
             show_json(row_files.rows(result.table))
         else:
-            typer.echo(f"\n{main_figures.report(result)}\nRows, recipes, table, figures and log: {folder}/")
+            typer.echo(f"\n{gallery.report(result)}\nRows, recipes, table, figures and log: {folder}/")
 
 
 def _dry_run(setting: "Setting", as_json: bool) -> None:
@@ -129,7 +130,7 @@ def figures_command(
     stored is computed: hours, resumable.
 
     --out: another folder for both."""
-    from dfrot_lab.show import gallery, main_figures
+    from dfrot_lab.show import gallery
     from dfrot_lab.study import experiments, main
     from dfrot_lab.study.setting import Setting
 
@@ -137,7 +138,7 @@ def figures_command(
         root = out or Path()
         setting = Setting(model=ModelSpec(source=model), corpus=corpus, seed=seed, windows=windows).resolved()
         tables, pictures = root / "data" / "results", root / "figures" / setting.corpus
-        written = main_figures.save(main.run(setting), tables / f"main-{setting.corpus}.jsonl", pictures)
+        written = gallery.save(main.run(setting), tables / f"main-{setting.corpus}.jsonl", pictures)
         for name in experiments.EXPERIMENTS:
             if name != "main":
                 written += gallery.save_experiment(

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import plotly.graph_objects as go
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
@@ -27,13 +28,10 @@ from dfrot_lab.recipe import registry
 from dfrot_lab.recipe.specs import DEFAULT_MODEL, MASSIVE_RULES, CorpusSpec, Recipe, RefineSpec
 from dfrot_lab.score import rows as score_rows
 from dfrot_lab.score.perplexity import EvalResult
-from dfrot_lab.show import figures, main_figures
-from dfrot_lab.show.markup import visible
-from dfrot_lab.show.perplexity import rows_of
-from dfrot_lab.show.report_plot import scatter_figure
+from dfrot_lab.show import figures, gallery
+from dfrot_lab.show.markup import safe, visible
+from dfrot_lab.show.theme import MASSIVE_COLOUR, ORDINARY_COLOUR
 from dfrot_lab.study import cost, main, paper, runner
-from dfrot_lab.study.cost import Progress
-from dfrot_lab.study.main import MainResult
 from dfrot_lab.study.setting import Setting, figure_site
 
 PACKAGES = ("dfrot-lab", "torch", "transformers", "numpy", "matplotlib", "plotly")
@@ -41,8 +39,16 @@ SHOWN_TOKENS = 15
 """Massive tokens listed, the most extreme first; the rest are counted."""
 HISTORY_LINES = 12
 """Lines of a refinement's history that are listed, first and last among them."""
-SECONDS = {"tokens": 2.0, "errors": 2.0, "figures": 6.0}
-"""Seconds of each part after the capture on 2 cores with the default model."""
+SECONDS = (2.0, 2.0, 6.0)
+"""Seconds of massive tokens, errors and figures, on 2 cores with the default model."""
+PAIRS = (("RO", "RH"), ("NR", "RO"), ("NR", "RH"), ("RH", "DFRot"))
+"""Rotations that the interactive plot compares, the first pair at the start."""
+GREY, CLEAR = "#808080", "rgba(0,0,0,0)"
+AXIS = {"gridcolor": "rgba(128,128,128,0.25)", "zerolinecolor": GREY, "rangemode": "tozero"}
+LAYOUT: dict[str, Any] = {
+    "height": 480, "margin": {"t": 60, "r": 10}, "paper_bgcolor": CLEAR, "plot_bgcolor": CLEAR,
+    "font": {"color": GREY}, "legend": {"orientation": "h", "y": -0.2}, "xaxis": AXIS, "yaxis": AXIS,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,7 @@ class Findings:
     """What a report shows: the main job's result as far as it is stored, the rows that are not, and tables of
     massive tokens and token errors."""
 
-    result: MainResult
+    result: main.MainResult
     missing: list[Recipe]
     massive: pd.DataFrame
     errors: pd.DataFrame
@@ -60,14 +66,14 @@ def collect(setting: Setting, store: Store | None = None) -> Findings:
     """The main results of `setting` that are stored. The capture is recorded if it is missing; nothing else
     is computed that takes long."""
     store, setting = store or Store(), setting.resolved()
-    progress = Progress([cost.preparation(setting, store)[0], *SECONDS.values()])
+    progress = cost.Progress([cost.preparation(setting, store)[0], *SECONDS])
     progress.begin("activations of the first calibration window")
     result = main.stored(setting, store)
     missing = list(dict.fromkeys(row.spec for row in main.rows(setting) if row.spec not in result.found))
     progress.begin("massive tokens")
-    massive = main_figures.massive_table(result)
+    massive = gallery.massive_table(result)
     progress.begin("errors of every token")
-    errors = main_figures.error_table(result)
+    errors = result.errors([figure_site(result.capture.sites)])
     progress.begin("figures and page")
     return Findings(result, missing, massive, errors)
 
@@ -82,12 +88,8 @@ def render(values: Mapping[str, Any]) -> str:
 
     It may load nothing and run only its two scripts, plotly's library and the call of it: its
     Content-Security-Policy names each by its hash."""
-    pages = Environment(
-        loader=PackageLoader("dfrot_lab", "show"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-    )
+    options: dict[str, Any] = {"autoescape": True, "undefined": StrictUndefined, "trim_blocks": True}
+    pages = Environment(loader=PackageLoader("dfrot_lab", "show"), **options)
     pages.filters["sha256"] = lambda script: _base64(hashlib.sha256(script.encode()).digest())
     return pages.get_template("report.html.j2").render(values)
 
@@ -101,11 +103,11 @@ def values(findings: Findings) -> dict[str, Any]:
     result, table, massive = findings.result, findings.result.table, findings.massive
     setting = result.setting
     with figures.theme():
-        drawn = main_figures.main_figures(result, findings.errors)
+        drawn = gallery.main_figures(result, findings.errors)
         pictures = {name: _svg(figure) for name, (figure, _) in drawn.items()}
     return {
         "title": f"DFRot Lab: {named(setting.model.source)}",
-        "massive": main_figures.most_massive(massive),
+        "massive": gallery.most_massive(massive),
         "gap": _gap(findings),
         "about": about(findings),
         "tokens": massive_tokens(massive),
@@ -120,7 +122,7 @@ def values(findings: Findings) -> dict[str, Any]:
         "history": None if result.refinement is None else _history(result.refinement.history),
         "command": command(public(setting)),
         "comparison": tables.comparison(table) if result.found else None,
-        "differences": main_figures.differences(table),
+        "differences": gallery.differences(table),
         "missing": _missing(findings),
         "paper": _paper(list(result.found.values())),
         "model": named(setting.model.source),
@@ -151,7 +153,7 @@ def about(findings: Findings) -> pd.DataFrame:
     origin, own = str(manifest["note"]["provenance"]), setting.model.source != DEFAULT_MODEL
     texts = {split: CorpusSpec(name=setting.corpus, split=split) for split in ("calibration", "evaluation")}
     rows = f"the first {recorded.tokens} calibration tokens"
-    lines: dict[str, Any] = {
+    lines = {
         "model": named(setting.model.source),
         "made from": f"{origin.split(' ', 1)[0]} {named(setting.model.source)}" if own else origin,
         "model's content hash": loading.fingerprint(setting.model),
@@ -171,9 +173,9 @@ def about(findings: Findings) -> pd.DataFrame:
 
 
 def massive_tokens(table: pd.DataFrame) -> pd.DataFrame:
-    """A line a token of `massive.table`, the most extreme first: its text, largest |value|, where, and at how
-    many sites each rule marks it."""
-    top = table.sort_values("residual_max", ascending=False).drop_duplicates("token").set_index("token")
+    """A line a token of `massive_table`: its text, largest |value|, where, and at how many sites each rule
+    marks it."""
+    top = table.drop_duplicates("token").set_index("token")
     shown = {
         "text": top["text"].map(visible),
         "largest |value|": top["residual_max"].map("{:,.0f}".format),
@@ -187,7 +189,7 @@ def massive_tokens(table: pd.DataFrame) -> pd.DataFrame:
 
 def _gap(findings: Findings) -> dict[Hashable, Any] | None:
     """RO - RH at the last bits that are stored: the row of the page's first paragraph."""
-    rows = rows_of(findings.result.table, f"{tables.PERPLEXITY} - RH")
+    rows = figures.rows_of(findings.result.table, f"{tables.PERPLEXITY} - RH")
     own = rows["rotation"].eq("RO") & ~rows["keep_out"].astype(bool)
     rows = rows[own & rows["seed"].eq(findings.result.setting.seed)]
     return None if rows.empty else rows.to_dict("records")[-1]
@@ -195,14 +197,13 @@ def _gap(findings: Findings) -> dict[Hashable, Any] | None:
 
 def _history(history: pd.DataFrame) -> pd.DataFrame:
     places = np.linspace(0, len(history) - 1, min(HISTORY_LINES, len(history))).round().astype(int)
-    return history.iloc[places].round(4).rename(columns={"ordinary": "ordinary"})
+    return history.iloc[places].round(4)
 
 
 def _missing(findings: Findings) -> pd.DataFrame:
     """The rows that are not stored, each with the command that computes it alone."""
-    setting, lines = public(findings.result.setting), []
-    for spec in findings.missing:
-        lines.append((runner.row_name(spec), row_command(setting, spec)))
+    setting = public(findings.result.setting)
+    lines = [(runner.row_name(spec), row_command(setting, spec)) for spec in findings.missing]
     return pd.DataFrame(lines, columns=["row", "alone"])
 
 
@@ -249,9 +250,8 @@ def check_out(path: Path) -> Path:
     if path.is_dir():
         raise ValueError(f"--out must be a file; {path} is a folder. Say for example {path / 'report.html'}")
     if not path.parent.is_dir():
-        raise ValueError(
-            f"--out must be in a folder that is there; got {path}. Make the folder {path.parent} first"
-        )
+        said = f"got {path}. Make the folder {path.parent} first"
+        raise ValueError(f"--out must be in a folder that is there; {said}")
     return path
 
 
@@ -259,3 +259,34 @@ def write(path: Path, text: str) -> None:
     """Put `text` into `path`, whole or not at all: until it is complete, what was there stays."""
     with replacing(check_out(path)) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def scatter_figure(wide: pd.DataFrame) -> go.Figure:
+    """Every token's error under one rotation against another's, to hover over; a menu picks the pair.
+
+    Columns: token, text, massive and one of errors a rotation."""
+    buttons = [_button(wide, *pair) for pair in PAIRS if set(pair) <= set(wide.columns)]
+    start, titles = buttons[0]["args"]
+    plot, texts = go.Figure(), "token " + wide["token"].astype(str) + ": " + wide["text"].map(safe)
+    kinds = (
+        ("ordinary tokens", ~wide["massive"], {"color": ORDINARY_COLOUR, "symbol": "circle", "size": 6}),
+        ("massive tokens", wide["massive"], {"color": MASSIVE_COLOUR, "symbol": "diamond", "size": 11}),
+    )
+    hover = "%{text}<br>%{x:.3g} and %{y:.3g}<extra>%{fullData.name}</extra>"
+    for place, (name, own, marker) in enumerate(kinds):
+        text, marker = texts[own].tolist(), marker | {"opacity": 0.75}
+        look = {"marker": marker, "text": text, "hovertemplate": hover, "name": name}
+        plot.add_scatter(x=start["x"][place], y=start["y"][place], mode="markers", **look)
+    look = {"mode": "lines", "name": "equal", "line": {"dash": "dash", "color": GREY}, "hoverinfo": "skip"}
+    plot.add_scatter(x=start["x"][2], y=start["y"][2], **look)
+    menu = {"buttons": buttons, "x": 0, "y": 1.14, "xanchor": "left", "font": {"color": "#555555"}}
+    return plot.update_layout(LAYOUT, updatemenus=[menu]).update_layout(titles)
+
+
+def _button(wide: pd.DataFrame, x: str, y: str) -> dict[str, Any]:
+    """The menu's entry of a pair: the values of ordinary and massive tokens, the line, the axes' titles."""
+    heavy, top = wide["massive"], float(wide[[x, y]].to_numpy().max()) * 1.05
+    columns = [[wide.loc[~heavy, name].tolist(), wide.loc[heavy, name].tolist(), [0, top]] for name in (x, y)]
+    titles = {"xaxis.title.text": f"E({x})", "yaxis.title.text": f"E({y})"}
+    values = {"x": columns[0], "y": columns[1]}
+    return {"label": f"{y} against {x}", "method": "update", "args": [values, titles]}

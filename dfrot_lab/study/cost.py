@@ -10,7 +10,7 @@ import statistics
 import time
 import timeit
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 
 import pandas as pd
 import torch
@@ -45,8 +45,7 @@ over its rows."""
 
 @dataclass(frozen=True)
 class Machine:
-    """Float32 and float64 flops, int8 operations, bytes read and written in a second; memory; rates'
-    source."""
+    """Float32 and float64 flops, int8 operations, bytes moved in a second; bytes of memory; rates' source."""
 
     name: str
     float_rate: float
@@ -57,9 +56,8 @@ class Machine:
     source: str
 
 
-GPU_80GB = Machine(
-    "one 80 GB GPU", 9.75e12, 4.85e12, 312e12, 1e12, 80e9, "half its data sheet's, not measured"
-)
+SHEET = "half its data sheet's, not measured"
+GPU_80GB = Machine("one 80 GB GPU", 9.75e12, 4.85e12, 312e12, 1e12, 80e9, SHEET)
 """One of the A100 kind; its data sheet says float32 19.5e12, float64 9.7e12, int8 624e12, 2.0e12 bytes/s."""
 TWO_CORES = Machine("2 cores", 150e9, 70e9, 300e9, 8e9, 24e9, "a usual laptop's, not measured")
 """What progress lines assume until the work itself has shown its pace."""
@@ -89,8 +87,7 @@ def _rate(amount: float, work: Callable[[], object]) -> float:
 
 @dataclass(frozen=True)
 class Work:
-    """What a stage does: float32 and float64 flops, int8 operations, bytes moved; bytes of memory at its
-    peak."""
+    """What a stage does: float32 and float64 flops, int8 operations, bytes moved; memory at its peak."""
 
     stage: str
     float_flops: float = 0
@@ -99,27 +96,26 @@ class Work:
     moved: float = 0
     memory: float = field(default=0, kw_only=True)
 
-    @property
-    def amounts(self) -> tuple[float, float, float, float]:
-        """What is done, in the order of a machine's rates."""
-        return self.float_flops, self.double_flops, self.int8_ops, self.moved
-
     def __add__(self, other: "Work") -> "Work":
         """One after the other, under the first one's name."""
-        both = [a + b for a, b in zip(self.amounts, other.amounts, strict=True)]
+        both = [a + b for a, b in zip(_amounts(self), _amounts(other), strict=True)]
         return Work(self.stage, *both, memory=max(self.memory, other.memory))
 
     def times(self, n: float) -> "Work":
         """The same n times over, in the same memory."""
-        return Work(self.stage, *(n * amount for amount in self.amounts), memory=self.memory)
+        return Work(self.stage, *(n * amount for amount in _amounts(self)), memory=self.memory)
 
     def seconds(self, machine: Machine) -> float:
         """How long it takes there."""
-        rates = (machine.float_rate, machine.double_rate, machine.int8_rate, machine.byte_rate)
-        return sum(amount / rate for amount, rate in zip(self.amounts, rates, strict=True))
+        return sum(amount / rate for amount, rate in zip(_amounts(self), _amounts(machine), strict=True))
 
 
-def stages(shape: Shape, recipes: Sequence[Recipe], *, tokens: int = WINDOW) -> list[Work]:
+def _amounts(of: Work | Machine) -> tuple[float, ...]:
+    """Float32 and float64 flops, int8 operations, bytes moved: done, or in a second."""
+    return astuple(of)[1:5]
+
+
+def stages(shape: Shape, recipes: Sequence[Recipe], tokens: int = WINDOW) -> list[Work]:
     """The stages of a main job of `recipes`, in order: one capture and refinement, then a load for each model
     built (rows with equal rotation and weights share one), GPTQ where it is quantized, each row's windows."""
     builds = {(spec.rotation, spec.weights): spec for spec in recipes}.values()
@@ -204,7 +200,7 @@ def integer_window(shape: Shape, tokens: int) -> Work:
 
 def estimate(shape: Shape, machine: Machine, recipes: Sequence[Recipe], tokens: int = WINDOW) -> pd.DataFrame:
     """Seconds, peak memory (GB) and whether the machine has that much, a row a stage; then `total`."""
-    works = stages(shape, recipes, tokens=tokens)
+    works = stages(shape, recipes, tokens)
     lines = [(work.stage, work.seconds(machine), work.memory / 1e9) for work in works]
     table = pd.DataFrame(lines, columns=["stage", "seconds", "memory_gb"])
     table.loc[len(table)] = [TOTAL, table["seconds"].sum(), table["memory_gb"].max()]
@@ -222,22 +218,20 @@ def preparation(setting: Setting, store: Store) -> list[float]:
 def seconds(specs: Sequence[Recipe], store: Store) -> list[float]:
     """Nominal seconds on 2 cores of each recipe: 0 if it is stored, else its windows, with its refinement,
     build and weights where it is the first to need them."""
-    seen: set[str] = set()
-    return [0.0 if perplexity.stored(spec, store) else _missing(spec, store, seen) for spec in specs]
-
-
-def _missing(spec: Recipe, store: Store, seen: set[str]) -> float:
-    """Those of a recipe that is not stored; `seen` are the keys of what will be there by then."""
-    sizes, rotation, key = shape(spec.model), spec.rotation, build.build_key(spec)
-    work = scoring(spec)
-    if key not in seen:
-        work += load(sizes, 1, int(spec.is_rotated))
-        if spec.canonical().weights.corpus and not build.weights_stored(spec, store):
-            work += gptq(sizes, spec.weights.window, spec.weights.windows)
-    if isinstance(rotation, RefineSpec) and rotation.key not in seen and not dfrot.stored(rotation, store):
-        work += refine(sizes, rotation.capture.tokens)
-    seen |= {key, rotation.key}
-    return work.seconds(TWO_CORES)
+    found, ready = [0.0] * len(specs), set[str]()  # ready: keys of what will be there by then
+    for place, spec in enumerate(specs):
+        if perplexity.stored(spec, store):
+            continue
+        work, sizes, rotation, key = scoring(spec), shape(spec.model), spec.rotation, build.build_key(spec)
+        if key not in ready:
+            work += load(sizes, 1, int(spec.is_rotated))
+            if spec.canonical().weights.corpus and not build.weights_stored(spec, store):
+                work += gptq(sizes, spec.weights.window, spec.weights.windows)
+        if isinstance(rotation, RefineSpec) and not (rotation.key in ready or dfrot.stored(rotation, store)):
+            work += refine(sizes, rotation.capture.tokens)
+        ready |= {key, rotation.key}
+        found[place] = work.seconds(TWO_CORES)
+    return found
 
 
 def scoring(spec: Recipe) -> Work:
@@ -254,20 +248,12 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """Says what is being done and how long the rest will take, as log lines."""
+    """Says what is being done and how long the rest will take, as log lines; `costs` are the nominal seconds
+    of its steps."""
 
     def __init__(self, costs: Sequence[float] = ()) -> None:
         self.costs, self.begun, self.at = list(costs), 0, time.perf_counter()
         self.nominal, self.spent = 1.0, 1.0
-
-    def extend(self, costs: Sequence[float]) -> None:
-        """More steps, with their nominal seconds."""
-        self.costs += costs
-
-    @property
-    def left(self) -> float:
-        """Seconds that the steps begun last and not yet begun will take, at the pace so far."""
-        return sum(self.costs[max(self.begun - 1, 0) :]) * self.spent / self.nominal
 
     def begin(self, what: str) -> None:
         """Announce the next step; the pace comes from steps that really ran, not from those the store had."""
@@ -275,8 +261,9 @@ class Progress:
         cost, took = (self.costs[self.begun - 1], now - self.at) if self.begun else (0.0, 0.0)
         if took > 0.1 * cost:
             self.nominal, self.spent = self.nominal + cost, self.spent + took
+        left = sum(self.costs[self.begun :]) * self.spent / self.nominal
         self.begun, self.at = self.begun + 1, now
-        rest = f"about {duration(self.left)} left" if self.left > 1 else "stored"
+        rest = f"about {duration(left)} left" if left > 1 else "stored"
         log.info("[%2d/%d] %s; %s", self.begun, len(self.costs), what, rest)
 
 
@@ -291,9 +278,8 @@ def describe(name: str, shape: Shape, machines: Sequence[Machine], recipes: Sequ
     sizes = f"{shape.layers} layers, C = {shape.channels}, MLP {shape.mlp}, {heads}"
     lines = [f"{name}: {shape.parameters:,} parameters, float32; {sizes}"]
     for m in machines:
-        rates = {"float32": m.float_rate, "float64": m.double_rate, "int8": m.int8_rate}
-        said = ", ".join(f"{what} {rate / 1e9:,.0f}" for what, rate in rates.items())
-        memory = f"{m.byte_rate / 1e9:,.0f} GB/s read and written, {m.memory / 1e9:,.0f} GB"
-        lines.append(f"{m.name}: {said} Gop/s, {memory}; {m.source}")
+        single, double, int8, moved, memory = (f"{rate / 1e9:,.0f}" for rate in astuple(m)[1:6])
+        said = f"float32 {single}, float64 {double}, int8 {int8} Gop/s, {moved} GB/s read and written"
+        lines.append(f"{m.name}: {said}, {memory} GB; {m.source}")
     trust = "Arithmetic at these rates, nothing run: expect the truth within a factor of about 2."
     return "\n".join([*lines, "", pd.DataFrame(columns).to_string(index=False), "", trust])

@@ -21,9 +21,6 @@ PLACE = ("table", "method", "weight_quantizer", "w_a_kv_bits", "metric", "note")
 PUBLISHED = Path(__file__).parents[2] / "data" / "paper" / "published.csv"
 """The published numbers in a checkout; an installed package is without them."""
 
-PERPLEXITY_TABLES = ("T2", "T1", "T2old")
-"""The paper's tables of perplexities, the newest first."""
-
 METHODS = {"NR": "GPTQ", "RO": "QuaRot-RO", "RH": "QuaRot-RH", "DFRot": "DFRot"}
 """The paper's names of our rows; one without rotation has the weight quantizer's name."""
 
@@ -90,7 +87,7 @@ def beside_rows(found: Sequence[EvalResult]) -> pd.DataFrame:
     numbers = published(PUBLISHED)
     measured = ours({"main-table": table, "keep-out": table[table["weights"] == "gptq"]})
     both = beside(numbers[numbers["metric"] == "wikitext2_ppl"], measured).dropna(subset="command")
-    newest = pd.concat([both[both["table"] == source] for source in PERPLEXITY_TABLES])
+    newest = pd.concat([both[both["table"] == source] for source in ("T2", "T1", "T2old")])
     if newest.empty:
         return nothing
     newest = newest.assign(row=newest["method"].map(_row_label), bits=newest["w_a_kv_bits"])
@@ -123,16 +120,14 @@ def spread(both: pd.DataFrame, table: str) -> pd.DataFrame:
 def _perplexities(table: pd.DataFrame, places: Callable[[Row, str], Places]) -> Lines:
     """Perplexity rows where `places`, from a row and the paper's name of its method, says they belong."""
     for row in tables.records(table):
-        bits = str(row["bits"])
-        method = "FP16" if bits == "16-16-16" else METHODS[row["rotation"]]
-        for where, name, weights, note in places(
-            row, method + (".FP16()" if row["keep_out"] is True else "")
-        ):
-            yield (where, name, weights, bits, "wikitext2_ppl", note), row
+        method = "FP16" if row["bits"] == "16-16-16" else METHODS[row["rotation"]]
+        method += ".FP16()" if row["keep_out"] is True else ""
+        for where, name, weights, note in places(row, method):
+            yield (where, name, weights, str(row["bits"]), "wikitext2_ppl", note), row
 
 
-def _keep_out(row: Row, method: str) -> Places:
-    return [] if row["bits"] == "16-16-16" else [("T1", method, "gptq", "")]
+def _keep_out(_row: Row, method: str) -> Places:
+    return [] if method == "FP16" else [("T1", method, "gptq", "")]
 
 
 def _weights(row: Row, method: str) -> Places:
@@ -142,10 +137,9 @@ def _weights(row: Row, method: str) -> Places:
 
 
 def _gamma(row: Row, method: str) -> Places:
-    if method != "DFRot" or row["bits"] != "4-4-16":
-        return []
     figure = {"RH": "F5", "RO": "F6"}[row["init"]]
-    return [(figure, f"DFRot-{row['init']}init", "gptq", f"gamma={row['gamma']:g}")]
+    place = (figure, f"DFRot-{row['init']}init", "gptq", f"gamma={row['gamma']:g}")
+    return [place] if method == "DFRot" and row["bits"] == "4-4-16" else []
 
 
 def _calibration(row: Row, method: str) -> Places:
@@ -159,8 +153,7 @@ def _calibration(row: Row, method: str) -> Places:
 def _main_table(table: pd.DataFrame) -> Lines:
     """The perplexities, and the minutes that DFRot takes beyond RH."""
     yield from _perplexities(table, _weights)
-    of_dfrot = table[(table["rotation"] == "DFRot") & (table["metric"] == tables.PERPLEXITY)]
-    for row in tables.records(of_dfrot.head(1)):
+    for row in tables.records(table[table["rotation"] == "DFRot"])[:1]:
         place = ("T2old", "DFRot", "none", "-", "extra_minutes_A100", "")
         yield place, {**row, "value": row["extra_minutes"]}
 

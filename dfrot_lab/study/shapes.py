@@ -83,22 +83,17 @@ def shape(source: ModelSpec) -> Shape:
         return SHAPES[source.source]
     path = Path(source.source).expanduser()
     if path.suffix == ".gguf" and path.is_file():
-        return _gguf_shape(path)
+        from transformers import AutoConfig
+
+        try:
+            return shape_of(AutoConfig.from_pretrained(path.parent, gguf_file=path.name))
+        except (ValueError, OSError, RuntimeError, LookupError, AttributeError, struct.error) as error:
+            said = f"{path} is not a whole GGUF file of a LLaMA-like model ({type(error).__name__}: {error})"
+            raise ValueError(said) from error
     if (path / "config.json").is_file():  # no weights are needed
         return shape_of(loading.config_of(path, source))
     try:
-        _, place = loading.resolve(source)
+        place = loading.resolve(source)[1]
     except ValueError as error:
         raise ValueError(f"{error} To estimate without a model: {', '.join(SHAPES)}.") from None
     return shape_of(loading.config_of(place, source))
-
-
-def _gguf_shape(path: Path) -> Shape:
-    """The shape that the header of a GGUF file gives; ValueError."""
-    from transformers import AutoConfig
-
-    try:
-        return shape_of(AutoConfig.from_pretrained(path.parent, gguf_file=path.name))
-    except (ValueError, OSError, RuntimeError, LookupError, AttributeError, struct.error) as error:
-        said = f"{path} is not a whole GGUF file of a LLaMA-like model ({type(error).__name__}: {error})"
-        raise ValueError(said) from error
