@@ -159,7 +159,7 @@ def report_command(
     --out: default report.html, in a folder that is there. Shown is what is stored; the capture alone is
     computed if it is missing, and rows that are not stored are named with the command that computes them."""
     from dfrot_lab.show import report
-    from dfrot_lab.study import runner
+    from dfrot_lab.study import main
     from dfrot_lab.study.setting import Setting
 
     with clear_errors():
@@ -167,7 +167,7 @@ def report_command(
         setting = Setting(model=spec, corpus=corpus, seed=seed, windows=windows, gamma=gamma, rule=rule)
         findings = report.collect(setting)
         report.write(path, report.page(findings))
-        missing = [runner.row_name(spec) for spec in findings.missing]
+        missing = [main.row_name(spec) for spec in findings.missing]
         computes = report.command(findings.result.setting) if missing else None
         about = {"out": path, "bytes": path.stat().st_size, "rows not stored": missing}
         show_facts({**about, "which this computes": computes}, None, as_json)

@@ -1,5 +1,4 @@
-"""The figure of each experiment, which draws its table: sweeps over a knob, paired differences, tokens in
-space, the residual stream."""
+"""The figure of each experiment: sweeps over a knob, paired differences, tokens in space."""
 
 from collections.abc import Callable
 from functools import partial
@@ -24,6 +23,7 @@ ORDER_COLOURS = {
     "RO > RH > NR": "#E69F00", "RH > NR > RO": "#AA4499", "RH > RO > NR": "#222222",
 }  # fmt: skip
 """A colour for each order of the errors: green, blue and red are the paper's."""
+SCHEMES = "refined {refined_with}, sign flips: {sign_flips}"
 ORDER_MARKERS = dict(zip(ORDER_COLOURS, "ovDsPX", strict=True))
 
 
@@ -45,8 +45,7 @@ def plot_sweep(rows: pd.DataFrame, x: str, line: str, *, ax: Axes) -> None:
 
 
 def figure_gamma(table: pd.DataFrame) -> Figure:
-    """The paper's Fig. 5 and 6: perplexity against gamma, a panel a start and setting of the bits, with
-    QuaRot's and QuaRot.FP16()'s lines."""
+    """The paper's Fig. 5 and 6: perplexity against gamma by start and bits, with QuaRot's lines."""
     rows = rows_of(table)
     seeds = rows.groupby(["bits", "init"])["seed"].transform("nunique").astype(str)
     title = rows["bits"] + ", start " + rows["init"] + ", seeds: " + seeds
@@ -67,8 +66,7 @@ def _plot_gamma(part: pd.DataFrame, *, ax: Axes) -> None:
 
 
 def figure_keep_out(table: pd.DataFrame) -> Figure:
-    """Table 1 as a picture: perplexity with all tokens quantized and with massive ones kept out (hollow), a
-    marker for each seed, a panel a setting of the bits."""
+    """Table 1: perplexity with all tokens quantized and massive ones kept out (hollow), a marker a seed."""
     rows = rows_of(table[table["rotation"] != "NR"])
     rows = rows.sort_values(["rotation", "keep_out"], ascending=[False, True])
     alone = rows.assign(low=rows["value"], high=rows["value"])  # only paired intervals would count here
@@ -85,8 +83,7 @@ def figure_clip(table: pd.DataFrame) -> Figure:
 
 
 def figure_intervene(table: pd.DataFrame) -> Figure:
-    """What keeping tokens of each window out does to perplexity, against how many and how they are chosen:
-    paired differences, a panel a rotation."""
+    """Paired differences of perplexity against how many tokens of a window are kept out, and chosen how."""
     rows = pd.concat([rows_of(table, f"{PERPLEXITY} - {kind}") for kind in table["rotation"].unique()])
     own = rows["metric"] == f"{PERPLEXITY} - " + rows["rotation"]
     rows = rows.assign(chosen=rows["chosen"].str.replace("_", " "))[own]
@@ -102,8 +99,7 @@ def _plot_kept(part: pd.DataFrame, *, ax: Axes) -> None:
 
 
 def figure_differences(table: pd.DataFrame, label: str, panel: str = "{bits}") -> Figure:
-    """Paired differences of perplexity to RH: left of the line is better. `label` and `panel` name a row's
-    place and panel by its columns, as `str.format` fills them in."""
+    """Paired differences of perplexity to RH; `label` and `panel` are formats, filled by a row's columns."""
     rows = rows_of(table[table["rotation"] != "NR"], f"{PERPLEXITY} - RH")
     entries = rows.to_dict("records")
     labels = [label.format_map(row).replace("_", " ") for row in entries]
@@ -158,8 +154,7 @@ def figure_errors_3d(table: pd.DataFrame) -> Figure:
 
 
 def figure_orders(table: pd.DataFrame) -> Figure:
-    """How many tokens have each order of their errors, at every site. Columns: site (in the model's order),
-    order, tokens."""
+    """How many `tokens` have each `order` of their errors, at every `site` (in the model's order)."""
     fig, ax = plt.subplots(figsize=(10, 3.8))
     places, sites = pd.factorize(table["site"])
     size = dict(zip(ORDER_COLOURS, (14, 14, 20, 36, 56, 80), strict=True))  # the rarer is seen behind
@@ -177,8 +172,7 @@ def figure_orders(table: pd.DataFrame) -> Figure:
 
 
 def figure_massive_activations(table: pd.DataFrame) -> Figure:
-    """Sun et al.: the largest three values and the median by layer; and perplexity with massive values set to
-    zero or to their mean."""
+    """Sun et al.: largest values and median by layer; perplexity with massive values set to 0 or the mean."""
     fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), width_ratios=(3, 2))
     draw_lines(table[table["layer"].notna()], "layer", "value", "metric", markers=False, ax=left)
     left.set(yscale="log", ylabel="|residual stream|", title="Largest values and median")
@@ -217,11 +211,7 @@ FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {
     "calibration": partial(figure_differences, label="{varied} {level}"),
     "zero-shot": figure_zero_shot,
     "clip-sweep": figure_clip,
-    "symmetric-or-not": partial(
-        figure_differences,
-        label="refined {refined_with}, sign flips: {sign_flips}",
-        panel="tested {tested_with}, {bits}",
-    ),
+    "symmetric-or-not": partial(figure_differences, label=SCHEMES, panel="tested {tested_with}, {bits}"),
     "variants": partial(figure_differences, label="{variant}"),
     "massive-activations": figure_massive_activations,
     "massive-magnitudes": figure_magnitudes,

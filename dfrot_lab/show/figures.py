@@ -17,8 +17,7 @@ from dfrot_lab.study.setting import figure_site
 theme = style.theme
 
 FAR = 5.0
-"""A perplexity more than this many times the best is written out instead of drawn: it would squeeze all
-others into one spot."""
+"""A perplexity more than this many times the best is written out: drawn it would squeeze all others."""
 TOKENS: dict[str, Any] = {
     "palette": {"ordinary tokens": style.ORDINARY_COLOUR, "massive tokens": style.MASSIVE_COLOUR},
     "markers": {"ordinary tokens": "o", "massive tokens": "D"},
@@ -38,8 +37,7 @@ TICKS = (0.5, 0.7, 1, 1.5, 2, 3, 4, 6, 10, 16)
 
 
 def rows_of(table: pd.DataFrame, metric: str = tables.PERPLEXITY) -> pd.DataFrame:
-    """The rows of one metric with columns bits, label, and low and high: the interval's bounds, or the value
-    where there is no interval."""
+    """The rows of one metric with columns label, and low and high: the interval's bounds, or the value."""
     rows, entries = table[table["metric"] == metric], tables.records(table, metric)
     bounds = [r["ci95"] if np.ndim(r["ci95"]) else (r["value"], r["value"]) for r in entries]
     low, high = [low for low, _ in bounds], [high for _, high in bounds]
@@ -47,8 +45,8 @@ def rows_of(table: pd.DataFrame, metric: str = tables.PERPLEXITY) -> pd.DataFram
 
 
 def plot_rows(rows: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """One value a row with its interval, rows of one label side by side; hollow where massive tokens are kept
-    out. Columns: label, value, low, high, rotation, keep_out."""
+    """`value` from `low` to `high` a row, of one `label` side by side; hollow where massive tokens are kept
+    out; looks by `rotation`."""
     ax, look = ax or plt.gca(), style.looks(rows["rotation"])
     places, names = pd.factorize(rows["label"])
     for place in range(len(names)):
@@ -114,8 +112,7 @@ def sites_of(table: pd.DataFrame) -> list[str]:
 
 
 def figure_errors(wide: pd.DataFrame) -> Figure:
-    """The paper's Fig. 3: each token's error, a panel a pair of rotations, the table's or the paper's middle
-    sites row by row."""
+    """The paper's Fig. 3: each token's error, a panel a pair of rotations, the middle sites row by row."""
     pairs = [pair for pair in PAIRS if set(pair) <= set(wide.columns)]
     sites = sites_of(wide)[1:3] or sites_of(wide)
     size = (3.5 * len(pairs), 3.4 * len(sites) + 0.4)
@@ -129,8 +126,7 @@ def figure_errors(wide: pd.DataFrame) -> Figure:
 
 
 def plot_massive_values(values: pd.DataFrame, rotation: str, *, ax: Axes | None = None) -> Axes:
-    """One token's values under one rotation, before and after quantization (DFRot, Fig. 4). Columns:
-    rotation, value, quantized."""
+    """One token's `value` before and `quantized` after, under one `rotation` (DFRot, Fig. 4)."""
     part, ax = values[values["rotation"] == rotation], ax or plt.gca()
     error = float(((part["value"] - part["quantized"]) ** 2).sum())
     colour = style.COLOURS.get(rotation, "k")
@@ -159,8 +155,7 @@ def figure_massive_token(values: pd.DataFrame) -> Figure:
 
 
 def plot_value_counts(values: pd.DataFrame, rotation: str, *, ax: Axes | None = None) -> Axes:
-    """How many of one token's values lie where under one rotation, over the grid they are rounded to.
-    Columns: rotation, value, quantized."""
+    """How many of one token's values lie where under one rotation, over the `quantized` grid."""
     part, colour = values[values["rotation"] == rotation], style.COLOURS.get(rotation, "k")
     ax = sns.histplot(part, x="value", bins=60, color=colour, linewidth=0, alpha=1, ax=ax)
     for level in part["quantized"].unique():
@@ -172,8 +167,7 @@ def plot_value_counts(values: pd.DataFrame, rotation: str, *, ax: Axes | None = 
 
 
 def plot_token_roots(errors: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """One token's root error at every site of the model, a line a rotation. Columns: site (two a layer, in
-    their order), rotation, root."""
+    """One token's `root` error at every `site` (two a layer, in their order), a line a `rotation`."""
     layer = pd.factorize(errors["site"])[0] / 2
     ax = style.draw_lines(errors.assign(layer=layer), "layer", "root", "rotation", dashes=False, ax=ax)
     ax.set(xlabel="layer", ylabel="root E(xR)", ylim=(0, None), title="One token, every layer")
@@ -182,8 +176,7 @@ def plot_token_roots(errors: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 
 def plot_seed_spread(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Mean root error of ordinary and of massive tokens, a marker a seed. Columns: kind (of rotation), tokens
-    (ordinary or massive), mean."""
+    """Mean root error by `kind` of rotation and `tokens` (ordinary or massive), a marker a seed."""
     look = {"palette": TOKENS["palette"], "dodge": True, "jitter": False, "size": 7}
     table = table.assign(tokens=table["tokens"] + " tokens")
     ax = sns.stripplot(table, x="kind", y="mean", hue="tokens", **look, ax=ax)
@@ -207,8 +200,7 @@ def plot_residual(maxima: Tensor, median: Tensor, *, ax: Axes | None = None) -> 
 
 
 def plot_history(history: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """A refinement's mean squared error of ordinary and massive rows, step by step. Columns: step, ordinary,
-    massive."""
+    """A refinement's mean squared error of `ordinary` and `massive` rows, `step` by step."""
     table = history.set_index("step")[["ordinary", "massive"]].add_suffix(" rows")
     markers = ["o", "D"] if len(history) < 30 else None  # an accelerated one looks at all rows now and then
     palette = list(TOKENS["palette"].values())
@@ -260,8 +252,7 @@ def plot_predicted_rows(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 
 def plot_logit_errors(steps: pd.DataFrame, tolerance: float, *, ax: Axes | None = None) -> Axes:
-    """Relative error of the logits after each step, on a log axis; red beyond `tolerance`, the dashed line.
-    Columns: step, error."""
+    """Relative `error` of the logits after each `step`, on a log axis; red beyond `tolerance`, dashed."""
     ax = ax or plt.gca()
     floor = min([tolerance, *steps.loc[steps["error"] > 0, "error"]]) / 10
     for place, error in enumerate(steps["error"]):

@@ -24,13 +24,11 @@ from dfrot_lab.study.setting import Setting, figure_site
 log = logging.getLogger(__name__)
 
 SMALL = 5000
-"""Rows up to which an experiment's table is kept as JSON lines, to be read and compared; above it as Parquet,
-beside the figure alone."""
+"""Rows up to which an experiment's table is kept as JSON lines, to be compared; above it as Parquet."""
 
 
 def save_experiment(name: str, table: pd.DataFrame, setting: Setting, at: Path, pictures: Path) -> list[Path]:
-    """Write an experiment's table into `at`, named after it and the corpus, and its figure into `pictures`;
-    what was written."""
+    """Write an experiment's table into `at`, named by it and the corpus, its figure into `pictures`."""
     kept = _file(name, setting, at, "jsonl" if len(table) <= SMALL else "parquet")
     if len(table) <= SMALL:
         row_files.replace(kept, row_files.rows(table))
@@ -140,8 +138,7 @@ def differences(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
 
 
 def report(result: MainResult) -> str:
-    """The main job's findings as text: the most massive token, the table, the paired differences, RO - RH
-    seed by seed."""
+    """The main job's findings as text: the most massive token, the table, paired differences, seeds."""
     setting, table = result.setting, result.table
     said = (
         f"Perplexity on {setting.corpus}, {setting.windows} windows of {setting.window} tokens, with the "

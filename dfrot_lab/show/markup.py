@@ -16,8 +16,7 @@ def visible(text: str) -> str:
 
 
 def safe(text: str) -> str:
-    """A token's text for HTML and for plotly's hover labels: white space visible, markup escaped, so that no
-    token is ever run."""
+    """A token's text for HTML and plotly's hover labels: white space visible, markup escaped."""
     return html.escape(visible(text), quote=True)
 
 

@@ -1,11 +1,11 @@
 """A report to send to a colleague: one HTML file with a model's main results, figures and data inside,
 nothing fetched when it is opened. The page is `report.html.j2`; here its values are collected."""
 
-import base64
 import hashlib
 import io
 import shlex
-from collections.abc import Hashable, Mapping
+from base64 import b64encode
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -31,7 +31,7 @@ from dfrot_lab.score.perplexity import EvalResult
 from dfrot_lab.show import figures, gallery
 from dfrot_lab.show.markup import safe, visible
 from dfrot_lab.show.theme import MASSIVE_COLOUR, ORDINARY_COLOUR
-from dfrot_lab.study import cost, main, paper, runner
+from dfrot_lab.study import cost, main, paper
 from dfrot_lab.study.setting import Setting, figure_site
 
 PACKAGES = ("dfrot-lab", "torch", "transformers", "numpy", "matplotlib", "plotly")
@@ -63,8 +63,7 @@ class Findings:
 
 
 def collect(setting: Setting, store: Store | None = None) -> Findings:
-    """The main results of `setting` that are stored. The capture is recorded if it is missing; nothing else
-    is computed that takes long."""
+    """The main results of `setting` that are stored; of long work the capture alone, if it is missing."""
     store, setting = store or Store(), setting.resolved()
     progress = cost.Progress([cost.preparation(setting, store)[0], *SECONDS])
     progress.begin("activations of the first calibration window")
@@ -90,46 +89,31 @@ def render(values: Mapping[str, Any]) -> str:
     Content-Security-Policy names each by its hash."""
     options: dict[str, Any] = {"autoescape": True, "undefined": StrictUndefined, "trim_blocks": True}
     pages = Environment(loader=PackageLoader("dfrot_lab", "show"), **options)
-    pages.filters["sha256"] = lambda script: _base64(hashlib.sha256(script.encode()).digest())
+    pages.filters["sha256"] = lambda script: b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return pages.get_template("report.html.j2").render(values)
-
-
-def _base64(data: bytes) -> str:
-    return base64.b64encode(data).decode()
 
 
 def values(findings: Findings) -> dict[str, Any]:
     """What the page shows, by the names the template uses."""
     result, table, massive = findings.result, findings.result.table, findings.massive
-    setting = result.setting
+    setting = public(result.setting)
     with figures.theme():
         drawn = gallery.main_figures(result, findings.errors)
         pictures = {name: _svg(figure) for name, (figure, _) in drawn.items()}
+    alone = [(main.row_name(spec), row_command(setting, spec)) for spec in findings.missing]
     return {
-        "title": f"DFRot Lab: {named(setting.model.source)}",
-        "massive": gallery.most_massive(massive),
-        "gap": _gap(findings),
-        "about": about(findings),
-        "tokens": massive_tokens(massive),
-        "shown": SHOWN_TOKENS,
-        "by_sun": massive.loc[massive["sun"], "token"].nunique(),
-        "window": result.capture.tokens,
-        "site": figure_site(result.capture.sites),
-        "quantizer": setting.refine.quantizer.name,
-        "library": Markup(get_plotlyjs()),
-        "plot": scatter_figure(findings.errors).to_plotly_json(),
-        "pictures": pictures,
-        "history": None if result.refinement is None else _history(result.refinement.history),
-        "command": command(public(setting)),
+        "model": setting.model.source, "packaged": result.setting.model.source == DEFAULT_MODEL,
+        "corpus": setting.corpus, "windows": setting.windows, "window": result.capture.tokens,
+        "site": figure_site(result.capture.sites), "quantizer": setting.refine.quantizer.name,
+        "about": about(findings), "command": command(setting),
+        "missing": pd.DataFrame(alone, columns=["row", "alone"]),
+        "massive": gallery.most_massive(massive), "tokens": massive_tokens(massive), "shown": SHOWN_TOKENS,
+        "by_sun": massive.loc[massive["sun"], "token"].nunique(), "gap": _gap(findings),
+        "library": Markup(get_plotlyjs()), "plot": scatter_figure(findings.errors).to_plotly_json(),
+        "pictures": pictures, "history": result.refinement and _history(result.refinement.history),
         "comparison": tables.comparison(table) if result.found else None,
-        "differences": gallery.differences(table),
-        "missing": _missing(findings),
-        "paper": _paper(list(result.found.values())),
-        "model": named(setting.model.source),
-        "packaged": setting.model.source == DEFAULT_MODEL,
-        "corpus": named(setting.corpus),
-        "windows": setting.windows,
-    }
+        "differences": gallery.differences(table), "paper": _paper(list(result.found.values())),
+    }  # fmt: skip
 
 
 def _svg(figure: Figure) -> str:
@@ -137,27 +121,21 @@ def _svg(figure: Figure) -> str:
     data = io.BytesIO()
     figure.savefig(data, format="svg", metadata={"Date": None})
     figures.plt.close(figure)
-    return _base64(data.getvalue())
-
-
-def named(source: str) -> str:
-    """A model or text as a reader of the report needs it: of a file or folder its name, not where it lies on
-    this machine."""
-    return Path(source).name if Path(source).expanduser().exists() else source
+    return b64encode(data.getvalue()).decode()
 
 
 def about(findings: Findings) -> pd.DataFrame:
     """What the report is of, as lines: what, value."""
     setting, recorded = findings.result.setting, findings.result.capture
-    manifest = recorded.artefact.manifest
+    shown, manifest = public(setting), recorded.artefact.manifest
     origin, own = str(manifest["note"]["provenance"]), setting.model.source != DEFAULT_MODEL
     texts = {split: CorpusSpec(name=setting.corpus, split=split) for split in ("calibration", "evaluation")}
     rows = f"the first {recorded.tokens} calibration tokens"
     lines = {
-        "model": named(setting.model.source),
-        "made from": f"{origin.split(' ', 1)[0]} {named(setting.model.source)}" if own else origin,
+        "model": shown.model.source,
+        "made from": f"{origin.split(' ', 1)[0]} {shown.model.source}" if own else origin,
         "model's content hash": loading.fingerprint(setting.model),
-        "text": named(setting.corpus),
+        "text": shown.corpus,
         **{f"{split} text, sha256": corpus.fingerprint(spec) for split, spec in texts.items()},
         "evaluation": f"{setting.windows} windows of {setting.window} tokens",
         "seed of the rotations": setting.seed,
@@ -173,8 +151,7 @@ def about(findings: Findings) -> pd.DataFrame:
 
 
 def massive_tokens(table: pd.DataFrame) -> pd.DataFrame:
-    """A line a token of `massive_table`: its text, largest |value|, where, and at how many sites each rule
-    marks it."""
+    """A line a token of `massive_table`: text, largest |value|, where, at how many sites by each rule."""
     top = table.drop_duplicates("token").set_index("token")
     shown = {
         "text": top["text"].map(visible),
@@ -187,7 +164,7 @@ def massive_tokens(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(shown).join(counts).reset_index()
 
 
-def _gap(findings: Findings) -> dict[Hashable, Any] | None:
+def _gap(findings: Findings) -> Any:
     """RO - RH at the last bits that are stored: the row of the page's first paragraph."""
     rows = figures.rows_of(findings.result.table, f"{tables.PERPLEXITY} - RH")
     own = rows["rotation"].eq("RO") & ~rows["keep_out"].astype(bool)
@@ -198,13 +175,6 @@ def _gap(findings: Findings) -> dict[Hashable, Any] | None:
 def _history(history: pd.DataFrame) -> pd.DataFrame:
     places = np.linspace(0, len(history) - 1, min(HISTORY_LINES, len(history))).round().astype(int)
     return history.iloc[places].round(4)
-
-
-def _missing(findings: Findings) -> pd.DataFrame:
-    """The rows that are not stored, each with the command that computes it alone."""
-    setting = public(findings.result.setting)
-    lines = [(runner.row_name(spec), row_command(setting, spec)) for spec in findings.missing]
-    return pd.DataFrame(lines, columns=["row", "alone"])
 
 
 def _paper(found: list[EvalResult]) -> pd.DataFrame:
@@ -222,8 +192,9 @@ def command(setting: Setting) -> str:
 
 def public(setting: Setting) -> Setting:
     """`setting` with a model's or text's own path cut to its name: what a page that is sent away may say."""
-    model = setting.model.with_(source=named(setting.model.source))
-    return setting.with_(model=model, corpus=named(setting.corpus))
+    said = (setting.model.source, setting.corpus)
+    model, text = (Path(each).name if Path(each).expanduser().exists() else each for each in said)
+    return setting.with_(model=setting.model.with_(source=model), corpus=text)
 
 
 def row_command(setting: Setting, spec: Recipe) -> str:

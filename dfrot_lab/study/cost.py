@@ -39,8 +39,7 @@ on one core, in passes of a copy."""
 CLIP_BYTES, COLUMN_BYTES, EDIT_BYTES, HESSIAN_BYTES = 450, 700, 40, 32
 """Bytes a weight for GPTQ's clip search and columns (timed too), an edit in float64; of a Hessian's entry."""
 STEP_PRODUCTS, STEP_PASSES = 4, 9
-"""A refinement step's products of (C, C) matrices (two with the eigenvectors, two of the turn) and passes
-over its rows."""
+"""A refinement step's products of (C, C) matrices (eigenvectors two, turn two), passes over its rows."""
 
 
 @dataclass(frozen=True)
@@ -248,8 +247,7 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """Says what is being done and how long the rest will take, as log lines; `costs` are the nominal seconds
-    of its steps."""
+    """Logs what is done and how long the rest will take; `costs` are its steps' nominal seconds."""
 
     def __init__(self, costs: Sequence[float] = ()) -> None:
         self.costs, self.begun, self.at = list(costs), 0, time.perf_counter()

@@ -21,7 +21,7 @@ from dfrot_lab.recipe.specs import CorpusSpec, QuantSpec, Recipe, RefineSpec
 from dfrot_lab.rotate import dfrot, steps
 from dfrot_lab.score import perplexity, rows, zeroshot
 from dfrot_lab.study import main
-from dfrot_lab.study.runner import Found, Row, evaluated, joined
+from dfrot_lab.study.main import Found, Row, evaluated, joined
 from dfrot_lab.study.setting import Setting
 
 log = logging.getLogger(__name__)
@@ -30,8 +30,7 @@ GAMMAS = (1.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, float("inf"))
 """The paper's sweep (Fig. 5 and 6)."""
 CLIPS = (0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)
 ROW_COUNTS = (48, 32, 24, 16, 8)
-"""Table 3: rows in units of the window; a model of n layers has 2n of them, and what is beyond is left
-out."""
+"""Table 3: rows in units of the window; a model of n layers has 2n, and what is beyond is left out."""
 SAMPLES = 5
 KEPT = (1, 4, 16, 64)
 SHARE = "share of RO - RH closed"

@@ -1,5 +1,4 @@
-"""The paper's published numbers beside ours: every number it prints, what we measured in its place, the
-command, or the reason there is none."""
+"""The paper's published numbers beside ours: what we measured in each one's place, or why there is none."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,20 +11,18 @@ import pandas as pd
 from dfrot_lab.maths import tables
 from dfrot_lab.score import rows, zeroshot
 from dfrot_lab.score.perplexity import EvalResult
-from dfrot_lab.study.runner import row_label
+from dfrot_lab.study.main import row_label
 from dfrot_lab.study.setting import figure_site
 
 PLACE = ("table", "method", "weight_quantizer", "w_a_kv_bits", "metric", "note")
 """The columns that say which number of the paper a line is, whatever the model."""
-
 PUBLISHED = Path(__file__).parents[2] / "data" / "paper" / "published.csv"
 """The published numbers in a checkout; an installed package is without them."""
-
 METHODS = {"NR": "GPTQ", "RO": "QuaRot-RO", "RH": "QuaRot-RH", "DFRot": "DFRot"}
 """The paper's names of our rows; one without rotation has the weight quantizer's name."""
-
 NINE = "an average of nine tasks, three of which are not among the local six: see the zero-shot rows"
 RIVALS = "copied by the authors from another paper: the rivals are not run here yet"
+NOT_YET = "not measured yet: run the experiment"
 ABSENT = {
     "mmlu": "MMLU's questions are not among the local tasks: `lm_eval` with the hub runs them",
     "acc_average9": NINE,
@@ -72,8 +69,7 @@ def beside(numbers: pd.DataFrame, measured: pd.DataFrame) -> pd.DataFrame:
     and why where there is none."""
     mine = measured.rename(columns={"value": "ours", "model": "our_model"})
     both = numbers.merge(mine, on=list(PLACE), how="left", validate="many_to_one")
-    why = both["metric"].map(ABSENT).fillna(both["method"].map(ABSENT))
-    why = why.fillna("not measured yet: run the experiment")
+    why = both["metric"].map(ABSENT).fillna(both["method"].map(ABSENT)).fillna(NOT_YET)
     return both.assign(why=why.where(both["command"].isna(), ""))
 
 
@@ -136,17 +132,14 @@ def _weights(row: Row, method: str) -> Places:
     return [(where, name, weights, "") for where in ("T2old", "T2")]
 
 
-def _gamma(row: Row, method: str) -> Places:
-    figure = {"RH": "F5", "RO": "F6"}[row["init"]]
-    place = (figure, f"DFRot-{row['init']}init", "gptq", f"gamma={row['gamma']:g}")
-    return [place] if method == "DFRot" and row["bits"] == "4-4-16" else []
-
-
-def _calibration(row: Row, method: str) -> Places:
-    if method != "DFRot" or row["bits"] != "4-4-16" or row["varied"] not in ("sample", "rows"):
+def _refined(row: Row, method: str) -> Places:
+    if method != "DFRot" or row["bits"] != "4-4-16" or row.get("varied") == "text":
         return []
-    is_sample = row["varied"] == "sample"
-    note = f"calibration sample {int(row['level']) + 1}" if is_sample else f"{row['level']} token rows"
+    if "init" in row:
+        figure = {"RH": "F5", "RO": "F6"}[row["init"]]
+        return [(figure, f"DFRot-{row['init']}init", "gptq", f"gamma={row['gamma']:g}")]
+    level, is_sample = row["level"], row["varied"] == "sample"
+    note = f"calibration sample {int(level) + 1}" if is_sample else f"{level} token rows"
     return [("T3", "DFRot", "gptq", note)]
 
 
@@ -182,8 +175,8 @@ def _zero_shot(table: pd.DataFrame) -> Lines:
 _READERS: dict[str, Callable[[pd.DataFrame], Lines]] = {
     "keep-out": partial(_perplexities, places=_keep_out),
     "main-table": _main_table,
-    "gamma-sweep": partial(_perplexities, places=_gamma),
-    "calibration": partial(_perplexities, places=_calibration),
+    "gamma-sweep": partial(_perplexities, places=_refined),
+    "calibration": partial(_perplexities, places=_refined),
     "massive-token": _massive_token,
     "zero-shot": _zero_shot,
 }

@@ -77,8 +77,7 @@ def shape_of(config: Any) -> Shape:
 
 
 def shape(source: ModelSpec) -> Shape:
-    """The shape of a model: a name in `SHAPES`, the config of a folder or of the hub, or a .gguf file's
-    header; else a ValueError."""
+    """The shape of a name in `SHAPES`, a config in a folder or at the hub, a .gguf file; ValueError."""
     if source.source in SHAPES:
         return SHAPES[source.source]
     path = Path(source.source).expanduser()
