@@ -28,10 +28,8 @@ ORDER_MARKERS = dict(zip(ORDER_COLOURS, "ovDsPX", strict=True))
 
 
 def plot_sweep(rows: pd.DataFrame, x: str, line: str, *, ax: Axes) -> None:
-    """A value against one knob, a line a kind through the mean over seeds, each seed a dot.
-
-    Rows as `rows_of` gives them, with columns `x` (drawn evenly spaced, in order of appearance) and `line`.
-    Intervals are drawn for paired differences alone: those of perplexities share the noise of the windows."""
+    """`rows_of` a metric against the knob `x`, a `line` through the mean over seeds, each a dot. Intervals
+    for paired differences alone: those of perplexities share the noise of the windows."""
     places, levels = pd.factorize(rows[x])
     kinds, names = pd.factorize(rows[line])
     colour = rows[line].map(looks(names)["palette"])
@@ -57,9 +55,8 @@ def _plot_gamma(part: pd.DataFrame, *, ax: Axes) -> None:
     plot_sweep(refined, "gamma", "line", ax=ax)
     for name, style in (("QuaRot", "--"), ("QuaRot.FP16()", ":")):
         ax.axhline(means[name], ls=style, c=INK, lw=1.3, label=name)
-    best = part["value"].min()
-    top = max(NEAR * best, 1.05 * means["QuaRot"])
-    ax.set_ylim(0.97 * best, top)
+    top = max(NEAR * part["value"].min(), 1.05 * means["QuaRot"])
+    ax.set_ylim(0.97 * part["value"].min(), top)
     for place, value in enumerate(refined.groupby("gamma", sort=False)["value"].mean()):
         if value > top:
             ax.annotate(f"\u2191 {value:.0f}", (place, top), ha="center", va="top", fontsize=9)
@@ -112,8 +109,7 @@ def figure_differences(table: pd.DataFrame, label: str, panel: str = "{bits}") -
 
 
 def figure_zero_shot(table: pd.DataFrame) -> Figure:
-    """Accuracy on each task and on average, a panel each, with one standard error; acc_norm where a task has
-    it. Columns: row, task, value, stderr, items, rotation."""
+    """Accuracy with one standard error, a panel a task and for their average; acc_norm where there is one."""
     rows = table.drop_duplicates(["row", "task"], keep="last").fillna({"rotation": "plain"})
     value, error = 100 * rows["value"], 100 * rows["stderr"]
     rows = rows.assign(label=rows["row"], value=value, low=value - error, high=value + error, keep_out=False)
@@ -131,15 +127,9 @@ def _plot_errors_3d(wide: pd.DataFrame, *, ax: Any) -> None:
         ax.scatter(part["NR"], part["RO"], part["RH"], s=size, alpha=alpha, c=colour, **look)
     ax.set(xlabel="E(NR)", ylabel="E(RO)", zlabel="E(RH)")
     ax.tick_params(labelsize=7, pad=-2)
-    _view(ax, (-4, -4, -4), elev=22, azim=-60, zoom=0.84)
-
-
-def _view(ax: Any, pads: tuple[float, float, float], *, elev: float, azim: float, zoom: float) -> None:
-    """Look at a 3-D Axes from there; `zoom` is small enough for its labels not to be cut off."""
-    for axis, pad in zip((ax.xaxis, ax.yaxis, ax.zaxis), pads, strict=True):
-        axis.labelpad = pad
-    ax.view_init(elev=elev, azim=azim)
-    ax.set_box_aspect(None, zoom=zoom)
+    ax.xaxis.labelpad = ax.yaxis.labelpad = ax.zaxis.labelpad = -4
+    ax.view_init(elev=22, azim=-60)
+    ax.set_box_aspect(None, zoom=0.84)  # else the labels are cut off
 
 
 def figure_errors_3d(table: pd.DataFrame) -> Figure:
@@ -183,8 +173,7 @@ def figure_massive_activations(table: pd.DataFrame) -> Figure:
 
 
 def figure_magnitudes(table: pd.DataFrame) -> Figure:
-    """Sun et al., Fig. 1: |residual stream| over tokens and channels, in space; red are the tokens that are
-    massive by their rule. Columns: token, text, channel, magnitude."""
+    """Sun et al., Fig. 1: |residual stream| over tokens and channels; red: tokens massive by their rule."""
     fig = plt.figure(figsize=(8, 5))
     ax: Any = fig.add_subplot(projection="3d")
     least = max(SUN_ABSOLUTE, SUN_RATIO * table["magnitude"].median())
@@ -195,7 +184,9 @@ def figure_magnitudes(table: pd.DataFrame) -> Figure:
     step = max(1, len(texts) // 12)
     ax.set_xticks(range(0, len(texts), step), [repr(t)[1:-1] for t in texts[::step]], rotation=45, fontsize=7)
     ax.set(xlabel="token", ylabel="channel", zlabel="|residual stream|")
-    _view(ax, (22, 8, 12), elev=24, azim=-58, zoom=0.88)
+    ax.xaxis.labelpad, ax.yaxis.labelpad, ax.zaxis.labelpad = 22, 8, 12
+    ax.view_init(elev=24, azim=-58)
+    ax.set_box_aspect(None, zoom=0.88)  # else the labels are cut off
     return fig
 
 

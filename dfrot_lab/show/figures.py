@@ -28,11 +28,8 @@ SITES = {f"layers.{site}_norm" for site in ("3.input", "6.post_attention", "15.i
 """Where the paper looks at all tokens."""
 PAIRS = (("NR", "RO"), ("NR", "RH"), ("RO", "RH"), ("RH", "DFRot"))
 """Which rotations the paper's Fig. 3 compares, the reference first."""
-LABELS = {
-    "snr": r"signal to noise, $m\,/\,(\sigma\sqrt{C})$",
-    "channels": "channels $C$",
-    "ratio": "second spike / first spike",
-}
+LABELS = {"channels": "channels $C$", "ratio": "second spike / first spike"}
+LABELS["snr"] = r"signal to noise, $m\,/\,(\sigma\sqrt{C})$"
 TICKS = (0.5, 0.7, 1, 1.5, 2, 3, 4, 6, 10, 16)
 
 
@@ -45,8 +42,7 @@ def rows_of(table: pd.DataFrame, metric: str = tables.PERPLEXITY) -> pd.DataFram
 
 
 def plot_rows(rows: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """`value` from `low` to `high` a row, of one `label` side by side; hollow where massive tokens are kept
-    out; looks by `rotation`."""
+    """`value` from `low` to `high` by `label` and `rotation`; hollow where massive tokens are kept out."""
     ax, look = ax or plt.gca(), style.looks(rows["rotation"])
     places, names = pd.factorize(rows["label"])
     for place in range(len(names)):
@@ -63,8 +59,7 @@ def plot_rows(rows: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 
 def plot_perplexity(table: pd.DataFrame, bits: str, *, ax: Axes | None = None) -> Axes:
-    """Perplexity of every rotation at one setting of the bits, with its interval over windows. A results
-    table; the dotted line is full precision, where the table has it."""
+    """Perplexity and interval of every rotation at these bits of a results table; dotted: full precision."""
     rows = rows_of(tables.first_seed(table))
     exact = rows["label"] == "full precision"
     shown = rows[~exact & (rows["bits"] == bits)]
@@ -90,8 +85,7 @@ def figure_perplexity(table: pd.DataFrame) -> Figure:
 
 
 def plot_error_pair(wide: pd.DataFrame, x: str, y: str, *, ax: Axes | None = None) -> Axes:
-    """Each token's error under one rotation against another's (DFRot, Fig. 3), massive tokens marked; below
-    the dashed line, `y` is better. Columns: one of errors a rotation (`errors.wide`), and massive."""
+    """Each token's error (`errors.wide`) under `y` against `x` (DFRot, Fig. 3); below the line `y` wins."""
     tokens = wide["massive"].map({False: "ordinary tokens", True: "massive tokens"})
     shown = wide.assign(tokens=tokens).sort_values("tokens", ascending=False, kind="stable")
     by = {"hue": "tokens", "style": "tokens", "size": "tokens"}
@@ -138,8 +132,8 @@ def plot_massive_values(values: pd.DataFrame, rotation: str, *, ax: Axes | None 
 
 
 def figure_massive_token(values: pd.DataFrame) -> Figure:
-    """The paper's Fig. 4: one massive token, a panel a rotation; of a table with several sites, at the main
-    figures' one. Columns: rotation, value, quantized; or also site, token, text."""
+    """The paper's Fig. 4: one massive token, a panel a rotation; of several sites, at the main figures' one.
+    Columns: rotation, value, quantized; or also site, token, text."""
     title = ""
     if "site" in values:
         site = figure_site(values["site"].unique().tolist())
@@ -210,11 +204,8 @@ def plot_history(history: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 
 def plot_prediction(table: pd.DataFrame, x: str, *, ax: Axes | None = None) -> Axes:
-    """Share of ||x||^2 lost against `x` (snr, channels, bits or ratio), a colour a rotation: lines predicted,
-    markers measured (mean over seeds).
-
-    Columns: `x`, channels, rotation, predicted, measured (NaN where only predicted). Rows of mean square 1,
-    so ||x||^2 is channels."""
+    """Share of ||x||^2 (channels: rows of mean square 1) lost against `x` (snr, channels, bits or ratio), a
+    colour a rotation: lines predicted, markers measured (mean over seeds; NaN where only predicted)."""
     share = table.assign(**{name: table[name] / table["channels"] for name in ("predicted", "measured")})
     means = share.groupby(["rotation", x], sort=False)[["predicted", "measured"]].mean().reset_index()
     plain = {"markers": False, "dashes": False, "legend": False}
@@ -233,8 +224,7 @@ def plot_prediction(table: pd.DataFrame, x: str, *, ax: Axes | None = None) -> A
 
 
 def plot_predicted_rows(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Each real row's measured root error against the predicted one, a colour a rotation; on the dashed line
-    they agree. Columns: rotation, predicted, measured (squared errors)."""
+    """Each real row's root of `measured` squared error against `predicted`, a colour a `rotation`."""
     roots = table.assign(predicted=table["predicted"] ** 0.5, measured=table["measured"] ** 0.5)
     by = {"hue": "rotation", "style": "rotation", "s": 30, "alpha": 0.7}
     ax = sns.scatterplot(roots, x="predicted", y="measured", **by, **style.looks(table["rotation"]), ax=ax)

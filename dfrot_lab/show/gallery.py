@@ -2,6 +2,7 @@
 
 import json
 import logging
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from dfrot_lab.score import rows
 from dfrot_lab.show import figures
 from dfrot_lab.show.experiment_figures import FIGURES
 from dfrot_lab.show.markup import visible
-from dfrot_lab.show.theme import save_figure, theme
 from dfrot_lab.study import experiments
 from dfrot_lab.study.main import MainResult
 from dfrot_lab.study.setting import Setting, figure_site
@@ -34,25 +34,16 @@ def save_experiment(name: str, table: pd.DataFrame, setting: Setting, at: Path, 
         row_files.replace(kept, row_files.rows(table))
     else:
         row_files.write_table(table, kept)
-    about = {
-        "experiment": name,
-        **_about(setting),
-        "quick": setting.quick,
-        "device": loading.device_name(),
-        "setting": _question(name, setting),
-        "rows": len(table),
-        "recipes": sorted(set(table["recipe"].dropna())) if "recipe" in table else [],
-    }
-    with theme():
-        return [kept, save_figure(FIGURES[name](table), name, pictures, about)]
+    recipes = sorted(set(table["recipe"].dropna())) if "recipe" in table else []
+    about = {"experiment": name, "quick": setting.quick, "device": loading.device_name(), "rows": len(table)}
+    about |= {"setting": _question(name, setting), "recipes": recipes}
+    with figures.theme():
+        return [kept, _save_figure(FIGURES[name](table), name, pictures, setting, about)]
 
 
 def table(name: str, setting: Setting, root: Path) -> pd.DataFrame:
     """The experiment's table: the one kept under `root` (data/results/, figures/) if it was made with this
-    very setting, else computed now.
-
-    For sweeps of hours, which one machine computes and everybody reads; `experiments.run` computes in any
-    case."""
+    very setting, else computed now. For sweeps of hours, which one machine computes and everybody reads."""
     kept = _file(name, setting, root / "data" / "results", "jsonl")
     beside = root / "figures" / Path(setting.corpus).stem / f"{name}.json"
     about = json.loads(beside.read_text(encoding="utf-8")) if kept.is_file() and beside.is_file() else {}
@@ -66,49 +57,57 @@ def _file(name: str, setting: Setting, folder: Path, suffix: str) -> Path:
     return folder / f"{name}-{Path(setting.corpus).stem}.{suffix}"
 
 
-def _about(setting: Setting) -> dict[str, Any]:
-    return {"model": setting.model.source, "corpus": setting.corpus, "seed": setting.seed}
+def _save_figure(fig: Figure, name: str, folder: Path, setting: Setting, about: dict[str, Any]) -> Path:
+    """Write and close a figure: `<name>.png` (returned), `.svg`, `.json` (what it is made from, versions)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    fig.savefig(folder / f"{name}.png", metadata={"Software": None})
+    fig.savefig(folder / f"{name}.svg", metadata={"Date": None})
+    figures.plt.close(fig)
+    own = {"figure": name, "model": setting.model.source, "corpus": setting.corpus, "seed": setting.seed}
+    versions = {each: metadata.version(each) for each in ("dfrot-lab", "torch", "transformers", "matplotlib")}
+    said = {**own, **about, "versions": versions, "commit": rows.commit()}
+    (folder / f"{name}.json").write_text(json.dumps(said, indent=1, default=str) + "\n", encoding="utf-8")
+    return folder / f"{name}.png"
 
 
 def _question(name: str, setting: Setting) -> dict[str, Any]:
     """An experiment's own setting as JSON values, whatever the device: the same question is answered once."""
-    own = experiments.EXPERIMENTS[name].setting(setting)
+    own = experiments.setting_of(name, setting)
     return own.with_(model=own.model.with_(device="auto")).plain()
 
 
 def main_figures(result: MainResult, wide: pd.DataFrame) -> dict[str, tuple[Figure, dict[str, Any]]]:
-    """The main figures by name (residual stream and refinement, errors, the massive token, perplexity), each
-    with what it was made from; without refinement or rows their pictures are left out. Draw inside `theme`.
-    """
+    """The main figures by name, each with what it was made from; without refinement or rows their pictures
+    are left out. `wide` are the errors at their site. Draw inside `theme`."""
     recorded, refine, site = result.capture, result.setting.refine, figure_site(result.capture.sites)
     token = int(recorded.residual_max[recorded.sites.index(site)].argmax())
     values = errors.massive_values(recorded, site, token, result.matrices, refine.quantizer)
-    across = 1 if result.refinement is None else 2
+    across = 2 if result.refinement else 1
     residual, axes = figures.plt.subplots(1, across, figsize=(5.1 * across, 3.6), squeeze=False)
     figures.plot_residual(recorded.residual_max, recorded.residual_median, ax=axes[0, 0])
-    if result.refinement is not None:
+    if result.refinement:
         figures.plot_history(result.refinement.history, ax=axes[0, 1])
     drawn: dict[str, tuple[Figure, dict[str, Any]]] = {
         "residual-and-refinement": (residual, {"refine": refine.to_dict()}),
         "token-errors": (figures.figure_errors(wide), {"site": site, "rows": len(wide)}),
         "massive-token-values": (figures.figure_massive_token(values), {"site": site, "token": token}),
     }
-    if any(tables.label(row) != "full precision" for row in tables.records(result.table)):
-        specs = sorted(set(result.table["recipe"]))
-        drawn["perplexity"] = (figures.figure_perplexity(result.table), {"rows": specs})
+    if set(result.table["bits"]) - {"16-16-16"}:
+        made_from = {"rows": sorted(set(result.table["recipe"]))}
+        drawn["perplexity"] = (figures.figure_perplexity(result.table), made_from)
     return drawn
 
 
 def save(result: MainResult, table: Path, pictures: Path) -> list[Path]:
-    """Write the main job's rows to `table`, their recipes and comparison beside it, the main figures to
-    `pictures`; what was written, of figures the PNGs."""
+    """Write the main job's rows to `table`, recipes and comparison beside it, its figures to `pictures`."""
     written = row_files.save(table, result.table, rows.recipes(result.found.values()))
-    quantizer = result.setting.refine.quantizer.name
-    about = {**_about(result.setting), "capture": result.capture.key, "quantizer": quantizer}
-    with theme():
+    setting = result.setting
+    about = {"capture": result.capture.key, "quantizer": setting.refine.quantizer.name}
+    with figures.theme():
         drawn = main_figures(result, result.errors([figure_site(result.capture.sites)]))
-        figured = [save_figure(fig, name, pictures, about | extra) for name, (fig, extra) in drawn.items()]
-    return written + figured
+        for name, (fig, extra) in drawn.items():
+            written.append(_save_figure(fig, name, pictures, setting, about | extra))
+    return written
 
 
 def massive_table(result: MainResult) -> pd.DataFrame:
@@ -139,11 +138,8 @@ def differences(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
 
 def report(result: MainResult) -> str:
     """The main job's findings as text: the most massive token, the table, paired differences, seeds."""
-    setting, table = result.setting, result.table
-    said = (
-        f"Perplexity on {setting.corpus}, {setting.windows} windows of {setting.window} tokens, with the "
-        "95% interval; bits are weights-activations-KV cache"
-    )
-    shown = [(said, tables.comparison(table)), *differences(table)]
+    setting, bits = result.setting, "bits are weights-activations-KV cache"
+    text = f"{setting.corpus}, {setting.windows} windows of {setting.window} tokens, with the 95% interval"
+    shown = [(f"Perplexity on {text}; {bits}", tables.comparison(result.table)), *differences(result.table)]
     parts = [f"{caption}:\n{frame.to_string()}" for caption, frame in shown]
     return "\n\n".join([most_massive(massive_table(result)), *parts]) + "\n"

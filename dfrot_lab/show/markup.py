@@ -21,8 +21,7 @@ def safe(text: str) -> str:
 
 
 def span(text: str, colour: str | None = None, title: str = "") -> str:
-    """One token as an HTML span, isolated from the writing direction of its neighbours; with `colour` it is
-    marked, with `title` it has a tooltip."""
+    """One token as HTML, apart from its neighbours' writing direction; marked by `colour`, with a tooltip."""
     mark = f"background:{colour};color:#fff;" if colour else ""
     style = f"{mark}border-radius:3px;padding:0 1px"
     tip = html.escape(title, quote=True)

@@ -1,5 +1,4 @@
-"""A report to send to a colleague: one HTML file with a model's main results, figures and data inside,
-nothing fetched when it is opened. The page is `report.html.j2`; here its values are collected."""
+"""A report to send to a colleague: one HTML file (`report.html.j2`) that fetches nothing when opened."""
 
 import hashlib
 import io
@@ -35,14 +34,10 @@ from dfrot_lab.study import cost, main, paper
 from dfrot_lab.study.setting import Setting, figure_site
 
 PACKAGES = ("dfrot-lab", "torch", "transformers", "numpy", "matplotlib", "plotly")
-SHOWN_TOKENS = 15
-"""Massive tokens listed, the most extreme first; the rest are counted."""
-HISTORY_LINES = 12
-"""Lines of a refinement's history that are listed, first and last among them."""
-SECONDS = (2.0, 2.0, 6.0)
-"""Seconds of massive tokens, errors and figures, on 2 cores with the default model."""
 PAIRS = (("RO", "RH"), ("NR", "RO"), ("NR", "RH"), ("RH", "DFRot"))
 """Rotations that the interactive plot compares, the first pair at the start."""
+KINDS = (("ordinary tokens", ORDINARY_COLOUR, "circle", 6), ("massive tokens", MASSIVE_COLOUR, "diamond", 11))
+HOVER = "%{text}<br>%{x:.3g} and %{y:.3g}<extra>%{fullData.name}</extra>"
 GREY, CLEAR = "#808080", "rgba(0,0,0,0)"
 AXIS = {"gridcolor": "rgba(128,128,128,0.25)", "zerolinecolor": GREY, "rangemode": "tozero"}
 LAYOUT: dict[str, Any] = {
@@ -53,8 +48,7 @@ LAYOUT: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Findings:
-    """What a report shows: the main job's result as far as it is stored, the rows that are not, and tables of
-    massive tokens and token errors."""
+    """What a report shows: the main job's stored result, the rows missing, massive tokens, token errors."""
 
     result: main.MainResult
     missing: list[Recipe]
@@ -65,7 +59,7 @@ class Findings:
 def collect(setting: Setting, store: Store | None = None) -> Findings:
     """The main results of `setting` that are stored; of long work the capture alone, if it is missing."""
     store, setting = store or Store(), setting.resolved()
-    progress = cost.Progress([cost.preparation(setting, store)[0], *SECONDS])
+    progress = cost.Progress([cost.preparation(setting, store)[0], 2, 2, 6])  # measured on 2 cores
     progress.begin("activations of the first calibration window")
     result = main.stored(setting, store)
     missing = list(dict.fromkeys(row.spec for row in main.rows(setting) if row.spec not in result.found))
@@ -83,10 +77,8 @@ def page(findings: Findings) -> str:
 
 
 def render(values: Mapping[str, Any]) -> str:
-    """The page with these values (those of `values`), all escaped but the scripts.
-
-    It may load nothing and run only its two scripts, plotly's library and the call of it: its
-    Content-Security-Policy names each by its hash."""
+    """The page with these values (those of `values`), all escaped but the scripts. It loads nothing and runs
+    only plotly's library and the call of it: its Content-Security-Policy names each by its hash."""
     options: dict[str, Any] = {"autoescape": True, "undefined": StrictUndefined, "trim_blocks": True}
     pages = Environment(loader=PackageLoader("dfrot_lab", "show"), **options)
     pages.filters["sha256"] = lambda script: b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -107,8 +99,8 @@ def values(findings: Findings) -> dict[str, Any]:
         "site": figure_site(result.capture.sites), "quantizer": setting.refine.quantizer.name,
         "about": about(findings), "command": command(setting),
         "missing": pd.DataFrame(alone, columns=["row", "alone"]),
-        "massive": gallery.most_massive(massive), "tokens": massive_tokens(massive), "shown": SHOWN_TOKENS,
-        "by_sun": massive.loc[massive["sun"], "token"].nunique(), "gap": _gap(findings),
+        "massive": gallery.most_massive(massive), "tokens": massive_tokens(massive), "shown": 15,
+        "by_sun": massive.loc[massive["sun"], "token"].nunique(), "gap": _gap(table, setting.seed),
         "library": Markup(get_plotlyjs()), "plot": scatter_figure(findings.errors).to_plotly_json(),
         "pictures": pictures, "history": result.refinement and _history(result.refinement.history),
         "comparison": tables.comparison(table) if result.found else None,
@@ -153,27 +145,25 @@ def about(findings: Findings) -> pd.DataFrame:
 def massive_tokens(table: pd.DataFrame) -> pd.DataFrame:
     """A line a token of `massive_table`: text, largest |value|, where, at how many sites by each rule."""
     top = table.drop_duplicates("token").set_index("token")
+    whole = "{:,.0f}".format
     shown = {
-        "text": top["text"].map(visible),
-        "largest |value|": top["residual_max"].map("{:,.0f}".format),
-        "times the median": top["ratio_to_median"].map("{:,.0f}".format),
-        "channel": top["channel"],
-        "at": top["site"],
-    }
+        "text": top["text"].map(visible), "largest |value|": top["residual_max"].map(whole),
+        "times the median": top["ratio_to_median"].map(whole), "channel": top["channel"], "at": top["site"],
+    }  # fmt: skip
     counts = table.groupby("token")[list(MASSIVE_RULES)].sum().add_prefix("sites by ")
     return pd.DataFrame(shown).join(counts).reset_index()
 
 
-def _gap(findings: Findings) -> Any:
+def _gap(table: pd.DataFrame, seed: int) -> Any:
     """RO - RH at the last bits that are stored: the row of the page's first paragraph."""
-    rows = figures.rows_of(findings.result.table, f"{tables.PERPLEXITY} - RH")
-    own = rows["rotation"].eq("RO") & ~rows["keep_out"].astype(bool)
-    rows = rows[own & rows["seed"].eq(findings.result.setting.seed)]
-    return None if rows.empty else rows.to_dict("records")[-1]
+    rows = figures.rows_of(table, f"{tables.PERPLEXITY} - RH")
+    own = rows["rotation"].eq("RO") & ~rows["keep_out"].astype(bool) & rows["seed"].eq(seed)
+    return next(iter(rows[own].tail(1).to_dict("records")), None)
 
 
 def _history(history: pd.DataFrame) -> pd.DataFrame:
-    places = np.linspace(0, len(history) - 1, min(HISTORY_LINES, len(history))).round().astype(int)
+    """At most 12 lines of a refinement's history, first and last among them."""
+    places = np.linspace(0, len(history) - 1, min(12, len(history))).round().astype(int)
     return history.iloc[places].round(4)
 
 
@@ -234,30 +224,20 @@ def write(path: Path, text: str) -> None:
 
 def scatter_figure(wide: pd.DataFrame) -> go.Figure:
     """Every token's error under one rotation against another's, to hover over; a menu picks the pair.
-
     Columns: token, text, massive and one of errors a rotation."""
-    buttons = [_button(wide, *pair) for pair in PAIRS if set(pair) <= set(wide.columns)]
+    parts, buttons = (wide[~wide["massive"]], wide[wide["massive"]]), list[dict[str, Any]]()
+    for pair in [pair for pair in PAIRS if set(pair) <= set(wide.columns)]:
+        line = [0, float(wide[list(pair)].to_numpy().max()) * 1.05]
+        x, y = ([*(part[name].tolist() for part in parts), line] for name in pair)
+        titles = {f"{axis}axis.title.text": f"E({name})" for axis, name in zip("xy", pair, strict=True)}
+        what = {"label": f"{pair[1]} against {pair[0]}", "method": "update"}
+        buttons.append({**what, "args": [{"x": x, "y": y}, titles]})
     start, titles = buttons[0]["args"]
-    plot, texts = go.Figure(), "token " + wide["token"].astype(str) + ": " + wide["text"].map(safe)
-    kinds = (
-        ("ordinary tokens", ~wide["massive"], {"color": ORDINARY_COLOUR, "symbol": "circle", "size": 6}),
-        ("massive tokens", wide["massive"], {"color": MASSIVE_COLOUR, "symbol": "diamond", "size": 11}),
-    )
-    hover = "%{text}<br>%{x:.3g} and %{y:.3g}<extra>%{fullData.name}</extra>"
-    for place, (name, own, marker) in enumerate(kinds):
-        text, marker = texts[own].tolist(), marker | {"opacity": 0.75}
-        look = {"marker": marker, "text": text, "hovertemplate": hover, "name": name}
-        plot.add_scatter(x=start["x"][place], y=start["y"][place], mode="markers", **look)
-    look = {"mode": "lines", "name": "equal", "line": {"dash": "dash", "color": GREY}, "hoverinfo": "skip"}
-    plot.add_scatter(x=start["x"][2], y=start["y"][2], **look)
     menu = {"buttons": buttons, "x": 0, "y": 1.14, "xanchor": "left", "font": {"color": "#555555"}}
-    return plot.update_layout(LAYOUT, updatemenus=[menu]).update_layout(titles)
-
-
-def _button(wide: pd.DataFrame, x: str, y: str) -> dict[str, Any]:
-    """The menu's entry of a pair: the values of ordinary and massive tokens, the line, the axes' titles."""
-    heavy, top = wide["massive"], float(wide[[x, y]].to_numpy().max()) * 1.05
-    columns = [[wide.loc[~heavy, name].tolist(), wide.loc[heavy, name].tolist(), [0, top]] for name in (x, y)]
-    titles = {"xaxis.title.text": f"E({x})", "yaxis.title.text": f"E({y})"}
-    values = {"x": columns[0], "y": columns[1]}
-    return {"label": f"{y} against {x}", "method": "update", "args": [values, titles]}
+    plot = go.Figure(layout=LAYOUT | {"updatemenus": [menu]}).update_layout(titles)
+    for part, (name, colour, symbol, size), x, y in zip(parts, KINDS, start["x"], start["y"], strict=False):
+        marker = {"color": colour, "symbol": symbol, "size": size, "opacity": 0.75}
+        text = ("token " + part["token"].astype(str) + ": " + part["text"].map(safe)).tolist()
+        plot.add_scatter(x=x, y=y, mode="markers", marker=marker, text=text, hovertemplate=HOVER, name=name)
+    equal = {"mode": "lines", "name": "equal", "line": {"dash": "dash", "color": GREY}, "hoverinfo": "skip"}
+    return plot.add_scatter(x=start["x"][2], y=start["y"][2], **equal)

@@ -1,11 +1,8 @@
-"""How every picture looks: one theme, one colour and marker a rotation, a row of panels, one way to save."""
+"""How every picture looks: one theme, one colour and marker a rotation, a row of panels."""
 
 import itertools
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
@@ -15,11 +12,8 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dfrot_lab.score import rows as score_rows
-
 COLOURS = {"NR": "#555555", "RO": "#D55E00", "RH": "#0072B2", "DFRot": "#009E73"}
-"""One colour a rotation everywhere: from Okabe and Ito's colour-blind-safe set, of different lightness so
-that they part in grey too."""
+"""One colour a rotation everywhere: of Okabe and Ito's colour-blind-safe set, and apart in grey too."""
 MARKERS = {"NR": "s", "RO": "^", "RH": "o", "DFRot": "D"}
 OTHERS = tuple(zip(("#CC79A7", "#56B4E9", "#E69F00", "#332288", "#882255", "#117733"), "vPXp<h", strict=True))
 """Colours and markers of everything that is not one of the four rotations."""
@@ -36,11 +30,8 @@ THEME: dict[str, Any] = {
 
 @contextmanager
 def theme() -> Iterator[None]:
-    """While the block runs, the project's matplotlib settings; nothing is changed for anybody else.
-
-    Only the theme's own settings are put back: mpl.rc_context would also undo `interactive`, which a
-    notebook's backend turns on when the first figure loads it, and no figure after that one would be shown.
-    """
+    """While the block runs, the project's matplotlib settings. Only they are put back: mpl.rc_context would
+    also undo `interactive`, which a notebook's backend turns on with the first figure."""
     settings: Any = mpl.rcParams  # typed by a list of literal names
     before = {name: settings[name] for name in THEME}
     settings.update(THEME)
@@ -70,9 +61,8 @@ def panels(
     table: pd.DataFrame, by: str, draw: Callable[..., object], *, size: tuple[float, float] = (4.2, 3.6),
     axes: Mapping[str, Any] | None = None, legend: bool = False, **more: Any,
 ) -> Figure:  # fmt: skip
-    """A row of panels, one for each value of column `by`, titled with it, then drawn by
-    `draw(part, ax=ax)` and given what `axes` sets; with `legend` one for all is below. `size` is one panel's,
-    in inches; `more` is plt.subplots'."""
+    """A row of panels of `size` inches, for each value of `by` titled with it, drawn by `draw(part, ax=ax)`
+    and given what `axes` sets; with `legend` one for all is below. `more` is plt.subplots'."""
     groups = list(table.groupby(by, sort=False, observed=True))
     across = max(1, len(groups))
     fig, places = plt.subplots(1, across, figsize=(size[0] * across, size[1]), squeeze=False, **more)
@@ -92,16 +82,3 @@ def legend_below(fig: Figure) -> None:
         if legend := ax.get_legend():
             legend.remove()
     fig.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=9)
-
-
-def save_figure(fig: Figure, name: str, folder: Path, about: Mapping[str, Any]) -> Path:
-    """Write `<name>.png`, `.svg` and `.json` (what it was made from, and versions) into `folder`; close the
-    figure; return the PNG's path."""
-    folder.mkdir(parents=True, exist_ok=True)
-    fig.savefig(folder / f"{name}.png", metadata={"Software": None})
-    fig.savefig(folder / f"{name}.svg", metadata={"Date": None})
-    plt.close(fig)
-    versions = {each: metadata.version(each) for each in ("dfrot-lab", "torch", "transformers", "matplotlib")}
-    about = {"figure": name, **about, "versions": versions, "commit": score_rows.commit()}
-    (folder / f"{name}.json").write_text(json.dumps(about, indent=1, default=str) + "\n", encoding="utf-8")
-    return folder / f"{name}.png"

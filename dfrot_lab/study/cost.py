@@ -1,9 +1,6 @@
 """What work costs before it runs: operations and bytes of each stage, counted from the model's shape, over a
-machine's rates. The one model behind progress lines, dry runs and explorers.
-
-A product (m, k) @ (k, n) counts 2 m k n operations; a pass (one read or one write) over a float32 tensor its
-bytes. Nothing overlaps, so the parts of a stage add up. Weights count as float32, as the package loads them
-on a CPU. Disk and figures are left out."""
+machine's rates. A product (m, k) @ (k, n) counts 2 m k n operations; a pass (one read or one write) over a
+float32 tensor, as weights are on a CPU, its bytes. Parts of a stage add up. Disk is left out."""
 
 import logging
 import statistics
@@ -31,11 +28,9 @@ LOAD, CAPTURE, REFINE, GPTQ = "load and rotate", "capture", "refine", "GPTQ"
 FLOAT, INTEGER, TOTAL = "evaluate, 16-bit weights", "evaluate, integer", "total"
 
 CHANNEL_PASSES, MLP_PASSES = 40, 8
-"""Passes of a LLaMA layer in transformers over its C channels (norms 14, rotary embedding 10, adds 6, inputs
-and outputs 10), and over its MLP's width."""
+"""A layer's passes over its C channels (norms 14, rotary embedding 10, adds 6, rest 10), its MLP's width."""
 QUANTIZE_PASSES, HADAMARD_PASSES, RESCALE_PASSES, LOGIT_PASSES = 5, 4, 3, 7
-"""To quantize an input, apply R4, scale an int8 product's sums, turn logits into a loss: in cache, so timed
-on one core, in passes of a copy."""
+"""To quantize an input, apply R4, scale int8 sums, turn logits into a loss: in cache, so timed on a core."""
 CLIP_BYTES, COLUMN_BYTES, EDIT_BYTES, HESSIAN_BYTES = 450, 700, 40, 32
 """Bytes a weight for GPTQ's clip search and columns (timed too), an edit in float64; of a Hessian's entry."""
 STEP_PRODUCTS, STEP_PASSES = 4, 9
@@ -115,26 +110,20 @@ def _amounts(of: Work | Machine) -> tuple[float, ...]:
 
 
 def stages(shape: Shape, recipes: Sequence[Recipe], tokens: int = WINDOW) -> list[Work]:
-    """The stages of a main job of `recipes`, in order: one capture and refinement, then a load for each model
-    built (rows with equal rotation and weights share one), GPTQ where it is quantized, each row's windows."""
+    """The stages of a main job of `recipes`, in order: a load for each model built (rows with equal rotation
+    and weights share one), a capture, a refinement, GPTQ where it is quantized, each row's windows."""
     builds = {(spec.rotation, spec.weights): spec for spec in recipes}.values()
     rotated = sum(spec.is_rotated for spec in builds)
     quantized = sum(spec.weights.quantizer.bits < 16 for spec in builds)
     integers = sum(spec.windows for spec in recipes if build.is_integer(spec))
     floats = sum(spec.windows for spec in recipes) - integers
-    return [
-        load(shape, len(builds) + 1, rotated),  # capture loads the model once more
-        capture(shape, tokens),
-        refine(shape, tokens),
-        gptq(shape, tokens).times(quantized),
-        float_window(shape, tokens).times(floats),
-        integer_window(shape, tokens).times(integers),
-    ]
+    prepared = [load(shape, len(builds) + 1, rotated), capture(shape, tokens), refine(shape, tokens)]
+    windows = [float_window(shape, tokens).times(floats), integer_window(shape, tokens).times(integers)]
+    return [*prepared, gptq(shape, tokens).times(quantized), *windows]  # capture loads the model once more
 
 
 def load(shape: Shape, loads: int, rotated: int) -> Work:
-    """Read the weights and fuse the norms' gains; fuse R1, one float64 product of every weight with R, the
-    largest held in float64 twice."""
+    """Read the weights, fuse gains; fuse R1, a float64 product of every weight, the largest held twice."""
     weights = shape.linear_weights + 2 * shape.embedding
     moved = loads * (2 * PASS + EDIT_BYTES) + rotated * EDIT_BYTES
     memory = shape.model_bytes + 2 * 8 * max(shape.embedding, shape.mlp * shape.channels)
@@ -156,8 +145,7 @@ def capture(shape: Shape, tokens: int) -> Work:
 
 
 def refine(shape: Shape, tokens: int) -> Work:
-    """Refine R1: x^T x of all rows, its eigenvectors (9 C^3); steps on a part of the rows (x R; x^T error
-    R^T); looks at all rows (x R)."""
+    """Refine R1: x^T x, its eigenvectors (9 C^3); steps on a part of the rows; looks at all rows (x R)."""
     C, rows, steps = shape.channels, 2 * shape.layers * tokens, RefineSpec().steps
     part, looks = min(rows, max(rows / descent.PARTS, descent.LEAST_ROWS)), steps / CHECK_EVERY + 1
     step = 2 * part * C**2 * (2 + min(1, C / descent.ROWS_AT_ONCE)) + STEP_PRODUCTS * 2 * C**3
@@ -168,8 +156,7 @@ def refine(shape: Shape, tokens: int) -> Work:
 
 def gptq(shape: Shape, tokens: int, windows: int = WeightSpec().windows) -> Work:
     """One build's GPTQ: the calibration windows forward at once; half a Hessian for each input; for each
-    linear clip search, a factor (two Cholesky factorisations and an inverse, 4/3 in^3) and columns, each
-    one's error going to all after it (out in^2)."""
+    linear clip search, a factor (2 Cholesky, an inverse: 4/3 in^3), columns' errors passed on (out in^2)."""
     hessians = sum(windows * tokens * into**2 for into in shape.inputs)
     columns = sum(out * into**2 for out, into in shape.linears)
     factors = shape.layers * sum(4 / 3 * into**3 for _, into in shape.linears)
@@ -180,8 +167,7 @@ def gptq(shape: Shape, tokens: int, windows: int = WeightSpec().windows) -> Work
 
 
 def float_window(shape: Shape, tokens: int) -> Work:
-    """One evaluation window with 16-bit weights: all products in float; the linears' inputs quantized, R4,
-    and lm_head with the loss, a few hundred tokens at a time."""
+    """One window, products in float: inputs quantized, R4, lm_head and loss."""
     inputs = shape.layers * tokens * (QUANTIZE_PASSES * sum(shape.inputs) + HADAMARD_PASSES * shape.mlp)
     moved = PASS * (inputs + shape.embedding + LOGIT_PASSES * tokens * shape.vocabulary)
     memory = shape.model_bytes + 3 * PASS * perplexity.LOGIT_ROWS * shape.vocabulary
@@ -215,8 +201,7 @@ def preparation(setting: Setting, store: Store) -> list[float]:
 
 
 def seconds(specs: Sequence[Recipe], store: Store) -> list[float]:
-    """Nominal seconds on 2 cores of each recipe: 0 if it is stored, else its windows, with its refinement,
-    build and weights where it is the first to need them."""
+    """Nominal seconds on 2 cores of each recipe: 0 if stored, else its windows, and what it needs first."""
     found, ready = [0.0] * len(specs), set[str]()  # ready: keys of what will be there by then
     for place, spec in enumerate(specs):
         if perplexity.stored(spec, store):

@@ -1,11 +1,8 @@
-"""The paper's tables and figures, and what its reviewers asked for, as experiments: a tidy table each.
-
-An experiment that evaluates is a list of `Row`s, each one artefact in the store. Its table has a line a row
-and metric, with the columns of `maths.tables` after the experiment's own."""
+"""The paper's tables and figures, and what its reviewers asked for, as experiments: a tidy table each. Of one
+that evaluates `Row`s it has a line a row and metric, the columns of `maths.tables` after its own."""
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
@@ -17,6 +14,7 @@ from dfrot_lab.model import corpus
 from dfrot_lab.observe import massive, residual
 from dfrot_lab.observe.capture import capture
 from dfrot_lab.recipe import specs
+from dfrot_lab.recipe.specs import RELEASED_KEEP_OUT as RELEASED
 from dfrot_lab.recipe.specs import CorpusSpec, QuantSpec, Recipe, RefineSpec
 from dfrot_lab.rotate import dfrot, steps
 from dfrot_lab.score import perplexity, rows, zeroshot
@@ -39,34 +37,25 @@ Make = Callable[[Setting, Store], pd.DataFrame | Iterable[Row]]
 """What makes the tidy table of an experiment, or the rows to evaluate for it."""
 
 
-@dataclass(frozen=True)
-class Experiment:
-    """A named experiment: what it reproduces, its question, and what makes it."""
-
-    name: str
-    reproduces: str
-    question: str
-    make: Make
-
-    def setting(self, setting: Setting) -> Setting:
-        """The setting it runs on: the paper's rule but for the main job, which takes the setting's own."""
-        return setting if self.name == "main" else setting.with_(rule=specs.PAPER_RULE)
-
-
 def run(name: str, setting: Setting | None = None, store: Store | None = None) -> pd.DataFrame:
     """The table of an experiment, from the store where it has the rows, else computed now. KeyError."""
     if name not in EXPERIMENTS:
         raise KeyError(f"no experiment {name!r}; there are {', '.join(EXPERIMENTS)}")
-    experiment, store = EXPERIMENTS[name], store or Store()
-    setting = experiment.setting((setting or Setting.of_profile()).resolved())
+    setting, store = setting_of(name, (setting or Setting.of_profile()).resolved()), store or Store()
     log.info("experiment %s: model %s, corpus %s", name, setting.model.source, setting.corpus)
-    made = experiment.make(setting, store)
+    made = EXPERIMENTS[name][-1](setting, store)
     return made if isinstance(made, pd.DataFrame) else evaluated(list(made), store)[0]
+
+
+def setting_of(name: str, setting: Setting) -> Setting:
+    """The setting an experiment runs on: the paper's rule but for the main job, which takes the setting's."""
+    return setting if name == "main" else setting.with_(rule=specs.PAPER_RULE)
 
 
 def listing() -> pd.DataFrame:
     """The experiments: name, what it reproduces, its question."""
-    return pd.DataFrame(list(EXPERIMENTS.values()))[["name", "reproduces", "question"]]
+    about = [(name, reproduces, question) for name, (reproduces, question, _) in EXPERIMENTS.items()]
+    return pd.DataFrame(about, columns=["name", "reproduces", "question"])
 
 
 def _trimmed(values: Sequence[Any], setting: Setting) -> list[Any]:
@@ -79,32 +68,25 @@ def _refinement(setting: Setting, offset: int = 0, **changes: Any) -> RefineSpec
     return setting.refine.with_(**{"init": setting.rotation("RH", offset), **changes})
 
 
-def _kept_out(recipe: Recipe) -> Recipe:
-    """The same with massive tokens kept out by the released code's rule."""
-    return recipe.with_(keep_out=specs.RELEASED_KEEP_OUT)
-
-
 def keep_out(setting: Setting, store: Store) -> pd.DataFrame:
-    """Table 1: RO and RH with all tokens quantized and with massive ones kept out; the share of the RO - RH
-    gap that keep-out closes."""
+    """Table 1: RO and RH with massive tokens quantized or kept out; the share of RO - RH that this closes."""
     asked, settings = [Row(setting.row("16-16-16", setting.rotation("NR")))], ("4-4-16", "4-4-4", "4-8-16")
     for offset, kind, bits in product(range(setting.seeds), ("RH", "RO"), settings):
         plain, rh = (setting.row(bits, setting.rotation(each, offset)) for each in (kind, "RH"))
         asked.append(Row(plain, against={"RH": rh} if kind == "RO" else {}))
-        asked.append(Row(_kept_out(plain), against={kind: plain}))
+        asked.append(Row(plain.with_(keep_out=RELEASED), against={kind: plain}))
     asked += [Row(setting.row(bits, setting.rotation("NR"))) for bits in settings]
     table, found = evaluated(asked, store)
     return joined(table, pd.DataFrame(_shares(setting, found, settings)))
 
 
 def _shares(setting: Setting, found: Found, settings: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """For each seed and bits, 1 - (RO - RH with massive tokens kept out) / (RO - RH), with its interval; left
-    out where that of RO - RH has 0 in it: there is no gap to have a share of."""
+    """1 - (RO - RH with massive kept out) / (RO - RH) by seed and bits, unless the gap's interval holds 0."""
     for offset, bits in product(range(setting.seeds), settings):
         ro, rh = (setting.row(bits, setting.rotation(kind, offset)) for kind in ("RO", "RH"))
         low, high = perplexity.paired_difference(found[ro], found[rh])[1]
         if not low <= 0 <= high:
-            four = [found[spec] for plain in (ro, rh) for spec in (plain, _kept_out(plain))]
+            four = [found[spec] for plain in (ro, rh) for spec in (plain, plain.with_(keep_out=RELEASED))]
             yield rows.statistic_row(four[1], SHARE, *perplexity.statistic(statistics.closed_share, four))
 
 
@@ -127,7 +109,8 @@ def gamma_sweep(setting: Setting, store: Store) -> Iterator[Row]:
             start = setting.rotation(kind, offset)
             plain = setting.row(bits, start)
             yield Row(plain, {"init": kind, "line": "QuaRot"})
-            yield Row(_kept_out(plain), {"init": kind, "line": "QuaRot.FP16()"}, {"QuaRot": plain})
+            kept_out = plain.with_(keep_out=RELEASED)
+            yield Row(kept_out, {"init": kind, "line": "QuaRot.FP16()"}, {"QuaRot": plain})
             for gamma in _trimmed(gammas, setting):
                 refined = setting.row(bits, setting.refine.with_(init=start, gamma=gamma))
                 yield Row(refined, {"init": kind, "line": "DFRot"}, {"QuaRot": plain})
@@ -221,8 +204,8 @@ def intervene(setting: Setting, store: Store) -> pd.DataFrame:
     for kind in ("RO", "RH"):
         plain = setting.row("16-4-16", setting.rotation(kind))
         asked.append(Row(plain, {"chosen": "none", "k": 0}))
-        by_rule = {"chosen": f"rule {specs.RELEASED_KEEP_OUT}", "k": None}
-        asked.append(Row(_kept_out(plain), by_rule, {kind: plain}))
+        by_rule = {"chosen": f"rule {RELEASED}", "k": None}
+        asked.append(Row(plain.with_(keep_out=RELEASED), by_rule, {kind: plain}))
         for chosen, k in product(specs.KEEP_OUT_COUNTS, _trimmed(KEPT, setting)):
             spec = plain.with_(keep_out=chosen, keep_out_tokens=k)
             asked.append(Row(spec, {"chosen": chosen, "k": k}, {kind: plain}))
@@ -252,7 +235,7 @@ def _main(setting: Setting, store: Store) -> pd.DataFrame:
     return main.run(setting, store).table
 
 
-_ALL: dict[str, tuple[str, str, Make]] = {
+EXPERIMENTS: dict[str, tuple[str, str, Make]] = {
     "main": ("Table 1, 2", "What is each rotation worth, with massive tokens and without?", _main),
     "token-errors-3d": ("Fig. 2, 13-24", "Which tokens does each rotation help?", main.token_errors),
     "token-errors-2d": ("Fig. 3, 10-12", "Where do RO, RH and DFRot part?", main.token_errors),
@@ -270,5 +253,4 @@ _ALL: dict[str, tuple[str, str, Make]] = {
     "massive-magnitudes": ("Sun et al., Fig. 1", "Which token, which channel?", main.massive_magnitudes),
     "intervene": ("asked here", "Which tokens must be kept out?", intervene),
 }
-EXPERIMENTS = {name: Experiment(name, *about) for name, about in _ALL.items()}
-"""Every experiment by name, in the paper's order."""
+"""Every experiment by name, in the paper's order: what it reproduces, its question, and what makes it."""

@@ -1,8 +1,8 @@
-"""The runner: rows of recipes in, evaluations and a table of results out, with the time that is left. The main
-job, what `make run` does, on it; and the experiments that look at single tokens of its capture."""
+"""Rows of recipes in, evaluations and a table of results out; the main job, what `make run` does; and the
+experiments that look at single tokens of its capture."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,13 +70,6 @@ def evaluated(
     return table_of(asked, found), found
 
 
-def looked_up(asked: Sequence[Row], store: Store) -> tuple[pd.DataFrame, Found]:
-    """As `evaluated`, of the rows that the store has; computes nothing."""
-    specs = dict.fromkeys(row.spec for row in asked)
-    found = {spec: done for spec in specs if (done := perplexity.stored(spec, store)) is not None}
-    return table_of(asked, found), found
-
-
 def table_of(asked: Sequence[Row], found: Found) -> pd.DataFrame:
     """The table of the rows that were found: a line for each perplexity, and for each paired difference."""
     lines: list[dict[str, Any]] = []
@@ -94,21 +87,19 @@ def joined(*parts: pd.DataFrame) -> pd.DataFrame:
     return whole(pd.concat(parts, ignore_index=True))
 
 
-def rows(setting: Setting) -> list[Row]:
-    """Full precision; NR, RO, RH, DFRot at all bits, RO and RH also with massive tokens kept out; then RO and
-    RH at 16-4-16 with more seeds. Each rotation is compared with RH at the same bits, each keep-out row with
-    its own rotation. Rows that share a built model stand side by side."""
-    found = [Row(setting.row("16-16-16", setting.rotation("NR")))]
+def rows(setting: Setting) -> Iterator[Row]:
+    """Full precision; all rotations at all bits, each against RH; RO and RH with massive tokens kept out,
+    against themselves, and at 16-4-16 with more seeds. Rows that share a built model stand side by side."""
+    yield Row(setting.row("16-16-16", setting.rotation("NR")))
     for name in ("NR", "RO", "RH", "DFRot"):
         for bits in BITS:
             plain, rh = (setting.row(bits, setting.method(method)) for method in (name, "RH"))
-            found.append(Row(plain, against={} if name == "RH" else {"RH": rh}))
+            yield Row(plain, against={} if name == "RH" else {"RH": rh})
             if name in ("RO", "RH"):
-                found.append(Row(plain.with_(keep_out=RELEASED_KEEP_OUT), against={name: plain}))
+                yield Row(plain.with_(keep_out=RELEASED_KEEP_OUT), against={name: plain})
     for offset in range(1, setting.seeds):
         ro, rh = (setting.row(BITS[0], setting.rotation(kind, offset)) for kind in ("RO", "RH"))
-        found += [Row(ro, against={"RH": rh}), Row(rh)]
-    return found
+        yield from (Row(ro, against={"RH": rh}), Row(rh))
 
 
 @dataclass(frozen=True)
@@ -145,14 +136,16 @@ def run(setting: Setting, store: Store | None = None) -> MainResult:
     recorded = captures.capture(setting.capture, store)
     progress.begin(f"refining R1 with gamma {setting.gamma:g}")
     refinement = dfrot.refined(setting.refine, store)
-    return MainResult(setting, recorded, refinement, *evaluated(rows(setting), store, progress))
+    return MainResult(setting, recorded, refinement, *evaluated(list(rows(setting)), store, progress))
 
 
 def stored(setting: Setting, store: Store) -> MainResult:
     """As `run`, of what is stored; the capture alone is recorded if it is missing."""
     setting = setting.resolved()
     recorded, refinement = captures.capture(setting.capture, store), dfrot.stored(setting.refine, store)
-    return MainResult(setting, recorded, refinement, *looked_up(rows(setting), store))
+    asked = list(rows(setting))
+    found = {row.spec: done for row in asked if (done := perplexity.stored(row.spec, store)) is not None}
+    return MainResult(setting, recorded, refinement, table_of(asked, found), found)
 
 
 def _prepared(setting: Setting, store: Store) -> MainResult:

@@ -52,8 +52,7 @@ def published(path: Path) -> pd.DataFrame:
 
 
 def ours(found: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """What the experiments' tables (by name) say in the paper's places: the columns of PLACE, model, value
-    (mean over seeds), seeds, command."""
+    """What the experiments' tables say in the paper's places: PLACE, model, value (mean), seeds, command."""
     lines = []
     for name, table in found.items():
         for place, row in _READERS[name](table) if name in _READERS else ():
@@ -65,8 +64,7 @@ def ours(found: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 
 
 def beside(numbers: pd.DataFrame, measured: pd.DataFrame) -> pd.DataFrame:
-    """Every published number with ours in the same place: the published columns, then ours, seeds, command,
-    and why where there is none."""
+    """Every published number with ours in its place: the columns of both, and why where there is none."""
     mine = measured.rename(columns={"value": "ours", "model": "our_model"})
     both = numbers.merge(mine, on=list(PLACE), how="left", validate="many_to_one")
     why = both["metric"].map(ABSENT).fillna(both["method"].map(ABSENT)).fillna(NOT_YET)
@@ -74,8 +72,7 @@ def beside(numbers: pd.DataFrame, measured: pd.DataFrame) -> pd.DataFrame:
 
 
 def beside_rows(found: Sequence[EvalResult]) -> pd.DataFrame:
-    """The paper's perplexities in the evaluations' places: row, bits, a column a model (as printed), ours
-    last; empty outside a checkout."""
+    """The paper's perplexities in the evaluations' places: row, bits, a column a model (as printed), ours."""
     nothing = pd.DataFrame(columns=["row", "bits", "ours"])
     if not PUBLISHED.exists() or not found:
         return nothing

@@ -19,8 +19,7 @@ QUICK |= {"seeds": 1, "limit": 2, "steps": 20, "quick": True}
 
 
 class Setting(Spec):
-    """A model, a text, seeds and sizes. `rule` says which rows a refinement weights by `gamma`; `quick` trims
-    sweeps to a few rows: to see that all works, not what is true."""
+    """A model, a text, seeds, sizes; `rule`: the rows weighted by `gamma`; `quick`: sweeps cut to a few."""
 
     model: ModelSpec = ModelSpec()
     corpus: str = "auto"
