@@ -191,21 +191,14 @@ def figure_magnitudes(table: pd.DataFrame) -> Figure:
 
 
 FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {
-    "main": figures.figure_perplexity,
-    "token-errors-3d": figure_errors_3d,
-    "token-errors-2d": figures.figure_errors,
-    "token-orders": figure_orders,
-    "massive-token": figures.figure_massive_token,
-    "gamma-sweep": figure_gamma,
-    "keep-out": figure_keep_out,
+    "main": figures.figure_perplexity, "token-errors-3d": figure_errors_3d, "token-orders": figure_orders,
+    "token-errors-2d": figures.figure_errors, "massive-token": figures.figure_massive_token,
+    "gamma-sweep": figure_gamma, "keep-out": figure_keep_out, "clip-sweep": figure_clip,
+    "massive-activations": figure_massive_activations, "massive-magnitudes": figure_magnitudes,
+    "zero-shot": figure_zero_shot, "intervene": figure_intervene,
     "main-table": partial(figure_differences, label="{rotation} {bits}", panel="weights: {weights}"),
     "calibration": partial(figure_differences, label="{varied} {level}"),
-    "zero-shot": figure_zero_shot,
-    "clip-sweep": figure_clip,
     "symmetric-or-not": partial(figure_differences, label=SCHEMES, panel="tested {tested_with}, {bits}"),
     "variants": partial(figure_differences, label="{variant}"),
-    "massive-activations": figure_massive_activations,
-    "massive-magnitudes": figure_magnitudes,
-    "intervene": figure_intervene,
-}
+}  # fmt: skip
 """The figure that draws each experiment's table."""

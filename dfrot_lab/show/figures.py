@@ -15,7 +15,6 @@ from dfrot_lab.show import theme as style
 from dfrot_lab.study.setting import figure_site
 
 theme = style.theme
-
 FAR = 5.0
 """A perplexity more than this many times the best is written out: drawn it would squeeze all others."""
 TOKENS: dict[str, Any] = {

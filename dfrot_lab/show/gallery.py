@@ -101,12 +101,11 @@ def main_figures(result: MainResult, wide: pd.DataFrame) -> dict[str, tuple[Figu
 def save(result: MainResult, table: Path, pictures: Path) -> list[Path]:
     """Write the main job's rows to `table`, recipes and comparison beside it, its figures to `pictures`."""
     written = row_files.save(table, result.table, rows.recipes(result.found.values()))
-    setting = result.setting
-    about = {"capture": result.capture.key, "quantizer": setting.refine.quantizer.name}
+    about = {"capture": result.capture.key, "quantizer": result.setting.refine.quantizer.name}
     with figures.theme():
         drawn = main_figures(result, result.errors([figure_site(result.capture.sites)]))
         for name, (fig, extra) in drawn.items():
-            written.append(_save_figure(fig, name, pictures, setting, about | extra))
+            written.append(_save_figure(fig, name, pictures, result.setting, about | extra))
     return written
 
 

@@ -1,7 +1,7 @@
 """Token text made safe to show: white space visible, markup escaped, so that no token is ever run."""
 
 import html
-import unicodedata
+from unicodedata import category
 
 VISIBLE = {" ": "\u2423", "\n": "\u21b5", "\t": "\u21e5", "\r": "\u240d", "\u00a0": "\u237d"}
 """What stands for white space in a token."""
@@ -9,10 +9,8 @@ VISIBLE = {" ": "\u2423", "\n": "\u21b5", "\t": "\u21e5", "\r": "\u240d", "\u00a
 
 def visible(text: str) -> str:
     """`text` with white space and control characters made visible, as plain text: not yet safe for HTML."""
-    return "".join(
-        VISIBLE.get(c) or (f"<0x{ord(c):02X}>" if unicodedata.category(c) in ("Cc", "Cf", "Co", "Cs") else c)
-        for c in text
-    )
+    hidden = ("Cc", "Cf", "Co", "Cs")
+    return "".join(VISIBLE.get(c) or (f"<0x{ord(c):02X}>" if category(c) in hidden else c) for c in text)
 
 
 def safe(text: str) -> str:

@@ -170,8 +170,7 @@ def _history(history: pd.DataFrame) -> pd.DataFrame:
 def _paper(found: list[EvalResult]) -> pd.DataFrame:
     """The paper's perplexities in the rows' places, ours first: it must not be scrolled out of sight."""
     beside = paper.beside_rows(found)
-    ours = beside.pop("ours").map("{:,.2f}".format)
-    beside.insert(min(2, beside.shape[1]), "ours", ours)
+    beside.insert(2, "ours", beside.pop("ours").map("{:,.2f}".format))
     return beside.fillna("")
 
 

@@ -170,11 +170,8 @@ def _zero_shot(table: pd.DataFrame) -> Lines:
 
 
 _READERS: dict[str, Callable[[pd.DataFrame], Lines]] = {
-    "keep-out": partial(_perplexities, places=_keep_out),
-    "main-table": _main_table,
-    "gamma-sweep": partial(_perplexities, places=_refined),
-    "calibration": partial(_perplexities, places=_refined),
-    "massive-token": _massive_token,
-    "zero-shot": _zero_shot,
-}
+    "keep-out": partial(_perplexities, places=_keep_out), "main-table": _main_table,
+    "gamma-sweep": partial(_perplexities, places=_refined), "massive-token": _massive_token,
+    "calibration": partial(_perplexities, places=_refined), "zero-shot": _zero_shot,
+}  # fmt: skip
 """By experiment, what reads its table."""

@@ -14,8 +14,7 @@ PASS = 4
 
 @dataclass(frozen=True)
 class Shape:
-    """A LLaMA-like model: channels C, layers, MLP width, heads of queries and of keys and values, channels of
-    a head, vocabulary, whether lm_head is tied."""
+    """A LLaMA-like model: channels C, layers, MLP width, query and key-value heads, a head's channels"""
 
     channels: int
     layers: int
