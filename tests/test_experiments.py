@@ -39,9 +39,9 @@ from dfrot_lab.rotate import dfrot
 from dfrot_lab.rotate.steps import RefineResult
 from dfrot_lab.score import build as building
 from dfrot_lab.score import perplexity
-from dfrot_lab.study import cost, experiments, runner
+from dfrot_lab.study import cost, experiments, main
 from dfrot_lab.study.experiments import EXPERIMENTS, SHARE
-from dfrot_lab.study.runner import Row
+from dfrot_lab.study.main import Row
 from dfrot_lab.study.setting import PROFILE, Setting
 from dfrot_lab.weights import run as weighing
 
@@ -99,13 +99,13 @@ def few_rows(patch: pytest.MonkeyPatch) -> None:
 def seen_rows(patch: pytest.MonkeyPatch) -> list[Row]:
     """The rows that experiments hand over to be evaluated, from now on."""
     seen: list[Row] = []
-    evaluated = runner.evaluated
+    evaluated = main.evaluated
 
-    def listed(rows: Sequence[Row], *others: object) -> tuple[pd.DataFrame, runner.Found]:
+    def listed(rows: Sequence[Row], *others: object) -> tuple[pd.DataFrame, main.Found]:
         seen.extend(rows)
         return evaluated(rows, *others)
 
-    for module in (experiments, runner):  # the main job asks the runner itself
+    for module in (experiments, main):  # the main job asks the runner itself
         patch.setattr(module, "evaluated", listed)
     return seen
 
@@ -144,7 +144,7 @@ def planned(monkeypatch: pytest.MonkeyPatch, store: Store):
 
         with monkeypatch.context() as patch:
             patch.setattr(experiments, "evaluated", only_list)
-            patch.setattr(runner, "evaluated", only_list)
+            patch.setattr(main, "evaluated", only_list)
             patch.setattr(dfrot, "refined", lambda *_: RefineResult(torch.eye(64), pd.DataFrame(), 60.0))
             patch.setattr(experiments, "_final_losses", lambda *_: [])
             with pytest.raises(Enough):
@@ -180,10 +180,7 @@ def assert_same_rows(found: pd.DataFrame, table: pd.DataFrame) -> None:
 
 def test_every_experiment_is_tested_here_or_where_it_is_said():
     assert sorted(EXPERIMENTS) == sorted((*EVALUATING, *LOOKING, *ELSEWHERE))
-    assert all(
-        experiment.name == name and experiment.reproduces and experiment.question.endswith("?")
-        for name, experiment in EXPERIMENTS.items()
-    )
+    assert all(reproduces and question.endswith("?") for reproduces, question, _ in EXPERIMENTS.values())
 
 
 @pytest.mark.parametrize("name", EVALUATING)
@@ -282,7 +279,7 @@ def test_rows_that_experiments_share_are_evaluated_once(lab, tmp_path, monkeypat
 
 def test_equal_rows_are_one_line_and_the_same_spec_with_other_labels_is_another(lab):
     spec = lab.setting.row("16-16-16", lab.setting.rotation("NR"))
-    table, found = runner.evaluated(
+    table, found = main.evaluated(
         [Row(spec, {"as": "a"}), Row(spec, {"as": "b"}), Row(spec, {"as": "a"})], lab.store
     )
     assert table["as"].tolist() == ["a", "b"] and len(set(table["value"])) == 1

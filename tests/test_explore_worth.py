@@ -18,7 +18,7 @@ from dfrot_lab.explore.worth.widget import Worth, worth
 from dfrot_lab.maths import tables
 from dfrot_lab.recipe.specs import RELEASED_KEEP_OUT
 from dfrot_lab.score import perplexity
-from dfrot_lab.study import cost, runner
+from dfrot_lab.study import cost, main
 from dfrot_lab.study.setting import Setting
 
 PATIENCE = 120
@@ -84,7 +84,7 @@ def test_missing_rows_are_named_with_a_time_and_computed_in_the_background(setti
     stored_row(setting, store, "RH", "4-4-16")
     widget = worth(setting, store)
     widget.controls["rotations"].value, widget.controls["bits"].value = ("RO", "RH"), ("4-4-16", "16-16-16")
-    assert [runner.row_name(spec) for spec in widget.missing] == ["full precision", "RO (seed 0) 4-4-16"]
+    assert [main.row_name(spec) for spec in widget.missing] == ["full precision", "RO (seed 0) 4-4-16"]
     assert "Not stored: full precision; RO (seed 0) 4-4-16. To compute: about" in widget.note.value
     computed(widget)
     assert not widget.missing and widget.status.text == "3 of 3 rows are stored"
@@ -187,7 +187,7 @@ def test_rows_picked_once_at_full_precision_and_models_side_by_side(setting):
     specs = numbers.specs_of(
         setting, ("RO", "DFRot"), ("16-16-16", "4-4-16", "16-4-16"), "rtn", (None, RELEASED_KEEP_OUT)
     )
-    names = [runner.row_name(spec) for spec in specs]
+    names = [main.row_name(spec) for spec in specs]
     assert (
         names[:3] == ["full precision", "RO (seed 0) 4-4-16", "RO (seed 0) 4-4-16, kept out"]
         and len(names) == len(set(names)) == 9

@@ -14,7 +14,7 @@ from test_experiments import EVALUATING, LOOKING, Lab, lab  # noqa: F401 (a fixt
 from dfrot_lab.disk import row_files
 from dfrot_lab.maths import tables
 from dfrot_lab.show import figures, gallery
-from dfrot_lab.show.tokens import ORDER_COLOURS, ORDER_MARKERS
+from dfrot_lab.show.experiment_figures import ORDER_COLOURS, ORDER_MARKERS
 from dfrot_lab.study.experiments import EXPERIMENTS
 
 

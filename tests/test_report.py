@@ -25,7 +25,7 @@ from dfrot_lab.cli.app import app
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.recipe.specs import ModelSpec, Recipe
 from dfrot_lab.score import perplexity
-from dfrot_lab.show import report, report_plot
+from dfrot_lab.show import report
 from dfrot_lab.study import main
 from dfrot_lab.study.setting import Setting
 
@@ -306,7 +306,7 @@ report.write(Path({str(path)!r}), "new" * 1_000_000)
 
 def test_the_interactive_plot_has_every_token_under_each_pair(setting, store):
     findings = report.collect(setting, store)
-    plot = report_plot.scatter_figure(findings.errors)
+    plot = report.scatter_figure(findings.errors)
     assert [len(trace.x) for trace in plot.data[:2]] == [
         (~heavy).sum() if ordinary else heavy.sum() for ordinary, heavy in _halves(findings.errors)
     ]

@@ -31,7 +31,7 @@ from dfrot_lab.recipe.specs import (
 from dfrot_lab.score import rows as score_rows
 from dfrot_lab.score.perplexity import EvalResult
 from dfrot_lab.score.rows import difference_row, row
-from dfrot_lab.study import runner
+from dfrot_lab.study import main
 
 COMMIT = score_rows.commit()
 
@@ -307,7 +307,7 @@ def test_rows_are_plain_json(tmp_path: Path):
 
 def test_a_table_of_nothing_has_all_columns_and_no_row():
     """As of a report before anything is stored."""
-    for nothing in (tables.table([]), runner.table_of([], {})):
+    for nothing in (tables.table([]), main.table_of([], {})):
         assert tuple(nothing.columns) == COLUMNS and len(nothing) == 0
         assert comparison(nothing).empty and by_seed(nothing).empty and tables.records(nothing) == []
 

@@ -36,7 +36,7 @@ def run(said: Options, dry_run: Annotated[bool, typer.Option("--dry-run", help=D
     Everything is kept as it is finished: Ctrl-C and the same command goes on. Results go to --out (default:
     runs/<date>/)."""
     from dfrot_lab.disk import row_files
-    from dfrot_lab.show import main_figures
+    from dfrot_lab.show import gallery
     from dfrot_lab.study import main
 
     setting = said.setting()
@@ -49,11 +49,12 @@ def run(said: Options, dry_run: Annotated[bool, typer.Option("--dry-run", help=D
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     log.addHandler(handler)
     result = main.run(setting)
-    main_figures.save_run(result, folder)
+    row_files.write_table(gallery.massive_table(result), folder / "massive-tokens.csv")
+    gallery.save(result, folder / "rows.jsonl", folder / "figures")
     if said.as_json:
         show_json(row_files.rows(result.table))
     else:
-        typer.echo(f"\n{main_figures.report(result)}\nRows, recipes, table, figures and log: {folder}/")
+        typer.echo(f"\n{gallery.report(result)}\nRows, recipes, table, figures and log: {folder}/")
 
 
 def _dry_run(setting: Any, as_json: bool) -> None:
@@ -99,12 +100,12 @@ def figures(said: Options) -> None:
     stored is computed: hours, resumable.
 
     --out: another folder for both."""
-    from dfrot_lab.show import gallery, main_figures
+    from dfrot_lab.show import gallery
     from dfrot_lab.study import experiments, main
 
     root, setting = said.out or Path(), said.setting().resolved()
     tables, pictures = root / "data" / "results", root / "figures" / setting.corpus
-    written = main_figures.save(main.run(setting), tables / f"main-{setting.corpus}.jsonl", pictures)
+    written = gallery.save(main.run(setting), tables / f"main-{setting.corpus}.jsonl", pictures)
     for name in experiments.EXPERIMENTS:
         if name != "main":
             table = experiments.run(name, setting)
@@ -120,12 +121,12 @@ def report_command(said: Options) -> None:
     --out: default report.html, in a folder that is there. Shown is what is stored; the capture alone is
     computed if it is missing, and rows that are not stored are named with the command that computes them."""
     from dfrot_lab.show import report
-    from dfrot_lab.study import runner
+    from dfrot_lab.study import main
 
     path = report.check_out(said.out or Path("report.html"))
     findings = report.collect(said.setting())
     report.write(path, report.page(findings))
-    missing = [runner.row_name(spec) for spec in findings.missing]
+    missing = [main.row_name(spec) for spec in findings.missing]
     computes = report.command(findings.result.setting) if missing else None
     about = {"out": path, "bytes": path.stat().st_size, "rows not stored": missing}
     show_facts({**about, "which this computes": computes}, said.as_json)

@@ -1,18 +1,257 @@
-"""Every static picture under one name, for notebooks and explorers: draw inside `with figures.theme():`."""
+"""The pictures that notebooks and explorers draw, each of one table: draw inside `with figures.theme():`."""
+
+from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
 
-from dfrot_lab.show.perplexity import FAR, figure_perplexity, plot_perplexity
-from dfrot_lab.show.theme import theme
-from dfrot_lab.show.theory import plot_logit_errors, plot_predicted_rows, plot_prediction
-from dfrot_lab.show.tokens import (
-    figure_errors,
-    figure_massive_token,
-    plot_error_pair,
-    plot_history,
-    plot_massive_values,
-    plot_residual,
-    plot_seed_spread,
-    plot_token_roots,
-    plot_value_counts,
-)
+from dfrot_lab.maths import tables
+from dfrot_lab.show import theme as style
+from dfrot_lab.study.setting import figure_site
+
+theme = style.theme
+FAR = 5.0
+"""A perplexity more than this many times the best is written out: drawn it would squeeze all others."""
+TOKENS: dict[str, Any] = {
+    "palette": {"ordinary tokens": style.ORDINARY_COLOUR, "massive tokens": style.MASSIVE_COLOUR},
+    "markers": {"ordinary tokens": "o", "massive tokens": "D"},
+    "sizes": {"ordinary tokens": 8, "massive tokens": 36},
+}
+"""seaborn's options for ordinary and massive tokens."""
+SITES = {f"layers.{site}_norm" for site in ("3.input", "6.post_attention", "15.input", "28.input")}
+"""Where the paper looks at all tokens."""
+PAIRS = (("NR", "RO"), ("NR", "RH"), ("RO", "RH"), ("RH", "DFRot"))
+"""Which rotations the paper's Fig. 3 compares, the reference first."""
+LABELS = {"channels": "channels $C$", "ratio": "second spike / first spike"}
+LABELS["snr"] = r"signal to noise, $m\,/\,(\sigma\sqrt{C})$"
+TICKS = (0.5, 0.7, 1, 1.5, 2, 3, 4, 6, 10, 16)
+
+
+def rows_of(table: pd.DataFrame, metric: str = tables.PERPLEXITY) -> pd.DataFrame:
+    """The rows of one metric with columns label, and low and high: the interval's bounds, or the value."""
+    rows, entries = table[table["metric"] == metric], tables.records(table, metric)
+    bounds = [r["ci95"] if np.ndim(r["ci95"]) else (r["value"], r["value"]) for r in entries]
+    low, high = [low for low, _ in bounds], [high for _, high in bounds]
+    return rows.assign(label=[tables.label(r) for r in entries], low=low, high=high)
+
+
+def plot_rows(rows: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """`value` from `low` to `high` by `label` and `rotation`; hollow where massive tokens are kept out."""
+    ax, look = ax or plt.gca(), style.looks(rows["rotation"])
+    places, names = pd.factorize(rows["label"])
+    for place in range(len(names)):
+        own = rows[places == place].to_dict("records")
+        shifts = np.linspace(-0.2, 0.2, len(own)) if len(own) > 1 else [0.0]
+        for shift, row in zip(shifts, own, strict=True):
+            colour, marker = look["palette"][row["rotation"]], look["markers"][row["rotation"]]
+            bars = [[row["value"] - row["low"]], [row["high"] - row["value"]]]
+            mark = {"marker": marker, "mfc": "white" if row["keep_out"] else colour, "ms": 6}
+            ax.errorbar(row["value"], place + shift, xerr=bars, c=colour, **mark, elinewidth=1)
+    ax.set_yticks(range(len(names)), names)
+    ax.set(ylim=(len(names) - 0.5, -0.6), xlabel="perplexity")
+    return ax
+
+
+def plot_perplexity(table: pd.DataFrame, bits: str, *, ax: Axes | None = None) -> Axes:
+    """Perplexity and interval of every rotation at these bits of a results table; dotted: full precision."""
+    rows = rows_of(tables.first_seed(table))
+    exact = rows["label"] == "full precision"
+    shown = rows[~exact & (rows["bits"] == bits)]
+    near = shown["value"] <= FAR * shown["value"].min()
+    ax = plot_rows(shown.assign(value=shown["value"].where(near)), ax=ax)
+    for place, value in enumerate(shown["value"]):
+        if near.iloc[place]:
+            ax.text(value, place - 0.15, f"{value:.2f}", ha="center", va="bottom", fontsize=8)
+        else:
+            edge = ax.get_yaxis_transform()
+            ax.text(1, place, f"{value:,.0f}, off the scale ", ha="right", va="center", transform=edge)
+    for value in rows.loc[exact, "value"].head(1):
+        ax.axvline(value, ls=":", c=style.INK, lw=1)
+    ax.set_title(bits)
+    return ax
+
+
+def figure_perplexity(table: pd.DataFrame) -> Figure:
+    """Perplexity at every setting of the bits in a results table, a panel each."""
+    rows = rows_of(table)
+    shown = rows[rows["label"] != "full precision"]
+    return style.panels(shown, "bits", lambda part, ax: plot_perplexity(table, part["bits"].iloc[0], ax=ax))
+
+
+def plot_error_pair(wide: pd.DataFrame, x: str, y: str, *, ax: Axes | None = None) -> Axes:
+    """Each token's error (`errors.wide`) under `y` against `x` (DFRot, Fig. 3); below the line `y` wins."""
+    tokens = wide["massive"].map({False: "ordinary tokens", True: "massive tokens"})
+    shown = wide.assign(tokens=tokens).sort_values("tokens", ascending=False, kind="stable")
+    by = {"hue": "tokens", "style": "tokens", "size": "tokens"}
+    ax = sns.scatterplot(shown, x=x, y=y, **by, **TOKENS, linewidth=0, rasterized=True, ax=ax)
+    ax.collections[-1].set_alpha(np.where(shown["massive"], 1, 0.5).tolist())
+    top = wide[[x, y]].max() * 1.05  # not one for both: errors without rotation are ten times the others
+    ax.plot([0, top.max()], [0, top.max()], ls="--", lw=1, c=style.INK, label="equal")
+    ax.set(xlabel=f"E({x})", ylabel=f"E({y})", xlim=(0, top[x]), ylim=(0, top[y]), title=f"{y} against {x}")
+    ax.legend()
+    return ax
+
+
+def sites_of(table: pd.DataFrame) -> list[str]:
+    """The paper's sites that a table has, or its first, middle and last."""
+    own = [str(site) for site in table["site"].unique()]
+    few = dict.fromkeys((own[0], own[len(own) // 2], own[-1]))
+    return [site for site in own if site in SITES] or list(few)
+
+
+def figure_errors(wide: pd.DataFrame) -> Figure:
+    """The paper's Fig. 3: each token's error, a panel a pair of rotations, the middle sites row by row."""
+    pairs = [pair for pair in PAIRS if set(pair) <= set(wide.columns)]
+    sites = sites_of(wide)[1:3] or sites_of(wide)
+    size = (3.5 * len(pairs), 3.4 * len(sites) + 0.4)
+    fig, axes = plt.subplots(len(sites), len(pairs), figsize=size, squeeze=False)
+    for line, site in zip(axes, sites, strict=True):
+        for ax, (x, y) in zip(line, pairs, strict=True):
+            plot_error_pair(wide[wide["site"] == site], x, y, ax=ax)
+            ax.set_title(f"{y} against {x}, {site}", fontsize=8)
+    style.legend_below(fig)
+    return fig
+
+
+def plot_massive_values(values: pd.DataFrame, rotation: str, *, ax: Axes | None = None) -> Axes:
+    """One token's `value` before and `quantized` after, under one `rotation` (DFRot, Fig. 4)."""
+    part, ax = values[values["rotation"] == rotation], ax or plt.gca()
+    error = float(((part["value"] - part["quantized"]) ** 2).sum())
+    colour = style.COLOURS.get(rotation, "k")
+    ax.scatter(part["value"], part["quantized"], s=10, c=colour, alpha=0.6, linewidths=0)
+    bound = float(part["value"].abs().max()) * 1.1
+    ax.plot([-bound, bound], [-bound, bound], lw=0.8, ls="--", c=style.INK)
+    ax.set(title=f"{rotation}: E = {error:.2f}", xlabel="value", ylabel="quantized value")
+    return ax
+
+
+def figure_massive_token(values: pd.DataFrame) -> Figure:
+    """The paper's Fig. 4: one massive token, a panel a rotation; of several sites, at the main figures' one.
+    Columns: rotation, value, quantized; or also site, token, text."""
+    title = ""
+    if "site" in values:
+        site = figure_site(values["site"].unique().tolist())
+        values = values[values["site"] == site]
+        title = f"token {values['token'].iloc[0]} ({values['text'].iloc[0]!r}) at {site}"
+
+    def draw(part: pd.DataFrame, ax: Axes) -> None:
+        plot_massive_values(part, part["rotation"].iloc[0], ax=ax)
+
+    fig = style.panels(values, "rotation", draw, size=(2.9, 3))
+    fig.suptitle(title, fontsize=10)
+    return fig
+
+
+def plot_value_counts(values: pd.DataFrame, rotation: str, *, ax: Axes | None = None) -> Axes:
+    """How many of one token's values lie where under one rotation, over the `quantized` grid."""
+    part, colour = values[values["rotation"] == rotation], style.COLOURS.get(rotation, "k")
+    ax = sns.histplot(part, x="value", bins=60, color=colour, linewidth=0, alpha=1, ax=ax)
+    for level in part["quantized"].unique():
+        ax.axvline(level, c=style.INK, lw=0.6, ls=":", zorder=0)
+    title = f"{rotation}: largest |value| {part['value'].abs().max():.2f}"
+    ax.set(title=title, xlabel="value (dotted: quantized values in use)", ylabel="channels")
+    ax.grid(visible=False)
+    return ax
+
+
+def plot_token_roots(errors: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """One token's `root` error at every `site` (two a layer, in their order), a line a `rotation`."""
+    layer = pd.factorize(errors["site"])[0] / 2
+    ax = style.draw_lines(errors.assign(layer=layer), "layer", "root", "rotation", dashes=False, ax=ax)
+    ax.set(xlabel="layer", ylabel="root E(xR)", ylim=(0, None), title="One token, every layer")
+    sns.move_legend(ax, "best", ncols=errors["rotation"].nunique(), title=None)
+    return ax
+
+
+def plot_seed_spread(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Mean root error by `kind` of rotation and `tokens` (ordinary or massive), a marker a seed."""
+    look = {"palette": TOKENS["palette"], "dodge": True, "jitter": False, "size": 7}
+    table = table.assign(tokens=table["tokens"] + " tokens")
+    ax = sns.stripplot(table, x="kind", y="mean", hue="tokens", **look, ax=ax)
+    ax.set(xlabel="", ylabel="mean root E(xR)", ylim=(0, None), title="Each marker is one seed")
+    ax.legend(title=None)
+    return ax
+
+
+def plot_residual(maxima: Tensor, median: Tensor, *, ax: Axes | None = None) -> Axes:
+    """The residual stream before each norm: the largest |value| of the first token, of any other token, and
+    the median (Sun et al., Fig. 4). `maxima` (sites, tokens) and `median` (sites,) as a Capture has them."""
+    lines = {
+        "token 0, largest channel": maxima[:, 0],
+        "any other token, largest channel": maxima[:, 1:].amax(1),
+        "median of all values": median,
+    }
+    table = pd.DataFrame(lines, index=np.arange(len(median)) / 2)
+    ax = sns.lineplot(table, palette=[style.MASSIVE_COLOUR, "#555555", "#56B4E9"], ax=ax)
+    ax.set(yscale="log", xlabel="layer", ylabel="|residual stream|", title="One token, one channel")
+    return ax
+
+
+def plot_history(history: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """A refinement's mean squared error of `ordinary` and `massive` rows, `step` by step."""
+    table = history.set_index("step")[["ordinary", "massive"]].add_suffix(" rows")
+    markers = ["o", "D"] if len(history) < 30 else None  # an accelerated one looks at all rows now and then
+    palette = list(TOKENS["palette"].values())
+    ax = sns.lineplot(table, palette=palette, markers=markers, dashes=False, ax=ax)
+    ax.set(xlabel="step", ylabel="mean E(xR)", ylim=(0, None), title="Refining R1")
+    return ax
+
+
+def plot_prediction(table: pd.DataFrame, x: str, *, ax: Axes | None = None) -> Axes:
+    """Share of ||x||^2 (channels: rows of mean square 1) lost against `x` (snr, channels, bits or ratio), a
+    colour a rotation: lines predicted, markers measured (mean over seeds; NaN where only predicted)."""
+    share = table.assign(**{name: table[name] / table["channels"] for name in ("predicted", "measured")})
+    means = share.groupby(["rotation", x], sort=False)[["predicted", "measured"]].mean().reset_index()
+    plain = {"markers": False, "dashes": False, "legend": False}
+    ax = style.draw_lines(means, x, "predicted", "rotation", **plain, ax=ax)
+    by = {"hue": "rotation", "style": "rotation", "s": 45}
+    sns.scatterplot(means, x=x, y="measured", **by, **style.looks(means["rotation"]), ax=ax)
+    scale = "log" if x in ("snr", "bits") else "linear"
+    ax.set(xlabel=LABELS.get(x, x), ylabel=r"share lost, $E\,/\,\|x\|^2$", yscale=scale)
+    if x in ("snr", "channels"):
+        ax.set(xscale="log")
+        ticks = np.unique(table.loc[table["measured"].notna(), x])
+        ax.set_xticks(ticks, [f"{value:g}" for value in ticks])
+        ax.set_xticks([], minor=True)
+    ax.legend(title="line: predicted", title_fontsize=8)
+    return ax
+
+
+def plot_predicted_rows(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Each real row's root of `measured` squared error against `predicted`, a colour a `rotation`."""
+    roots = table.assign(predicted=table["predicted"] ** 0.5, measured=table["measured"] ** 0.5)
+    by = {"hue": "rotation", "style": "rotation", "s": 30, "alpha": 0.7}
+    ax = sns.scatterplot(roots, x="predicted", y="measured", **by, **style.looks(table["rotation"]), ax=ax)
+    both = roots[["predicted", "measured"]].to_numpy()
+    ends = float(both.min()) * 0.9, float(both.max()) * 1.1
+    ax.plot(ends, ends, ls="--", lw=1, c=style.INK)
+    ax.set(xscale="log", yscale="log", xlim=ends, ylim=ends)
+    ax.set(xlabel="predicted root E", ylabel="measured root E")
+    ticks = [value for value in TICKS if ends[0] <= value <= ends[1]]
+    names = [f"{value:g}" for value in ticks]
+    ax.set(xticks=ticks, xticklabels=names, yticks=ticks, yticklabels=names)
+    ax.minorticks_off()
+    ax.legend(title=None)
+    return ax
+
+
+def plot_logit_errors(steps: pd.DataFrame, tolerance: float, *, ax: Axes | None = None) -> Axes:
+    """Relative `error` of the logits after each `step`, on a log axis; red beyond `tolerance`, dashed."""
+    ax = ax or plt.gca()
+    floor = min([tolerance, *steps.loc[steps["error"] > 0, "error"]]) / 10
+    for place, error in enumerate(steps["error"]):
+        at, bad = (max(error, floor), place), error > tolerance
+        colour = style.MASSIVE_COLOUR if bad else style.COLOURS["RH"]
+        ax.plot(*at, ls="", marker="D" if bad else "o", c=colour, mfc=colour if error else "white", ms=7)
+        text = f"{error:.1e}" if error else "0"
+        ax.annotate(text, at, xytext=(9, 0), textcoords="offset points", va="center", fontsize=8)
+    ax.axvline(tolerance, ls="--", c=style.INK, lw=1)
+    ax.set_yticks(range(len(steps)), steps["step"])
+    ax.set(xscale="log", xlim=(floor / 2, 30), ylim=(len(steps) - 0.4, -0.6))
+    ax.set_xlabel("relative error of the logits (dashed: the tolerance)")
+    return ax

@@ -1,9 +1,8 @@
-"""Every experiment's figure, and how table and figure are kept."""
+"""What is kept of an experiment and of the main job: tables, figures, findings in words."""
 
 import json
 import logging
-from collections.abc import Callable
-from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -11,93 +10,135 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from dfrot_lab.disk import row_files
+from dfrot_lab.maths import tables
 from dfrot_lab.model import loading
-from dfrot_lab.show import perplexity, tokens
-from dfrot_lab.show.theme import save_figure, theme
+from dfrot_lab.observe import errors, massive
+from dfrot_lab.score import rows
+from dfrot_lab.show import figures
+from dfrot_lab.show.experiment_figures import FIGURES
+from dfrot_lab.show.markup import visible
 from dfrot_lab.study import experiments
-from dfrot_lab.study.setting import Setting
+from dfrot_lab.study.main import MainResult
+from dfrot_lab.study.setting import Setting, figure_site
 
 log = logging.getLogger(__name__)
 
-FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {
-    "main": perplexity.figure_perplexity,
-    "token-errors-3d": tokens.figure_errors_3d,
-    "token-errors-2d": tokens.figure_errors,
-    "token-orders": tokens.figure_orders,
-    "massive-token": tokens.figure_massive_token,
-    "gamma-sweep": perplexity.figure_gamma,
-    "keep-out": perplexity.figure_keep_out,
-    "main-table": partial(
-        perplexity.figure_differences, label="{rotation} {bits}", panel="weights: {weights}"
-    ),
-    "calibration": partial(perplexity.figure_differences, label="{varied} {level}"),
-    "zero-shot": perplexity.figure_zero_shot,
-    "clip-sweep": perplexity.figure_clip,
-    "symmetric-or-not": partial(
-        perplexity.figure_differences,
-        label="refined {refined_with}, sign flips: {sign_flips}",
-        panel="tested {tested_with}, {bits}",
-    ),
-    "variants": partial(perplexity.figure_differences, label="{variant}"),
-    "massive-activations": tokens.figure_massive_activations,
-    "massive-magnitudes": tokens.figure_magnitudes,
-    "intervene": perplexity.figure_intervene,
-}
-"""The figure that draws each experiment's table."""
-
 SMALL = 5000
-"""Rows up to which an experiment's table is kept as JSON lines, to be read and compared; above it as Parquet,
-beside the figure alone."""
+"""Rows up to which an experiment's table is kept as JSON lines, to be compared; above it as Parquet."""
 
 
-def save_experiment(
-    name: str, table: pd.DataFrame, setting: Setting, tables: Path, folder: Path
-) -> list[Path]:
-    """Write an experiment's table into `tables`, named after it and the corpus, and its figure into `folder`;
-    what was written."""
-    small = len(table) <= SMALL
-    rows = _file(name, setting, tables, "jsonl" if small else "parquet")
-    if small:
-        row_files.replace(rows, row_files.rows(table))
+def save_experiment(name: str, table: pd.DataFrame, setting: Setting, at: Path, pictures: Path) -> list[Path]:
+    """Write an experiment's table into `at`, named by it and the corpus, its figure into `pictures`."""
+    kept = _file(name, setting, at, "jsonl" if len(table) <= SMALL else "parquet")
+    if len(table) <= SMALL:
+        row_files.replace(kept, row_files.rows(table))
     else:
-        row_files.write_table(table, rows)
-    about = {
-        "experiment": name,
-        "model": setting.model.source,
-        "corpus": setting.corpus,
-        "seed": setting.seed,
-        "quick": setting.quick,
-        "device": loading.device_name(),
-        "setting": _question(name, setting),
-        "rows": len(table),
-        "recipes": sorted(set(table["recipe"].dropna())) if "recipe" in table else [],
-    }
-    with theme():
-        return [rows, save_figure(FIGURES[name](table), name, folder, about)]
+        row_files.write_table(table, kept)
+    recipes = sorted(set(table["recipe"].dropna())) if "recipe" in table else []
+    about = {"experiment": name, "quick": setting.quick, "device": loading.device_name(), "rows": len(table)}
+    about |= {"setting": _question(name, setting), "recipes": recipes}
+    with figures.theme():
+        return [kept, _save_figure(FIGURES[name](table), name, pictures, setting, about)]
 
 
 def table(name: str, setting: Setting, root: Path) -> pd.DataFrame:
     """The experiment's table: the one kept under `root` (data/results/, figures/) if it was made with this
-    very setting, else computed now.
-
-    For sweeps of hours, which one machine computes and everybody reads; `experiments.run` computes in any
-    case."""
-    rows = _file(name, setting, root / "data" / "results", "jsonl")
+    very setting, else computed now. For sweeps of hours, which one machine computes and everybody reads."""
+    kept = _file(name, setting, root / "data" / "results", "jsonl")
     beside = root / "figures" / Path(setting.corpus).stem / f"{name}.json"
-    if not (rows.is_file() and beside.is_file()):
-        return experiments.run(name, setting)
-    about = json.loads(beside.read_text(encoding="utf-8"))
+    about = json.loads(beside.read_text(encoding="utf-8")) if kept.is_file() and beside.is_file() else {}
     if about.get("setting") != _question(name, setting):
         return experiments.run(name, setting)
-    log.info("%s: read from %s, computed on %s", name, rows.name, about["device"])
-    return row_files.load(rows)
+    log.info("%s: read from %s, computed on %s", name, kept.name, about["device"])
+    return row_files.load(kept)
 
 
-def _file(name: str, setting: Setting, tables: Path, suffix: str) -> Path:
-    return tables / f"{name}-{Path(setting.corpus).stem}.{suffix}"
+def _file(name: str, setting: Setting, folder: Path, suffix: str) -> Path:
+    return folder / f"{name}-{Path(setting.corpus).stem}.{suffix}"
+
+
+def _save_figure(fig: Figure, name: str, folder: Path, setting: Setting, about: dict[str, Any]) -> Path:
+    """Write and close a figure: `<name>.png` (returned), `.svg`, `.json` (what it is made from, versions)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    fig.savefig(folder / f"{name}.png", metadata={"Software": None})
+    fig.savefig(folder / f"{name}.svg", metadata={"Date": None})
+    figures.plt.close(fig)
+    own = {"figure": name, "model": setting.model.source, "corpus": setting.corpus, "seed": setting.seed}
+    versions = {each: metadata.version(each) for each in ("dfrot-lab", "torch", "transformers", "matplotlib")}
+    said = {**own, **about, "versions": versions, "commit": rows.commit()}
+    (folder / f"{name}.json").write_text(json.dumps(said, indent=1, default=str) + "\n", encoding="utf-8")
+    return folder / f"{name}.png"
 
 
 def _question(name: str, setting: Setting) -> dict[str, Any]:
     """An experiment's own setting as JSON values, whatever the device: the same question is answered once."""
-    own = experiments.EXPERIMENTS[name].setting(setting)
+    own = experiments.setting_of(name, setting)
     return own.with_(model=own.model.with_(device="auto")).plain()
+
+
+def main_figures(result: MainResult, wide: pd.DataFrame) -> dict[str, tuple[Figure, dict[str, Any]]]:
+    """The main figures by name, each with what it was made from; without refinement or rows their pictures
+    are left out. `wide` are the errors at their site. Draw inside `theme`."""
+    recorded, refine, site = result.capture, result.setting.refine, figure_site(result.capture.sites)
+    token = int(recorded.residual_max[recorded.sites.index(site)].argmax())
+    values = errors.massive_values(recorded, site, token, result.matrices, refine.quantizer)
+    across = 2 if result.refinement else 1
+    residual, axes = figures.plt.subplots(1, across, figsize=(5.1 * across, 3.6), squeeze=False)
+    figures.plot_residual(recorded.residual_max, recorded.residual_median, ax=axes[0, 0])
+    if result.refinement:
+        figures.plot_history(result.refinement.history, ax=axes[0, 1])
+    drawn: dict[str, tuple[Figure, dict[str, Any]]] = {
+        "residual-and-refinement": (residual, {"refine": refine.to_dict()}),
+        "token-errors": (figures.figure_errors(wide), {"site": site, "rows": len(wide)}),
+        "massive-token-values": (figures.figure_massive_token(values), {"site": site, "token": token}),
+    }
+    if set(result.table["bits"]) - {"16-16-16"}:
+        made_from = {"rows": sorted(set(result.table["recipe"]))}
+        drawn["perplexity"] = (figures.figure_perplexity(result.table), made_from)
+    return drawn
+
+
+def save(result: MainResult, table: Path, pictures: Path) -> list[Path]:
+    """Write the main job's rows to `table`, recipes and comparison beside it, its figures to `pictures`."""
+    written = row_files.save(table, result.table, rows.recipes(result.found.values()))
+    about = {"capture": result.capture.key, "quantizer": result.setting.refine.quantizer.name}
+    with figures.theme():
+        drawn = main_figures(result, result.errors([figure_site(result.capture.sites)]))
+        for name, (fig, extra) in drawn.items():
+            written.append(_save_figure(fig, name, pictures, result.setting, about | extra))
+    return written
+
+
+def massive_table(result: MainResult) -> pd.DataFrame:
+    """The massive tokens by any rule, most extreme first."""
+    return massive.table(result.capture).sort_values("residual_max", ascending=False, ignore_index=True)
+
+
+def most_massive(table: pd.DataFrame) -> str:
+    """The first token of `massive_table` in a sentence."""
+    if table.empty:
+        return "No token of the first calibration window is massive by any rule."
+    head = table.iloc[0]
+    return (
+        f"The most massive token, \u2018{visible(head['text'])}\u2019, reaches {head['residual_max']:,.0f} "
+        f"in channel {head['channel']} of the residual stream at {head['site']}, "
+        f"{head['ratio_to_median']:,.0f} times the median."
+    )
+
+
+def differences(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """Captions and tables of the paired differences, and of RO - RH seed by seed, where there are any."""
+    said = "{} on the same windows, with the paired 95% interval"
+    metrics = [name for name in table["metric"].unique() if name != tables.PERPLEXITY]
+    shown = [(said.format(name), tables.comparison(table, name)) for name in metrics]
+    shown.append(("RO - RH, each random seed on its own", tables.by_seed(table).rename_axis("bits")))
+    return [(caption, frame) for caption, frame in shown if not frame.empty]
+
+
+def report(result: MainResult) -> str:
+    """The main job's findings as text: the most massive token, the table, paired differences, seeds."""
+    setting, bits = result.setting, "bits are weights-activations-KV cache"
+    text = f"{setting.corpus}, {setting.windows} windows of {setting.window} tokens, with the 95% interval"
+    shown = [(f"Perplexity on {text}; {bits}", tables.comparison(result.table)), *differences(result.table)]
+    parts = [f"{caption}:\n{frame.to_string()}" for caption, frame in shown]
+    return "\n\n".join([most_massive(massive_table(result)), *parts]) + "\n"

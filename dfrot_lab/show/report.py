@@ -1,11 +1,10 @@
-"""A report to send to a colleague: one HTML file with a model's main results, figures and data inside,
-nothing fetched when it is opened. The page is `report.html.j2`; here its values are collected."""
+"""A report to send to a colleague: one HTML file (`report.html.j2`) that fetches nothing when opened."""
 
-import base64
 import hashlib
 import io
 import shlex
-from collections.abc import Hashable, Mapping
+from base64 import b64encode
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -14,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import plotly.graph_objects as go
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
@@ -27,47 +27,46 @@ from dfrot_lab.recipe import registry
 from dfrot_lab.recipe.specs import DEFAULT_MODEL, MASSIVE_RULES, CorpusSpec, Recipe, RefineSpec
 from dfrot_lab.score import rows as score_rows
 from dfrot_lab.score.perplexity import EvalResult
-from dfrot_lab.show import figures, main_figures
-from dfrot_lab.show.markup import visible
-from dfrot_lab.show.perplexity import rows_of
-from dfrot_lab.show.report_plot import scatter_figure
-from dfrot_lab.study import cost, main, paper, runner
-from dfrot_lab.study.cost import Progress
-from dfrot_lab.study.main import MainResult
+from dfrot_lab.show import figures, gallery
+from dfrot_lab.show.markup import safe, visible
+from dfrot_lab.show.theme import MASSIVE_COLOUR, ORDINARY_COLOUR
+from dfrot_lab.study import cost, main, paper
 from dfrot_lab.study.setting import Setting, figure_site
 
 PACKAGES = ("dfrot-lab", "torch", "transformers", "numpy", "matplotlib", "plotly")
-SHOWN_TOKENS = 15
-"""Massive tokens listed, the most extreme first; the rest are counted."""
-HISTORY_LINES = 12
-"""Lines of a refinement's history that are listed, first and last among them."""
-SECONDS = {"tokens": 2.0, "errors": 2.0, "figures": 6.0}
-"""Seconds of each part after the capture on 2 cores with the default model."""
+PAIRS = (("RO", "RH"), ("NR", "RO"), ("NR", "RH"), ("RH", "DFRot"))
+"""Rotations that the interactive plot compares, the first pair at the start."""
+KINDS = (("ordinary tokens", ORDINARY_COLOUR, "circle", 6), ("massive tokens", MASSIVE_COLOUR, "diamond", 11))
+HOVER = "%{text}<br>%{x:.3g} and %{y:.3g}<extra>%{fullData.name}</extra>"
+GREY, CLEAR = "#808080", "rgba(0,0,0,0)"
+AXIS = {"gridcolor": "rgba(128,128,128,0.25)", "zerolinecolor": GREY, "rangemode": "tozero"}
+LAYOUT: dict[str, Any] = {
+    "height": 480, "margin": {"t": 60, "r": 10}, "paper_bgcolor": CLEAR, "plot_bgcolor": CLEAR,
+    "font": {"color": GREY}, "legend": {"orientation": "h", "y": -0.2}, "xaxis": AXIS, "yaxis": AXIS,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Findings:
-    """What a report shows: the main job's result as far as it is stored, the rows that are not, and tables of
-    massive tokens and token errors."""
+    """What a report shows: the main job's stored result, the rows missing, massive tokens, token errors."""
 
-    result: MainResult
+    result: main.MainResult
     missing: list[Recipe]
     massive: pd.DataFrame
     errors: pd.DataFrame
 
 
 def collect(setting: Setting, store: Store | None = None) -> Findings:
-    """The main results of `setting` that are stored. The capture is recorded if it is missing; nothing else
-    is computed that takes long."""
+    """The main results of `setting` that are stored; of long work the capture alone, if it is missing."""
     store, setting = store or Store(), setting.resolved()
-    progress = Progress([cost.preparation(setting, store)[0], *SECONDS.values()])
+    progress = cost.Progress([cost.preparation(setting, store)[0], 2, 2, 6])  # measured on 2 cores
     progress.begin("activations of the first calibration window")
     result = main.stored(setting, store)
     missing = list(dict.fromkeys(row.spec for row in main.rows(setting) if row.spec not in result.found))
     progress.begin("massive tokens")
-    massive = main_figures.massive_table(result)
+    massive = gallery.massive_table(result)
     progress.begin("errors of every token")
-    errors = main_figures.error_table(result)
+    errors = result.errors([figure_site(result.capture.sites)])
     progress.begin("figures and page")
     return Findings(result, missing, massive, errors)
 
@@ -78,56 +77,35 @@ def page(findings: Findings) -> str:
 
 
 def render(values: Mapping[str, Any]) -> str:
-    """The page with these values (those of `values`), all escaped but the scripts.
-
-    It may load nothing and run only its two scripts, plotly's library and the call of it: its
-    Content-Security-Policy names each by its hash."""
-    pages = Environment(
-        loader=PackageLoader("dfrot_lab", "show"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-    )
-    pages.filters["sha256"] = lambda script: _base64(hashlib.sha256(script.encode()).digest())
+    """The page with these values (those of `values`), all escaped but the scripts. It loads nothing and runs
+    only plotly's library and the call of it: its Content-Security-Policy names each by its hash."""
+    options: dict[str, Any] = {"autoescape": True, "undefined": StrictUndefined, "trim_blocks": True}
+    pages = Environment(loader=PackageLoader("dfrot_lab", "show"), **options)
+    pages.filters["sha256"] = lambda script: b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return pages.get_template("report.html.j2").render(values)
-
-
-def _base64(data: bytes) -> str:
-    return base64.b64encode(data).decode()
 
 
 def values(findings: Findings) -> dict[str, Any]:
     """What the page shows, by the names the template uses."""
     result, table, massive = findings.result, findings.result.table, findings.massive
-    setting = result.setting
+    setting = public(result.setting)
     with figures.theme():
-        drawn = main_figures.main_figures(result, findings.errors)
+        drawn = gallery.main_figures(result, findings.errors)
         pictures = {name: _svg(figure) for name, (figure, _) in drawn.items()}
+    alone = [(main.row_name(spec), row_command(setting, spec)) for spec in findings.missing]
     return {
-        "title": f"DFRot Lab: {named(setting.model.source)}",
-        "massive": main_figures.most_massive(massive),
-        "gap": _gap(findings),
-        "about": about(findings),
-        "tokens": massive_tokens(massive),
-        "shown": SHOWN_TOKENS,
-        "by_sun": massive.loc[massive["sun"], "token"].nunique(),
-        "window": result.capture.tokens,
-        "site": figure_site(result.capture.sites),
-        "quantizer": setting.refine.quantizer.name,
-        "library": Markup(get_plotlyjs()),
-        "plot": scatter_figure(findings.errors).to_plotly_json(),
-        "pictures": pictures,
-        "history": None if result.refinement is None else _history(result.refinement.history),
-        "command": command(public(setting)),
+        "model": setting.model.source, "packaged": result.setting.model.source == DEFAULT_MODEL,
+        "corpus": setting.corpus, "windows": setting.windows, "window": result.capture.tokens,
+        "site": figure_site(result.capture.sites), "quantizer": setting.refine.quantizer.name,
+        "about": about(findings), "command": command(setting),
+        "missing": pd.DataFrame(alone, columns=["row", "alone"]),
+        "massive": gallery.most_massive(massive), "tokens": massive_tokens(massive), "shown": 15,
+        "by_sun": massive.loc[massive["sun"], "token"].nunique(), "gap": _gap(table, setting.seed),
+        "library": Markup(get_plotlyjs()), "plot": scatter_figure(findings.errors).to_plotly_json(),
+        "pictures": pictures, "history": result.refinement and _history(result.refinement.history),
         "comparison": tables.comparison(table) if result.found else None,
-        "differences": main_figures.differences(table),
-        "missing": _missing(findings),
-        "paper": _paper(list(result.found.values())),
-        "model": named(setting.model.source),
-        "packaged": setting.model.source == DEFAULT_MODEL,
-        "corpus": named(setting.corpus),
-        "windows": setting.windows,
-    }
+        "differences": gallery.differences(table), "paper": _paper(list(result.found.values())),
+    }  # fmt: skip
 
 
 def _svg(figure: Figure) -> str:
@@ -135,27 +113,21 @@ def _svg(figure: Figure) -> str:
     data = io.BytesIO()
     figure.savefig(data, format="svg", metadata={"Date": None})
     figures.plt.close(figure)
-    return _base64(data.getvalue())
-
-
-def named(source: str) -> str:
-    """A model or text as a reader of the report needs it: of a file or folder its name, not where it lies on
-    this machine."""
-    return Path(source).name if Path(source).expanduser().exists() else source
+    return b64encode(data.getvalue()).decode()
 
 
 def about(findings: Findings) -> pd.DataFrame:
     """What the report is of, as lines: what, value."""
     setting, recorded = findings.result.setting, findings.result.capture
-    manifest = recorded.artefact.manifest
+    shown, manifest = public(setting), recorded.artefact.manifest
     origin, own = str(manifest["note"]["provenance"]), setting.model.source != DEFAULT_MODEL
     texts = {split: CorpusSpec(name=setting.corpus, split=split) for split in ("calibration", "evaluation")}
     rows = f"the first {recorded.tokens} calibration tokens"
-    lines: dict[str, Any] = {
-        "model": named(setting.model.source),
-        "made from": f"{origin.split(' ', 1)[0]} {named(setting.model.source)}" if own else origin,
+    lines = {
+        "model": shown.model.source,
+        "made from": f"{origin.split(' ', 1)[0]} {shown.model.source}" if own else origin,
         "model's content hash": loading.fingerprint(setting.model),
-        "text": named(setting.corpus),
+        "text": shown.corpus,
         **{f"{split} text, sha256": corpus.fingerprint(spec) for split, spec in texts.items()},
         "evaluation": f"{setting.windows} windows of {setting.window} tokens",
         "seed of the rotations": setting.seed,
@@ -171,46 +143,34 @@ def about(findings: Findings) -> pd.DataFrame:
 
 
 def massive_tokens(table: pd.DataFrame) -> pd.DataFrame:
-    """A line a token of `massive.table`, the most extreme first: its text, largest |value|, where, and at how
-    many sites each rule marks it."""
-    top = table.sort_values("residual_max", ascending=False).drop_duplicates("token").set_index("token")
+    """A line a token of `massive_table`: text, largest |value|, where, at how many sites by each rule."""
+    top = table.drop_duplicates("token").set_index("token")
+    whole = "{:,.0f}".format
     shown = {
-        "text": top["text"].map(visible),
-        "largest |value|": top["residual_max"].map("{:,.0f}".format),
-        "times the median": top["ratio_to_median"].map("{:,.0f}".format),
-        "channel": top["channel"],
-        "at": top["site"],
-    }
+        "text": top["text"].map(visible), "largest |value|": top["residual_max"].map(whole),
+        "times the median": top["ratio_to_median"].map(whole), "channel": top["channel"], "at": top["site"],
+    }  # fmt: skip
     counts = table.groupby("token")[list(MASSIVE_RULES)].sum().add_prefix("sites by ")
     return pd.DataFrame(shown).join(counts).reset_index()
 
 
-def _gap(findings: Findings) -> dict[Hashable, Any] | None:
+def _gap(table: pd.DataFrame, seed: int) -> Any:
     """RO - RH at the last bits that are stored: the row of the page's first paragraph."""
-    rows = rows_of(findings.result.table, f"{tables.PERPLEXITY} - RH")
-    own = rows["rotation"].eq("RO") & ~rows["keep_out"].astype(bool)
-    rows = rows[own & rows["seed"].eq(findings.result.setting.seed)]
-    return None if rows.empty else rows.to_dict("records")[-1]
+    rows = figures.rows_of(table, f"{tables.PERPLEXITY} - RH")
+    own = rows["rotation"].eq("RO") & ~rows["keep_out"].astype(bool) & rows["seed"].eq(seed)
+    return next(iter(rows[own].tail(1).to_dict("records")), None)
 
 
 def _history(history: pd.DataFrame) -> pd.DataFrame:
-    places = np.linspace(0, len(history) - 1, min(HISTORY_LINES, len(history))).round().astype(int)
-    return history.iloc[places].round(4).rename(columns={"ordinary": "ordinary"})
-
-
-def _missing(findings: Findings) -> pd.DataFrame:
-    """The rows that are not stored, each with the command that computes it alone."""
-    setting, lines = public(findings.result.setting), []
-    for spec in findings.missing:
-        lines.append((runner.row_name(spec), row_command(setting, spec)))
-    return pd.DataFrame(lines, columns=["row", "alone"])
+    """At most 12 lines of a refinement's history, first and last among them."""
+    places = np.linspace(0, len(history) - 1, min(12, len(history))).round().astype(int)
+    return history.iloc[places].round(4)
 
 
 def _paper(found: list[EvalResult]) -> pd.DataFrame:
     """The paper's perplexities in the rows' places, ours first: it must not be scrolled out of sight."""
     beside = paper.beside_rows(found)
-    ours = beside.pop("ours").map("{:,.2f}".format)
-    beside.insert(min(2, beside.shape[1]), "ours", ours)
+    beside.insert(2, "ours", beside.pop("ours").map("{:,.2f}".format))
     return beside.fillna("")
 
 
@@ -221,8 +181,9 @@ def command(setting: Setting) -> str:
 
 def public(setting: Setting) -> Setting:
     """`setting` with a model's or text's own path cut to its name: what a page that is sent away may say."""
-    model = setting.model.with_(source=named(setting.model.source))
-    return setting.with_(model=model, corpus=named(setting.corpus))
+    said = (setting.model.source, setting.corpus)
+    model, text = (Path(each).name if Path(each).expanduser().exists() else each for each in said)
+    return setting.with_(model=setting.model.with_(source=model), corpus=text)
 
 
 def row_command(setting: Setting, spec: Recipe) -> str:
@@ -249,9 +210,8 @@ def check_out(path: Path) -> Path:
     if path.is_dir():
         raise ValueError(f"--out must be a file; {path} is a folder. Say for example {path / 'report.html'}")
     if not path.parent.is_dir():
-        raise ValueError(
-            f"--out must be in a folder that is there; got {path}. Make the folder {path.parent} first"
-        )
+        said = f"got {path}. Make the folder {path.parent} first"
+        raise ValueError(f"--out must be in a folder that is there; {said}")
     return path
 
 
@@ -259,3 +219,24 @@ def write(path: Path, text: str) -> None:
     """Put `text` into `path`, whole or not at all: until it is complete, what was there stays."""
     with replacing(check_out(path)) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def scatter_figure(wide: pd.DataFrame) -> go.Figure:
+    """Every token's error under one rotation against another's, to hover over; a menu picks the pair.
+    Columns: token, text, massive and one of errors a rotation."""
+    parts, buttons = (wide[~wide["massive"]], wide[wide["massive"]]), list[dict[str, Any]]()
+    for pair in [pair for pair in PAIRS if set(pair) <= set(wide.columns)]:
+        line = [0, float(wide[list(pair)].to_numpy().max()) * 1.05]
+        x, y = ([*(part[name].tolist() for part in parts), line] for name in pair)
+        titles = {f"{axis}axis.title.text": f"E({name})" for axis, name in zip("xy", pair, strict=True)}
+        what = {"label": f"{pair[1]} against {pair[0]}", "method": "update"}
+        buttons.append({**what, "args": [{"x": x, "y": y}, titles]})
+    start, titles = buttons[0]["args"]
+    menu = {"buttons": buttons, "x": 0, "y": 1.14, "xanchor": "left", "font": {"color": "#555555"}}
+    plot = go.Figure(layout=LAYOUT | {"updatemenus": [menu]}).update_layout(titles)
+    for part, (name, colour, symbol, size), x, y in zip(parts, KINDS, start["x"], start["y"], strict=False):
+        marker = {"color": colour, "symbol": symbol, "size": size, "opacity": 0.75}
+        text = ("token " + part["token"].astype(str) + ": " + part["text"].map(safe)).tolist()
+        plot.add_scatter(x=x, y=y, mode="markers", marker=marker, text=text, hovertemplate=HOVER, name=name)
+    equal = {"mode": "lines", "name": "equal", "line": {"dash": "dash", "color": GREY}, "hoverinfo": "skip"}
+    return plot.add_scatter(x=start["x"][2], y=start["y"][2], **equal)

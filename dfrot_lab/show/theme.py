@@ -1,10 +1,8 @@
-"""How every picture looks: one theme, one colour and marker a rotation, a row of panels, one way to save."""
+"""How every picture looks: one theme, one colour and marker a rotation, a row of panels."""
 
-import json
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
@@ -14,43 +12,26 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dfrot_lab.score import rows as score_rows
-
 COLOURS = {"NR": "#555555", "RO": "#D55E00", "RH": "#0072B2", "DFRot": "#009E73"}
-"""One colour a rotation everywhere: from Okabe and Ito's colour-blind-safe set, of different lightness so
-that they part in grey too."""
+"""One colour a rotation everywhere: of Okabe and Ito's colour-blind-safe set, and apart in grey too."""
 MARKERS = {"NR": "s", "RO": "^", "RH": "o", "DFRot": "D"}
-SERIES = ("#CC79A7", "#56B4E9", "#E69F00", "#332288", "#882255", "#117733")
-"""Colours of everything that is not one of the four rotations."""
-SERIES_MARKERS = ("v", "P", "X", "p", "<", "h")
+OTHERS = tuple(zip(("#CC79A7", "#56B4E9", "#E69F00", "#332288", "#882255", "#117733"), "vPXp<h", strict=True))
+"""Colours and markers of everything that is not one of the four rotations."""
 MASSIVE_COLOUR, ORDINARY_COLOUR, INK = "#CC2936", "#9AA5B1", "#333333"
 
 THEME: dict[str, Any] = {
-    "figure.dpi": 110,
-    "savefig.dpi": 160,
-    "figure.constrained_layout.use": True,
-    "font.size": 10,
-    "axes.titlesize": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#E3E6EA",
-    "grid.linewidth": 0.6,
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-    "legend.fontsize": 8,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "dfrot-lab",  # same figure, same bytes
-}
+    "figure.dpi": 110, "savefig.dpi": 160, "figure.constrained_layout.use": True,
+    "font.size": 10, "axes.titlesize": 10, "legend.frameon": False, "legend.fontsize": 8,
+    "axes.spines.top": False, "axes.spines.right": False,
+    "axes.grid": True, "grid.color": "#E3E6EA", "grid.linewidth": 0.6, "axes.axisbelow": True,
+    "svg.fonttype": "none", "svg.hashsalt": "dfrot-lab",  # same figure, same bytes
+}  # fmt: skip
 
 
 @contextmanager
 def theme() -> Iterator[None]:
-    """While the block runs, the project's matplotlib settings; nothing is changed for anybody else.
-
-    Only the theme's own settings are put back: mpl.rc_context would also undo `interactive`, which a
-    notebook's backend turns on when the first figure loads it, and no figure after that one would be shown.
-    """
+    """While the block runs, the project's matplotlib settings. Only they are put back: mpl.rc_context would
+    also undo `interactive`, which a notebook's backend turns on with the first figure."""
     settings: Any = mpl.rcParams  # typed by a list of literal names
     before = {name: settings[name] for name in THEME}
     settings.update(THEME)
@@ -62,13 +43,9 @@ def theme() -> Iterator[None]:
 
 def looks(names: Iterable[Any]) -> dict[str, Any]:
     """seaborn's `palette` and `markers` for these names: a rotation's own, else the next of the others."""
-    palette: dict[Any, str] = {}
-    markers: dict[Any, str] = {}
-    for name in dict.fromkeys(names):
-        place = len(palette.keys() - COLOURS.keys()) % len(SERIES)
-        palette[name] = COLOURS.get(name, SERIES[place])
-        markers[name] = MARKERS.get(name, SERIES_MARKERS[place])
-    return {"palette": palette, "markers": markers}
+    others = itertools.cycle(OTHERS)
+    own = {n: (COLOURS[n], MARKERS[n]) if n in COLOURS else next(others) for n in dict.fromkeys(names)}
+    return {name: {n: look[i] for n, look in own.items()} for i, name in enumerate(("palette", "markers"))}
 
 
 def draw_lines(table: pd.DataFrame, x: str, y: str, by: str, *, ax: Axes | None = None, **more: Any) -> Axes:
@@ -81,21 +58,20 @@ def draw_lines(table: pd.DataFrame, x: str, y: str, by: str, *, ax: Axes | None 
 
 
 def panels(
-    table: pd.DataFrame,
-    by: str,
-    draw: Callable[..., object],
-    *,
-    size: tuple[float, float] = (4.2, 3.6),
-    **more: Any,
-) -> Figure:
-    """A row of panels, one for each value of column `by`, titled with it, then drawn by
-    `draw(part, ax=ax)`. `size` is one panel's, in inches; `more` is plt.subplots'."""
+    table: pd.DataFrame, by: str, draw: Callable[..., object], *, size: tuple[float, float] = (4.2, 3.6),
+    axes: Mapping[str, Any] | None = None, legend: bool = False, **more: Any,
+) -> Figure:  # fmt: skip
+    """A row of panels of `size` inches, for each value of `by` titled with it, drawn by `draw(part, ax=ax)`
+    and given what `axes` sets; with `legend` one for all is below. `more` is plt.subplots'."""
     groups = list(table.groupby(by, sort=False, observed=True))
     across = max(1, len(groups))
-    fig, axes = plt.subplots(1, across, figsize=(size[0] * across, size[1]), squeeze=False, **more)
-    for ax, (name, part) in zip(axes[0], groups, strict=False):
+    fig, places = plt.subplots(1, across, figsize=(size[0] * across, size[1]), squeeze=False, **more)
+    for ax, (name, part) in zip(places[0], groups, strict=False):
         ax.set_title(str(name))
         draw(part, ax=ax)
+        ax.set(**axes or {})
+    if legend:
+        legend_below(fig)
     return fig
 
 
@@ -106,18 +82,3 @@ def legend_below(fig: Figure) -> None:
         if legend := ax.get_legend():
             legend.remove()
     fig.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=9)
-
-
-def save_figure(fig: Figure, name: str, folder: Path, about: Mapping[str, Any]) -> Path:
-    """Write `<name>.png`, `.svg` and `.json` (what it was made from, and versions) into `folder`; close the
-    figure; return the PNG's path."""
-    folder.mkdir(parents=True, exist_ok=True)
-    fig.savefig(folder / f"{name}.png", metadata={"Software": None})
-    fig.savefig(folder / f"{name}.svg", metadata={"Date": None})
-    plt.close(fig)
-    versions = {
-        package: metadata.version(package) for package in ("dfrot-lab", "torch", "transformers", "matplotlib")
-    }
-    about = {"figure": name, **about, "versions": versions, "commit": score_rows.commit()}
-    (folder / f"{name}.json").write_text(json.dumps(about, indent=1, default=str) + "\n", encoding="utf-8")
-    return folder / f"{name}.png"

@@ -1,16 +1,13 @@
 """What work costs before it runs: operations and bytes of each stage, counted from the model's shape, over a
-machine's rates. The one model behind progress lines, dry runs and explorers.
-
-A product (m, k) @ (k, n) counts 2 m k n operations; a pass (one read or one write) over a float32 tensor its
-bytes. Nothing overlaps, so the parts of a stage add up. Weights count as float32, as the package loads them
-on a CPU. Disk and figures are left out."""
+machine's rates. A product (m, k) @ (k, n) counts 2 m k n operations; a pass (one read or one write) over a
+float32 tensor, as weights are on a CPU, its bytes. Parts of a stage add up. Disk is left out."""
 
 import logging
 import statistics
 import time
 import timeit
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 
 import pandas as pd
 import torch
@@ -31,22 +28,18 @@ LOAD, CAPTURE, REFINE, GPTQ = "load and rotate", "capture", "refine", "GPTQ"
 FLOAT, INTEGER, TOTAL = "evaluate, 16-bit weights", "evaluate, integer", "total"
 
 CHANNEL_PASSES, MLP_PASSES = 40, 8
-"""Passes of a LLaMA layer in transformers over its C channels (norms 14, rotary embedding 10, adds 6, inputs
-and outputs 10), and over its MLP's width."""
+"""A layer's passes over its C channels (norms 14, rotary embedding 10, adds 6, rest 10), its MLP's width."""
 QUANTIZE_PASSES, HADAMARD_PASSES, RESCALE_PASSES, LOGIT_PASSES = 5, 4, 3, 7
-"""To quantize an input, apply R4, scale an int8 product's sums, turn logits into a loss: in cache, so timed
-on one core, in passes of a copy."""
+"""To quantize an input, apply R4, scale int8 sums, turn logits into a loss: in cache, so timed on a core."""
 CLIP_BYTES, COLUMN_BYTES, EDIT_BYTES, HESSIAN_BYTES = 450, 700, 40, 32
 """Bytes a weight for GPTQ's clip search and columns (timed too), an edit in float64; of a Hessian's entry."""
 STEP_PRODUCTS, STEP_PASSES = 4, 9
-"""A refinement step's products of (C, C) matrices (two with the eigenvectors, two of the turn) and passes
-over its rows."""
+"""A refinement step's products of (C, C) matrices (eigenvectors two, turn two), passes over its rows."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Float32 and float64 flops, int8 operations, bytes read and written in a second; memory; rates'
-    source."""
+    """Float32 and float64 flops, int8 operations, bytes moved in a second; bytes of memory; rates' source."""
 
     name: str
     float_rate: float
@@ -57,9 +50,8 @@ class Machine:
     source: str
 
 
-GPU_80GB = Machine(
-    "one 80 GB GPU", 9.75e12, 4.85e12, 312e12, 1e12, 80e9, "half its data sheet's, not measured"
-)
+SHEET = "half its data sheet's, not measured"
+GPU_80GB = Machine("one 80 GB GPU", 9.75e12, 4.85e12, 312e12, 1e12, 80e9, SHEET)
 """One of the A100 kind; its data sheet says float32 19.5e12, float64 9.7e12, int8 624e12, 2.0e12 bytes/s."""
 TWO_CORES = Machine("2 cores", 150e9, 70e9, 300e9, 8e9, 24e9, "a usual laptop's, not measured")
 """What progress lines assume until the work itself has shown its pace."""
@@ -89,8 +81,7 @@ def _rate(amount: float, work: Callable[[], object]) -> float:
 
 @dataclass(frozen=True)
 class Work:
-    """What a stage does: float32 and float64 flops, int8 operations, bytes moved; bytes of memory at its
-    peak."""
+    """What a stage does: float32 and float64 flops, int8 operations, bytes moved; memory at its peak."""
 
     stage: str
     float_flops: float = 0
@@ -99,47 +90,40 @@ class Work:
     moved: float = 0
     memory: float = field(default=0, kw_only=True)
 
-    @property
-    def amounts(self) -> tuple[float, float, float, float]:
-        """What is done, in the order of a machine's rates."""
-        return self.float_flops, self.double_flops, self.int8_ops, self.moved
-
     def __add__(self, other: "Work") -> "Work":
         """One after the other, under the first one's name."""
-        both = [a + b for a, b in zip(self.amounts, other.amounts, strict=True)]
+        both = [a + b for a, b in zip(_amounts(self), _amounts(other), strict=True)]
         return Work(self.stage, *both, memory=max(self.memory, other.memory))
 
     def times(self, n: float) -> "Work":
         """The same n times over, in the same memory."""
-        return Work(self.stage, *(n * amount for amount in self.amounts), memory=self.memory)
+        return Work(self.stage, *(n * amount for amount in _amounts(self)), memory=self.memory)
 
     def seconds(self, machine: Machine) -> float:
         """How long it takes there."""
-        rates = (machine.float_rate, machine.double_rate, machine.int8_rate, machine.byte_rate)
-        return sum(amount / rate for amount, rate in zip(self.amounts, rates, strict=True))
+        return sum(amount / rate for amount, rate in zip(_amounts(self), _amounts(machine), strict=True))
 
 
-def stages(shape: Shape, recipes: Sequence[Recipe], *, tokens: int = WINDOW) -> list[Work]:
-    """The stages of a main job of `recipes`, in order: one capture and refinement, then a load for each model
-    built (rows with equal rotation and weights share one), GPTQ where it is quantized, each row's windows."""
+def _amounts(of: Work | Machine) -> tuple[float, ...]:
+    """Float32 and float64 flops, int8 operations, bytes moved: done, or in a second."""
+    return astuple(of)[1:5]
+
+
+def stages(shape: Shape, recipes: Sequence[Recipe], tokens: int = WINDOW) -> list[Work]:
+    """The stages of a main job of `recipes`, in order: a load for each model built (rows with equal rotation
+    and weights share one), a capture, a refinement, GPTQ where it is quantized, each row's windows."""
     builds = {(spec.rotation, spec.weights): spec for spec in recipes}.values()
     rotated = sum(spec.is_rotated for spec in builds)
     quantized = sum(spec.weights.quantizer.bits < 16 for spec in builds)
     integers = sum(spec.windows for spec in recipes if build.is_integer(spec))
     floats = sum(spec.windows for spec in recipes) - integers
-    return [
-        load(shape, len(builds) + 1, rotated),  # capture loads the model once more
-        capture(shape, tokens),
-        refine(shape, tokens),
-        gptq(shape, tokens).times(quantized),
-        float_window(shape, tokens).times(floats),
-        integer_window(shape, tokens).times(integers),
-    ]
+    prepared = [load(shape, len(builds) + 1, rotated), capture(shape, tokens), refine(shape, tokens)]
+    windows = [float_window(shape, tokens).times(floats), integer_window(shape, tokens).times(integers)]
+    return [*prepared, gptq(shape, tokens).times(quantized), *windows]  # capture loads the model once more
 
 
 def load(shape: Shape, loads: int, rotated: int) -> Work:
-    """Read the weights and fuse the norms' gains; fuse R1, one float64 product of every weight with R, the
-    largest held in float64 twice."""
+    """Read the weights, fuse gains; fuse R1, a float64 product of every weight, the largest held twice."""
     weights = shape.linear_weights + 2 * shape.embedding
     moved = loads * (2 * PASS + EDIT_BYTES) + rotated * EDIT_BYTES
     memory = shape.model_bytes + 2 * 8 * max(shape.embedding, shape.mlp * shape.channels)
@@ -161,8 +145,7 @@ def capture(shape: Shape, tokens: int) -> Work:
 
 
 def refine(shape: Shape, tokens: int) -> Work:
-    """Refine R1: x^T x of all rows, its eigenvectors (9 C^3); steps on a part of the rows (x R; x^T error
-    R^T); looks at all rows (x R)."""
+    """Refine R1: x^T x, its eigenvectors (9 C^3); steps on a part of the rows; looks at all rows (x R)."""
     C, rows, steps = shape.channels, 2 * shape.layers * tokens, RefineSpec().steps
     part, looks = min(rows, max(rows / descent.PARTS, descent.LEAST_ROWS)), steps / CHECK_EVERY + 1
     step = 2 * part * C**2 * (2 + min(1, C / descent.ROWS_AT_ONCE)) + STEP_PRODUCTS * 2 * C**3
@@ -173,8 +156,7 @@ def refine(shape: Shape, tokens: int) -> Work:
 
 def gptq(shape: Shape, tokens: int, windows: int = WeightSpec().windows) -> Work:
     """One build's GPTQ: the calibration windows forward at once; half a Hessian for each input; for each
-    linear clip search, a factor (two Cholesky factorisations and an inverse, 4/3 in^3) and columns, each
-    one's error going to all after it (out in^2)."""
+    linear clip search, a factor (2 Cholesky, an inverse: 4/3 in^3), columns' errors passed on (out in^2)."""
     hessians = sum(windows * tokens * into**2 for into in shape.inputs)
     columns = sum(out * into**2 for out, into in shape.linears)
     factors = shape.layers * sum(4 / 3 * into**3 for _, into in shape.linears)
@@ -185,8 +167,7 @@ def gptq(shape: Shape, tokens: int, windows: int = WeightSpec().windows) -> Work
 
 
 def float_window(shape: Shape, tokens: int) -> Work:
-    """One evaluation window with 16-bit weights: all products in float; the linears' inputs quantized, R4,
-    and lm_head with the loss, a few hundred tokens at a time."""
+    """One window, products in float: inputs quantized, R4, lm_head and loss."""
     inputs = shape.layers * tokens * (QUANTIZE_PASSES * sum(shape.inputs) + HADAMARD_PASSES * shape.mlp)
     moved = PASS * (inputs + shape.embedding + LOGIT_PASSES * tokens * shape.vocabulary)
     memory = shape.model_bytes + 3 * PASS * perplexity.LOGIT_ROWS * shape.vocabulary
@@ -204,7 +185,7 @@ def integer_window(shape: Shape, tokens: int) -> Work:
 
 def estimate(shape: Shape, machine: Machine, recipes: Sequence[Recipe], tokens: int = WINDOW) -> pd.DataFrame:
     """Seconds, peak memory (GB) and whether the machine has that much, a row a stage; then `total`."""
-    works = stages(shape, recipes, tokens=tokens)
+    works = stages(shape, recipes, tokens)
     lines = [(work.stage, work.seconds(machine), work.memory / 1e9) for work in works]
     table = pd.DataFrame(lines, columns=["stage", "seconds", "memory_gb"])
     table.loc[len(table)] = [TOTAL, table["seconds"].sum(), table["memory_gb"].max()]
@@ -220,24 +201,21 @@ def preparation(setting: Setting, store: Store) -> list[float]:
 
 
 def seconds(specs: Sequence[Recipe], store: Store) -> list[float]:
-    """Nominal seconds on 2 cores of each recipe: 0 if it is stored, else its windows, with its refinement,
-    build and weights where it is the first to need them."""
-    seen: set[str] = set()
-    return [0.0 if perplexity.stored(spec, store) else _missing(spec, store, seen) for spec in specs]
-
-
-def _missing(spec: Recipe, store: Store, seen: set[str]) -> float:
-    """Those of a recipe that is not stored; `seen` are the keys of what will be there by then."""
-    sizes, rotation, key = shape(spec.model), spec.rotation, build.build_key(spec)
-    work = scoring(spec)
-    if key not in seen:
-        work += load(sizes, 1, int(spec.is_rotated))
-        if spec.canonical().weights.corpus and not build.weights_stored(spec, store):
-            work += gptq(sizes, spec.weights.window, spec.weights.windows)
-    if isinstance(rotation, RefineSpec) and rotation.key not in seen and not dfrot.stored(rotation, store):
-        work += refine(sizes, rotation.capture.tokens)
-    seen |= {key, rotation.key}
-    return work.seconds(TWO_CORES)
+    """Nominal seconds on 2 cores of each recipe: 0 if stored, else its windows, and what it needs first."""
+    found, ready = [0.0] * len(specs), set[str]()  # ready: keys of what will be there by then
+    for place, spec in enumerate(specs):
+        if perplexity.stored(spec, store):
+            continue
+        work, sizes, rotation, key = scoring(spec), shape(spec.model), spec.rotation, build.build_key(spec)
+        if key not in ready:
+            work += load(sizes, 1, int(spec.is_rotated))
+            if spec.canonical().weights.corpus and not build.weights_stored(spec, store):
+                work += gptq(sizes, spec.weights.window, spec.weights.windows)
+        if isinstance(rotation, RefineSpec) and not (rotation.key in ready or dfrot.stored(rotation, store)):
+            work += refine(sizes, rotation.capture.tokens)
+        ready |= {key, rotation.key}
+        found[place] = work.seconds(TWO_CORES)
+    return found
 
 
 def scoring(spec: Recipe) -> Work:
@@ -254,20 +232,11 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """Says what is being done and how long the rest will take, as log lines."""
+    """Logs what is done and how long the rest will take; `costs` are its steps' nominal seconds."""
 
     def __init__(self, costs: Sequence[float] = ()) -> None:
         self.costs, self.begun, self.at = list(costs), 0, time.perf_counter()
         self.nominal, self.spent = 1.0, 1.0
-
-    def extend(self, costs: Sequence[float]) -> None:
-        """More steps, with their nominal seconds."""
-        self.costs += costs
-
-    @property
-    def left(self) -> float:
-        """Seconds that the steps begun last and not yet begun will take, at the pace so far."""
-        return sum(self.costs[max(self.begun - 1, 0) :]) * self.spent / self.nominal
 
     def begin(self, what: str) -> None:
         """Announce the next step; the pace comes from steps that really ran, not from those the store had."""
@@ -275,8 +244,9 @@ class Progress:
         cost, took = (self.costs[self.begun - 1], now - self.at) if self.begun else (0.0, 0.0)
         if took > 0.1 * cost:
             self.nominal, self.spent = self.nominal + cost, self.spent + took
+        left = sum(self.costs[self.begun :]) * self.spent / self.nominal
         self.begun, self.at = self.begun + 1, now
-        rest = f"about {duration(self.left)} left" if self.left > 1 else "stored"
+        rest = f"about {duration(left)} left" if left > 1 else "stored"
         log.info("[%2d/%d] %s; %s", self.begun, len(self.costs), what, rest)
 
 
@@ -291,9 +261,8 @@ def describe(name: str, shape: Shape, machines: Sequence[Machine], recipes: Sequ
     sizes = f"{shape.layers} layers, C = {shape.channels}, MLP {shape.mlp}, {heads}"
     lines = [f"{name}: {shape.parameters:,} parameters, float32; {sizes}"]
     for m in machines:
-        rates = {"float32": m.float_rate, "float64": m.double_rate, "int8": m.int8_rate}
-        said = ", ".join(f"{what} {rate / 1e9:,.0f}" for what, rate in rates.items())
-        memory = f"{m.byte_rate / 1e9:,.0f} GB/s read and written, {m.memory / 1e9:,.0f} GB"
-        lines.append(f"{m.name}: {said} Gop/s, {memory}; {m.source}")
+        single, double, int8, moved, memory = (f"{rate / 1e9:,.0f}" for rate in astuple(m)[1:6])
+        said = f"float32 {single}, float64 {double}, int8 {int8} Gop/s, {moved} GB/s read and written"
+        lines.append(f"{m.name}: {said}, {memory} GB; {m.source}")
     trust = "Arithmetic at these rates, nothing run: expect the truth within a factor of about 2."
     return "\n".join([*lines, "", pd.DataFrame(columns).to_string(index=False), "", trust])

@@ -1,12 +1,9 @@
-"""The paper's tables and figures, and what its reviewers asked for, as experiments: a tidy table each.
+"""The paper's tables and figures, and what its reviewers asked for, as experiments: a tidy table each. Of one
+that evaluates `Row`s it has a line a row and metric, the columns of `maths.tables` after its own."""
 
-An experiment that evaluates is a list of `Row`s, each one artefact in the store. Its table has a line a row
-and metric, with the columns of `maths.tables` after the experiment's own."""
-
-import itertools
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import product
 from typing import Any
 
 import pandas as pd
@@ -17,13 +14,13 @@ from dfrot_lab.model import corpus
 from dfrot_lab.observe import massive, residual
 from dfrot_lab.observe.capture import capture
 from dfrot_lab.recipe import specs
+from dfrot_lab.recipe.specs import RELEASED_KEEP_OUT as RELEASED
 from dfrot_lab.recipe.specs import CorpusSpec, QuantSpec, Recipe, RefineSpec
 from dfrot_lab.rotate import dfrot, steps
 from dfrot_lab.score import perplexity, rows, zeroshot
 from dfrot_lab.study import main
-from dfrot_lab.study.runner import Found, Row, evaluated, joined
+from dfrot_lab.study.main import Found, Row, evaluated, joined
 from dfrot_lab.study.setting import Setting
-from dfrot_lab.study.token_studies import massive_magnitudes, massive_token, token_errors, token_orders
 
 log = logging.getLogger(__name__)
 
@@ -31,40 +28,33 @@ GAMMAS = (1.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, float("inf"))
 """The paper's sweep (Fig. 5 and 6)."""
 CLIPS = (0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)
 ROW_COUNTS = (48, 32, 24, 16, 8)
-"""Table 3: rows in units of the window; a model of n layers has 2n of them, and what is beyond is left
-out."""
+"""Table 3: rows in units of the window; a model of n layers has 2n, and what is beyond is left out."""
 SAMPLES = 5
 KEPT = (1, 4, 16, 64)
 SHARE = "share of RO - RH closed"
 
-
-@dataclass(frozen=True)
-class Experiment:
-    """A named experiment: what it reproduces, its question, and what makes its tidy table."""
-
-    name: str
-    reproduces: str
-    question: str
-    table: Callable[[Setting, Store], pd.DataFrame]
-
-    def setting(self, setting: Setting) -> Setting:
-        """The setting it runs on: the paper's rule but for the main job, which takes the setting's own."""
-        return setting if self.name == "main" else setting.with_(rule=specs.PAPER_RULE)
+Make = Callable[[Setting, Store], pd.DataFrame | Iterable[Row]]
+"""What makes the tidy table of an experiment, or the rows to evaluate for it."""
 
 
 def run(name: str, setting: Setting | None = None, store: Store | None = None) -> pd.DataFrame:
     """The table of an experiment, from the store where it has the rows, else computed now. KeyError."""
     if name not in EXPERIMENTS:
         raise KeyError(f"no experiment {name!r}; there are {', '.join(EXPERIMENTS)}")
-    experiment = EXPERIMENTS[name]
-    setting = experiment.setting((setting or Setting.of_profile()).resolved())
+    setting, store = setting_of(name, (setting or Setting.of_profile()).resolved()), store or Store()
     log.info("experiment %s: model %s, corpus %s", name, setting.model.source, setting.corpus)
-    return experiment.table(setting, store or Store())
+    made = EXPERIMENTS[name][-1](setting, store)
+    return made if isinstance(made, pd.DataFrame) else evaluated(list(made), store)[0]
+
+
+def setting_of(name: str, setting: Setting) -> Setting:
+    """The setting an experiment runs on: the paper's rule but for the main job, which takes the setting's."""
+    return setting if name == "main" else setting.with_(rule=specs.PAPER_RULE)
 
 
 def listing() -> pd.DataFrame:
     """The experiments: name, what it reproduces, its question."""
-    about = [(e.name, e.reproduces, e.question) for e in EXPERIMENTS.values()]
+    about = [(name, reproduces, question) for name, (reproduces, question, _) in EXPERIMENTS.items()]
     return pd.DataFrame(about, columns=["name", "reproduces", "question"])
 
 
@@ -78,91 +68,74 @@ def _refinement(setting: Setting, offset: int = 0, **changes: Any) -> RefineSpec
     return setting.refine.with_(**{"init": setting.rotation("RH", offset), **changes})
 
 
-def _kept_out(recipe: Recipe) -> Recipe:
-    """The same with massive tokens kept out by the released code's rule."""
-    return recipe.with_(keep_out=specs.RELEASED_KEEP_OUT)
-
-
 def keep_out(setting: Setting, store: Store) -> pd.DataFrame:
-    """Table 1: RO and RH with all tokens quantized and with massive ones kept out; the share of the RO - RH
-    gap that keep-out closes."""
+    """Table 1: RO and RH with massive tokens quantized or kept out; the share of RO - RH that this closes."""
     asked, settings = [Row(setting.row("16-16-16", setting.rotation("NR")))], ("4-4-16", "4-4-4", "4-8-16")
-    for offset, kind, bits in itertools.product(range(setting.seeds), ("RH", "RO"), settings):
-        plain = setting.row(bits, setting.rotation(kind, offset))
-        rh = setting.row(bits, setting.rotation("RH", offset))
+    for offset, kind, bits in product(range(setting.seeds), ("RH", "RO"), settings):
+        plain, rh = (setting.row(bits, setting.rotation(each, offset)) for each in (kind, "RH"))
         asked.append(Row(plain, against={"RH": rh} if kind == "RO" else {}))
-        asked.append(Row(_kept_out(plain), against={kind: plain}))
+        asked.append(Row(plain.with_(keep_out=RELEASED), against={kind: plain}))
     asked += [Row(setting.row(bits, setting.rotation("NR"))) for bits in settings]
     table, found = evaluated(asked, store)
     return joined(table, pd.DataFrame(_shares(setting, found, settings)))
 
 
-def _shares(setting: Setting, found: Found, settings: Sequence[str]) -> list[dict[str, Any]]:
-    """For each seed and bits, 1 - (RO - RH with massive tokens kept out) / (RO - RH), with its interval; left
-    out where that of RO - RH has 0 in it: there is no gap to have a share of."""
-    lines = []
-    for offset, bits in itertools.product(range(setting.seeds), settings):
+def _shares(setting: Setting, found: Found, settings: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """1 - (RO - RH with massive kept out) / (RO - RH) by seed and bits, unless the gap's interval holds 0."""
+    for offset, bits in product(range(setting.seeds), settings):
         ro, rh = (setting.row(bits, setting.rotation(kind, offset)) for kind in ("RO", "RH"))
         low, high = perplexity.paired_difference(found[ro], found[rh])[1]
         if not low <= 0 <= high:
-            four = [found[spec] for plain in (ro, rh) for spec in (plain, _kept_out(plain))]
-            value, interval = perplexity.statistic(statistics.closed_share, four)
-            lines.append(rows.statistic_row(four[1], SHARE, value, interval))
-    return lines
+            four = [found[spec] for plain in (ro, rh) for spec in (plain, plain.with_(keep_out=RELEASED))]
+            yield rows.statistic_row(four[1], SHARE, *perplexity.statistic(statistics.closed_share, four))
 
 
-def main_table(setting: Setting, store: Store) -> pd.DataFrame:
+def main_table(setting: Setting, store: Store) -> Iterator[Row]:
     """Table 2 and the README's: NR, RO, RH and DFRot by RTN and GPTQ, with the minutes beyond RH."""
-    asked = [Row(setting.row("16-16-16", setting.rotation("NR")), {"extra_minutes": 0.0})]
+    yield Row(setting.row("16-16-16", setting.rotation("NR")), {"extra_minutes": 0.0})
     minutes = dfrot.refined(setting.refine, store).seconds / 60
-    names = ("NR", "RO", "RH", "DFRot")
-    for name, weights, bits in itertools.product(names, ("rtn", "gptq"), ("4-4-4", "4-4-16")):
-        rh = setting.row(bits, setting.rotation("RH"), weights=weights)
+    for name, by, bits in product(("NR", "RO", "RH", "DFRot"), ("rtn", "gptq"), ("4-4-4", "4-4-16")):
+        spec, rh = (setting.row(bits, setting.method(each), weights=by) for each in (name, "RH"))
         extra = {"extra_minutes": minutes if name == "DFRot" else 0.0}
-        spec = setting.row(bits, setting.method(name), weights=weights)
-        asked.append(Row(spec, extra, {} if name == "RH" else {"RH": rh}))
-    return evaluated(asked, store)[0]
+        yield Row(spec, extra, {} if name == "RH" else {"RH": rh})
 
 
-def gamma_sweep(setting: Setting, store: Store) -> pd.DataFrame:
+def gamma_sweep(setting: Setting, store: Store) -> Iterator[Row]:
     """Fig. 5 and 6: perplexity against gamma, from RH and RO, beside QuaRot and its FP16() of that start."""
-    asked = []
     some = massive.find(capture(setting.capture, store), setting.rule).any()
     gammas = [gamma for gamma in GAMMAS if some or gamma < float("inf")]  # no massive row to fit alone
     for bits, seeds in (("16-4-16", setting.seeds), ("4-4-16", 1)):
-        for offset, kind in itertools.product(range(seeds), ("RH", "RO")):
+        for offset, kind in product(range(seeds), ("RH", "RO")):
             start = setting.rotation(kind, offset)
             plain = setting.row(bits, start)
-            asked.append(Row(plain, {"init": kind, "line": "QuaRot"}))
-            asked.append(Row(_kept_out(plain), {"init": kind, "line": "QuaRot.FP16()"}, {"QuaRot": plain}))
+            yield Row(plain, {"init": kind, "line": "QuaRot"})
+            kept_out = plain.with_(keep_out=RELEASED)
+            yield Row(kept_out, {"init": kind, "line": "QuaRot.FP16()"}, {"QuaRot": plain})
             for gamma in _trimmed(gammas, setting):
                 refined = setting.row(bits, setting.refine.with_(init=start, gamma=gamma))
-                asked.append(Row(refined, {"init": kind, "line": "DFRot"}, {"QuaRot": plain}))
-    return evaluated(asked, store)[0]
+                yield Row(refined, {"init": kind, "line": "DFRot"}, {"QuaRot": plain})
 
 
-def calibration(setting: Setting, store: Store) -> pd.DataFrame:
+def calibration(setting: Setting, store: Store) -> Iterator[Row]:
     """Table 3: five samples, five row counts; refined on one text and tested on another, and the reverse."""
-    ways: list[tuple[dict[str, Any], Setting, RefineSpec]] = []
+    ways: list[tuple[str, str, Setting, RefineSpec]] = []
     for skip in _trimmed(range(SAMPLES), setting):
         spec = _refinement(setting, capture=setting.capture.with_(skip=skip))
-        ways.append(({"varied": "sample", "level": str(skip)}, setting, spec))
+        ways.append(("sample", str(skip), setting, spec))
     sites = len(capture(setting.capture, store).sites)
     for count in _trimmed([count for count in ROW_COUNTS if count <= sites], setting):
         spec = _refinement(setting, rows=count * setting.window)
-        ways.append(({"varied": "rows", "level": f"{count} x {setting.window}"}, setting, spec))
+        ways.append(("rows", f"{count} x {setting.window}", setting, spec))
     texts = _texts(setting)
-    for fitted, tested in itertools.product(texts, texts) if len(texts) > 1 else ():
+    for fitted, tested in product(texts, texts) if len(texts) > 1 else ():
         own = setting.capture.with_(corpus=CorpusSpec(name=fitted, split="calibration"))
-        labels = {"varied": "text", "level": f"{fitted} -> {tested}"}
-        ways.append((labels, setting.with_(corpus=tested), _refinement(setting, capture=own)))
-    asked = []
+        refined = _refinement(setting, capture=own)
+        ways.append(("text", f"{fitted} -> {tested}", setting.with_(corpus=tested), refined))
     # the paper's is 4-4-16; the other shows what the rotation does without the noise of GPTQ
-    for bits, (labels, where, spec) in itertools.product(("16-4-16", "4-4-16"), ways):
+    for bits, (varied, level, where, spec) in product(("16-4-16", "4-4-16"), ways):
         plain = where.row(bits, where.rotation("RH"))
-        asked.append(Row(plain, {"varied": "none", "level": f"RH on {where.corpus}"}))
-        asked.append(Row(where.row(bits, spec), labels, {"RH": plain}))
-    return evaluated(asked, store)[0]
+        yield Row(plain, {"varied": "none", "level": f"RH on {where.corpus}"})
+        yield Row(where.row(bits, spec), {"varied": varied, "level": level}, {"RH": plain})
 
 
 def _texts(setting: Setting) -> list[str]:
@@ -173,44 +146,42 @@ def _texts(setting: Setting) -> list[str]:
     return ["wikitext2", "wikipedia-sample"]
 
 
-def clip_sweep(setting: Setting, store: Store) -> pd.DataFrame:
+def clip_sweep(setting: Setting, _store: Store) -> Iterator[Row]:
     """The activation clip ratio under RO, RH and DFRot, refined with the same clip."""
-    asked = []
-    for name, clip in itertools.product(("RO", "RH", "DFRot"), _trimmed(CLIPS, setting)):
+    for name, clip in product(("RO", "RH", "DFRot"), _trimmed(CLIPS, setting)):
         whole = setting.row("16-4-16", setting.method(name))
         quantizer = whole.activations.with_(clip_ratio=clip)
         rotation = whole.rotation.with_(quantizer=quantizer) if name == "DFRot" else whole.rotation
         spec = whole.with_(activations=quantizer, rotation=rotation)
-        asked.append(Row(spec, {"clip": clip}, {} if clip == 1 else {"clip 1": whole}))
-    return evaluated(asked, store)[0]
+        yield Row(spec, {"clip": clip}, {} if clip == 1 else {"clip 1": whole})
 
 
-def either_scheme(setting: Setting, store: Store) -> pd.DataFrame:
+def either_scheme(setting: Setting, _store: Store) -> Iterator[Row]:
     """Refine and evaluate with either quantizer; refine with and without the released code's sign flips."""
-    asked, schemes = [], ("asymmetric", "symmetric")
+    schemes = ("asymmetric", "symmetric")
     for tested in schemes:
         plain = setting.row("16-4-16", setting.rotation("RH"))
         rh = plain.with_(activations=QuantSpec(scheme=tested))
-        asked.append(Row(rh, {"refined_with": "not refined", "sign_flips": False, "tested_with": tested}))
-        for fitted, flips in itertools.product(schemes, (False, True)):
+        yield Row(rh, {"refined_with": "not refined", "sign_flips": False, "tested_with": tested})
+        for fitted, flips in product(schemes, (False, True)):
             variant = "as_released" if flips else "as_paper"
             spec = _refinement(setting, quantizer=QuantSpec(scheme=fitted), variant=variant)
             labels = {"refined_with": fitted, "sign_flips": flips, "tested_with": tested}
-            asked.append(Row(rh.with_(rotation=spec), labels, {"RH": rh}))
-    return evaluated(asked, store)[0]
+            yield Row(rh.with_(rotation=spec), labels, {"RH": rh})
 
 
 def variants(setting: Setting, store: Store) -> pd.DataFrame:
     """The refinement as released, as in the paper and as here: losses under one quantizer, perplexity."""
-    fits = {}
-    for offset, name in itertools.product(range(setting.seeds), ("as_released", "as_paper", "accelerated")):
+    fits, asked = {}, []
+    for offset, name in product(range(setting.seeds), ("as_released", "as_paper", "accelerated")):
         quantizer = QuantSpec(scheme="symmetric" if name == "as_released" else "asymmetric")
         fits[name, offset] = _refinement(setting, offset, variant=name, quantizer=quantizer)
-    asked = []
-    for bits, ((name, offset), spec) in itertools.product(("16-4-16", "4-4-16"), fits.items()):
+    for bits, ((name, offset), spec) in product(("16-4-16", "4-4-16"), fits.items()):
         rh = setting.row(bits, setting.rotation("RH", offset))
-        asked.append(Row(rh, {"variant": "not refined"}))
-        asked.append(Row(setting.row(bits, spec), {"variant": name}, {"RH": rh}))
+        asked += [
+            Row(rh, {"variant": "not refined"}),
+            Row(setting.row(bits, spec), {"variant": name}, {"RH": rh}),
+        ]
     losses = [line for (name, _), spec in fits.items() for line in _final_losses(name, spec, setting, store)]
     return joined(evaluated(asked, store)[0], pd.DataFrame(losses))
 
@@ -233,9 +204,9 @@ def intervene(setting: Setting, store: Store) -> pd.DataFrame:
     for kind in ("RO", "RH"):
         plain = setting.row("16-4-16", setting.rotation(kind))
         asked.append(Row(plain, {"chosen": "none", "k": 0}))
-        by_rule = {"chosen": f"rule {specs.RELEASED_KEEP_OUT}", "k": None}
-        asked.append(Row(_kept_out(plain), by_rule, {kind: plain}))
-        for chosen, k in itertools.product(specs.KEEP_OUT_COUNTS, _trimmed(KEPT, setting)):
+        by_rule = {"chosen": f"rule {RELEASED}", "k": None}
+        asked.append(Row(plain.with_(keep_out=RELEASED), by_rule, {kind: plain}))
+        for chosen, k in product(specs.KEEP_OUT_COUNTS, _trimmed(KEPT, setting)):
             spec = plain.with_(keep_out=chosen, keep_out_tokens=k)
             asked.append(Row(spec, {"chosen": chosen, "k": k}, {kind: plain}))
     return evaluated(asked, store)[0].astype({"k": "Int64"})
@@ -244,9 +215,8 @@ def intervene(setting: Setting, store: Store) -> pd.DataFrame:
 def massive_activations(setting: Setting, store: Store) -> pd.DataFrame:
     """Sun et al.: massive values set to zero, or to their mean; the residual stream by layer."""
     plain = setting.row("16-16-16", setting.rotation("NR"))
-    asked = [Row(plain)]
-    asked += [Row(plain.with_(set_massive=to), against={"left alone": plain}) for to in ("zero", "mean")]
-    table = evaluated(asked, store)[0].fillna({"set_massive": "left alone"})
+    set_to = [Row(plain.with_(set_massive=to), against={"left alone": plain}) for to in ("zero", "mean")]
+    table = evaluated([Row(plain), *set_to], store)[0].fillna({"set_massive": "left alone"})
     return joined(table, residual.residual_profile(setting.capture, store))
 
 
@@ -254,8 +224,7 @@ def zero_shot(setting: Setting, store: Store) -> pd.DataFrame:
     """Table 5 and the README's: six tasks by lm-eval; plain, NR, RH in full, RO, RH, DFRot at 4 bits."""
     named: dict[str, Recipe | None] = {"plain transformers": None}
     quantized = ("4-4-16",) if setting.quick else ("4-4-16", "4-4-4")
-    full = [("16-16-16", "NR"), ("16-16-16", "RH")]
-    for bits, name in [*full, *itertools.product(quantized, ("RO", "RH", "DFRot"))]:
+    for bits, name in [*product(["16-16-16"], ("NR", "RH")), *product(quantized, ("RO", "RH", "DFRot"))]:
         named[f"{name} {bits}"] = setting.row(bits, setting.method(name))
     tables = [zeroshot.table(name, spec, setting.model, setting.limit, store) for name, spec in named.items()]
     return pd.concat(tables, ignore_index=True)
@@ -265,27 +234,22 @@ def _main(setting: Setting, store: Store) -> pd.DataFrame:
     return main.run(setting, store).table
 
 
-_ALL = (
-    Experiment("main", "Table 1, 2", "What is each rotation worth, with massive tokens and without?", _main),
-    Experiment("token-errors-3d", "Fig. 2, 13-24", "Which tokens does each rotation help?", token_errors),
-    Experiment("token-errors-2d", "Fig. 3, 10-12", "Where do RO, RH and DFRot part?", token_errors),
-    Experiment("token-orders", "Fig. 2, 13-24", "How many tokens have the paper's order?", token_orders),
-    Experiment("massive-token", "Fig. 4, 7-9", "What happens to one massive token's values?", massive_token),
-    Experiment("gamma-sweep", "Fig. 5, 6", "How much should massive tokens weigh?", gamma_sweep),
-    Experiment("keep-out", "Table 1", "Do massive tokens explain the gap between RO and RH?", keep_out),
-    Experiment("main-table", "Table 2, README", "What is each rotation worth, by RTN and GPTQ?", main_table),
-    Experiment("calibration", "Table 3", "Does it matter what R1 is refined on?", calibration),
-    Experiment("zero-shot", "Table 5, README", "Does what holds for perplexity hold for tasks?", zero_shot),
-    Experiment("clip-sweep", "asked by a reviewer", "Is it the rotation, or would a clip do?", clip_sweep),
-    Experiment(
-        "symmetric-or-not", "Eq. 5, released code", "Which quantizer to refine R1 with?", either_scheme
-    ),
-    Experiment(
-        "variants", "Alg. 1, released code", "Do its steps, the paper's and ours end alike?", variants
-    ),
-    Experiment("massive-activations", "Sun et al.", "How large, and are they needed?", massive_activations),
-    Experiment("massive-magnitudes", "Sun et al., Fig. 1", "Which token, which channel?", massive_magnitudes),
-    Experiment("intervene", "asked here", "Which tokens must be kept out?", intervene),
-)
-EXPERIMENTS = {experiment.name: experiment for experiment in _ALL}
-"""Every experiment by name, in the paper's order."""
+EXPERIMENTS: dict[str, tuple[str, str, Make]] = {
+    "main": ("Table 1, 2", "What is each rotation worth, with massive tokens and without?", _main),
+    "token-errors-3d": ("Fig. 2, 13-24", "Which tokens does each rotation help?", main.token_errors),
+    "token-errors-2d": ("Fig. 3, 10-12", "Where do RO, RH and DFRot part?", main.token_errors),
+    "token-orders": ("Fig. 2, 13-24", "How many tokens have the paper's order?", main.token_orders),
+    "massive-token": ("Fig. 4, 7-9", "What happens to one massive token's values?", main.massive_token),
+    "gamma-sweep": ("Fig. 5, 6", "How much should massive tokens weigh?", gamma_sweep),
+    "keep-out": ("Table 1", "Do massive tokens explain the gap between RO and RH?", keep_out),
+    "main-table": ("Table 2, README", "What is each rotation worth, by RTN and GPTQ?", main_table),
+    "calibration": ("Table 3", "Does it matter what R1 is refined on?", calibration),
+    "zero-shot": ("Table 5, README", "Does what holds for perplexity hold for tasks?", zero_shot),
+    "clip-sweep": ("asked by a reviewer", "Is it the rotation, or would a clip do?", clip_sweep),
+    "symmetric-or-not": ("Eq. 5, released code", "Which quantizer to refine R1 with?", either_scheme),
+    "variants": ("Alg. 1, released code", "Do its steps, the paper's and ours end alike?", variants),
+    "massive-activations": ("Sun et al.", "How large, and are they needed?", massive_activations),
+    "massive-magnitudes": ("Sun et al., Fig. 1", "Which token, which channel?", main.massive_magnitudes),
+    "intervene": ("asked here", "Which tokens must be kept out?", intervene),
+}
+"""Every experiment by name, in the paper's order: what it reproduces, its question, and what makes it."""

@@ -1,73 +1,187 @@
-"""The main job, what `make run` does: capture, refine, evaluate every rotation at every setting of the
-bits."""
+"""Rows of recipes in, evaluations and a table of results out; the main job, what `make run` does; and the
+experiments that look at single tokens of its capture."""
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import pandas as pd
+from torch import Tensor
 
 from dfrot_lab.disk.artefacts import Store
+from dfrot_lab.maths.tables import COLUMNS, whole
 from dfrot_lab.observe import capture as captures
-from dfrot_lab.observe.capture import Capture
-from dfrot_lab.recipe.specs import RELEASED_KEEP_OUT
+from dfrot_lab.observe import errors, massive, residual
+from dfrot_lab.recipe.specs import RELEASED_KEEP_OUT, Recipe
 from dfrot_lab.rotate import dfrot
 from dfrot_lab.rotate.steps import RefineResult
-from dfrot_lab.study import cost, runner
-from dfrot_lab.study.cost import Progress
-from dfrot_lab.study.runner import Found, Row
-from dfrot_lab.study.setting import Setting
+from dfrot_lab.score import perplexity
+from dfrot_lab.score import rows as score_rows
+from dfrot_lab.score.perplexity import EvalResult
+from dfrot_lab.study import cost
+from dfrot_lab.study.setting import FIGURE_LAYER, Setting
 
 log = logging.getLogger(__name__)
 
 BITS = ("16-4-16", "4-4-16", "4-4-4")
+Found = dict[Recipe, EvalResult]
+"""Evaluations by the recipe that was asked for."""
 
 
-def rows(setting: Setting) -> list[Row]:
-    """Full precision; NR, RO, RH, DFRot at all bits, RO and RH also with massive tokens kept out; then RO and
-    RH at 16-4-16 with more seeds. Each rotation is compared with RH at the same bits, each keep-out row with
-    its own rotation. Rows that share a built model stand side by side."""
-    rotations = [(name, setting.method(name)) for name in ("NR", "RO", "RH", "DFRot")]
-    found = [Row(setting.row("16-16-16", setting.rotation("NR")))]
-    for name, rotation in rotations:
+@dataclass(frozen=True)
+class Row:
+    """One evaluation of an experiment: its own columns; recipes, by name, to take paired differences to."""
+
+    spec: Recipe
+    labels: Mapping[str, Any] = field(default_factory=dict)
+    against: Mapping[str, Recipe] = field(default_factory=dict)
+
+
+def row_label(spec: Recipe, more: str = "") -> str:
+    """A row's rotation in words, with `more` behind it: `RO`, `RO, kept out`, `full precision`."""
+    if spec.bits == "16-16-16":
+        return "full precision"
+    return spec.rotation.name + more + (", kept out" if spec.keep_out else "")
+
+
+def row_name(spec: Recipe) -> str:
+    """A row in words: `RO (seed 0) 4-4-16, kept out`."""
+    seed = spec.rotation.first_seed
+    return row_label(spec, ("" if seed is None else f" (seed {seed})") + f" {spec.bits}")
+
+
+def evaluated(
+    asked: Sequence[Row], store: Store, progress: cost.Progress | None = None
+) -> tuple[pd.DataFrame, Found]:
+    """Evaluate rows in order: their table (perplexity, and each paired difference), and the evaluations. A
+    stopped run goes on at the row it was at; rows that two experiments share are computed once."""
+    specs = list(dict.fromkeys(row.spec for row in asked))
+    progress = progress or cost.Progress()
+    progress.costs += cost.seconds(specs, store)
+    names = map(row_name, specs)
+
+    def announce(_done: EvalResult | None = None) -> None:
+        if name := next(names, None):
+            progress.begin(name)
+
+    announce()
+    found = dict(zip(specs, perplexity.evaluate_all(specs, store, on_result=announce), strict=True))
+    return table_of(asked, found), found
+
+
+def table_of(asked: Sequence[Row], found: Found) -> pd.DataFrame:
+    """The table of the rows that were found: a line for each perplexity, and for each paired difference."""
+    lines: list[dict[str, Any]] = []
+    for n, row in enumerate(asked):
+        if row.spec in found and row not in asked[:n]:
+            own = found[row.spec]
+            lines.append({**row.labels, **score_rows.row(own)})
+            pairs = [(found[other], name) for name, other in row.against.items() if other in found]
+            lines += [{**row.labels, **score_rows.difference_row(own, *pair)} for pair in pairs]
+    return whole(pd.DataFrame(lines, columns=None if lines else list(COLUMNS)))
+
+
+def joined(*parts: pd.DataFrame) -> pd.DataFrame:
+    """Tables below one another, their columns in order, whole numbers whole."""
+    return whole(pd.concat(parts, ignore_index=True))
+
+
+def rows(setting: Setting) -> Iterator[Row]:
+    """Full precision; all rotations at all bits, each against RH; RO and RH with massive tokens kept out,
+    against themselves, and at 16-4-16 with more seeds. Rows that share a built model stand side by side."""
+    yield Row(setting.row("16-16-16", setting.rotation("NR")))
+    for name in ("NR", "RO", "RH", "DFRot"):
         for bits in BITS:
-            plain, rh = setting.row(bits, rotation), setting.row(bits, setting.rotation("RH"))
-            found.append(Row(plain, against={} if name == "RH" else {"RH": rh}))
+            plain, rh = (setting.row(bits, setting.method(method)) for method in (name, "RH"))
+            yield Row(plain, against={} if name == "RH" else {"RH": rh})
             if name in ("RO", "RH"):
-                found.append(Row(plain.with_(keep_out=RELEASED_KEEP_OUT), against={name: plain}))
+                yield Row(plain.with_(keep_out=RELEASED_KEEP_OUT), against={name: plain})
     for offset in range(1, setting.seeds):
         ro, rh = (setting.row(BITS[0], setting.rotation(kind, offset)) for kind in ("RO", "RH"))
-        found += [Row(ro, against={"RH": rh}), Row(rh)]
-    return found
+        yield from (Row(ro, against={"RH": rh}), Row(rh))
 
 
 @dataclass(frozen=True)
 class MainResult:
-    """What the main job found: rows as a table, evaluations, the capture, the refinement if there is one."""
+    """What the main job found: the capture, the refinement if there is one, rows as a table, evaluations."""
 
     setting: Setting
-    table: pd.DataFrame
-    found: Found
-    capture: Capture
+    capture: captures.Capture
     refinement: RefineResult | None
+    table: pd.DataFrame = field(default_factory=pd.DataFrame)
+    found: Found = field(default_factory=dict)
+
+    @property
+    def matrices(self) -> dict[str, Tensor]:
+        """NR, RO, RH and, where there is a refinement, DFRot: float64 (channels, channels) each."""
+        refined = {} if self.refinement is None else {"DFRot": self.refinement.R}
+        return {**errors.default_rotations(self.capture.channels, self.setting.seed), **refined}
+
+    def errors(self, sites: Sequence[str] | None = None) -> pd.DataFrame:
+        """Each token's squared error at all sites or those named, a column a rotation, by the evaluation's
+        and the refinement's own quantizer; massive by the setting's rule."""
+        quantizers, rule = [self.setting.refine.quantizer], self.setting.rule
+        return errors.wide(
+            errors.token_errors(self.capture, self.matrices, quantizers, sites=sites, rule=rule)
+        )
 
 
 def run(setting: Setting, store: Store | None = None) -> MainResult:
     """Capture, refine, evaluate every row; what is stored is reused, a stopped run goes on where it was."""
     store, setting = store or Store(), setting.resolved()
     log.info("model %s, corpus %s, device %s", setting.model.source, setting.corpus, setting.model.device)
-    asked, progress = rows(setting), Progress()
-    progress.extend(cost.preparation(setting, store))
+    progress = cost.Progress(cost.preparation(setting, store))
     progress.begin("capturing activations")
     recorded = captures.capture(setting.capture, store)
     progress.begin(f"refining R1 with gamma {setting.gamma:g}")
     refinement = dfrot.refined(setting.refine, store)
-    table, found = runner.evaluated(asked, store, progress)
-    return MainResult(setting, table, found, recorded, refinement)
+    return MainResult(setting, recorded, refinement, *evaluated(list(rows(setting)), store, progress))
 
 
 def stored(setting: Setting, store: Store) -> MainResult:
     """As `run`, of what is stored; the capture alone is recorded if it is missing."""
     setting = setting.resolved()
-    found = runner.looked_up(rows(setting), store)
     recorded, refinement = captures.capture(setting.capture, store), dfrot.stored(setting.refine, store)
-    return MainResult(setting, runner.table_of(rows(setting), found), found, recorded, refinement)
+    asked = list(rows(setting))
+    found = {row.spec: done for row in asked if (done := perplexity.stored(row.spec, store)) is not None}
+    return MainResult(setting, recorded, refinement, table_of(asked, found), found)
+
+
+def _prepared(setting: Setting, store: Store) -> MainResult:
+    """The capture and the refinement, and no row."""
+    return MainResult(setting, captures.capture(setting.capture, store), dfrot.refined(setting.refine, store))
+
+
+def token_errors(setting: Setting, store: Store) -> pd.DataFrame:
+    """Each token's squared error at every site, a column a rotation; NR, RO and RH's order (Fig. 2 and 3)."""
+    table = _prepared(setting, store).errors()
+    return table.assign(order=errors.orders(table))
+
+
+def token_orders(setting: Setting, store: Store) -> pd.DataFrame:
+    """How many tokens of each site have which order, and their mean errors: Fig. 2, 13 to 24 in numbers."""
+    groups = token_errors(setting, store).groupby(["site", "order"], observed=True, sort=False)
+    counts = groups[["NR", "RO", "RH", "DFRot"]].mean().assign(tokens=groups.size()).reset_index()
+    about = {"model": setting.model.source, "corpus": setting.corpus}
+    return counts.astype({"site": str, "order": str}).assign(**about)
+
+
+def massive_magnitudes(setting: Setting, store: Store) -> pd.DataFrame:
+    """Sun et al., Fig. 1: |residual stream| of the first tokens, all channels, in the middle of the model."""
+    layers = len(captures.capture(setting.capture, store).sites) // 2
+    return residual.magnitudes(setting.capture, min(FIGURE_LAYER, layers // 2), store=store)
+
+
+def massive_token(setting: Setting, store: Store) -> pd.DataFrame:
+    """The most massive token's values before and after quantization, where it is massive (Fig. 4)."""
+    prepared = _prepared(setting, store)
+    recorded, made, quantizer = prepared.capture, prepared.matrices, setting.refine.quantizer
+    token = int(recorded.residual_max.amax(0).argmax())
+    first = recorded.sites[0].rsplit(".", 1)[-1]
+    pairs = zip(recorded.sites, massive.find(recorded, "sun")[:, token].tolist(), strict=True)
+    largest = recorded.sites[int(recorded.residual_max[:, token].argmax())]  # where no rule calls it massive
+    sites = [site for site, heavy in pairs if heavy and site.endswith(first)] or [largest]
+    values = [errors.massive_values(recorded, at, token, made, quantizer).assign(site=at) for at in sites]
+    about = {"text": recorded.texts[token], "model": setting.model.source, "corpus": setting.corpus}
+    return pd.concat(values, ignore_index=True).assign(token=token, **about)

@@ -1,5 +1,4 @@
-"""The paper's published numbers beside ours: every number it prints, what we measured in its place, the
-command, or the reason there is none."""
+"""The paper's published numbers beside ours: what we measured in each one's place, or why there is none."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,23 +11,18 @@ import pandas as pd
 from dfrot_lab.maths import tables
 from dfrot_lab.score import rows, zeroshot
 from dfrot_lab.score.perplexity import EvalResult
-from dfrot_lab.study.runner import row_label
+from dfrot_lab.study.main import row_label
 from dfrot_lab.study.setting import figure_site
 
 PLACE = ("table", "method", "weight_quantizer", "w_a_kv_bits", "metric", "note")
 """The columns that say which number of the paper a line is, whatever the model."""
-
 PUBLISHED = Path(__file__).parents[2] / "data" / "paper" / "published.csv"
 """The published numbers in a checkout; an installed package is without them."""
-
-PERPLEXITY_TABLES = ("T2", "T1", "T2old")
-"""The paper's tables of perplexities, the newest first."""
-
 METHODS = {"NR": "GPTQ", "RO": "QuaRot-RO", "RH": "QuaRot-RH", "DFRot": "DFRot"}
 """The paper's names of our rows; one without rotation has the weight quantizer's name."""
-
 NINE = "an average of nine tasks, three of which are not among the local six: see the zero-shot rows"
 RIVALS = "copied by the authors from another paper: the rivals are not run here yet"
+NOT_YET = "not measured yet: run the experiment"
 ABSENT = {
     "mmlu": "MMLU's questions are not among the local tasks: `lm_eval` with the hub runs them",
     "acc_average9": NINE,
@@ -58,8 +52,7 @@ def published(path: Path) -> pd.DataFrame:
 
 
 def ours(found: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """What the experiments' tables (by name) say in the paper's places: the columns of PLACE, model, value
-    (mean over seeds), seeds, command."""
+    """What the experiments' tables say in the paper's places: PLACE, model, value (mean), seeds, command."""
     lines = []
     for name, table in found.items():
         for place, row in _READERS[name](table) if name in _READERS else ():
@@ -71,18 +64,15 @@ def ours(found: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 
 
 def beside(numbers: pd.DataFrame, measured: pd.DataFrame) -> pd.DataFrame:
-    """Every published number with ours in the same place: the published columns, then ours, seeds, command,
-    and why where there is none."""
+    """Every published number with ours in its place: the columns of both, and why where there is none."""
     mine = measured.rename(columns={"value": "ours", "model": "our_model"})
     both = numbers.merge(mine, on=list(PLACE), how="left", validate="many_to_one")
-    why = both["metric"].map(ABSENT).fillna(both["method"].map(ABSENT))
-    why = why.fillna("not measured yet: run the experiment")
+    why = both["metric"].map(ABSENT).fillna(both["method"].map(ABSENT)).fillna(NOT_YET)
     return both.assign(why=why.where(both["command"].isna(), ""))
 
 
 def beside_rows(found: Sequence[EvalResult]) -> pd.DataFrame:
-    """The paper's perplexities in the evaluations' places: row, bits, a column a model (as printed), ours
-    last; empty outside a checkout."""
+    """The paper's perplexities in the evaluations' places: row, bits, a column a model (as printed), ours."""
     nothing = pd.DataFrame(columns=["row", "bits", "ours"])
     if not PUBLISHED.exists() or not found:
         return nothing
@@ -90,7 +80,7 @@ def beside_rows(found: Sequence[EvalResult]) -> pd.DataFrame:
     numbers = published(PUBLISHED)
     measured = ours({"main-table": table, "keep-out": table[table["weights"] == "gptq"]})
     both = beside(numbers[numbers["metric"] == "wikitext2_ppl"], measured).dropna(subset="command")
-    newest = pd.concat([both[both["table"] == source] for source in PERPLEXITY_TABLES])
+    newest = pd.concat([both[both["table"] == source] for source in ("T2", "T1", "T2old")])
     if newest.empty:
         return nothing
     newest = newest.assign(row=newest["method"].map(_row_label), bits=newest["w_a_kv_bits"])
@@ -123,16 +113,14 @@ def spread(both: pd.DataFrame, table: str) -> pd.DataFrame:
 def _perplexities(table: pd.DataFrame, places: Callable[[Row, str], Places]) -> Lines:
     """Perplexity rows where `places`, from a row and the paper's name of its method, says they belong."""
     for row in tables.records(table):
-        bits = str(row["bits"])
-        method = "FP16" if bits == "16-16-16" else METHODS[row["rotation"]]
-        for where, name, weights, note in places(
-            row, method + (".FP16()" if row["keep_out"] is True else "")
-        ):
-            yield (where, name, weights, bits, "wikitext2_ppl", note), row
+        method = "FP16" if row["bits"] == "16-16-16" else METHODS[row["rotation"]]
+        method += ".FP16()" if row["keep_out"] is True else ""
+        for where, name, weights, note in places(row, method):
+            yield (where, name, weights, str(row["bits"]), "wikitext2_ppl", note), row
 
 
-def _keep_out(row: Row, method: str) -> Places:
-    return [] if row["bits"] == "16-16-16" else [("T1", method, "gptq", "")]
+def _keep_out(_row: Row, method: str) -> Places:
+    return [] if method == "FP16" else [("T1", method, "gptq", "")]
 
 
 def _weights(row: Row, method: str) -> Places:
@@ -141,26 +129,21 @@ def _weights(row: Row, method: str) -> Places:
     return [(where, name, weights, "") for where in ("T2old", "T2")]
 
 
-def _gamma(row: Row, method: str) -> Places:
-    if method != "DFRot" or row["bits"] != "4-4-16":
+def _refined(row: Row, method: str) -> Places:
+    if method != "DFRot" or row["bits"] != "4-4-16" or row.get("varied") == "text":
         return []
-    figure = {"RH": "F5", "RO": "F6"}[row["init"]]
-    return [(figure, f"DFRot-{row['init']}init", "gptq", f"gamma={row['gamma']:g}")]
-
-
-def _calibration(row: Row, method: str) -> Places:
-    if method != "DFRot" or row["bits"] != "4-4-16" or row["varied"] not in ("sample", "rows"):
-        return []
-    is_sample = row["varied"] == "sample"
-    note = f"calibration sample {int(row['level']) + 1}" if is_sample else f"{row['level']} token rows"
+    if "init" in row:
+        figure = {"RH": "F5", "RO": "F6"}[row["init"]]
+        return [(figure, f"DFRot-{row['init']}init", "gptq", f"gamma={row['gamma']:g}")]
+    level, is_sample = row["level"], row["varied"] == "sample"
+    note = f"calibration sample {int(level) + 1}" if is_sample else f"{level} token rows"
     return [("T3", "DFRot", "gptq", note)]
 
 
 def _main_table(table: pd.DataFrame) -> Lines:
     """The perplexities, and the minutes that DFRot takes beyond RH."""
     yield from _perplexities(table, _weights)
-    of_dfrot = table[(table["rotation"] == "DFRot") & (table["metric"] == tables.PERPLEXITY)]
-    for row in tables.records(of_dfrot.head(1)):
+    for row in tables.records(table[table["rotation"] == "DFRot"])[:1]:
         place = ("T2old", "DFRot", "none", "-", "extra_minutes_A100", "")
         yield place, {**row, "value": row["extra_minutes"]}
 
@@ -187,11 +170,8 @@ def _zero_shot(table: pd.DataFrame) -> Lines:
 
 
 _READERS: dict[str, Callable[[pd.DataFrame], Lines]] = {
-    "keep-out": partial(_perplexities, places=_keep_out),
-    "main-table": _main_table,
-    "gamma-sweep": partial(_perplexities, places=_gamma),
-    "calibration": partial(_perplexities, places=_calibration),
-    "massive-token": _massive_token,
-    "zero-shot": _zero_shot,
-}
+    "keep-out": partial(_perplexities, places=_keep_out), "main-table": _main_table,
+    "gamma-sweep": partial(_perplexities, places=_refined), "massive-token": _massive_token,
+    "calibration": partial(_perplexities, places=_refined), "zero-shot": _zero_shot,
+}  # fmt: skip
 """By experiment, what reads its table."""

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from dfrot_lab.model import door
 from dfrot_lab.recipe import registry, specs
@@ -11,18 +11,15 @@ from dfrot_lab.recipe.specs import CaptureSpec, CorpusSpec, ModelSpec, Recipe, R
 
 FIGURE_LAYER = 15
 """A layer in the middle of the stretch where the default model's first token is massive (12 to 28)."""
-
 PROFILE = "DFROT_LAB_PROFILE"
 """The environment variable that makes notebooks and experiments `quick` (minutes) or `full` (default)."""
-
 QUICK: dict[str, Any] = {"windows": 2, "window": 512, "gptq_windows": 4, "weights": "rtn"}
 QUICK |= {"seeds": 1, "limit": 2, "steps": 20, "quick": True}
 """What the quick profile changes."""
 
 
 class Setting(Spec):
-    """A model, a text, seeds and sizes. `rule` says which rows a refinement weights by `gamma`; `quick` trims
-    sweeps to a few rows: to see that all works, not what is true."""
+    """A model, a text, seeds, sizes; `rule`: the rows weighted by `gamma`; `quick`: sweeps cut to a few."""
 
     model: ModelSpec = ModelSpec()
     corpus: str = "auto"
@@ -60,17 +57,14 @@ class Setting(Spec):
     @property
     def refine(self) -> RefineSpec:
         """DFRot from RH on the rows of `capture`, with the evaluation's own asymmetric quantizer."""
-        spec = self.method("DFRot")
-        assert isinstance(spec, RefineSpec)
-        return spec
+        return cast(RefineSpec, self.method("DFRot"))
 
     def rotation(self, kind: str, offset: int = 0) -> RotationSpec:
         """NR, RO or RH with the setting's seed, or one of the `seeds` that follow it."""
         return RotationSpec(kind=kind, seed=self.seed + offset)
 
     def method(self, row: str, offset: int = 0) -> MethodSpec:
-        """A row of the table of methods, with the setting's seed, capture, and the fields it has of gamma,
-        rule and steps."""
+        """A row of the table of methods; the setting's seed, capture, those it has of gamma, rule, steps."""
         spec: MethodSpec = registry.spec_of(row, seed=self.seed + offset, capture=self.capture)
         own = {"gamma", "rule", "steps"} & set(type(spec).model_fields)
         return spec.with_(**{name: getattr(self, name) for name in own})
@@ -78,11 +72,10 @@ class Setting(Spec):
     def row(self, bits: str, rotation: MethodSpec, *, weights: str | None = None, **fields: Any) -> Recipe:
         """The recipe of one row: this setting's model, text and windows, weights by the text's other half."""
         text = CorpusSpec(name=self.corpus, split="evaluation")
-        sizes: dict[str, Any] = {"windows": self.windows, "window": self.window}
-        spec = specs.recipe_of(bits, model=self.model, corpus=text, rotation=rotation, **sizes, **fields)
-        sizes = {"windows": self.gptq_windows, "window": self.window}
-        other = text.with_(split="calibration")
-        return spec.with_(weights=spec.weights.with_(method=weights or self.weights, corpus=other, **sizes))
+        fields |= {"model": self.model, "corpus": text, "windows": self.windows, "window": self.window}
+        spec = specs.recipe_of(bits, rotation=rotation, **fields)
+        own = {"method": weights or self.weights, "windows": self.gptq_windows, "window": self.window}
+        return spec.with_(weights=spec.weights.with_(corpus=text.with_(split="calibration"), **own))
 
 
 def figure_site(sites: Sequence[str]) -> str:

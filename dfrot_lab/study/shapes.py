@@ -14,8 +14,7 @@ PASS = 4
 
 @dataclass(frozen=True)
 class Shape:
-    """A LLaMA-like model: channels C, layers, MLP width, heads of queries and of keys and values, channels of
-    a head, vocabulary, whether lm_head is tied."""
+    """A LLaMA-like model: channels C, layers, MLP width, query and key-value heads, a head's channels"""
 
     channels: int
     layers: int
@@ -77,28 +76,22 @@ def shape_of(config: Any) -> Shape:
 
 
 def shape(source: ModelSpec) -> Shape:
-    """The shape of a model: a name in `SHAPES`, the config of a folder or of the hub, or a .gguf file's
-    header; else a ValueError."""
+    """The shape of a name in `SHAPES`, a config in a folder or at the hub, a .gguf file; ValueError."""
     if source.source in SHAPES:
         return SHAPES[source.source]
     path = Path(source.source).expanduser()
     if path.suffix == ".gguf" and path.is_file():
-        return _gguf_shape(path)
+        from transformers import AutoConfig
+
+        try:
+            return shape_of(AutoConfig.from_pretrained(path.parent, gguf_file=path.name))
+        except (ValueError, OSError, RuntimeError, LookupError, AttributeError, struct.error) as error:
+            said = f"{path} is not a whole GGUF file of a LLaMA-like model ({type(error).__name__}: {error})"
+            raise ValueError(said) from error
     if (path / "config.json").is_file():  # no weights are needed
         return shape_of(loading.config_of(path, source))
     try:
-        _, place = loading.resolve(source)
+        place = loading.resolve(source)[1]
     except ValueError as error:
         raise ValueError(f"{error} To estimate without a model: {', '.join(SHAPES)}.") from None
     return shape_of(loading.config_of(place, source))
-
-
-def _gguf_shape(path: Path) -> Shape:
-    """The shape that the header of a GGUF file gives; ValueError."""
-    from transformers import AutoConfig
-
-    try:
-        return shape_of(AutoConfig.from_pretrained(path.parent, gguf_file=path.name))
-    except (ValueError, OSError, RuntimeError, LookupError, AttributeError, struct.error) as error:
-        said = f"{path} is not a whole GGUF file of a LLaMA-like model ({type(error).__name__}: {error})"
-        raise ValueError(said) from error

@@ -15,7 +15,7 @@ from dfrot_lab.recipe.specs import RELEASED_KEEP_OUT, Recipe
 from dfrot_lab.score import perplexity
 from dfrot_lab.score.perplexity import EvalResult
 from dfrot_lab.show.markup import safe
-from dfrot_lab.study import cost, paper, runner
+from dfrot_lab.study import cost, main, paper
 from dfrot_lab.study.setting import Setting
 
 KEPT = {"none": None, RELEASED_KEEP_OUT: RELEASED_KEEP_OUT}
@@ -74,7 +74,7 @@ def said(missing: Sequence[Recipe], store: Store) -> str:
     """Which rows are not stored and about how long they take."""
     if not missing:
         return "All rows that are picked are stored."
-    names = "; ".join(runner.row_name(spec) for spec in missing)
+    names = "; ".join(main.row_name(spec) for spec in missing)
     return f"Not stored: {names}. To compute: about {duration(sum(cost.seconds(missing, store)))} on 2 cores."
 
 
@@ -85,7 +85,7 @@ def rows_table(
     lines = []
     for spec in specs:
         result, kept, quantized = lookup(spec), spec.keep_out is not None, spec.weights.quantizer.bits < 16
-        about = (spec.rotation.name, kept, runner.row_label(spec), spec.bits)
+        about = (spec.rotation.name, kept, main.row_label(spec), spec.bits)
         weights = spec.weights.method if quantized else None
         found = (result.perplexity, *result.ci95) if result else (math.nan,) * 3
         difference = _difference(result, references.get(spec.bits))

@@ -11,7 +11,7 @@ from dfrot_lab.explore.shell.offers import BITS, FULL, methods
 from dfrot_lab.explore.shell.plot import CLEAR, GREY, Plot
 from dfrot_lab.explore.shell.words import plain
 from dfrot_lab.explore.worth.numbers import DIFFERENCE, interval
-from dfrot_lab.show.perplexity import FAR
+from dfrot_lab.show.figures import FAR
 from dfrot_lab.show.theme import COLOURS
 
 DOTTED = {"dash": "dot", "color": GREY, "width": 1.5}

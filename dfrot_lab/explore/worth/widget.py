@@ -24,7 +24,7 @@ from dfrot_lab.recipe.specs import Recipe
 from dfrot_lab.score import perplexity, rows
 from dfrot_lab.score.perplexity import EvalResult
 from dfrot_lab.show import figures
-from dfrot_lab.study import main, runner
+from dfrot_lab.study import main
 from dfrot_lab.study.setting import Setting
 
 LLAMA = {"LLaMA": ("7B", "13B", "30B"), "LLaMA2": ("7B", "13B", "70B"), "LLaMA3": ("8B", "70B")}
@@ -139,7 +139,7 @@ class Worth(Explorer):
             return
         specs, tally = list(self.missing), Tally.of(self.missing, self.store)
         self.bar.value = 0.0
-        first = f"computing {runner.row_name(specs[0])}, row 1 of {len(specs)}"
+        first = f"computing {main.row_name(specs[0])}, row 1 of {len(specs)}"
         self.work(first, lambda job: self._work(job, specs, tally))
 
     def cancel(self) -> None:
@@ -165,7 +165,7 @@ class Worth(Explorer):
         self.bar.value = tally.share
         if tally.done < len(specs):
             row, left = f"row {tally.done + 1} of {len(specs)}", f"about {duration(tally.left)} left"
-            parts = [runner.row_name(specs[tally.done]), what, row, left]
+            parts = [main.row_name(specs[tally.done]), what, row, left]
             self.status.busy("computing " + ", ".join(filter(None, parts)))
 
     def enabled(self) -> dict[str, bool]:

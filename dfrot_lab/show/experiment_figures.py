@@ -1,0 +1,204 @@
+"""The figure of each experiment: sweeps over a knob, paired differences, tokens in space."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from dfrot_lab.maths.tables import PERPLEXITY
+from dfrot_lab.observe.massive import SUN_ABSOLUTE, SUN_RATIO
+from dfrot_lab.show import figures
+from dfrot_lab.show.figures import plot_rows, rows_of
+from dfrot_lab.show.theme import INK, MASSIVE_COLOUR, ORDINARY_COLOUR, draw_lines, legend_below, looks, panels
+
+NEAR = 1.2
+"""The sweep over gamma is drawn up to this many times its best perplexity, or to QuaRot's line."""
+ORDER_COLOURS = {
+    "NR > RO > RH": "#117733", "NR > RH > RO": "#56B4E9", "RO > NR > RH": MASSIVE_COLOUR,
+    "RO > RH > NR": "#E69F00", "RH > NR > RO": "#AA4499", "RH > RO > NR": "#222222",
+}  # fmt: skip
+"""A colour for each order of the errors: green, blue and red are the paper's."""
+SCHEMES = "refined {refined_with}, sign flips: {sign_flips}"
+ORDER_MARKERS = dict(zip(ORDER_COLOURS, "ovDsPX", strict=True))
+
+
+def plot_sweep(rows: pd.DataFrame, x: str, line: str, *, ax: Axes) -> None:
+    """`rows_of` a metric against the knob `x`, a `line` through the mean over seeds, each a dot. Intervals
+    for paired differences alone: those of perplexities share the noise of the windows."""
+    places, levels = pd.factorize(rows[x])
+    kinds, names = pd.factorize(rows[line])
+    colour = rows[line].map(looks(names)["palette"])
+    rows = rows.assign(place=places + 0.08 * (kinds - (len(names) - 1) / 2), colour=colour)
+    draw_lines(rows, "place", "value", line, ax=ax)
+    ax.scatter(rows["place"], rows["value"], s=9, c=rows["colour"], alpha=0.6)
+    paired = rows[rows["metric"] != PERPLEXITY]
+    ax.vlines(paired["place"], paired["low"], paired["high"], colors=paired["colour"].tolist(), lw=1)
+    ax.set_xticks(range(len(levels)), [f"{v:g}" if isinstance(v, float) else str(v) for v in levels])
+    ax.set(xlabel=x, ylabel=rows["metric"].iloc[0])
+
+
+def figure_gamma(table: pd.DataFrame) -> Figure:
+    """The paper's Fig. 5 and 6: perplexity against gamma by start and bits, with QuaRot's lines."""
+    rows = rows_of(table)
+    seeds = rows.groupby(["bits", "init"])["seed"].transform("nunique").astype(str)
+    title = rows["bits"] + ", start " + rows["init"] + ", seeds: " + seeds
+    return panels(rows.assign(title=title), "title", _plot_gamma, legend=True)
+
+
+def _plot_gamma(part: pd.DataFrame, *, ax: Axes) -> None:
+    refined, means = part[part["line"] == "DFRot"], part.groupby("line")["value"].mean()
+    plot_sweep(refined, "gamma", "line", ax=ax)
+    for name, style in (("QuaRot", "--"), ("QuaRot.FP16()", ":")):
+        ax.axhline(means[name], ls=style, c=INK, lw=1.3, label=name)
+    top = max(NEAR * part["value"].min(), 1.05 * means["QuaRot"])
+    ax.set_ylim(0.97 * part["value"].min(), top)
+    for place, value in enumerate(refined.groupby("gamma", sort=False)["value"].mean()):
+        if value > top:
+            ax.annotate(f"\u2191 {value:.0f}", (place, top), ha="center", va="top", fontsize=9)
+
+
+def figure_keep_out(table: pd.DataFrame) -> Figure:
+    """Table 1: perplexity with all tokens quantized and massive ones kept out (hollow), a marker a seed."""
+    rows = rows_of(table[table["rotation"] != "NR"])
+    rows = rows.sort_values(["rotation", "keep_out"], ascending=[False, True])
+    alone = rows.assign(low=rows["value"], high=rows["value"])  # only paired intervals would count here
+    axes = {"xlabel": "perplexity (hollow: massive tokens kept out)"}
+    return panels(alone, "bits", plot_rows, size=(4.3, 3), axes=axes, sharex=True, sharey=True)
+
+
+def figure_clip(table: pd.DataFrame) -> Figure:
+    """Perplexity against the activation clip ratio under RO, RH and DFRot; and, paired, against no clip."""
+    rows = pd.concat([rows_of(table), rows_of(table, f"{PERPLEXITY} - clip 1")])
+    draw = partial(plot_sweep, x="clip", line="rotation")
+    axes = {"title": "16-4-16", "xlabel": "activation clip ratio"}
+    return panels(rows, "metric", draw, size=(5.4, 3.8), axes=axes, legend=True)
+
+
+def figure_intervene(table: pd.DataFrame) -> Figure:
+    """Paired differences of perplexity against how many tokens of a window are kept out, and chosen how."""
+    rows = pd.concat([rows_of(table, f"{PERPLEXITY} - {kind}") for kind in table["rotation"].unique()])
+    own = rows["metric"] == f"{PERPLEXITY} - " + rows["rotation"]
+    rows = rows.assign(chosen=rows["chosen"].str.replace("_", " "))[own]
+    axes = {"xlabel": "tokens of each window kept out"}
+    return panels(rows, "metric", _plot_kept, size=(5, 3.8), axes=axes, legend=True)
+
+
+def _plot_kept(part: pd.DataFrame, *, ax: Axes) -> None:
+    plot_sweep(part[part["k"].notna()], "k", "chosen", ax=ax)
+    by_rule = part.loc[part["k"].isna(), "value"].mean()
+    ax.axhline(0, ls="--", c=INK, lw=1.2, label="none kept out")
+    ax.axhline(by_rule, ls=":", c=INK, lw=1.6, label="the massive tokens")
+
+
+def figure_differences(table: pd.DataFrame, label: str, panel: str = "{bits}") -> Figure:
+    """Paired differences of perplexity to RH; `label` and `panel` are formats, filled by a row's columns."""
+    rows = rows_of(table[table["rotation"] != "NR"], f"{PERPLEXITY} - RH")
+    entries = rows.to_dict("records")
+    labels = [label.format_map(row).replace("_", " ") for row in entries]
+    rows = rows.assign(label=labels, panel=[panel.format_map(row) for row in entries])
+    size = (4.2, 1.4 + 0.32 * len(set(labels)))
+    fig = panels(rows, "panel", plot_rows, size=size, axes={"xlabel": "perplexity - RH's"}, sharey=True)
+    for ax in fig.axes:
+        ax.axvline(0, ls="--", lw=1, c=INK)
+    return fig
+
+
+def figure_zero_shot(table: pd.DataFrame) -> Figure:
+    """Accuracy with one standard error, a panel a task and for their average; acc_norm where there is one."""
+    rows = table.drop_duplicates(["row", "task"], keep="last").fillna({"rotation": "plain"})
+    value, error = 100 * rows["value"], 100 * rows["stderr"]
+    rows = rows.assign(label=rows["row"], value=value, low=value - error, high=value + error, keep_out=False)
+    fig = panels(rows, "task", plot_rows, size=(1.9, 3.4), axes={"xlabel": "accuracy, %"}, sharey=True)
+    fig.suptitle(f"first {rows['items'].min():.0f} items of each task; bars: one standard error", fontsize=10)
+    return fig
+
+
+def _plot_errors_3d(wide: pd.DataFrame, *, ax: Any) -> None:
+    """Each token's error under NR, RO and RH in space, coloured by their order (DFRot, Fig. 2)."""
+    for order, colour in ORDER_COLOURS.items():
+        part = wide[wide["order"] == order]
+        size, alpha = (30, 1) if len(part) < 0.05 * len(wide) else (6, 0.5)
+        look = {"marker": ORDER_MARKERS[order], "linewidths": 0, "depthshade": False, "rasterized": True}
+        ax.scatter(part["NR"], part["RO"], part["RH"], s=size, alpha=alpha, c=colour, **look)
+    ax.set(xlabel="E(NR)", ylabel="E(RO)", zlabel="E(RH)")
+    ax.tick_params(labelsize=7, pad=-2)
+    ax.xaxis.labelpad = ax.yaxis.labelpad = ax.zaxis.labelpad = -4
+    ax.view_init(elev=22, azim=-60)
+    ax.set_box_aspect(None, zoom=0.84)  # else the labels are cut off
+
+
+def figure_errors_3d(table: pd.DataFrame) -> Figure:
+    """The paper's Fig. 2: every token in space, a panel a site."""
+    shown = table[table["site"].isin(figures.sites_of(table))]
+    fig = panels(shown, "site", _plot_errors_3d, size=(3.2, 3.6), subplot_kw={"projection": "3d"})
+    for order, colour in ORDER_COLOURS.items():
+        if order in set(shown["order"]):
+            fig.axes[-1].plot([], [], [], ls="", marker=ORDER_MARKERS[order], c=colour, label=order)
+    legend_below(fig)
+    return fig
+
+
+def figure_orders(table: pd.DataFrame) -> Figure:
+    """How many `tokens` have each `order` of their errors, at every `site` (in the model's order)."""
+    fig, ax = plt.subplots(figsize=(10, 3.8))
+    places, sites = pd.factorize(table["site"])
+    size = dict(zip(ORDER_COLOURS, (14, 14, 20, 36, 56, 80), strict=True))  # the rarer is seen behind
+    rank = table["order"].map(list(ORDER_COLOURS).index)
+    shown = table.assign(place=places, rank=rank).sort_values("rank", ascending=False)
+    by = {"hue": "order", "style": "order", "size": "order", "sizes": size, "linewidth": 0}
+    by |= {"palette": ORDER_COLOURS, "markers": ORDER_MARKERS}
+    sns.scatterplot(shown, x="place", y="tokens", hue_order=ORDER_COLOURS, **by, ax=ax)
+    step = max(1, len(sites) // 10)
+    names = [str(site).replace("layers.", "").replace("_norm", "") for site in sites[::step]]
+    ax.set_xticks(range(0, len(sites), step), names, rotation=30, ha="right")
+    ax.set(ylabel="tokens", yscale="log", ylim=(0.7, None), xlabel="site (layer and norm)")
+    sns.move_legend(ax, "center left", bbox_to_anchor=(1, 0.5), title=None)
+    return fig
+
+
+def figure_massive_activations(table: pd.DataFrame) -> Figure:
+    """Sun et al.: largest values and median by layer; perplexity with massive values set to 0 or the mean."""
+    fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), width_ratios=(3, 2))
+    draw_lines(table[table["layer"].notna()], "layer", "value", "metric", markers=False, ax=left)
+    left.set(yscale="log", ylabel="|residual stream|", title="Largest values and median")
+    rows = rows_of(table)
+    plot_rows(rows.assign(label=rows["set_massive"]), ax=right)
+    right.set(xscale="log", xlabel="perplexity, 16-16-16", title="Massive values set to")
+    return fig
+
+
+def figure_magnitudes(table: pd.DataFrame) -> Figure:
+    """Sun et al., Fig. 1: |residual stream| over tokens and channels; red: tokens massive by their rule."""
+    fig = plt.figure(figsize=(8, 5))
+    ax: Any = fig.add_subplot(projection="3d")
+    least = max(SUN_ABSOLUTE, SUN_RATIO * table["magnitude"].median())
+    for token, part in table.groupby("token"):
+        colour = MASSIVE_COLOUR if part["magnitude"].max() >= least else ORDINARY_COLOUR
+        ax.plot([token] * len(part), part["channel"], part["magnitude"], c=colour, lw=0.8)
+    texts = table.drop_duplicates("token")["text"].tolist()
+    step = max(1, len(texts) // 12)
+    ax.set_xticks(range(0, len(texts), step), [repr(t)[1:-1] for t in texts[::step]], rotation=45, fontsize=7)
+    ax.set(xlabel="token", ylabel="channel", zlabel="|residual stream|")
+    ax.xaxis.labelpad, ax.yaxis.labelpad, ax.zaxis.labelpad = 22, 8, 12
+    ax.view_init(elev=24, azim=-58)
+    ax.set_box_aspect(None, zoom=0.88)  # else the labels are cut off
+    return fig
+
+
+FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {
+    "main": figures.figure_perplexity, "token-errors-3d": figure_errors_3d, "token-orders": figure_orders,
+    "token-errors-2d": figures.figure_errors, "massive-token": figures.figure_massive_token,
+    "gamma-sweep": figure_gamma, "keep-out": figure_keep_out, "clip-sweep": figure_clip,
+    "massive-activations": figure_massive_activations, "massive-magnitudes": figure_magnitudes,
+    "zero-shot": figure_zero_shot, "intervene": figure_intervene,
+    "main-table": partial(figure_differences, label="{rotation} {bits}", panel="weights: {weights}"),
+    "calibration": partial(figure_differences, label="{varied} {level}"),
+    "symmetric-or-not": partial(figure_differences, label=SCHEMES, panel="tested {tested_with}, {bits}"),
+    "variants": partial(figure_differences, label="{variant}"),
+}  # fmt: skip
+"""The figure that draws each experiment's table."""
