@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dfrot_lab.explore.page import levels
 from dfrot_lab.explore.playground import numbers
 from dfrot_lab.explore.playground.widget import Playground, playground
-from dfrot_lab.explore.shell.offers import levels
 from dfrot_lab.maths import planted, rotations, theory
 from dfrot_lab.maths.quantizers import fake_quantize, quantize, squared_error
 from dfrot_lab.observe.capture import capture

@@ -11,7 +11,7 @@ from again import REFINED, assert_same_refinement
 from test_evaluate import save_lively
 
 from dfrot_lab.disk import rotation_files
-from dfrot_lab.explore.refinement.numbers import WATCHED, choices, watched
+from dfrot_lab.explore.refinement.plots import WATCHED, choices, watched
 from dfrot_lab.explore.refinement.widget import Refinement, refinement
 from dfrot_lab.maths import rotations
 from dfrot_lab.maths.quantizers import squared_error

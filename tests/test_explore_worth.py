@@ -13,8 +13,7 @@ from test_evaluate import save_lively
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.explore.worth import numbers
 from dfrot_lab.explore.worth.numbers import Tally
-from dfrot_lab.explore.worth.plots import Bars
-from dfrot_lab.explore.worth.widget import Worth, worth
+from dfrot_lab.explore.worth.widget import Bars, Worth, worth
 from dfrot_lab.maths import tables
 from dfrot_lab.recipe.specs import RELEASED_KEEP_OUT
 from dfrot_lab.score import perplexity

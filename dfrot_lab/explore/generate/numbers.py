@@ -1,5 +1,6 @@
 """What models write, and how they score the same text. No widget is needed here."""
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,8 +21,7 @@ GREEDY = {"do_sample": False, "temperature": 1.0, "top_k": 50}
 
 @dataclass
 class Written:
-    """The ids a model wrote after the prompt, and the loss in nats it gives each token of one text but the
-    first."""
+    """The ids a model wrote after the prompt; its loss in nats of each token of one text but the first."""
 
     name: str
     ids: list[int] = field(default_factory=list)
@@ -81,10 +81,8 @@ def token_losses(loaded: LoadedModel, ids: Tensor) -> list[float]:
 
 def first_difference(ids: Sequence[int], reference: Sequence[int]) -> int | None:
     """The first place where two texts differ, or where one of them ends before the other; None if equal."""
-    equal = [a == b for a, b in zip(ids, reference, strict=False)]
-    if not all(equal):
-        return equal.index(False)
-    return len(equal) if len(ids) != len(reference) else None
+    pairs = enumerate(itertools.zip_longest(ids, reference))
+    return next((place for place, (own, wanted) in pairs if own != wanted), None)
 
 
 def is_room(kept: Iterable[Built]) -> bool:

@@ -6,6 +6,8 @@ from typing import Any
 
 import ipywidgets as widgets
 import pandas as pd
+import plotly.graph_objects as go
+import seaborn
 import torch
 from matplotlib.figure import Figure
 from traitlets import Enum, Float, HasTraits, Int, Tuple, Unicode
@@ -13,12 +15,9 @@ from traitlets import Enum, Float, HasTraits, Int, Tuple, Unicode
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.explore.generate import numbers
 from dfrot_lab.explore.generate.numbers import Written
-from dfrot_lab.explore.generate.plots import Strip, figure_strip
-from dfrot_lab.explore.shell import offers
-from dfrot_lab.explore.shell.explorer import Explorer, control
-from dfrot_lab.explore.shell.job import Job
-from dfrot_lab.explore.shell.plot import GREY
-from dfrot_lab.explore.shell.words import duration
+from dfrot_lab.explore.page import GREY, Plot, drawing, label
+from dfrot_lab.explore.shell import Explorer, Job, control
+from dfrot_lab.explore.worth.numbers import BITS, FULL
 from dfrot_lab.model import door
 from dfrot_lab.recipe import registry
 from dfrot_lab.recipe.specs import Recipe
@@ -31,6 +30,11 @@ from dfrot_lab.study import cost
 from dfrot_lab.study.setting import Setting
 from dfrot_lab.weights.run import OnPart
 
+LABELLED = 70
+"""Tokens up to which the strip names each one below it."""
+ABOUT = ["position", "text", "prompt"]
+"""The columns of a table of losses that are no models."""
+TITLE = "Loss of each token"
 EXACT = "full precision"
 BOX = {"width": "420px", "height": "96px"}
 SIZE = {"height": "250px", "width": "236px"}
@@ -40,12 +44,42 @@ UNSTORED = "its GPTQ weights are not stored: choose rtn, or compute its row with
 LIKELIEST = "Temperature (0: the likeliest)"
 
 
+class Strip(Plot):
+    """Each model's loss of each token of one text; the line is where the prompt ends."""
+
+    def __init__(self) -> None:
+        hover = "token %{customdata}<br>%{y}: %{z:.2f} nats<extra></extra>"
+        bar = {"title": {"text": "loss (nats)"}}
+        look = {"colorscale": "Cividis", "zmin": 0, "colorbar": bar, "xgap": 1, "ygap": 2}
+        title = {"text": f"{TITLE} of one text", "font": {"size": 13}}
+        y = {"autorange": "reversed", "type": "category"}
+        super().__init__([go.Heatmap(hovertemplate=hover, **look)], height=300, title=title, yaxis=y)
+
+    def draw(self, losses: pd.DataFrame) -> None:
+        """The table of `Generate.losses`."""
+        values = losses.drop(columns=ABOUT)
+        x, texts = losses["position"].tolist(), [label(text) for text in losses["text"]]
+        about = [f"{place}: {text}" for place, text in zip(x, texts, strict=True)]
+        ticks = {"tickmode": "array", "tickvals": x, "ticktext": texts}
+        edge = x[0] - 0.5 + int(losses["prompt"].sum())
+        line = {"type": "line", "yref": "paper", "y0": 0, "y1": 1, "line": {"color": GREY, "width": 2}}
+        with self.batch_update():
+            strip = self.data[0]
+            strip.x, strip.y, strip.z = x, list(values), values.to_numpy().T
+            strip.zmax, strip.customdata = float(values.to_numpy().max()), [about] * values.shape[1]
+            self.layout.xaxis.update(ticks if len(x) <= LABELLED else dict.fromkeys(ticks), tickangle=-60)
+            self.layout.shapes = [{**line, "x0": edge, "x1": edge}]
+            self.layout.title.text = (
+                f"{TITLE}: the prompt, then (right of the line) what full precision wrote"
+            )
+
+
 class State(HasTraits):
     """What is written, through which rotations, at which bits and weights, and how tokens are chosen."""
 
     prompt = control(Unicode("The Eiffel Tower is in"), widgets.Textarea, "Prompt", layout=BOX)
     rotations = control(Tuple(), widgets.SelectMultiple, "Rotations", 220, rows=4)
-    bits = control(Enum(offers.BITS, "4-4-16"), widgets.Dropdown, "Bits W-A-KV")
+    bits = control(Enum(BITS, "4-4-16"), widgets.Dropdown, "Bits W-A-KV")
     weights = control(Unicode("rtn"), widgets.ToggleButtons, "Weights", 70)
     tokens = control(Int(24), widgets.IntSlider, "Tokens", min=1, max=128)
     temperature = control(Float(0.0), widgets.FloatSlider, LIKELIEST, 340, min=0, max=2, step=0.1)
@@ -61,17 +95,14 @@ def generate(setting: Setting | None = None, store: Store | None = None) -> "Gen
 class Generate(Explorer):
     """The widget of `generate`: columns of text and a strip of losses (`plot`)."""
 
-    state: State
+    STOPPING = "stopping"
 
     def __init__(self, setting: Setting, store: Store) -> None:
-        names = offers.methods()
-        offered: dict[str, Any] = {"rotations": {"options": names}, "weights": {"options": offers.weights()}}
-        super().__init__(State(rotations=names), **offered)
+        names, weights = tuple(registry.rows()), {"options": list(registry.WEIGHTS)}
+        super().__init__(State(rotations=names), rotations={"options": names}, weights=weights)
         self.setting, self.store = setting, store
-        self.kept: dict[str, Built] = {}
-        self.written: dict[str, Written] = {}
-        self.prompt_ids: list[int] = []
         self.tokenizer: Any = None
+        self.kept, self.written, self.prompt_ids = dict[str, Built](), dict[str, Written](), list[int]()
         self.columns = {name: widgets.HTML(layout=COLUMN) for name in (EXACT, *names)}
         for name in self.columns:
             self._fill(name)
@@ -91,9 +122,9 @@ class Generate(Explorer):
 
     def specs(self) -> dict[str, Recipe]:
         """The models that write, by name; first the one that is not quantized."""
-        state, rows = self.state, {EXACT: offers.row(self.setting, "NR", offers.FULL)}
-        for name in state.rotations:
-            rows[name] = offers.row(self.setting, name, state.bits, weights=state.weights)
+        state, method, row = self.state, self.setting.method, self.setting.row
+        rows = {EXACT: row(FULL, method("NR"))}
+        rows |= {name: row(state.bits, method(name), weights=state.weights) for name in state.rotations}
         return {name: door.resolved(spec.with_(windows=1)).canonical() for name, spec in rows.items()}
 
     def refined(self) -> bool:
@@ -104,18 +135,12 @@ class Generate(Explorer):
         """Which models are left out, and why: nothing that takes minutes is started unasked."""
         why = {}
         for name, spec in specs.items():
+            weights = registry.load(registry.WEIGHTS, spec.weights.method)
             if name == "DFRot" and not self.refined():
                 why[name] = UNREFINED
-            elif registry.load(registry.WEIGHTS, spec.weights.method).CALIBRATED and not build.weights_stored(
-                spec, self.store
-            ):
+            elif weights.CALIBRATED and not build.weights_stored(spec, self.store):
                 why[name] = UNSTORED
         return why
-
-    @staticmethod
-    def _takes_minutes(spec: Recipe) -> bool:
-        """Whether its weights need a calibration pass."""
-        return bool(registry.load(registry.WEIGHTS, spec.weights.method).CALIBRATED)
 
     def write(self) -> None:
         """Write in the background, model after model."""
@@ -126,18 +151,12 @@ class Generate(Explorer):
 
     def refine(self) -> None:
         """Refine DFRot's rotation in the background and keep it."""
-        seconds = sum(cost.preparation(self.setting, self.store))
 
         def work(job: Job) -> None:
             dfrot.refined(self.setting.refine, self.store, lambda _state: job.step())
 
-        self.work(f"refining DFRot's rotation, about {duration(seconds)} on 2 cores", work)
-
-    def cancel(self) -> None:
-        """Stop at the next token, layer or checkpoint."""
-        if self.job.running:
-            self.status.busy("stopping")
-            self.job.cancel()
+        takes = cost.duration(sum(cost.preparation(self.setting, self.store)))
+        self.work(f"refining DFRot's rotation, about {takes} on 2 cores", work)
 
     def enabled(self) -> dict[str, bool]:
         """A rotation that is stored needs no refinement."""
@@ -187,10 +206,9 @@ class Generate(Explorer):
             self.plot.draw(self.losses())
 
     def _built(self, key: str, spec: Recipe, on_part: OnPart) -> Built:
-        """The model of `spec`, built now unless it is kept; the others go first where memory is short."""
         if key not in self.kept:
             if not numbers.is_room(self.kept.values()):
-                self.kept.clear()
+                self.kept.clear()  # the others go first where memory is short
             self.kept[key] = build.build(spec, self.store, on_part)
         return self.kept[key]
 
@@ -209,7 +227,6 @@ class Generate(Explorer):
         self._fill(result.name, "" if result.name == EXACT else head, words)
 
     def _fill(self, name: str, head: str = "", text: str = "") -> None:
-        """Put a heading and its words into a model's column."""
         mark = f"border-left:6px solid {COLOURS.get(name, GREY)};padding-left:6px"
         title = f'<b style="{mark}">{html.escape(name)}</b> <i style="color:{GREY}">{head}</i>'
         words = f'<div style="line-height:1.5;overflow-wrap:anywhere">{text}</div>'
@@ -244,4 +261,11 @@ class Generate(Explorer):
 
     def static(self) -> Figure:
         """The loss strip as a matplotlib figure."""
-        return figure_strip(self.losses())
+        values = self.losses().set_index("position").drop(columns=["text", "prompt"])
+        if values.empty:
+            raise ValueError("nothing to draw: nothing is written yet")
+        with drawing(size=(10, 0.5 * values.shape[1] + 1.4)) as (figure, (ax,)):
+            seaborn.heatmap(values.T, cmap="cividis", vmin=0, cbar_kws={"label": "loss (nats)"}, ax=ax)
+            ax.axvline(self.losses()["prompt"].sum(), c="#ffffff", lw=2)
+            ax.set(xlabel="token (white line: the prompt's end)", ylabel="")
+        return figure

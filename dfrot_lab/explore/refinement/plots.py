@@ -1,39 +1,60 @@
-"""Losses and distance step by step, and the histogram of one token's entries."""
+"""Losses and distance step by step, the histogram of one token's entries, and which rows are watched."""
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
-from matplotlib.figure import Figure
+import torch
 from torch import Tensor
 
-from dfrot_lab.explore.shell.offers import levels
-from dfrot_lab.explore.shell.plot import AXIS, Plot, drawing, lines_at
+from dfrot_lab.explore.page import AXIS, Plot, levels, lines_at
 from dfrot_lab.maths.quantizers import squared_error
+from dfrot_lab.observe.capture import Capture
 from dfrot_lab.recipe.specs import QuantSpec
-from dfrot_lab.show import figures
+from dfrot_lab.show.markup import visible
 from dfrot_lab.show.theme import COLOURS, MASSIVE_COLOUR, ORDINARY_COLOUR
 
+WATCHED = 4096
+"""Rows the losses are drawn of at every step; the refinement's own checks are on all its rows."""
+MASSIVE_ONES, OTHERS = 8, 4
+"""Tokens offered: those with the largest value in the residual stream, and some ordinary ones."""
 BINS = 60
-DISTANCE = "distance from the start, ||R - R0|| / sqrt(C)"
+
+
+def watched(rows: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """At most WATCHED of the rows (tokens, channels) and their mask, up to a quarter of them massive."""
+    if len(rows) <= WATCHED:
+        return rows, mask
+    generator = torch.Generator().manual_seed(0)
+    parts = (part.nonzero().flatten() for part in (mask, ~mask))
+    heavy, light = (part[torch.randperm(len(part), generator=generator)] for part in parts)
+    heavy = heavy[: WATCHED // 4]
+    chosen = torch.cat([heavy, light[: WATCHED - len(heavy)]])
+    return rows[chosen], mask[chosen]
+
+
+def choices(recorded: Capture, site: str) -> list[tuple[str, int]]:
+    """Tokens of a site worth a look, as (label, position), the most massive first."""
+    largest, texts = recorded.residual_max[recorded.place(site)], recorded.texts
+    top = largest.argsort(descending=True)[:MASSIVE_ONES].tolist()
+    even = torch.linspace(0, recorded.tokens - 1, OTHERS + 2).long().tolist()[1:-1]
+    places = dict.fromkeys([*top, *even])
+    return [(f"{i}: {visible(texts[i])}  (residual |max| {float(largest[i]):.0f})", i) for i in places]
 
 
 class HistoryPlot(Plot):
     """Mean squared error of massive and ordinary rows (log axis); below it, how far R is from its start."""
 
     def __init__(self) -> None:
-        normal, massive, distance = (
-            {"color": colour, "width": 2, "dash": dash}
-            for colour, dash in (
-                (ORDINARY_COLOUR, "dot"),
-                (MASSIVE_COLOUR, "solid"),
-                (COLOURS["DFRot"], "solid"),
-            )
+        solid, dots = {"width": 2, "dash": "solid"}, {"mode": "lines+markers", "marker": {"size": 4}}
+        ordinary, massive = (
+            {"color": ORDINARY_COLOUR, "width": 2, "dash": "dot"},
+            {"color": MASSIVE_COLOUR, **solid},
         )
-        dots = {"mode": "lines+markers", "marker": {"size": 4}}
+        below = {"line": {"color": COLOURS["DFRot"], **solid}, "yaxis": "y2", "showlegend": False}
         traces = [
-            go.Scatter(dots, line=normal, name="ordinary rows"),
+            go.Scatter(dots, line=ordinary, name="ordinary rows"),
             go.Scatter(dots, line=massive, name="massive rows"),
-            go.Scatter(mode="lines", line=distance, name="distance", yaxis="y2", showlegend=False),
+            go.Scatter(mode="lines", name="distance", **below),
         ]
         y = {"domain": [0.42, 1], "type": "log", "title": "mean squared error"}
         y2 = {**AXIS, "domain": [0, 0.32], "title": "distance", "rangemode": "tozero"}
@@ -72,16 +93,5 @@ class EntriesPlot(Plot):
             self.data[0].update(x=across, y=along)
             for trace, counts in zip(self.data[1:], (after, before), strict=True):
                 trace.update(x=(edges[1:] + edges[:-1]) / 2, y=counts)
-            self.layout.xaxis.range = [-reach, reach]
-            self.layout.xaxis.title.text = (
-                f"entry of the token (error {first:.2f} at the start, {last:.2f} now)"
-            )
-
-
-def static(table: pd.DataFrame) -> Figure:
-    """Losses and distance as a matplotlib figure."""
-    with drawing(2) as (drawn, (left, right)):
-        figures.plot_history(table, ax=left)
-        right.plot(table["step"], table["distance"], c=COLOURS["DFRot"])
-        right.set(xlabel="step", ylabel=DISTANCE)
-    return drawn
+            title = f"entry of the token (error {first:.2f} at the start, {last:.2f} now)"
+            self.layout.xaxis.update(range=[-reach, reach], title={"text": title})

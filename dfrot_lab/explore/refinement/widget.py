@@ -15,25 +15,19 @@ from traitlets import Bool, Enum, Float, HasTraits, Int, Unicode
 
 from dfrot_lab.disk import rotation_files
 from dfrot_lab.disk.artefacts import Store
-from dfrot_lab.explore.refinement import numbers, plots
-from dfrot_lab.explore.refinement.plots import EntriesPlot, HistoryPlot
-from dfrot_lab.explore.shell.explorer import Explorer, beside, control
-from dfrot_lab.explore.shell.job import Cancelled, Job
-from dfrot_lab.explore.shell.offers import KINDS
+from dfrot_lab.explore import shell
+from dfrot_lab.explore.page import drawing
+from dfrot_lab.explore.refinement import plots
+from dfrot_lab.explore.shell import Explorer, Job, control
 from dfrot_lab.maths import rotations
 from dfrot_lab.observe import capture as recording
 from dfrot_lab.observe import massive
 from dfrot_lab.observe.capture import Capture
-from dfrot_lab.recipe.specs import (
-    DEFAULT_RULE,
-    MASSIVE_RULES,
-    REFINE_VARIANTS,
-    CaptureSpec,
-    QuantSpec,
-    RefineSpec,
-    RotationSpec,
-)
+from dfrot_lab.recipe import specs
+from dfrot_lab.recipe.specs import CaptureSpec, QuantSpec, RefineSpec, RotationSpec
 from dfrot_lab.rotate import dfrot, steps
+from dfrot_lab.show import figures
+from dfrot_lab.show.theme import COLOURS
 
 REDRAW_S = 0.1
 """Least time between two redraws."""
@@ -46,11 +40,13 @@ class State(HasTraits):
     """What a RefineSpec says, how many rows (0: all), whose entries are shown, and the file for R1."""
 
     gamma = control(Float(100.0), SelectionSlider, "Gamma", options=GAMMAS)
-    rule = control(Enum(MASSIVE_RULES, DEFAULT_RULE), Dropdown, "Massive rule")
-    kind = control(Enum(KINDS[::-1], "RH"), Dropdown, "Start from", 190)
+    rule = control(Enum(specs.MASSIVE_RULES, specs.DEFAULT_RULE), Dropdown, "Massive rule")
+    kind = control(
+        Enum([k for k in specs.ROTATION_KINDS[::-1] if k != "file"], "RH"), Dropdown, "Start from", 190
+    )
     seed = control(Int(0, min=0), BoundedIntText, "Seed", 190, max=10**6)
     steps = control(Int(100, min=1), BoundedIntText, "Steps", 190, min=1, max=1000)
-    variant = control(Enum(REFINE_VARIANTS, "accelerated"), Dropdown, "Variant")
+    variant = control(Enum(specs.REFINE_VARIANTS, "accelerated"), Dropdown, "Variant")
     symmetric = control(Bool(False), Checkbox, "Symmetric grid", 190, indent=False)
     rows = control(Int(16384, min=0), Dropdown, "Refine on", options=ROWS)
     site = control(Unicode(), Dropdown, "Site", 420)
@@ -62,28 +58,24 @@ class Refinement(Explorer):
     """The widget of `refinement`; `history` is live, a dict a step; `result` is there at the end."""
 
     ONE = "refinement"
-    state: State
 
     def __init__(self, acts: Capture | CaptureSpec | None, store: Store | None, path: str) -> None:
-        nothing = {"value": None}
-        super().__init__(State(path=path), site=nothing, token=nothing)
-        self.acts, self.store = acts, store
+        super().__init__(State(path=path), site={"value": None}, token={"value": None})
+        self.acts, self.store, self.history, self._drawn = acts, store, list[dict[str, Any]](), 0.0
         self.recorded: Capture | None = None
-        self.history: list[dict[str, Any]] = []
         self.result: steps.RefineResult | None = None
         self.spec: RefineSpec | None = None
         self._ends: tuple[Tensor, Tensor] | None = None
-        self._drawn = 0.0
         for act in (self.start, self.pause, self.resume, self.cancel):
             self.button(act.__name__, act.__name__.capitalize(), act)
         self.button("save", "Save R1", self.save)
         self.progress = IntProgress(description="Steps", layout={"width": "300px"})
-        self.plot, self.entries = HistoryPlot(), EntriesPlot()
+        self.plot, self.entries = plots.HistoryPlot(), plots.EntriesPlot()
         self.children = [
             self.row("gamma", "rule", "kind", "seed", "steps", "variant", "rows", "symmetric"),
             self.row("start", "pause", "resume", "cancel", self.progress),
             self.status.widget,
-            beside(self.plot, self.entries),
+            shell.beside(self.plot, self.entries),
             self.row("site", "token"),
             self.row("path", "save"),
         ]
@@ -96,11 +88,10 @@ class Refinement(Explorer):
         if self.recorded is None:
             raise ValueError("the activations are not open yet: wait for the line above the plots")
         state, total = self.state, self.recorded.tokens * len(self.recorded.sites)
-        same = {name: getattr(state, name) for name in ("gamma", "rule", "steps", "variant")}
+        fields: dict[str, Any] = {n: getattr(state, n) for n in ("gamma", "rule", "steps", "variant")}
+        fields |= {"init": self._first(), "quantizer": self._quantizer()}
         rows = state.rows if 0 < state.rows < total else None
-        return RefineSpec(
-            capture=self.recorded.spec, init=self._first(), quantizer=self._quantizer(), rows=rows, **same
-        )
+        return RefineSpec(capture=self.recorded.spec, rows=rows, **fields)
 
     def _first(self) -> RotationSpec:
         return RotationSpec(kind=self.state.kind, seed=self.state.seed)
@@ -129,10 +120,6 @@ class Refinement(Explorer):
         self.job.resume()
         self.status.busy("refining")
         self.enable()
-
-    def cancel(self) -> None:
-        """End after the step that runs; nothing is kept but what is drawn."""
-        self.job.cancel()
 
     def save(self) -> None:
         """Write the finished R1 with its spec to the path in the box; nothing is overwritten."""
@@ -168,7 +155,7 @@ class Refinement(Explorer):
         heavy_rows = massive.find(self.recorded, spec.rule).flatten()
         rows, mask = dfrot.sample_rows(self._all_rows, heavy_rows, spec)
         start = rotations.make(spec.init, rows.shape[1])
-        some, heavy = numbers.watched(rows, mask)
+        some, heavy = plots.watched(rows, mask)
         weights = steps.row_weights(heavy, spec.gamma)
 
         def note(step: int, R: Tensor) -> None:
@@ -193,7 +180,7 @@ class Refinement(Explorer):
     def at_end(self, error: BaseException | None) -> str:
         """How far it came."""
         self._draw()
-        if isinstance(error, Cancelled):
+        if isinstance(error, shell.Cancelled):
             return f"cancelled after step {self._step()}"
         if self.result is None:
             return "ready: press Start"
@@ -202,19 +189,17 @@ class Refinement(Explorer):
         return f"done: on all its rows {losses}, distance {last['distance']:.3f}"
 
     def _step(self) -> int:
-        """The last step that was noted."""
         return self.history[-1]["step"] if self.history else 0
 
     def _list_tokens(self) -> None:
         assert self.recorded is not None
         token = self.controls["token"]
-        token.options = numbers.choices(self.recorded, self.state.site)
+        token.options = plots.choices(self.recorded, self.state.site)
         token.index = None  # the page shows the first only if it is chosen after the list has come
         token.index = 0
         self._draw()
 
     def _draw(self) -> None:
-        """Both plots."""
         with self._lock:
             self.plot.draw(self.table())
             if self.recorded is not None and self.state.site:
@@ -229,7 +214,12 @@ class Refinement(Explorer):
 
     def static(self) -> Figure:
         """Losses and distance as a matplotlib figure."""
-        return plots.static(self.table())
+        table = self.table()
+        with drawing(2) as (drawn, (left, right)):
+            figures.plot_history(table, ax=left)
+            right.plot(table["step"], table["distance"], c=COLOURS["DFRot"])
+            right.set(xlabel="step", ylabel="distance from the start, ||R - R0|| / sqrt(C)")
+        return drawn
 
 
 def refinement(

@@ -1,17 +1,25 @@
-"""Plotly figures that follow a page's width and outlive a reload; matplotlib figures to keep."""
+"""What stands on an explorer's page: plotly figures that follow its width and outlive a reload, words and
+tables as HTML; and matplotlib figures to keep."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import anywidget
 import ipywidgets as widgets
 import numpy as np
+import pandas as pd
 import plotly.graph_objects as go
+import torch
 from plotly.basedatatypes import Undefined
 from plotly.serializers import custom_serializers
+from torch import Tensor
 
+from dfrot_lab.maths.quantizers import code_range, scale_zero
+from dfrot_lab.recipe.specs import QuantSpec
 from dfrot_lab.show import figures
+from dfrot_lab.show.markup import VISIBLE, safe, span
 
 HEIGHT = 420
 """Pixels of one plot: fixed, so that nothing moves while a new one is computed."""
@@ -33,7 +41,7 @@ LOOK: Mapping[str, Any] = {
     "xaxis": AXIS,
     "yaxis": AXIS,
 }
-EDGE_TO_EDGE = {"l": 0, "r": 0, "t": 0, "b": 0}
+EDGE_TO_EDGE = dict.fromkeys("lrtb", 0)
 
 
 class Plot(go.FigureWidget):
@@ -48,13 +56,11 @@ class Plot(go.FigureWidget):
 
     def get_state(self, key: Any = None, drop_defaults: bool = False) -> dict[str, Any]:
         """What a reloaded page asks for, with the data of now: plotly gives those of the figure's making."""
-        state = super().get_state(key, drop_defaults)
-        now = {"_widget_data": "_data", "_widget_layout": "_layout"}
-        to_json = custom_serializers["to_json"]
-        known = {
-            name: self.__dict__[own] for name, own in now.items() if name in state and own in self.__dict__
-        }
-        return state | {name: to_json(value, self) for name, value in known.items()}
+        state, to_json = super().get_state(key, drop_defaults), custom_serializers["to_json"]
+        for name, own in {"_widget_data": "_data", "_widget_layout": "_layout"}.items():
+            if name in state and own in self.__dict__:
+                state[name] = to_json(self.__dict__[own], self)
+        return state
 
     def _send_update_msg(
         self, restyle_data: Any, relayout_data: Any, trace_indexes: Any = None, source_view_id: Any = None
@@ -73,11 +79,8 @@ class Plot(go.FigureWidget):
 def scene(x: str = "", y: str = "", z: str = "", **more: Any) -> dict[str, Any]:
     """Three axes in space, transparent, with their titles; `more` is the scene's own layout."""
     look = {"backgroundcolor": CLEAR, "gridcolor": "rgba(128,128,128,0.35)", "color": GREY}
-    axes = {
-        f"{name}axis": {**look, "title": {"text": title}}
-        for name, title in zip("xyz", (x, y, z), strict=True)
-    }
-    return {**axes, **more}
+    titles = {"xaxis": x, "yaxis": y, "zaxis": z}
+    return {**{axis: {**look, "title": {"text": title}} for axis, title in titles.items()}, **more}
 
 
 def lines_at(places: Any, low: float, high: float) -> tuple[np.ndarray, np.ndarray]:
@@ -107,14 +110,68 @@ def drawing(columns: int = 1, size: tuple[float, float] = (10, 3.8), **options: 
             figures.plt.close(drawn)
 
 
+def levels(x: Tensor, quantizer: QuantSpec) -> Tensor:
+    """All values the quantizer can give one row x (channels,), lowest first, in x's dtype."""
+    scale, zero = scale_zero(x[None], quantizer)
+    low, high = code_range(quantizer)
+    return (scale * (torch.arange(low, high + 1, dtype=x.dtype) - zero))[0]
+
+
+def label(text: str) -> str:
+    """A token for a plotly label, isolated from its neighbours' writing direction."""
+    return f"\u2068{title(text)}\u2069"
+
+
+def title(text: str) -> str:
+    """Any text, such as a file's name, for a plotly title."""
+    return safe(text).replace("&quot;", "&#34;")
+
+
+def plain(text: str) -> str:
+    """Words that are no token, for HTML and hover labels: escaped, their spaces left as they are."""
+    return safe(text).replace(VISIBLE[" "], " ")
+
+
+def number(value: float) -> str:
+    """`24,816`, `118`, `2.15`, `0.00312`: three digits or all before the point."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def contexts(texts: Sequence[str], around: int = 4) -> list[str]:
+    """Each token in its text as a plotly label: `around` tokens on either side, itself between arrows."""
+    labels = [label(text if len(text) <= 24 else f"{text[:24]}\u2026") for text in texts]
+    before = ["".join(labels[max(0, i - around) : i]) for i in range(len(labels))]
+    after = ["".join(labels[i + 1 : i + 1 + around]) for i in range(len(labels))]
+    return [f"{a} \u25b8<b>{b}</b>\u25c2 {c}" for a, b, c in zip(before, labels, after, strict=True)]
+
+
+def html_table(table: pd.DataFrame, caption: str) -> str:
+    """A table of numbers and token texts as HTML, every text through `span`; `caption` is plain text."""
+    head = "".join(f'<th scope="col">{plain(str(name))}</th>' for name in table.columns)
+    rows = ["".join(f"<td>{_cell(value)}</td>" for value in row) for row in table.itertuples(index=False)]
+    body = "".join(f"<tr>{row}</tr>" for row in [head, *rows])
+    return f'<table class="dfrot-table"><caption>{plain(caption)}</caption>{body}</table>'
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, str):
+        return span(value)
+    return number(float(value)) if isinstance(value, float | np.floating) else str(value)
+
+
+def panel(height: int, **layout: Any) -> Any:
+    """An HTML box of fixed height that scrolls, so that what is under it stays where it is."""
+    return widgets.HTML(layout={"height": f"{height}px", "overflow": "auto", **layout})
+
+
 class Stage(widgets.Box):
     """One place for several plots, of which `shown` is on view.
 
     A plot that was on view stays in the page, hidden: one that is taken off the page still gets its updates
     there, and fails at them."""
 
-    def __init__(self, plot: Plot, **layout: Any) -> None:
-        super().__init__(layout={"width": "100%", **layout})
+    def __init__(self, plot: Plot) -> None:
+        super().__init__(layout={"width": "100%"})
         self._boxes: list[tuple[Plot, widgets.Box]] = []
         self.turn(plot)
 
@@ -136,31 +193,4 @@ class Fit(anywidget.AnyWidget):
     this tells the window. A plot's height stays what its layout says, whatever is in it. A brushed region
     lets clicks through to the points in it."""
 
-    _css = """
-.js-plotly-plot .selectionlayer path { pointer-events: none !important; }
-.dfrot-table { font-size: 12px; }
-.dfrot-table caption { text-align: left; color: #808080; white-space: nowrap; }
-.dfrot-table :is(td, th) { padding: 1px 8px; line-height: 1.4; text-align: left; white-space: nowrap; }
-"""
-
-    _esm = """
-export default { render({ el }) {
-  let timer = 0;
-  const resized = () => window.dispatchEvent(new Event("resize"));
-  const tell = () => { clearTimeout(timer); timer = setTimeout(resized, 50); };
-  const fill = (element, looks) => {  // a figure is drawn before it is put in its place: look again
-    if (!element.isConnected && looks > 0) return setTimeout(fill, 50, element, looks - 1);
-    if (!el.closest(".widget-vbox")?.contains(element)) return;
-    Object.assign(element.style, { width: "100%", minWidth: 0, height: `${element._fullLayout.height}px` });
-    widths.observe(element);  // which tells at once, and again when a plot that was hidden is shown
-  };
-  const drawn = ({ detail: { element } }) => fill(element, 40);
-  const widths = new ResizeObserver(tell);
-  el.style.cssText = "width:100%;height:0";
-  widths.observe(el);
-  document.addEventListener("plotlywidget-after-render", drawn);
-  const plots = () => [...document.querySelectorAll(".js-plotly-plot")].filter((plot) => plot._fullLayout);
-  setTimeout(() => plots().forEach((plot) => fill(plot, 0)), 1000);  // after a reload some plots are drawn before this is
-  return () => { widths.disconnect(); document.removeEventListener("plotlywidget-after-render", drawn); };
-} };
-"""
+    _css, _esm = Path(__file__).with_name("fit.css"), Path(__file__).with_name("fit.js")
