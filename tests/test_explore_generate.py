@@ -12,7 +12,7 @@ from test_evaluate import save_lively
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.explore.generate import numbers
 from dfrot_lab.explore.generate.numbers import continuation, first_difference, token_losses
-from dfrot_lab.explore.generate.widget import EXACT, Generate, generate
+from dfrot_lab.explore.generate.widget import EXACT, Generate
 from dfrot_lab.model import loading
 from dfrot_lab.rotate import dfrot
 from dfrot_lab.score import build, perplexity
@@ -40,7 +40,7 @@ def setting(tmp_path: Path, text_file: Path) -> Setting:
 
 @pytest.fixture
 def widget(setting: Setting, store: Store) -> Generate:
-    made = generate(setting, store)
+    made = Generate(setting, store)
     made.controls["prompt"].value, made.controls["tokens"].value = PROMPT, 8
     return made
 

@@ -19,7 +19,7 @@ from dfrot_lab.explore.invariance.numbers import (
     Steps,
     faults,
 )  # fmt: skip
-from dfrot_lab.explore.invariance.widget import Invariance, invariance, text_html, verdict_html
+from dfrot_lab.explore.invariance.widget import Invariance, text_html, verdict_html
 from dfrot_lab.model import surgery
 from dfrot_lab.recipe.specs import ModelSpec, RotationSpec
 
@@ -149,7 +149,7 @@ def test_token_text_is_escaped_and_the_sign_needs_no_colour():
 
 
 def opened(**options) -> Invariance:
-    view = invariance(loaded=tiny_model(tied=True, **options))
+    view = Invariance(loaded=tiny_model(tied=True, **options))
     view.wait(60)
     return view
 
@@ -208,7 +208,7 @@ def test_a_prompt_beyond_the_models_context_is_refused_before_the_model_reads_it
 
 
 def test_a_model_that_cannot_be_loaded_is_said(tmp_path, store):
-    view = invariance(ModelSpec(source=str(tmp_path / "nowhere")), store=store)
+    view = Invariance(ModelSpec(source=str(tmp_path / "nowhere")), store=store)
     view.job.wait(60)
     assert view.status.state == "error" and "ModelSpec.source must be" in view.status.text
     with pytest.raises(TimeoutError, match="no trial ended"):
@@ -216,5 +216,5 @@ def test_a_model_that_cannot_be_loaded_is_said(tmp_path, store):
 
 
 def test_a_spec_is_loaded_in_the_background(tmp_path, store):
-    view = invariance(save_tiny(tmp_path / "m"), store=store)
+    view = Invariance(save_tiny(tmp_path / "m"), store=store)
     assert view.wait(60).error == 0

@@ -31,9 +31,12 @@ def grids(values: pd.DataFrame, quantizer: QuantSpec) -> dict[str, np.ndarray]:
 
 
 class Tokens(Plot):
-    """A point a token: its errors under two rotations, or three in space; a click calls `on_click(token)`."""
+    """A point a token: its errors under two rotations, or three in space. A click tells `("token", it)`; a
+    brushed region `("brushed", tokens)`, none when it is taken away."""
 
-    def __init__(self, texts: Sequence[str], on_click: Callable[[int], None], *, space: bool = False) -> None:
+    def __init__(
+        self, texts: Sequence[str], tell: Callable[[str, Any], object], *, space: bool = False
+    ) -> None:
         look = {"mode": "markers", "text": page.contexts(texts), "marker": MARKER, "showlegend": False}
         line = {"color": GREY, "dash": "dash", "width": 1}
         equal = go.Scatter(mode="lines", line=line, hoverinfo="skip", name="equal errors")
@@ -41,15 +44,10 @@ class Tokens(Plot):
             super().__init__([go.Scatter3d(look)], scene=page.scene(), margin=page.EDGE_TO_EDGE)
         else:
             super().__init__([go.Scattergl(look), equal], dragmode="select")
-        self._sizes = (2.5, 6) if space else (5, 11)
-        self.data[0].on_click(
-            lambda _trace, points, _state: on_click(points.point_inds[0]) if points.point_inds else None
-        )
-
-    def on_brush(self, tell: Callable[[list[int]], None]) -> None:
-        """Call `tell(tokens)` when a region is brushed, with none when it is taken away."""
-        self.data[0].on_selection(lambda _trace, points, _region: tell(sorted(points.point_inds)))
-        self.data[0].on_deselect(lambda _trace, _points: tell([]))
+        self._sizes, dots = (2.5, 6) if space else (5, 11), self.data[0]
+        dots.on_click(lambda _trace, at, _keys: at.point_inds and tell("token", at.point_inds[0]))
+        dots.on_selection(lambda _trace, at, _region: tell("brushed", sorted(at.point_inds)))
+        dots.on_deselect(lambda _trace, _at: tell("brushed", []))
 
     def draw(self, table: pd.DataFrame, axes: Sequence[str], names: Sequence[str]) -> None:
         """The errors of a table (token, massive, a column each of `names`), an axis a rotation."""
@@ -58,9 +56,8 @@ class Tokens(Plot):
         plain = [title(name).replace("%", "&#37;") for name in names]  # %{ would begin a value
         lines = [f"E({name}) %{{customdata[{i}]:,.4g}}" for i, name in enumerate(plain)]
         hover = "%{text}<br>token %{pointNumber}<br>" + "<br>".join(lines) + "<extra></extra>"
-        titles = {
-            f"{x}axis": {"title": {"text": f"E({title(axis)})"}} for x, axis in zip(found, axes, strict=True)
-        }
+        named = zip(found, axes, strict=True)
+        titles = {f"{letter}axis": {"title": {"text": f"E({title(axis)})"}} for letter, axis in named}
         with self.batch_update():
             about = table[list(names)].to_numpy(np.float32)
             self.data[0].update(**found, customdata=about, hovertemplate=hover)

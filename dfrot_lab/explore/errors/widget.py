@@ -96,20 +96,23 @@ class Errors(Explorer):
         site = setting.figure_site(sites)
         token = int(rows.acts.residual_max[sites.index(site)].argmax())
         x, y = ("RO", "RH") if {"RO", "RH"} <= set(names) else (names[0], names[-1])
-        late = {"x": names, "y": names, "z": [NONE, *names], "panels": names, "site": sites}
-        options = {name: {"options": offered} for name, offered in late.items()}
+        offered = {"x": names, "y": names, "z": [NONE, *names], "panels": names, "site": sites}
+        late: dict[str, Any] = {name: {"options": options} for name, options in offered.items()}
+        late |= {"seed": {"disabled": not seeded}, "token": {"max": len(rows.texts) - 1}}
         state = State(site=site, x=x, y=y, token=token, panels=tuple(names[:PANELS]))
-        last = {"max": len(rows.texts) - 1}
-        super().__init__(state, seed={"disabled": not seeded}, token=last, **options)
+        super().__init__(state, **late)
         self.button("load", "add", self.load, tooltip="add the rotation in this file")
         about = "compute DFRot with the default settings"
         self.button("refine", "refine (about 15 s)", self.refine, tooltip=about)
         self.button("cancel", "cancel", self.cancel, tooltip="stop refining")
-        open_token = functools.partial(state.set_trait, "token")
-        self.plot, self.space = (plots.Tokens(rows.texts, open_token, space=space) for space in (False, True))
-        self.plot.on_brush(functools.partial(state.set_trait, "brushed"))
-        self.fig4, self.listed, self.about = plots.Panels(), panel(HEIGHT), panel(26)
-        self.stage = Stage(self.plot)
+        tell = state.set_trait
+        self.plot, self.space = (plots.Tokens(rows.texts, tell, space=space) for space in (False, True))
+        self.fig4, self.listed, self.about, self.stage = (
+            plots.Panels(),
+            panel(HEIGHT),
+            panel(26),
+            Stage(self.plot),
+        )
         self.redraw()
         self.enable()
         self.on("site bits symmetric clip x y z panels", self.redraw)
@@ -117,16 +120,14 @@ class Errors(Explorer):
         self.on("seed", self._reseed)
         self.on("token", self._pick)
         self.on("brushed", self._list)
-        self.children = [
+        chosen = [
             self.row("site", "bits", "symmetric", "clip", "seed"),
             self.row("x", "y", "z", "path", "load"),
-            *([] if "DFRot" in names else [self.row("refine", "cancel")]),
-            self.status.widget,
-            beside(self.stage, self.listed, shares=(64, 36)),
-            self.row("token", "panels"),
-            self.about,
-            beside(self.fig4, height=plots.PANEL_HEIGHT),
         ]
+        chosen += [] if "DFRot" in names else [self.row("refine", "cancel")]
+        below = [self.row("token", "panels"), self.about, beside(self.fig4, height=plots.PANEL_HEIGHT)]
+        scatter = beside(self.stage, self.listed, shares=(64, 36))
+        self.children = [*chosen, self.status.widget, scatter, *below]
 
     def redraw(self) -> None:
         """All plots and tables as the controls say; the impossible is said, and the view stays."""
@@ -137,19 +138,16 @@ class Errors(Explorer):
             scheme = "symmetric" if s.symmetric else "asymmetric"
             quantizer = QuantSpec(bits=s.bits, scheme=scheme, clip_ratio=s.clip)
             self.shown, self.quantizer = self.rows.table(s.site, quantizer), quantizer
+            self.where = f"{s.site}, {quantizer.name}"
             self.axes = [s.x, s.y] if s.z == NONE else [s.x, s.y, s.z]
             (self.plot if s.z == NONE else self.space).draw(self.shown, self.axes, list(self.rows.matrices))
             self._list()
             self._fig4()
 
-    @property
-    def _where(self) -> str:
-        return f"{self.shown['site'].iloc[0]}, {self.quantizer.name}"
-
     def _summary(self) -> str:
         medians = ", ".join(f"{name} {self.shown[name].median():.3g}" for name in self.rows.matrices)
         tokens = f"{len(self.shown):,} tokens, {self.shown['massive'].sum()} massive (red, larger)"
-        return f"{self._where}: {tokens}. Median E: {medians}"
+        return f"{self.where}: {tokens}. Median E: {medians}"
 
     def _list(self) -> None:
         """The brushed tokens, largest error on the y axis first; the plot's own rotations stay in sight."""
@@ -180,7 +178,7 @@ class Errors(Explorer):
 
     def static(self) -> Figure:
         """The scatter as a matplotlib figure."""
-        return plots.static(self.shown, self.axes, self._where)
+        return plots.static(self.shown, self.axes, self.where)
 
     def static_token(self) -> Figure:
         """The chosen token's values (Fig. 4) as a matplotlib figure."""
@@ -233,9 +231,8 @@ class Errors(Explorer):
 
     def enabled(self) -> dict[str, bool]:
         """A file can be added at any time; the refinement is made once."""
-        running = self.job.running
-        can_refine = "DFRot" not in self.rows.matrices and not running
-        return {"load": True, "refine": can_refine, "cancel": running}
+        able = super().enabled()
+        return {**able, "load": True, "refine": able["refine"] and "DFRot" not in self.rows.matrices}
 
 
 def errors(

@@ -34,7 +34,7 @@ LABELLED = 70
 """Tokens up to which the strip names each one below it."""
 ABOUT = ["position", "text", "prompt"]
 """The columns of a table of losses that are no models."""
-TITLE = "Loss of each token"
+TITLE, WRITTEN = "Loss of each token", "the prompt, then (right of the line) what full precision wrote"
 EXACT = "full precision"
 BOX = {"width": "420px", "height": "96px"}
 SIZE = {"height": "250px", "width": "236px"}
@@ -69,9 +69,7 @@ class Strip(Plot):
             strip.zmax, strip.customdata = float(values.to_numpy().max()), [about] * values.shape[1]
             self.layout.xaxis.update(ticks if len(x) <= LABELLED else dict.fromkeys(ticks), tickangle=-60)
             self.layout.shapes = [{**line, "x0": edge, "x1": edge}]
-            self.layout.title.text = (
-                f"{TITLE}: the prompt, then (right of the line) what full precision wrote"
-            )
+            self.layout.title.text = f"{TITLE}: {WRITTEN}"
 
 
 class State(HasTraits):
@@ -87,20 +85,15 @@ class State(HasTraits):
     seed = control(Int(0), widgets.BoundedIntText, "Seed", 150, min=0, max=10**6)
 
 
-def generate(setting: Setting | None = None, store: Store | None = None) -> "Generate":
-    """What each rotation makes a quantized model write, where it departs, and its loss of every token."""
-    return Generate((setting or Setting.of_profile()).resolved(), store or Store())
-
-
 class Generate(Explorer):
-    """The widget of `generate`: columns of text and a strip of losses (`plot`)."""
+    """What each rotation makes a quantized model write, where it departs, and its loss of every token."""
 
     STOPPING = "stopping"
 
-    def __init__(self, setting: Setting, store: Store) -> None:
+    def __init__(self, setting: Setting | None = None, store: Store | None = None) -> None:
         names, weights = tuple(registry.rows()), {"options": list(registry.WEIGHTS)}
         super().__init__(State(rotations=names), rotations={"options": names}, weights=weights)
-        self.setting, self.store = setting, store
+        self.setting, self.store = (setting or Setting.of_profile()).resolved(), store or Store()
         self.tokenizer: Any = None
         self.kept, self.written, self.prompt_ids = dict[str, Built](), dict[str, Written](), list[int]()
         self.columns = {name: widgets.HTML(layout=COLUMN) for name in (EXACT, *names)}
@@ -111,13 +104,10 @@ class Generate(Explorer):
         self.button("write", "Write", self.write, icon="pencil")
         self.button("cancel", "Cancel", self.cancel, icon="stop")
         self.button("refine", "Refine DFRot", self.refine, icon="magic")
-        self.children = [
-            self.row("prompt", "rotations", ["bits", "weights", "tokens"], ["temperature", "top_k", "seed"]),
-            self.row("write", "cancel", "refine", self.bar),
-            self.status.widget,
-            widgets.HBox(list(self.columns.values()), layout={"grid_gap": "6px", "overflow": "auto"}),
-            self.plot,
-        ]
+        how = self.row("prompt", "rotations", ["bits", "weights", "tokens"], ["temperature", "top_k", "seed"])
+        above = [how, self.row("write", "cancel", "refine", self.bar), self.status.widget]
+        side = widgets.HBox([*self.columns.values()], layout={"grid_gap": "6px", "overflow": "auto"})
+        self.children = [*above, side, self.plot]
         self.enable()
 
     def specs(self) -> dict[str, Recipe]:

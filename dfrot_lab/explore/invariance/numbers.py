@@ -108,9 +108,8 @@ class Outcome:
             return f"The logits stay: relative error {self.error:.1e}, tolerance {TOLERANCE:g}."
         refused = "The package refuses this: \u201c{}\u201d. Done by hand all the same:"
         reasons = self.faults or ("No known reason: please report it.",)
-        return " ".join(
-            [*map(refused.format, self.refusals), f"the logits move by {self.error:.1e}.", *reasons]
-        )
+        moved = f"the logits move by {self.error:.1e}."
+        return " ".join([*map(refused.format, self.refusals), moved, *reasons])
 
 
 class Bench:

@@ -85,24 +85,26 @@ def verdict_html(outcome: Outcome) -> str:
 
 def text_html(outcome: Outcome, truth: Outcome) -> str:
     """Both continuations, token by token; what differs from the untouched model's is marked."""
-    own = "".join(
-        span(token, None if token == wanted else BROKEN, f"untouched: {wanted}")
-        for token, wanted in zip(outcome.tokens, truth.tokens, strict=False)
-    )
-    wanted = "".join(span(token) for token in truth.tokens)
+    pairs = zip(outcome.tokens, truth.tokens, strict=False)
+    own = "".join(span(a, None if a == b else BROKEN, f"untouched: {b}") for a, b in pairs)
+    wanted = "".join(map(span, truth.tokens))
     same = "the same text" if outcome.tokens == truth.tokens else "marked: not what the untouched model says"
     words = f"untouched: {wanted}<br>with these steps: {own} <i>({same})</i>"
     return f'<p style="margin:4px 0;line-height:1.7">{words}</p>'
 
 
 class Invariance(Explorer):
-    """The widget of `invariance`; `outcomes` are its trials."""
+    """Switch each surgery step on and off and see the logits' error against the untouched model, and a short
+    text it generates; `outcomes` are the trials. `loaded`, where given, is used (and changed) instead of a
+    fresh load of `model`."""
 
     CANCELLED = "cancelled; the trials are as they were"
 
-    def __init__(self, spec: ModelSpec, store: Store | None, loaded: LoadedModel | None) -> None:
+    def __init__(
+        self, model: ModelSpec | None = None, store: Store | None = None, loaded: LoadedModel | None = None
+    ) -> None:
         super().__init__(State())
-        self.spec, self.store, self.loaded = spec, store, loaded
+        self._load = lambda: loaded or loading.load_model(model or ModelSpec(), store)
         self.bench: Bench | None = None
         self.outcomes, self.truth = list[Outcome](), dict[str, Outcome]()
         self.plot = Trials()
@@ -113,11 +115,8 @@ class Invariance(Explorer):
         self.button("cancel", "Cancel", self.cancel)
         switches = VBox([self.controls[name] for name in STEPS], layout={"width": "350px"})
         found = VBox([self.plot, self.verdict, self.text], layout={"flex": "1 1 600px", "min_width": "0"})
-        self.children = [
-            self.row("prompt", "kind", "seed", "correct", "clear", "cancel"),
-            HBox([switches, found]),
-            self.status.widget,
-        ]
+        above = self.row("prompt", "kind", "seed", "correct", "clear", "cancel")
+        self.children = [above, HBox([switches, found]), self.status.widget]
         self.on(" ".join([*STEPS, "kind seed prompt"]), self.ask)
         self.ask()
 
@@ -147,11 +146,12 @@ class Invariance(Explorer):
     def table(self) -> pd.DataFrame:
         """One row a trial, oldest first: steps, error (relative, of the logits), broken, why, refused (the
         package's words), text."""
-        rows = [
-            (o.steps.name, o.error, o.broken, " ".join(o.faults), " ".join(o.refusals), "".join(o.tokens))
-            for o in self.outcomes
-        ]
-        return pd.DataFrame(rows, columns=["steps", "error", "broken", "why", "refused", "text"])
+        rows = [(o.steps.name, o.error, o.broken, o.faults, o.refusals, o.tokens) for o in self.outcomes]
+        table = pd.DataFrame(rows, columns=["steps", "error", "broken", "why", "refused", "text"])
+        return table.assign(
+            **{name: table[name].map(" ".join) for name in ("why", "refused")},
+            text=table["text"].map("".join),
+        )
 
     def static(self) -> Figure:
         """The plotted trials as a matplotlib figure."""
@@ -162,7 +162,7 @@ class Invariance(Explorer):
 
     def _compute(self, job: Job, steps: Steps, prompt: str) -> None:
         if self.bench is None:
-            self.bench = Bench(self.loaded or loading.load_model(self.spec, self.store))
+            self.bench = Bench(self._load())
         self.status.busy(f"trying {steps.name}")
         if prompt not in self.truth:
             self.truth[prompt] = self.bench.measure(Steps(), prompt, step=job.step)
@@ -173,11 +173,3 @@ class Invariance(Explorer):
         self.plot.draw(self.outcomes)
         self.verdict.value, self.text.value = verdict_html(outcome), text_html(outcome, truth)
         self.status.say(f"{outcome.steps.name}: {'broken' if outcome.broken else 'unchanged'}")
-
-
-def invariance(
-    model: ModelSpec | None = None, *, store: Store | None = None, loaded: LoadedModel | None = None
-) -> Invariance:
-    """Switch each surgery step on and off and see the logits' error against the untouched model, and a short
-    text it generates. `loaded`, where given, is used (and changed) instead of a fresh load of `model`."""
-    return Invariance(model or ModelSpec(), store, loaded)

@@ -121,8 +121,7 @@ class Space(Plot):
         rows, count = starts(*seen.streams[0].shape), np.arange(len(seen.texts))
         ticks, names = count[:: max(1, len(count) // 12)], [label(text) for text in seen.texts]
         self.data[0].update(x=count.astype(np.float32), y=rows, text=[names] * len(rows))
-        axis = {"tickvals": ticks, "ticktext": [f"{i} {names[i]}" for i in ticks]}
-        self.update_layout(scene_xaxis=axis)
+        self.layout.scene.xaxis.update(tickvals=ticks, ticktext=[f"{i} {names[i]}" for i in ticks])
 
 
 class Profile(Plot):
@@ -135,8 +134,9 @@ class Profile(Plot):
             hover = "layer %{x}<br>%{y:,.5g}<extra>" + name + "</extra>"
             style = {"line": {"color": colour, "dash": dash}, "marker": {"size": 5}, "mode": "lines+markers"}
             traces.append(go.Scatter(name=name, hovertemplate=hover, **style))
-        y = {"type": "log", "exponentformat": "power", "title": "|x|"}
-        super().__init__(traces, xaxis_title="layer", yaxis=y)
+        super().__init__(
+            traces, xaxis_title="layer", yaxis={"type": "log", "exponentformat": "power", "title": "|x|"}
+        )
         for line in self.data[1:]:
             line.on_click(lambda _trace, points, _state: go_to(int(points.xs[0])) if points.xs else None)
 
@@ -188,17 +188,17 @@ class Massive(Explorer):
         self._show(numbers.look(loaded, *first))
         self.enable()
         self.on("layer rule view", self.redraw)
-        apart = {"width": "100%", "justify_content": "space-between"}
-        self.children = [
-            self.row("text", ["look", "cancel"], [self.row("block", "open"), "tokens"]),
+        opened = self.row("text", ["look", "cancel"], [self.row("block", "open"), "tokens"])
+        above = [
+            opened,
             self.row("play", "layer", "view", "rule"),
             self.words,
             self.status.widget,
             self.sentence,
-            beside(self.stage, self.profile, shares=(66, 34)),
-            self.text,
-            HBox([self.tokens, self.channels], layout=apart),
         ]
+        seen = [beside(self.stage, self.profile, shares=(66, 34)), self.text]
+        apart = {"width": "100%", "justify_content": "space-between"}
+        self.children = [*above, *seen, HBox([self.tokens, self.channels], layout=apart)]
 
     def look_at_text(self) -> None:
         """Look at the text in the text area, off the kernel's thread."""
@@ -222,7 +222,6 @@ class Massive(Explorer):
         self.work("reading the text", work)
 
     def _show(self, seen: Look) -> None:
-        """A new text in all views."""
         with self._lock:
             self.seen = seen
             self.redraw()
@@ -241,10 +240,9 @@ class Massive(Explorer):
             self.sentence.value = f'<span class="dfrot-sentence" style="font-size:15px">{said}</span>'
             self.words.value = f'<span style="color:{GREY}">{rule}: {meaning}</span>'
             self.text.value = numbers.text_spans(self.shown)
-            tokens = self.shown.head(ROWS).drop(columns="massive")
-            channels = numbers.channel_table(seen, layer).head(ROWS)
-            self.tokens.value = page.html_table(tokens, f"Largest tokens at layer {layer}")
-            self.channels.value = page.html_table(channels, f"Largest channels at layer {layer}")
+            tokens, channels = self.shown.drop(columns="massive"), numbers.channel_table(seen, layer)
+            self.tokens.value = page.html_table(tokens.head(ROWS), f"Largest tokens at layer {layer}")
+            self.channels.value = page.html_table(channels.head(ROWS), f"Largest channels at layer {layer}")
             shown = f"{len(seen.texts):,}"
             part = f"the first {shown} of {seen.whole:,}" if seen.whole > len(seen.texts) else shown
             self.status.say(f"{part} tokens, layer {layer}, median |x| {seen.median(layer):.3g}")

@@ -44,8 +44,7 @@ def by_angles(degrees: Sequence[float]) -> Tensor:
     if len(degrees) not in (1, 3):
         rule = "must be one angle (2 channels) or three (3 channels)"
         raise ValueError(f"by_angles.degrees {rule}; got {len(degrees)}")
-    dims = 2 if len(degrees) == 1 else 3
-    first, second, third = [*degrees, 0, 0][:3]
+    dims, (first, second, third) = 2 if len(degrees) == 1 else 3, [*degrees, 0, 0][:3]
     turn = Rotation.from_euler("XYZ", [third, -second, first], degrees=True)  # of columns, the last first
     return torch.from_numpy(turn.inv().as_matrix()[:dims, :dims].copy())
 

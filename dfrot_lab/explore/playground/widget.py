@@ -31,6 +31,10 @@ SPIKE = {"min": -0.5, "max": 2, "step": 0.05, "readout_format": ".2f"}
 DIMS = [("2 channels", 2), ("3 channels", 3)]
 WHOSE = {"options": [("planted", "planted"), ("token 0 of the model", "model")]}
 SIZES = (4, 16, 64, 576)
+PARTS = (
+    "<b>1. By hand:</b> turn the token, watch its grid",
+    "<b>2. Many channels:</b> the same spike, turned by matrices",
+)
 FINE = 0.1
 """Degrees between points of the error's curve: at whole degrees its zeros are missed."""
 READING = """range <b>{range:.3f}</b> &nbsp; step <b>{step:.3f}</b> &nbsp; error <b>{error:.4f}</b> &nbsp; \
@@ -39,8 +43,8 @@ REASONS = """<b>NR</b>: the spike sets the step; noise below half a step is lost
 <b>RO</b>: the entries become Gaussian, whatever the token was; the largest of C sets the step, and the error
 is C step\u00b2/12.<br>
 <b>RH</b>: the spike becomes \u00b1m/\u221aC everywhere; only the noise about these two levels is rounded."""
-
-
+FEW = f"Below {numbers.FEWEST} channels there is no closed form: each entry then moves the step itself."
+HEADS = {"low": "least of the seeds", "high": "most", "predicted": "closed form"}
 COLOUR = {**COLOURS, "NR": GREY}
 """NR's dark grey would be lost on a dark page."""
 GRID = "rgba(128,128,128,0.45)"
@@ -146,12 +150,11 @@ class Errors(Plot):
 
     def draw(self, found: pd.DataFrame, table: pd.DataFrame) -> None:
         """The tables of `numbers.measured` and `numbers.why`."""
-        measured, predicted = self.data
-        seeds = [f"seed {seed}" for seed in found["seed"]]
+        about = {"text": [f"seed {seed}" for seed in found["seed"]]}
+        about["marker_color"] = found["rotation"].map(COLOUR).tolist()
         with self.batch_update():
-            measured.update(x=found["rotation"], y=found["error"], text=seeds)
-            measured.marker.color = found["rotation"].map(COLOUR).tolist()
-            predicted.update(x=table["rotation"], y=table["predicted"])
+            self.data[0].update(x=found["rotation"], y=found["error"], **about)
+            self.data[1].update(x=table["rotation"], y=table["predicted"])
 
 
 class State(HasTraits):
@@ -184,39 +187,27 @@ class State(HasTraits):
         return numbers.hand_token(self.snr, self.dims, self.seed)
 
 
-def why_html(table: pd.DataFrame, what: str) -> str:
-    """The closed form beside the measured errors, and its reason in words."""
-    heads = {"low": "least of the seeds", "high": "most", "predicted": "closed form"}
-    look: Any = {"na_rep": "none", "classes": "dfrot-table", "float_format": "{:.3f}".format}
-    shown = table.rename(columns=heads).to_html(index=False, border=0, **look)
-    few = f"Below {numbers.FEWEST} channels there is no closed form: each entry then moves the step itself."
-    more = few if table["predicted"].isna().any() else ""
-    words = f"<div>Why ({html.escape(what)}):<br>{REASONS}<br>{more}</div>"
-    return f'<div style="display:flex;gap:24px;flex-wrap:wrap">{shown}{words}</div>'
-
-
 class Playground(Explorer):
-    """The widget of `playground`: by hand (hand, space, sweep), and in many channels (values, errors)."""
+    """Rotate a spike by hand in 2 or 3 channels (hand, space, sweep) and watch grid, range and error; then RO
+    and RH in 4 to 576 channels (values, errors) beside the closed form. `spec` says which model's token 0 is
+    shown on demand, at its middle site, from the store or recorded in the background."""
 
-    def __init__(self, spec: CaptureSpec, store: Store | None) -> None:
+    def __init__(self, spec: CaptureSpec | None = None, store: Store | None = None) -> None:
         super().__init__(State())
-        self.spec, self.store, self.model_name = spec, store, ""
+        self.spec, self.store, self.model_name = spec or CaptureSpec(), store, ""
         self.model_token: Tensor | None = None
         self.hand, self.space, self.sweep = Turned(2), Turned(3), Swept()
         self.values, self.errors, self.stage = Values(), Errors(), Stage(self.hand)
         self.read, self.why = (widgets.HTML(layout={"min_height": high}) for high in ("28px", "130px"))
-        self.children = [
-            self.row("snr", "seed", "bits", "symmetric"),
-            widgets.HTML("<b>1. By hand:</b> turn the token, watch its grid"),
+        first, second = map(widgets.HTML, PARTS)
+        hand = [
+            first,
             self.row("dims", "angle", "angle_02", "angle_12"),
             beside(self.stage, self.sweep),
             self.read,
-            widgets.HTML("<b>2. Many channels:</b> the same spike, turned by matrices"),
-            self.row("source", "channels"),
-            beside(self.values, self.errors),
-            self.why,
-            self.status.widget,
         ]
+        many = [second, self.row("source", "channels"), beside(self.values, self.errors), self.why]
+        self.children = [self.row("snr", "seed", "bits", "symmetric"), *hand, *many, self.status.widget]
         self.on("dims angle angle_02 angle_12 snr seed bits symmetric", self._turn)
         self.on("channels snr seed bits symmetric", self._spread)
         self.on("source", self._choose)
@@ -277,7 +268,11 @@ class Playground(Explorer):
         turned = {kind: x @ numbers.matrix(kind, 0, len(x)) for kind in KINDS}
         self.values.draw(turned, {kind: levels(y, quantizer) for kind, y in turned.items()})
         self.errors.draw(numbers.measured(x, quantizer), table)
-        self.why.value = why_html(table, self.model_name if own else f"a planted spike in {len(x)} channels")
+        look: Any = {"na_rep": "none", "classes": "dfrot-table", "float_format": "{:.3f}".format}
+        shown = table.rename(columns=HEADS).to_html(index=False, border=0, **look)
+        about = html.escape(self.model_name if own else f"a planted spike in {len(x)} channels")
+        words = f"<div>Why ({about}):<br>{REASONS}<br>{FEW if table['predicted'].isna().any() else ''}</div>"
+        self.why.value = f'<div style="display:flex;gap:24px;flex-wrap:wrap">{shown}{words}</div>'
 
     def _choose(self) -> None:
         """The model's spike is opened in the background at the first look."""
@@ -299,10 +294,3 @@ class Playground(Explorer):
             return ""
         self._spread()
         return f"The model's spike: {self.model_name}"
-
-
-def playground(spec: CaptureSpec | None = None, store: Store | None = None) -> Playground:
-    """Rotate a spike by hand in 2 or 3 channels and watch grid, range and error; then RO and RH in 4 to 576
-    channels beside the closed form. `spec` says which model's token 0 is shown on demand, at its middle site,
-    from the store or recorded in the background."""
-    return Playground(spec or CaptureSpec(), store)

@@ -32,8 +32,6 @@ LLAMA = {"LLaMA": ("7B", "13B", "30B"), "LLaMA2": ("7B", "13B", "70B"), "LLaMA3"
 LLAMAS = [f"{name}-{size}" for name, sizes in LLAMA.items() for size in sizes]
 PAPER_MODELS = (*LLAMAS, "Mistral-7B-v0.3", "QWen2-7B")
 SEVERAL = {"rows": 5, "tooltip": "several: hold Ctrl or Shift"}
-
-
 DOTTED = {"dash": "dot", "color": GREY, "width": 1.5}
 
 
@@ -76,8 +74,7 @@ def _draw_bar(trace: Any, rows: pd.DataFrame, top: float) -> None:
     trace.x, trace.y = rows["bits"].tolist(), np.minimum(value, top).tolist()
     trace.error_y.array = np.where(far, 0, np.nan_to_num(rows["high"] - value)).tolist()
     trace.error_y.arrayminus = np.where(far, 0, np.nan_to_num(value - rows["low"])).tolist()
-    words = zip(value, far, strict=True)
-    trace.text = [f"{v:,.0f}, off the scale" if out else f"{v:.2f}" for v, out in words]
+    trace.text = [f"{v:,.0f}, off the scale" if v > top else f"{v:.2f}" for v in value]
     trace.customdata = [_hover(row) for row in rows.to_dict("records")]
     trace.visible = bool(len(rows))
 
@@ -87,9 +84,7 @@ def _hover(row: Mapping[Any, Any]) -> str:
     lines = [f"{plain(row['row'])} at {row['bits']}: {found}"]
     if difference := interval(*(row[name] for name in DIFFERENCE)):
         lines.append(f"minus RH: {difference}")
-    if row["windows"]:
-        lines.append(f"{row['windows']} windows")
-    return "<br>".join(lines)
+    return "<br>".join([*lines, f"{row['windows']} windows"] if row["windows"] else lines)
 
 
 class State(HasTraits):
@@ -105,13 +100,15 @@ class State(HasTraits):
 
 
 class Worth(Explorer):
-    """The widget of `worth`; `missing` are the rows that are picked and not stored."""
+    """What the rotations are worth end to end: stored rows at once, those picked and not stored (`missing`)
+    timed, and computed on a button."""
 
     ONE, STOPPING = "computation", "stopping at the end of this window"
     CANCELLED = "Stopped. What is finished is kept: the button goes on from there"
 
-    def __init__(self, setting: Setting, store: Store) -> None:
-        self.setting, self.store = setting, store
+    def __init__(self, setting: Setting | None = None, store: Store | None = None) -> None:
+        self.setting = setting = (setting or Setting.of_profile()).resolved()
+        self.store = store or Store()
         names, same = tuple(registry.rows()), setting.model_dump(include={"weights", "corpus", "windows"})
         texts = dict.fromkeys([setting.corpus, corpus.WIKITEXT2, corpus.SAMPLE])
         offered: dict[str, Any] = {"rotations": names, "weights": list(registry.WEIGHTS)}
@@ -124,15 +121,10 @@ class Worth(Explorer):
         self.bar = FloatProgress(max=1, description="Done", layout={"width": "300px"})
         self.button("compute", "Compute missing rows", self.compute, icon="play", layout={"width": "220px"})
         self.button("cancel", "Cancel", self.cancel, icon="stop")
-        self.children = [
-            self.row("rotations", "bits", "keep_out", ["weights", "corpus", "windows", "paper_model"]),
-            self.note,
-            self.row("compute", "cancel", self.bar),
-            self.status.widget,
-            beside(self.plot, self.paper_plot, shares=(60, 40)),
-            self.rows,
-            self.paper,
-        ]
+        picked = self.row("rotations", "bits", "keep_out", ["weights", "corpus", "windows", "paper_model"])
+        above = [picked, self.note, self.row("compute", "cancel", self.bar), self.status.widget]
+        bars = beside(self.plot, self.paper_plot, shares=(60, 40))
+        self.children = [*above, bars, self.rows, self.paper]
         self.on(" ".join(self.state.trait_names()), self.refresh)
         self.refresh()
 
@@ -224,8 +216,3 @@ class Worth(Explorer):
         """What is stored now."""
         self.refresh()
         return super().at_end(error)
-
-
-def worth(setting: Setting | None = None, store: Store | None = None) -> Worth:
-    """What the rotations are worth end to end: stored rows at once, the missing timed and computed."""
-    return Worth((setting or Setting.of_profile()).resolved(), store or Store())
