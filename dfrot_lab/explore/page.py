@@ -1,7 +1,7 @@
 """What stands on an explorer's page: plotly figures that follow its width and outlive a reload, words and
 tables as HTML; and matplotlib figures to keep."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,30 +29,31 @@ FAINT = "rgba(128,128,128,0.25)"
 CLEAR = "rgba(0,0,0,0)"
 AXIS = {"gridcolor": FAINT, "zerolinecolor": "rgba(128,128,128,0.5)", "linecolor": GREY, "automargin": True}
 """The look of an axis, for those that a plot adds to its first two."""
-LOOK: Mapping[str, Any] = {
-    "margin": {"l": 60, "r": 16, "t": 36, "b": 48},
-    "paper_bgcolor": CLEAR,
-    "plot_bgcolor": CLEAR,
-    "font": {"color": GREY, "size": 12},
-    "hovermode": "closest",
-    "hoverlabel": {"namelength": -1, "align": "left", "bgcolor": "#303030", "font": {"color": "#ffffff"}},
-    "modebar": {"bgcolor": CLEAR, "color": GREY, "activecolor": "#0072B2"},
-    "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
-    "xaxis": AXIS,
-    "yaxis": AXIS,
-}
+LOOK: dict[str, Any] = {"paper_bgcolor": CLEAR, "plot_bgcolor": CLEAR, "xaxis": AXIS, "yaxis": AXIS}
+LOOK |= {"font": {"color": GREY, "size": 12}, "margin": {"l": 60, "r": 16, "t": 36, "b": 48}}
+LOOK |= {"hovermode": "closest", "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}}
+LOOK["hoverlabel"] = {"namelength": -1, "align": "left", "bgcolor": "#303030", "font": {"color": "#ffffff"}}
+LOOK["modebar"] = {"bgcolor": CLEAR, "color": GREY, "activecolor": "#0072B2"}
 EDGE_TO_EDGE = dict.fromkeys("lrtb", 0)
+TABLE: Any = {"index": False, "border": 0, "classes": "dfrot-table"}
+"""How pandas writes a table that holds no token text as HTML."""
 
 
 class Plot(go.FigureWidget):
     """A plotly figure in the explorers' look: transparent, grey, of fixed height. Traces are given at once
     and their data change in place; `layout` is plotly's, `xaxis_title` and nested dictionaries alike.
-
     Private attributes of a subclass begin with an underscore: plotly refuses others."""
 
     def __init__(self, traces: Iterable[Any] = (), height: int = HEIGHT, **layout: Any) -> None:
         super().__init__(list(traces), go.Layout(height=height, **LOOK).update(layout))
         self.set_trait("_config", {"responsive": True, "displaylogo": False})
+
+    def put(self, *data: dict[str, Any], **layout: Any) -> None:
+        """New data of the traces in their order, and of the layout, in one message to the page."""
+        with self.batch_update():
+            for trace, new in zip(self.data, data, strict=True):
+                trace.update(new)
+            self.update_layout(layout)
 
     def get_state(self, key: Any = None, drop_defaults: bool = False) -> dict[str, Any]:
         """What a reloaded page asks for, with the data of now: plotly gives those of the figure's making."""
@@ -90,10 +91,8 @@ def lines_at(places: Any, low: float, high: float) -> tuple[np.ndarray, np.ndarr
 
 def packed(array: np.ndarray) -> np.ndarray:
     """An array of two or three dimensions as a FigureWidget takes it fastest: five significant digits, since
-    it is written out as decimals.
-
-    Plotly's base64 form is smaller on its way out, but plotly.js then sends each row back with the buffer of
-    the whole array behind it: gigabytes."""
+    it is written out as decimals. (Plotly's base64 form is smaller on its way out, but plotly.js then sends
+    each row back with the buffer of the whole array behind it: gigabytes.)"""
     data = np.asarray(array, dtype=np.float64)
     scale = 10.0 ** (4 - np.floor(np.log10(np.maximum(np.abs(data), 1e-30))))
     return np.round(data * scale) / scale
@@ -165,10 +164,8 @@ def panel(height: int, **layout: Any) -> Any:
 
 
 class Stage(widgets.Box):
-    """One place for several plots, of which `shown` is on view.
-
-    A plot that was on view stays in the page, hidden: one that is taken off the page still gets its updates
-    there, and fails at them."""
+    """One place for several plots, of which `shown` is on view. One that was on view stays in the page,
+    hidden: taken off the page, it would still get its updates there, and fail at them."""
 
     def __init__(self, plot: Plot) -> None:
         super().__init__(layout={"width": "100%"})
@@ -187,10 +184,8 @@ class Stage(widgets.Box):
 
 class Fit(anywidget.AnyWidget):
     """An element of no height that has the plots of its explorer fill their place when they are first drawn
-    and when the page's width changes.
-
-    Plotly draws a figure before it is on the page, 700 pixels wide, and then listens to the window alone. So
-    this tells the window. A plot's height stays what its layout says, whatever is in it. A brushed region
-    lets clicks through to the points in it."""
+    and when the page's width changes: plotly draws a figure before it is on the page, 700 pixels wide, and
+    then listens to the window alone. A plot's height stays what its layout says, whatever is in it. A brushed
+    region lets clicks through to the points in it."""
 
     _css, _esm = Path(__file__).with_name("fit.css"), Path(__file__).with_name("fit.js")

@@ -38,7 +38,8 @@ REDRAW_S = 0.1
 GAMMAS = [(f"{gamma:g}", gamma) for gamma in (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, math.inf)]
 ROWS = [("4,096 rows", 4096), ("16,384 rows", 16384), ("all rows", 0)]
 KINDS = [kind for kind in specs.ROTATION_KINDS[::-1] if kind != "file"]
-COLUMNS = ["step", "ordinary", "massive", "distance", "on"]
+DRAWN = ["ordinary", "massive", "distance"]
+COLUMNS = ["step", *DRAWN, "on"]
 WATCHED = 4096
 """Rows the losses are drawn of at every step; the refinement's own checks are on all its rows."""
 MASSIVE_ONES, OTHERS = 8, 4
@@ -67,27 +68,19 @@ def choices(recorded: Capture, site: str) -> list[tuple[str, int]]:
     return [(f"{i}: {visible(texts[i])}  (residual |max| {float(largest[i]):.0f})", i) for i in places]
 
 
-class HistoryPlot(Plot):
-    """Mean squared error of massive and ordinary rows (log axis); below it, how far R is from its start."""
-
-    def __init__(self) -> None:
-        solid, dots = {"width": 2, "dash": "solid"}, {"mode": "lines+markers", "marker": {"size": 4}}
-        below = {"line": {**solid, "color": COLOURS["DFRot"]}, "yaxis": "y2", "showlegend": False}
-        traces = [
-            go.Scatter(dots, line={**solid, "color": ORDINARY_COLOUR, "dash": "dot"}, name="ordinary rows"),
-            go.Scatter(dots, line={**solid, "color": MASSIVE_COLOUR}, name="massive rows"),
-            go.Scatter(mode="lines", name="distance", **below),
-        ]
-        y = {"domain": [0.42, 1], "type": "log", "title": "mean squared error"}
-        y2 = {**AXIS, "domain": [0, 0.32], "title": "distance", "rangemode": "tozero"}
-        x = {"title": "step", "anchor": "y2", "rangemode": "tozero"}
-        super().__init__(traces, xaxis=x, yaxis=y, yaxis2=y2)
-
-    def draw(self, table: pd.DataFrame) -> None:
-        """The explorer's table: step, normal, massive, distance."""
-        with self.batch_update():
-            for trace, name in zip(self.data, ("ordinary", "massive", "distance"), strict=True):
-                trace.update(x=table["step"].to_numpy(), y=table[name].to_numpy(dtype=float))
+def history_plot() -> Plot:
+    """Mean squared error of ordinary and massive rows (log axis); below it, how far R is from its start."""
+    solid, dots = {"width": 2, "dash": "solid"}, {"mode": "lines+markers", "marker": {"size": 4}}
+    below = {"line": {**solid, "color": COLOURS["DFRot"]}, "yaxis": "y2", "showlegend": False}
+    traces = [
+        go.Scatter(dots, line={**solid, "color": ORDINARY_COLOUR, "dash": "dot"}, name="ordinary rows"),
+        go.Scatter(dots, line={**solid, "color": MASSIVE_COLOUR}, name="massive rows"),
+        go.Scatter(mode="lines", name="distance", **below),
+    ]
+    y = {"domain": [0.42, 1], "type": "log", "title": "mean squared error"}
+    y2 = {**AXIS, "domain": [0, 0.32], "title": "distance", "rangemode": "tozero"}
+    x = {"title": "step", "anchor": "y2", "rangemode": "tozero"}
+    return Plot(traces, xaxis=x, yaxis=y, yaxis2=y2)
 
 
 class EntriesPlot(Plot):
@@ -111,12 +104,9 @@ class EntriesPlot(Plot):
         before, after = (np.histogram(y.clamp(-reach, reach).numpy(), edges)[0] for y in (start, now))
         across, along = lines_at(levels(now, quantizer), 0, 1.05 * float(max(before.max(), after.max())))
         first, last = (float(squared_error(y[None], quantizer)) for y in (start, now))
-        with self.batch_update():
-            self.data[0].update(x=across, y=along)
-            for trace, counts in zip(self.data[1:], (after, before), strict=True):
-                trace.update(x=(edges[1:] + edges[:-1]) / 2, y=counts)
-            title = f"entry of the token (error {first:.2f} at the start, {last:.2f} now)"
-            self.layout.xaxis.update(range=[-reach, reach], title={"text": title})
+        title = {"text": f"entry of the token (error {first:.2f} at the start, {last:.2f} now)"}
+        counts = [{"x": (edges[1:] + edges[:-1]) / 2, "y": count} for count in (after, before)]
+        self.put({"x": across, "y": along}, *counts, xaxis={"range": [-reach, reach], "title": title})
 
 
 class State(HasTraits):
@@ -153,7 +143,7 @@ class Refinement(Explorer):
             self.button(act.__name__, act.__name__.capitalize(), act)
         self.button("save", "Save R1", self.save)
         self.progress = IntProgress(description="Steps", layout={"width": "300px"})
-        self.plot, self.entries = HistoryPlot(), EntriesPlot()
+        self.plot, self.entries = history_plot(), EntriesPlot()
         what = self.row("gamma", "rule", "kind", "seed", "steps", "variant", "rows", "symmetric")
         above = [what, self.row("start", "pause", "resume", "cancel", self.progress), self.status.widget]
         below = [self.row("site", "token"), self.row("path", "save")]
@@ -167,10 +157,10 @@ class Refinement(Explorer):
         if self.recorded is None:
             raise ValueError("the activations are not open yet: wait for the line above the plots")
         state, total = self.state, self.recorded.tokens * len(self.recorded.sites)
-        fields: dict[str, Any] = {n: getattr(state, n) for n in ("gamma", "rule", "steps", "variant")}
-        fields |= {"init": self._first(), "quantizer": self._quantizer()}
+        fields = {name: getattr(state, name) for name in ("gamma", "rule", "steps", "variant")}
         rows = state.rows if 0 < state.rows < total else None
-        return RefineSpec(capture=self.recorded.spec, rows=rows, **fields)
+        parts: Any = {"init": self._first(), "quantizer": self._quantizer(), "rows": rows}
+        return RefineSpec(capture=self.recorded.spec, **parts, **fields)
 
     def _first(self) -> RotationSpec:
         return RotationSpec(kind=self.state.kind, seed=self.state.seed)
@@ -270,7 +260,8 @@ class Refinement(Explorer):
 
     def _draw(self) -> None:
         with self._lock:
-            self.plot.draw(self.table())
+            table = self.table().astype(dict.fromkeys(DRAWN, float))
+            self.plot.put(*({"x": table["step"].to_numpy(), "y": table[n].to_numpy()} for n in DRAWN))
             if self.recorded is not None and self.state.site:
                 x = self.recorded.rows(self.state.site)[self.state.token].double()
                 start, now = self._ends or (rotations.make(self._first(), len(x)),) * 2

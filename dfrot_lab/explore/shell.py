@@ -15,7 +15,6 @@ from dfrot_lab.explore.page import GREY, HEIGHT, Fit
 
 log = logging.getLogger(__name__)
 
-ERROR_COLOUR = "#CC2936"
 EXPECTED = (ValueError, KeyError, TypeError, RuntimeError, OSError, ImportError)
 """Errors whose message is for the reader; anything else is a defect and keeps its traceback."""
 Trait = TypeVar("Trait", bound=traitlets.TraitType)
@@ -27,10 +26,9 @@ class Cancelled(Exception):
 
 
 class Job:
-    """`start(work)` runs `work(job)` in a thread, which calls `job.step()` between its parts.
-
-    `step` waits while the job is paused and raises Cancelled once it is cancelled. At the end `on_done` is
-    called with None or the error, in the same thread; the job no longer counts as running then."""
+    """`start(work)` runs `work(job)` in a thread, which calls `job.step()` between its parts: that waits
+    while the job is paused and raises Cancelled once it is cancelled. At the end `on_done` is called with
+    None or the error, in the same thread; the job no longer counts as running then."""
 
     def __init__(self, on_done: Callable[[BaseException | None], None]) -> None:
         self.on_done, self.running = on_done, False
@@ -135,7 +133,7 @@ class Status:
 
     def _show(self, state: str, text: str) -> None:
         self.text, self.state = text, state
-        words, colour = html.escape(text), ERROR_COLOUR if state == "error" else GREY
+        words, colour = html.escape(text), "#CC2936" if state == "error" else GREY
         about = f'class="dfrot-{state}" role="status" title="{words}" style="color:{colour}"'
         self.line.value = f"<span {about}>{words}</span>"
 
@@ -167,13 +165,12 @@ def control(trait: Trait, kind: type[Any], label: str, width: int | None = None,
 
 
 class Explorer(widgets.VBox):
-    """A widget with a `state`, the `controls` of its traits by name, a `status` line and a `job`.
+    """A widget with a `state`, the `controls` of its traits by name, a `status` line and a `job`. A subclass
+    gives its state, adds buttons, makes its plots, and sets `children`. Its name in small letters is its
+    class on the page: `dfrot-massive`."""
 
-    A subclass gives its state, adds buttons, makes its plots, and sets `children`. Its name in small letters
-    is its class on the page: `dfrot-massive`."""
-
-    ONE, STOPPING, CANCELLED = "job", "", ""
-    """What can only be done one at a time; what is said while it is stopped, and when it was cancelled."""
+    ONE, STOPPING, CANCELLED, DONE = "job", "", "", ""
+    """What can only be done one at a time; what is said while it stops, once it did, once it is done."""
 
     def __init__(self, state: traitlets.HasTraits, **late: Mapping[str, Any]) -> None:
         super().__init__(layout={"max_width": "1240px", "width": "100%"})
@@ -239,7 +236,7 @@ class Explorer(widgets.VBox):
     def at_end(self, error: BaseException | None) -> str:
         """Draw what the work left, in the job's thread; the sentence on how it ended ('' leaves what is
         said). An error but Cancelled is said after it."""
-        return self.CANCELLED if isinstance(error, Cancelled) else ""
+        return self.DONE if error is None else self.CANCELLED
 
     def _ended(self, error: BaseException | None) -> None:
         said = self.at_end(error)

@@ -1,7 +1,7 @@
 """Every token's quantization error under two rotations or three; brush to list tokens, click to open one."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,13 +59,6 @@ class ErrorRows:
         found = {name: squared_error(self.rotated(site, name), quantizer).numpy() for name in self.matrices}
         tokens, heavy = np.arange(len(self.texts)), massive.find(self.acts, DEFAULT_RULE, [site])[0].numpy()
         return pd.DataFrame({"site": site, "token": tokens, "text": self.texts, "massive": heavy, **found})
-
-    def values(self, site: str, token: int, names: Sequence[str], quantizer: QuantSpec) -> pd.DataFrame:
-        """One token before and after quantization (Fig. 4): rotation, channel, value, quantized."""
-        if not 0 <= token < len(self.texts):
-            raise ValueError(f"token must be in 0..{len(self.texts) - 1}; got {token}")
-        matrices = {name: self.matrices[name] for name in names}
-        return token_errors.massive_values(self.acts, site, token, matrices, quantizer)
 
 
 class State(HasTraits):
@@ -160,9 +153,12 @@ class Errors(Explorer):
 
     def _fig4(self) -> None:
         """The chosen token's values before and after quantization."""
-        names = [name for name in self.state.panels if name in self.rows.matrices] or list(self.rows.matrices)
-        token, site = self.state.token, self.shown["site"].iloc[0]
-        self.values = self.rows.values(site, token, names[:PANELS], self.quantizer)
+        known, token, site = self.rows.matrices, self.state.token, self.shown["site"].iloc[0]
+        names = [name for name in self.state.panels if name in known] or list(known)
+        if not 0 <= token < len(self.rows.texts):
+            raise ValueError(f"token must be in 0..{len(self.rows.texts) - 1}; got {token}")
+        matrices = {name: known[name] for name in names[:PANELS]}
+        self.values = token_errors.massive_values(self.rows.acts, site, token, matrices, self.quantizer)
         self.fig4.draw(self.values, self.quantizer)
         rules = self.rows.verdicts(site)[token] or "no rule"
         named = f"Token {token} \u2018{span(self.rows.texts[token])}\u2019 before and after quantization"
@@ -239,12 +235,10 @@ def errors(
     acts: Capture | None = None, rotation: Mapping[str, Tensor] | None = None, *, store: Store | None = None
 ) -> Errors:
     """A widget that shows each token's error E(x R) at a site of `acts` (default: the default capture) under
-    two rotations or three.
+    two rotations or three: `table()`, those brushed `selected()`, figures `static()` and `static_token()`.
 
     `rotation` names matrices R (channels, channels), as `errors.token_errors` takes them; default NR, RO, RH,
-    whose seed can then be turned, and DFRot where the store has it (else a button computes it). The widget
-    has `table()` (one row a token at the site shown), `selected()` (those brushed), `static()` and
-    `static_token()` (matplotlib figures), `state`, `controls`, `status`, `plot`, `space` and `fig4`."""
+    whose seed can then be turned, and DFRot where the store has it (else a button computes it)."""
     store = store or Store()
     acts = acts or capture(store=store)
     spec = RefineSpec(capture=acts.spec)

@@ -1,19 +1,15 @@
 """What models write, and how they score the same text. No widget is needed here."""
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 
 from dfrot_lab.model.loading import LoadedModel
-from dfrot_lab.score.build import Built
 
-ROOM = 4
-"""Built models are kept for the next prompt while the free memory is this many times one's weights."""
 PLAIN = {"num_beams": 1, "repetition_penalty": 1.0, "top_p": 1.0, "pad_token_id": 0}
 GREEDY = {"do_sample": False, "temperature": 1.0, "top_k": 50}
 """transformers' defaults, said because a model's own generation settings would change its words."""
@@ -83,9 +79,3 @@ def first_difference(ids: Sequence[int], reference: Sequence[int]) -> int | None
     """The first place where two texts differ, or where one of them ends before the other; None if equal."""
     pairs = enumerate(itertools.zip_longest(ids, reference))
     return next((place for place, (own, wanted) in pairs if own != wanted), None)
-
-
-def is_room(kept: Iterable[Built]) -> bool:
-    """Whether there is memory for one more model beside those kept."""
-    weights = [sum(parameter.nbytes for parameter in built.loaded.model.parameters()) for built in kept]
-    return psutil.virtual_memory().available >= ROOM * max(weights, default=0)

@@ -7,6 +7,7 @@ from typing import Any
 import ipywidgets as widgets
 import pandas as pd
 import plotly.graph_objects as go
+import psutil
 import seaborn
 import torch
 from matplotlib.figure import Figure
@@ -30,6 +31,8 @@ from dfrot_lab.study import cost
 from dfrot_lab.study.setting import Setting
 from dfrot_lab.weights.run import OnPart
 
+ROOM = 4
+"""Built models are kept for the next prompt while the free memory is this many times one's weights."""
 LABELLED = 70
 """Tokens up to which the strip names each one below it."""
 ABOUT = ["position", "text", "prompt"]
@@ -63,13 +66,10 @@ class Strip(Plot):
         ticks = {"tickmode": "array", "tickvals": x, "ticktext": texts}
         edge = x[0] - 0.5 + int(losses["prompt"].sum())
         line = {"type": "line", "yref": "paper", "y0": 0, "y1": 1, "line": {"color": GREY, "width": 2}}
-        with self.batch_update():
-            strip = self.data[0]
-            strip.x, strip.y, strip.z = x, list(values), values.to_numpy().T
-            strip.zmax, strip.customdata = float(values.to_numpy().max()), [about] * values.shape[1]
-            self.layout.xaxis.update(ticks if len(x) <= LABELLED else dict.fromkeys(ticks), tickangle=-60)
-            self.layout.shapes = [{**line, "x0": edge, "x1": edge}]
-            self.layout.title.text = f"{TITLE}: {WRITTEN}"
+        strip = {"x": x, "y": list(values), "z": values.to_numpy().T, "zmax": float(values.to_numpy().max())}
+        across = {**(ticks if len(x) <= LABELLED else dict.fromkeys(ticks)), "tickangle": -60}
+        edges = {"shapes": [{**line, "x0": edge, "x1": edge}], "title_text": f"{TITLE}: {WRITTEN}"}
+        self.put({**strip, "customdata": [about] * values.shape[1]}, xaxis=across, **edges)
 
 
 class State(HasTraits):
@@ -88,7 +88,7 @@ class State(HasTraits):
 class Generate(Explorer):
     """What each rotation makes a quantized model write, where it departs, and its loss of every token."""
 
-    STOPPING = "stopping"
+    STOPPING, CANCELLED, DONE = "stopping", "Stopped: what is written stays", "Done"
 
     def __init__(self, setting: Setting | None = None, store: Store | None = None) -> None:
         names, weights = tuple(registry.rows()), {"options": list(registry.WEIGHTS)}
@@ -152,10 +152,6 @@ class Generate(Explorer):
         """A rotation that is stored needs no refinement."""
         return {**super().enabled(), "refine": not self.job.running and not self.refined()}
 
-    def at_end(self, error: BaseException | None) -> str:
-        """What is written stays."""
-        return "Done" if error is None else "Stopped: what is written stays"
-
     def _write(self, job: Job, prompt: str, tokens: int, drawn: dict[str, Any]) -> None:
         specs = self.specs()
         why = self.unready(specs)
@@ -197,8 +193,9 @@ class Generate(Explorer):
 
     def _built(self, key: str, spec: Recipe, on_part: OnPart) -> Built:
         if key not in self.kept:
-            if not numbers.is_room(self.kept.values()):
-                self.kept.clear()  # the others go first where memory is short
+            sizes = [sum(p.nbytes for p in each.loaded.model.parameters()) for each in self.kept.values()]
+            if psutil.virtual_memory().available < ROOM * max(sizes, default=0):
+                self.kept.clear()
             self.kept[key] = build.build(spec, self.store, on_part)
         return self.kept[key]
 

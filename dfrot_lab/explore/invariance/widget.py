@@ -44,15 +44,13 @@ class Trials(Plot):
         """The last of all trials so far."""
         shown = outcomes[-SHOWN:]
         places, names = list(range(len(shown))), [o.steps.name for o in shown]
-        with self.batch_update():
-            bars = self.data[0]
-            bars.x = [min(max(o.error, LEAST), MOST) if o.error == o.error else MOST for o in shown]
-            bars.y, bars.customdata = places, names
-            bars.text = [f"{o.error:.1e}" if o.error else "0" for o in shown]
-            bars.marker.color = [BROKEN if o.broken else KEPT for o in shown]
-            middles = [name.rfind(" + ", 0, 34) if len(name) > 34 else 0 for name in names]
-            ticks = [f"{n[:i]}<br>{n[i:]}" if i else n for n, i in zip(names, middles, strict=True)]
-            self.layout.yaxis.update(tickmode="array", tickvals=places, ticktext=ticks)
+        x = [min(max(o.error, LEAST), MOST) if o.error == o.error else MOST for o in shown]
+        bars = {"x": x, "y": places, "customdata": names}
+        bars["text"] = [f"{o.error:.1e}" if o.error else "0" for o in shown]
+        bars["marker"] = {"color": [BROKEN if o.broken else KEPT for o in shown]}
+        middles = [name.rfind(" + ", 0, 34) if len(name) > 34 else 0 for name in names]
+        ticks = [f"{n[:i]}<br>{n[i:]}" if i else n for n, i in zip(names, middles, strict=True)]
+        self.put(bars, yaxis={"tickmode": "array", "tickvals": places, "ticktext": ticks})
 
 
 def _switch(name: str) -> Bool:

@@ -69,22 +69,17 @@ class Heat(Plot):
         """A layer and its marked tokens, at once: plotly cannot draw values over another text's axes."""
         drawn, about = cells(seen, layer), marked[POINT].to_numpy(np.float32)
         with self.batch_update():
-            if seen is not self._seen:
-                self._new_text(seen)
+            if seen is not self._seen:  # axes and colours change with the text alone
+                names = self._names = [f"{i} {label(text)}" for i, text in enumerate(seen.texts)]
+                self._seen, top = seen, np.log10(seen.profile["top 1"].max())
+                powers = list(range(int(np.log10(FLOOR)), int(np.ceil(top)) + 1))
+                ticks = {"tickvals": powers, "ticktext": [f"{10.0**power:,g}" for power in powers]}
+                look = {"y": starts(*seen.streams[0].shape), "zmin": powers[0], "zmax": powers[-1]}
+                self.data[0].update(x=names, colorbar=ticks, **look)
+                ends = [-0.5, len(names) - 0.5]
+                self.update_xaxes(categoryorder="array", categoryarray=names, range=ends)
             self.data[0].update(z=packed(logarithm(drawn[..., 0])), customdata=packed(drawn))
-            labels = [self._labels[i] for i in marked["token"]]
-            self.data[1].update(x=labels, y=about[:, 1], customdata=about)
-
-    def _new_text(self, seen: Look) -> None:
-        """Axes and colours, which change with the text alone."""
-        self._seen, self._labels = seen, [f"{i} {label(text)}" for i, text in enumerate(seen.texts)]
-        top = np.log10(seen.profile["top 1"].max())
-        powers = list(range(int(np.log10(FLOOR)), int(np.ceil(top)) + 1))
-        ticks = {"tickvals": powers, "ticktext": [f"{10.0**power:,g}" for power in powers]}
-        rows = starts(*seen.streams[0].shape)
-        self.data[0].update(x=self._labels, y=rows, zmin=powers[0], zmax=powers[-1], colorbar=ticks)
-        ends = [-0.5, len(self._labels) - 0.5]
-        self.update_xaxes(categoryorder="array", categoryarray=self._labels, range=ends)
+            self.data[1].update(x=[self._names[i] for i in marked["token"]], y=about[:, 1], customdata=about)
 
 
 class Space(Plot):
@@ -107,21 +102,17 @@ class Space(Plot):
         down = {"type": "data", "symmetric": False, "array": np.zeros_like(top), "arrayminus": top}
         stems = {**down, "width": 0, "thickness": 4, "color": MASSIVE_COLOUR}
         with self.batch_update():
-            if seen is not self._seen:
-                self._new_text(seen)
+            if seen is not self._seen:  # axes and token names change with the text alone
+                self._seen, self._names = seen, page.contexts(seen.texts)
+                rows, count = starts(*seen.streams[0].shape), np.arange(len(seen.texts))
+                ticks, names = count[:: max(1, len(count) // 12)], [label(text) for text in seen.texts]
+                self.data[0].update(x=count.astype(np.float32), y=rows, text=[names] * len(rows))
+                self.layout.scene.xaxis.update(tickvals=ticks, ticktext=[f"{i} {names[i]}" for i in ticks])
             colour = packed(logarithm(height))
             self.data[0].update(z=packed(height), surfacecolor=colour, customdata=packed(drawn))
-            names = [self._contexts[i] for i in marked["token"]]
             place = {"x": marked["token"].tolist(), "y": about[:, 1], "z": top}
-            self.data[1].update(**place, customdata=about, text=names, error_z=stems)
-
-    def _new_text(self, seen: Look) -> None:
-        """Axes and token names, which change with the text alone."""
-        self._seen, self._contexts = seen, page.contexts(seen.texts)
-        rows, count = starts(*seen.streams[0].shape), np.arange(len(seen.texts))
-        ticks, names = count[:: max(1, len(count) // 12)], [label(text) for text in seen.texts]
-        self.data[0].update(x=count.astype(np.float32), y=rows, text=[names] * len(rows))
-        self.layout.scene.xaxis.update(tickvals=ticks, ticktext=[f"{i} {names[i]}" for i in ticks])
+            about_each = {"customdata": about, "text": [self._names[i] for i in marked["token"]]}
+            self.data[1].update(**place, **about_each, error_z=stems)
 
 
 class Profile(Plot):
@@ -143,10 +134,8 @@ class Profile(Plot):
     def draw(self, lines: pd.DataFrame, layer: int) -> None:
         """The lines of a look's profile, and where the reader stands."""
         ends = [max(float(lines["median"].min()) / 2, FLOOR), float(lines["top 1"].max()) * 2]
-        with self.batch_update():
-            self.data[0].update(x=[layer, layer], y=ends)
-            for trace in self.data[1:]:
-                trace.update(x=lines["layer"].to_numpy(), y=lines[trace.name].to_numpy())
+        drawn = [{"x": lines["layer"].to_numpy(), "y": lines[name].to_numpy()} for name, *_ in LINES]
+        self.put({"x": [layer, layer], "y": ends}, *drawn)
 
 
 class State(HasTraits):
@@ -287,10 +276,8 @@ def massive(
 ) -> Massive:
     """A widget that shows the residual stream |x| (tokens, channels) before each layer of `model`, for any
     text, and its massive tokens; at first for `tokens` tokens of `acts`, or of the calibration text
-    (`corpus`). Model and corpus are those of `acts` unless given. ValueError where they cannot be used.
-
-    It has `table()` (one row a token at the layer shown), `static()` (a matplotlib figure), `state`,
-    `controls`, `status`, `plot` and `space`."""
+    (`corpus`). Model and corpus are those of `acts` unless given. ValueError where they cannot be used. It
+    has `table()` (one row a token at the layer shown) and `static()` (a matplotlib figure)."""
     made_by = CaptureSpec() if acts is None else acts.spec
     loaded = loading.load_model(model or made_by.model, store)
     return Massive(loaded, acts, corpus or made_by.corpus, tokens)

@@ -89,12 +89,6 @@ def expected(snr: float, channels: int, quantizer: QuantSpec) -> dict[str, float
     return {kind: theory.PREDICT[kind](m, sigma, channels, quantizer) for kind in KINDS}
 
 
-def expected_real(x: Tensor, quantizer: QuantSpec) -> dict[str, float]:
-    """The same for a real token x (channels,): its largest entries are the spikes, the rest is the noise."""
-    predicted = planted.predict(x[None], quantizer, spikes=SPIKES).iloc[0]
-    return {kind: float(predicted[kind]) for kind in KINDS}
-
-
 def why(found: pd.DataFrame, predicted: dict[str, float]) -> pd.DataFrame:
     """`measured` beside the closed form. Columns: rotation, measured (mean), low, high, predicted, ratio."""
     errors = found.groupby("rotation", sort=False)["error"].agg(measured="mean", low="min", high="max")

@@ -16,10 +16,11 @@ from torch import Tensor
 from traitlets import Bool, Enum, Float, HasTraits, Int
 
 from dfrot_lab.disk.artefacts import Store
-from dfrot_lab.explore.page import GREY, Plot, Stage, drawing, levels, lines_at, scene
+from dfrot_lab.explore.page import GREY, TABLE, Plot, Stage, drawing, levels, lines_at, scene
 from dfrot_lab.explore.playground import numbers
 from dfrot_lab.explore.playground.numbers import KINDS
 from dfrot_lab.explore.shell import Explorer, Job, beside, control
+from dfrot_lab.maths import planted
 from dfrot_lab.maths.quantizers import fake_quantize
 from dfrot_lab.observe.capture import capture
 from dfrot_lab.recipe.specs import CaptureSpec, QuantSpec
@@ -31,10 +32,6 @@ SPIKE = {"min": -0.5, "max": 2, "step": 0.05, "readout_format": ".2f"}
 DIMS = [("2 channels", 2), ("3 channels", 3)]
 WHOSE = {"options": [("planted", "planted"), ("token 0 of the model", "model")]}
 SIZES = (4, 16, 64, 576)
-PARTS = (
-    "<b>1. By hand:</b> turn the token, watch its grid",
-    "<b>2. Many channels:</b> the same spike, turned by matrices",
-)
 FINE = 0.1
 """Degrees between points of the error's curve: at whole degrees its zeros are missed."""
 READING = """range <b>{range:.3f}</b> &nbsp; step <b>{step:.3f}</b> &nbsp; error <b>{error:.4f}</b> &nbsp; \
@@ -94,22 +91,15 @@ class Turned(Plot):
                 holder[f"{name}axis"].range = [-reach, reach]
 
 
-class Swept(Plot):
-    """The error at every first angle, and where the hand is."""
-
-    def __init__(self) -> None:
-        line = {"line": {"color": COLOUR["DFRot"], "width": 2}, "name": "error at each angle"}
-        now = {"marker": {"size": 12, "color": MASSIVE_COLOUR}, "name": "now"}
-        x = {"title": "angle 0-1 (degrees)", "range": [0, 180], "dtick": 45}
-        y = {"title": "squared error", "rangemode": "tozero"}
-        super().__init__([go.Scatter(mode="lines", **line), go.Scatter(**now, **SPOT)], xaxis=x, yaxis=y)
-        self.add_vline(x=45, line_dash="dot", line_color=GREY, annotation_text="45\u00b0: Hadamard")
-
-    def draw(self, table: pd.DataFrame, angle: float, error: float) -> None:
-        """The table of `numbers.sweep`, and the angle and error of now."""
-        with self.batch_update():
-            self.data[0].update(x=table["angle"], y=table["error"])
-            self.data[1].update(x=[angle], y=[error])
+def swept() -> Plot:
+    """The plot of the error at every first angle, and of where the hand is."""
+    line = {"line": {"color": COLOUR["DFRot"], "width": 2}, "name": "error at each angle"}
+    now = {"marker": {"size": 12, "color": MASSIVE_COLOUR}, "name": "now"}
+    x = {"title": "angle 0-1 (degrees)", "range": [0, 180], "dtick": 45}
+    y = {"title": "squared error", "rangemode": "tozero"}
+    plot = Plot([go.Scatter(mode="lines", **line), go.Scatter(**now, **SPOT)], xaxis=x, yaxis=y)
+    plot.add_vline(x=45, line_dash="dot", line_color=GREY, annotation_text="45\u00b0: Hadamard")
+    return plot
 
 
 class Values(Plot):
@@ -137,24 +127,14 @@ class Values(Plot):
             self.layout.xaxis.range = [-0.5, channels - 0.5]
 
 
-class Errors(Plot):
-    """The error of each matrix, and the closed form's."""
-
-    def __init__(self) -> None:
-        dash = {"symbol": "line-ew", "size": 44, "line": {"width": 3, "color": MASSIVE_COLOUR}}
-        found = {"marker": {"size": 10, "opacity": 0.75}, "name": "measured, a point a seed"}
-        x = {"title": "rotation", "type": "category", "range": [-0.6, 2.6]}
-        y = {"title": "squared error of the token", "rangemode": "tozero"}
-        traces = [go.Scatter(**found, **SPOT), go.Scatter(marker=dash, name="closed form", **SPOT)]
-        super().__init__(traces, xaxis=x, yaxis=y)
-
-    def draw(self, found: pd.DataFrame, table: pd.DataFrame) -> None:
-        """The tables of `numbers.measured` and `numbers.why`."""
-        about = {"text": [f"seed {seed}" for seed in found["seed"]]}
-        about["marker_color"] = found["rotation"].map(COLOUR).tolist()
-        with self.batch_update():
-            self.data[0].update(x=found["rotation"], y=found["error"], **about)
-            self.data[1].update(x=table["rotation"], y=table["predicted"])
+def compared() -> Plot:
+    """The plot of the error of each matrix, and of the closed form's."""
+    dash = {"symbol": "line-ew", "size": 44, "line": {"width": 3, "color": MASSIVE_COLOUR}}
+    found = {"marker": {"size": 10, "opacity": 0.75}, "name": "measured, a point a seed"}
+    x = {"title": "rotation", "type": "category", "range": [-0.6, 2.6]}
+    y = {"title": "squared error of the token", "rangemode": "tozero"}
+    traces = [go.Scatter(**found, **SPOT), go.Scatter(marker=dash, name="closed form", **SPOT)]
+    return Plot(traces, xaxis=x, yaxis=y)
 
 
 class State(HasTraits):
@@ -196,10 +176,11 @@ class Playground(Explorer):
         super().__init__(State())
         self.spec, self.store, self.model_name = spec or CaptureSpec(), store, ""
         self.model_token: Tensor | None = None
-        self.hand, self.space, self.sweep = Turned(2), Turned(3), Swept()
-        self.values, self.errors, self.stage = Values(), Errors(), Stage(self.hand)
+        self.hand, self.space, self.sweep = Turned(2), Turned(3), swept()
+        self.values, self.errors, self.stage = Values(), compared(), Stage(self.hand)
         self.read, self.why = (widgets.HTML(layout={"min_height": high}) for high in ("28px", "130px"))
-        first, second = map(widgets.HTML, PARTS)
+        first = widgets.HTML("<b>1. By hand:</b> turn the token, watch its grid")
+        second = widgets.HTML("<b>2. Many channels:</b> the same spike, turned by matrices")
         hand = [
             first,
             self.row("dims", "angle", "angle_02", "angle_12"),
@@ -228,8 +209,9 @@ class Playground(Explorer):
     def table(self) -> pd.DataFrame:
         """The second part: one row a rotation, measured beside the closed form (`numbers.why`)."""
         x, quantizer = self.token(), self.state.quantizer
-        planted = numbers.expected(self.state.snr, len(x), quantizer)
-        predicted = numbers.expected_real(x, quantizer) if x is self.model_token else planted
+        predicted: Any = numbers.expected(self.state.snr, len(x), quantizer)
+        if x is self.model_token:  # its largest entries are the spikes, the rest is the noise
+            predicted = planted.predict(x[None], quantizer, spikes=numbers.SPIKES).iloc[0].to_dict()
         return numbers.why(numbers.measured(x, quantizer), predicted)
 
     def static(self) -> Figure:
@@ -257,7 +239,8 @@ class Playground(Explorer):
         shown.draw(x, y, fake_quantize(y[None], state.quantizer)[0], levels(y, state.quantizer))
         self.stage.turn(shown)
         line = numbers.sweep(x, state.degrees, state.quantizer, FINE)
-        self.sweep.draw(line, state.angle, found["error"])
+        now = {"x": [state.angle], "y": [found["error"]]}
+        self.sweep.put({"x": line["angle"], "y": line["error"]}, now)
         change = found["error"] / found["unrotated"] if found["unrotated"] else math.nan
         self.read.value = READING.format(**found, change=change)
 
@@ -267,9 +250,11 @@ class Playground(Explorer):
         self.controls["channels"].disabled = own
         turned = {kind: x @ numbers.matrix(kind, 0, len(x)) for kind in KINDS}
         self.values.draw(turned, {kind: levels(y, quantizer) for kind, y in turned.items()})
-        self.errors.draw(numbers.measured(x, quantizer), table)
-        look: Any = {"na_rep": "none", "classes": "dfrot-table", "float_format": "{:.3f}".format}
-        shown = table.rename(columns=HEADS).to_html(index=False, border=0, **look)
+        found = numbers.measured(x, quantizer)
+        points = {"x": found["rotation"], "y": found["error"], "text": [f"seed {n}" for n in found["seed"]]}
+        points["marker"] = {"color": found["rotation"].map(COLOUR).tolist()}
+        self.errors.put(points, {"x": table["rotation"], "y": table["predicted"]})
+        shown = table.rename(columns=HEADS).to_html(na_rep="none", float_format="{:.3f}".format, **TABLE)
         about = html.escape(self.model_name if own else f"a planted spike in {len(x)} channels")
         words = f"<div>Why ({about}):<br>{REASONS}<br>{FEW if table['predicted'].isna().any() else ''}</div>"
         self.why.value = f'<div style="display:flex;gap:24px;flex-wrap:wrap">{shown}{words}</div>'

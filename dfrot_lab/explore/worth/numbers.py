@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from dfrot_lab.disk.artefacts import Store
+from dfrot_lab.explore.page import TABLE
 from dfrot_lab.recipe.specs import RELEASED_KEEP_OUT, Recipe
 from dfrot_lab.score import perplexity
 from dfrot_lab.score.perplexity import EvalResult
@@ -74,8 +75,7 @@ def said(missing: Sequence[Recipe], store: Store) -> str:
 
 
 def rows_table(specs: Sequence[Recipe], lookup: Lookup, references: References) -> pd.DataFrame:
-    """A line a row, its 95% interval, the paired difference to RH (`references`, by bits), windows, stored or
-    not."""
+    """COLUMNS, a line a row: with its 95% interval, and its paired difference to RH, `references` by bits."""
     lines = []
     for spec in specs:
         result, reference = lookup(spec), references.get(spec.bits)
@@ -118,7 +118,7 @@ def shown(table: pd.DataFrame) -> str:
     for title, names in (("perplexity [95%]", FOUND), ("minus RH [95%]", DIFFERENCE)):
         view[title] = [interval(*values) for values in table[names].itertuples(index=False)]
     stored = table["stored"].map({True: "yes", False: "no"})
-    return _html(view.assign(windows=table["windows"], stored=stored))
+    return view.assign(windows=table["windows"], stored=stored).to_html(**TABLE)
 
 
 def shown_paper(beside: pd.DataFrame, text: str) -> str:
@@ -128,9 +128,5 @@ def shown_paper(beside: pd.DataFrame, text: str) -> str:
     if beside.empty:
         return "The paper's numbers are in a checkout's data/paper only."
     mine = beside["ours"].map(lambda v: "" if pd.isna(v) else f"{v:,.2f}")
-    may = f"Ours is on {safe(text)}: other models, so compare the order and the gaps."
-    return f"{may}{_html(beside.assign(ours=mine).fillna(''))}"
-
-
-def _html(table: pd.DataFrame) -> str:
-    return str(table.to_html(index=False, escape=True, border=0, classes="dfrot-table"))
+    said = f"Ours is on {safe(text)}: other models, so compare the order and the gaps."
+    return said + beside.assign(ours=mine).fillna("").to_html(**TABLE)
