@@ -83,30 +83,17 @@ def history_plot() -> Plot:
     return Plot(traces, xaxis=x, yaxis=y, yaxis2=y2)
 
 
-class EntriesPlot(Plot):
+def entries_plot() -> Plot:
     """How the entries of one token lie, at the start and now, and the levels of its grid."""
-
-    def __init__(self) -> None:
-        grid = {"color": "rgba(128,128,128,0.5)", "width": 1}
-        start = {"color": COLOURS["RO"], "shape": "hvh", "width": 2}
-        traces = [
-            go.Scatter(mode="lines", line=grid, name="levels now", hoverinfo="skip"),
-            go.Bar(marker={"color": COLOURS["DFRot"], "line": {"width": 0}}, name="x R now"),
-            go.Scatter(mode="lines", line=start, name="x R at the start"),
-        ]
-        y = {"title": "channels", "rangemode": "tozero"}
-        super().__init__(traces, bargap=0, xaxis_title="entry of the token", yaxis=y)
-
-    def draw(self, start: Tensor, now: Tensor, quantizer: QuantSpec) -> None:
-        """The token's entries (channels,) at the start and now, and the quantizer whose grid is drawn."""
-        reach = 1.2 * float(start.abs().max())
-        edges = np.linspace(-reach, reach, BINS + 1)
-        before, after = (np.histogram(y.clamp(-reach, reach).numpy(), edges)[0] for y in (start, now))
-        across, along = lines_at(levels(now, quantizer), 0, 1.05 * float(max(before.max(), after.max())))
-        first, last = (float(squared_error(y[None], quantizer)) for y in (start, now))
-        title = {"text": f"entry of the token (error {first:.2f} at the start, {last:.2f} now)"}
-        counts = [{"x": (edges[1:] + edges[:-1]) / 2, "y": count} for count in (after, before)]
-        self.put({"x": across, "y": along}, *counts, xaxis={"range": [-reach, reach], "title": title})
+    grid = {"color": "rgba(128,128,128,0.5)", "width": 1}
+    start = {"color": COLOURS["RO"], "shape": "hvh", "width": 2}
+    traces = [
+        go.Scatter(mode="lines", line=grid, name="levels now", hoverinfo="skip"),
+        go.Bar(marker={"color": COLOURS["DFRot"], "line": {"width": 0}}, name="x R now"),
+        go.Scatter(mode="lines", line=start, name="x R at the start"),
+    ]
+    y = {"title": "channels", "rangemode": "tozero"}
+    return Plot(traces, bargap=0, xaxis_title="entry of the token", yaxis=y)
 
 
 class State(HasTraits):
@@ -143,7 +130,7 @@ class Refinement(Explorer):
             self.button(act.__name__, act.__name__.capitalize(), act)
         self.button("save", "Save R1", self.save)
         self.progress = IntProgress(description="Steps", layout={"width": "300px"})
-        self.plot, self.entries = history_plot(), EntriesPlot()
+        self.plot, self.entries = history_plot(), entries_plot()
         what = self.row("gamma", "rule", "kind", "seed", "steps", "variant", "rows", "symmetric")
         above = [what, self.row("start", "pause", "resume", "cancel", self.progress), self.status.widget]
         below = [self.row("site", "token"), self.row("path", "save")]
@@ -265,8 +252,18 @@ class Refinement(Explorer):
             if self.recorded is not None and self.state.site:
                 x = self.recorded.rows(self.state.site)[self.state.token].double()
                 start, now = self._ends or (rotations.make(self._first(), len(x)),) * 2
-                self.entries.draw(x @ start, x @ now, self._quantizer())
+                self._draw_entries(x @ start, x @ now, self._quantizer())
             self._drawn = time.monotonic()
+
+    def _draw_entries(self, start: Tensor, now: Tensor, quantizer: QuantSpec) -> None:
+        reach = 1.2 * float(start.abs().max())
+        edges = np.linspace(-reach, reach, BINS + 1)
+        before, after = (np.histogram(y.clamp(-reach, reach).numpy(), edges)[0] for y in (start, now))
+        across, along = lines_at(levels(now, quantizer), 0, 1.05 * float(max(before.max(), after.max())))
+        first, last = (float(squared_error(y[None], quantizer)) for y in (start, now))
+        title = {"text": f"entry of the token (error {first:.2f} at the start, {last:.2f} now)"}
+        counts = [{"x": (edges[1:] + edges[:-1]) / 2, "y": count} for count in (after, before)]
+        self.entries.put({"x": across, "y": along}, *counts, xaxis={"range": [-reach, reach], "title": title})
 
     def table(self) -> pd.DataFrame:
         """Step, normal and massive (mean squared error of those rows), distance from the start, on what."""

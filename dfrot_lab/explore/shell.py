@@ -4,7 +4,7 @@ status line, and work off the kernel's thread that can be paused and cancelled o
 import html
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -153,7 +153,7 @@ class Status:
 def control(trait: Trait, kind: type[Any], label: str, width: int | None = None, **options: Any) -> Trait:
     """A trait of a state, moved by a control of this kind with a label, `width` pixels wide (a toggle's
     buttons, each). `options` are the control's own (min, step, ...); an Enum's values are the choices. What
-    is only known once there is data is given to `Explorer(state, name={...})`."""
+    is only known once there is data is given to `Explorer(state, name={...})`, or its choices."""
     if isinstance(trait, traitlets.Enum):
         options = {"options": trait.values, **options}
     if width and kind is widgets.ToggleButtons:
@@ -172,7 +172,7 @@ class Explorer(widgets.VBox):
     ONE, STOPPING, CANCELLED, DONE = "job", "", "", ""
     """What can only be done one at a time; what is said while it stops, once it did, once it is done."""
 
-    def __init__(self, state: traitlets.HasTraits, **late: Mapping[str, Any]) -> None:
+    def __init__(self, state: traitlets.HasTraits, **late: Any) -> None:
         super().__init__(layout={"max_width": "1240px", "width": "100%"})
         self.add_class(f"dfrot-{type(self).__name__.lower()}")
         self.state: Any = state
@@ -181,8 +181,9 @@ class Explorer(widgets.VBox):
         for name, trait in state.traits(control=lambda declared: declared is not None).items():
             self.controls[name] = self._linked(name, late.get(name, {}), *trait.metadata["control"])
 
-    def _linked(self, name: str, late: Mapping[str, Any], kind: Any, options: dict[str, Any]) -> Any:
+    def _linked(self, name: str, late: Any, kind: Any, options: dict[str, Any]) -> Any:
         """The declared control, which moves the state and follows it; without a value it moves nothing."""
+        late = late if isinstance(late, dict) else {"options": late}
         made = kind(**{"value": getattr(self.state, name), **options, **late})
         made.style.description_width = "initial"  # the label is shown whole
 

@@ -90,10 +90,11 @@ class Errors(Explorer):
         token = int(rows.acts.residual_max[sites.index(site)].argmax())
         x, y = ("RO", "RH") if {"RO", "RH"} <= set(names) else (names[0], names[-1])
         offered = {"x": names, "y": names, "z": [NONE, *names], "panels": names, "site": sites}
-        late: dict[str, Any] = {name: {"options": options} for name, options in offered.items()}
-        late |= {"seed": {"disabled": not seeded}, "token": {"max": len(rows.texts) - 1}}
-        state = State(site=site, x=x, y=y, token=token, panels=tuple(names[:PANELS]))
-        super().__init__(state, **late)
+        last, state = (
+            len(rows.texts) - 1,
+            State(site=site, x=x, y=y, token=token, panels=tuple(names[:PANELS])),
+        )
+        super().__init__(state, **offered, seed={"disabled": not seeded}, token={"max": last})
         self.button("load", "add", self.load, tooltip="add the rotation in this file")
         about = "compute DFRot with the default settings"
         self.button("refine", "refine (about 15 s)", self.refine, tooltip=about)

@@ -91,8 +91,8 @@ class Generate(Explorer):
     STOPPING, CANCELLED, DONE = "stopping", "Stopped: what is written stays", "Done"
 
     def __init__(self, setting: Setting | None = None, store: Store | None = None) -> None:
-        names, weights = tuple(registry.rows()), {"options": list(registry.WEIGHTS)}
-        super().__init__(State(rotations=names), rotations={"options": names}, weights=weights)
+        names = tuple(registry.rows())
+        super().__init__(State(rotations=names), rotations=names, weights=[*registry.WEIGHTS])
         self.setting, self.store = (setting or Setting.of_profile()).resolved(), store or Store()
         self.tokenizer: Any = None
         self.kept, self.written, self.prompt_ids = dict[str, Built](), dict[str, Written](), list[int]()

@@ -115,27 +115,19 @@ class Space(Plot):
             self.data[1].update(**place, **about_each, error_z=stems)
 
 
-class Profile(Plot):
-    """The largest three |x| and the median by layer, and the layer shown; a click calls `go_to(layer)`."""
-
-    def __init__(self, go_to: Callable[[int], None]) -> None:
-        look = {"line": {"color": GREY, "width": 1}, "hoverinfo": "skip", "showlegend": False}
-        traces = [go.Scatter(mode="lines", **look)]
-        for name, colour, dash, _ in LINES:
-            hover = "layer %{x}<br>%{y:,.5g}<extra>" + name + "</extra>"
-            style = {"line": {"color": colour, "dash": dash}, "marker": {"size": 5}, "mode": "lines+markers"}
-            traces.append(go.Scatter(name=name, hovertemplate=hover, **style))
-        super().__init__(
-            traces, xaxis_title="layer", yaxis={"type": "log", "exponentformat": "power", "title": "|x|"}
-        )
-        for line in self.data[1:]:
-            line.on_click(lambda _trace, points, _state: go_to(int(points.xs[0])) if points.xs else None)
-
-    def draw(self, lines: pd.DataFrame, layer: int) -> None:
-        """The lines of a look's profile, and where the reader stands."""
-        ends = [max(float(lines["median"].min()) / 2, FLOOR), float(lines["top 1"].max()) * 2]
-        drawn = [{"x": lines["layer"].to_numpy(), "y": lines[name].to_numpy()} for name, *_ in LINES]
-        self.put({"x": [layer, layer], "y": ends}, *drawn)
+def profile_plot(go_to: Callable[[int], None]) -> Plot:
+    """The layer shown, the largest three |x| and the median by layer; a click on one calls `go_to(layer)`."""
+    look = {"line": {"color": GREY, "width": 1}, "hoverinfo": "skip", "showlegend": False}
+    traces = [go.Scatter(mode="lines", **look)]
+    for name, colour, dash, _ in LINES:
+        hover = "layer %{x}<br>%{y:,.5g}<extra>" + name + "</extra>"
+        style = {"line": {"color": colour, "dash": dash}, "marker": {"size": 5}, "mode": "lines+markers"}
+        traces.append(go.Scatter(name=name, hovertemplate=hover, **style))
+    y = {"type": "log", "exponentformat": "power", "title": "|x|"}
+    plot = Plot(traces, xaxis_title="layer", yaxis=y)
+    for line in plot.data[1:]:
+        line.on_click(lambda _trace, points, _state: go_to(int(points.xs[0])) if points.xs else None)
+    return plot
 
 
 class State(HasTraits):
@@ -157,7 +149,7 @@ class Massive(Explorer):
     def __init__(self, loaded: LoadedModel, acts: Capture | None, corpus: CorpusSpec, tokens: int) -> None:
         self.loaded, self.corpus = loaded, corpus
         last, middle = len(loaded.layers) - 1, len(loaded.layers) // 2
-        sizes = {"options": sorted({*SIZES, tokens})}
+        sizes = sorted({*SIZES, tokens})
         super().__init__(State(layer=middle, tokens=tokens), layer={"max": last}, tokens=sizes)
         box, number = "look at the text in the box", "look at the corpus block with this number"
         self.button("look", "look", self.look_at_text, tooltip=box, button_style="primary")
@@ -166,7 +158,7 @@ class Massive(Explorer):
         self.controls["play"] = Play(description="play", value=middle, max=last, interval=700)
         jslink((self.controls["play"], "value"), (self.controls["layer"], "value"))
         self.plot, self.space = Heat(), Space()
-        self.profile = Profile(lambda layer: self.state.set_trait("layer", layer))
+        self.profile = profile_plot(lambda layer: self.state.set_trait("layer", layer))
         self.sentence, self.words, self.tokens, self.channels = map(panel, (58, 30, 290, 290))
         self.text = panel(150, border=f"1px solid {GREY}", padding="4px")
         self.stage = page.Stage(self.plot)
@@ -223,7 +215,10 @@ class Massive(Explorer):
             view = self.plot if self.state.view == HEAT else self.space
             view.draw(seen, layer, self._marked())
             self.stage.turn(view)
-            self.profile.draw(seen.profile, layer)
+            lines = seen.profile
+            ends = [max(float(lines["median"].min()) / 2, FLOOR), float(lines["top 1"].max()) * 2]
+            drawn = [{"x": lines["layer"].to_numpy(), "y": lines[name].to_numpy()} for name, *_ in LINES]
+            self.profile.put({"x": [layer, layer], "y": ends}, *drawn)
             said = numbers.sentence(self.shown, layer, rule)
             meaning = numbers.rule_words(rule, self.loaded.channels)
             self.sentence.value = f'<span class="dfrot-sentence" style="font-size:15px">{said}</span>'

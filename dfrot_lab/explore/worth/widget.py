@@ -111,10 +111,8 @@ class Worth(Explorer):
         self.store = store or Store()
         names, same = tuple(registry.rows()), setting.model_dump(include={"weights", "corpus", "windows"})
         texts = dict.fromkeys([setting.corpus, corpus.WIKITEXT2, corpus.SAMPLE])
-        offered: dict[str, Any] = {"rotations": names, "weights": list(registry.WEIGHTS)}
-        offered["corpus"] = [(Path(text).name, text) for text in texts]
-        late = {name: {"options": options} for name, options in offered.items()}
-        super().__init__(State(rotations=names, **same), **late)
+        late = {"rotations": names, "weights": [*registry.WEIGHTS]}
+        super().__init__(State(rotations=names, **same), **late, corpus=[(Path(t).name, t) for t in texts])
         self.found, self.missing = dict[str, EvalResult](), list[Recipe]()
         self.plot, self.paper_plot = Bars(), Bars()
         self.note, self.rows, self.paper = panel(60), panel(250, width="100%"), panel(220, width="100%")
