@@ -10,9 +10,9 @@ import torch
 from test_evaluate import save_lively
 
 from dfrot_lab.disk.artefacts import Store
-from dfrot_lab.explore.generate import numbers
+from dfrot_lab.explore.generate import widget as module
 from dfrot_lab.explore.generate.numbers import continuation, first_difference, token_losses
-from dfrot_lab.explore.generate.widget import EXACT, Generate, generate
+from dfrot_lab.explore.generate.widget import EXACT, Generate
 from dfrot_lab.model import loading
 from dfrot_lab.rotate import dfrot
 from dfrot_lab.score import build, perplexity
@@ -40,7 +40,7 @@ def setting(tmp_path: Path, text_file: Path) -> Setting:
 
 @pytest.fixture
 def widget(setting: Setting, store: Store) -> Generate:
-    made = generate(setting, store)
+    made = Generate(setting, store)
     made.controls["prompt"].value, made.controls["tokens"].value = PROMPT, 8
     return made
 
@@ -239,7 +239,7 @@ def test_models_are_built_once_while_the_settings_stay(widget, monkeypatch):
     monkeypatch.setattr(
         build, "build", lambda spec, store, *more: built.append(spec.bits) or real(spec, store, *more)
     )
-    monkeypatch.setattr(numbers, "ROOM", 0)
+    monkeypatch.setattr(module, "ROOM", 0)
     widget.controls["rotations"].value = ("RO", "RH")
     written(widget)
     widget.controls["prompt"].value = "other words"
@@ -248,7 +248,7 @@ def test_models_are_built_once_while_the_settings_stay(widget, monkeypatch):
     widget.controls["bits"].value = "16-4-16"
     written(widget)
     assert built[3:] == ["16-4-16", "16-4-16"] and len(widget.kept) == 3
-    monkeypatch.setattr(numbers, "ROOM", float("inf"))  # no memory to spare
+    monkeypatch.setattr(module, "ROOM", float("inf"))  # no memory to spare
     widget.controls["bits"].value = "4-4-4"
     written(widget)
     assert len(widget.kept) == 1

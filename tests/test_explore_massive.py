@@ -13,7 +13,7 @@ from explorers import MALICIOUS, Page, assert_safe, event, shown_text
 
 from dfrot_lab import explore
 from dfrot_lab.explore.massive import numbers
-from dfrot_lab.explore.shell.plot import packed
+from dfrot_lab.explore.page import packed
 from dfrot_lab.model import door
 from dfrot_lab.observe import massive
 from dfrot_lab.observe.capture import capture

@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dfrot_lab.explore.page import levels
 from dfrot_lab.explore.playground import numbers
-from dfrot_lab.explore.playground.widget import Playground, playground
-from dfrot_lab.explore.shell.offers import levels
+from dfrot_lab.explore.playground.widget import Playground
 from dfrot_lab.maths import planted, rotations, theory
 from dfrot_lab.maths.quantizers import fake_quantize, quantize, squared_error
 from dfrot_lab.observe.capture import capture
@@ -151,7 +151,7 @@ def put(view: Playground, **values: object) -> None:
 
 @pytest.fixture(scope="module")
 def shared() -> Playground:
-    return playground()
+    return Playground()
 
 
 @pytest.fixture
@@ -229,7 +229,7 @@ def test_every_size_shows_its_errors_and_why(view, channels):
 def test_the_models_spike_is_its_first_token_at_a_middle_site(tiny_spec, text_file, store):
     spec = CaptureSpec(model=tiny_spec, corpus=CorpusSpec(name=str(text_file)), tokens=64)
     recorded = capture(spec, store)
-    view = playground(spec, store)
+    view = Playground(spec, store)
     view.controls["source"].value = "model"
     view.job.wait(60)
     x = recorded.rows(recorded.sites[2])[0].double()
@@ -243,7 +243,7 @@ def test_the_models_spike_is_its_first_token_at_a_middle_site(tiny_spec, text_fi
 
 
 def test_a_model_that_is_not_there_is_one_sentence_and_the_planted_spike_stays(tmp_path, store):
-    view = playground(CaptureSpec(model=ModelSpec(source=str(tmp_path / "nowhere"))), store)
+    view = Playground(CaptureSpec(model=ModelSpec(source=str(tmp_path / "nowhere"))), store)
     view.controls["source"].value = "model"
     view.job.wait(60)
     assert view.status.state == "error" and "ModelSpec.source must be" in view.status.text

@@ -11,8 +11,7 @@ from again import REFINED, assert_same_refinement
 from test_evaluate import save_lively
 
 from dfrot_lab.disk import rotation_files
-from dfrot_lab.explore.refinement.numbers import WATCHED, choices, watched
-from dfrot_lab.explore.refinement.widget import Refinement, refinement
+from dfrot_lab.explore.refinement import WATCHED, Refinement, choices, watched
 from dfrot_lab.maths import rotations
 from dfrot_lab.maths.quantizers import squared_error
 from dfrot_lab.model import door
@@ -45,7 +44,7 @@ def recorded(lively, text_file, store) -> Capture:
 
 @pytest.fixture
 def view(recorded, tmp_path) -> Refinement:
-    made = refinement(recorded, path=str(tmp_path / "R1.safetensors"))
+    made = Refinement(recorded, path=str(tmp_path / "R1.safetensors"))
     made.job.wait(60)
     return made
 
@@ -279,7 +278,7 @@ def test_errors_are_one_sentence(view):
 
 
 def test_a_capture_that_cannot_be_made_is_said(tmp_path, store):
-    view = refinement(CaptureSpec(model=ModelSpec(source=str(tmp_path / "nowhere"))), store=store)
+    view = Refinement(CaptureSpec(model=ModelSpec(source=str(tmp_path / "nowhere"))), store=store)
     view.job.wait(60)
     assert view.status.state == "error" and "ModelSpec.source must be" in view.status.text
     view.start()

@@ -14,10 +14,8 @@ import traitlets
 from explorers import MALICIOUS, Page
 from plotly.basedatatypes import Undefined
 
-from dfrot_lab.explore.shell.explorer import Explorer, beside, control
-from dfrot_lab.explore.shell.job import Cancelled, Job
-from dfrot_lab.explore.shell.plot import Plot, Stage
-from dfrot_lab.explore.shell.status import Status
+from dfrot_lab.explore.page import Plot, Stage
+from dfrot_lab.explore.shell import Cancelled, Explorer, Job, Status, beside, control
 from dfrot_lab.show import markup
 
 # ---- token text
@@ -294,7 +292,7 @@ def test_figures_follow_the_page_and_keep_their_height():
 
 def test_a_stage_shows_one_plot_and_keeps_the_others_on_the_page():
     first, second = Plot(), Plot()
-    stage = Stage(first, width="60%")
+    stage = Stage(first)
     (box,) = stage.children
     stage.turn(second)
     assert stage.shown is second

@@ -13,8 +13,7 @@ from test_evaluate import save_lively
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.explore.worth import numbers
 from dfrot_lab.explore.worth.numbers import Tally
-from dfrot_lab.explore.worth.plots import Bars
-from dfrot_lab.explore.worth.widget import Worth, worth
+from dfrot_lab.explore.worth.widget import Bars, Worth
 from dfrot_lab.maths import tables
 from dfrot_lab.recipe.specs import RELEASED_KEEP_OUT
 from dfrot_lab.score import perplexity
@@ -61,7 +60,7 @@ def computed(widget: Worth) -> None:
 def test_stored_rows_are_shown_at_once_and_nothing_is_computed(setting, store):
     rh, ro = stored_row(setting, store, "RH", "4-4-16"), stored_row(setting, store, "RO", "4-4-16")
     before = keys(store)
-    widget = worth(setting, store)
+    widget = Worth(setting, store)
     table = widget.table().set_index(["row", "bits"])
     assert keys(store) == before
     assert table.loc[("RO", "4-4-16"), "perplexity"] == ro.perplexity
@@ -82,7 +81,7 @@ def test_stored_rows_are_shown_at_once_and_nothing_is_computed(setting, store):
 
 def test_missing_rows_are_named_with_a_time_and_computed_in_the_background(setting, store):
     stored_row(setting, store, "RH", "4-4-16")
-    widget = worth(setting, store)
+    widget = Worth(setting, store)
     widget.controls["rotations"].value, widget.controls["bits"].value = ("RO", "RH"), ("4-4-16", "16-16-16")
     assert [main.row_name(spec) for spec in widget.missing] == ["full precision", "RO (seed 0) 4-4-16"]
     assert "Not stored: full precision; RO (seed 0) 4-4-16. To compute: about" in widget.note.value
@@ -102,7 +101,7 @@ def test_missing_rows_are_named_with_a_time_and_computed_in_the_background(setti
 
 
 def test_dfrot_and_kept_out_rows_are_computed_too(setting, store):
-    widget = worth(setting, store)
+    widget = Worth(setting, store)
     widget.controls["keep_out"].value = (RELEASED_KEEP_OUT,)
     widget.controls["rotations"].value, widget.controls["bits"].value = ("DFRot",), ("16-4-16",)
     computed(widget)
@@ -115,7 +114,7 @@ def test_dfrot_and_kept_out_rows_are_computed_too(setting, store):
 
 def test_a_cancelled_evaluation_keeps_its_windows_and_the_widget_goes_on(setting, store, monkeypatch):
     """The first window is let through, then cancel is pressed while the second is on its way."""
-    widget = worth(setting, store)
+    widget = Worth(setting, store)
     widget.controls["rotations"].value, widget.controls["bits"].value = ("RH",), ("16-4-16",)
     real, scored, reached, go = perplexity.window_loss, [], threading.Event(), threading.Event()
 
@@ -145,7 +144,7 @@ def test_a_cancelled_evaluation_keeps_its_windows_and_the_widget_goes_on(setting
 
 
 def test_cancel_stops_while_weights_are_made_and_keeps_their_layers(setting, store):
-    widget = worth(setting, store)
+    widget = Worth(setting, store)
     widget.controls["rotations"].value, widget.controls["bits"].value = ("RH",), ("4-4-16",)
     told: list[str] = []
     tell = widget._tell
@@ -165,7 +164,7 @@ def test_cancel_stops_while_weights_are_made_and_keeps_their_layers(setting, sto
 
 
 def test_an_error_is_one_sentence_and_the_widget_goes_on(setting, store):
-    widget = worth(setting, store)
+    widget = Worth(setting, store)
     widget.controls["rotations"].value, widget.controls["bits"].value = ("RH",), ("16-4-16",)
     widget.controls["windows"].value = 200
     computed(widget)
@@ -177,7 +176,7 @@ def test_an_error_is_one_sentence_and_the_widget_goes_on(setting, store):
 
 def test_a_text_that_is_not_there_is_one_sentence(setting, store, monkeypatch):
     monkeypatch.setenv("DFROT_LAB_DATA", "nowhere")
-    widget = worth(setting, store)
+    widget = Worth(setting, store)
     Path(setting.corpus).unlink()
     widget.controls["windows"].value = 2
     assert widget.status.state == "error" and "which is no file here" in widget.status.text
@@ -254,7 +253,7 @@ def test_markup_in_a_row_is_inert(setting, store):
 
 
 def test_the_static_figure_draws_the_stored_rows_and_says_when_there_are_none(setting, store):
-    widget = worth(setting, store)
+    widget = Worth(setting, store)
     with pytest.raises(ValueError, match="nothing to draw"):
         widget.static()
     stored_row(setting, store, "RO", "4-4-16")

@@ -14,7 +14,6 @@ from typer.testing import CliRunner
 from dfrot_lab.cli.app import app
 from dfrot_lab.disk import row_files
 from dfrot_lab.explore.generate.widget import Generate
-from dfrot_lab.explore.shell import offers
 from dfrot_lab.explore.worth.widget import Worth
 from dfrot_lab.maths import tables
 from dfrot_lab.model.families import FAMILIES
@@ -46,8 +45,6 @@ OFFERS: dict[str, tuple[Callable[[], object], tuple[str, ...]]] = {
     "the help page": (help_page, ("toy", "TOY", "down", family.NAME)),
     "rows by name": (registry.rows, ("TOY",)),
     "weight quantizers": (lambda: registry.WEIGHTS, ("down",)),
-    "explorers' rotations": (offers.methods, ("TOY",)),
-    "explorers' weights": (offers.weights, ("down",)),
     "a mistyped rotation": (lambda: said(lambda: registry.spec_of("TOI")), ("TOY",)),
     "a mistyped method": (lambda: said(lambda: MethodSpec.of({"method": "toi"})), ("toy",)),
     "a mistyped quantizer": (lambda: said(lambda: WeightSpec(method="up")), ("down",)),
@@ -88,7 +85,7 @@ def test_toys_can_be_picked_in_explorers(toys, setting, store, explorer):
     assert "TOY" in widget.controls["rotations"].options and "TOY" in widget.state.rotations
     assert "down" in widget.controls["weights"].options
     widget.state.weights = "down"
-    found = offers.row(setting, "TOY", "4-4-16", weights="down")
+    found = setting.row("4-4-16", setting.method("TOY"), weights="down")
     assert (found.rotation.name, found.weights.method) == ("TOY", "down")
 
 

@@ -1,10 +1,9 @@
-"""Explorers: functions that return a widget to look, touch and teach with in JupyterLab.
-`explore.massive(acts)`, `explore.errors(acts)`, ..."""
+"""Explorers: widgets to look, touch and teach with in JupyterLab, such as `explore.massive(acts)`."""
 
 from .errors.widget import errors as errors
-from .generate.widget import generate as generate
-from .invariance.widget import invariance as invariance
+from .generate.widget import Generate as generate
+from .invariance.widget import Invariance as invariance
 from .massive.widget import massive as massive
-from .playground.widget import playground as playground
-from .refinement.widget import refinement as refinement
-from .worth.widget import worth as worth
+from .playground.widget import Playground as playground
+from .refinement import Refinement as refinement
+from .worth.widget import Worth as worth

@@ -1,7 +1,8 @@
 """Graders for the lesson: each calls a student's own function on random inputs and says in one sentence what
 is right or what is wrong. Nothing is run from text: a grader takes the function itself."""
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,9 @@ _MATHS = (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError)
 UNFINISHED = (*_MATHS, AssertionError, AttributeError, NameError, OSError)
 """What a function that is not finished may raise."""
 Answer = Callable[..., Any]
+Inputs = tuple[Any, ...]
+Mistakes = dict[str, Tensor]
+"""Known wrong results by their sentences, cut to fit where only square inputs let one make them."""
 
 
 @dataclass(frozen=True)
@@ -34,17 +38,14 @@ class Verdict:
         return f"{'Right' if self.right else 'Not yet'}: {self.sentence}"
 
 
-def _grade(trials: list[tuple[Any, ...]], praise: str) -> Verdict:
+def _grade(trials: Iterable[tuple[Answer, Inputs, Tensor, Mistakes, str]], praise: str) -> Verdict:
     fault = next(filter(None, (_fault(*trial) for trial in trials)), "")
     return Verdict(not fault, fault or praise)
 
 
-def _fault(
-    function: Answer, inputs: tuple[Any, ...], wanted: Tensor, mistakes: dict[str, Tensor], otherwise: str
-) -> str:
-    """What is wrong with one call of a student's function, or ''. `mistakes` are known wrong results by their
-    sentences, cut to fit where only square inputs let one make them."""
-    before = [value.clone() if isinstance(value, Tensor) else value for value in inputs]
+def _fault(function: Answer, inputs: Inputs, wanted: Tensor, mistakes: Mistakes, otherwise: str) -> str:
+    """What is wrong with one call of a student's function, or ''."""
+    before = copy.deepcopy(inputs)
     try:
         found = function(*inputs)
     except UNFINISHED as error:
@@ -53,9 +54,9 @@ def _fault(
         return "your function returned nothing: end it with return."
     if not isinstance(found, Tensor):
         return f"your function returned a {type(found).__name__}, a tensor was expected."
-    for old, new in zip(before, inputs, strict=True):
-        if isinstance(old, Tensor) and not torch.equal(old, new):
-            return "your function changed its input: make a new tensor, others may still read the old one."
+    tensors = [pair for pair in zip(before, inputs, strict=True) if isinstance(pair[0], Tensor)]
+    if not all(torch.equal(*pair) for pair in tensors):
+        return "your function changed its input: make a new tensor, others may still read the old one."
     if found.shape != wanted.shape:
         shape, expected = tuple(found.shape), tuple(wanted.shape)
         return f"your function returned shape {shape}, {expected} was expected."
@@ -76,15 +77,13 @@ def _random(*shape: int, seed: int = 0) -> Tensor:
 def check_rotate_row(function: Answer) -> Verdict:
     """Grade `rotate_row(x, R)`: rows x (tokens, channels) turned by R (channels, channels), x @ R."""
     otherwise = "the rows are not x @ R: try x = (1, 0, ...), which must come back as R's first row."
-    backwards = (
-        "you turned backwards: that is x @ R.T, which undoes R. In this house a row is turned by x @ R."
-    )
+    undone = "you turned backwards: that is x @ R.T, which undoes R. In this house a row is turned by x @ R."
     entries = "you multiplied entry by entry (*): a rotation mixes channels, so use the matrix product @."
     trials = []
     for seed, tokens in enumerate((6, 1, 3)):
         x, R = _random(tokens, 6, seed=seed), rotations.make(RotationSpec(kind="RO", seed=seed), 6)
         mistakes = {
-            backwards: x @ R.T,
+            undone: x @ R.T,
             "nothing was turned: the rows came back as they were.": x,
             "you put R on the left, R @ x: that mixes tokens, not channels.": R[:tokens, :tokens] @ x,
             entries: x * R[:tokens],
@@ -98,19 +97,16 @@ def check_quantize(function: Answer) -> Verdict:
     trials = []
     for seed, bits in enumerate((4, 3, 8)):
         top = 2 ** (bits - 1) - 1
-        otherwise = (
-            f"at {bits} bits the step must be max|x| / {top}, and every entry its nearest whole multiple."
-        )
+        rule = f"the step must be max|x| / {top}, and every entry its nearest whole multiple."
         for x in (_random(16, seed=seed), -_random(16, seed=seed).abs()):
-            wanted = fake_quantize(x[None], QuantSpec(bits=bits))[0]
-            trials.append((function, (x, bits), wanted, _misquantized(x, bits, top), otherwise))
-    zeros = torch.zeros(4, dtype=torch.float64)
-    sentence = "a row of zeros must stay zeros: its step is 0, and 0 / 0 is not a number."
-    trials.append((function, (zeros, 4), zeros, {}, sentence))
+            wanted, mistakes = fake_quantize(x[None], QuantSpec(bits=bits))[0], _misquantized(x, bits, top)
+            trials.append((function, (x, bits), wanted, mistakes, f"at {bits} bits {rule}"))
+    zeros, rule = torch.zeros(4, dtype=torch.float64), "its step is 0, and 0 / 0 is not a number."
+    trials.append((function, (zeros, 4), zeros, {}, f"a row of zeros must stay zeros: {rule}"))
     return _grade(trials, "step max|x| / (2^(bits-1) - 1), rounded to the nearest, on every row tried.")
 
 
-def _misquantized(x: Tensor, bits: int, top: int) -> dict[str, Tensor]:
+def _misquantized(x: Tensor, bits: int, top: int) -> Mistakes:
     """What the known mistakes make of a row x at `bits`, where the codes end at `top`."""
     step, wide, signed = x.abs().max() / top, x.abs().max() / (top + 1), x.max() / top
     divided = f"you divided by 2^(bits-1) = {top + 1}"
@@ -152,24 +148,21 @@ def check_rotate_weights(reader: Answer, writer: Answer) -> Verdict:
     they give what they gave for x; and `writer(weight, R)` of those that write it, weight (channels, in):
     their output comes out times R."""
     R = rotations.make(RotationSpec(kind="RO", seed=7), 8)
+    columns, rows = "R belongs to its inputs, the columns.", "R belongs to its outputs, the rows."
     trials = []
     for seed, n in enumerate((8, 5)):
         read, write = _random(n, 8, seed=seed), _random(8, n, seed=seed + 20)
         mistakes = {
             "the reader turns backwards: (x R)(W R.T).T is not x W.T; it needs W @ R.": read @ R.T,
             "the reader was not changed.": read,
-            "the reader was turned on its output side: R belongs to its inputs, the columns.": (
-                R.T[:n, :n] @ read
-            ),
+            f"the reader was turned on its output side: {columns}": R.T[:n, :n] @ read,
         }
         otherwise = "the reader does not undo R: (x @ R) @ W_new.T must be x @ W.T."
         trials.append((reader, (read, R), read @ R, mistakes, otherwise))
         mistakes = {
             "the writer turns backwards: its output would come out times R.T; it needs R.T @ W.": R @ write,
             "the writer was not changed.": write,
-            "the writer was turned on its input side: R belongs to its outputs, the rows.": (
-                write @ R[:n, :n]
-            ),
+            f"the writer was turned on its input side: {rows}": write @ R[:n, :n],
         }
         otherwise = "the writer's output must come out times R: h @ W_new.T must be h @ W.T @ R."
         trials.append((writer, (write, R), R.T @ write, mistakes, otherwise))

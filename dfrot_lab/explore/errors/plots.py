@@ -1,64 +1,63 @@
 """Tokens in the plane or in space, and one token's values over the quantization grid."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
+import torch
 from matplotlib.figure import Figure
 
-from dfrot_lab.explore.errors.numbers import grids, is_massive
-from dfrot_lab.explore.shell.plot import AXIS, EDGE_TO_EDGE, GREY, Plot, drawing, lines_at, scene
-from dfrot_lab.explore.shell.words import contexts, title
+from dfrot_lab.explore import page
+from dfrot_lab.explore.page import GREY, Plot, title
 from dfrot_lab.recipe.specs import QuantSpec
 from dfrot_lab.show import figures
 from dfrot_lab.show.theme import COLOURS, MASSIVE_COLOUR, ORDINARY_COLOUR
 
-PANELS = 6
-"""Panels of Fig. 4 at most."""
+AXES = ("", "2", "3", "4", "5", "6")
+"""Of the panels of Fig. 4, as plotly numbers them."""
 PANEL_HEIGHT = 320
 OWN_COLOUR = "#CC79A7"
 """Of a rotation that has none."""
-MARKER: dict[str, Any] = {
-    "colorscale": [[0, ORDINARY_COLOUR], [1, MASSIVE_COLOUR]],
-    "cmin": 0,
-    "cmax": 1,
-    "opacity": 0.75,
-    "line": {"width": 0},
-}
+SCALE = [[0, ORDINARY_COLOUR], [1, MASSIVE_COLOUR]]
+MARKER: dict[str, Any] = {"colorscale": SCALE, "cmin": 0, "cmax": 1, "opacity": 0.75, "line": {"width": 0}}
+
+
+def grids(values: pd.DataFrame, quantizer: QuantSpec) -> dict[str, np.ndarray]:
+    """The levels of each rotation's grid for one token's `errors.massive_values`."""
+    parts = values.groupby("rotation", sort=False)["value"]
+    return {str(n): page.levels(torch.tensor(part.to_numpy()), quantizer).numpy() for n, part in parts}
 
 
 class Tokens(Plot):
-    """A point a token: its errors under two rotations, or three in space; a click calls `on_click(token)`."""
+    """A point a token: its errors under two rotations, or three in space. A click tells `("token", it)`; a
+    brushed region `("brushed", tokens)`, none when it is taken away."""
 
-    def __init__(self, texts: Sequence[str], on_click: Callable[[int], None], *, space: bool = False) -> None:
-        look = {"mode": "markers", "text": contexts(texts), "marker": MARKER, "showlegend": False}
+    def __init__(
+        self, texts: Sequence[str], tell: Callable[[str, Any], object], *, space: bool = False
+    ) -> None:
+        look = {"mode": "markers", "text": page.contexts(texts), "marker": MARKER, "showlegend": False}
         line = {"color": GREY, "dash": "dash", "width": 1}
         equal = go.Scatter(mode="lines", line=line, hoverinfo="skip", name="equal errors")
         if space:
-            super().__init__([go.Scatter3d(look)], scene=scene(), margin=EDGE_TO_EDGE)
+            super().__init__([go.Scatter3d(look)], scene=page.scene(), margin=page.EDGE_TO_EDGE)
         else:
             super().__init__([go.Scattergl(look), equal], dragmode="select")
-        self._sizes = (2.5, 6) if space else (5, 11)
-        self.data[0].on_click(
-            lambda _trace, points, _state: on_click(points.point_inds[0]) if points.point_inds else None
-        )
-
-    def on_brush(self, tell: Callable[[list[int]], None]) -> None:
-        """Call `tell(tokens)` when a region is brushed, with none when it is taken away."""
-        self.data[0].on_selection(lambda _trace, points, _region: tell(sorted(points.point_inds)))
-        self.data[0].on_deselect(lambda _trace, _points: tell([]))
+        self._sizes, dots = (2.5, 6) if space else (5, 11), self.data[0]
+        dots.on_click(lambda _trace, at, _keys: at.point_inds and tell("token", at.point_inds[0]))
+        dots.on_selection(lambda _trace, at, _region: tell("brushed", sorted(at.point_inds)))
+        dots.on_deselect(lambda _trace, _at: tell("brushed", []))
 
     def draw(self, table: pd.DataFrame, axes: Sequence[str], names: Sequence[str]) -> None:
         """The errors of a table (token, massive, a column each of `names`), an axis a rotation."""
-        heavy = is_massive(table)
+        heavy = table["massive"].to_numpy()
         found = dict(zip("xyz", table[list(axes)].to_numpy(np.float32).T, strict=False))
-        lines = [f"E({_in_template(name)}) %{{customdata[{i}]:,.4g}}" for i, name in enumerate(names)]
+        plain = [title(name).replace("%", "&#37;") for name in names]  # %{ would begin a value
+        lines = [f"E({name}) %{{customdata[{i}]:,.4g}}" for i, name in enumerate(plain)]
         hover = "%{text}<br>token %{pointNumber}<br>" + "<br>".join(lines) + "<extra></extra>"
-        titles = {
-            f"{x}axis": {"title": {"text": f"E({title(name)})"}} for x, name in zip("xyz", axes, strict=False)
-        }
+        named = zip(found, axes, strict=True)
+        titles = {f"{letter}axis": {"title": {"text": f"E({title(axis)})"}} for letter, axis in named}
         with self.batch_update():
             about = table[list(names)].to_numpy(np.float32)
             self.data[0].update(**found, customdata=about, hovertemplate=hover)
@@ -70,41 +69,35 @@ class Tokens(Plot):
                 self.data[1].update(x=[0, end], y=[0, end])
 
 
-def _in_template(name: str) -> str:
-    """A rotation's name, which may be a file's, in a hover template, where %{ would begin a value."""
-    return title(name).replace("%", "&#37;")
-
-
 class Panels(Plot):
     """Fig. 4: one token before (across) and after quantization (up) under each rotation, over its grid."""
 
     def __init__(self) -> None:
-        line = {"color": "rgba(128,128,128,0.6)", "width": 1}
+        line, dots = {"color": "rgba(128,128,128,0.6)", "width": 1}, {"size": 5, "opacity": 0.7}
         hover = "channel %{pointNumber}<br>value %{x:.4g}<br>quantized %{y:.4g}<extra></extra>"
-        bare = {**AXIS, "showgrid": False, "zeroline": False, "visible": False}
+        bare = {**page.AXIS, "showgrid": False, "zeroline": False, "visible": False}
         above = {"text": "", "showarrow": False, "x": 0.5, "y": 1.02, "yanchor": "bottom"}
-        traces, titles, axes = [], [], dict[str, Any]()
-        for n in ("", *map(str, range(2, PANELS + 1))):  # how plotly numbers its axes
+        traces, titles, layout = [], [], dict[str, Any]()
+        for n in AXES:
             x, y = f"x{n}", f"y{n}"
-            dots = {"size": 5, "opacity": 0.7}
             traces.append(go.Scatter(mode="lines", line=line, hoverinfo="skip", xaxis=x, yaxis=y))
             traces.append(go.Scatter(mode="markers", marker=dots, hovertemplate=hover, xaxis=x, yaxis=y))
-            axes |= {f"xaxis{n}": {**bare, "anchor": y}, f"yaxis{n}": {**bare, "anchor": x}}
+            layout |= {f"xaxis{n}": {**bare, "anchor": y}, f"yaxis{n}": {**bare, "anchor": x}}
             titles.append({**above, "xref": f"{x} domain", "yref": f"{y} domain"})
         margin = {"t": 64}
-        super().__init__(traces, PANEL_HEIGHT, showlegend=False, annotations=titles, margin=margin, **axes)
+        super().__init__(traces, PANEL_HEIGHT, showlegend=False, annotations=titles, margin=margin, **layout)
         self._names: list[str] = []
 
-    def draw(self, values: pd.DataFrame, levels: Mapping[str, np.ndarray]) -> None:
-        """One token's `errors.massive_values`, and each rotation's levels; at most PANELS rotations."""
-        names = list(levels)[:PANELS]
+    def draw(self, values: pd.DataFrame, quantizer: QuantSpec) -> None:
+        """One token's `errors.massive_values` of as many rotations as AXES at most."""
+        levels = grids(values, quantizer)
         with self.batch_update():
-            if names != self._names:
-                self._arrange(names)
-            for i, name in enumerate(names):
+            if list(levels) != self._names:
+                self._arrange(list(levels))
+            for i, name in enumerate(levels):
                 part = values[values["rotation"] == name]
                 value, quantized = part["value"].to_numpy(), part["quantized"].to_numpy()
-                up, across = lines_at(levels[name], value.min(), value.max())
+                up, across = page.lines_at(levels[name], value.min(), value.max())
                 self.data[2 * i].update(x=across, y=up)
                 self.data[2 * i + 1].update(x=value, y=quantized)
                 error = float(((value - quantized) ** 2).sum())
@@ -112,33 +105,29 @@ class Panels(Plot):
 
     def _arrange(self, names: list[str]) -> None:
         """As many panels side by side as there are names; the rest empty and out of sight."""
-        self._names, wide = names, 1 / max(1, len(names))
-        for i in range(PANELS):
+        self._names, wide = names, 1 / len(names)
+        for i, number in enumerate(AXES):
             used = i < len(names)
             domain = [i * wide + 0.03, (i + 1) * wide - 0.02] if used else [0, 1]
-            number = "" if i == 0 else str(i + 1)
             self.layout[f"xaxis{number}"].update(domain=domain, visible=used, title={"text": "value"})
             self.layout[f"yaxis{number}"].update(visible=used, title={"text": "" if i else "quantized value"})
             if used:
                 self.data[2 * i + 1].marker.color = COLOURS.get(names[i], OWN_COLOUR)
-            else:
-                self.layout.annotations[i].text = ""
-                for trace in self.data[2 * i : 2 * i + 2]:
-                    trace.update(x=[], y=[])
+                continue
+            self.layout.annotations[i].text = ""
+            for trace in self.data[2 * i : 2 * i + 2]:
+                trace.update(x=[], y=[])
 
 
 def static(table: pd.DataFrame, axes: Sequence[str], about: str) -> Figure:
     """The scatter as a matplotlib figure: two axes or three, massive tokens marked."""
     options: dict[str, Any] = {} if len(axes) == 2 else {"subplot_kw": {"projection": "3d"}}
-    with drawing(size=(6.4, 5.2), layout="constrained", **options) as (drawn, (ax,)):
+    with page.drawing(size=(6.4, 5.2), layout="constrained", **options) as (drawn, (ax,)):
         if len(axes) == 2:
             figures.plot_error_pair(table, *axes, ax=ax).legend(fontsize=8)
         else:
-            heavy = is_massive(table)
-            for part, colour, size in (
-                (table[~heavy], ORDINARY_COLOUR, 6),
-                (table[heavy], MASSIVE_COLOUR, 30),
-            ):
+            for heavy, colour, size in ((False, ORDINARY_COLOUR, 6), (True, MASSIVE_COLOUR, 30)):
+                part = table[table["massive"] == heavy]
                 ax.scatter(*(part[name] for name in axes), c=colour, s=size)
             ax.set(**{f"{letter}label": f"E({name})" for letter, name in zip("xyz", axes, strict=True)})
         drawn.suptitle(about, fontsize=10)
@@ -148,7 +137,7 @@ def static(table: pd.DataFrame, axes: Sequence[str], about: str) -> Figure:
 def static_token(values: pd.DataFrame, quantizer: QuantSpec, about: str) -> Figure:
     """Fig. 4 of one token as a matplotlib figure: a panel a rotation, the grid's levels drawn."""
     grid = grids(values, quantizer)
-    with drawing(len(grid), size=(2.9 * len(grid), 3.2), layout="constrained") as (drawn, axes):
+    with page.drawing(len(grid), size=(2.9 * len(grid), 3.2), layout="constrained") as (drawn, axes):
         for ax, (name, levels) in zip(axes, grid.items(), strict=True):
             figures.plot_massive_values(values, name, ax=ax)
             for level in levels:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import ipywidgets as widgets
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -14,23 +15,50 @@ from traitlets import Bool, Float, HasTraits, Int, Tuple, Unicode
 from dfrot_lab.disk import rotation_files
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.explore.errors import plots
-from dfrot_lab.explore.errors.numbers import ErrorRows, grids, is_massive
-from dfrot_lab.explore.errors.plots import PANEL_HEIGHT, PANELS, Panels, Tokens
-from dfrot_lab.explore.shell.explorer import Explorer, beside, control
-from dfrot_lab.explore.shell.job import Job
-from dfrot_lab.explore.shell.plot import HEIGHT, Stage
-from dfrot_lab.explore.shell.words import html_table, panel
+from dfrot_lab.explore.page import HEIGHT, Stage, html_table, panel
+from dfrot_lab.explore.shell import Explorer, Job, beside, control
 from dfrot_lab.maths import rotations
+from dfrot_lab.maths.quantizers import squared_error
+from dfrot_lab.observe import errors as token_errors
+from dfrot_lab.observe import massive
 from dfrot_lab.observe.capture import Capture, capture
-from dfrot_lab.observe.errors import default_rotations
-from dfrot_lab.recipe.specs import QuantSpec, RefineSpec
+from dfrot_lab.recipe.specs import DEFAULT_RULE, QuantSpec, RefineSpec
 from dfrot_lab.rotate import dfrot
 from dfrot_lab.show.markup import span
 from dfrot_lab.study import setting
 
+KEPT = 16
+"""Rotated sites kept: of 2048 tokens and 576 channels 5 MB each."""
+PANELS = len(plots.AXES)
 LISTED = 200
 """Rows of the brushed table at most."""
 NONE = "none"
+
+
+class ErrorRows:
+    """A capture's rows under named rotations R (channels, channels). `rotated(site, name)` is x @ R (tokens,
+    channels), `verdicts(site)` the rules that call each token massive (tokens,), joined by commas; both are
+    kept, so that a site's tokens are quantized again at each move of a control, not rotated."""
+
+    def __init__(self, acts: Capture, matrices: Mapping[str, Tensor]) -> None:
+        self.acts, self.matrices, self.texts = acts, dict(matrices), acts.texts
+        self.rotated = functools.lru_cache(KEPT)(self._rotated)
+        self.verdicts = functools.cache(lambda site: token_errors.massive_names(acts, sites=[site])[0])
+
+    def put(self, name: str, R: Tensor) -> None:
+        """A new rotation, or another one under a name that is there."""
+        self.matrices[name] = R
+        self.rotated.cache_clear()
+
+    def _rotated(self, site: str, name: str) -> Tensor:
+        x = self.acts.rows(site)
+        return x if name == "NR" else x @ self.matrices[name].to(x)
+
+    def table(self, site: str, quantizer: QuantSpec) -> pd.DataFrame:
+        """Each token's E(x R) at a site, as `errors.wide` has them: site, token, text, massive, rotations."""
+        found = {name: squared_error(self.rotated(site, name), quantizer).numpy() for name in self.matrices}
+        tokens, heavy = np.arange(len(self.texts)), massive.find(self.acts, DEFAULT_RULE, [site])[0].numpy()
+        return pd.DataFrame({"site": site, "token": tokens, "text": self.texts, "massive": heavy, **found})
 
 
 class State(HasTraits):
@@ -54,28 +82,31 @@ class Errors(Explorer):
     """The widget of `errors`."""
 
     ONE, CANCELLED = "refinement", "refinement cancelled; it goes on from its last checkpoint"
-    state: State
 
-    def __init__(self, rows: ErrorRows, seeded: bool, spec: RefineSpec | None, store: Store) -> None:
+    def __init__(self, rows: ErrorRows, seeded: bool, spec: RefineSpec, store: Store) -> None:
         self.rows, self.spec, self.store, self._quiet = rows, spec, store, False
         sites, names = rows.acts.sites, list(rows.matrices)
         site = setting.figure_site(sites)
         token = int(rows.acts.residual_max[sites.index(site)].argmax())
         x, y = ("RO", "RH") if {"RO", "RH"} <= set(names) else (names[0], names[-1])
-        late = {"x": names, "y": names, "z": [NONE, *names], "panels": names, "site": sites}
-        options = {name: {"options": offered} for name, offered in late.items()}
-        state = State(site=site, x=x, y=y, token=token, panels=tuple(names[:PANELS]))
-        last = {"max": len(rows.texts) - 1}
-        super().__init__(state, seed={"disabled": not seeded}, token=last, **options)
+        offered = {"x": names, "y": names, "z": [NONE, *names], "panels": names, "site": sites}
+        last, state = (
+            len(rows.texts) - 1,
+            State(site=site, x=x, y=y, token=token, panels=tuple(names[:PANELS])),
+        )
+        super().__init__(state, **offered, seed={"disabled": not seeded}, token={"max": last})
         self.button("load", "add", self.load, tooltip="add the rotation in this file")
         about = "compute DFRot with the default settings"
         self.button("refine", "refine (about 15 s)", self.refine, tooltip=about)
-        self.button("cancel", "cancel", self.job.cancel, tooltip="stop refining")
-        open_token = functools.partial(state.set_trait, "token")
-        self.plot, self.space = (Tokens(rows.texts, open_token, space=space) for space in (False, True))
-        self.plot.on_brush(functools.partial(state.set_trait, "brushed"))
-        self.fig4, self.listed, self.about = Panels(), panel(HEIGHT), panel(26)
-        self.stage = Stage(self.plot)
+        self.button("cancel", "cancel", self.cancel, tooltip="stop refining")
+        tell = state.set_trait
+        self.plot, self.space = (plots.Tokens(rows.texts, tell, space=space) for space in (False, True))
+        self.fig4, self.listed, self.about, self.stage = (
+            plots.Panels(),
+            panel(HEIGHT),
+            panel(26),
+            Stage(self.plot),
+        )
         self.redraw()
         self.enable()
         self.on("site bits symmetric clip x y z panels", self.redraw)
@@ -83,16 +114,14 @@ class Errors(Explorer):
         self.on("seed", self._reseed)
         self.on("token", self._pick)
         self.on("brushed", self._list)
-        self.children = [
+        chosen = [
             self.row("site", "bits", "symmetric", "clip", "seed"),
             self.row("x", "y", "z", "path", "load"),
-            *([] if "DFRot" in names else [self.row("refine", "cancel")]),
-            self.status.widget,
-            beside(self.stage, self.listed, shares=(64, 36)),
-            self.row("token", "panels"),
-            self.about,
-            beside(self.fig4, height=PANEL_HEIGHT),
         ]
+        chosen += [] if "DFRot" in names else [self.row("refine", "cancel")]
+        below = [self.row("token", "panels"), self.about, beside(self.fig4, height=plots.PANEL_HEIGHT)]
+        scatter = beside(self.stage, self.listed, shares=(64, 36))
+        self.children = [*chosen, self.status.widget, scatter, *below]
 
     def redraw(self) -> None:
         """All plots and tables as the controls say; the impossible is said, and the view stays."""
@@ -100,24 +129,19 @@ class Errors(Explorer):
             return
         with self.status.doing("computing", self._summary):
             s = self.state
-            quantizer = QuantSpec(
-                bits=s.bits, scheme="symmetric" if s.symmetric else "asymmetric", clip_ratio=s.clip
-            )
+            scheme = "symmetric" if s.symmetric else "asymmetric"
+            quantizer = QuantSpec(bits=s.bits, scheme=scheme, clip_ratio=s.clip)
             self.shown, self.quantizer = self.rows.table(s.site, quantizer), quantizer
+            self.where = f"{s.site}, {quantizer.name}"
             self.axes = [s.x, s.y] if s.z == NONE else [s.x, s.y, s.z]
             (self.plot if s.z == NONE else self.space).draw(self.shown, self.axes, list(self.rows.matrices))
             self._list()
             self._fig4()
 
-    @property
-    def _where(self) -> str:
-        return f"{self.shown['site'].iloc[0]}, {self.quantizer.name}"
-
     def _summary(self) -> str:
-        heavy, matrices = is_massive(self.shown), self.rows.matrices
-        medians = ", ".join(f"{name} {self.shown[name].median():.3g}" for name in matrices)
-        tokens = f"{len(heavy):,} tokens, {heavy.sum()} massive (red, larger)"
-        return f"{self._where}: {tokens}. Median E: {medians}"
+        medians = ", ".join(f"{name} {self.shown[name].median():.3g}" for name in self.rows.matrices)
+        tokens = f"{len(self.shown):,} tokens, {self.shown['massive'].sum()} massive (red, larger)"
+        return f"{self.where}: {tokens}. Median E: {medians}"
 
     def _list(self) -> None:
         """The brushed tokens, largest error on the y axis first; the plot's own rotations stay in sight."""
@@ -130,10 +154,13 @@ class Errors(Explorer):
 
     def _fig4(self) -> None:
         """The chosen token's values before and after quantization."""
-        names = [name for name in self.state.panels if name in self.rows.matrices] or list(self.rows.matrices)
-        token, site = self.state.token, self.shown["site"].iloc[0]
-        self.values = self.rows.values(site, token, names[:PANELS], self.quantizer)
-        self.fig4.draw(self.values, grids(self.values, self.quantizer))
+        known, token, site = self.rows.matrices, self.state.token, self.shown["site"].iloc[0]
+        names = [name for name in self.state.panels if name in known] or list(known)
+        if not 0 <= token < len(self.rows.texts):
+            raise ValueError(f"token must be in 0..{len(self.rows.texts) - 1}; got {token}")
+        matrices = {name: known[name] for name in names[:PANELS]}
+        self.values = token_errors.massive_values(self.rows.acts, site, token, matrices, self.quantizer)
+        self.fig4.draw(self.values, self.quantizer)
         rules = self.rows.verdicts(site)[token] or "no rule"
         named = f"Token {token} \u2018{span(self.rows.texts[token])}\u2019 before and after quantization"
         self.about.value = f'<span class="dfrot-fig4">{named}; massive by {rules}. Lines: the grid.</span>'
@@ -148,13 +175,12 @@ class Errors(Explorer):
 
     def static(self) -> Figure:
         """The scatter as a matplotlib figure."""
-        return plots.static(self.shown, self.axes, self._where)
+        return plots.static(self.shown, self.axes, self.where)
 
     def static_token(self) -> Figure:
         """The chosen token's values (Fig. 4) as a matplotlib figure."""
-        return plots.static_token(
-            self.values, self.quantizer, f"token {self.state.token} at {self.state.site}"
-        )
+        about = f"token {self.state.token} at {self.state.site}"
+        return plots.static_token(self.values, self.quantizer, about)
 
     def _pick(self) -> None:
         with self.status.doing("opening the token", self._summary):
@@ -162,7 +188,7 @@ class Errors(Explorer):
 
     def _reseed(self) -> None:
         self.status.busy("making RO and RH")
-        for name, R in default_rotations(self.rows.acts.channels, self.state.seed).items():
+        for name, R in token_errors.default_rotations(self.rows.acts.channels, self.state.seed).items():
             self.rows.put(name, R)
         self.redraw()
 
@@ -174,8 +200,7 @@ class Errors(Explorer):
         for axis in ("x", "y", "panels"):
             self.controls[axis].options = names
         self.controls["z"].options = [NONE, *names]
-        self.state.x, self.state.y = self.axes[0], name
-        self.state.z = self.axes[2] if len(self.axes) == 3 else NONE
+        self.state.x, self.state.y, self.state.z = self.axes[0], name, [*self.axes, NONE][2]
         self.state.panels = (*[other for other in panels if other != name], name)[-PANELS:]
         self._quiet = False
         self.redraw()
@@ -193,37 +218,32 @@ class Errors(Explorer):
         self.work("refining", self._refine)
 
     def _refine(self, job: Job) -> None:
-        assert self.spec is not None, "the button is off where the capture does not say of what it is"
-
         def seen(state: Any) -> None:
-            self.status.busy(f"refining: step {state.history[-1]['step']} of {spec.steps}")
+            self.status.busy(f"refining: step {state.history[-1]['step']} of {self.spec.steps}")
             job.step()
 
-        spec = self.spec
-        R = dfrot.refined(spec, self.store, checkpoint=seen).R
+        R = dfrot.refined(self.spec, self.store, checkpoint=seen).R
         job.step()
         self.add("DFRot", R)
 
     def enabled(self) -> dict[str, bool]:
-        """A file can be added at any time; the refinement is made once, where the capture says of what."""
-        missing = self.spec is not None and "DFRot" not in self.rows.matrices
-        return {"load": True, "refine": missing and not self.job.running, "cancel": self.job.running}
+        """A file can be added at any time; the refinement is made once."""
+        able = super().enabled()
+        return {**able, "load": True, "refine": able["refine"] and "DFRot" not in self.rows.matrices}
 
 
 def errors(
     acts: Capture | None = None, rotation: Mapping[str, Tensor] | None = None, *, store: Store | None = None
 ) -> Errors:
     """A widget that shows each token's error E(x R) at a site of `acts` (default: the default capture) under
-    two rotations or three.
+    two rotations or three: `table()`, those brushed `selected()`, figures `static()` and `static_token()`.
 
     `rotation` names matrices R (channels, channels), as `errors.token_errors` takes them; default NR, RO, RH,
-    whose seed can then be turned, and DFRot where the store has it (else a button computes it). The widget
-    has `table()` (one row a token at the site shown), `selected()` (those brushed), `static()` and
-    `static_token()` (matplotlib figures), `state`, `controls`, `status`, `plot`, `space` and `fig4`."""
+    whose seed can then be turned, and DFRot where the store has it (else a button computes it)."""
     store = store or Store()
     acts = acts or capture(store=store)
     spec = RefineSpec(capture=acts.spec)
-    given = dict(rotation) if rotation is not None else default_rotations(acts.channels)
+    given = token_errors.default_rotations(acts.channels) if rotation is None else rotation
     if not given:
         raise ValueError("rotation must name at least one matrix; got none")
     matrices = {name: rotations.check(R, acts.channels) for name, R in given.items()}

@@ -1,18 +1,15 @@
 """What models write, and how they score the same text. No widget is needed here."""
 
-from collections.abc import Callable, Iterable, Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 
 from dfrot_lab.model.loading import LoadedModel
-from dfrot_lab.score.build import Built
 
-ROOM = 4
-"""Built models are kept for the next prompt while the free memory is this many times one's weights."""
 PLAIN = {"num_beams": 1, "repetition_penalty": 1.0, "top_p": 1.0, "pad_token_id": 0}
 GREEDY = {"do_sample": False, "temperature": 1.0, "top_k": 50}
 """transformers' defaults, said because a model's own generation settings would change its words."""
@@ -20,8 +17,7 @@ GREEDY = {"do_sample": False, "temperature": 1.0, "top_k": 50}
 
 @dataclass
 class Written:
-    """The ids a model wrote after the prompt, and the loss in nats it gives each token of one text but the
-    first."""
+    """The ids a model wrote after the prompt; its loss in nats of each token of one text but the first."""
 
     name: str
     ids: list[int] = field(default_factory=list)
@@ -81,13 +77,5 @@ def token_losses(loaded: LoadedModel, ids: Tensor) -> list[float]:
 
 def first_difference(ids: Sequence[int], reference: Sequence[int]) -> int | None:
     """The first place where two texts differ, or where one of them ends before the other; None if equal."""
-    equal = [a == b for a, b in zip(ids, reference, strict=False)]
-    if not all(equal):
-        return equal.index(False)
-    return len(equal) if len(ids) != len(reference) else None
-
-
-def is_room(kept: Iterable[Built]) -> bool:
-    """Whether there is memory for one more model beside those kept."""
-    weights = [sum(parameter.nbytes for parameter in built.loaded.model.parameters()) for built in kept]
-    return psutil.virtual_memory().available >= ROOM * max(weights, default=0)
+    pairs = enumerate(itertools.zip_longest(ids, reference))
+    return next((place for place, (own, wanted) in pairs if own != wanted), None)

@@ -6,6 +6,9 @@ from typing import Any
 
 import ipywidgets as widgets
 import pandas as pd
+import plotly.graph_objects as go
+import psutil
+import seaborn
 import torch
 from matplotlib.figure import Figure
 from traitlets import Enum, Float, HasTraits, Int, Tuple, Unicode
@@ -13,12 +16,9 @@ from traitlets import Enum, Float, HasTraits, Int, Tuple, Unicode
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.explore.generate import numbers
 from dfrot_lab.explore.generate.numbers import Written
-from dfrot_lab.explore.generate.plots import Strip, figure_strip
-from dfrot_lab.explore.shell import offers
-from dfrot_lab.explore.shell.explorer import Explorer, control
-from dfrot_lab.explore.shell.job import Job
-from dfrot_lab.explore.shell.plot import GREY
-from dfrot_lab.explore.shell.words import duration
+from dfrot_lab.explore.page import GREY, Plot, drawing, label
+from dfrot_lab.explore.shell import Explorer, Job, control
+from dfrot_lab.explore.worth.numbers import BITS, FULL
 from dfrot_lab.model import door
 from dfrot_lab.recipe import registry
 from dfrot_lab.recipe.specs import Recipe
@@ -31,6 +31,13 @@ from dfrot_lab.study import cost
 from dfrot_lab.study.setting import Setting
 from dfrot_lab.weights.run import OnPart
 
+ROOM = 4
+"""Built models are kept for the next prompt while the free memory is this many times one's weights."""
+LABELLED = 70
+"""Tokens up to which the strip names each one below it."""
+ABOUT = ["position", "text", "prompt"]
+"""The columns of a table of losses that are no models."""
+TITLE, WRITTEN = "Loss of each token", "the prompt, then (right of the line) what full precision wrote"
 EXACT = "full precision"
 BOX = {"width": "420px", "height": "96px"}
 SIZE = {"height": "250px", "width": "236px"}
@@ -40,12 +47,37 @@ UNSTORED = "its GPTQ weights are not stored: choose rtn, or compute its row with
 LIKELIEST = "Temperature (0: the likeliest)"
 
 
+class Strip(Plot):
+    """Each model's loss of each token of one text; the line is where the prompt ends."""
+
+    def __init__(self) -> None:
+        hover = "token %{customdata}<br>%{y}: %{z:.2f} nats<extra></extra>"
+        bar = {"title": {"text": "loss (nats)"}}
+        look = {"colorscale": "Cividis", "zmin": 0, "colorbar": bar, "xgap": 1, "ygap": 2}
+        title = {"text": f"{TITLE} of one text", "font": {"size": 13}}
+        y = {"autorange": "reversed", "type": "category"}
+        super().__init__([go.Heatmap(hovertemplate=hover, **look)], height=300, title=title, yaxis=y)
+
+    def draw(self, losses: pd.DataFrame) -> None:
+        """The table of `Generate.losses`."""
+        values = losses.drop(columns=ABOUT)
+        x, texts = losses["position"].tolist(), [label(text) for text in losses["text"]]
+        about = [f"{place}: {text}" for place, text in zip(x, texts, strict=True)]
+        ticks = {"tickmode": "array", "tickvals": x, "ticktext": texts}
+        edge = x[0] - 0.5 + int(losses["prompt"].sum())
+        line = {"type": "line", "yref": "paper", "y0": 0, "y1": 1, "line": {"color": GREY, "width": 2}}
+        strip = {"x": x, "y": list(values), "z": values.to_numpy().T, "zmax": float(values.to_numpy().max())}
+        across = {**(ticks if len(x) <= LABELLED else dict.fromkeys(ticks)), "tickangle": -60}
+        edges = {"shapes": [{**line, "x0": edge, "x1": edge}], "title_text": f"{TITLE}: {WRITTEN}"}
+        self.put({**strip, "customdata": [about] * values.shape[1]}, xaxis=across, **edges)
+
+
 class State(HasTraits):
     """What is written, through which rotations, at which bits and weights, and how tokens are chosen."""
 
     prompt = control(Unicode("The Eiffel Tower is in"), widgets.Textarea, "Prompt", layout=BOX)
     rotations = control(Tuple(), widgets.SelectMultiple, "Rotations", 220, rows=4)
-    bits = control(Enum(offers.BITS, "4-4-16"), widgets.Dropdown, "Bits W-A-KV")
+    bits = control(Enum(BITS, "4-4-16"), widgets.Dropdown, "Bits W-A-KV")
     weights = control(Unicode("rtn"), widgets.ToggleButtons, "Weights", 70)
     tokens = control(Int(24), widgets.IntSlider, "Tokens", min=1, max=128)
     temperature = control(Float(0.0), widgets.FloatSlider, LIKELIEST, 340, min=0, max=2, step=0.1)
@@ -53,25 +85,17 @@ class State(HasTraits):
     seed = control(Int(0), widgets.BoundedIntText, "Seed", 150, min=0, max=10**6)
 
 
-def generate(setting: Setting | None = None, store: Store | None = None) -> "Generate":
-    """What each rotation makes a quantized model write, where it departs, and its loss of every token."""
-    return Generate((setting or Setting.of_profile()).resolved(), store or Store())
-
-
 class Generate(Explorer):
-    """The widget of `generate`: columns of text and a strip of losses (`plot`)."""
+    """What each rotation makes a quantized model write, where it departs, and its loss of every token."""
 
-    state: State
+    STOPPING, CANCELLED, DONE = "stopping", "Stopped: what is written stays", "Done"
 
-    def __init__(self, setting: Setting, store: Store) -> None:
-        names = offers.methods()
-        offered: dict[str, Any] = {"rotations": {"options": names}, "weights": {"options": offers.weights()}}
-        super().__init__(State(rotations=names), **offered)
-        self.setting, self.store = setting, store
-        self.kept: dict[str, Built] = {}
-        self.written: dict[str, Written] = {}
-        self.prompt_ids: list[int] = []
+    def __init__(self, setting: Setting | None = None, store: Store | None = None) -> None:
+        names = tuple(registry.rows())
+        super().__init__(State(rotations=names), rotations=names, weights=[*registry.WEIGHTS])
+        self.setting, self.store = (setting or Setting.of_profile()).resolved(), store or Store()
         self.tokenizer: Any = None
+        self.kept, self.written, self.prompt_ids = dict[str, Built](), dict[str, Written](), list[int]()
         self.columns = {name: widgets.HTML(layout=COLUMN) for name in (EXACT, *names)}
         for name in self.columns:
             self._fill(name)
@@ -80,20 +104,17 @@ class Generate(Explorer):
         self.button("write", "Write", self.write, icon="pencil")
         self.button("cancel", "Cancel", self.cancel, icon="stop")
         self.button("refine", "Refine DFRot", self.refine, icon="magic")
-        self.children = [
-            self.row("prompt", "rotations", ["bits", "weights", "tokens"], ["temperature", "top_k", "seed"]),
-            self.row("write", "cancel", "refine", self.bar),
-            self.status.widget,
-            widgets.HBox(list(self.columns.values()), layout={"grid_gap": "6px", "overflow": "auto"}),
-            self.plot,
-        ]
+        how = self.row("prompt", "rotations", ["bits", "weights", "tokens"], ["temperature", "top_k", "seed"])
+        above = [how, self.row("write", "cancel", "refine", self.bar), self.status.widget]
+        side = widgets.HBox([*self.columns.values()], layout={"grid_gap": "6px", "overflow": "auto"})
+        self.children = [*above, side, self.plot]
         self.enable()
 
     def specs(self) -> dict[str, Recipe]:
         """The models that write, by name; first the one that is not quantized."""
-        state, rows = self.state, {EXACT: offers.row(self.setting, "NR", offers.FULL)}
-        for name in state.rotations:
-            rows[name] = offers.row(self.setting, name, state.bits, weights=state.weights)
+        state, method, row = self.state, self.setting.method, self.setting.row
+        rows = {EXACT: row(FULL, method("NR"))}
+        rows |= {name: row(state.bits, method(name), weights=state.weights) for name in state.rotations}
         return {name: door.resolved(spec.with_(windows=1)).canonical() for name, spec in rows.items()}
 
     def refined(self) -> bool:
@@ -104,18 +125,12 @@ class Generate(Explorer):
         """Which models are left out, and why: nothing that takes minutes is started unasked."""
         why = {}
         for name, spec in specs.items():
+            weights = registry.load(registry.WEIGHTS, spec.weights.method)
             if name == "DFRot" and not self.refined():
                 why[name] = UNREFINED
-            elif registry.load(registry.WEIGHTS, spec.weights.method).CALIBRATED and not build.weights_stored(
-                spec, self.store
-            ):
+            elif weights.CALIBRATED and not build.weights_stored(spec, self.store):
                 why[name] = UNSTORED
         return why
-
-    @staticmethod
-    def _takes_minutes(spec: Recipe) -> bool:
-        """Whether its weights need a calibration pass."""
-        return bool(registry.load(registry.WEIGHTS, spec.weights.method).CALIBRATED)
 
     def write(self) -> None:
         """Write in the background, model after model."""
@@ -126,26 +141,16 @@ class Generate(Explorer):
 
     def refine(self) -> None:
         """Refine DFRot's rotation in the background and keep it."""
-        seconds = sum(cost.preparation(self.setting, self.store))
 
         def work(job: Job) -> None:
             dfrot.refined(self.setting.refine, self.store, lambda _state: job.step())
 
-        self.work(f"refining DFRot's rotation, about {duration(seconds)} on 2 cores", work)
-
-    def cancel(self) -> None:
-        """Stop at the next token, layer or checkpoint."""
-        if self.job.running:
-            self.status.busy("stopping")
-            self.job.cancel()
+        takes = cost.duration(sum(cost.preparation(self.setting, self.store)))
+        self.work(f"refining DFRot's rotation, about {takes} on 2 cores", work)
 
     def enabled(self) -> dict[str, bool]:
         """A rotation that is stored needs no refinement."""
         return {**super().enabled(), "refine": not self.job.running and not self.refined()}
-
-    def at_end(self, error: BaseException | None) -> str:
-        """What is written stays."""
-        return "Done" if error is None else "Stopped: what is written stays"
 
     def _write(self, job: Job, prompt: str, tokens: int, drawn: dict[str, Any]) -> None:
         specs = self.specs()
@@ -187,9 +192,9 @@ class Generate(Explorer):
             self.plot.draw(self.losses())
 
     def _built(self, key: str, spec: Recipe, on_part: OnPart) -> Built:
-        """The model of `spec`, built now unless it is kept; the others go first where memory is short."""
         if key not in self.kept:
-            if not numbers.is_room(self.kept.values()):
+            sizes = [sum(p.nbytes for p in each.loaded.model.parameters()) for each in self.kept.values()]
+            if psutil.virtual_memory().available < ROOM * max(sizes, default=0):
                 self.kept.clear()
             self.kept[key] = build.build(spec, self.store, on_part)
         return self.kept[key]
@@ -209,7 +214,6 @@ class Generate(Explorer):
         self._fill(result.name, "" if result.name == EXACT else head, words)
 
     def _fill(self, name: str, head: str = "", text: str = "") -> None:
-        """Put a heading and its words into a model's column."""
         mark = f"border-left:6px solid {COLOURS.get(name, GREY)};padding-left:6px"
         title = f'<b style="{mark}">{html.escape(name)}</b> <i style="color:{GREY}">{head}</i>'
         words = f'<div style="line-height:1.5;overflow-wrap:anywhere">{text}</div>'
@@ -244,4 +248,11 @@ class Generate(Explorer):
 
     def static(self) -> Figure:
         """The loss strip as a matplotlib figure."""
-        return figure_strip(self.losses())
+        values = self.losses().set_index("position").drop(columns=["text", "prompt"])
+        if values.empty:
+            raise ValueError("nothing to draw: nothing is written yet")
+        with drawing(size=(10, 0.5 * values.shape[1] + 1.4)) as (figure, (ax,)):
+            seaborn.heatmap(values.T, cmap="cividis", vmin=0, cbar_kws={"label": "loss (nats)"}, ax=ax)
+            ax.axvline(self.losses()["prompt"].sum(), c="#ffffff", lw=2)
+            ax.set(xlabel="token (white line: the prompt's end)", ylabel="")
+        return figure

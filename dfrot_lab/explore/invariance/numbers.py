@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dfrot_lab.explore.generate.numbers import continuation, prompt_ids
 from dfrot_lab.maths import rotations
@@ -14,9 +14,9 @@ from dfrot_lab.model.loading import LoadedModel, linear
 from dfrot_lab.recipe.specs import RotationSpec
 
 TOLERANCE = 2e-5
-"""Relative error of the logits that float32 rounding may cause in 30 layers; mistakes begin 100 times higher.
-"""
+"""Relative error of the logits that float32 may cause in 30 layers; mistakes begin 100 times higher."""
 NEW_TOKENS = 12
+Step = Callable[[], None]
 PROMPT = "The capital of France is Paris. The capital of Germany is"
 
 STEPS = {
@@ -107,35 +107,26 @@ class Outcome:
         if not self.broken:
             return f"The logits stay: relative error {self.error:.1e}, tolerance {TOLERANCE:g}."
         refused = "The package refuses this: \u201c{}\u201d. Done by hand all the same:"
-        words = [refused.format(text) for text in self.refusals]
         reasons = self.faults or ("No known reason: please report it.",)
-        return " ".join([*words, f"the logits move by {self.error:.1e}.", *reasons])
+        moved = f"the logits move by {self.error:.1e}."
+        return " ".join([*map(refused.format, self.refusals), moved, *reasons])
 
 
 class Bench:
     """A model and a copy of its weights, so that sets of steps can be tried on it one after the other."""
 
     def __init__(self, loaded: LoadedModel) -> None:
-        self.loaded = loaded
-        self.tied = surgery.is_tied(loaded)
-        self._pristine = self._copy()
-        self._base: Steps | None = None
+        self.loaded, self.tied = loaded, surgery.is_tied(loaded)
+        self._pristine = self._copy("")
         self._tail: dict[str, Tensor] = {}
-        self._refusals: list[str] = []
+        self._base: Steps | None = None
         self._truth: tuple[str, Tensor] | None = None
 
     @torch.no_grad()
-    def measure(
-        self,
-        steps: Steps,
-        prompt: str = PROMPT,
-        *,
-        generate: bool = True,
-        step: Callable[[], None] = lambda: None,
-    ) -> Outcome:
+    def measure(self, steps: Steps, prompt: str, step: Step = lambda: None) -> Outcome:
         """Try `steps` on `prompt` beside the untouched model; `step` is called between the parts. ValueError:
         an empty prompt, or one beyond the model's context."""
-        loaded, tokens = self.loaded, tuple[str, ...]()
+        loaded = self.loaded
         ids = prompt_ids(loaded, prompt, NEW_TOKENS).to(loaded.device)
         if self._truth is None or self._truth[0] != prompt:
             self.apply(Steps())
@@ -146,9 +137,8 @@ class Bench:
         with surgery.online(loaded, r3=steps.r3, r4=steps.r4_online):
             logits = loaded.model(ids[None]).logits
             step()
-            if generate:
-                written = continuation(loaded, ids, NEW_TOKENS, lambda _id: step())
-                tokens = tuple(loaded.tokenizer.decode([i]) for i in written)
+            written = continuation(loaded, ids, NEW_TOKENS, lambda _id: step())
+        tokens = tuple(loaded.tokenizer.decode([i]) for i in written)
         error = float((logits - self._truth[1]).norm() / self._truth[1].norm())
         return Outcome(steps, error, tokens, tuple(faults(steps, self.tied)), tuple(refusals))
 
@@ -156,7 +146,9 @@ class Bench:
     def apply(self, steps: Steps) -> list[str]:
         """Change the model's weights as `steps` say, from its own ones; returns the package's refusals."""
         loaded, roles = self.loaded, self.loaded.roles
-        if self._base != steps.residual:
+        if self._base == steps.residual:
+            self._fill(self._tail)
+        else:
             self._base = None  # what follows may end half-way
             if self.tied:
                 _tie(loaded)
@@ -165,8 +157,6 @@ class Bench:
             # what R2 and R4 change: this copy spares the many products of R1 at the next trial
             self._tail = self._copy(*(f".{name}." for name in (roles.v, roles.o, roles.down)))
             self._base = steps.residual
-        else:
-            self._fill(self._tail)
         if steps.r2:
             surgery.rotate_heads(loaded)
         if steps.r4_fused:
@@ -174,10 +164,9 @@ class Bench:
         return self._refusals
 
     def _copy(self, *parts: str) -> dict[str, Tensor]:
-        """A copy of the parameters whose name has one of `parts` in it; of all where none is given."""
+        """A copy of the parameters whose name has one of `parts` in it."""
         named = self.loaded.model.named_parameters()
-        wanted = parts or ("",)
-        return {name: p.detach().clone() for name, p in named if any(part in name for part in wanted)}
+        return {name: p.detach().clone() for name, p in named if any(part in name for part in parts)}
 
     def _fill(self, weights: dict[str, Tensor]) -> None:
         own = dict(self.loaded.model.named_parameters())
@@ -189,9 +178,9 @@ def _tie(loaded: LoadedModel) -> None:
     linear(loaded.model, loaded.roles.lm_head).weight = linear(loaded.model, loaded.roles.embedding).weight
 
 
-def _norms(loaded: LoadedModel) -> list[nn.Linear]:
-    inner = [linear(layer, norm) for layer in loaded.layers for _, norm, _ in loaded.roles.feeds]
-    return [*inner, linear(loaded.model, loaded.roles.final_norm)]
+def _gains(loaded: LoadedModel) -> list[Tensor]:
+    inner = [linear(layer, norm).weight for layer in loaded.layers for _, norm, _ in loaded.roles.feeds]
+    return [*inner, linear(loaded.model, loaded.roles.final_norm).weight]
 
 
 def _residual(loaded: LoadedModel, steps: Steps) -> list[str]:
@@ -206,8 +195,8 @@ def _residual(loaded: LoadedModel, steps: Steps) -> list[str]:
     if steps.fuse:
         refusals += _insist(loaded, surgery.fuse_norms)
     if steps.drop:
-        for norm in _norms(loaded):
-            norm.weight.fill_(1)
+        for gain in _gains(loaded):
+            gain.fill_(1)
     if steps.r1:
         R = rotations.make(steps.rotation, loaded.channels)
         refusals += _insist(loaded, lambda model: surgery.rotate_residual(model, R), aside=True)
@@ -222,7 +211,7 @@ def _insist(loaded: LoadedModel, change: Callable[[LoadedModel], None], *, aside
         change(loaded)
     except ValueError as refusal:
         surgery.untie(loaded)
-        kept = [(norm.weight, norm.weight.clone()) for norm in _norms(loaded)] if aside else []
+        kept = [(gain, gain.clone()) for gain in _gains(loaded)] if aside else []
         for gain, _ in kept:
             gain.fill_(1)
         change(loaded)

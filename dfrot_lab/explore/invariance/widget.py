@@ -1,25 +1,56 @@
 """Switch surgery steps on and off, and see what the logits and the generated text make of it."""
 
 import html
+from functools import partial
 from typing import Any
 
 import pandas as pd
+import plotly.graph_objects as go
 from ipywidgets import HTML, BoundedIntText, Checkbox, Dropdown, HBox, Text, VBox
 from matplotlib.figure import Figure
 from traitlets import Bool, Enum, HasTraits, Int, Unicode
 
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.explore.invariance.numbers import PROMPT, STEPS, TOLERANCE, Bench, Outcome, Steps
-from dfrot_lab.explore.invariance.plots import BROKEN, SHOWN, Trials
-from dfrot_lab.explore.shell.explorer import Explorer, control
-from dfrot_lab.explore.shell.job import Job
-from dfrot_lab.explore.shell.plot import drawing
+from dfrot_lab.explore.page import GREY, Plot, drawing
+from dfrot_lab.explore.shell import Explorer, Job, control
 from dfrot_lab.model import loading
 from dfrot_lab.model.loading import LoadedModel
 from dfrot_lab.recipe.specs import ModelSpec, RotationSpec
 from dfrot_lab.show import figures
 from dfrot_lab.show.markup import span
-from dfrot_lab.show.theme import COLOURS
+from dfrot_lab.show.theme import COLOURS, MASSIVE_COLOUR
+
+SHOWN = 8
+"""Trials in the plot, the newest below."""
+LEAST, MOST = 1e-8, 30.0
+"""Where an error of 0, and one that is not a number, are drawn on the log axis."""
+KEPT, BROKEN = COLOURS["RH"], MASSIVE_COLOUR
+
+
+class Trials(Plot):
+    """The logits' error of the last trials, those that broke the model in red."""
+
+    def __init__(self) -> None:
+        look = {"orientation": "h", "textposition": "outside", "cliponaxis": False}
+        bars = go.Bar(x=[], y=[], hovertemplate="%{customdata}<br>%{x:.2e}<extra></extra>", **look)
+        super().__init__([bars], height=330, bargap=0.3, showlegend=False)
+        self.add_vline(x=TOLERANCE, line_dash="dash", line_color=GREY)
+        about = "relative error of the logits (dashed: the tolerance)"
+        self.update_xaxes(type="log", range=[-8.3, 1.6], title=about, exponentformat="power", dtick=2)
+        self.update_yaxes(zeroline=False, showgrid=False, tickfont_size=10, range=[SHOWN - 0.5, -0.5])
+
+    def draw(self, outcomes: list[Outcome]) -> None:
+        """The last of all trials so far."""
+        shown = outcomes[-SHOWN:]
+        places, names = list(range(len(shown))), [o.steps.name for o in shown]
+        x = [min(max(o.error, LEAST), MOST) if o.error == o.error else MOST for o in shown]
+        bars = {"x": x, "y": places, "customdata": names}
+        bars["text"] = [f"{o.error:.1e}" if o.error else "0" for o in shown]
+        bars["marker"] = {"color": [BROKEN if o.broken else KEPT for o in shown]}
+        middles = [name.rfind(" + ", 0, 34) if len(name) > 34 else 0 for name in names]
+        ticks = [f"{n[:i]}<br>{n[i:]}" if i else n for n, i in zip(names, middles, strict=True)]
+        self.put(bars, yaxis={"tickmode": "array", "tickvals": places, "ticktext": ticks})
 
 
 def _switch(name: str) -> Bool:
@@ -52,42 +83,38 @@ def verdict_html(outcome: Outcome) -> str:
 
 def text_html(outcome: Outcome, truth: Outcome) -> str:
     """Both continuations, token by token; what differs from the untouched model's is marked."""
-    own = "".join(
-        span(token, None if token == wanted else BROKEN, f"untouched: {wanted}")
-        for token, wanted in zip(outcome.tokens, truth.tokens, strict=False)
-    )
-    wanted = "".join(span(token) for token in truth.tokens)
+    pairs = zip(outcome.tokens, truth.tokens, strict=False)
+    own = "".join(span(a, None if a == b else BROKEN, f"untouched: {b}") for a, b in pairs)
+    wanted = "".join(map(span, truth.tokens))
     same = "the same text" if outcome.tokens == truth.tokens else "marked: not what the untouched model says"
     words = f"untouched: {wanted}<br>with these steps: {own} <i>({same})</i>"
     return f'<p style="margin:4px 0;line-height:1.7">{words}</p>'
 
 
 class Invariance(Explorer):
-    """The widget of `invariance`; `outcomes` are its trials."""
+    """Switch each surgery step on and off and see the logits' error against the untouched model, and a short
+    text it generates; `outcomes` are the trials. `loaded`, where given, is used (and changed) instead of a
+    fresh load of `model`."""
 
     CANCELLED = "cancelled; the trials are as they were"
-    state: State
 
-    def __init__(self, spec: ModelSpec, store: Store | None, loaded: LoadedModel | None) -> None:
+    def __init__(
+        self, model: ModelSpec | None = None, store: Store | None = None, loaded: LoadedModel | None = None
+    ) -> None:
         super().__init__(State())
-        self.spec, self.store, self.loaded = spec, store, loaded
+        self._load = lambda: loaded or loading.load_model(model or ModelSpec(), store)
         self.bench: Bench | None = None
-        self.outcomes: list[Outcome] = []
-        self.truth: dict[str, Outcome] = {}
+        self.outcomes, self.truth = list[Outcome](), dict[str, Outcome]()
         self.plot = Trials()
         self.verdict, self.text = (HTML(layout={"min_height": high}) for high in ("66px", "60px"))
         right = {name: name not in ("centre", "drop") for name in STEPS}
         self.button("correct", "All steps, correctly", lambda: self.set(**right))
         self.button("clear", "No step", lambda: self.set(**dict.fromkeys(STEPS, False)))
-        self.button("cancel", "Cancel", self.job.cancel)
+        self.button("cancel", "Cancel", self.cancel)
         switches = VBox([self.controls[name] for name in STEPS], layout={"width": "350px"})
-        seen = {"flex": "1 1 600px", "min_width": "0"}
-        found = VBox([self.plot, self.verdict, self.text], layout=seen)
-        self.children = [
-            self.row("prompt", "kind", "seed", "correct", "clear", "cancel"),
-            HBox([switches, found]),
-            self.status.widget,
-        ]
+        found = VBox([self.plot, self.verdict, self.text], layout={"flex": "1 1 600px", "min_width": "0"})
+        above = self.row("prompt", "kind", "seed", "correct", "clear", "cancel")
+        self.children = [above, HBox([switches, found]), self.status.widget]
         self.on(" ".join([*STEPS, "kind seed prompt"]), self.ask)
         self.ask()
 
@@ -100,8 +127,7 @@ class Invariance(Explorer):
     def ask(self) -> None:
         """Try what is switched on now, in the background."""
         self.status.busy("loading the model" if self.bench is None else f"trying {self.state.steps().name}")
-        steps, prompt = self.state.steps(), self.state.prompt
-        self.job.instead(lambda job: self._compute(job, steps, prompt))
+        self.job.instead(partial(self._compute, steps=self.state.steps(), prompt=self.state.prompt))
         self.enable()
 
     def enabled(self) -> dict[str, bool]:
@@ -118,11 +144,12 @@ class Invariance(Explorer):
     def table(self) -> pd.DataFrame:
         """One row a trial, oldest first: steps, error (relative, of the logits), broken, why, refused (the
         package's words), text."""
-        rows = [
-            (o.steps.name, o.error, o.broken, " ".join(o.faults), " ".join(o.refusals), "".join(o.tokens))
-            for o in self.outcomes
-        ]
-        return pd.DataFrame(rows, columns=["steps", "error", "broken", "why", "refused", "text"])
+        rows = [(o.steps.name, o.error, o.broken, o.faults, o.refusals, o.tokens) for o in self.outcomes]
+        table = pd.DataFrame(rows, columns=["steps", "error", "broken", "why", "refused", "text"])
+        return table.assign(
+            **{name: table[name].map(" ".join) for name in ("why", "refused")},
+            text=table["text"].map("".join),
+        )
 
     def static(self) -> Figure:
         """The plotted trials as a matplotlib figure."""
@@ -132,9 +159,8 @@ class Invariance(Explorer):
         return figure
 
     def _compute(self, job: Job, steps: Steps, prompt: str) -> None:
-        """In the background: load the model once, try the steps, show the outcome."""
         if self.bench is None:
-            self.bench = Bench(self.loaded or loading.load_model(self.spec, self.store))
+            self.bench = Bench(self._load())
         self.status.busy(f"trying {steps.name}")
         if prompt not in self.truth:
             self.truth[prompt] = self.bench.measure(Steps(), prompt, step=job.step)
@@ -145,11 +171,3 @@ class Invariance(Explorer):
         self.plot.draw(self.outcomes)
         self.verdict.value, self.text.value = verdict_html(outcome), text_html(outcome, truth)
         self.status.say(f"{outcome.steps.name}: {'broken' if outcome.broken else 'unchanged'}")
-
-
-def invariance(
-    model: ModelSpec | None = None, *, store: Store | None = None, loaded: LoadedModel | None = None
-) -> Invariance:
-    """Switch each surgery step on and off and see the logits' error against the untouched model, and a short
-    text it generates. `loaded`, where given, is used (and changed) instead of a fresh load of `model`."""
-    return Invariance(model or ModelSpec(), store, loaded)

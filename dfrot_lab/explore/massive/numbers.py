@@ -3,14 +3,13 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
-from dfrot_lab.explore.shell.words import number
+from dfrot_lab.explore.page import number
 from dfrot_lab.model import corpus
 from dfrot_lab.model.loading import LoadedModel
 from dfrot_lab.observe import intervene, massive, residual
@@ -21,14 +20,13 @@ from dfrot_lab.show.theme import MASSIVE_COLOUR
 CELLS, COLUMNS = 49152, 192
 """Cells and columns of the heat map at most: of 256 tokens and 576 channels, three channels a cell."""
 TINY = 1e-30
+Step = Callable[[int], None]
 
 
 @dataclass(frozen=True)
 class Look:
     """A text as the model sees it: token texts, the stream x (tokens, channels) float32 before each layer,
-    and how many tokens the text has in all.
-
-    profile: the largest three |x| and the median before each layer: layer, top 1, top 2, top 3, median."""
+    how many tokens it has in all. `profile`, a row a layer: layer, top 1, top 2, top 3 (of |x|), median."""
 
     texts: list[str]
     streams: list[Tensor]
@@ -42,33 +40,22 @@ class Look:
         return max(float(self.profile["median"].iloc[layer]), TINY)
 
 
-def look(
-    loaded: LoadedModel,
-    ids: Tensor,
-    whole: int | None = None,
-    step: Callable[[int], None] = lambda _layer: None,
-) -> Look:
+def look(loaded: LoadedModel, ids: Tensor, whole: int = 0, step: Step = lambda _layer: None) -> Look:
     """One forward pass of ids (tokens,); `step` is called before each layer. ValueError for NaN or Inf."""
     with intervene.before_layers(loaded, lambda layer, _x: step(layer)):
         streams = residual.streams(loaded, ids)
-    broken = next((i for i, x in enumerate(streams) if not torch.isfinite(x).all()), None)
-    if broken is not None:
-        found = f"activations must be finite; got NaN or Inf before layer {broken}"
-        raise ValueError(f"{found}. The model is broken, or its dtype too small.")
+    profile = []
+    for layer, x in enumerate(streams):
+        if not torch.isfinite(x).all():
+            found = f"activations must be finite; got NaN or Inf before layer {layer}"
+            raise ValueError(f"{found}. The model is broken, or its dtype too small.")
+        magnitude = x.float().abs().flatten()
+        top = magnitude.topk(min(residual.TOP, len(magnitude))).values.tolist()
+        named = {f"top {n}": value for n, value in enumerate(top, 1)}
+        profile.append({"layer": layer, **named, "median": float(magnitude.median())})
     texts = [loaded.tokenizer.decode([i]) for i in ids.tolist()]
     eps = float(getattr(loaded.model.config, "rms_norm_eps", 0.0))
-    streams = [x.float() for x in streams]
-    return Look(texts, streams, _profile(streams), eps, whole or len(texts))
-
-
-def _profile(streams: list[Tensor]) -> pd.DataFrame:
-    rows = []
-    for layer, x in enumerate(streams):
-        magnitude = x.abs().flatten()
-        top = magnitude.topk(min(residual.TOP, len(magnitude))).values.tolist()
-        named = {f"top {n + 1}": value for n, value in enumerate(top)}
-        rows.append({"layer": layer, **named, "median": float(magnitude.median())})
-    return pd.DataFrame(rows)
+    return Look(texts, [x.float() for x in streams], pd.DataFrame(profile), eps, whole or len(texts))
 
 
 def typed_ids(loaded: LoadedModel, text: str, most: int) -> tuple[Tensor, int]:
@@ -101,37 +88,31 @@ def marks(seen: Look, layer: int, rule: str) -> Tensor:
 def rule_words(rule: str, channels: int) -> str:
     """A rule's threshold in words, for a model of so many channels."""
     if rule == "sun":
-        return (
-            f"|x| > {massive.SUN_ABSOLUTE:g} and at least {massive.SUN_RATIO:,.0f} \u00d7 the median |x| of "
-            "the layer (Sun et al.)"
-        )
+        least = f"|x| > {massive.SUN_ABSOLUTE:g} and at least {massive.SUN_RATIO:,.0f}"
+        return f"{least} \u00d7 the median |x| of the layer (Sun et al.)"
     if rule == "ro_vs_nr":
         return "the row's symmetric 4-bit error is no smaller under RO than unrotated (DFRot's, for Mistral)"
-    number = massive.threshold(rule)
+    limit = massive.threshold(rule)
     if rule in ROW_RULES:
-        root = number * math.sqrt(channels / massive.NR_ERROR_CHANNELS)
-        return f"root error of the row, unrotated, symmetric 4-bit, below {root:.3g} ({number:g} at C = 4096)"
-    return f"the token's largest |x| > {number:g} \u00d7 the median of all tokens' largest"
+        root = limit * math.sqrt(channels / massive.NR_ERROR_CHANNELS)
+        return f"root error of the row, unrotated, symmetric 4-bit, below {root:.3g} ({limit:g} at C = 4096)"
+    return f"the token's largest |x| > {limit:g} \u00d7 the median of all tokens' largest"
 
 
 def pooled(x: Tensor) -> tuple[Tensor, Tensor]:
     """Of at most CELLS cells (tokens, columns) the value of largest |x|, and the channel it sits in."""
     tokens, channels = x.shape
     first = torch.from_numpy(starts(tokens, channels)).long()
-    size = _pool(tokens, channels)
+    size = int(first[1]) if len(first) > 1 else channels
     padded = torch.nn.functional.pad(x, (0, len(first) * size - channels)).view(tokens, -1, size)
     place = padded.abs().argmax(2, keepdim=True)
     return padded.gather(2, place)[..., 0], (place[..., 0] + first).clamp_(max=channels - 1)
 
 
-def _pool(tokens: int, channels: int) -> int:
-    """Channels pooled to one cell."""
-    return math.ceil(channels / max(1, min(COLUMNS, channels, CELLS // tokens)))
-
-
 def starts(tokens: int, channels: int) -> np.ndarray:
     """The first channel of each pooled column (columns,)."""
-    return np.arange(0, channels, _pool(tokens, channels), dtype=np.float32)
+    size = math.ceil(channels / max(1, min(COLUMNS, channels, CELLS // tokens)))
+    return np.arange(0, channels, size, dtype=np.float32)
 
 
 def cells(seen: Look, layer: int) -> np.ndarray:
@@ -144,8 +125,8 @@ def cells(seen: Look, layer: int) -> np.ndarray:
 def token_table(seen: Look, layer: int, rule: str) -> pd.DataFrame:
     """Every token at a layer, largest first: token, text, channel, value (signed), ratio, massive."""
     channel = seen.streams[layer].abs().argmax(1).numpy()
-    massive = marks(seen, layer, rule).numpy()
-    return _largest_first(seen, layer, np.arange(len(channel)), channel, massive=massive)
+    table = _largest_first(seen, layer, np.arange(len(channel)), channel)
+    return table.assign(massive=marks(seen, layer, rule).numpy()[table["token"]])
 
 
 def channel_table(seen: Look, layer: int) -> pd.DataFrame:
@@ -155,13 +136,11 @@ def channel_table(seen: Look, layer: int) -> pd.DataFrame:
     return table[["channel", "value", "ratio", "token", "text"]]
 
 
-def _largest_first(
-    seen: Look, layer: int, token: np.ndarray, channel: np.ndarray, **more: Any
-) -> pd.DataFrame:
-    """The entries of a layer at these places: token, text, channel, value, ratio, and `more` columns."""
+def _largest_first(seen: Look, layer: int, token: np.ndarray, channel: np.ndarray) -> pd.DataFrame:
+    """The entries of a layer at these places: token, text, channel, value, ratio."""
     value = seen.streams[layer][token, channel].numpy()
     place = {"token": token, "text": [seen.texts[i] for i in token], "channel": channel}
-    table = pd.DataFrame({**place, "value": value, "ratio": np.abs(value) / seen.median(layer), **more})
+    table = pd.DataFrame({**place, "value": value, "ratio": np.abs(value) / seen.median(layer)})
     return table.sort_values("ratio", ascending=False, kind="stable", ignore_index=True)
 
 

@@ -1,8 +1,12 @@
 """Any text's residual stream, layer by layer, as a heat map or in space, its massive tokens marked."""
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
+import numpy as np
 import pandas as pd
+import plotly.graph_objects as go
 import torch
 from ipywidgets import BoundedIntText, Dropdown, HBox, IntSlider, Play, Textarea, ToggleButtons, jslink
 from matplotlib.figure import Figure
@@ -10,17 +14,16 @@ from torch import Tensor
 from traitlets import Enum, HasTraits, Int, Unicode
 
 from dfrot_lab.disk.artefacts import Store
-from dfrot_lab.explore.massive import numbers, plots
-from dfrot_lab.explore.massive.numbers import Look
-from dfrot_lab.explore.massive.plots import Heat, Profile, Space
-from dfrot_lab.explore.shell.explorer import Explorer, beside, control
-from dfrot_lab.explore.shell.job import Job
-from dfrot_lab.explore.shell.plot import GREY, Stage
-from dfrot_lab.explore.shell.words import html_table, panel
+from dfrot_lab.explore import page
+from dfrot_lab.explore.massive import numbers
+from dfrot_lab.explore.massive.numbers import Look, cells, starts
+from dfrot_lab.explore.page import GREY, Plot, label, packed, panel
+from dfrot_lab.explore.shell import Explorer, Job, beside, control
 from dfrot_lab.model import loading
 from dfrot_lab.model.loading import LoadedModel
 from dfrot_lab.observe.capture import Capture
 from dfrot_lab.recipe.specs import MASSIVE_RULES, CaptureSpec, CorpusSpec, ModelSpec
+from dfrot_lab.show.theme import MASSIVE_COLOUR
 
 TOKENS = 256
 """Tokens shown of a longer text, unless more are asked for."""
@@ -28,7 +31,103 @@ SIZES = (64, 128, 256, 512, 1024, 2048)
 ROWS = 12
 """Rows of the tables of tokens and channels."""
 HEAT, SPACE = "heat map", "3-D"
-TYPE = "type or paste a text, then look"
+BOX: dict[str, Any] = {"placeholder": "type or paste a text, then look", "layout": {"height": "72px"}}
+FLOOR = 0.01
+"""Values below this have one colour: the scale is logarithmic."""
+LINES = (
+    ("top 1", MASSIVE_COLOUR, "solid", "-"),
+    ("top 2", "#E69F00", "dash", "--"),
+    ("top 3", "#56B4E9", "dashdot", "-."),
+    ("median", "#009E73", "dot", ":"),
+)
+"""Column of a profile, its colour and its dash, in plotly's word and matplotlib's."""
+POINT = ["value", "channel", "ratio"]
+RATIO = "%{customdata[2]:,.3g} \u00d7 the median<extra></extra>"
+ABOUT = f"channel %{{customdata[1]:.0f}}: %{{customdata[0]:,.5g}}<br>{RATIO}"
+"""What every point says of itself: POINT is its customdata."""
+
+
+def logarithm(value: np.ndarray) -> np.ndarray:
+    """log10 |value|, nothing below FLOOR, float32."""
+    return np.log10(np.maximum(np.abs(value), FLOOR)).astype(np.float32)
+
+
+class Heat(Plot):
+    """The heat map: a column a token, a row a few channels; the marked tokens are diamonds over it."""
+
+    def __init__(self) -> None:
+        look: dict[str, Any] = {"hovertemplate": f"%{{x}}<br>{ABOUT}"}
+        bar = {"title": {"text": "|x|"}, "thickness": 14}
+        marker = {"symbol": "diamond-open", "size": 13, "color": MASSIVE_COLOUR, "line": {"width": 2.5}}
+        heat = go.Heatmap(colorscale="Cividis", colorbar=bar, **look)
+        marks = go.Scatter(mode="markers", marker=marker, showlegend=False, **look)
+        x = {"type": "category", "nticks": 24, "tickangle": -40, "showgrid": False, "title": "token"}
+        super().__init__([heat, marks], xaxis=x, yaxis_title="channel")
+        self._seen: Look | None = None
+
+    def draw(self, seen: Look, layer: int, marked: pd.DataFrame) -> None:
+        """A layer and its marked tokens, at once: plotly cannot draw values over another text's axes."""
+        drawn, about = cells(seen, layer), marked[POINT].to_numpy(np.float32)
+        with self.batch_update():
+            if seen is not self._seen:  # axes and colours change with the text alone
+                names = self._names = [f"{i} {label(text)}" for i, text in enumerate(seen.texts)]
+                self._seen, top = seen, np.log10(seen.profile["top 1"].max())
+                powers = list(range(int(np.log10(FLOOR)), int(np.ceil(top)) + 1))
+                ticks = {"tickvals": powers, "ticktext": [f"{10.0**power:,g}" for power in powers]}
+                look = {"y": starts(*seen.streams[0].shape), "zmin": powers[0], "zmax": powers[-1]}
+                self.data[0].update(x=names, colorbar=ticks, **look)
+                ends = [-0.5, len(names) - 0.5]
+                self.update_xaxes(categoryorder="array", categoryarray=names, range=ends)
+            self.data[0].update(z=packed(logarithm(drawn[..., 0])), customdata=packed(drawn))
+            self.data[1].update(x=[self._names[i] for i in marked["token"]], y=about[:, 1], customdata=about)
+
+
+class Space(Plot):
+    """The same in space, heights not logarithmic: a surface, the marked tokens on it as points."""
+
+    def __init__(self) -> None:
+        look: dict[str, Any] = {"hovertemplate": f"%{{text}}<br>token %{{x}}<br>{ABOUT}"}
+        marker = {"symbol": "diamond", "size": 5, "color": MASSIVE_COLOUR}
+        surface = go.Surface(colorscale="Cividis", showscale=False, **look)
+        marks = go.Scatter3d(mode="markers", marker=marker, showlegend=False, **look)
+        shape = {"aspectmode": "manual", "aspectratio": {"x": 2, "y": 1, "z": 0.8}}
+        view = page.scene("token", "channel", "|x|", camera={"eye": {"x": 1.0, "y": -2.5, "z": 0.9}}, **shape)
+        super().__init__([surface, marks], scene=view, margin=page.EDGE_TO_EDGE)
+        self._seen: Look | None = None
+
+    def draw(self, seen: Look, layer: int, marked: pd.DataFrame) -> None:
+        """As the heat map's."""
+        drawn, about = cells(seen, layer), marked[POINT].to_numpy(np.float32)
+        height, top = np.abs(drawn[..., 0]), np.abs(about[:, 0])
+        down = {"type": "data", "symmetric": False, "array": np.zeros_like(top), "arrayminus": top}
+        stems = {**down, "width": 0, "thickness": 4, "color": MASSIVE_COLOUR}
+        with self.batch_update():
+            if seen is not self._seen:  # axes and token names change with the text alone
+                self._seen, self._names = seen, page.contexts(seen.texts)
+                rows, count = starts(*seen.streams[0].shape), np.arange(len(seen.texts))
+                ticks, names = count[:: max(1, len(count) // 12)], [label(text) for text in seen.texts]
+                self.data[0].update(x=count.astype(np.float32), y=rows, text=[names] * len(rows))
+                self.layout.scene.xaxis.update(tickvals=ticks, ticktext=[f"{i} {names[i]}" for i in ticks])
+            colour = packed(logarithm(height))
+            self.data[0].update(z=packed(height), surfacecolor=colour, customdata=packed(drawn))
+            place = {"x": marked["token"].tolist(), "y": about[:, 1], "z": top}
+            about_each = {"customdata": about, "text": [self._names[i] for i in marked["token"]]}
+            self.data[1].update(**place, **about_each, error_z=stems)
+
+
+def profile_plot(go_to: Callable[[int], None]) -> Plot:
+    """The layer shown, the largest three |x| and the median by layer; a click on one calls `go_to(layer)`."""
+    look = {"line": {"color": GREY, "width": 1}, "hoverinfo": "skip", "showlegend": False}
+    traces = [go.Scatter(mode="lines", **look)]
+    for name, colour, dash, _ in LINES:
+        hover = "layer %{x}<br>%{y:,.5g}<extra>" + name + "</extra>"
+        style = {"line": {"color": colour, "dash": dash}, "marker": {"size": 5}, "mode": "lines+markers"}
+        traces.append(go.Scatter(name=name, hovertemplate=hover, **style))
+    y = {"type": "log", "exponentformat": "power", "title": "|x|"}
+    plot = Plot(traces, xaxis_title="layer", yaxis=y)
+    for line in plot.data[1:]:
+        line.on_click(lambda _trace, points, _state: go_to(int(points.xs[0])) if points.xs else None)
+    return plot
 
 
 class State(HasTraits):
@@ -37,7 +136,7 @@ class State(HasTraits):
     layer = control(Int(), IntSlider, "layer", 420)
     view = control(Enum((HEAT, SPACE), HEAT), ToggleButtons, "view", 90)
     rule = control(Enum(MASSIVE_RULES, "sun"), Dropdown, "massive by rule", 230)
-    text = control(Unicode(), Textarea, "your text", 620, placeholder=TYPE, layout={"height": "72px"})
+    text = control(Unicode(), Textarea, "your text", 620, **BOX)
     block = control(Int(0), BoundedIntText, "corpus block", 190, max=1_000_000)
     tokens = control(Int(), Dropdown, "at most tokens", 190)
 
@@ -46,50 +145,50 @@ class Massive(Explorer):
     """The widget of `massive`."""
 
     ONE, CANCELLED = "text", "cancelled; the view is as it was"
-    state: State
 
     def __init__(self, loaded: LoadedModel, acts: Capture | None, corpus: CorpusSpec, tokens: int) -> None:
         self.loaded, self.corpus = loaded, corpus
         last, middle = len(loaded.layers) - 1, len(loaded.layers) // 2
-        sizes = {"options": sorted({*SIZES, tokens})}
+        sizes = sorted({*SIZES, tokens})
         super().__init__(State(layer=middle, tokens=tokens), layer={"max": last}, tokens=sizes)
         box, number = "look at the text in the box", "look at the corpus block with this number"
         self.button("look", "look", self.look_at_text, tooltip=box, button_style="primary")
         self.button("open", "open block", self.look_at_block, tooltip=number)
-        self.button("cancel", "cancel", self.job.cancel, tooltip="stop looking; the view stays as it is")
+        self.button("cancel", "cancel", self.cancel, tooltip="stop looking; the view stays as it is")
         self.controls["play"] = Play(description="play", value=middle, max=last, interval=700)
         jslink((self.controls["play"], "value"), (self.controls["layer"], "value"))
         self.plot, self.space = Heat(), Space()
-        self.profile = Profile(lambda layer: self.state.set_trait("layer", layer))
-        self.sentence, self.words = panel(58), panel(30)
+        self.profile = profile_plot(lambda layer: self.state.set_trait("layer", layer))
+        self.sentence, self.words, self.tokens, self.channels = map(panel, (58, 30, 290, 290))
         self.text = panel(150, border=f"1px solid {GREY}", padding="4px")
-        self.tokens, self.channels = panel(290), panel(290)
-        self.stage = Stage(self.plot)
-        first = numbers.block_ids(loaded, corpus, 0, tokens) if acts is None else _ids(acts, loaded, tokens)
+        self.stage = page.Stage(self.plot)
+        if acts is None:
+            first = numbers.block_ids(loaded, corpus, 0, tokens)
+        else:
+            first = torch.tensor(acts.ids[: min(tokens, loaded.context)]), acts.tokens
         self._show(numbers.look(loaded, *first))
         self.enable()
         self.on("layer rule view", self.redraw)
-        apart = {"width": "100%", "justify_content": "space-between"}
-        self.children = [
-            self.row("text", ["look", "cancel"], [self.row("block", "open"), "tokens"]),
+        opened = self.row("text", ["look", "cancel"], [self.row("block", "open"), "tokens"])
+        above = [
+            opened,
             self.row("play", "layer", "view", "rule"),
             self.words,
             self.status.widget,
             self.sentence,
-            beside(self.stage, self.profile, shares=(66, 34)),
-            self.text,
-            HBox([self.tokens, self.channels], layout=apart),
         ]
+        seen = [beside(self.stage, self.profile, shares=(66, 34)), self.text]
+        apart = {"width": "100%", "justify_content": "space-between"}
+        self.children = [*above, *seen, HBox([self.tokens, self.channels], layout=apart)]
 
     def look_at_text(self) -> None:
         """Look at the text in the text area, off the kernel's thread."""
-        text, most = self.state.text, self.state.tokens
-        self._start(lambda: numbers.typed_ids(self.loaded, text, most))
+        self._start(partial(numbers.typed_ids, self.loaded, self.state.text, self.state.tokens))
 
     def look_at_block(self) -> None:
         """Look at the corpus block with the chosen number, off the kernel's thread."""
         block, most = self.state.block, self.state.tokens
-        self._start(lambda: numbers.block_ids(self.loaded, self.corpus, block, most))
+        self._start(partial(numbers.block_ids, self.loaded, self.corpus, block, most))
 
     def _start(self, ids_of: Callable[[], tuple[Tensor, int]]) -> None:
         def work(job: Job) -> None:
@@ -104,7 +203,6 @@ class Massive(Explorer):
         self.work("reading the text", work)
 
     def _show(self, seen: Look) -> None:
-        """A new text in all views."""
         with self._lock:
             self.seen = seen
             self.redraw()
@@ -117,16 +215,18 @@ class Massive(Explorer):
             view = self.plot if self.state.view == HEAT else self.space
             view.draw(seen, layer, self._marked())
             self.stage.turn(view)
-            self.profile.draw(seen.profile, layer)
+            lines = seen.profile
+            ends = [max(float(lines["median"].min()) / 2, FLOOR), float(lines["top 1"].max()) * 2]
+            drawn = [{"x": lines["layer"].to_numpy(), "y": lines[name].to_numpy()} for name, *_ in LINES]
+            self.profile.put({"x": [layer, layer], "y": ends}, *drawn)
             said = numbers.sentence(self.shown, layer, rule)
+            meaning = numbers.rule_words(rule, self.loaded.channels)
             self.sentence.value = f'<span class="dfrot-sentence" style="font-size:15px">{said}</span>'
-            meaning = f"{rule}: {numbers.rule_words(rule, self.loaded.channels)}"
-            self.words.value = f'<span style="color:{GREY}">{meaning}</span>'
+            self.words.value = f'<span style="color:{GREY}">{rule}: {meaning}</span>'
             self.text.value = numbers.text_spans(self.shown)
-            tokens = self.shown.head(ROWS).drop(columns="massive")
-            channels = numbers.channel_table(seen, layer).head(ROWS)
-            self.tokens.value = html_table(tokens, f"Largest tokens at layer {layer}")
-            self.channels.value = html_table(channels, f"Largest channels at layer {layer}")
+            tokens, channels = self.shown.drop(columns="massive"), numbers.channel_table(seen, layer)
+            self.tokens.value = page.html_table(tokens.head(ROWS), f"Largest tokens at layer {layer}")
+            self.channels.value = page.html_table(channels.head(ROWS), f"Largest channels at layer {layer}")
             shown = f"{len(seen.texts):,}"
             part = f"the first {shown} of {seen.whole:,}" if seen.whole > len(seen.texts) else shown
             self.status.say(f"{part} tokens, layer {layer}, median |x| {seen.median(layer):.3g}")
@@ -136,17 +236,29 @@ class Massive(Explorer):
         return self.shown.copy()
 
     def _marked(self) -> pd.DataFrame:
-        """The rows of massive tokens, in the text's order."""
         return self.shown[self.shown["massive"]].sort_values("token")
 
     def static(self) -> Figure:
         """The heat map and the profile as a matplotlib figure."""
-        return plots.static(self.seen, self.state.layer, self._marked(), self.state.rule)
-
-
-def _ids(acts: Capture, loaded: LoadedModel, tokens: int) -> tuple[Tensor, int]:
-    """The first token ids of a capture, and how many it has."""
-    return torch.tensor(acts.ids[: min(tokens, loaded.context)]), acts.tokens
+        seen, layer, marked, rule = self.seen, self.state.layer, self._marked(), self.state.rule
+        size: dict[str, Any] = {"size": (11, 4), "layout": "constrained", "width_ratios": (2, 1)}
+        with page.drawing(2, **size) as (drawn, (left, right)):
+            tokens, channels = seen.streams[layer].shape
+            edges = (-0.5, tokens - 0.5, channels - 0.5, -0.5)
+            heights = logarithm(cells(seen, layer)[..., 0])
+            image = left.imshow(heights, aspect="auto", cmap="cividis", extent=edges)
+            left.grid(visible=False)
+            left.set(xlabel="token", ylabel="channel", title=f"log10 |residual stream| before layer {layer}")
+            hollow = {"marker": "D", "facecolors": "none", "edgecolors": MASSIVE_COLOUR}
+            left.scatter(marked["token"], marked["channel"], label=f"massive by {rule}", **hollow)
+            left.legend(loc="upper right", fontsize=8)
+            drawn.colorbar(image, ax=left)
+            for name, colour, _, dash in LINES:
+                right.plot(seen.profile["layer"], seen.profile[name], c=colour, ls=dash, label=name)
+            right.axvline(layer, c=GREY, lw=1)
+            right.set(yscale="log", xlabel="layer", ylabel="|residual stream|")
+            right.legend(fontsize=8)
+        return drawn
 
 
 def massive(
@@ -158,12 +270,9 @@ def massive(
     tokens: int = TOKENS,
 ) -> Massive:
     """A widget that shows the residual stream |x| (tokens, channels) before each layer of `model`, for any
-    text, and its massive tokens.
-
-    It opens on the first `tokens` tokens of `acts`, or of the calibration text (`corpus`); model and corpus
-    are those of `acts` unless given. The widget has `table()` (one row a token at the layer shown),
-    `static()` (a matplotlib figure), `state`, `controls`, `status`, `plot` and `space`. Raises ValueError for
-    a model or a corpus that cannot be used."""
+    text, and its massive tokens; at first for `tokens` tokens of `acts`, or of the calibration text
+    (`corpus`). Model and corpus are those of `acts` unless given. ValueError where they cannot be used. It
+    has `table()` (one row a token at the layer shown) and `static()` (a matplotlib figure)."""
     made_by = CaptureSpec() if acts is None else acts.spec
     loaded = loading.load_model(model or made_by.model, store)
     return Massive(loaded, acts, corpus or made_by.corpus, tokens)

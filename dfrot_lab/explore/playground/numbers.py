@@ -44,8 +44,7 @@ def by_angles(degrees: Sequence[float]) -> Tensor:
     if len(degrees) not in (1, 3):
         rule = "must be one angle (2 channels) or three (3 channels)"
         raise ValueError(f"by_angles.degrees {rule}; got {len(degrees)}")
-    dims = 2 if len(degrees) == 1 else 3
-    first, second, third = [*degrees, 0, 0][:3]
+    dims, (first, second, third) = 2 if len(degrees) == 1 else 3, [*degrees, 0, 0][:3]
     turn = Rotation.from_euler("XYZ", [third, -second, first], degrees=True)  # of columns, the last first
     return torch.from_numpy(turn.inv().as_matrix()[:dims, :dims].copy())
 
@@ -88,12 +87,6 @@ def expected(snr: float, channels: int, quantizer: QuantSpec) -> dict[str, float
         return dict.fromkeys(KINDS, math.nan)
     m, sigma = theory.unit_rms(snr, channels)
     return {kind: theory.PREDICT[kind](m, sigma, channels, quantizer) for kind in KINDS}
-
-
-def expected_real(x: Tensor, quantizer: QuantSpec) -> dict[str, float]:
-    """The same for a real token x (channels,): its largest entries are the spikes, the rest is the noise."""
-    predicted = planted.predict(x[None], quantizer, spikes=SPIKES).iloc[0]
-    return {kind: float(predicted[kind]) for kind in KINDS}
 
 
 def why(found: pd.DataFrame, predicted: dict[str, float]) -> pd.DataFrame:

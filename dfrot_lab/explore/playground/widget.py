@@ -3,36 +3,138 @@ what it is."""
 
 import html
 import math
+from collections.abc import Mapping
+from itertools import product
+from typing import Any
 
 import ipywidgets as widgets
+import numpy as np
 import pandas as pd
+import plotly.graph_objects as go
 from matplotlib.figure import Figure
 from torch import Tensor
 from traitlets import Bool, Enum, Float, HasTraits, Int
 
 from dfrot_lab.disk.artefacts import Store
-from dfrot_lab.explore.playground import numbers, plots
-from dfrot_lab.explore.shell.explorer import Explorer, beside, control
-from dfrot_lab.explore.shell.job import Job
-from dfrot_lab.explore.shell.offers import levels
-from dfrot_lab.explore.shell.plot import Stage, drawing
+from dfrot_lab.explore.page import GREY, TABLE, Plot, Stage, drawing, levels, lines_at, scene
+from dfrot_lab.explore.playground import numbers
+from dfrot_lab.explore.playground.numbers import KINDS
+from dfrot_lab.explore.shell import Explorer, Job, beside, control
+from dfrot_lab.maths import planted
 from dfrot_lab.maths.quantizers import fake_quantize
 from dfrot_lab.observe.capture import capture
 from dfrot_lab.recipe.specs import CaptureSpec, QuantSpec
 from dfrot_lab.show.markup import visible
-from dfrot_lab.show.theme import COLOURS
+from dfrot_lab.show.theme import COLOURS, MASSIVE_COLOUR
 
 ANGLE = {"min": 0, "max": 180, "step": 1, "readout_format": ".0f"}
 SPIKE = {"min": -0.5, "max": 2, "step": 0.05, "readout_format": ".2f"}
 DIMS = [("2 channels", 2), ("3 channels", 3)]
-WHOSE = [("planted", "planted"), ("token 0 of the model", "model")]
+WHOSE = {"options": [("planted", "planted"), ("token 0 of the model", "model")]}
 SIZES = (4, 16, 64, 576)
 FINE = 0.1
 """Degrees between points of the error's curve: at whole degrees its zeros are missed."""
+READING = """range <b>{range:.3f}</b> &nbsp; step <b>{step:.3f}</b> &nbsp; error <b>{error:.4f}</b> &nbsp; \
+not rotated: {unrotated:.4f} (ratio {change:.2f})"""
 REASONS = """<b>NR</b>: the spike sets the step; noise below half a step is lost, C\u03c3\u00b2 in all.<br>
 <b>RO</b>: the entries become Gaussian, whatever the token was; the largest of C sets the step, and the error
 is C step\u00b2/12.<br>
 <b>RH</b>: the spike becomes \u00b1m/\u221aC everywhere; only the noise about these two levels is rounded."""
+FEW = f"Below {numbers.FEWEST} channels there is no closed form: each entry then moves the step itself."
+HEADS = {"low": "least of the seeds", "high": "most", "predicted": "closed form"}
+COLOUR = {**COLOURS, "NR": GREY}
+"""NR's dark grey would be lost on a dark page."""
+GRID = "rgba(128,128,128,0.45)"
+LINE = {"color": GRID, "width": 1}
+SPOT = {"mode": "markers"}
+
+
+class Turned(Plot):
+    """A token in 2 or 3 channels, its grid (in 3: on the axes and about the token) and its error."""
+
+    def __init__(self, dims: int) -> None:
+        flat = dims == 2
+        scatter, size, width = (go.Scatter, 11, 3) if flat else (go.Scatter3d, 6, 7)
+        blue = {"color": COLOUR["RH"]}
+        grid = {"mode": "lines", "line": LINE} if flat else {**SPOT, "marker": {"size": 1.5, "color": GREY}}
+        hand = {"mode": "lines+markers", "line": {**blue, "width": width - 1}}
+        traces = [
+            scatter(name="grid", hoverinfo="skip", **grid),
+            scatter(name="not turned", marker={"symbol": "circle-open", "size": size, "color": GREY}, **SPOT),
+            scatter(name="turned", marker={"size": [0, size + 1], **blue}, **hand),
+            scatter(name="rounded", marker={"symbol": "x", "size": size, "color": COLOUR["RO"]}, **SPOT),
+            scatter(name="error", mode="lines", line={"color": MASSIVE_COLOUR, "width": width}),
+        ]
+        if flat:
+            x, y = {"title": "channel 0", "showgrid": False}, {"title": "channel 1", "showgrid": False}
+            super().__init__(traces, xaxis=x, yaxis={**y, "scaleanchor": "x"})
+        else:
+            space = scene("channel 0", "channel 1", "channel 2", aspectmode="cube", uirevision="kept")
+            super().__init__(traces, scene=space, margin={"l": 0, "r": 0, "b": 0})
+
+    def draw(self, x: Tensor, y: Tensor, point: Tensor, levels: Tensor) -> None:
+        """The token x (2 or 3,), turned to y and rounded to `point`, on the grid of `levels`."""
+        reach, flat = 1.25 * float(x.norm()), len(x) == 2
+        if flat:
+            at, along = lines_at(levels, -reach, reach)
+            grid = np.concatenate([np.stack([at, along], 1), np.stack([along, at], 1)])
+        else:
+            above = np.searchsorted(levels.numpy(), y.numpy()).clip(1, len(levels) - 1)
+            about = list(product(*(levels[i - 1 : i + 1].tolist() for i in above)))
+            grid = np.concatenate([*(np.outer(levels, axis) for axis in np.eye(3)), about])
+        parts = [grid, x[None], np.stack([0 * y, y]), point[None], np.stack([y, point])]
+        holder = self.layout if flat else self.layout.scene
+        with self.batch_update():
+            for trace, part in zip(self.data, parts, strict=True):
+                trace.update(dict(zip("xyz", np.asarray(part).T, strict=False)))
+            for name in "xyz"[: len(x)]:
+                holder[f"{name}axis"].range = [-reach, reach]
+
+
+def swept() -> Plot:
+    """The plot of the error at every first angle, and of where the hand is."""
+    line = {"line": {"color": COLOUR["DFRot"], "width": 2}, "name": "error at each angle"}
+    now = {"marker": {"size": 12, "color": MASSIVE_COLOUR}, "name": "now"}
+    x = {"title": "angle 0-1 (degrees)", "range": [0, 180], "dtick": 45}
+    y = {"title": "squared error", "rangemode": "tozero"}
+    plot = Plot([go.Scatter(mode="lines", **line), go.Scatter(**now, **SPOT)], xaxis=x, yaxis=y)
+    plot.add_vline(x=45, line_dash="dot", line_color=GREY, annotation_text="45\u00b0: Hadamard")
+    return plot
+
+
+class Values(Plot):
+    """A token's values under NR, RO and RH, one below the other, each on its own grid."""
+
+    def __init__(self) -> None:
+        traces, axes = [], dict[str, Any]()
+        for i, kind in enumerate(KINDS):
+            axis = {"yaxis": f"y{i + 1}"}
+            bars = {"color": COLOUR[kind], "line": {"width": 0}}
+            traces.append(go.Scatter(mode="lines", line=LINE, hoverinfo="skip", **axis))
+            traces.append(go.Bar(marker=bars, name=kind, **axis))
+            place = {"domain": [0.69 - 0.345 * i, 0.98 - 0.335 * i], "title": {"text": kind}}
+            axes[f"yaxis{i + 1}"] = {**place, "showgrid": False, "zerolinecolor": GRID, "automargin": True}
+        x = {"title": "channel (lines: the grid; seed 0)", "anchor": "y3"}
+        super().__init__(traces, bargap=0, showlegend=False, xaxis=x, **axes)
+
+    def draw(self, turned: Mapping[str, Tensor], levels: Mapping[str, Tensor]) -> None:
+        """The token (channels,) and the grid's levels under each kind."""
+        with self.batch_update():
+            for grid, bars, kind in zip(self.data[::2], self.data[1::2], KINDS, strict=True):
+                channels = len(turned[kind])
+                grid.y, grid.x = lines_at(levels[kind], -0.5, channels - 0.5)
+                bars.x, bars.y = np.arange(channels), turned[kind].numpy()
+            self.layout.xaxis.range = [-0.5, channels - 0.5]
+
+
+def compared() -> Plot:
+    """The plot of the error of each matrix, and of the closed form's."""
+    dash = {"symbol": "line-ew", "size": 44, "line": {"width": 3, "color": MASSIVE_COLOUR}}
+    found = {"marker": {"size": 10, "opacity": 0.75}, "name": "measured, a point a seed"}
+    x = {"title": "rotation", "type": "category", "range": [-0.6, 2.6]}
+    y = {"title": "squared error of the token", "rangemode": "tozero"}
+    traces = [go.Scatter(**found, **SPOT), go.Scatter(marker=dash, name="closed form", **SPOT)]
+    return Plot(traces, xaxis=x, yaxis=y)
 
 
 class State(HasTraits):
@@ -46,9 +148,7 @@ class State(HasTraits):
     angle = control(Float(0.0), widgets.FloatSlider, "Angle 0-1", 340, **ANGLE)
     angle_02 = control(Float(0.0), widgets.FloatSlider, "Angle 0-2", 340, **ANGLE)
     angle_12 = control(Float(0.0), widgets.FloatSlider, "Angle 1-2", 340, **ANGLE)
-    source = control(
-        Enum(("planted", "model"), "planted"), widgets.ToggleButtons, "Spike", 160, options=WHOSE
-    )
+    source = control(Enum(("planted", "model"), "planted"), widgets.ToggleButtons, "Spike", 160, **WHOSE)
     channels = control(Enum(SIZES, 576), widgets.Dropdown, "Channels")
 
     @property
@@ -67,53 +167,28 @@ class State(HasTraits):
         return numbers.hand_token(self.snr, self.dims, self.seed)
 
 
-def reading_html(found: dict[str, float]) -> str:
-    """Range, step and errors as one line."""
-    change = found["error"] / found["unrotated"] if found["unrotated"] else math.nan
-    return (
-        f"range <b>{found['range']:.3f}</b> &nbsp; step <b>{found['step']:.3f}</b> &nbsp; error "
-        f"<b>{found['error']:.4f}</b> &nbsp; not rotated: {found['unrotated']:.4f} (ratio {change:.2f})"
-    )
-
-
-def why_html(table: pd.DataFrame, what: str) -> str:
-    """The closed form beside the measured errors, and its reason in words."""
-    heads = {"low": "least of the seeds", "high": "most", "predicted": "closed form"}
-    shown = table.rename(columns=heads).to_html(
-        index=False, border=0, na_rep="none", classes=["dfrot-table"], float_format=lambda x: f"{x:.3f}"
-    )
-    few = f"Below {numbers.FEWEST} channels there is no closed form: each entry then moves the step itself."
-    more = few if table["predicted"].isna().any() else ""
-    words = f"<div>Why ({html.escape(what)}):<br>{REASONS}<br>{more}</div>"
-    return f'<div style="display:flex;gap:24px;flex-wrap:wrap">{shown}{words}</div>'
-
-
 class Playground(Explorer):
-    """The widget of `playground`: by hand (hand, space, sweep), and in many channels (values, errors)."""
+    """Rotate a spike by hand in 2 or 3 channels (hand, space, sweep) and watch grid, range and error; then RO
+    and RH in 4 to 576 channels (values, errors) beside the closed form. `spec` says which model's token 0 is
+    shown on demand, at its middle site, from the store or recorded in the background."""
 
-    state: State
-
-    def __init__(self, spec: CaptureSpec, store: Store | None) -> None:
+    def __init__(self, spec: CaptureSpec | None = None, store: Store | None = None) -> None:
         super().__init__(State())
-        self.spec, self.store = spec, store
+        self.spec, self.store, self.model_name = spec or CaptureSpec(), store, ""
         self.model_token: Tensor | None = None
-        self.model_name = ""
-        self.hand, self.space, self.sweep = plots.Turned(2), plots.Turned(3), plots.Swept()
-        self.values, self.errors = plots.Values(), plots.Errors()
-        self.stage = Stage(self.hand)
+        self.hand, self.space, self.sweep = Turned(2), Turned(3), swept()
+        self.values, self.errors, self.stage = Values(), compared(), Stage(self.hand)
         self.read, self.why = (widgets.HTML(layout={"min_height": high}) for high in ("28px", "130px"))
-        self.children = [
-            self.row("snr", "seed", "bits", "symmetric"),
-            widgets.HTML("<b>1. By hand:</b> turn the token, watch its grid"),
+        first = widgets.HTML("<b>1. By hand:</b> turn the token, watch its grid")
+        second = widgets.HTML("<b>2. Many channels:</b> the same spike, turned by matrices")
+        hand = [
+            first,
             self.row("dims", "angle", "angle_02", "angle_12"),
             beside(self.stage, self.sweep),
             self.read,
-            widgets.HTML("<b>2. Many channels:</b> the same spike, turned by matrices"),
-            self.row("source", "channels"),
-            beside(self.values, self.errors),
-            self.why,
-            self.status.widget,
         ]
+        many = [second, self.row("source", "channels"), beside(self.values, self.errors), self.why]
+        self.children = [self.row("snr", "seed", "bits", "symmetric"), *hand, *many, self.status.widget]
         self.on("dims angle angle_02 angle_12 snr seed bits symmetric", self._turn)
         self.on("channels snr seed bits symmetric", self._spread)
         self.on("source", self._choose)
@@ -134,8 +209,9 @@ class Playground(Explorer):
     def table(self) -> pd.DataFrame:
         """The second part: one row a rotation, measured beside the closed form (`numbers.why`)."""
         x, quantizer = self.token(), self.state.quantizer
-        planted = numbers.expected(self.state.snr, len(x), quantizer)
-        predicted = numbers.expected_real(x, quantizer) if x is self.model_token else planted
+        predicted: Any = numbers.expected(self.state.snr, len(x), quantizer)
+        if x is self.model_token:  # its largest entries are the spikes, the rest is the noise
+            predicted = planted.predict(x[None], quantizer, spikes=numbers.SPIKES).iloc[0].to_dict()
         return numbers.why(numbers.measured(x, quantizer), predicted)
 
     def static(self) -> Figure:
@@ -154,29 +230,34 @@ class Playground(Explorer):
         return figure
 
     def _turn(self) -> None:
-        """Redraw the first part."""
-        state, x = self.state, self.state.token
+        state, x, found = self.state, self.state.token, self.reading()
         flat = state.dims == 2
         for name in ("angle_02", "angle_12"):
             self.controls[name].disabled = flat
         shown = self.hand if flat else self.space
         y = x @ numbers.by_angles(state.degrees)
-        point, found = fake_quantize(y[None], state.quantizer)[0], self.reading()
-        shown.draw(x, y, point, levels(y, state.quantizer))
+        shown.draw(x, y, fake_quantize(y[None], state.quantizer)[0], levels(y, state.quantizer))
         self.stage.turn(shown)
         line = numbers.sweep(x, state.degrees, state.quantizer, FINE)
-        self.sweep.draw(line, state.angle, found["error"])
-        self.read.value = reading_html(found)
+        now = {"x": [state.angle], "y": [found["error"]]}
+        self.sweep.put({"x": line["angle"], "y": line["error"]}, now)
+        change = found["error"] / found["unrotated"] if found["unrotated"] else math.nan
+        self.read.value = READING.format(**found, change=change)
 
     def _spread(self) -> None:
-        """Redraw the second part."""
         x, quantizer, table = self.token(), self.state.quantizer, self.table()
         own = x is self.model_token
         self.controls["channels"].disabled = own
-        turned = {kind: x @ numbers.matrix(kind, 0, len(x)) for kind in numbers.KINDS}
+        turned = {kind: x @ numbers.matrix(kind, 0, len(x)) for kind in KINDS}
         self.values.draw(turned, {kind: levels(y, quantizer) for kind, y in turned.items()})
-        self.errors.draw(numbers.measured(x, quantizer), table)
-        self.why.value = why_html(table, self.model_name if own else f"a planted spike in {len(x)} channels")
+        found = numbers.measured(x, quantizer)
+        points = {"x": found["rotation"], "y": found["error"], "text": [f"seed {n}" for n in found["seed"]]}
+        points["marker"] = {"color": found["rotation"].map(COLOUR).tolist()}
+        self.errors.put(points, {"x": table["rotation"], "y": table["predicted"]})
+        shown = table.rename(columns=HEADS).to_html(na_rep="none", float_format="{:.3f}".format, **TABLE)
+        about = html.escape(self.model_name if own else f"a planted spike in {len(x)} channels")
+        words = f"<div>Why ({about}):<br>{REASONS}<br>{FEW if table['predicted'].isna().any() else ''}</div>"
+        self.why.value = f'<div style="display:flex;gap:24px;flex-wrap:wrap">{shown}{words}</div>'
 
     def _choose(self) -> None:
         """The model's spike is opened in the background at the first look."""
@@ -198,10 +279,3 @@ class Playground(Explorer):
             return ""
         self._spread()
         return f"The model's spike: {self.model_name}"
-
-
-def playground(spec: CaptureSpec | None = None, store: Store | None = None) -> Playground:
-    """Rotate a spike by hand in 2 or 3 channels and watch grid, range and error; then RO and RH in 4 to 576
-    channels beside the closed form. `spec` says which model's token 0 is shown on demand, at its middle site,
-    from the store or recorded in the background."""
-    return Playground(spec or CaptureSpec(), store)

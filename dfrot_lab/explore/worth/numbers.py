@@ -8,9 +8,7 @@ import numpy as np
 import pandas as pd
 
 from dfrot_lab.disk.artefacts import Store
-from dfrot_lab.explore.shell import offers
-from dfrot_lab.explore.shell.offers import FULL
-from dfrot_lab.explore.shell.words import duration
+from dfrot_lab.explore.page import TABLE
 from dfrot_lab.recipe.specs import RELEASED_KEEP_OUT, Recipe
 from dfrot_lab.score import perplexity
 from dfrot_lab.score.perplexity import EvalResult
@@ -18,22 +16,25 @@ from dfrot_lab.show.markup import safe
 from dfrot_lab.study import cost, main, paper
 from dfrot_lab.study.setting import Setting
 
+FULL = "16-16-16"
+BITS = (FULL, "16-4-16", "4-8-16", *main.BITS[1:])
 KEPT = {"none": None, RELEASED_KEEP_OUT: RELEASED_KEEP_OUT}
 """Which massive tokens pass unquantized: none, or those the released code's rule finds."""
 DIFFERENCE = ["minus_rh", "minus_rh_low", "minus_rh_high"]
-COLUMNS = ["rotation", "kept_out", "row", "bits", "weights", "perplexity", "low", "high", *DIFFERENCE]
-
+FOUND = ["perplexity", "low", "high"]
+COLUMNS = ["rotation", "kept_out", "row", "bits", "weights", *FOUND, *DIFFERENCE, "windows", "stored"]
 Lookup = Callable[[Recipe], EvalResult | None]
+References = Mapping[str, EvalResult | None]
 
 
 def specs_of(
     setting: Setting, names: Sequence[str], bits: Sequence[str], weights: str, keep_out: Sequence[str | None]
 ) -> list[Recipe]:
     """The rows picked, those that share a built model side by side; one row at 16-16-16."""
-    found = [offers.row(setting, "NR", FULL, weights=weights)] if FULL in bits else []
+    found = [setting.row(FULL, setting.method("NR"), weights=weights)] if FULL in bits else []
     rows = [(b, kept) for b in bits if b != FULL for kept in keep_out]
-    for name in names:
-        found += [offers.row(setting, name, b, weights=weights, keep_out=kept) for b, kept in rows]
+    for method in map(setting.method, names):
+        found += [setting.row(b, method, weights=weights, keep_out=kept) for b, kept in rows]
     return found
 
 
@@ -43,11 +44,6 @@ class Tally:
     def __init__(self, costs: list[float], scoring: float) -> None:
         self.costs, self.scoring = costs, scoring
         self.done, self.part, self.started = 0, 0.0, time.perf_counter()
-
-    @classmethod
-    def of(cls, specs: Sequence[Recipe], store: Store) -> "Tally":
-        """The tally of rows that are missing."""
-        return cls(cost.seconds(specs, store), cost.scoring(specs[0]).seconds(cost.TWO_CORES))
 
     def at(self, part: str, done: int, total: int) -> None:
         """`done` of `total` layers of weights, or windows, of the row being made."""
@@ -74,30 +70,25 @@ def said(missing: Sequence[Recipe], store: Store) -> str:
     """Which rows are not stored and about how long they take."""
     if not missing:
         return "All rows that are picked are stored."
-    names = "; ".join(main.row_name(spec) for spec in missing)
-    return f"Not stored: {names}. To compute: about {duration(sum(cost.seconds(missing, store)))} on 2 cores."
+    names, takes = "; ".join(map(main.row_name, missing)), cost.duration(sum(cost.seconds(missing, store)))
+    return f"Not stored: {names}. To compute: about {takes} on 2 cores."
 
 
-def rows_table(
-    specs: Sequence[Recipe], lookup: Lookup, references: Mapping[str, EvalResult | None]
-) -> pd.DataFrame:
-    """A line a row, its 95% interval, the paired difference to RH, windows, stored or not."""
+def rows_table(specs: Sequence[Recipe], lookup: Lookup, references: References) -> pd.DataFrame:
+    """COLUMNS, a line a row: with its 95% interval, and its paired difference to RH, `references` by bits."""
     lines = []
     for spec in specs:
-        result, kept, quantized = lookup(spec), spec.keep_out is not None, spec.weights.quantizer.bits < 16
-        about = (spec.rotation.name, kept, main.row_label(spec), spec.bits)
-        weights = spec.weights.method if quantized else None
-        found = (result.perplexity, *result.ci95) if result else (math.nan,) * 3
-        difference = _difference(result, references.get(spec.bits))
+        result, reference = lookup(spec), references.get(spec.bits)
+        about = (spec.rotation.name, spec.keep_out is not None, main.row_label(spec), spec.bits)
+        weights = spec.weights.method if spec.weights.quantizer.bits < 16 else None
+        found, difference = [math.nan] * 3, [math.nan] * 3
+        if result:
+            found = [result.perplexity, *result.ci95]
+        if result and reference and result.spec != reference.spec and spec.bits != FULL:
+            value, ends = perplexity.paired_difference(result, reference)
+            difference = [value, *ends]
         lines.append((*about, weights, *found, *difference, spec.windows, result is not None))
-    return pd.DataFrame(lines, columns=[*COLUMNS, "windows", "stored"])
-
-
-def _difference(result: EvalResult | None, reference: EvalResult | None) -> tuple[float, float, float]:
-    if result is None or reference is None or result.spec == reference.spec or result.spec.bits == FULL:
-        return math.nan, math.nan, math.nan
-    value, (low, high) = perplexity.paired_difference(result, reference)
-    return value, low, high
+    return pd.DataFrame(lines, columns=COLUMNS)
 
 
 def paper_table(specs: Sequence[Recipe], lookup: Lookup) -> pd.DataFrame:
@@ -124,11 +115,10 @@ def interval(value: float, low: float, high: float) -> str:
 def shown(table: pd.DataFrame) -> str:
     """The rows as an HTML table."""
     view = pd.DataFrame({"row": table["row"], "bits": table["bits"], "weights": table["weights"].fillna("")})
-    columns = {"perplexity [95%]": ["perplexity", "low", "high"], "minus RH [95%]": DIFFERENCE}
-    for title, names in columns.items():
+    for title, names in (("perplexity [95%]", FOUND), ("minus RH [95%]", DIFFERENCE)):
         view[title] = [interval(*values) for values in table[names].itertuples(index=False)]
     stored = table["stored"].map({True: "yes", False: "no"})
-    return _html(view.assign(windows=table["windows"], stored=stored))
+    return view.assign(windows=table["windows"], stored=stored).to_html(**TABLE)
 
 
 def shown_paper(beside: pd.DataFrame, text: str) -> str:
@@ -138,9 +128,5 @@ def shown_paper(beside: pd.DataFrame, text: str) -> str:
     if beside.empty:
         return "The paper's numbers are in a checkout's data/paper only."
     mine = beside["ours"].map(lambda v: "" if pd.isna(v) else f"{v:,.2f}")
-    may = f"Ours is on {safe(text)}: other models, so compare the order and the gaps."
-    return f"{may}{_html(beside.assign(ours=mine).fillna(''))}"
-
-
-def _html(table: pd.DataFrame) -> str:
-    return str(table.to_html(index=False, escape=True, border=0, classes="dfrot-table"))
+    said = f"Ours is on {safe(text)}: other models, so compare the order and the gaps."
+    return said + beside.assign(ours=mine).fillna("").to_html(**TABLE)

@@ -1,36 +1,90 @@
 """What is a rotation worth: stored perplexities are shown at once, the rest is computed on a button."""
 
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pandas as pd
+import plotly.graph_objects as go
 from ipywidgets import BoundedIntText, Dropdown, FloatProgress, SelectMultiple, ToggleButtons
 from matplotlib.figure import Figure
 from traitlets import Enum, HasTraits, Int, Tuple, Unicode
 
 from dfrot_lab.disk.artefacts import Store
-from dfrot_lab.explore.shell import offers
-from dfrot_lab.explore.shell.explorer import Explorer, beside, control
-from dfrot_lab.explore.shell.job import Job
-from dfrot_lab.explore.shell.offers import BITS, FULL
-from dfrot_lab.explore.shell.words import duration, panel
+from dfrot_lab.explore.page import CLEAR, GREY, Plot, panel, plain
+from dfrot_lab.explore.shell import Explorer, Job, beside, control
 from dfrot_lab.explore.worth import numbers
-from dfrot_lab.explore.worth.numbers import KEPT, Tally
-from dfrot_lab.explore.worth.plots import Bars
+from dfrot_lab.explore.worth.numbers import BITS, DIFFERENCE, FULL, KEPT, Tally, interval
 from dfrot_lab.maths import tables
 from dfrot_lab.model import corpus
+from dfrot_lab.recipe import registry
 from dfrot_lab.recipe.specs import Recipe
 from dfrot_lab.score import perplexity, rows
 from dfrot_lab.score.perplexity import EvalResult
 from dfrot_lab.show import figures
-from dfrot_lab.study import main
+from dfrot_lab.show.theme import COLOURS
+from dfrot_lab.study import cost, main
 from dfrot_lab.study.setting import Setting
 
 LLAMA = {"LLaMA": ("7B", "13B", "30B"), "LLaMA2": ("7B", "13B", "70B"), "LLaMA3": ("8B", "70B")}
 LLAMAS = [f"{name}-{size}" for name, sizes in LLAMA.items() for size in sizes]
 PAPER_MODELS = (*LLAMAS, "Mistral-7B-v0.3", "QWen2-7B")
 SEVERAL = {"rows": 5, "tooltip": "several: hold Ctrl or Shift"}
+DOTTED = {"dash": "dot", "color": GREY, "width": 1.5}
+
+
+class Bars(Plot):
+    """A trace for each rotation, filled, and hollow with massive tokens kept out."""
+
+    def __init__(self) -> None:
+        error: dict[str, Any] = {"type": "data", "symmetric": False, "color": GREY}
+        text = {"textposition": "inside", "textangle": -90, "insidetextanchor": "start"}
+        look = {**text, "error_y": error, "visible": False, "hovertemplate": "%{customdata}<extra></extra>"}
+        bars = []
+        for name in registry.rows():
+            colour = COLOURS.get(name, GREY)
+            line, white = {"color": colour, "width": 2}, {"color": "#ffffff"}
+            bars.append(go.Bar(look, name=name, marker={"color": colour, "line": line}, insidetextfont=white))
+            hollow = {"marker": {"color": CLEAR, "line": line}, "insidetextfont": {"color": GREY}}
+            bars.append(go.Bar(look, name=f"{name}, kept out", **hollow))
+        gaps: dict[str, Any] = {"barmode": "group", "bargap": 0.2, "bargroupgap": 0.08, "margin": {"t": 96}}
+        title, x = {"y": 0.96, "font": {"size": 13}}, {"type": "category"}
+        super().__init__(bars, title=title, xaxis=x, yaxis_title="perplexity", **gaps)
+
+    def draw(self, table: pd.DataFrame, title: str) -> None:
+        """The stored rows of `rows_table`; a value far above the best is cut off at the top and written."""
+        rows = table[(table["bits"] != FULL) & table["stored"]]
+        exact = table.loc[(table["bits"] == FULL) & table["stored"], "perplexity"].tolist()
+        near = rows[rows["perplexity"] <= figures.FAR * rows["perplexity"].min()]
+        top = 1.08 * float(max([*near["high"].fillna(near["perplexity"]), *exact, 1.0]))
+        across = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "line": DOTTED}
+        with self.batch_update():
+            for trace in self.data:
+                _draw_bar(trace, rows[rows["row"] == trace.name], top)
+            self.layout.xaxis.categoryarray = [b for b in BITS if b in set(rows["bits"])]
+            self.layout.yaxis.range = [0, top]
+            self.layout.shapes = [{**across, "y0": y, "y1": y} for y in exact]
+            self.layout.title.text = title + "".join(f"<br>dotted: full precision, {y:.2f}" for y in exact)
+
+
+def _draw_bar(trace: Any, rows: pd.DataFrame, top: float) -> None:
+    value, far = rows["perplexity"].to_numpy(), (rows["perplexity"] > top).to_numpy()
+    trace.x, trace.y = rows["bits"].tolist(), np.minimum(value, top).tolist()
+    trace.error_y.array = np.where(far, 0, np.nan_to_num(rows["high"] - value)).tolist()
+    trace.error_y.arrayminus = np.where(far, 0, np.nan_to_num(value - rows["low"])).tolist()
+    trace.text = [f"{v:,.0f}, off the scale" if v > top else f"{v:.2f}" for v in value]
+    trace.customdata = [_hover(row) for row in rows.to_dict("records")]
+    trace.visible = bool(len(rows))
+
+
+def _hover(row: Mapping[Any, Any]) -> str:
+    found = interval(row["perplexity"], row["low"], row["high"])
+    lines = [f"{plain(row['row'])} at {row['bits']}: {found}"]
+    if difference := interval(*(row[name] for name in DIFFERENCE)):
+        lines.append(f"minus RH: {difference}")
+    return "<br>".join([*lines, f"{row['windows']} windows"] if row["windows"] else lines)
 
 
 class State(HasTraits):
@@ -46,41 +100,29 @@ class State(HasTraits):
 
 
 class Worth(Explorer):
-    """The widget of `worth`; `missing` are the rows that are picked and not stored."""
+    """What the rotations are worth end to end: stored rows at once, those picked and not stored (`missing`)
+    timed, and computed on a button."""
 
-    ONE, CANCELLED = "computation", "Stopped. What is finished is kept: the button goes on from there"
-    state: State
+    ONE, STOPPING = "computation", "stopping at the end of this window"
+    CANCELLED = "Stopped. What is finished is kept: the button goes on from there"
 
-    def __init__(self, setting: Setting, store: Store) -> None:
-        self.setting, self.store = setting, store
+    def __init__(self, setting: Setting | None = None, store: Store | None = None) -> None:
+        self.setting = setting = (setting or Setting.of_profile()).resolved()
+        self.store = store or Store()
+        names, same = tuple(registry.rows()), setting.model_dump(include={"weights", "corpus", "windows"})
         texts = dict.fromkeys([setting.corpus, corpus.WIKITEXT2, corpus.SAMPLE])
-        names = offers.methods()
-        picked = State(
-            rotations=names, weights=setting.weights, corpus=setting.corpus, windows=setting.windows
-        )
-        super().__init__(
-            picked,
-            corpus={"options": [(Path(text).name, text) for text in texts]},
-            rotations={"options": names},
-            weights={"options": offers.weights()},
-        )
-        self.found: dict[str, EvalResult] = {}
-        self.missing: list[Recipe] = []
+        late = {"rotations": names, "weights": [*registry.WEIGHTS]}
+        super().__init__(State(rotations=names, **same), **late, corpus=[(Path(t).name, t) for t in texts])
+        self.found, self.missing = dict[str, EvalResult](), list[Recipe]()
         self.plot, self.paper_plot = Bars(), Bars()
         self.note, self.rows, self.paper = panel(60), panel(250, width="100%"), panel(220, width="100%")
         self.bar = FloatProgress(max=1, description="Done", layout={"width": "300px"})
-        wide = {"width": "220px"}
-        self.button("compute", "Compute missing rows", self.compute, icon="play", layout=wide)
+        self.button("compute", "Compute missing rows", self.compute, icon="play", layout={"width": "220px"})
         self.button("cancel", "Cancel", self.cancel, icon="stop")
-        self.children = [
-            self.row("rotations", "bits", "keep_out", ["weights", "corpus", "windows", "paper_model"]),
-            self.note,
-            self.row("compute", "cancel", self.bar),
-            self.status.widget,
-            beside(self.plot, self.paper_plot, shares=(60, 40)),
-            self.rows,
-            self.paper,
-        ]
+        picked = self.row("rotations", "bits", "keep_out", ["weights", "corpus", "windows", "paper_model"])
+        above = [picked, self.note, self.row("compute", "cancel", self.bar), self.status.widget]
+        bars = beside(self.plot, self.paper_plot, shares=(60, 40))
+        self.children = [*above, bars, self.rows, self.paper]
         self.on(" ".join(self.state.trait_names()), self.refresh)
         self.refresh()
 
@@ -102,8 +144,8 @@ class Worth(Explorer):
 
     def table(self) -> pd.DataFrame:
         """The rows that are picked: perplexity, 95% interval, paired difference to RH, stored or not."""
-        setting, weights = self.chosen, self.state.weights
-        reference = {b: self.lookup(offers.row(setting, "RH", b, weights=weights)) for b in self.state.bits}
+        row, rh, weights = self.chosen.row, self.chosen.method("RH"), self.state.weights
+        reference = {b: self.lookup(row(b, rh, weights=weights)) for b in self.state.bits}
         return numbers.rows_table(self.specs(), self.lookup, reference)
 
     def static(self) -> Figure:
@@ -137,16 +179,11 @@ class Worth(Explorer):
         """Compute the missing rows in the background, one window after the other."""
         if self.job.running or not self.missing:
             return
-        specs, tally = list(self.missing), Tally.of(self.missing, self.store)
+        specs, scoring = list(self.missing), cost.scoring(self.missing[0]).seconds(cost.TWO_CORES)
+        tally = Tally(cost.seconds(specs, self.store), scoring)
         self.bar.value = 0.0
         first = f"computing {main.row_name(specs[0])}, row 1 of {len(specs)}"
         self.work(first, lambda job: self._work(job, specs, tally))
-
-    def cancel(self) -> None:
-        """Stop at the end of the window or layer that is being computed; what is finished is kept."""
-        if self.job.running:
-            self.status.busy("stopping at the end of this window")
-            self.job.cancel()
 
     def _work(self, job: Job, specs: Sequence[Recipe], tally: Tally) -> None:
         def on_part(part: str, done: int, total: int) -> None:
@@ -164,21 +201,16 @@ class Worth(Explorer):
     def _tell(self, specs: Sequence[Recipe], tally: Tally, what: str) -> None:
         self.bar.value = tally.share
         if tally.done < len(specs):
-            row, left = f"row {tally.done + 1} of {len(specs)}", f"about {duration(tally.left)} left"
+            row, left = f"row {tally.done + 1} of {len(specs)}", f"about {cost.duration(tally.left)} left"
             parts = [main.row_name(specs[tally.done]), what, row, left]
             self.status.busy("computing " + ", ".join(filter(None, parts)))
 
     def enabled(self) -> dict[str, bool]:
         """There must be something to compute."""
-        running = self.job.running
-        return {"compute": bool(self.missing) and not running, "cancel": running}
+        able = super().enabled()
+        return {**able, "compute": able["compute"] and bool(self.missing)}
 
     def at_end(self, error: BaseException | None) -> str:
         """What is stored now."""
         self.refresh()
         return super().at_end(error)
-
-
-def worth(setting: Setting | None = None, store: Store | None = None) -> Worth:
-    """What the rotations are worth end to end: stored rows at once, the missing timed and computed."""
-    return Worth((setting or Setting.of_profile()).resolved(), store or Store())

@@ -7,7 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
+import plotly.graph_objects as go
+import torch
 from ipywidgets import BoundedIntText, Checkbox, Dropdown, IntProgress, SelectionSlider, Text
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -15,42 +18,93 @@ from traitlets import Bool, Enum, Float, HasTraits, Int, Unicode
 
 from dfrot_lab.disk import rotation_files
 from dfrot_lab.disk.artefacts import Store
-from dfrot_lab.explore.refinement import numbers, plots
-from dfrot_lab.explore.refinement.plots import EntriesPlot, HistoryPlot
-from dfrot_lab.explore.shell.explorer import Explorer, beside, control
-from dfrot_lab.explore.shell.job import Cancelled, Job
-from dfrot_lab.explore.shell.offers import KINDS
+from dfrot_lab.explore.page import AXIS, Plot, drawing, levels, lines_at
+from dfrot_lab.explore.shell import Cancelled, Explorer, Job, beside, control
 from dfrot_lab.maths import rotations
+from dfrot_lab.maths.quantizers import squared_error
 from dfrot_lab.observe import capture as recording
 from dfrot_lab.observe import massive
 from dfrot_lab.observe.capture import Capture
-from dfrot_lab.recipe.specs import (
-    DEFAULT_RULE,
-    MASSIVE_RULES,
-    REFINE_VARIANTS,
-    CaptureSpec,
-    QuantSpec,
-    RefineSpec,
-    RotationSpec,
-)
+from dfrot_lab.recipe import specs
+from dfrot_lab.recipe.specs import CaptureSpec, QuantSpec, RefineSpec, RotationSpec
 from dfrot_lab.rotate import dfrot, steps
+from dfrot_lab.show import figures
+from dfrot_lab.show.markup import visible
+from dfrot_lab.show.theme import COLOURS, MASSIVE_COLOUR, ORDINARY_COLOUR
 
+Acts = Capture | CaptureSpec | None
 REDRAW_S = 0.1
 """Least time between two redraws."""
 GAMMAS = [(f"{gamma:g}", gamma) for gamma in (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, math.inf)]
 ROWS = [("4,096 rows", 4096), ("16,384 rows", 16384), ("all rows", 0)]
-COLUMNS = ["step", "ordinary", "massive", "distance", "on"]
+KINDS = [kind for kind in specs.ROTATION_KINDS[::-1] if kind != "file"]
+DRAWN = ["ordinary", "massive", "distance"]
+COLUMNS = ["step", *DRAWN, "on"]
+WATCHED = 4096
+"""Rows the losses are drawn of at every step; the refinement's own checks are on all its rows."""
+MASSIVE_ONES, OTHERS = 8, 4
+"""Tokens offered: those with the largest value in the residual stream, and some ordinary ones."""
+BINS = 60
+
+
+def watched(rows: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """At most WATCHED of the rows (tokens, channels) and their mask, up to a quarter of them massive."""
+    if len(rows) <= WATCHED:
+        return rows, mask
+    generator = torch.Generator().manual_seed(0)
+    parts = (part.nonzero().flatten() for part in (mask, ~mask))
+    heavy, light = (part[torch.randperm(len(part), generator=generator)] for part in parts)
+    heavy = heavy[: WATCHED // 4]
+    chosen = torch.cat([heavy, light[: WATCHED - len(heavy)]])
+    return rows[chosen], mask[chosen]
+
+
+def choices(recorded: Capture, site: str) -> list[tuple[str, int]]:
+    """Tokens of a site worth a look, as (label, position), the most massive first."""
+    largest, texts = recorded.residual_max[recorded.place(site)], recorded.texts
+    top = largest.argsort(descending=True)[:MASSIVE_ONES].tolist()
+    even = torch.linspace(0, recorded.tokens - 1, OTHERS + 2).long().tolist()[1:-1]
+    places = dict.fromkeys([*top, *even])
+    return [(f"{i}: {visible(texts[i])}  (residual |max| {float(largest[i]):.0f})", i) for i in places]
+
+
+def history_plot() -> Plot:
+    """Mean squared error of ordinary and massive rows (log axis); below it, how far R is from its start."""
+    solid, dots = {"width": 2, "dash": "solid"}, {"mode": "lines+markers", "marker": {"size": 4}}
+    below = {"line": {**solid, "color": COLOURS["DFRot"]}, "yaxis": "y2", "showlegend": False}
+    traces = [
+        go.Scatter(dots, line={**solid, "color": ORDINARY_COLOUR, "dash": "dot"}, name="ordinary rows"),
+        go.Scatter(dots, line={**solid, "color": MASSIVE_COLOUR}, name="massive rows"),
+        go.Scatter(mode="lines", name="distance", **below),
+    ]
+    y = {"domain": [0.42, 1], "type": "log", "title": "mean squared error"}
+    y2 = {**AXIS, "domain": [0, 0.32], "title": "distance", "rangemode": "tozero"}
+    x = {"title": "step", "anchor": "y2", "rangemode": "tozero"}
+    return Plot(traces, xaxis=x, yaxis=y, yaxis2=y2)
+
+
+def entries_plot() -> Plot:
+    """How the entries of one token lie, at the start and now, and the levels of its grid."""
+    grid = {"color": "rgba(128,128,128,0.5)", "width": 1}
+    start = {"color": COLOURS["RO"], "shape": "hvh", "width": 2}
+    traces = [
+        go.Scatter(mode="lines", line=grid, name="levels now", hoverinfo="skip"),
+        go.Bar(marker={"color": COLOURS["DFRot"], "line": {"width": 0}}, name="x R now"),
+        go.Scatter(mode="lines", line=start, name="x R at the start"),
+    ]
+    y = {"title": "channels", "rangemode": "tozero"}
+    return Plot(traces, bargap=0, xaxis_title="entry of the token", yaxis=y)
 
 
 class State(HasTraits):
     """What a RefineSpec says, how many rows (0: all), whose entries are shown, and the file for R1."""
 
     gamma = control(Float(100.0), SelectionSlider, "Gamma", options=GAMMAS)
-    rule = control(Enum(MASSIVE_RULES, DEFAULT_RULE), Dropdown, "Massive rule")
-    kind = control(Enum(KINDS[::-1], "RH"), Dropdown, "Start from", 190)
+    rule = control(Enum(specs.MASSIVE_RULES, specs.DEFAULT_RULE), Dropdown, "Massive rule")
+    kind = control(Enum(KINDS, "RH"), Dropdown, "Start from", 190)
     seed = control(Int(0, min=0), BoundedIntText, "Seed", 190, max=10**6)
     steps = control(Int(100, min=1), BoundedIntText, "Steps", 190, min=1, max=1000)
-    variant = control(Enum(REFINE_VARIANTS, "accelerated"), Dropdown, "Variant")
+    variant = control(Enum(specs.REFINE_VARIANTS, "accelerated"), Dropdown, "Variant")
     symmetric = control(Bool(False), Checkbox, "Symmetric grid", 190, indent=False)
     rows = control(Int(16384, min=0), Dropdown, "Refine on", options=ROWS)
     site = control(Unicode(), Dropdown, "Site", 420)
@@ -59,48 +113,41 @@ class State(HasTraits):
 
 
 class Refinement(Explorer):
-    """The widget of `refinement`; `history` is live, a dict a step; `result` is there at the end."""
+    """Refine R1 live on a capture (the default model's, where none is given): losses, distance and one
+    token's entries at every step (`history`, a dict each); save R1 (`result`, at the end). `path` is what the
+    box for the file says at first. A cancelled refinement keeps nothing."""
 
     ONE = "refinement"
-    state: State
 
-    def __init__(self, acts: Capture | CaptureSpec | None, store: Store | None, path: str) -> None:
-        nothing = {"value": None}
-        super().__init__(State(path=path), site=nothing, token=nothing)
-        self.acts, self.store = acts, store
-        self.recorded: Capture | None = None
-        self.history: list[dict[str, Any]] = []
+    def __init__(self, acts: Acts = None, store: Store | None = None, path: str = "R1.safetensors") -> None:
+        super().__init__(State(path=path), site={"value": None}, token={"value": None})
+        self.history, self._drawn = list[dict[str, Any]](), 0.0
+        self.recorded: Any = None
         self.result: steps.RefineResult | None = None
         self.spec: RefineSpec | None = None
         self._ends: tuple[Tensor, Tensor] | None = None
-        self._drawn = 0.0
         for act in (self.start, self.pause, self.resume, self.cancel):
             self.button(act.__name__, act.__name__.capitalize(), act)
         self.button("save", "Save R1", self.save)
         self.progress = IntProgress(description="Steps", layout={"width": "300px"})
-        self.plot, self.entries = HistoryPlot(), EntriesPlot()
-        self.children = [
-            self.row("gamma", "rule", "kind", "seed", "steps", "variant", "rows", "symmetric"),
-            self.row("start", "pause", "resume", "cancel", self.progress),
-            self.status.widget,
-            beside(self.plot, self.entries),
-            self.row("site", "token"),
-            self.row("path", "save"),
-        ]
+        self.plot, self.entries = history_plot(), entries_plot()
+        what = self.row("gamma", "rule", "kind", "seed", "steps", "variant", "rows", "symmetric")
+        above = [what, self.row("start", "pause", "resume", "cancel", self.progress), self.status.widget]
+        below = [self.row("site", "token"), self.row("path", "save")]
+        self.children = [*above, beside(self.plot, self.entries), *below]
         self.on("site", self._list_tokens)
         self.on("token", self._draw)
-        self.work("opening the activations", self._open)
+        self.work("opening the activations", lambda _job: self._open(acts, store))
 
     def make_spec(self) -> RefineSpec:
         """The controls as a RefineSpec; ValueError while the activations are not open."""
         if self.recorded is None:
             raise ValueError("the activations are not open yet: wait for the line above the plots")
         state, total = self.state, self.recorded.tokens * len(self.recorded.sites)
-        same = {name: getattr(state, name) for name in ("gamma", "rule", "steps", "variant")}
+        fields = {name: getattr(state, name) for name in ("gamma", "rule", "steps", "variant")}
         rows = state.rows if 0 < state.rows < total else None
-        return RefineSpec(
-            capture=self.recorded.spec, init=self._first(), quantizer=self._quantizer(), rows=rows, **same
-        )
+        parts: Any = {"init": self._first(), "quantizer": self._quantizer(), "rows": rows}
+        return RefineSpec(capture=self.recorded.spec, **parts, **fields)
 
     def _first(self) -> RotationSpec:
         return RotationSpec(kind=self.state.kind, seed=self.state.seed)
@@ -121,7 +168,7 @@ class Refinement(Explorer):
     def pause(self) -> None:
         """Wait after the step that runs."""
         self.job.pause()
-        self.status.say(f"paused after step {self._step()}")
+        self.status.say(f"paused after step {self.progress.value}")
         self.enable()
 
     def resume(self) -> None:
@@ -129,10 +176,6 @@ class Refinement(Explorer):
         self.job.resume()
         self.status.busy("refining")
         self.enable()
-
-    def cancel(self) -> None:
-        """End after the step that runs; nothing is kept but what is drawn."""
-        self.job.cancel()
 
     def save(self) -> None:
         """Write the finished R1 with its spec to the path in the box; nothing is overwritten."""
@@ -150,31 +193,25 @@ class Refinement(Explorer):
         going = {"start": not running, "pause": running and not paused, "resume": paused, "cancel": running}
         return {**going, "save": self.result is not None}
 
-    def _open(self, _job: Job) -> None:
+    def _open(self, acts: Acts, store: Store | None) -> None:
         """The capture, recorded first where the store has none."""
-        acts = self.acts
-        self.recorded = acts if isinstance(acts, Capture) else recording.capture(acts, self.store)
+        self.recorded = acts if isinstance(acts, Capture) else recording.capture(acts, store)
+        self._rows = functools.cache(self.recorded.all_rows)
         self.controls["site"].options = self.recorded.sites
         self.state.site = self.recorded.sites[len(self.recorded.sites) // 2]
 
-    @functools.cached_property
-    def _all_rows(self) -> Tensor:
-        assert self.recorded is not None
-        return self.recorded.all_rows()
-
     def _refine(self, job: Job, spec: RefineSpec) -> None:
         """The refinement, paused and cancelled at its steps; rows are chosen as `dfrot.refined` does."""
-        assert self.recorded is not None
         heavy_rows = massive.find(self.recorded, spec.rule).flatten()
-        rows, mask = dfrot.sample_rows(self._all_rows, heavy_rows, spec)
+        rows, mask = dfrot.sample_rows(self._rows(), heavy_rows, spec)
         start = rotations.make(spec.init, rows.shape[1])
-        some, heavy = numbers.watched(rows, mask)
+        some, heavy = watched(rows, mask)
         weights = steps.row_weights(heavy, spec.gamma)
 
         def note(step: int, R: Tensor) -> None:
             losses = steps.losses_of(some, R, weights, heavy, spec.quantizer)
             place = {"step": step, "distance": rotations.distance(R, start), "on": f"{len(some)} rows"}
-            self.history.append({**place, "ordinary": losses["ordinary"], "massive": losses["massive"]})
+            self.history.append(place | losses)
             self._ends, self.progress.value = (start, R), step
             if time.monotonic() - self._drawn >= REDRAW_S:
                 self._draw()
@@ -194,34 +231,39 @@ class Refinement(Explorer):
         """How far it came."""
         self._draw()
         if isinstance(error, Cancelled):
-            return f"cancelled after step {self._step()}"
+            return f"cancelled after step {self.progress.value}"
         if self.result is None:
             return "ready: press Start"
         last = self.result.history.iloc[-1]
         losses = f"ordinary {last['ordinary']:.2f}, massive {last['massive']:.2f}"
         return f"done: on all its rows {losses}, distance {last['distance']:.3f}"
 
-    def _step(self) -> int:
-        """The last step that was noted."""
-        return self.history[-1]["step"] if self.history else 0
-
     def _list_tokens(self) -> None:
-        assert self.recorded is not None
         token = self.controls["token"]
-        token.options = numbers.choices(self.recorded, self.state.site)
+        token.options = choices(self.recorded, self.state.site)
         token.index = None  # the page shows the first only if it is chosen after the list has come
         token.index = 0
         self._draw()
 
     def _draw(self) -> None:
-        """Both plots."""
         with self._lock:
-            self.plot.draw(self.table())
+            table = self.table().astype(dict.fromkeys(DRAWN, float))
+            self.plot.put(*({"x": table["step"].to_numpy(), "y": table[n].to_numpy()} for n in DRAWN))
             if self.recorded is not None and self.state.site:
                 x = self.recorded.rows(self.state.site)[self.state.token].double()
                 start, now = self._ends or (rotations.make(self._first(), len(x)),) * 2
-                self.entries.draw(x @ start, x @ now, self._quantizer())
+                self._draw_entries(x @ start, x @ now, self._quantizer())
             self._drawn = time.monotonic()
+
+    def _draw_entries(self, start: Tensor, now: Tensor, quantizer: QuantSpec) -> None:
+        reach = 1.2 * float(start.abs().max())
+        edges = np.linspace(-reach, reach, BINS + 1)
+        before, after = (np.histogram(y.clamp(-reach, reach).numpy(), edges)[0] for y in (start, now))
+        across, along = lines_at(levels(now, quantizer), 0, 1.05 * float(max(before.max(), after.max())))
+        first, last = (float(squared_error(y[None], quantizer)) for y in (start, now))
+        title = {"text": f"entry of the token (error {first:.2f} at the start, {last:.2f} now)"}
+        counts = [{"x": (edges[1:] + edges[:-1]) / 2, "y": count} for count in (after, before)]
+        self.entries.put({"x": across, "y": along}, *counts, xaxis={"range": [-reach, reach], "title": title})
 
     def table(self) -> pd.DataFrame:
         """Step, normal and massive (mean squared error of those rows), distance from the start, on what."""
@@ -229,14 +271,9 @@ class Refinement(Explorer):
 
     def static(self) -> Figure:
         """Losses and distance as a matplotlib figure."""
-        return plots.static(self.table())
-
-
-def refinement(
-    acts: Capture | CaptureSpec | None = None, *, store: Store | None = None, path: str = "R1.safetensors"
-) -> Refinement:
-    """Refine R1 live on a capture (the default model's, where none is given): losses, distance and one
-    token's entries at every step; save R1.
-
-    `path` is what the box for the file says at first. A cancelled refinement keeps nothing."""
-    return Refinement(acts, store, path)
+        table = self.table()
+        with drawing(2) as (drawn, (left, right)):
+            figures.plot_history(table, ax=left)
+            right.plot(table["step"], table["distance"], c=COLOURS["DFRot"])
+            right.set(xlabel="step", ylabel="distance from the start, ||R - R0|| / sqrt(C)")
+        return drawn

@@ -1,0 +1,191 @@
+"""What stands on an explorer's page: plotly figures that follow its width and outlive a reload, words and
+tables as HTML; and matplotlib figures to keep."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import anywidget
+import ipywidgets as widgets
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+import torch
+from plotly.basedatatypes import Undefined
+from plotly.serializers import custom_serializers
+from torch import Tensor
+
+from dfrot_lab.maths.quantizers import code_range, scale_zero
+from dfrot_lab.recipe.specs import QuantSpec
+from dfrot_lab.show import figures
+from dfrot_lab.show.markup import VISIBLE, safe, span
+
+HEIGHT = 420
+"""Pixels of one plot: fixed, so that nothing moves while a new one is computed."""
+GREY = "#808080"
+"""Text and axes: readable on a white and on a dark page (contrast 3.9 and 5.3)."""
+FAINT = "rgba(128,128,128,0.25)"
+CLEAR = "rgba(0,0,0,0)"
+AXIS = {"gridcolor": FAINT, "zerolinecolor": "rgba(128,128,128,0.5)", "linecolor": GREY, "automargin": True}
+"""The look of an axis, for those that a plot adds to its first two."""
+LOOK: dict[str, Any] = {"paper_bgcolor": CLEAR, "plot_bgcolor": CLEAR, "xaxis": AXIS, "yaxis": AXIS}
+LOOK |= {"font": {"color": GREY, "size": 12}, "margin": {"l": 60, "r": 16, "t": 36, "b": 48}}
+LOOK |= {"hovermode": "closest", "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}}
+LOOK["hoverlabel"] = {"namelength": -1, "align": "left", "bgcolor": "#303030", "font": {"color": "#ffffff"}}
+LOOK["modebar"] = {"bgcolor": CLEAR, "color": GREY, "activecolor": "#0072B2"}
+EDGE_TO_EDGE = dict.fromkeys("lrtb", 0)
+TABLE: Any = {"index": False, "border": 0, "classes": "dfrot-table"}
+"""How pandas writes a table that holds no token text as HTML."""
+
+
+class Plot(go.FigureWidget):
+    """A plotly figure in the explorers' look: transparent, grey, of fixed height. Traces are given at once
+    and their data change in place; `layout` is plotly's, `xaxis_title` and nested dictionaries alike.
+    Private attributes of a subclass begin with an underscore: plotly refuses others."""
+
+    def __init__(self, traces: Iterable[Any] = (), height: int = HEIGHT, **layout: Any) -> None:
+        super().__init__(list(traces), go.Layout(height=height, **LOOK).update(layout))
+        self.set_trait("_config", {"responsive": True, "displaylogo": False})
+
+    def put(self, *data: dict[str, Any], **layout: Any) -> None:
+        """New data of the traces in their order, and of the layout, in one message to the page."""
+        with self.batch_update():
+            for trace, new in zip(self.data, data, strict=True):
+                trace.update(new)
+            self.update_layout(layout)
+
+    def get_state(self, key: Any = None, drop_defaults: bool = False) -> dict[str, Any]:
+        """What a reloaded page asks for, with the data of now: plotly gives those of the figure's making."""
+        state, to_json = super().get_state(key, drop_defaults), custom_serializers["to_json"]
+        for name, own in {"_widget_data": "_data", "_widget_layout": "_layout"}.items():
+            if name in state and own in self.__dict__:
+                state[name] = to_json(self.__dict__[own], self)
+        return state
+
+    def _send_update_msg(
+        self, restyle_data: Any, relayout_data: Any, trace_indexes: Any = None, source_view_id: Any = None
+    ) -> None:
+        """A batch, whole: where it sets other properties of one trace than of the next, plotly marks those
+        not set as undefined, and a figure that is not on the page yet takes that for their value."""
+        whole, traces = dict(restyle_data or {}), self._normalize_trace_indexes(trace_indexes)
+        for name, values in whole.items():
+            if isinstance(values, list):  # None, which removes nothing, for a property that is not set
+                present = [self.data[trace] for trace in traces]
+                now = [trace[name] if name in trace else None for trace in present]  # noqa: SIM401
+                whole[name] = [b if a is Undefined else a for a, b in zip(values, now, strict=True)]
+        super()._send_update_msg(whole, relayout_data, trace_indexes, source_view_id)
+
+
+def scene(x: str = "", y: str = "", z: str = "", **more: Any) -> dict[str, Any]:
+    """Three axes in space, transparent, with their titles; `more` is the scene's own layout."""
+    look = {"backgroundcolor": CLEAR, "gridcolor": "rgba(128,128,128,0.35)", "color": GREY}
+    titles = {"xaxis": x, "yaxis": y, "zaxis": z}
+    return {**{axis: {**look, "title": {"text": title}} for axis, title in titles.items()}, **more}
+
+
+def lines_at(places: Any, low: float, high: float) -> tuple[np.ndarray, np.ndarray]:
+    """Coordinates, across and along, of separate lines at `places`, each from low to high: for one trace."""
+    return np.repeat(np.asarray(places, dtype=float), 3), np.tile([low, high, np.nan], len(places))
+
+
+def packed(array: np.ndarray) -> np.ndarray:
+    """An array of two or three dimensions as a FigureWidget takes it fastest: five significant digits, since
+    it is written out as decimals. (Plotly's base64 form is smaller on its way out, but plotly.js then sends
+    each row back with the buffer of the whole array behind it: gigabytes.)"""
+    data = np.asarray(array, dtype=np.float64)
+    scale = 10.0 ** (4 - np.floor(np.log10(np.maximum(np.abs(data), 1e-30))))
+    return np.round(data * scale) / scale
+
+
+@contextmanager
+def drawing(columns: int = 1, size: tuple[float, float] = (10, 3.8), **options: Any) -> Iterator[Any]:
+    """A matplotlib figure in the lab's look and its axes, closed at the end: whoever asked shows it, once."""
+    with figures.theme():
+        drawn, axes = figures.plt.subplots(1, columns, figsize=size, squeeze=False, **options)
+        try:
+            yield drawn, axes[0].tolist()
+        finally:
+            figures.plt.close(drawn)
+
+
+def levels(x: Tensor, quantizer: QuantSpec) -> Tensor:
+    """All values the quantizer can give one row x (channels,), lowest first, in x's dtype."""
+    scale, zero = scale_zero(x[None], quantizer)
+    low, high = code_range(quantizer)
+    return (scale * (torch.arange(low, high + 1, dtype=x.dtype) - zero))[0]
+
+
+def label(text: str) -> str:
+    """A token for a plotly label, isolated from its neighbours' writing direction."""
+    return f"\u2068{title(text)}\u2069"
+
+
+def title(text: str) -> str:
+    """Any text, such as a file's name, for a plotly title."""
+    return safe(text).replace("&quot;", "&#34;")
+
+
+def plain(text: str) -> str:
+    """Words that are no token, for HTML and hover labels: escaped, their spaces left as they are."""
+    return safe(text).replace(VISIBLE[" "], " ")
+
+
+def number(value: float) -> str:
+    """`24,816`, `118`, `2.15`, `0.00312`: three digits or all before the point."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def contexts(texts: Sequence[str], around: int = 4) -> list[str]:
+    """Each token in its text as a plotly label: `around` tokens on either side, itself between arrows."""
+    labels = [label(text if len(text) <= 24 else f"{text[:24]}\u2026") for text in texts]
+    before = ["".join(labels[max(0, i - around) : i]) for i in range(len(labels))]
+    after = ["".join(labels[i + 1 : i + 1 + around]) for i in range(len(labels))]
+    return [f"{a} \u25b8<b>{b}</b>\u25c2 {c}" for a, b, c in zip(before, labels, after, strict=True)]
+
+
+def html_table(table: pd.DataFrame, caption: str) -> str:
+    """A table of numbers and token texts as HTML, every text through `span`; `caption` is plain text."""
+    head = "".join(f'<th scope="col">{plain(str(name))}</th>' for name in table.columns)
+    rows = ["".join(f"<td>{_cell(value)}</td>" for value in row) for row in table.itertuples(index=False)]
+    body = "".join(f"<tr>{row}</tr>" for row in [head, *rows])
+    return f'<table class="dfrot-table"><caption>{plain(caption)}</caption>{body}</table>'
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, str):
+        return span(value)
+    return number(float(value)) if isinstance(value, float | np.floating) else str(value)
+
+
+def panel(height: int, **layout: Any) -> Any:
+    """An HTML box of fixed height that scrolls, so that what is under it stays where it is."""
+    return widgets.HTML(layout={"height": f"{height}px", "overflow": "auto", **layout})
+
+
+class Stage(widgets.Box):
+    """One place for several plots, of which `shown` is on view. One that was on view stays in the page,
+    hidden: taken off the page, it would still get its updates there, and fail at them."""
+
+    def __init__(self, plot: Plot) -> None:
+        super().__init__(layout={"width": "100%"})
+        self._boxes: list[tuple[Plot, widgets.Box]] = []
+        self.turn(plot)
+
+    def turn(self, plot: Plot) -> None:
+        """Show this plot and hide the others."""
+        self.shown = plot
+        if all(known is not plot for known, _ in self._boxes):
+            self._boxes.append((plot, widgets.Box([plot], layout={"width": "100%"})))
+            self.children = [box for _, box in self._boxes]
+        for known, box in self._boxes:
+            box.layout.display = None if known is plot else "none"
+
+
+class Fit(anywidget.AnyWidget):
+    """An element of no height that has the plots of its explorer fill their place when they are first drawn
+    and when the page's width changes: plotly draws a figure before it is on the page, 700 pixels wide, and
+    then listens to the window alone. A plot's height stays what its layout says, whatever is in it. A brushed
+    region lets clicks through to the points in it."""
+
+    _css, _esm = Path(__file__).with_name("fit.css"), Path(__file__).with_name("fit.js")

@@ -1,1 +1,0 @@
-"""The refinement explorer: refine R1 live."""
