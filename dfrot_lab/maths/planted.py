@@ -10,17 +10,12 @@ from torch import Tensor
 
 from dfrot_lab.maths import rotations
 from dfrot_lab.maths.quantizers import squared_error
-from dfrot_lab.maths.theory import PREDICT, SYM4, check_token, require, unit_rms
+from dfrot_lab.maths.theory import PREDICT, SYM4, Floats, check_token, require, unit_rms
 from dfrot_lab.recipe.specs import QuantSpec, RotationSpec
 
 
 def rows(
-    m: float,
-    sigma: float,
-    channels: int,
-    tokens: int,
-    generator: torch.Generator,
-    others: Sequence[float] = (),
+    m: float, sigma: float, channels: int, tokens: int, generator: torch.Generator, others: Floats = ()
 ) -> Tensor:
     """Rows (tokens, channels), float64, of Gaussian noise `sigma` with the spike `m`, and `others`, in
     different random channels."""
@@ -33,19 +28,14 @@ def rows(
 
 
 def curve(
-    channels: Sequence[int],
-    snrs: Sequence[float],
-    quantizers: Sequence[QuantSpec] = (SYM4,),
-    *,
-    ratios: Sequence[float] = (0.0,),
-    kinds: Sequence[str] = tuple(PREDICT),
-) -> pd.DataFrame:
+    channels: Sequence[int], snrs: Floats, quantizers: Sequence[QuantSpec] = (SYM4,), *,
+    ratios: Floats = (0.0,), kinds: Sequence[str] = tuple(PREDICT),
+) -> pd.DataFrame:  # fmt: skip
     """Predicted squared error of tokens of mean square 1, a row for every combination of the arguments; a
     ratio is second spike / first. Columns: channels, rotation, snr, ratio, quantizer, bits, predicted."""
     lines = []
     for c, kind, snr, ratio, q in itertools.product(channels, kinds, snrs, ratios, quantizers):
-        if kind not in PREDICT:
-            raise ValueError(f"theory.kinds must be among {tuple(PREDICT)}; got {kind!r}")
+        require("kinds", repr(kind), kind in PREDICT, f"among {tuple(PREDICT)}")
         m, sigma = unit_rms(snr, c, ratio)
         others = (ratio * m,) if ratio else ()
         lines.append((c, kind, snr, ratio, q.name, q.bits, PREDICT[kind](m, sigma, c, q, others)))
@@ -54,15 +44,10 @@ def curve(
 
 
 def measure(
-    channels: Sequence[int],
-    snrs: Sequence[float],
-    quantizers: Sequence[QuantSpec] = (SYM4,),
-    *,
-    ratios: Sequence[float] = (0.0,),
-    kinds: Sequence[str] = tuple(PREDICT),
-    seeds: Sequence[int] = (0,),
-    tokens: int = 64,
-) -> pd.DataFrame:
+    channels: Sequence[int], snrs: Floats, quantizers: Sequence[QuantSpec] = (SYM4,), *,
+    ratios: Floats = (0.0,), kinds: Sequence[str] = tuple(PREDICT),
+    seeds: Sequence[int] = (0,), tokens: int = 64,
+) -> pd.DataFrame:  # fmt: skip
     """`curve` with what planted tokens of the same snr and ratio measure: column measured, the mean over
     `tokens` tokens, a row a seed, which draws the rotation and the tokens."""
     parts = []
@@ -85,18 +70,13 @@ def estimate(x: Tensor) -> pd.DataFrame:
     Columns: channel and m (of the largest |entry|), second (the next), sigma (root mean square of all but the
     largest), snr (m / (sigma sqrt(C))), tail (fourth moment of all but the largest / sigma^4: 3 for Gaussian
     noise). ValueError: not (tokens, >= 3 channels), not finite."""
-    if x.ndim != 2 or x.shape[1] < 3 or not x.isfinite().all():
-        raise ValueError(f"theory.x must be finite, (tokens, channels >= 3); got shape {tuple(x.shape)}")
+    fits = x.ndim == 2 and x.shape[1] >= 3 and bool(x.isfinite().all())
+    require("x", f"shape {tuple(x.shape)}", fits, "finite, (tokens, channels >= 3)")
     largest, where = x.double().abs().sort(1, descending=True)
-    sigma = largest[:, 1:].square().mean(1).sqrt()
-    columns = {
-        "channel": where[:, 0],
-        "m": largest[:, 0],
-        "second": largest[:, 1],
-        "sigma": sigma,
-        "snr": largest[:, 0] / (sigma * math.sqrt(x.shape[1])),
-        "tail": largest[:, 1:].pow(4).mean(1) / sigma**4,
-    }
+    m, second = largest[:, 0], largest[:, 1]
+    sigma, fourth = largest[:, 1:].square().mean(1).sqrt(), largest[:, 1:].pow(4).mean(1)
+    columns = {"channel": where[:, 0], "m": m, "second": second, "sigma": sigma}
+    columns |= {"snr": m / (sigma * math.sqrt(x.shape[1])), "tail": fourth / sigma**4}
     return pd.DataFrame({name: values.numpy() for name, values in columns.items()})
 
 

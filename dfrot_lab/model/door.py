@@ -22,21 +22,8 @@ def resolved(spec: S) -> S:
     return spec.with_(**changed) if changed else spec
 
 
-class _Prints:
-    """Fingerprints by looking at the files."""
-
-    def model(self, spec: ModelSpec) -> str:
-        """Hash of the model's bytes, dtype and device."""
-        return loading.fingerprint(spec)
-
-    def text(self, spec: CorpusSpec) -> str:
-        """Hash of the text."""
-        return corpus.fingerprint(spec)
-
-    def file(self, path: str) -> str:
-        """Hash of a file's bytes."""
-        return digest(path)
-
-
-PRINTS = _Prints()
-"""What stands behind names on this machine, for `recipe.keys`."""
+def prints(of: ModelSpec | CorpusSpec | str) -> str:
+    """The hash of what stands behind a name here: of a model, a text, the file at a path."""
+    if isinstance(of, ModelSpec):
+        return loading.fingerprint(of)
+    return corpus.fingerprint(of) if isinstance(of, CorpusSpec) else digest(of)

@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from dfrot_lab.maths.hadamard import hadamard_transform, has_hadamard
+from dfrot_lab.maths.hadamard import factors, hadamard_transform
 from dfrot_lab.maths.rotations import check
 from dfrot_lab.model.hooks import At, at_sites, sites_of
 from dfrot_lab.model.loading import LoadedModel, linear
@@ -211,7 +211,7 @@ def _require_untied(loaded: LoadedModel) -> None:
 
 
 def _require_hadamard(n: int, what: str) -> None:
-    if not has_hadamard(n):
+    if factors(n) is None:
         raise ValueError(
             f"no Hadamard matrix of order {n} is known here, and that is {what} can be applied: "
             "evaluate this model with NR only"

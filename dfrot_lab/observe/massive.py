@@ -47,23 +47,21 @@ def threshold(rule: str) -> float:
 
 
 def rows_rule(x: Tensor, rule: str) -> Tensor:
-    """Massive mask (tokens,) of normalised, unrotated rows (tokens, channels) by a rule on rows alone. The
-    threshold of nr_error is that at C = 4096; it scales with sqrt(C), as the row norm does. ValueError."""
+    """Massive mask (tokens,) of normalised, unrotated rows (tokens, channels) by a rule on rows alone;
+    ValueError."""
     if rule == "ro_vs_nr":
         rotated = x @ _reference_ro(x.shape[-1]).to(x)
         return squared_error(rotated, RULE_QUANTIZER) >= squared_error(x, RULE_QUANTIZER)
     if rule in ROW_RULES:
         limit = threshold(rule) * (x.shape[-1] / NR_ERROR_CHANNELS) ** 0.5
         return squared_error(x, RULE_QUANTIZER).sqrt() < limit
-    raise ValueError(
-        f"rule must be one of {', '.join(ROW_RULES)} for rows alone (the others need the residual stream of "
-        f"a Capture); got {rule!r}"
-    )
+    said = f"{', '.join(ROW_RULES)} for rows alone (the others need the residual stream of a Capture)"
+    raise ValueError(f"rule must be one of {said}; got {rule!r}")
 
 
 def residual_rule(magnitude: Tensor, median: Tensor, rule: str) -> Tensor:
-    """Massive mask (sites, tokens) by a rule on the residual stream, from each token's largest |a| (sites,
-    tokens) and the median |a| (sites,). ValueError."""
+    """Massive mask (sites, tokens) by a rule on the residual stream, from each token's largest |value|
+    (sites, tokens) and the median |value| (sites,); ValueError."""
     if rule == "sun":
         return (magnitude > SUN_ABSOLUTE) & (magnitude >= SUN_RATIO * median[:, None])
     if rule in MASSIVE_RULES and rule not in ROW_RULES:
@@ -115,13 +113,8 @@ def table(capture: Capture) -> pd.DataFrame:
     site, token = torch.stack(list(masks.values())).any(0).nonzero(as_tuple=True)
     sites, texts = capture.sites, capture.texts
     largest, median = capture.residual_max[site, token], capture.residual_median[site]
-    about = {
-        "site": [sites[i] for i in site.tolist()],
-        "token": token.numpy(),
-        "text": [texts[i] for i in token.tolist()],
-        "residual_max": largest.numpy(),
-        "channel": capture.residual_channel[site, token].numpy(),
-        "median": median.numpy(),
-        "ratio_to_median": (largest / median).numpy(),
-    }
-    return pd.DataFrame({**about, **{rule: mask[site, token].numpy() for rule, mask in masks.items()}})
+    channel, words = capture.residual_channel[site, token], [texts[i] for i in token.tolist()]
+    about = {"site": [sites[i] for i in site.tolist()], "token": token, "text": words}
+    about |= {"residual_max": largest, "channel": channel}
+    about |= {"median": median, "ratio_to_median": largest / median}
+    return pd.DataFrame({**about, **{rule: mask[site, token] for rule, mask in masks.items()}})

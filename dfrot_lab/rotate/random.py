@@ -29,7 +29,6 @@ def matrix(spec: RotationSpec, channels: int) -> Tensor:
     if spec.kind != "file":
         return rotations.make(spec, channels)
     if spec.block is not None:
-        raise ValueError(
-            f"RotationSpec.block must be None for kind 'file'; got {spec.block}. The matrix is used as it is"
-        )
+        said = f"None for kind 'file'; got {spec.block}. The matrix is used as it is"
+        raise ValueError(f"RotationSpec.block must be {said}")
     return rotation_files.load(str(spec.path), channels)

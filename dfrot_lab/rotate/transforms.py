@@ -2,13 +2,11 @@
 
 A method is a module of the table `recipe.registry.METHODS` with `fit(recipe, context) -> Transforms`."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
-import pandas as pd
 import torch
 from torch import Tensor
 
@@ -27,8 +25,7 @@ class Transforms:
     """The transforms of one model: `R1` (channels, channels) or None; `R2` a Hadamard matrix on each head's
     values, one (head, head) for all layers, one a layer (layers, head, head), or None; `gains` (channels,) a
     norm, folded after R1, and `clips` a clip ratio a site, by site name; whether the online Hadamards R3 and
-    R4 act. Then how the fit went: `history` one row a step, `seconds`, `memory` (bytes at the peak; NaN where
-    not measured)."""
+    R4 act."""
 
     R1: Tensor | None
     R2: Tensor | Literal["hadamard"] | None = HADAMARD
@@ -36,9 +33,6 @@ class Transforms:
     clips: Mapping[str, float] = field(default_factory=dict)
     r3: bool = True
     r4: bool = True
-    history: pd.DataFrame | None = None
-    seconds: float = math.nan
-    memory: float = math.nan
 
 
 class Context:
@@ -75,7 +69,7 @@ class Context:
     def sensitivities(self, windows: int = 1) -> dict[str, Tensor]:
         """Mean squared gradient of the loss at each norm output, by site (channels,) float32, over the first
         calibration windows of the unrotated model: what an error there costs, to second order."""
-        inputs = {"of": keys.identity(door.resolved(self.rows), door.PRINTS), "windows": windows}
+        inputs = {"of": keys.identity(door.resolved(self.rows), door.prints), "windows": windows}
 
         def make(writer: Writer) -> None:
             writer.save_tensors("squares", _squared_gradients(self.model, self.text(windows)))
@@ -112,5 +106,4 @@ def _squared_gradients(loaded: LoadedModel, ids: Tensor) -> dict[str, Tensor]:
 
 def fit(recipe: Recipe, context: Context) -> Transforms:
     """The transforms of a recipe by its own method."""
-    found: Transforms = registry.load(registry.METHODS, recipe.rotation.method).fit(recipe, context)
-    return found
+    return registry.load(registry.METHODS, recipe.rotation.method).fit(recipe, context)

@@ -15,7 +15,7 @@ from dfrot_lab.maths.quantizers import fake_quantize, squared_error
 from dfrot_lab.model import corpus, door, hooks, integer, loading, surgery
 from dfrot_lab.model.hooks import At
 from dfrot_lab.model.loading import LoadedModel
-from dfrot_lab.observe import intervene, massive
+from dfrot_lab.observe import massive, residual
 from dfrot_lab.recipe import keys
 from dfrot_lab.recipe.specs import KEEP_OUT_COUNTS, Recipe
 from dfrot_lab.rotate import transforms
@@ -37,7 +37,7 @@ class Built:
 
 def build_key(recipe: Recipe) -> str:
     """Key of the model `build` would return: rows that share it can share the built model."""
-    return keys.content_key(keys.weights(door.resolved(recipe).canonical(), door.PRINTS))
+    return keys.content_key(keys.weights(door.resolved(recipe).canonical(), door.prints))
 
 
 def build(recipe: Recipe, store: Store, on_part: OnPart = nothing) -> Built:
@@ -48,7 +48,7 @@ def build(recipe: Recipe, store: Store, on_part: OnPart = nothing) -> Built:
     surgery.prepare(loaded)
     made = transforms.fit(recipe, Context(recipe, store, loaded))
     fuse(loaded, made)
-    key = keys.weights(recipe, door.PRINTS)
+    key = keys.weights(recipe, door.prints)
     codes = run.quantize_weights(loaded, recipe.weights, key, store, r4=made.r4, on_part=on_part)
     R = None if made.R1 is None else made.R1.to(next(loaded.model.parameters()))
     return Built(loaded, made, R, codes)
@@ -68,7 +68,7 @@ def fuse(loaded: LoadedModel, made: Transforms) -> None:
 def weights_stored(recipe: Recipe, store: Store) -> bool:
     """Whether `build` would find the quantized weights of `recipe` in the store; always true at 16 bits."""
     recipe = door.resolved(recipe).canonical()
-    return run.is_stored(recipe.weights, keys.weights(recipe, door.PRINTS), store)
+    return run.is_stored(recipe.weights, keys.weights(recipe, door.prints), store)
 
 
 def windows(recipe: Recipe, loaded: LoadedModel) -> Tensor:
@@ -129,7 +129,7 @@ def quantized(built: Built, recipe: Recipe, *, fake: bool = False) -> Iterator[N
     with ExitStack() as stack:
         if recipe.set_massive:
             means = _calibration(recipe, loaded)
-            stack.enter_context(intervene.massive_set(loaded, recipe.set_massive, means))
+            stack.enter_context(residual.massive_set(loaded, recipe.set_massive, means))
         if in_integers:
             r4 = surgery.hadamard if made.r4 else None
             stack.enter_context(integer.integer_linears(loaded, built.codes, act, r4=r4, spare=spare))

@@ -102,13 +102,13 @@ def evaluate(
         writer.note.update(provenance=built.loaded.provenance, scoring_seconds=seconds)
         writer.note.update(family=built.loaded.family)
 
-    return _result(spec, store.get_or_make(KIND, keys.evaluation(spec, door.PRINTS), make))
+    return _result(spec, store.get_or_make(KIND, keys.evaluation(spec, door.prints), make))
 
 
 def stored(spec: Recipe, store: Store) -> EvalResult | None:
     """The losses of a recipe if the store has them, else None; computes nothing."""
     spec = door.resolved(spec).canonical()
-    artefact = store.open(KIND, keys.evaluation(spec, door.PRINTS))
+    artefact = store.open(KIND, keys.evaluation(spec, door.prints))
     return None if artefact is None else _result(spec, artefact)
 
 
@@ -132,7 +132,7 @@ def _losses(
                 loss = window_loss(built.loaded, window)
                 writer.save_json(name, [loss, time.perf_counter() - started])
             on_part("window", done, len(ids))
-    losses, seconds = zip(*(writer.load_json(name) for name in names), strict=True)
+    losses, seconds = zip(*(writer.json(name) for name in names), strict=True)
     for name in names:
         writer.drop(name)
     return list(losses), sum(seconds)

@@ -25,7 +25,7 @@ def rows_of(table: pd.DataFrame, metric: str = tables.PERPLEXITY) -> pd.DataFram
     rows, entries = table[table["metric"] == metric], tables.records(table, metric)
     bounds = [r["ci95"] if np.ndim(r["ci95"]) else (r["value"], r["value"]) for r in entries]
     return rows.assign(
-        bits=[tables.bits(r) for r in entries],
+        bits=[r["bits"] for r in entries],
         label=[tables.label(r) for r in entries],
         low=[low for low, _ in bounds],
         high=[high for _, high in bounds],

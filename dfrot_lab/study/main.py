@@ -11,7 +11,7 @@ from dfrot_lab.observe import capture as captures
 from dfrot_lab.observe.capture import Capture
 from dfrot_lab.recipe.specs import RELEASED_KEEP_OUT
 from dfrot_lab.rotate import dfrot
-from dfrot_lab.rotate.steps import RefineResult
+from dfrot_lab.rotate.steps import Refined
 from dfrot_lab.study import cost, runner
 from dfrot_lab.study.cost import Progress
 from dfrot_lab.study.runner import Found, Row
@@ -48,7 +48,7 @@ class MainResult:
     table: pd.DataFrame
     found: Found
     capture: Capture
-    refinement: RefineResult | None
+    refinement: Refined | None
 
 
 def run(setting: Setting, store: Store | None = None) -> MainResult:

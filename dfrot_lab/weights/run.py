@@ -1,5 +1,4 @@
-"""Quantize the weights of a whole model by any quantizer of the table, layer by layer, each kept as it is
-done.
+"""Quantize the weights of a whole model by any quantizer of the table, layer by layer, each kept once done.
 
 A calibrated quantizer (GPTQ) runs in ONE forward pass over all calibration windows: just before a group of
 linears that read the same input (q, k, v; o; gate, up; down) is first used, a hook sums that input's Hessian
@@ -48,29 +47,23 @@ def quantize_weights(
     r4: bool = True, on_part: OnPart = nothing,
 ) -> list[LayerCodes]:  # fmt: skip
     """Put quantized weights into every linear of `loaded` (rotated as wanted; `r4` says whether down_proj
-    gets R4), from the store or computed now.
-
-    `key` (`keys.weights`) says of which model they are and how they are made: they are stored under it.
-    lm_head and embedding stay as they are. Returns the codes, one mapping a layer, memory-mapped; an empty
-    list at 16 bits. `on_part` is told of each layer once it is kept."""
+    gets R4), but for lm_head and embedding; from the store, where they are under `key` (`keys.weights`), or
+    computed now. Returns the codes, one mapping a layer, memory-mapped; an empty list at 16 bits. `on_part`
+    is told of each layer once it is kept."""
     if spec.quantizer.bits == 16:
         return []
-    calibrated = registry.load(registry.WEIGHTS, spec.method).CALIBRATED
+    run = _run_calibrated if registry.load(registry.WEIGHTS, spec.method).CALIBRATED else _run
 
     def make(writer: Writer) -> None:
-        if calibrated:
-            _run_calibrated(loaded, spec, writer, r4, on_part)
-        else:
-            _run(loaded, spec, writer, on_part)
+        run(loaded, spec, writer, r4, on_part)
 
     artefact = (store or Store()).get_or_make(KIND, key, make)
     return [_install(layer, artefact.tensors(_file(index))) for index, layer in enumerate(loaded.layers)]
 
 
 def _quantize(layer: nn.Module, name: str, hessian: Tensor | None, spec: WeightSpec) -> Quantized:
-    quantizer = registry.load(registry.WEIGHTS, spec.method)
-    found: Quantized = quantizer.quantize(loading.linear(layer, name).weight.detach(), hessian, spec)
-    return found
+    weight = loading.linear(layer, name).weight.detach()
+    return registry.load(registry.WEIGHTS, spec.method).quantize(weight, hessian, spec)
 
 
 def _file(index: int) -> str:
@@ -95,16 +88,14 @@ def _put(linear: nn.Linear, quantized: Quantized) -> None:
 
 def _save(writer: Writer, index: int, done: LayerCodes) -> None:
     codes = {f"{name}:codes": q.codes for name, q in done.items()}
-    scales = {f"{name}:scale": q.scale for name, q in done.items()}
-    writer.save_tensors(_file(index), {**codes, **scales})
+    writer.save_tensors(_file(index), codes | {f"{name}:scale": q.scale for name, q in done.items()})
 
 
-def _run(loaded: LoadedModel, spec: WeightSpec, writer: Writer, on_part: OnPart) -> None:
+def _run(loaded: LoadedModel, spec: WeightSpec, writer: Writer, _r4: bool, on_part: OnPart) -> None:
     bar = tqdm(loaded.layers, desc=spec.method.upper(), unit="layer", leave=False)
     for index, layer in enumerate(bar):
         if not writer.has(_file(index)):
-            done = {name: _quantize(layer, name, None, spec) for name in loaded.roles.linears}
-            _save(writer, index, done)
+            _save(writer, index, {name: _quantize(layer, name, None, spec) for name in loaded.roles.linears})
         on_part("layer", index + 1, len(loaded.layers))
 
 

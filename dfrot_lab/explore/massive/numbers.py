@@ -13,7 +13,7 @@ from torch import Tensor
 from dfrot_lab.explore.shell.words import number
 from dfrot_lab.model import corpus
 from dfrot_lab.model.loading import LoadedModel
-from dfrot_lab.observe import intervene, massive, residual
+from dfrot_lab.observe import massive, residual
 from dfrot_lab.recipe.specs import ROW_RULES, WINDOW, CorpusSpec
 from dfrot_lab.show.markup import span
 from dfrot_lab.show.theme import MASSIVE_COLOUR
@@ -49,7 +49,7 @@ def look(
     step: Callable[[int], None] = lambda _layer: None,
 ) -> Look:
     """One forward pass of ids (tokens,); `step` is called before each layer. ValueError for NaN or Inf."""
-    with intervene.before_layers(loaded, lambda layer, _x: step(layer)):
+    with residual.before_layers(loaded, lambda layer, _x: step(layer)):
         streams = residual.streams(loaded, ids)
     broken = next((i for i, x in enumerate(streams) if not torch.isfinite(x).all()), None)
     if broken is not None:

@@ -70,7 +70,7 @@ class Refinement(Explorer):
         self.acts, self.store = acts, store
         self.recorded: Capture | None = None
         self.history: list[dict[str, Any]] = []
-        self.result: steps.RefineResult | None = None
+        self.result: steps.Refined | None = None
         self.spec: RefineSpec | None = None
         self._ends: tuple[Tensor, Tensor] | None = None
         self._drawn = 0.0
