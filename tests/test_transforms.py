@@ -91,7 +91,7 @@ def test_random_makes_the_rotation_of_its_spec(context: Context, spec: RotationS
     found = made(context, spec)
     assert torch.equal(found.R1, rotations.make(spec, CHANNELS))
     assert (found.R2, found.r3, found.r4) == (transforms.HADAMARD, True, True)
-    assert not found.gains and not found.clips and found.history is None
+    assert not found.gains and not found.clips
 
 
 def test_nr_is_no_rotation_anywhere(context: Context):
@@ -102,12 +102,8 @@ def test_nr_is_no_rotation_anywhere(context: Context):
 def test_dfrot_makes_the_refinement_of_its_own_capture(context: Context):
     spec = RefineSpec(capture=context.rows.with_(tokens=64), steps=2)
     found, own = made(context, spec), refined(spec, context.store)
-    assert torch.equal(found.R1, own.R) and found.history.equals(own.history)
-    assert found.seconds == own.seconds and (found.R2, found.r3, found.r4) == (
-        transforms.HADAMARD,
-        True,
-        True,
-    )
+    assert torch.equal(found.R1, own.R)
+    assert (found.R2, found.r3, found.r4) == (transforms.HADAMARD, True, True)
 
 
 # ---- what a method may look at

@@ -98,7 +98,7 @@ class Writer(Artefact):
         """Write tensors as `<name>.safetensors`, replacing what was saved so. OSError: a full disk."""
         from safetensors.torch import save_file
 
-        plain, taken = dict[str, "Tensor"](), set[int]()
+        plain, taken = dict[str, Any](), set[int]()
         for key, tensor in tensors.items():
             here = tensor.detach().cpu().contiguous()
             memory = here.untyped_storage().data_ptr()

@@ -17,10 +17,8 @@ LEFT_SECONDS = 3600
 
 @contextmanager
 def replacing(path: Path, wanted: int | None = None) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its place when the block ends, and is removed if it fails.
-
-    The folder is made if missing, what a killed writer left an hour ago goes. An OSError says what could not
-    be written, the bytes `wanted` and free, and what to do."""
+    """A temporary file beside `path` that takes its place when the block ends, and goes if it fails, as does
+    what a killed writer left. An OSError says the bytes `wanted` and free, and what to do."""
     temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

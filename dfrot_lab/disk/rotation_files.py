@@ -38,9 +38,8 @@ def _rotation_name(file: Any, path: str | Path) -> str:
 
 
 def load(path: str | Path, channels: int | None = None) -> Tensor:
-    """The rotation R (channels, channels) in a safetensors file, float64: tensor `R1`, else the file's one
-    square tensor, of any float dtype. FileNotFoundError; ValueError: not a complete safetensors file, no such
-    tensor, wrong size, not finite, not orthogonal."""
+    """R (channels, channels) float64 of a safetensors file: tensor `R1`, else the one square tensor.
+    FileNotFoundError; ValueError: not complete, no such tensor, wrong size, not finite or orthogonal."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"rotation.path must be an existing safetensors file; got {path}")
     try:

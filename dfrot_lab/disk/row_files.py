@@ -57,15 +57,12 @@ def load(path: Path) -> pd.DataFrame:
 
 def write_table(table: pd.DataFrame, out: Path) -> None:
     """Write a table as .parquet, .csv or .json, whole or not at all."""
-    writers: dict[str, Any] = {
-        ".parquet": lambda path: table.to_parquet(path, index=False),
-        ".csv": lambda path: table.to_csv(path, index=False),
-        ".json": lambda path: table.to_json(path, orient="records"),
-    }
+    writers: dict[str, Any] = {".parquet": table.to_parquet, ".csv": table.to_csv, ".json": table.to_json}
     if out.suffix not in writers:
         raise ValueError(f"--out must end in {', '.join(writers)}; got {out}")
+    options: dict[str, Any] = {"orient": "records"} if out.suffix == ".json" else {"index": False}
     with replacing(out) as temporary:
-        writers[out.suffix](temporary)
+        writers[out.suffix](temporary, **options)
 
 
 def rows(table: pd.DataFrame) -> list[dict[str, Any]]:
@@ -78,15 +75,12 @@ def rows(table: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def save(path: Path, table: pd.DataFrame, recipes: Mapping[str, Any]) -> list[Path]:
-    """Write a whole results table as JSON lines, replacing what was there; beside it the comparison as
-    Markdown and the recipes of its rows as YAML, by key. Returns the files."""
+    """Write a results table as JSON lines, beside it the comparison as Markdown, the recipes as YAML."""
     import yaml
 
     replace(path, rows(table))
-    texts = {
-        path.with_suffix(".md"): markdown(comparison(table)) + "\n",
-        path.with_suffix(".recipes.yaml"): yaml.safe_dump(dict(recipes), sort_keys=False),
-    }
+    texts = {path.with_suffix(".md"): markdown(comparison(table)) + "\n"}
+    texts[path.with_suffix(".recipes.yaml")] = yaml.safe_dump(dict(recipes), sort_keys=False)
     for beside, text in texts.items():
         with replacing(beside) as temporary:
             temporary.write_text(text, encoding="utf-8")

@@ -1,8 +1,8 @@
 """Hadamard matrices of the orders that language models need, and the transform that never forms them.
 
-A Hadamard matrix H (n, n) has entries +-1 and H @ H.T = n I. Here n is a product of table orders (multiples
-of 4 up to 256, from the table that the compressed-tensors package ships) and one power of two, and H is the
-Kronecker product of the factors' matrices, as in QuaRot (arXiv 2404.00456)."""
+A Hadamard matrix H (n, n) has entries +-1 and H @ H.T = n I. Here n is a product of orders from the table
+that compressed-tensors ships (multiples of 4 up to 256) and one power of two, and H the Kronecker product of
+the factors' matrices, as in QuaRot (arXiv 2404.00456)."""
 
 import functools
 import importlib.util
@@ -53,8 +53,7 @@ def _odd_splits(odd: int, least: int = 3) -> Iterator[tuple[int, ...]]:
 @functools.cache
 def factors(n: int) -> tuple[int, ...] | None:
     """Table orders and one last power of two, 1 if need be, whose product is n: 576 -> (36, 16), 1680 -> (28,
-    60, 1); None where there are none: 13696. Of several the fewest orders, then the smallest sum, which is
-    the cost of the transform."""
+    60, 1); None: 13696. Of several the fewest orders, then the smallest sum: the transform's cost."""
     if n < 1:
         return None
     power = n & -n
@@ -86,8 +85,7 @@ def _kron(orders: tuple[int, ...]) -> Tensor:
 
 
 def hadamard_matrix(n: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """H (n, n) of +-1 with H @ H.T = n I, unnormalised: the Kronecker product over `factors(n)`. ValueError:
-    an order without a known matrix; it names the block-diagonal alternative."""
+    """H (n, n) of +-1 with H @ H.T = n I, over `factors(n)`. ValueError: none is known, but which block."""
     return _kron(_required_factors(n)).to(dtype)  # built in int8: n = 14336 needs 0.2 GB before the one cast
 
 
@@ -143,8 +141,7 @@ def _torch_transform(x: Tensor, scale: float) -> Tensor:
 
 
 def _kernel_transform(x: Tensor, scale: float, kernel: Transform) -> Tensor:
-    """The transform with `kernel(rows (..., 2^k), scale)` for the last factor, small products for the others.
-    The kernel is an argument so that the path a GPU takes can be tested without one."""
+    """The transform with `kernel(rows (..., 2^k), scale)` for the last factor, small products for others."""
     *tables, power = _required_factors(x.shape[-1])
     if power == 1:
         return _torch_transform(x, scale)
@@ -165,10 +162,9 @@ def _cuda_kernel() -> Transform | None:
 
 def hadamard_transform(x: Tensor, scale: float = 1.0) -> Tensor:
     """x (..., n) @ H.T * scale with H = hadamard_matrix(n), without forming it; a rotation at scale n**-0.5.
-
-    As in the fast-hadamard-transform package, which does the powers of two on CUDA where it is installed;
-    but another size is not padded with zeros (which is no rotation): its Kronecker factors are used exactly.
-    The result has x's dtype, device and shape. ValueError: n without a Hadamard matrix, x not of floats."""
+    As in the fast-hadamard-transform package, which does the powers of two on CUDA where it is installed; but
+    no size is padded with zeros (which is no rotation). The result has x's dtype, device and shape.
+    ValueError: n without a Hadamard matrix, x not of floats."""
     if x.ndim == 0 or not x.is_floating_point():
         said = f"got shape {tuple(x.shape)}, {x.dtype}. Cast it: x.float()"
         raise ValueError(f"hadamard_transform.x must be (..., n) of a float dtype; {said}")

@@ -33,8 +33,7 @@ def code_range(spec: QuantSpec) -> tuple[int, int]:
 
 
 def grouped(x: Tensor, spec: QuantSpec) -> Tensor:
-    """`x` as (groups, n), a view where possible: each row shares one scale. ValueError: a group size that
-    does not divide the last dimension."""
+    """`x` as (groups, n), each row with one scale. ValueError: a group size that does not divide channels."""
     if spec.granularity == "per_tensor":
         return x.reshape(1, -1)
     size = spec.group_size or x.shape[-1]
@@ -74,8 +73,7 @@ def _rounded(x: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec, out: Tenso
 
 
 def quantize(x: Tensor, spec: QuantSpec) -> Quantized:
-    """Codes, scales and zero points of `x`; codes are int8 (uint8 where not symmetric), int32 above 8 bits.
-    ValueError: 16 bits, which have no codes."""
+    """Codes (int8, uint8 where not symmetric, int32 above 8 bits), scales, zeros. ValueError: 16 bits."""
     if spec.bits == 16:
         raise ValueError("QuantSpec.bits must be below 16 to have codes; got 16: leave the tensor alone")
     groups = grouped(x, spec)
@@ -85,8 +83,7 @@ def quantize(x: Tensor, spec: QuantSpec) -> Quantized:
 
 
 def centred(x: Tensor, spec: QuantSpec, out: Tensor) -> Tensor:
-    """Write the codes of `x` (rows, n) less their zero points into `out` (int8, the same shape); the scales
-    (rows, 1), so that scale * out is x rounded."""
+    """Codes of `x` (rows, n) less their zero points, written into `out` (int8); the scales (rows, 1)."""
     groups = grouped(x, spec)
     scale, zero = scale_zero(groups, spec)
     out.copy_(_rounded(groups, scale, zero, spec))

@@ -28,9 +28,8 @@ def make(spec: RotationSpec, channels: int) -> Tensor:
 
     NR is the identity; RO is uniform (Haar) over all orthogonal matrices; RH is diag(s) @ H.T /
     sqrt(channels) with random signs s before the Hadamard matrix: after it they would only flip output
-    channels and leave every symmetric per-token error as it was (QuaRot, arXiv 2404.00456). `block=b` puts
-    independent rotations of b channels on the diagonal. ValueError: channels < 1, a block that does not
-    divide channels, RH of an order without a Hadamard matrix."""
+    channels (QuaRot, arXiv 2404.00456). `block=b`: independent rotations of b channels on the diagonal.
+    ValueError: channels < 1, a block that does not divide them, RH of an order without a Hadamard matrix."""
     if channels < 1:
         raise ValueError(f"rotation.channels must be >= 1; got {channels}")
     if spec.kind == "file":

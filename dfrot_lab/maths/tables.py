@@ -1,5 +1,4 @@
-"""Tables of results as the paper prints them; a table that would have to merge rows that differ is an
-error."""
+"""Tables of results as the paper prints them; one that would have to merge rows that differ is an error."""
 
 from collections.abc import Iterable, Mapping
 from operator import itemgetter
@@ -17,13 +16,10 @@ COLUMNS = (
 """Columns of every results row, in order. Quantizers are named by all that makes one different; `parameters`
 are what a method has beside its own columns; `ci95` is [low, high]; `recipe` is the key of the recipe, whose
 YAML is kept beside the rows; `formulas` and `commit` are the code's."""
-
 WHOLE = ("seed", "w_bits", "a_bits", "kv_bits", "keep_out_tokens", "windows", "window", "formulas")
 """Columns of whole numbers, or of nothing."""
-
 FREE = {"metric", "value", "ci95", "seconds", "recipe", "versions", "formulas", "commit"}
 """Columns that say what came out, when and by which code; the others say of what."""
-
 PERPLEXITY = "perplexity"
 
 
@@ -47,11 +43,11 @@ def label(entry: Mapping[str, Any]) -> str:
     """A row's name in tables: `RO`, `RO, kept out`, `DFRot gamma=100`; `full precision` at 16-16-16."""
     if entry["bits"] == "16-16-16":
         return "full precision"
-    name = entry["rotation"] if pd.isna(entry["gamma"]) else f"{entry['rotation']} gamma={entry['gamma']:g}"
-    if not entry["keep_out"]:
-        return str(name)
-    tokens = entry["keep_out_tokens"]
-    return f"{name}, kept out" + ("" if pd.isna(tokens) else f" ({entry['keep_out_rule']} {tokens})")
+    gamma = "" if pd.isna(entry["gamma"]) else f" gamma={entry['gamma']:g}"
+    counted = (
+        "" if pd.isna(entry["keep_out_tokens"]) else f" ({entry['keep_out_rule']} {entry['keep_out_tokens']})"
+    )
+    return f"{entry['rotation']}{gamma}" + (f", kept out{counted}" if entry["keep_out"] else "")
 
 
 def records(table: pd.DataFrame, metric: str = PERPLEXITY) -> list[dict[Any, Any]]:
@@ -71,8 +67,7 @@ def _require_distinct(rows: list[dict[str, Any]], place: Mapping[str, Any]) -> N
 
 
 def _wide(rows: list[dict[str, Any]], down: Mapping[str, Any], across: Mapping[str, Any]) -> pd.DataFrame:
-    """Cells of rows in their order, by the name and the function of each axis; ValueError where rows of one
-    place differ."""
+    """Cells of rows in their order, by each axis's name and function. ValueError: two rows of one place."""
     axes, places = {**down, **across}, dict[tuple[str, ...], list[dict[str, Any]]]()
     for row in rows:
         places.setdefault(tuple(str(value(row)) for value in axes.values()), []).append(row)
@@ -87,15 +82,13 @@ def _wide(rows: list[dict[str, Any]], down: Mapping[str, Any], across: Mapping[s
 
 def comparison(table: pd.DataFrame, metric: str = PERPLEXITY) -> pd.DataFrame:
     """One metric as the paper prints it: a row a rotation, a column for each setting of the bits, cells
-    `value [low, high]`; first seed only. ValueError where two rows of one place differ in any other column.
-    """
+    `value [low, high]`; first seed only. ValueError: rows of one place that differ in another column."""
     rows = records(first_seed(table), metric)
     return _wide(rows, {"row": label}, {"bits": itemgetter("bits")}).fillna("")
 
 
 def by_seed(table: pd.DataFrame, metric: str = f"{PERPLEXITY} - RH", rotation: str = "RO") -> pd.DataFrame:
-    """One rotation's rows of a metric at the bits that were run with several seeds: a row for each bits, a
-    column a seed. ValueError where two rows of one place differ."""
+    """One rotation's rows of a metric at the bits that were run with several seeds: bits by seed."""
     rows = [r for r in records(table, metric) if r["rotation"] == rotation and not r["keep_out"]]
     return _wide(rows, {"bits": itemgetter("bits")}, {"seed": lambda r: f"seed {r['seed']}"}).dropna()
 

@@ -12,7 +12,7 @@ one step, which the row's largest entry (symmetric) or its range (asymmetric) se
 ties. So one formula covers every case, `error_of_levels`: the expected error of rounding a Gaussian number to
 a multiple of the step, summed over levels, averaged over the step's distribution. It takes the step as
 independent of the entries; all else is exact. The signal-to-noise ratio is snr = m / (sigma sqrt(C)). Squared
-errors, float64, unit of x^2. Wrong arguments are ValueErrors."""
+errors, float64, unit of x^2. Wrong arguments are ValueErrors. `planted` rows are there to measure it on."""
 
 import functools
 import itertools
@@ -20,18 +20,21 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+import pandas as pd
+import torch
 from numpy.typing import NDArray
 from scipy.integrate import quad
 from scipy.optimize import brentq
 from scipy.special import log_ndtr, ndtr
+from torch import Tensor
 
-from dfrot_lab.maths.quantizers import code_range
-from dfrot_lab.recipe.specs import QuantSpec
+from dfrot_lab.maths import rotations
+from dfrot_lab.maths.quantizers import code_range, squared_error
+from dfrot_lab.recipe.specs import QuantSpec, RotationSpec
 
 Array = NDArray[np.float64]
 Floats = Sequence[float]
-SYM4 = QuantSpec(bits=4, scheme="symmetric")
-
+SYM4 = QuantSpec()
 _NODES = 48
 """Quantiles of the largest entry that the error is averaged over; twice as many change nothing by 0.1%."""
 _REACH = 9.0
@@ -58,8 +61,7 @@ def check_token(m: float, sigma: float, channels: int, others: Floats) -> None:
 
 
 def _steps(quantizer: QuantSpec) -> int:
-    """Steps between zero and the largest entry (symmetric) or in the whole range (asymmetric). Only what
-    `error_of_levels` covers."""
+    """Steps between zero and the largest entry (symmetric) or in the range; only what this theory covers."""
     plain = quantizer.granularity == "per_token" and quantizer.scheme != "free" and quantizer.clip_ratio == 1
     rule = "symmetric or asymmetric, per_token, with clip_ratio 1 and fewer than 16 bits"
     require("quantizer", quantizer, plain and quantizer.bits < 16, rule)
@@ -67,8 +69,8 @@ def _steps(quantizer: QuantSpec) -> int:
 
 
 def expected_largest(channels: int) -> float:
-    """Expected largest of `channels` absolute values of independent N(0, 1) numbers. The textbook sqrt(2 ln
-    C) is its leading term for C to infinity, and 7% above it at C = 4096. ValueError: channels < 1."""
+    """Expected largest of `channels` absolute values of N(0, 1) numbers; the textbook's sqrt(2 ln C) is its
+    leading term for C to infinity, and 7% above it at C = 4096."""
     require("channels", channels, channels >= 1, "a whole number >= 1")
 
     def some_above(t: float) -> float:  # 1 - P(|z| < t)^channels
@@ -78,8 +80,7 @@ def expected_largest(channels: int) -> float:
 
 
 def uniform_error(largest: float, channels: int, quantizer: QuantSpec = SYM4) -> float:
-    """The rule of thumb: C step^2 / 12, for entries spread evenly within a step; `largest` is max |x R|
-    (asymmetric: a range of twice that)."""
+    """The rule of thumb C step^2 / 12, for entries spread evenly within a step; `largest` is max |x R|."""
     require("channels", channels, channels >= 2, "a whole number >= 2")
     step = largest * (1 if quantizer.symmetric else 2) / _steps(quantizer)
     return channels * step**2 / 12
@@ -144,14 +145,13 @@ def error(
     channel, all in x's unit and >= 0; at least 2^spikes channels.
 
     NR: the spike takes the grid; noise below half a step, m / 14 at symmetric 4 bits, falls to zero, and the
-    error is its energy C sigma^2. RO, over all random orthogonal matrices: x R is uniform on the sphere of
-    radius ||x||, the error is scale-equivariant and a Gaussian row's length is independent of its direction,
-    so the expectation is *exactly* that of a Gaussian row of the same mean square, spike or not. RH: all
-    signs alike often; a spike alone costs 0 (symmetric) or m^2 / (2^bits - 1)^2 (asymmetric); with noise,
-    symmetric, C step^2 / 12 while it is above half a step, below C sigma^2 (1 + E max^2), since the largest
-    noise entry and not the level sits on the last code. Two exceptions: asymmetric, a spike in the channel of
-    a constant Hadamard row makes one level, not two; with three spikes or more the signs may depend on each
-    other (in a power of two, one row in C is the product of two others), which leaves fewer levels."""
+    error is its energy C sigma^2. RO: x R is uniform on the sphere of radius ||x||, the error is
+    scale-equivariant and a Gaussian row's length is independent of its direction, so it is *exactly* that of
+    a Gaussian row of the same mean square, spike or not. RH, all signs alike often: a spike alone costs 0
+    (symmetric) or m^2 / (2^bits - 1)^2; with noise, symmetric, C step^2 / 12 while it is above half a step,
+    below C sigma^2 (1 + E max^2), as the largest noise entry sits on the last code. Two exceptions:
+    asymmetric, a spike in the channel of a constant Hadamard row makes one level; three spikes or more may
+    have signs that depend on each other (in a power of two, one row in C is the product of two others)."""
     check_token(m, sigma, channels, others)
     spikes = (m, *others)
     if kind == "NR":
@@ -179,8 +179,8 @@ def unit_rms(snr: float, channels: int, ratio: float = 0.0) -> tuple[float, floa
 
 
 def paper_window(channels: int, quantizer: QuantSpec = SYM4) -> tuple[float, float]:
-    """The snr from which E(RO) > E(NR), and the first snr from which E(NR) < E(RH): between them lies DFRot's
-    order RO > NR > RH. ValueError: no crossing between snr 1 and 1000."""
+    """The snr from which E(RO) > E(NR), and that from which E(NR) < E(RH): between them lies DFRot's order RO
+    > NR > RH. ValueError: no crossing between snr 1 and 1000."""
 
     def gap(log_snr: float, above: str, below: str) -> float:
         m, sigma = unit_rms(math.exp(log_snr), channels)
@@ -195,3 +195,78 @@ def paper_window(channels: int, quantizer: QuantSpec = SYM4) -> tuple[float, flo
             raise ValueError(f"theory.channels must {rule}; got {channels} at {quantizer.name}")
         ends.append(math.exp(brentq(gap, snr - math.log(1000) / 80, snr, args=pair, xtol=1e-4)))
     return ends[0], ends[1]
+
+
+def planted(
+    m: float, sigma: float, channels: int, tokens: int, generator: torch.Generator, others: Floats = ()
+) -> Tensor:
+    """Rows (tokens, channels) float64 of noise `sigma`, spikes `m` and `others` in random channels."""
+    check_token(m, sigma, channels, others)
+    require("tokens", tokens, tokens >= 1, "a whole number >= 1")
+    x = sigma * torch.randn(tokens, channels, dtype=torch.float64, generator=generator)
+    spikes = torch.tensor([m, *others], dtype=torch.float64)
+    places = torch.rand(tokens, channels, generator=generator).argsort(1)[:, : len(spikes)]
+    return x.scatter_add_(1, places, spikes.expand(tokens, -1))
+
+
+def curve(
+    channels: Sequence[int], snrs: Floats, quantizers: Sequence[QuantSpec] = (SYM4,), *,
+    ratios: Floats = (0.0,), kinds: Sequence[str] = tuple(PREDICT),
+) -> pd.DataFrame:  # fmt: skip
+    """Predicted squared error of tokens of mean square 1, a row for every combination of the arguments; a
+    ratio is second spike / first. Columns: channels, rotation, snr, ratio, quantizer, bits, predicted."""
+    lines = []
+    for c, kind, snr, ratio, q in itertools.product(channels, kinds, snrs, ratios, quantizers):
+        require("kinds", repr(kind), kind in PREDICT, f"among {tuple(PREDICT)}")
+        m, sigma = unit_rms(snr, c, ratio)
+        others = (ratio * m,) if ratio else ()
+        lines.append((c, kind, snr, ratio, q.name, q.bits, PREDICT[kind](m, sigma, c, q, others)))
+    names = "channels rotation snr ratio quantizer bits predicted"
+    return pd.DataFrame(lines, columns=names.split())
+
+
+def measure(
+    channels: Sequence[int], snrs: Floats, quantizers: Sequence[QuantSpec] = (SYM4,), *,
+    ratios: Floats = (0.0,), kinds: Sequence[str] = tuple(PREDICT),
+    seeds: Sequence[int] = (0,), tokens: int = 64,
+) -> pd.DataFrame:  # fmt: skip
+    """`curve` with what planted tokens of the same snr and ratio measure: column measured, the mean over
+    `tokens` tokens, a row a seed, which draws the rotation and the tokens."""
+    parts = []
+    for c, kind in itertools.product(channels, kinds):
+        table = curve([c], snrs, quantizers, ratios=ratios, kinds=[kind])
+        for seed in seeds:
+            R, found = rotations.make(RotationSpec(kind=kind, seed=seed), c), []
+            for snr, ratio in itertools.product(snrs, ratios):
+                m, sigma = unit_rms(snr, c, ratio)
+                generator, others = torch.Generator().manual_seed(seed), (ratio * m,) if ratio else ()
+                x = planted(m, sigma, c, tokens, generator, others) @ R
+                found += [float(squared_error(x, q).mean()) for q in quantizers]
+            parts.append(table.assign(seed=seed, measured=found))
+    return pd.concat(parts, ignore_index=True)
+
+
+def estimate(x: Tensor) -> pd.DataFrame:
+    """Spike and noise of real rows `x` (tokens, channels >= 3), a line a row, in x's unit: channel and m of
+    the largest |entry|, second (the next), sigma (root mean square of all but the largest), snr (m / (sigma
+    sqrt(C))), tail (fourth moment of all but the largest / sigma^4: 3 for Gaussian noise)."""
+    fits = x.ndim == 2 and x.shape[1] >= 3 and bool(x.isfinite().all())
+    require("x", f"shape {tuple(x.shape)}", fits, "finite, (tokens, channels >= 3)")
+    largest, where = x.double().abs().sort(1, descending=True)
+    m, second = largest[:, 0], largest[:, 1]
+    sigma, fourth = largest[:, 1:].square().mean(1).sqrt(), largest[:, 1:].pow(4).mean(1)
+    columns = {"channel": where[:, 0], "m": m, "second": second, "sigma": sigma}
+    columns |= {"snr": m / (sigma * math.sqrt(x.shape[1])), "tail": fourth / sigma**4}
+    return pd.DataFrame({name: values.numpy() for name, values in columns.items()})
+
+
+def predict(x: Tensor, quantizer: QuantSpec = SYM4, *, spikes: int = 1) -> pd.DataFrame:
+    """Predicted squared errors NR, RO, RH of real rows `x` (tokens, channels): their `spikes` largest
+    |entries| as spikes, all else as noise. Signs are dropped, which matters to an asymmetric NR alone."""
+    require("spikes", spikes, 1 <= spikes <= math.log2(x.shape[-1]), "a whole number in 1..log2(channels)")
+    largest = x.double().abs().sort(1, descending=True).values
+    noise = largest[:, spikes:].square().mean(1).sqrt()
+    lines = []
+    for (m, *others), sigma in zip(largest[:, :spikes].tolist(), noise.tolist(), strict=True):
+        lines.append([error(m, sigma, x.shape[1], quantizer, others) for error in PREDICT.values()])
+    return pd.DataFrame(lines, columns=list(PREDICT))

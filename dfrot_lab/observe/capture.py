@@ -14,7 +14,6 @@ from dfrot_lab.recipe import keys
 from dfrot_lab.recipe.specs import WINDOW, CaptureSpec
 
 log = logging.getLogger(__name__)
-
 _MEDIAN_SAMPLE = 1 << 16
 """Values that the residual median is taken over: of all it costs a fifth of the forward pass."""
 
@@ -55,9 +54,8 @@ class Capture:
 def capture(
     spec: CaptureSpec | None = None, store: Store | None = None, loaded: LoadedModel | None = None
 ) -> Capture:
-    """The capture `spec` describes, from the store or recorded now. `loaded`, where given, must be a fresh
-    load of `spec.model`; it gets prepared. ValueError: more tokens than the corpus or the model's context
-    has; NaN or Inf, naming site and token."""
+    """The capture `spec` describes, from the store or recorded now. `loaded`, a fresh load of `spec.model`,
+    gets prepared. ValueError: more tokens than the text or the model's context has; NaN or Inf, and where."""
     spec, store = door.resolved(spec or CaptureSpec()), store or Store()
     if loaded is not None and loaded.spec != spec.model:
         said = f"CaptureSpec.model {spec.model.source}; got one of {loaded.spec.source}"
@@ -102,9 +100,8 @@ def token_blocks(spec: CaptureSpec, loaded: LoadedModel) -> Tensor:
 def record(
     loaded: LoadedModel, ids: Tensor, save: Callable[[str, Tensor], None]
 ) -> tuple[list[str], dict[str, Tensor]]:
-    """Run `ids` (blocks, window) once and hand each norm's output (tokens, channels) to `save` as it appears.
-    The sites, and {abs_max, channel: (sites, tokens); median: (sites,)} of the residual stream before each.
-    """
+    """Run `ids` (blocks, window) once and hand each norm's output (tokens, channels) to `save`: the sites, and
+    {abs_max, channel: (sites, tokens); median: (sites,)} of the residual stream before each."""
     names: list[str] = []
     rows: list[tuple[Tensor, Tensor, Tensor]] = []
 

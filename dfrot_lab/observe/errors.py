@@ -25,9 +25,8 @@ def token_errors(
     quantizers: Sequence[QuantSpec] = (SYM4,), *,
     sites: Sequence[str] | None = None, rule: str = DEFAULT_RULE,
 ) -> pd.DataFrame:  # fmt: skip
-    """E(x R) of every token at every site under every rotation and quantizer. Columns: site, token (index),
-    text, rotation, quantizer, error (sum of squares over channels: the paper's figures), root (its square
-    root), massive (whether `rule` calls the token massive at that site)."""
+    """E(x R) of every token at every site under every rotation and quantizer: site, token (index), text,
+    rotation, quantizer, error (sum of squares over channels), root (of it), massive (by `rule`, there)."""
     chosen = list(sites or capture.sites)
     matrices = rotation if rotation is not None else default_rotations(capture.channels)
     massive_at = dict(zip(chosen, massive.find(capture, rule, chosen).numpy(), strict=True))
@@ -90,8 +89,7 @@ def _repeated(names: Sequence[str], times: int) -> "pd.Categorical[str]":
 def massive_values(
     capture: Capture, site: str, token: int, matrices: Mapping[str, Tensor], quantizer: QuantSpec = SYM4
 ) -> pd.DataFrame:
-    """One token's values before and after quantization under each rotation (the paper's Fig. 4): rotation,
-    channel, value, quantized."""
+    """One token's values under each rotation (the paper's Fig. 4): rotation, channel, value, quantized."""
     row = capture.rows(site)[token : token + 1]
     tables = []
     for name, R in matrices.items():

@@ -27,7 +27,6 @@ from dfrot_lab.observe.capture import Capture
 from dfrot_lab.recipe.specs import MASSIVE_RULES, ROW_RULES, QuantSpec, RotationSpec
 
 log = logging.getLogger(__name__)
-
 SUN_ABSOLUTE, SUN_RATIO = 100.0, 1000.0
 NR_ERROR_CHANNELS = 4096
 RULE_QUANTIZER = QuantSpec()
@@ -47,8 +46,7 @@ def threshold(rule: str) -> float:
 
 
 def rows_rule(x: Tensor, rule: str) -> Tensor:
-    """Massive mask (tokens,) of normalised, unrotated rows (tokens, channels) by a rule on rows alone;
-    ValueError."""
+    """Massive mask (tokens,) of normalised, unrotated rows (tokens, channels), by a rule of ROW_RULES."""
     if rule == "ro_vs_nr":
         rotated = x @ _reference_ro(x.shape[-1]).to(x)
         return squared_error(rotated, RULE_QUANTIZER) >= squared_error(x, RULE_QUANTIZER)
@@ -60,8 +58,7 @@ def rows_rule(x: Tensor, rule: str) -> Tensor:
 
 
 def residual_rule(magnitude: Tensor, median: Tensor, rule: str) -> Tensor:
-    """Massive mask (sites, tokens) by a rule on the residual stream, from each token's largest |value|
-    (sites, tokens) and the median |value| (sites,); ValueError."""
+    """Massive mask (sites, tokens) from each token's largest |value| and each site's median; ValueError."""
     if rule == "sun":
         return (magnitude > SUN_ABSOLUTE) & (magnitude >= SUN_RATIO * median[:, None])
     if rule in MASSIVE_RULES and rule not in ROW_RULES:
@@ -81,15 +78,14 @@ def find(capture: Capture, rule: str, sites: Sequence[str] | None = None) -> Ten
 
 
 def doubt(capture: Capture, rule: str) -> str | None:
-    """What is odd about the rows a rule marks, in a sentence: none, more than 2%, or rows no other rule calls
-    massive; None where nothing is."""
+    """What is odd about the rows a rule marks, if anything: none, over 2%, or rows no other rule marks."""
     mask = find(capture, rule)
-    share, marked = float(mask.double().mean()), int(mask.sum())
+    marked = int(mask.sum())
     if not marked:
         return f"rule {rule} marks no row: there is no massive token to look at by it"
     said = f"rule {rule} marks {marked} rows, "
-    if share > MANY:
-        return f"{said}{share:.1%} of all: more than rare tokens; look at the others"
+    if marked > MANY * mask.numel():
+        return f"{said}{marked / mask.numel():.1%} of all: more than rare tokens; look at the others"
     others = [other for other in MASSIVE_RULES if not other.startswith(rule.rsplit("_", 1)[0])]
     alone = int((mask & ~torch.stack([find(capture, other) for other in others]).any(0)).sum())
     return f"{said}{alone} of which no other rule calls massive" if alone > marked / 2 else None
@@ -97,18 +93,17 @@ def doubt(capture: Capture, rule: str) -> str | None:
 
 def warn(capture: Capture, rule: str) -> None:
     """Say once a process what is odd about the rows a rule marks."""
-    _warn_once(capture.key, rule, doubt(capture, rule))
+    if said := doubt(capture, rule):
+        _warn_once(capture.key, said)
 
 
 @cache
-def _warn_once(_capture: str, _rule: str, said: str | None) -> None:
-    if said:
-        log.warning("%s", said)
+def _warn_once(_capture: str, said: str) -> None:
+    log.warning("%s", said)
 
 
 def table(capture: Capture) -> pd.DataFrame:
-    """A row a (site, token) that any rule calls massive: residual maximum, its channel, the site's median,
-    their ratio, each rule's verdict."""
+    """A row a (site, token) that any rule calls massive: residual maximum, channel, median, ratio, rules."""
     masks = {rule: find(capture, rule) for rule in MASSIVE_RULES}
     site, token = torch.stack(list(masks.values())).any(0).nonzero(as_tuple=True)
     sites, texts = capture.sites, capture.texts

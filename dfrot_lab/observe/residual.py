@@ -41,8 +41,7 @@ def streams(loaded: LoadedModel, ids: Tensor) -> list[Tensor]:
 
 
 def residual_profile(spec: CaptureSpec, store: Store | None = None) -> pd.DataFrame:
-    """The largest three |values| and the median before each layer over the capture's first window: model,
-    corpus, layer, metric, value."""
+    """The largest three |values| and the median before each layer: model, corpus, layer, metric, value."""
     loaded, lines = loading.load_model(spec.model, store), []
     for layer, x in enumerate(streams(loaded, token_blocks(spec, loaded)[0])):
         magnitude = x.abs().flatten()
@@ -71,8 +70,7 @@ def massive_mask(x: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def mean_massive(loaded: LoadedModel, ids: Tensor) -> Tensor:
-    """Mean of the massive values of each layer's input in each channel (layers, channels) over token ids
-    (windows, window); 0 where none is."""
+    """Mean massive value before each layer in each channel (layers, channels) over ids (windows, window)."""
     total = torch.zeros(len(loaded.layers), loaded.channels, dtype=torch.float64)
     count = torch.zeros_like(total)
 
@@ -89,8 +87,7 @@ def mean_massive(loaded: LoadedModel, ids: Tensor) -> Tensor:
 
 @contextmanager
 def massive_set(loaded: LoadedModel, to: str, ids: Tensor) -> Iterator[None]:
-    """While the block runs, massive values before every layer are 0 (`to` = zero), or their average over
-    `ids` (windows, window) (mean)."""
+    """While the block runs, massive values are 0 (`to` = zero) or their mean over `ids` (windows, window)."""
     value = torch.zeros(len(loaded.layers), loaded.channels) if to == "zero" else mean_massive(loaded, ids)
     with before_layers(loaded, lambda layer, x: torch.where(massive_mask(x), value[layer].to(x), x)):
         yield

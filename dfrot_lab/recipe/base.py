@@ -88,10 +88,11 @@ class Spec(BaseModel):
         if not isinstance(said, Mapping):
             raise ValueError(f"{cls.__name__} must be a mapping of its fields; got {said!r}")
         values = {str(name): value for name, value in said.items() if name != "spec"}
-        for name in values.keys() & cls.model_fields:
-            nested = [k for k in cls._kinds(name) if isinstance(k, type) and issubclass(k, Spec)]
-            if nested and isinstance(values[name], Mapping):
-                values[name] = nested[0].of(values[name])
+        for name, value in values.items():
+            kinds = cls._kinds(name) if name in cls.model_fields and isinstance(value, Mapping) else ()
+            for kind in kinds:
+                if isinstance(kind, type) and issubclass(kind, Spec):
+                    values[name] = kind.of(value)
         return cls(**values)
 
     @property

@@ -1,8 +1,8 @@
-"""Every content key and fingerprint: what an artefact is named by.
+"""Every content key and fingerprint: what an artefact is named by, the hash of plain values.
 
-A key is the hash of plain values. In a key a model, a text and a file stand for their bytes and not for
-their names, so that what moved is found again and what changed is not. `FORMULAS` is part of every key and of
-every results row: what another version computed is never taken for ours."""
+In a key a model, a text and a file stand for their bytes and not for their names, so that what moved is found
+again and what changed is not. `FORMULAS` is part of every key and of every results row: what another version
+computed is never taken for ours."""
 
 from collections.abc import Callable
 from typing import Any

@@ -10,10 +10,8 @@ from dfrot_lab.recipe.base import MethodSpec, Spec, one_of, ruled
 
 WINDOW = 2048
 """Tokens in one window: the length DFRot, QuaRot and GPTQ calibrate and evaluate with."""
-
 DEFAULT_MODEL = "smollm2-135m"
 MODEL_SOURCES = "a packaged name, a folder, a .gguf file or hub:owner/name"
-
 ROTATION_KINDS = ("NR", "RO", "RH", "file")
 SPLITS = ("calibration", "evaluation", "train", "valid", "test")
 DTYPES = ("float32", "float64", "bfloat16", "float16")
@@ -48,8 +46,7 @@ class ModelSpec(Spec):
 
 
 class CorpusSpec(Spec):
-    """Which text, and which part: `calibration` and `evaluation` are a corpus's own halves (WikiText-2: valid
-    and test split)."""
+    """Which text, and which part: a corpus's own halves (WikiText-2: valid and test split), or a split."""
 
     name: str = ruled("auto", "auto, wikitext2, wikipedia-sample or a text file", pattern=r"\S")
     split: str = one_of("evaluation", SPLITS)
@@ -115,8 +112,7 @@ class QuantSpec(Spec):
 
 
 class CaptureSpec(Spec):
-    """Which activations to record: all norm outputs of `model`, norms fused, for `tokens` tokens of `corpus`
-    after the first `skip` windows."""
+    """Which activations: all norm outputs, norms fused, of `tokens` tokens after the first `skip` windows."""
 
     model: ModelSpec = ModelSpec()
     corpus: CorpusSpec = CALIBRATION
@@ -126,12 +122,10 @@ class CaptureSpec(Spec):
 
 class RefineSpec(MethodSpec):
     """How to refine R1 (DFRot, Eq. 2-8): rows, start, weight `gamma` of massive rows (gamma^2 in the squared
-    loss), the rule that says which they are, steps, quantizer, variant.
-
-    `as_paper` runs the paper's steps and returns the last R, `guarded` the best by the weighted objective;
-    `accelerated` (default) minimises that objective in a sixth of the time; `as_released` is the released
-    code: QR after the SVD (which flips signs), its accept test; it was released with a symmetric quantizer.
-    `gamma=inf` fits the massive rows alone; `rows` takes a random sample of that many rows."""
+    loss), the rule that says which they are, steps, quantizer, variant. `as_paper` runs the paper's steps and
+    returns the last R, `guarded` the best by the weighted objective; `accelerated` (default) minimises that
+    in a sixth of the time; `as_released` is the released code, with its QR after the SVD (which flips signs)
+    and its accept test. `gamma=inf` fits the massive rows alone; `rows` takes a sample of that many rows."""
 
     method: ClassVar[str] = "dfrot"
     capture: CaptureSpec = CaptureSpec()
@@ -186,10 +180,9 @@ KV_CACHE = QuantSpec(bits=16, scheme="asymmetric", granularity="per_group")
 
 class Recipe(Spec):
     """Everything that defines a quantized model and the text it is scored on: one row of a results table.
-
     `keep_out` names the rule by which massive tokens pass the q, k, v, gate and up inputs unquantised
-    (`QuaRot.FP16()`), or which `keep_out_tokens` of a window do; None quantizes all. `set_massive` overwrites
-    massive values of the residual stream (Sun et al.)."""
+    (`QuaRot.FP16()`), or which `keep_out_tokens` of a window do. `set_massive` overwrites massive values of
+    the residual stream (Sun et al.)."""
 
     model: ModelSpec = ModelSpec()
     corpus: CorpusSpec = CorpusSpec()
@@ -206,9 +199,9 @@ class Recipe(Spec):
 
     def _check(self) -> None:
         self._require("activations", self.activations.granularity == "per_token", "per_token")
-        for name in ("keys", "values"):
-            grouped = getattr(self, name).granularity == "per_group"
-            self._require(name, grouped, "per_group (one scale a token and head, or a part of a head)")
+        for name, cache in (("keys", self.keys), ("values", self.values)):
+            rule = "per_group (one scale a token and head, or a part of a head)"
+            self._require(name, cache.granularity == "per_group", rule)
         counted = self.keep_out in KEEP_OUT_COUNTS
         self._require("keep_out_tokens", (self.keep_out_tokens is not None) == counted, KEPT_COUNTED)
         free = self.set_massive is None or not self.is_rotated
@@ -221,8 +214,7 @@ class Recipe(Spec):
 
     @property
     def bits(self) -> str:
-        """Bits of weights, activations and KV cache, as in the paper's tables: `4-4-16`; keys and values
-        apart where they differ: `4-4-k4v2`."""
+        """Bits of weights, activations and KV cache as in the paper's tables: `4-4-16`, or `4-4-k4v2`."""
         keys, values = self.keys.bits, self.values.bits
         cache = keys if keys == values else f"k{keys}v{values}"
         return f"{self.weights.quantizer.bits}-{self.activations.bits}-{cache}"

@@ -1,5 +1,4 @@
-"""Steps that minimise DFRot's objective sooner than the alternation: Procrustes steps to first order, on a
-part of the rows.
+"""Steps that minimise DFRot's objective sooner: Procrustes steps to first order, on a part of the rows.
 
 With e = x R - Q(x R), G = sum w x^T x and P = sum w x^T e, the product of Eq. 6 is sum w x^T Q(x R) = G R -
 P, and Eq. 8's solution its polar factor: to first order (I - D) R with G D + D G = P R^T - R P^T, which in
@@ -71,8 +70,7 @@ def metric(rows: Tensor, weights: Tensor) -> Metric:
 def move(
     rows: Tensor, index: Tensor, weights: Tensor, metric: Metric, R: Tensor, quantizer: QuantSpec
 ) -> Tensor:
-    """D of the rotation V R over the rows `index` with `weights` (rows, 1), in V's frame; it turns the
-    smaller of rows and R into that frame."""
+    """D of V R over the rows `index` with `weights` (rows, 1), in V's frame: the smaller of them turns."""
     few = len(index) < len(R)
     whole, total = R if few else metric.V @ R, torch.zeros_like(R)
     for part, weight in zip(index.split(ROWS_AT_ONCE), weights.split(ROWS_AT_ONCE), strict=True):

@@ -19,14 +19,12 @@ from dfrot_lab.rotate.steps import HISTORY, Refined, State, Watch, refine
 from dfrot_lab.rotate.transforms import Context, Transforms
 
 log = logging.getLogger(__name__)
-
 SPEC = RefineSpec
 KIND = "refine"
 
 
-def spec(row: str, *, seed: int = 0, capture: CaptureSpec | None = None) -> RefineSpec:
+def spec(_row: str, *, seed: int = 0, capture: CaptureSpec | None = None) -> RefineSpec:
     """The refinement of the row DFRot: from RH of `seed`, on the rows of `capture`."""
-    del row
     return RefineSpec(capture=capture or CaptureSpec(), init=RotationSpec(seed=seed))
 
 

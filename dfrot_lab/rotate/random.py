@@ -4,15 +4,14 @@ from torch import Tensor
 
 from dfrot_lab.disk import rotation_files
 from dfrot_lab.maths import rotations
-from dfrot_lab.recipe.specs import CaptureSpec, Recipe, RotationSpec
+from dfrot_lab.recipe.specs import Recipe, RotationSpec
 from dfrot_lab.rotate.transforms import Context, Transforms
 
 SPEC = RotationSpec
 
 
-def spec(row: str, *, seed: int = 0, capture: CaptureSpec | None = None) -> RotationSpec:
+def spec(row: str, *, seed: int = 0, **_capture: object) -> RotationSpec:
     """The rotation of a row, NR, RO or RH, with its seed."""
-    del capture
     return RotationSpec(kind=row, seed=0 if row == "NR" else seed)
 
 

@@ -30,7 +30,6 @@ LENGTH, MOMENTUM = 0.5, 0.8
 CHECK_EVERY = 20
 """Accelerated steps between two looks at all rows."""
 HISTORY = ("step", "objective", "ordinary", "massive", "best", "distance")
-
 Losses = dict[str, float]
 
 
@@ -103,8 +102,7 @@ def polar(product: Tensor) -> Tensor:
 
 
 def row_weights(mask: Tensor, gamma: float) -> Tensor:
-    """Squared-loss weight of each row (tokens,): gamma^2 where `mask` (massive), 1 elsewhere; gamma = inf
-    leaves the massive rows alone."""
+    """Squared-loss weight of each row (tokens,): gamma^2 where massive, 1 elsewhere; at inf 1 and 0."""
     return mask.float() if gamma == math.inf else torch.where(mask, gamma**2, 1.0)
 
 
@@ -164,8 +162,7 @@ def refine(
 
 
 def _alternate(run: _Run) -> None:
-    """The paper's steps (Eq. 4-8). The history's row t, of steps + 1, holds the losses of the R that t steps
-    made."""
+    """The paper's steps (Eq. 4-8). The history's row t holds the losses of the R that t steps made."""
     state, last, done = run.state, run.spec.steps, len(run.state.history)
     for step in run.bar(range(done, last + 1), initial=done, total=last + 1):
         product, losses = half_step(run.rows, state.R, run.weights, run.mask, run.spec.quantizer)
@@ -181,9 +178,8 @@ def _alternate(run: _Run) -> None:
 
 
 def _accelerate(run: _Run) -> None:
-    """The paper's objective, minimised sooner: `descent`'s steps with momentum, each on a part of the rows,
-    checked on all of them, one row of history a check. A check that finds no gain goes back to the best R
-    without momentum and halves the step."""
+    """The paper's objective, minimised sooner by `descent`'s steps with momentum, checked on all rows, one
+    row of history a check. Without gain it goes back to the best R without momentum and halves the step."""
     rows, spec, state = run.rows, run.spec, run.state
     metric, parts = descent.metric(rows, run.weights), descent.parts(run.mask, run.weights)
     bar = run.bar(total=spec.steps)

@@ -1,10 +1,8 @@
-"""What a rotation method makes, and what it may look at: the seam between methods and everything else.
-
-A method is a module of the table `recipe.registry.METHODS` with `fit(recipe, context) -> Transforms`."""
+"""What a rotation method makes, and what it may look at: a method is a module of the table
+`recipe.registry.METHODS` with `fit(recipe, context) -> Transforms`."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -42,14 +40,13 @@ class Context:
     def __init__(self, recipe: Recipe, store: Store, model: LoadedModel | None = None) -> None:
         self.recipe, self.store, self._model = recipe, store, model
 
-    @cached_property
+    @property
     def model(self) -> LoadedModel:
         """The recipe's model, untied and with fused norms."""
-        if self._model is not None:
-            return self._model
-        loaded = loading.load_model(self.recipe.model, self.store)
-        surgery.prepare(loaded)
-        return loaded
+        if self._model is None:
+            self._model = loading.load_model(self.recipe.model, self.store)
+            surgery.prepare(self._model)
+        return self._model
 
     @property
     def rows(self) -> CaptureSpec:

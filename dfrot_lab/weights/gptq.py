@@ -9,7 +9,6 @@ from dfrot_lab.weights.rtn import packed, scale_of
 
 CALIBRATED = True
 """It needs the Hessian of a layer's inputs."""
-
 COLUMNS = 128
 """Columns quantized before the rest of the matrix hears of their error in one product: GPTQ's lazy batch."""
 HESSIAN_BLOCK = 192

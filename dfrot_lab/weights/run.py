@@ -24,13 +24,10 @@ from dfrot_lab.weights.gptq import hessian_of
 log = logging.getLogger(__name__)
 
 KIND = "weights"
-
 LayerCodes = dict[str, Quantized]
 """The quantized weights of one decoder layer by linear name."""
-
 OnPart = Callable[[str, int, int], None]
-"""Told of every finished part of long work: what it is (`layer`, `window`), how many are done, of how many.
-It may raise to stop the work there."""
+"""Told of every finished part of long work (`layer`, `window`), how many are done, of how many; may raise."""
 
 
 def nothing(_part: str, _done: int, _total: int) -> None:
@@ -71,12 +68,10 @@ def _file(index: int) -> str:
 
 
 def _install(layer: nn.Module, saved: dict[str, Tensor]) -> LayerCodes:
-    where = next(layer.parameters()).device
-    saved = {key: tensor.to(where) for key, tensor in saved.items()}
-    codes = {}
+    where, codes = next(layer.parameters()).device, LayerCodes()
     for name in sorted({key.rsplit(":", 1)[0] for key in saved}):
-        scale = saved[f"{name}:scale"]
-        codes[name] = Quantized(saved[f"{name}:codes"], scale, torch.zeros_like(scale))
+        small, scale = (saved[f"{name}:{part}"].to(where) for part in ("codes", "scale"))
+        codes[name] = Quantized(small, scale, torch.zeros_like(scale))
         _put(loading.linear(layer, name), codes[name])
     return codes
 

@@ -10,7 +10,7 @@ import torch
 from scipy.spatial.transform import Rotation
 from torch import Tensor
 
-from dfrot_lab.maths import planted, rotations, theory
+from dfrot_lab.maths import rotations, theory
 from dfrot_lab.maths.quantizers import scale_zero, squared_error
 from dfrot_lab.recipe.specs import QuantSpec, RotationSpec
 
@@ -35,7 +35,7 @@ def hand_token(snr: float, dims: int, seed: int = 0) -> Tensor:
 def planted_token(snr: float, channels: int, seed: int = 0) -> Tensor:
     """The same in a random channel of many (channels,)."""
     m, sigma = theory.unit_rms(snr, channels)
-    return planted.rows(m, sigma, channels, 1, torch.Generator().manual_seed(seed))[0]
+    return theory.planted(m, sigma, channels, 1, torch.Generator().manual_seed(seed))[0]
 
 
 def by_angles(degrees: Sequence[float]) -> Tensor:
@@ -92,7 +92,7 @@ def expected(snr: float, channels: int, quantizer: QuantSpec) -> dict[str, float
 
 def expected_real(x: Tensor, quantizer: QuantSpec) -> dict[str, float]:
     """The same for a real token x (channels,): its largest entries are the spikes, the rest is the noise."""
-    predicted = planted.predict(x[None], quantizer, spikes=SPIKES).iloc[0]
+    predicted = theory.predict(x[None], quantizer, spikes=SPIKES).iloc[0]
     return {kind: float(predicted[kind]) for kind in KINDS}
 
 
