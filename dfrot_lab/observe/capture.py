@@ -100,7 +100,7 @@ def token_blocks(spec: CaptureSpec, loaded: LoadedModel) -> Tensor:
 def record(
     loaded: LoadedModel, ids: Tensor, save: Callable[[str, Tensor], None]
 ) -> tuple[list[str], dict[str, Tensor]]:
-    """Run `ids` (blocks, window) once and hand each norm's output (tokens, channels) to `save`: the sites, and
+    """Run `ids` (blocks, window) once and hand each norm's output (tokens, channels) to `save`. Sites, and
     {abs_max, channel: (sites, tokens); median: (sites,)} of the residual stream before each."""
     names: list[str] = []
     rows: list[tuple[Tensor, Tensor, Tensor]] = []

@@ -3,17 +3,15 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
-import torch
 from torch import Tensor
 
-from dfrot_lab.disk.artefacts import Store, Writer
-from dfrot_lab.model import corpus, door, hooks, loading, surgery
+from dfrot_lab.disk.artefacts import Store
+from dfrot_lab.model import loading, surgery
 from dfrot_lab.model.loading import LoadedModel
-from dfrot_lab.observe.capture import Capture, capture
-from dfrot_lab.recipe import keys, registry
-from dfrot_lab.recipe.specs import CaptureSpec, Recipe
+from dfrot_lab.recipe import registry
+from dfrot_lab.recipe.specs import Recipe
 
 HADAMARD: Literal["hadamard"] = "hadamard"
 
@@ -34,8 +32,7 @@ class Transforms:
 
 
 class Context:
-    """What a method may look at, made when it is asked for: the model (not to be changed), captured rows,
-    sensitivities, text."""
+    """What a method may look at: the recipe, the store, and the model (not to be changed), once asked for."""
 
     def __init__(self, recipe: Recipe, store: Store, model: LoadedModel | None = None) -> None:
         self.recipe, self.store, self._model = recipe, store, model
@@ -47,58 +44,6 @@ class Context:
             self._model = loading.load_model(self.recipe.model, self.store)
             surgery.prepare(self._model)
         return self._model
-
-    @property
-    def rows(self) -> CaptureSpec:
-        """One window of the text's calibration half."""
-        text = self.recipe.corpus.with_(split="calibration")
-        return CaptureSpec(model=self.recipe.model, corpus=text, tokens=self.recipe.window)
-
-    def capture(self, **changes: Any) -> Capture:
-        """Rows of every norm output on the text's calibration half; `changes` are fields of its spec."""
-        return capture(self.rows.with_(**changes), self.store)
-
-    def text(self, windows: int) -> Tensor:
-        """Token ids (windows, window) of the calibration half."""
-        rows = self.rows
-        return corpus.token_blocks(rows.corpus, self.model.tokenizer, blocks=windows, window=rows.tokens)
-
-    def sensitivities(self, windows: int = 1) -> dict[str, Tensor]:
-        """Mean squared gradient of the loss at each norm output, by site (channels,) float32, over the first
-        calibration windows of the unrotated model: what an error there costs, to second order."""
-        inputs = {"of": keys.identity(door.resolved(self.rows), door.prints), "windows": windows}
-
-        def make(writer: Writer) -> None:
-            writer.save_tensors("squares", _squared_gradients(self.model, self.text(windows)))
-
-        return self.store.get_or_make("sensitivity", inputs, make).tensors("squares")
-
-
-def _squared_gradients(loaded: LoadedModel, ids: Tensor) -> dict[str, Tensor]:
-    """By site, the mean over tokens of the loss's squared gradient (channels,) at each norm output."""
-    total: dict[str, Tensor] = {}
-
-    def see(site: str, x: Tensor) -> Tensor:
-        def add(gradient: Tensor) -> None:
-            squares = gradient.detach().float().square().flatten(0, -2).mean(0).cpu()
-            total[site] = total.get(site, torch.zeros_like(squares)) + squares / len(ids)
-
-        x = x if x.requires_grad else x.requires_grad_()
-        x.register_hook(add)
-        return x
-
-    learned = [parameter for parameter in loaded.model.parameters() if parameter.requires_grad]
-    for parameter in learned:  # else each would be left with a gradient as large as itself
-        parameter.requires_grad_(False)
-    sites = hooks.sites_of(loaded, *hooks.NORMS)
-    try:
-        with torch.enable_grad(), hooks.at_sites(loaded, see, sites):
-            for window in ids.to(loaded.device):
-                loaded.model(window[None], labels=window[None], use_cache=False).loss.backward()
-    finally:
-        for parameter in learned:
-            parameter.requires_grad_(True)
-    return total
 
 
 def fit(recipe: Recipe, context: Context) -> Transforms:
