@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MANIFEST = "manifest.json"
-
 _dumps = json.JSONEncoder(sort_keys=True, indent=1).encode
 log = logging.getLogger(__name__)
 
@@ -46,9 +45,6 @@ class Artefact:
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
         self.path, self.manifest = path, manifest
         self.kind, self.key = str(manifest["kind"]), str(manifest["key"])
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.kind}/{self.key}: {', '.join(self.names)})"
 
     @property
     def names(self) -> list[str]:

@@ -35,7 +35,12 @@ def digest(path: Path | str, algorithm: str = "xxh3_128") -> str:
         return str(_known[name][-1])
     found = _read(path, stamp[0], algorithm)
     if settled and _stamp(path) == stamp:
-        _remember(name, [*stamp, found])
+        _known[name] = [*stamp, found]
+        # where the cache cannot be written, the next process reads again
+        with suppress(OSError), FileLock((memory := cache_dir() / "digests.json").with_suffix(".json.lock")):
+            entries = {**_remembered(), name: _known[name]}
+            with replacing(memory) as temp:
+                temp.write_text(json.dumps(dict(list(entries.items())[-ENTRIES:])), encoding="utf-8")
     return found
 
 
@@ -62,12 +67,3 @@ def _remembered() -> dict[str, list[Any]]:
         entries = json.loads((cache_dir() / "digests.json").read_bytes())
         return {name: entry for name, entry in entries.items() if isinstance(entry, list)}
     return {}
-
-
-def _remember(name: str, entry: list[Any]) -> None:
-    """Add an entry for all processes; where the cache cannot be written, the next one reads again."""
-    _known[name] = entry
-    with suppress(OSError), FileLock((memory := cache_dir() / "digests.json").with_suffix(".json.lock")):
-        entries = {**_remembered(), name: entry}
-        with replacing(memory) as temp:
-            temp.write_text(json.dumps(dict(list(entries.items())[-ENTRIES:])), encoding="utf-8")

@@ -25,18 +25,6 @@ def save(R: Tensor, path: str | Path, spec: Spec | None, **note: Any) -> None:
         save_file({TENSOR: tensor}, temporary, {**plain, "dfrot_lab": __version__})
 
 
-def _rotation_name(file: Any, path: str | Path) -> str:
-    """The name of the rotation's tensor: `R1`, else the one square tensor."""
-    shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    square = [name for name, shape in shapes.items() if len(shape) == 2 and shape[0] == shape[1]]
-    if TENSOR in shapes:
-        return TENSOR
-    if len(square) != 1:
-        rule = f"hold a tensor {TENSOR!r} or exactly one square tensor"
-        raise ValueError(f"rotation.path must {rule}; got {shapes or 'no tensor'} in {path}")
-    return square[0]
-
-
 def load(path: str | Path, channels: int | None = None) -> Tensor:
     """R (channels, channels) float64 of a safetensors file: tensor `R1`, else the one square tensor.
     FileNotFoundError; ValueError: not complete, no such tensor, wrong size, not finite or orthogonal."""
@@ -44,7 +32,12 @@ def load(path: str | Path, channels: int | None = None) -> Tensor:
         raise FileNotFoundError(f"rotation.path must be an existing safetensors file; got {path}")
     try:
         with safe_open(str(path), framework="pt") as file:
-            matrix = file.get_tensor(_rotation_name(file, path))
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            square = [name for name, shape in shapes.items() if len(shape) == 2 and shape[0] == shape[1]]
+            if TENSOR not in shapes and len(square) != 1:
+                rule = f"hold a tensor {TENSOR!r} or exactly one square tensor"
+                raise ValueError(f"rotation.path must {rule}; got {shapes or 'no tensor'} in {path}")
+            matrix = file.get_tensor(TENSOR if TENSOR in shapes else square[0])
     except SafetensorError as error:
         said = f"got {path} ({error}). Save or copy it again"
         raise ValueError(f"rotation.path must be a complete safetensors file; {said}") from error

@@ -66,8 +66,7 @@ def check(R: Tensor, channels: int | None = None) -> Tensor:
     if (error := orthogonality_error(R)) > MAX_ORTHOGONALITY_ERROR:
         raise ValueError(
             f"rotation.orthogonality_error must be <= {MAX_ORTHOGONALITY_ERROR:g}; got {error:.3g}. Save it "
-            "in float32 or float64, or use its nearest rotation, U @ Vt of its SVD (not Q of a QR, which "
-            "flips signs)"
+            "in float32 or float64, or use U @ Vt of its SVD, its nearest rotation (Q of a QR flips signs)"
         )
     return R.detach().to(torch.float64)
 
