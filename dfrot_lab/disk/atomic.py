@@ -12,8 +12,6 @@ from pathlib import Path
 
 from platformdirs import user_cache_path
 
-LEFT_SECONDS = 3600
-
 
 @contextmanager
 def replacing(path: Path, wanted: int | None = None) -> Iterator[Path]:
@@ -23,7 +21,7 @@ def replacing(path: Path, wanted: int | None = None) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-            if time.time() - left.stat().st_mtime > LEFT_SECONDS:
+            if time.time() - left.stat().st_mtime > 3600:
                 left.unlink(missing_ok=True)
         yield temp
         temp.replace(path)  # no fsync: what a power cut garbles fails its checksum and is made again

@@ -14,13 +14,11 @@ from tqdm.auto import tqdm
 from dfrot_lab.disk.atomic import cache_dir, replacing
 
 ALGORITHMS: dict[str, Any] = {"xxh3_128": xxhash.xxh3_128, "sha256": hashlib.sha256}
-BLOCK = 1 << 20
 LARGE = 1 << 30
 """Bytes above which reading a file takes long enough to show a bar."""
 SETTLED = 2_000_000_000
 """Nanoseconds: a file changed more recently may change again under the same time, so it is not remembered."""
 ENTRIES = 10_000
-
 _known: dict[str, list[Any]] = {}
 
 
@@ -55,7 +53,7 @@ def _read(path: Path, size: int, algorithm: str) -> str:
     options: dict[str, Any] = {"unit": "B", "unit_scale": True, "disable": size < LARGE, "leave": False}
     bar = tqdm(total=size, desc=f"Reading {path.name}, once", **options)
     with path.open("rb") as file, bar:
-        while block := file.read(BLOCK):
+        while block := file.read(1 << 20):
             found.update(block)
             bar.update(len(block))
     return found.hexdigest()

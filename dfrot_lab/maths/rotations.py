@@ -25,7 +25,6 @@ def _block(kind: str, channels: int, generator: torch.Generator) -> Tensor:
 
 def make(spec: RotationSpec, channels: int) -> Tensor:
     """The rotation R (channels, channels) of `spec`, float64 on the CPU. Same spec, same bytes.
-
     NR is the identity; RO is uniform (Haar) over all orthogonal matrices; RH is diag(s) @ H.T /
     sqrt(channels) with random signs s before the Hadamard matrix: after it they would only flip output
     channels (QuaRot, arXiv 2404.00456). `block=b`: independent rotations of b channels on the diagonal.

@@ -30,11 +30,10 @@ from torch import Tensor
 
 from dfrot_lab.maths import rotations
 from dfrot_lab.maths.quantizers import code_range, squared_error
-from dfrot_lab.recipe.specs import QuantSpec, RotationSpec
+from dfrot_lab.recipe.specs import SYM4, QuantSpec, RotationSpec
 
 Array = NDArray[np.float64]
 Floats = Sequence[float]
-SYM4 = QuantSpec()
 _NODES = 48
 """Quantiles of the largest entry that the error is averaged over; twice as many change nothing by 0.1%."""
 _REACH = 9.0

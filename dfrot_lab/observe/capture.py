@@ -51,18 +51,13 @@ class Capture:
         return torch.cat([self.rows(site).float() for site in self.sites])
 
 
-def capture(
-    spec: CaptureSpec | None = None, store: Store | None = None, loaded: LoadedModel | None = None
-) -> Capture:
-    """The capture `spec` describes, from the store or recorded now. `loaded`, a fresh load of `spec.model`,
-    gets prepared. ValueError: more tokens than the text or the model's context has; NaN or Inf, and where."""
+def capture(spec: CaptureSpec | None = None, store: Store | None = None) -> Capture:
+    """The capture `spec` describes, from the store or recorded now. ValueError: more tokens than the text or
+    the model's context has; NaN or Inf, and where."""
     spec, store = door.resolved(spec or CaptureSpec()), store or Store()
-    if loaded is not None and loaded.spec != spec.model:
-        said = f"CaptureSpec.model {spec.model.source}; got one of {loaded.spec.source}"
-        raise ValueError(f"capture.loaded must be a load of {said}")
 
     def make(writer: Writer) -> None:
-        ready = loaded or loading.load_model(spec.model, store)
+        ready = loading.load_model(spec.model, store)
         ids = token_blocks(spec, ready)
         surgery.prepare(ready)
         count = len(hooks.sites_of(ready, *hooks.NORMS))

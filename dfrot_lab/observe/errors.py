@@ -10,9 +10,7 @@ from dfrot_lab.maths import rotations
 from dfrot_lab.maths.quantizers import fake_quantize, squared_error
 from dfrot_lab.observe import massive
 from dfrot_lab.observe.capture import Capture
-from dfrot_lab.recipe.specs import DEFAULT_RULE, MASSIVE_RULES, QuantSpec, RotationSpec
-
-SYM4 = QuantSpec(bits=4, scheme="symmetric")
+from dfrot_lab.recipe.specs import DEFAULT_RULE, MASSIVE_RULES, SYM4, QuantSpec, RotationSpec
 
 
 def default_rotations(channels: int, seed: int = 0) -> dict[str, Tensor]:
@@ -45,12 +43,10 @@ def token_errors(
     return pd.DataFrame({**columns, "error": error, "root": np.sqrt(error), "massive": marks})
 
 
-def massive_names(
-    capture: Capture, rules: Sequence[str] = MASSIVE_RULES, sites: Sequence[str] | None = None
-) -> np.ndarray:
+def massive_names(capture: Capture, sites: Sequence[str] | None = None) -> np.ndarray:
     """The rules that call each token massive, in words (sites, tokens): at all sites, or those named."""
     names = np.full((len(capture.sites if sites is None else sites), capture.tokens), "", dtype=object)
-    for rule in rules:
+    for rule in MASSIVE_RULES:
         mask = massive.find(capture, rule, sites).numpy()
         names[mask] = [f"{old}, {rule}".lstrip(", ") for old in names[mask]]
     return names

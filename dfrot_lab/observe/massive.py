@@ -21,17 +21,13 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from dfrot_lab.maths import rotations
-from dfrot_lab.maths.quantizers import squared_error
+from dfrot_lab.maths import quantizers, rotations
 from dfrot_lab.observe.capture import Capture
-from dfrot_lab.recipe.specs import MASSIVE_RULES, ROW_RULES, QuantSpec, RotationSpec
+from dfrot_lab.recipe.specs import MASSIVE_RULES, ROW_RULES, SYM4, RotationSpec
 
 log = logging.getLogger(__name__)
 SUN_ABSOLUTE, SUN_RATIO = 100.0, 1000.0
 NR_ERROR_CHANNELS = 4096
-RULE_QUANTIZER = QuantSpec()
-MANY = 0.02
-"""A rule that marks a larger share of the rows marks more than rare tokens."""
 
 
 @cache
@@ -49,10 +45,10 @@ def rows_rule(x: Tensor, rule: str) -> Tensor:
     """Massive mask (tokens,) of normalised, unrotated rows (tokens, channels), by a rule of ROW_RULES."""
     if rule == "ro_vs_nr":
         rotated = x @ _reference_ro(x.shape[-1]).to(x)
-        return squared_error(rotated, RULE_QUANTIZER) >= squared_error(x, RULE_QUANTIZER)
+        return quantizers.squared_error(rotated, SYM4) >= quantizers.squared_error(x, SYM4)
     if rule in ROW_RULES:
         limit = threshold(rule) * (x.shape[-1] / NR_ERROR_CHANNELS) ** 0.5
-        return squared_error(x, RULE_QUANTIZER).sqrt() < limit
+        return quantizers.squared_error(x, SYM4).sqrt() < limit
     said = f"{', '.join(ROW_RULES)} for rows alone (the others need the residual stream of a Capture)"
     raise ValueError(f"rule must be one of {said}; got {rule!r}")
 
@@ -84,7 +80,7 @@ def doubt(capture: Capture, rule: str) -> str | None:
     if not marked:
         return f"rule {rule} marks no row: there is no massive token to look at by it"
     said = f"rule {rule} marks {marked} rows, "
-    if marked > MANY * mask.numel():
+    if marked > 0.02 * mask.numel():
         return f"{said}{marked / mask.numel():.1%} of all: more than rare tokens; look at the others"
     others = [other for other in MASSIVE_RULES if not other.startswith(rule.rsplit("_", 1)[0])]
     alone = int((mask & ~torch.stack([find(capture, other) for other in others]).any(0)).sum())
@@ -106,10 +102,9 @@ def table(capture: Capture) -> pd.DataFrame:
     """A row a (site, token) that any rule calls massive: residual maximum, channel, median, ratio, rules."""
     masks = {rule: find(capture, rule) for rule in MASSIVE_RULES}
     site, token = torch.stack(list(masks.values())).any(0).nonzero(as_tuple=True)
-    sites, texts = capture.sites, capture.texts
     largest, median = capture.residual_max[site, token], capture.residual_median[site]
-    channel, words = capture.residual_channel[site, token], [texts[i] for i in token.tolist()]
-    about = {"site": [sites[i] for i in site.tolist()], "token": token, "text": words}
-    about |= {"residual_max": largest, "channel": channel}
+    words = [capture.texts[i] for i in token.tolist()]
+    about = {"site": [capture.sites[i] for i in site.tolist()], "token": token, "text": words}
+    about |= {"residual_max": largest, "channel": capture.residual_channel[site, token]}
     about |= {"median": median, "ratio_to_median": largest / median}
     return pd.DataFrame({**about, **{rule: mask[site, token] for rule, mask in masks.items()}})

@@ -23,11 +23,8 @@ See = Callable[[int, Tensor], Tensor | None]
 @contextmanager
 def before_layers(loaded: LoadedModel, function: See) -> Iterator[None]:
     """While the block runs, `function` sees, and may replace, what enters every layer."""
-
-    def see(site: str, x: Tensor) -> Tensor | None:
-        return function(int(site.split(".")[1]), x)
-
-    with hooks.at_sites(loaded, see, hooks.sites_of(loaded, "residual")):
+    sites = {site: int(site.split(".")[1]) for site in hooks.sites_of(loaded, "residual")}
+    with hooks.at_sites(loaded, lambda site, x: function(sites[site], x), sites):
         yield
 
 

@@ -1,5 +1,4 @@
 """What every spec is: immutable, validated field by field, the same in any process, to and from plain values.
-
 A field carries its rule in words, and an error is that rule: `RefineSpec.gamma must be > 0; got -3`."""
 
 import hashlib
@@ -42,7 +41,6 @@ class Spec(BaseModel):
 
     @classmethod
     def _said(cls, error: ValidationError) -> str:
-        """The first thing that is wrong, in one line."""
         first = error.errors()[0]
         if first["type"] == "value_error":  # a rule about several fields, which said it already
             return str(first["ctx"]["error"])

@@ -1,5 +1,4 @@
 """Every content key and fingerprint: what an artefact is named by, the hash of plain values.
-
 In a key a model, a text and a file stand for their bytes and not for their names, so that what moved is found
 again and what changed is not. `FORMULAS` is part of every key and of every results row: what another version
 computed is never taken for ours."""
@@ -12,8 +11,6 @@ from dfrot_lab.recipe.specs import CorpusSpec, ModelSpec, Recipe
 
 FORMULAS = 3
 """Version of what artefacts hold and how it is computed; raise it with any change of a formula."""
-
-
 Prints = Callable[[ModelSpec | CorpusSpec | str], str]
 """The hash of what stands behind a name: of a model (`model_key`), a text, the file at a path. `model.door`
 looks at the files, a test may say it itself."""
@@ -37,8 +34,7 @@ def identity(spec: Spec, prints: Prints) -> Any:
 
 def weights(recipe: Recipe, prints: Prints) -> dict[str, Any]:
     """What quantized weights are keyed by: how, and the rotated model they are of."""
-    parts = {"model": recipe.model, "rotation": recipe.rotation, "weights": recipe.weights}
-    return {name: identity(part, prints) for name, part in parts.items()}
+    return {name: identity(getattr(recipe, name), prints) for name in ("model", "rotation", "weights")}
 
 
 def evaluation(recipe: Recipe, prints: Prints) -> dict[str, Any]:

@@ -1,5 +1,4 @@
 """The tables of what can be chosen by name: rotation methods and weight quantizers.
-
 A choice's module is imported when asked for. A new method or quantizer: one file, one line here."""
 
 import importlib
@@ -18,7 +17,6 @@ METHODS = {
     "dfrot": Choice("dfrot_lab.rotate.dfrot", ("DFRot",)),
 }
 """Rotation methods: modules with `SPEC`, `spec(row, seed=, capture=)` and `fit(recipe, context)`."""
-
 WEIGHTS = {"rtn": Choice("dfrot_lab.weights.rtn"), "gptq": Choice("dfrot_lab.weights.gptq")}
 """Weight quantizers: modules with `quantize(weight, hessian, spec)` and `CALIBRATED` (needs the Hessian)."""
 

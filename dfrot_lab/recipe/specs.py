@@ -5,6 +5,8 @@ import re
 from pathlib import Path, PureWindowsPath
 from typing import Any, ClassVar
 
+import yaml
+
 from dfrot_lab.recipe import registry
 from dfrot_lab.recipe.base import MethodSpec, Spec, one_of, ruled
 
@@ -109,6 +111,10 @@ class QuantSpec(Spec):
         clip = f"-c{self.clip_ratio}" if self.clip_ratio != 1 else ""
         shared = f"-g{self.group_size}" if self.group_size else GRANULARITIES[self.granularity]
         return f"{SCHEMES[self.scheme]}{self.bits}{clip}{shared}"
+
+
+SYM4 = QuantSpec()
+"""Symmetric, 4 bits, a scale a token: what the paper's errors are measured with."""
 
 
 class CaptureSpec(Spec):
@@ -237,15 +243,11 @@ class Recipe(Spec):
 
     def to_yaml(self) -> str:
         """The whole recipe as YAML, every field said."""
-        import yaml
-
         return str(yaml.safe_dump(self.plain(), sort_keys=False))
 
     @classmethod
     def from_yaml(cls, text: str | Path) -> "Recipe":
         """The recipe in a YAML file (or text); fields left out have their defaults. ValueError."""
-        import yaml
-
         try:
             found = yaml.safe_load(text.read_text(encoding="utf-8") if isinstance(text, Path) else text)
         except yaml.YAMLError as error:

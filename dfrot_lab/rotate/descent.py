@@ -1,5 +1,4 @@
 """Steps that minimise DFRot's objective sooner: Procrustes steps to first order, on a part of the rows.
-
 With e = x R - Q(x R), G = sum w x^T x and P = sum w x^T e, the product of Eq. 6 is sum w x^T Q(x R) = G R -
 P, and Eq. 8's solution its polar factor: to first order (I - D) R with G D + D G = P R^T - R P^T, which in
 G's eigenbasis is a division by sums of two eigenvalues. So G is decomposed once, a step needs no SVD and no

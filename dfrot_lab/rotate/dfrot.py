@@ -48,8 +48,8 @@ def refined(spec: RefineSpec, store: Store | None = None, checkpoint: Watch | No
 
     def make(writer: Writer) -> None:
         massive.warn(recorded, spec.rule)
-        mask = massive.find(recorded, spec.rule).flatten()
-        rows, mask = sample_rows(recorded.all_rows(), mask, spec)
+        every = massive.find(recorded, spec.rule).flatten()
+        rows, mask = sample_rows(recorded.all_rows(), every, spec)
         log.info("refining on %d rows, %d of them massive (%s)", len(rows), int(mask.sum()), spec.rule)
         started = time.perf_counter()
 

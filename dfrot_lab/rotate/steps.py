@@ -1,5 +1,4 @@
 """Steps that refine R1: DFRot's alternation as printed and as released, and accelerated ones.
-
 Each step quantizes eta_x = Q(x R) for every row (Eq. 7) and then solves min_R sum over rows of w_x^2 ||x R -
 eta_x||^2 (Eq. 8) exactly: R = U V^T of the SVD of sum w_x^2 x^T eta_x (Eq. 6). w_x is gamma for massive rows
 and 1 for the rest (Eq. 2), which scales the row, as Q is scale-equivariant (Eq. 3)."""
@@ -15,8 +14,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from dfrot_lab.maths import rotations
-from dfrot_lab.maths.quantizers import fake_quantize, squared_error
+from dfrot_lab.maths import quantizers, rotations
 from dfrot_lab.observe import massive
 from dfrot_lab.recipe.specs import QuantSpec, RefineSpec
 from dfrot_lab.rotate import descent, random
@@ -114,7 +112,7 @@ def half_step(
     product, R, errors = rows.new_zeros(rows.shape[1], rows.shape[1], dtype=torch.float64), R.to(rows), []
     for x, weight in zip(rows.split(ROWS_AT_ONCE), weights.split(ROWS_AT_ONCE), strict=True):
         rotated = x @ R
-        eta = fake_quantize(rotated, quantizer)
+        eta = quantizers.fake_quantize(rotated, quantizer)
         errors.append(rotated.sub_(eta).square_().sum(1))
         heavy = (weight != 1).nonzero().flatten()
         eta[heavy] *= weight[heavy, None].to(eta)
@@ -125,7 +123,7 @@ def half_step(
 def losses_of(rows: Tensor, R: Tensor, weights: Tensor, mask: Tensor, quantizer: QuantSpec) -> Losses:
     """The losses of R over all rows (tokens, channels): objective, ordinary, massive."""
     R = R.to(rows)
-    errors = [squared_error(part @ R, quantizer) for part in rows.split(ROWS_AT_ONCE)]
+    errors = [quantizers.squared_error(part @ R, quantizer) for part in rows.split(ROWS_AT_ONCE)]
     return _losses(torch.cat(errors).double(), weights, mask)
 
 

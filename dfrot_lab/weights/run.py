@@ -1,5 +1,4 @@
 """Quantize the weights of a whole model by any quantizer of the table, layer by layer, each kept once done.
-
 A calibrated quantizer (GPTQ) runs in ONE forward pass over all calibration windows: just before a group of
 linears that read the same input (q, k, v; o; gate, up; down) is first used, a hook sums that input's Hessian
 and puts the quantized weights in, so each group is calibrated on what the quantized model before it really
@@ -22,7 +21,6 @@ from dfrot_lab.recipe.specs import WeightSpec
 from dfrot_lab.weights.gptq import hessian_of
 
 log = logging.getLogger(__name__)
-
 KIND = "weights"
 LayerCodes = dict[str, Quantized]
 """The quantized weights of one decoder layer by linear name."""
@@ -50,11 +48,8 @@ def quantize_weights(
     if spec.quantizer.bits == 16:
         return []
     run = _run_calibrated if registry.load(registry.WEIGHTS, spec.method).CALIBRATED else _run
-
-    def make(writer: Writer) -> None:
-        run(loaded, spec, writer, r4, on_part)
-
-    artefact = (store or Store()).get_or_make(KIND, key, make)
+    store = store or Store()
+    artefact = store.get_or_make(KIND, key, lambda writer: run(loaded, spec, writer, r4, on_part))
     return [_install(layer, artefact.tensors(_file(index))) for index, layer in enumerate(loaded.layers)]
 
 
