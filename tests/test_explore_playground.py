@@ -118,9 +118,9 @@ def test_the_why_panel_is_the_theory(quantizer):
     m, sigma = theory.unit_rms(8, 64)
     predicted = numbers.expected(8, 64, quantizer)
     assert predicted == {
-        "NR": theory.error_no_rotation(m, sigma, 64, quantizer),
-        "RO": theory.error_ro(m, sigma, 64, quantizer),
-        "RH": theory.error_rh(m, sigma, 64, quantizer),
+        "NR": theory.error("NR", m, sigma, 64, quantizer),
+        "RO": theory.error("RO", m, sigma, 64, quantizer),
+        "RH": theory.error("RH", m, sigma, 64, quantizer),
     }
     x = numbers.planted_token(8, 64)
     table = numbers.why(numbers.measured(x, quantizer), predicted).set_index("rotation")

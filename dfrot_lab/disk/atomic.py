@@ -34,11 +34,9 @@ def replacing(path: Path, wanted: int | None = None) -> Iterator[Path]:
             raise
         free = shutil.disk_usage(next(folder for folder in path.parents if folder.exists())).free
         room = f"{free:,} bytes free" if wanted is None else f"{wanted:,} bytes wanted, {free:,} free"
-        raise OSError(
-            code,
-            f"cannot write {path.name} to {path.parent} ({os.strerror(code)}): {room}; "
-            "free some space or write elsewhere (DFROT_LAB_CACHE names the cache's folder)",
-        ) from error
+        said = f"cannot write {path.name} to {path.parent} ({os.strerror(code)}): {room}"
+        hint = "free some space or write elsewhere (DFROT_LAB_CACHE names the cache's folder)"
+        raise OSError(code, f"{said}; {hint}") from error
 
 
 def cache_dir() -> Path:

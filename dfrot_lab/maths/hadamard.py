@@ -66,12 +66,11 @@ def _required_factors(n: int) -> tuple[int, ...]:
     if (found := factors(n)) is not None:
         return found
     block = next(size for size in range(n, 0, -1) if n % size == 0 and factors(size))
-    instead = f"RH-b{block} (RotationSpec(kind='RH', block={block})), which is block-diagonal, or "
-    raise ValueError(
-        "hadamard.n must be a power of two times orders from the table (multiples of 4 up to 256); got "
-        f"{n}: no Hadamard matrix of that order is known here. Use {instead if block > 1 else ''}"
-        "RotationSpec(kind='RO')"
-    )
+    blocks = f"RH-b{block} (RotationSpec(kind='RH', block={block})), which is block-diagonal, or "
+    rule = "a power of two times orders from the table (multiples of 4 up to 256)"
+    said = f"{rule}; got {n}: no Hadamard matrix of that order is known here"
+    instead = f"{blocks if block > 1 else ''}RotationSpec(kind='RO')"
+    raise ValueError(f"hadamard.n must be {said}. Use {instead}")
 
 
 def _kron(orders: tuple[int, ...]) -> Tensor:

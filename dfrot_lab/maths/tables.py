@@ -43,11 +43,10 @@ def label(entry: Mapping[str, Any]) -> str:
     """A row's name in tables: `RO`, `RO, kept out`, `DFRot gamma=100`; `full precision` at 16-16-16."""
     if entry["bits"] == "16-16-16":
         return "full precision"
-    gamma = "" if pd.isna(entry["gamma"]) else f" gamma={entry['gamma']:g}"
-    counted = (
-        "" if pd.isna(entry["keep_out_tokens"]) else f" ({entry['keep_out_rule']} {entry['keep_out_tokens']})"
-    )
-    return f"{entry['rotation']}{gamma}" + (f", kept out{counted}" if entry["keep_out"] else "")
+    gamma, tokens = entry["gamma"], entry["keep_out_tokens"]
+    name = str(entry["rotation"]) + ("" if pd.isna(gamma) else f" gamma={gamma:g}")
+    counted = "" if pd.isna(tokens) else f" ({entry['keep_out_rule']} {tokens})"
+    return f"{name}, kept out{counted}" if entry["keep_out"] else name
 
 
 def records(table: pd.DataFrame, metric: str = PERPLEXITY) -> list[dict[Any, Any]]:

@@ -130,6 +130,5 @@ class MethodSpec(Spec):
         if name and name == cls.method:
             return super().of(values)
         found: Any = next((kind for kind in MethodSpec.__subclasses__() if kind.method == name), None)
-        if found is None:
-            found = registry.load(registry.METHODS, name, "rotation method").SPEC
+        found = found or registry.load(registry.METHODS, name, "rotation method").SPEC
         return found.of(values)
