@@ -151,6 +151,7 @@ def error(
     below C sigma^2 (1 + E max^2), as the largest noise entry sits on the last code. Two exceptions:
     asymmetric, a spike in the channel of a constant Hadamard row makes one level; three spikes or more may
     have signs that depend on each other (in a power of two, one row in C is the product of two others)."""
+    require("kind", kind, kind in ("NR", "RO", "RH"), "NR, RO or RH")
     check_token(m, sigma, channels, others)
     spikes = (m, *others)
     if kind == "NR":
