@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dfrot_lab.maths import rotations
-from dfrot_lab.maths.hadamard import has_hadamard
+from dfrot_lab.maths.hadamard import factors
 from dfrot_lab.maths.quantizers import squared_error
 from dfrot_lab.model import families, loading, surgery
 from dfrot_lab.model.loading import LoadedModel
@@ -80,7 +80,7 @@ class Law:
 def mlp_width(channels: int) -> int:
     """The first multiple of 64 from 8/3 C on that has a Hadamard matrix."""
     width = 64 * round(channels / 24)
-    while not has_hadamard(width):
+    while factors(width) is None:
         width += 64
     return width
 

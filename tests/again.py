@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.rotate import dfrot
-from dfrot_lab.rotate.steps import RefineResult
+from dfrot_lab.rotate.steps import Refined
 
 FLOAT32, FLOAT64 = 1e-5, 1e-12
 """Of the largest value: what some products and sums in a row, as a tiny model has them, leave of the equality
@@ -63,7 +63,7 @@ def assert_near(found: Any, wanted: Any, by: float = FLOAT32) -> None:
     )
 
 
-def assert_same_refinement(found: RefineResult, wanted: RefineResult) -> None:
+def assert_same_refinement(found: Refined, wanted: Refined) -> None:
     """R and every number of the history, whose dtype a stored one may have changed."""
     assert_near(found.R, wanted.R, REFINED)
     pd.testing.assert_frame_equal(

@@ -175,16 +175,6 @@ def test_capture_stores_what_record_sees(tiny_spec: ModelSpec, text_file: Path, 
     assert found.artefact.manifest["note"]["provenance"].startswith("folder ")
 
 
-def test_a_given_model_is_used_as_the_loaded_one_would_be(
-    tiny_spec: ModelSpec, text_file: Path, store: Store, tmp_path: Path
-):
-    spec = spec_of(tiny_spec, text_file)
-    given = capture(spec, store, loading.load_model(tiny_spec))
-    own = capture(spec, Store(tmp_path / "other"))
-    assert given.key == own.key
-    assert_near(given.all_rows(), own.all_rows())
-
-
 def test_an_unknown_site_is_named(tiny_spec: ModelSpec, text_file: Path, store: Store):
     found = capture(spec_of(tiny_spec, text_file), store)
     said = (

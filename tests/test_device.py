@@ -71,7 +71,7 @@ def test_rows_of_two_devices_never_share_a_key_and_can_be_read_without_the_devic
         said = recipe.with_(model=tiny_spec.with_(device=device))
         assert door.resolved(said).canonical() == found[device], "said or found out, it is one device"
         assert perplexity.stored(recipe, store) is None
-    ours = [keys.evaluation(each, door.PRINTS) for each in found.values()]
+    ours = [keys.evaluation(each, door.prints) for each in found.values()]
     assert content_key(ours[0]) != content_key(ours[1]) and found["cpu"].key != found["cuda"].key
     for each in ours:  # but for the model's bytes and device they are the same
         each["recipe"]["model"] = None

@@ -108,7 +108,7 @@ def test_a_loaded_models_spec_is_resolved(tiny_spec: ModelSpec):
     assert tiny_spec.device == "auto"
     loaded = loading.load_model(tiny_spec)
     assert loaded.spec == resolved(tiny_spec) == tiny_spec.with_(device="cpu")
-    assert loaded.fingerprint == door.PRINTS.model(loaded.spec) == door.PRINTS.model(tiny_spec)
+    assert loaded.fingerprint == door.prints(loaded.spec) == door.prints(tiny_spec)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

@@ -36,7 +36,7 @@ from dfrot_lab.recipe.specs import (
     RotationSpec,
 )
 from dfrot_lab.rotate import dfrot
-from dfrot_lab.rotate.steps import RefineResult
+from dfrot_lab.rotate.steps import Refined
 from dfrot_lab.score import build as building
 from dfrot_lab.score import perplexity
 from dfrot_lab.study import cost, experiments, main
@@ -145,7 +145,7 @@ def planned(monkeypatch: pytest.MonkeyPatch, store: Store):
         with monkeypatch.context() as patch:
             patch.setattr(experiments, "evaluated", only_list)
             patch.setattr(main, "evaluated", only_list)
-            patch.setattr(dfrot, "refined", lambda *_: RefineResult(torch.eye(64), pd.DataFrame(), 60.0))
+            patch.setattr(dfrot, "refined", lambda *_: Refined(torch.eye(64), pd.DataFrame(), 60.0))
             patch.setattr(experiments, "_final_losses", lambda *_: [])
             with pytest.raises(Enough):
                 experiments.run(name, setting, store)
@@ -294,8 +294,8 @@ def test_the_share_is_the_one_computed_by_hand_from_the_tables_perplexities(lab)
     table = lab.table("keep-out")
     shares = table[table["metric"] == SHARE]
     gaps = table[(table["metric"] == "perplexity - RH") & ~table["keep_out"].astype(bool)].to_dict("records")
-    wide = [(gap["seed"], tables.bits(gap)) for gap in gaps if not gap["ci95"][0] <= 0 <= gap["ci95"][1]]
-    assert [(line["seed"], tables.bits(line)) for line in shares.to_dict("records")] == wide
+    wide = [(gap["seed"], gap["bits"]) for gap in gaps if not gap["ci95"][0] <= 0 <= gap["ci95"][1]]
+    assert [(line["seed"], line["bits"]) for line in shares.to_dict("records")] == wide
     assert len(gaps) == 3 * lab.setting.seeds and wide, "no gap is off zero: nothing was tested"
     perplexity = table[table["metric"] == tables.PERPLEXITY]
     for line in shares.itertuples():
@@ -327,13 +327,13 @@ def test_keep_out_has_every_seed_at_every_setting(lab):
     table = lab.table("keep-out")
     perplexity = table[table["metric"] == tables.PERPLEXITY]
     found = {
-        (r["rotation"], tables.bits(r), r["keep_out"], r["seed"])
+        (r["rotation"], r["bits"], r["keep_out"], r["seed"])
         for r in perplexity.to_dict("records")
         if r["rotation"] != "NR"
     }
     assert found == set(itertools.product(("RO", "RH"), ("4-4-4", "4-4-16", "4-8-16"), (True, False), (0, 1)))
     unrotated = perplexity[perplexity["rotation"] == "NR"]
-    assert {tables.bits(r) for r in unrotated.to_dict("records")} == {"16-16-16", "4-4-4", "4-4-16", "4-8-16"}
+    assert {r["bits"] for r in unrotated.to_dict("records")} == {"16-16-16", "4-4-4", "4-4-16", "4-8-16"}
 
 
 def test_main_table_says_the_minutes_of_dfrot_alone(lab):
@@ -343,7 +343,7 @@ def test_main_table_says_the_minutes_of_dfrot_alone(lab):
     assert set(table.loc[table["rotation"] != "DFRot", "extra_minutes"]) == {0.0}
     perplexity = table[(table["metric"] == tables.PERPLEXITY) & (table["w_bits"] == 4)]
     assert len(perplexity) == 16 and set(perplexity.groupby("rotation").size()) == {4}
-    assert {tables.bits(r) for r in perplexity.to_dict("records")} == {"4-4-4", "4-4-16"} and set(
+    assert {r["bits"] for r in perplexity.to_dict("records")} == {"4-4-4", "4-4-16"} and set(
         perplexity["weights"]
     ) == {"rtn", "gptq"}
 

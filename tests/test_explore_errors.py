@@ -387,7 +387,7 @@ def test_a_refinement_can_be_cancelled_and_goes_on_where_it_was(acts, top, store
 
 def test_token_text_never_becomes_markup(acts, store, monkeypatch):
     texts = [MALICIOUS[i % len(MALICIOUS)] for i in range(TOKENS)]
-    monkeypatch.setattr(Capture, "texts", property(lambda self: texts))
+    monkeypatch.setattr(acts, "texts", texts)
     top = explore.errors(acts, store=store)
     event(top.plot, "plotly_selected", list(range(40)))
     for token, text in enumerate(MALICIOUS):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from dfrot_lab.explore.page import levels
 from dfrot_lab.explore.playground import numbers
 from dfrot_lab.explore.playground.widget import Playground
-from dfrot_lab.maths import planted, rotations, theory
+from dfrot_lab.maths import rotations, theory
 from dfrot_lab.maths.quantizers import fake_quantize, quantize, squared_error
 from dfrot_lab.observe.capture import capture
 from dfrot_lab.recipe.specs import CaptureSpec, CorpusSpec, ModelSpec, QuantSpec, RotationSpec
@@ -118,9 +118,9 @@ def test_the_why_panel_is_the_theory(quantizer):
     m, sigma = theory.unit_rms(8, 64)
     predicted = numbers.expected(8, 64, quantizer)
     assert predicted == {
-        "NR": theory.error_no_rotation(m, sigma, 64, quantizer),
-        "RO": theory.error_ro(m, sigma, 64, quantizer),
-        "RH": theory.error_rh(m, sigma, 64, quantizer),
+        "NR": theory.error("NR", m, sigma, 64, quantizer),
+        "RO": theory.error("RO", m, sigma, 64, quantizer),
+        "RH": theory.error("RH", m, sigma, 64, quantizer),
     }
     x = numbers.planted_token(8, 64)
     table = numbers.why(numbers.measured(x, quantizer), predicted).set_index("rotation")
@@ -236,7 +236,7 @@ def test_the_models_spike_is_its_first_token_at_a_middle_site(tiny_spec, text_fi
     assert torch.equal(view.token(), x) and view.controls["channels"].disabled
     assert recorded.sites[2] in view.status.text and recorded.sites[2] in view.why.value
     assert view.table()["predicted"].tolist() == pytest.approx(
-        planted.predict(x[None], SYM4, spikes=3).iloc[0].tolist()
+        theory.predict(x[None], SYM4, spikes=3).iloc[0].tolist()
     )
     view.controls["source"].value = "planted"
     assert len(view.token()) == 576 and not view.controls["channels"].disabled

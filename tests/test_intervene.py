@@ -14,7 +14,7 @@ from torch import Tensor
 from dfrot_lab.model import corpus, door, loading
 from dfrot_lab.model.loading import LoadedModel
 from dfrot_lab.observe import residual
-from dfrot_lab.observe.intervene import before_layers, massive_mask, massive_set, mean_massive
+from dfrot_lab.observe.residual import before_layers, massive_mask, massive_set, mean_massive
 from dfrot_lab.recipe import keys
 from dfrot_lab.recipe.specs import CaptureSpec, CorpusSpec, ModelSpec, RotationSpec, recipe_of
 from dfrot_lab.score import build, perplexity
@@ -258,7 +258,7 @@ def test_means_from_another_calibration_text_are_another_evaluation(tiny_spec, t
             rotation=RotationSpec(kind="NR"),
             set_massive=to,
         )
-        return keys.evaluation(door.resolved(row).canonical(), door.PRINTS)
+        return keys.evaluation(door.resolved(row).canonical(), door.prints)
 
     before = {to: key(to) for to in (None, "mean")}
     text = text_file.read_text()

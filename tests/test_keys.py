@@ -27,20 +27,11 @@ from dfrot_lab.recipe.specs import (
 )
 
 
-class Said:
+def SAID(of: ModelSpec | CorpusSpec | str) -> str:
     """Fingerprints of files that are not there: what stands behind a name is its first letter."""
-
-    def model(self, spec: ModelSpec) -> str:
-        return keys.model_key(spec.source[0], spec.dtype, spec.device)
-
-    def text(self, spec: CorpusSpec) -> str:
-        return f"text {spec.name[0]} {spec.split}"
-
-    def file(self, path: str) -> str:
-        return f"file {path[0]}"
-
-
-SAID = Said()
+    if isinstance(of, ModelSpec):
+        return keys.model_key(of.source[0], of.dtype, of.device)
+    return f"file {of[0]}" if isinstance(of, str) else f"text {of.name[0]} {of.split}"
 
 
 def named(letter: str, number: int = 1, **fields: object) -> Recipe:
@@ -183,7 +174,7 @@ def resolved(tmp_path: Path, text_file: Path) -> Recipe:
 
 
 def key_of(recipe: Recipe) -> str:
-    return keys.content_key(keys.evaluation(door.resolved(recipe), door.PRINTS))
+    return keys.content_key(keys.evaluation(door.resolved(recipe), door.prints))
 
 
 def test_what_moved_is_found_again_and_what_changed_is_not(resolved, tmp_path, text_file):

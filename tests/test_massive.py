@@ -59,6 +59,7 @@ def handmade(
                 "channels": rows.shape[1],
                 "ids": list(tokens),
                 "texts": [f"t{i}" for i in tokens],
+                "spec": CaptureSpec().plain(),
             },
         )
 

@@ -43,7 +43,7 @@ from dfrot_lab.rotate import dfrot as module
 from dfrot_lab.rotate import steps
 from dfrot_lab.rotate.dfrot import refined, stored
 from dfrot_lab.rotate.steps import (
-    RefineResult,
+    Refined,
     State,
     half_step,
     losses_of,
@@ -534,10 +534,10 @@ def lively(tmp_path: Path, in_float64: None) -> ModelSpec:
 
 def identity(spec: RefineSpec) -> dict[str, object]:
     """What a refinement is stored under."""
-    return keys.identity(door.resolved(spec), door.PRINTS)
+    return keys.identity(door.resolved(spec), door.prints)
 
 
-def assert_same(a: RefineResult, b: RefineResult) -> None:
+def assert_same(a: Refined, b: Refined) -> None:
     assert torch.equal(a.R, b.R)
     pd.testing.assert_frame_equal(a.history, b.history, check_exact=True, check_dtype=False, check_like=True)
 

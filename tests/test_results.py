@@ -17,6 +17,7 @@ from dfrot_lab.maths.tables import COLUMNS, by_seed, comparison, markdown
 from dfrot_lab.recipe.base import Spec
 from dfrot_lab.recipe.keys import FORMULAS
 from dfrot_lab.recipe.specs import (
+    KV_CACHE,
     CaptureSpec,
     CorpusSpec,
     ModelSpec,
@@ -25,7 +26,6 @@ from dfrot_lab.recipe.specs import (
     RefineSpec,
     RotationSpec,
     WeightSpec,
-    kv_quantizer,
     recipe_of,
 )
 from dfrot_lab.score import rows as score_rows
@@ -88,12 +88,12 @@ OTHERS: dict[str, dict[str, object]] = {
     "weight_quantizer": {"weights": WeightSpec(quantizer=QuantSpec(bits=3, granularity="per_channel"))},
     "calibration": {"weights": WeightSpec(windows=4)},
     "activations": {"activations": QuantSpec(clip_ratio=0.9)},
-    "keys": {"keys": kv_quantizer(2)},
-    "values": {"values": kv_quantizer(3).with_(group_size=32)},
+    "keys": {"keys": KV_CACHE.with_(bits=2)},
+    "values": {"values": KV_CACHE.with_(bits=3, group_size=32)},
     "w_bits": {"weights": WeightSpec(quantizer=QuantSpec(bits=3, granularity="per_channel"))},
     "a_bits": {"activations": QuantSpec(bits=5)},
-    "kv_bits": {"keys": kv_quantizer(4), "values": kv_quantizer(4)},
-    "bits": {"values": kv_quantizer(2)},
+    "kv_bits": {"keys": KV_CACHE.with_(bits=4), "values": KV_CACHE.with_(bits=4)},
+    "bits": {"values": KV_CACHE.with_(bits=2)},
     "keep_out": {"keep_out": "ro_vs_nr"},
     "keep_out_rule": {"keep_out": "nr_error_8.5"},
     "keep_out_tokens": {"keep_out": "worst", "keep_out_tokens": 4},
@@ -128,7 +128,7 @@ def test_every_column_that_a_recipe_decides_on_is_tested():
         {"model": ModelSpec(dtype="bfloat16")},
         {"model": ModelSpec(revision="main")},
         {"corpus": CorpusSpec(split="valid")},
-        {"keys": kv_quantizer(4).with_(scheme="symmetric"), "values": kv_quantizer(4)},
+        {"keys": KV_CACHE.with_(bits=4, scheme="symmetric"), "values": KV_CACHE.with_(bits=4)},
         {"activations": QuantSpec(scheme="free")},
         {"rotation": RotationSpec(block=64)},
         {"rotation": RefineSpec(quantizer=QuantSpec(clip_ratio=0.9))},
@@ -345,7 +345,7 @@ def test_a_comparison_refuses_rows_that_it_would_merge(name, metric):
 
 def test_a_comparison_refuses_two_quantizers_of_the_same_bits():
     """A head, and 32 channels of it: a name that did not say so would make them one row."""
-    heads = [kv_quantizer(4).with_(group_size=size) for size in (None, 32)]
+    heads = [KV_CACHE.with_(bits=4, group_size=size) for size in (None, 32)]
     rows = [row(result("4-4-4", keys=quantizer, values=quantizer)) for quantizer in heads]
     with pytest.raises(ValueError, match=r"differ in column 'keys' \(asym4-head, asym4-g32\)"):
         comparison(pd.DataFrame(rows))

@@ -14,8 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dfrot_lab.recipe import specs
-from dfrot_lab.recipe.base import MethodSpec, Spec
-from dfrot_lab.recipe.content import content_key
+from dfrot_lab.recipe.base import MethodSpec, Spec, content_key
 from dfrot_lab.recipe.specs import (
     GRANULARITIES,
     KEEP_OUT_COUNTS,
@@ -31,7 +30,6 @@ from dfrot_lab.recipe.specs import (
     RefineSpec,
     RotationSpec,
     WeightSpec,
-    parse_bits,
     recipe_of,
 )
 
@@ -360,8 +358,7 @@ def test_names_for_tables(spec, name):
 @pytest.mark.parametrize(
     ("text", "bits"), [("4-4-16", (4, 4, 16)), ("16-4-16", (16, 4, 16)), ("2-8-3", (2, 8, 3))]
 )
-def test_parse_bits_and_recipe_of(text, bits):
-    assert parse_bits(text) == bits
+def test_recipe_of_reads_its_bits(text, bits):
     spec = recipe_of(text)
     assert (spec.weights.quantizer.bits, spec.activations.bits, spec.keys.bits) == bits
     assert spec.values == spec.keys
@@ -369,9 +366,9 @@ def test_parse_bits_and_recipe_of(text, bits):
 
 
 def test_bits_say_keys_and_values_apart_where_they_differ():
-    cache = {bits: specs.kv_quantizer(bits) for bits in (2, 4)}
+    cache = {bits: specs.KV_CACHE.with_(bits=bits) for bits in (2, 4)}
     assert recipe_of("4-4-16", keys=cache[4], values=cache[2]).bits == "4-4-k4v2"
-    assert recipe_of("4-4-4", values=specs.kv_quantizer()).bits == "4-4-k4v16"
+    assert recipe_of("4-4-4", values=specs.KV_CACHE).bits == "4-4-k4v16"
 
 
 @pytest.mark.parametrize(
@@ -381,7 +378,7 @@ def test_bits_of_another_form_are_refused(text):
     with pytest.raises(
         ValueError, match=f"bits must be WEIGHTS-ACTIVATIONS-KV such as 4-4-16; got {re.escape(repr(text))}"
     ):
-        parse_bits(text)
+        recipe_of(text)
 
 
 @pytest.mark.parametrize(("text", "value"), [("1-4-16", 1), ("4-17-16", 17), ("4-4-0", 0), ("4-4-32", 32)])

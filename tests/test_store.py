@@ -19,7 +19,7 @@ from dfrot_lab.disk import artefacts as store_module
 from dfrot_lab.disk import atomic, digests
 from dfrot_lab.disk.artefacts import Artefact, CorruptArtefact, Store, Writer
 from dfrot_lab.disk.atomic import cache_dir
-from dfrot_lab.recipe.content import content_key
+from dfrot_lab.recipe.base import content_key
 from dfrot_lab.recipe.specs import CaptureSpec
 
 INPUTS = {"spec": "a", "tokens": 8}
@@ -194,7 +194,7 @@ def test_a_checkpoint_can_be_saved_again_read_and_dropped(tmp_path: Path) -> Non
             writer.save_tensors("state", {"R": torch.full((4,), float(step))})
             assert writer.load_tensors("state")["R"][0] == step
             writer.save_json("step", step)
-        assert writer.load_json("step") == 2
+        assert writer.json("step") == 2
         writer.drop("state")
         writer.drop("no such name")
         assert not writer.has("state")

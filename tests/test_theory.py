@@ -11,19 +11,13 @@ import pandas as pd
 import pytest
 import torch
 
-from dfrot_lab.maths import planted, rotations, theory
+from dfrot_lab.maths import rotations, theory
 from dfrot_lab.maths.quantizers import squared_error
-from dfrot_lab.maths.theory import (
-    error_no_rotation,
-    error_of_levels,
-    error_rh,
-    error_ro,
-    expected_largest,
-    unit_rms,
-)
+from dfrot_lab.maths.theory import PREDICT, error_of_levels, expected_largest, unit_rms
 from dfrot_lab.recipe.specs import QuantSpec, RotationSpec
 from dfrot_lab.show import figures
 
+error_no_rotation, error_ro, error_rh = PREDICT.values()
 SYM4, ASYM4 = QuantSpec(), QuantSpec(scheme="asymmetric")
 EVERY_BITS = [
     QuantSpec(bits=bits, scheme="symmetric" if symmetric else "asymmetric")
@@ -112,7 +106,7 @@ def test_an_asymmetric_grid_misses_the_two_levels_of_a_spike_by_half_a_step(bits
 @pytest.mark.parametrize("ratio", [0.0, 0.05, 1 / 13, 0.12, 1 / 6, 0.3, 0.4, 0.77, 1.0])
 @pytest.mark.parametrize("channels", [64, 576])
 def test_two_spikes_without_noise_are_predicted_to_the_digit(ratio: float, channels: int):
-    table = planted.measure([channels], [INF], ratios=[ratio], kinds=["RH", "NR"], seeds=range(2), tokens=10)
+    table = theory.measure([channels], [INF], ratios=[ratio], kinds=["RH", "NR"], seeds=range(2), tokens=10)
     np.testing.assert_allclose(table["predicted"], table["measured"], rtol=1e-9, atol=1e-20)
 
 
@@ -211,14 +205,14 @@ def test_rh_does_not_gain_from_every_cleaning_of_the_spike():
 @pytest.mark.parametrize("kind", theory.PREDICT)
 def test_predictions_agree_with_planted_tokens(kind: str, quantizer: QuantSpec):
     """Within 3% over 4 draws of matrix and tokens; the draws themselves scatter by 1% (RO)."""
-    table = planted.measure([256], [2, 8, 40], [quantizer], kinds=[kind], seeds=range(4), tokens=100)
+    table = theory.measure([256], [2, 8, 40], [quantizer], kinds=[kind], seeds=range(4), tokens=100)
     mean = table.groupby("snr")[["predicted", "measured"]].mean()
     np.testing.assert_allclose(mean["predicted"], mean["measured"], rtol=0.03)
 
 
 @pytest.mark.parametrize("snr", [3, 15])
 def test_predictions_agree_with_planted_tokens_of_two_spikes(snr: float):
-    table = planted.measure([256], [snr], [SYM4, ASYM4], ratios=[0.1, 0.9], seeds=range(3), tokens=100)
+    table = theory.measure([256], [snr], [SYM4, ASYM4], ratios=[0.1, 0.9], seeds=range(3), tokens=100)
     mean = table.groupby(["rotation", "ratio", "quantizer"])[["predicted", "measured"]].mean()
     np.testing.assert_allclose(mean["predicted"], mean["measured"], rtol=0.05)
 
@@ -228,9 +222,7 @@ def test_the_order_of_the_paper_holds_inside_the_window_and_not_outside():
     assert (low, high) == pytest.approx((7.3, 22.8), rel=0.01)
     order = {}
     for snr in (0.85 * low, 1.15 * low, 0.9 * high, 1.15 * high):
-        error = (
-            planted.measure([576], [snr], seeds=range(3), tokens=60).groupby("rotation")["measured"].mean()
-        )
+        error = theory.measure([576], [snr], seeds=range(3), tokens=60).groupby("rotation")["measured"].mean()
         order[snr] = list(error.sort_values(ascending=False).index)
     assert list(order.values()) == [
         ["NR", "RO", "RH"],
@@ -256,15 +248,15 @@ def test_the_rule_of_thumb_is_right_from_3_bits_on_and_not_at_2():
 
 
 def test_planted_tokens_are_what_was_asked_for_and_repeat():
-    x = planted.rows(20, 0.5, 128, 400, generator(1), [6.0])
+    x = theory.planted(20, 0.5, 128, 400, generator(1), [6.0])
     assert x.shape == (400, 128)
     assert x.dtype == torch.float64
-    found = planted.estimate(x)
+    found = theory.estimate(x)
     assert found["m"].mean() == pytest.approx(20, abs=0.2)
     assert found["second"].mean() == pytest.approx(6, abs=0.2)
     assert found["channel"].nunique() > 100
-    assert torch.equal(x, planted.rows(20, 0.5, 128, 400, generator(1), [6.0]))
-    assert planted.estimate(planted.rows(3, 0, 8, 50, generator()))["sigma"].max() == 0
+    assert torch.equal(x, theory.planted(20, 0.5, 128, 400, generator(1), [6.0]))
+    assert theory.estimate(theory.planted(3, 0, 8, 50, generator()))["sigma"].max() == 0
 
 
 def test_unit_rms_has_its_snr_and_mean_square_one():
@@ -275,7 +267,7 @@ def test_unit_rms_has_its_snr_and_mean_square_one():
 
 
 def test_estimate_gives_back_spike_and_noise():
-    found = planted.estimate(planted.rows(10, 0.2, 256, 300, generator()))
+    found = theory.estimate(theory.planted(10, 0.2, 256, 300, generator()))
     assert list(found.columns) == ["channel", "m", "second", "sigma", "snr", "tail"]
     assert (found["m"].mean(), found["sigma"].mean()) == pytest.approx((10, 0.2), rel=0.01)
     assert found["snr"].mean() == pytest.approx(10 / (0.2 * 16), rel=0.01)
@@ -283,8 +275,8 @@ def test_estimate_gives_back_spike_and_noise():
 
 
 def test_predict_takes_the_largest_entries_as_spikes():
-    x = planted.rows(20, 0.1, 64, 3, generator(), [5.0, 2.0])
-    table = planted.predict(x, spikes=3)
+    x = theory.planted(20, 0.1, 64, 3, generator(), [5.0, 2.0])
+    table = theory.predict(x, spikes=3)
     largest = x[1].abs().sort(descending=True).values
     m, sigma, others = float(largest[0]), float(largest[3:].square().mean() ** 0.5), largest[1:3].tolist()
     assert list(table.columns) == ["NR", "RO", "RH"]
@@ -295,7 +287,7 @@ def test_predict_takes_the_largest_entries_as_spikes():
 
 
 def test_measure_is_tidy_and_repeats():
-    table = planted.measure(
+    table = theory.measure(
         [64, 128], [2, INF], [SYM4, ASYM4], ratios=[0, 0.5], kinds=["RH"], seeds=[0, 3], tokens=4
     )
     assert len(table) == 2 * 2 * 2 * 2 * 2
@@ -312,7 +304,7 @@ def test_measure_is_tidy_and_repeats():
     ]
     pd.testing.assert_frame_equal(
         table,
-        planted.measure(
+        theory.measure(
             [64, 128], [2, INF], [SYM4, ASYM4], ratios=[0, 0.5], kinds=["RH"], seeds=[0, 3], tokens=4
         ),
     )
@@ -362,19 +354,19 @@ def test_measure_is_tidy_and_repeats():
         (lambda: unit_rms(-1, 64), r"theory\.snr must be >= 0; got -1"),
         (lambda: unit_rms(1, 64, 2), r"theory\.ratio must be in 0\.\.1; got 2"),
         (
-            lambda: planted.rows(1, 1, 64, 0, generator()),
+            lambda: theory.planted(1, 1, 64, 0, generator()),
             r"theory\.tokens must be a whole number >= 1; got 0",
         ),
         (
-            lambda: planted.curve([64], [1], kinds=["DFRot"]),
+            lambda: theory.curve([64], [1], kinds=["DFRot"]),
             r"theory\.kinds must be among \('NR', 'RO', 'RH'\); got 'DFRot'",
         ),
         (
-            lambda: planted.estimate(torch.ones(5)),
+            lambda: theory.estimate(torch.ones(5)),
             r"theory\.x must be finite, \(tokens, channels >= 3\); got shape \(5,\)",
         ),
         (
-            lambda: planted.predict(torch.ones(1, 8), spikes=4),
+            lambda: theory.predict(torch.ones(1, 8), spikes=4),
             r"theory\.spikes must be a whole number in 1\.\.log2\(channels\); got 4",
         ),
         (
@@ -392,8 +384,8 @@ def test_bad_input_is_refused_by_name_rule_and_value(call, message: str):
 
 
 def test_prediction_figure_draws_the_table(recwarn):
-    curve = planted.curve([64], [1, 2, 4, 8])
-    table = pd.concat([curve, planted.measure([64], [2, 8], tokens=4)])
+    curve = theory.curve([64], [1, 2, 4, 8])
+    table = pd.concat([curve, theory.measure([64], [2, 8], tokens=4)])
     ax = figures.plot_prediction(table, "snr")
     assert ax.get_legend_handles_labels()[1] == ["NR", "RO", "RH"]
     ro = curve[curve["rotation"] == "RO"]["predicted"] / 64

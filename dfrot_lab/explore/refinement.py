@@ -123,7 +123,7 @@ class Refinement(Explorer):
         super().__init__(State(path=path), site={"value": None}, token={"value": None})
         self.history, self._drawn = list[dict[str, Any]](), 0.0
         self.recorded: Any = None
-        self.result: steps.RefineResult | None = None
+        self.result: steps.Refined | None = None
         self.spec: RefineSpec | None = None
         self._ends: tuple[Tensor, Tensor] | None = None
         for act in (self.start, self.pause, self.resume, self.cancel):

@@ -1,14 +1,12 @@
 """Hadamard matrices of the orders that language models need, and the transform that never forms them.
-
-A Hadamard matrix H (n, n) has entries +-1 and H @ H.T = n I. Here n is a product of table orders (multiples
-of 4 up to 256, from the table that the compressed-tensors package ships) and one power of two, and H is the
-Kronecker product of the factors' matrices, as in QuaRot (arXiv 2404.00456)."""
+A Hadamard matrix H (n, n) has entries +-1 and H @ H.T = n I. Here n is a product of orders from the table
+that compressed-tensors ships (multiples of 4 up to 256) and one power of two, and H the Kronecker product of
+the factors' matrices, as in QuaRot (arXiv 2404.00456)."""
 
 import functools
-import importlib
 import importlib.util
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 log = logging.getLogger(__name__)
-
 Transform = Callable[[Tensor, float], Tensor]
-
 LARGEST = 64
 """Largest order that is one matrix product: measured on a 2-core CPU, splitting it would be slower."""
 STAGE = 32
@@ -29,8 +25,6 @@ CHUNK = 1 << 19
 """Elements worked on at once on a CPU: what is between two stages stays in cache."""
 KERNEL_MAX = 32768
 """Largest power of two that the fast-hadamard-transform package takes."""
-WORK_DTYPES = dict.fromkeys((torch.float16, torch.bfloat16, torch.float32), torch.float32)
-WORK_DTYPES[torch.float64] = torch.float64
 
 
 @functools.cache
@@ -41,10 +35,8 @@ def _tables() -> dict[int, Tensor]:
         file = Path(folder) / "transform" / "utils" / "hadamards.safetensors"
         if file.is_file():
             return {int(order): matrix for order, matrix in load_file(file).items()}
-    raise FileNotFoundError(
-        "compressed_tensors must ship transform/utils/hadamards.safetensors; got none. "
-        "Run: pip install -r requirements.txt"
-    )
+    lacks = "compressed_tensors must ship transform/utils/hadamards.safetensors; got none"
+    raise FileNotFoundError(f"{lacks}. Run: pip install -r requirements.txt")
 
 
 def _odd_splits(odd: int, least: int = 3) -> Iterator[tuple[int, ...]]:
@@ -59,68 +51,44 @@ def _odd_splits(odd: int, least: int = 3) -> Iterator[tuple[int, ...]]:
 @functools.cache
 def factors(n: int) -> tuple[int, ...] | None:
     """Table orders and one last power of two, 1 if need be, whose product is n: 576 -> (36, 16), 1680 -> (28,
-    60, 1). Of several the fewest table orders, then the smallest sum, which is the cost of the transform.
-    None where there is no such product: 13696."""
+    60, 1); None: 13696. Of several the fewest orders, then the smallest sum: the transform's cost."""
     if n < 1:
         return None
     power = n & -n
     splits = [split for split in _odd_splits(n // power) if power % 4 ** len(split) == 0]
-    if not splits:
-        return None
-    best = min(splits, key=lambda split: (len(split), sum(split)))
-    return (*(4 * part for part in best), power // 4 ** len(best))
-
-
-def has_hadamard(n: int) -> bool:
-    """Whether `hadamard_matrix(n)` and `hadamard_transform` over n channels exist."""
-    return factors(n) is not None
-
-
-def largest_block(n: int) -> int:
-    """The largest divisor of n with a Hadamard matrix, be it 1: the widest block of an RH of n channels."""
-    if n < 1:
-        raise ValueError(f"largest_block.n must be >= 1; got {n}")
-    return next(block for block in range(n, 0, -1) if n % block == 0 and has_hadamard(block))
+    best = min(splits, key=lambda split: (len(split), sum(split)), default=None)
+    return None if best is None else (*(4 * part for part in best), power // 4 ** len(best))
 
 
 def _required_factors(n: int) -> tuple[int, ...]:
-    """`factors(n)`, or the ValueError that says what to use instead."""
     if n < 1:
         raise ValueError(f"hadamard.n must be >= 1; got {n}")
-    found = factors(n)
-    if found is None:
-        block = largest_block(n)
-        instead = f"RH-b{block} (RotationSpec(kind='RH', block={block})), which is block-diagonal, or "
-        raise ValueError(
-            "hadamard.n must be a power of two times orders from the table (multiples of 4 up to 256); got "
-            f"{n}: no Hadamard matrix of that order is known here. Use {instead if block > 1 else ''}"
-            "RotationSpec(kind='RO')"
-        )
-    return found
+    if (found := factors(n)) is not None:
+        return found
+    block = next(size for size in range(n, 0, -1) if n % size == 0 and factors(size))
+    blocks = f"RH-b{block} (RotationSpec(kind='RH', block={block})), which is block-diagonal, or "
+    rule = "a power of two times orders from the table (multiples of 4 up to 256)"
+    said = f"{rule}; got {n}: no Hadamard matrix of that order is known here"
+    instead = f"{blocks if block > 1 else ''}RotationSpec(kind='RO')"
+    raise ValueError(f"hadamard.n must be {said}. Use {instead}")
 
 
-def _factor_matrix(order: int) -> Tensor:
-    """int8 (order, order): of a power of two Sylvester's, in natural order; else the table's."""
-    is_power = order & (order - 1) == 0
-    return torch.from_numpy(scipy.linalg.hadamard(order, dtype=np.int8)) if is_power else _tables()[order]
+def _kron(orders: tuple[int, ...]) -> Tensor:
+    """int8 Kronecker product of the orders' matrices: of a power of two Sylvester's, else the table's."""
+    powers = {n: scipy.linalg.hadamard(n, dtype=np.int8) for n in orders if n & (n - 1) == 0}
+    parts = (torch.from_numpy(powers[n]) if n in powers else _tables()[n] for n in orders)
+    return functools.reduce(torch.kron, parts)
 
 
-def hadamard_matrix(
-    n: int, *, dtype: torch.dtype = torch.float64, device: torch.device | str | None = None
-) -> Tensor:
-    """H (n, n) of +-1 with H @ H.T = n I, unnormalised: the Kronecker product over `factors(n)`. ValueError:
-    an order without a known matrix; it names the block-diagonal alternative."""
-    parts = [_factor_matrix(order) for order in _required_factors(n)]
-    # Built in int8, an eighth of float64: n = 14336 needs 0.2 GB before the one cast.
-    return functools.reduce(torch.kron, parts).to(device=device, dtype=dtype)
+def hadamard_matrix(n: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """H (n, n) of +-1 with H @ H.T = n I, over `factors(n)`. ValueError: none is known, but which block."""
+    return _kron(_required_factors(n)).to(dtype)  # built in int8: n = 14336 needs 0.2 GB before the one cast
 
 
 @functools.cache
 def _small(orders: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The Kronecker product of a few factors' matrices, kept for the next call."""
-    # A cached matrix that was first made under inference_mode could never take part in a backward pass.
-    with torch.inference_mode(False):
-        return functools.reduce(torch.kron, map(_factor_matrix, orders)).to(device=device, dtype=dtype)
+    with torch.inference_mode(False):  # else a cached matrix could never take part in a backward pass
+        return _kron(orders).to(device=device, dtype=dtype)
 
 
 @functools.cache
@@ -128,21 +96,18 @@ def _stages(n: int) -> tuple[tuple[int, ...], ...]:
     """The factors of n as the products a CPU computes, each a Kronecker product of a few orders: 1536 = 12 x
     128 -> ((12, 4), (32,)), 14336 = 28 x 512 -> ((28,), (16,), (32,))."""
     *tables, power = _required_factors(n)
-    stages: list[tuple[int, ...]] = []
+    tail = 0
     while power > LARGEST:
-        stages.insert(0, (STAGE,))
-        power //= STAGE
+        power, tail = power // STAGE, tail + 1
     head: list[tuple[int, ...]] = [(table,) for table in tables]
     if head and head[-1][0] * power <= LARGEST:
         head[-1] += (power,)
     elif power > 1 or not head:
         head.append((power,))
-    return (*head, *stages)
+    return (*head, *[(STAGE,)] * tail)
 
 
-def _kron_product(
-    x: Tensor, stages: tuple[tuple[int, ...], ...], scale: float = 1.0, out: Tensor | None = None
-) -> Tensor:
+def _kron_product(x: Tensor, stages: Sequence[tuple[int, ...]], scale: float, out: Tensor | None) -> Tensor:
     """x (..., n) @ (H_1 kron H_2 kron ... kron I).T * scale, into `out` if given, one small product a stage.
     The identity fills up what `stages` leave of n; where scale is not 1 they must leave nothing."""
     rows, right = x, x.shape[-1]
@@ -161,51 +126,42 @@ def _torch_transform(x: Tensor, scale: float) -> Tensor:
     """The transform in torch products, for every device without a kernel; on a CPU a few rows at a time."""
     n, stages = x.shape[-1], _stages(x.shape[-1])
     if x.device.type != "cpu" or x.numel() <= CHUNK or (x.requires_grad and torch.is_grad_enabled()):
-        return _kron_product(x, stages, scale)
+        return _kron_product(x, stages, scale, None)
     rows, step = x.reshape(-1, n), max(1, CHUNK // n)
     out = torch.empty_like(rows)
     for part, result in zip(rows.split(step), out.split(step), strict=True):
-        _kron_product(part, stages, scale, out=result)
+        _kron_product(part, stages, scale, result)
     return out.reshape(x.shape)
 
 
 def _kernel_transform(x: Tensor, scale: float, kernel: Transform) -> Tensor:
-    """The transform with `kernel(rows (..., 2^k), scale)` for the last factor, small products for the others.
-    The kernel is an argument so that the path a GPU takes can be tested without one."""
+    """The transform with `kernel(rows (..., 2^k), scale)` for the last factor, small products for others."""
     *tables, power = _required_factors(x.shape[-1])
     if power == 1:
         return _torch_transform(x, scale)
-    rows = _kron_product(x, tuple((table,) for table in tables)).reshape(-1, power)
-    return kernel(rows, scale).reshape(x.shape)
+    rows = _kron_product(x, [(table,) for table in tables], 1.0, None)
+    return kernel(rows.reshape(-1, power), scale).reshape(x.shape)
 
 
 @functools.cache
 def _cuda_kernel() -> Transform | None:
     """The function of the fast-hadamard-transform package where that works, else None (said once)."""
-    if importlib.util.find_spec("fast_hadamard_transform") is None:
-        return None
     try:
         return importlib.import_module("fast_hadamard_transform").hadamard_transform
     except ImportError as error:
-        said = (
-            "fast_hadamard_transform is installed but cannot be imported (%s): using torch products instead"
-        )
-        log.warning(said, error)
+        if error.name != "fast_hadamard_transform":
+            log.warning("fast_hadamard_transform cannot be imported (%s): using torch products", error)
         return None
 
 
 def hadamard_transform(x: Tensor, scale: float = 1.0) -> Tensor:
     """x (..., n) @ H.T * scale with H = hadamard_matrix(n), without forming it; a rotation at scale n**-0.5.
-
-    Same signature and, for powers of two, same meaning as in the fast-hadamard-transform package, which does
-    that part on CUDA where it is installed. Unlike there, another size is not padded with zeros (which is no
-    rotation): its Kronecker factors are used exactly. The result has x's dtype, device and shape. ValueError:
-    n without a Hadamard matrix, or x not float16, bfloat16, float32 or float64."""
-    if x.ndim == 0 or x.dtype not in WORK_DTYPES:
-        raise ValueError(
-            "hadamard_transform.x must be (..., n) of a float dtype; got shape "
-            f"{tuple(x.shape)}, {x.dtype}. Cast it: x.float()"
-        )
+    As in the fast-hadamard-transform package, which does the powers of two on CUDA where it is installed; but
+    no size is padded with zeros (which is no rotation). The result has x's dtype, device and shape.
+    ValueError: n without a Hadamard matrix, x not of floats."""
+    if x.ndim == 0 or not x.is_floating_point():
+        said = f"got shape {tuple(x.shape)}, {x.dtype}. Cast it: x.float()"
+        raise ValueError(f"hadamard_transform.x must be (..., n) of a float dtype; {said}")
     orders = _required_factors(x.shape[-1])
     if x.numel() == 0:
         return x.clone()  # a kernel launch over no rows is a CUDA error
@@ -214,6 +170,6 @@ def hadamard_transform(x: Tensor, scale: float = 1.0) -> Tensor:
         return _kernel_transform(x, scale, kernel)  # it sums in float32 and rounds once, by itself
     # A sum of n terms can leave float16's range before `scale` brings it back, and rounding after each factor
     # would add up: round once, at the end.
-    work = x.to(WORK_DTYPES[x.dtype])
+    work = x.to(torch.promote_types(x.dtype, torch.float32))
     done = _torch_transform(work, scale) if kernel is None else _kernel_transform(work, scale, kernel)
     return done.to(x.dtype)

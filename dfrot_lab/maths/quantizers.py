@@ -3,10 +3,9 @@
 Symmetric, b bits:  s = c max|x| / (2^(b-1) - 1),  q = clamp(round(x / s), -2^(b-1), 2^(b-1) - 1),  x^ = s q.
 Asymmetric, b bits: s = c (max x - min x) / (2^b - 1),  z = -round(c min x / s),
                     q = clamp(round(x / s) + z, 0, 2^b - 1),  x^ = s (q - z)  (DFRot, Eq. 5).
-In the asymmetric scheme, as in QuaRot's code, the range always includes 0, so that z is itself a code; a row
-with values of both signs is not touched by that. In the free scheme it need not, which is Eq. 5 to the
-letter: an offset that all channels share costs nothing. c is the clip ratio; max and min run over what shares
-one scale."""
+As in QuaRot's code, the asymmetric range always includes 0, so that z is itself a code. In the free scheme it
+need not, which is Eq. 5 to the letter: an offset that all channels share costs nothing. c is the clip ratio;
+max and min run over what shares one scale."""
 
 from typing import NamedTuple
 
@@ -34,8 +33,7 @@ def code_range(spec: QuantSpec) -> tuple[int, int]:
 
 
 def grouped(x: Tensor, spec: QuantSpec) -> Tensor:
-    """`x` as (groups, n), a view where possible: each row shares one scale. ValueError: a group size that
-    does not divide the last dimension."""
+    """`x` as (groups, n), each row with one scale. ValueError: a group size that does not divide channels."""
     if spec.granularity == "per_tensor":
         return x.reshape(1, -1)
     size = spec.group_size or x.shape[-1]
@@ -64,12 +62,10 @@ def scale_zero(groups: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     return scale, low.div_(scale).round_().neg_()
 
 
-def _round_clamp(
-    groups: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec, out: Tensor | None = None
-) -> Tensor:
+def _rounded(x: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec, out: Tensor | None = None) -> Tensor:
     """round(x / scale) limited to the codes' range less the zero point: the codes minus zero, as floats."""
     low, high = code_range(spec)
-    out = torch.div(groups, scale, out=out).round_()
+    out = torch.div(x, scale, out=out).round_()
     if spec.symmetric:
         return out.clamp_(low, high)
     torch.maximum(out, low - zero, out=out)  # these two are twice as fast as clamp_ with tensor limits
@@ -77,25 +73,20 @@ def _round_clamp(
 
 
 def quantize(x: Tensor, spec: QuantSpec) -> Quantized:
-    """Codes, scales and zero points of `x`; codes are int8 (uint8 where not symmetric), int32 above 8 bits.
-    ValueError: 16 bits, which have no codes."""
+    """Codes (int8, uint8 where not symmetric, int32 above 8 bits), scales, zeros. ValueError: 16 bits."""
     if spec.bits == 16:
-        raise ValueError(
-            "QuantSpec.bits must be below 16 to have codes; got 16, which means: leave the tensor alone"
-        )
+        raise ValueError("QuantSpec.bits must be below 16 to have codes; got 16: leave the tensor alone")
     groups = grouped(x, spec)
     scale, zero = scale_zero(groups, spec)
-    small = torch.int8 if spec.symmetric else torch.uint8
-    codes = _round_clamp(groups, scale, zero, spec).add_(zero)
-    return Quantized(codes.to(small if spec.bits <= 8 else torch.int32), scale, zero)
+    kind = torch.int32 if spec.bits > 8 else torch.int8 if spec.symmetric else torch.uint8
+    return Quantized(_rounded(groups, scale, zero, spec).add_(zero).to(kind), scale, zero)
 
 
 def centred(x: Tensor, spec: QuantSpec, out: Tensor) -> Tensor:
-    """Write the codes of `x` (rows, n) less their zero points into `out` (int8, the same shape); the scales
-    (rows, 1), so that scale * out is x rounded."""
+    """Codes of `x` (rows, n) less their zero points, written into `out` (int8); the scales (rows, 1)."""
     groups = grouped(x, spec)
     scale, zero = scale_zero(groups, spec)
-    out.copy_(_round_clamp(groups, scale, zero, spec))
+    out.copy_(_rounded(groups, scale, zero, spec))
     return scale
 
 
@@ -106,10 +97,8 @@ def dequantize(quantized: Quantized, shape: torch.Size | tuple[int, ...]) -> Ten
 
 
 def fake_quantize(x: Tensor, spec: QuantSpec) -> Tensor:
-    """`x` rounded to the values its codes stand for, same shape and dtype; `x` itself at 16 bits.
-
-    Scale-equivariant for every spec (Q(a x) = a Q(x), a > 0: what lets gamma scale rows in DFRot Eq. 3);
-    idempotent when symmetric and unclipped."""
+    """`x` rounded to the values its codes stand for, same shape and dtype; `x` itself at 16 bits. Q(a x) = a
+    Q(x) for a > 0, which lets gamma scale rows in DFRot Eq. 3."""
     if spec.bits == 16:
         return x
     groups = grouped(x, spec)
@@ -117,7 +106,7 @@ def fake_quantize(x: Tensor, spec: QuantSpec) -> Tensor:
     rows = len(groups) if x.is_cuda else max(1, _CHUNK // max(1, groups.shape[-1]))
     for part, result in zip(groups.split(rows), out.split(rows), strict=True):
         scale, zero = scale_zero(part, spec)
-        _round_clamp(part, scale, zero, spec, out=result).mul_(scale)
+        _rounded(part, scale, zero, spec, out=result).mul_(scale)
     return out.reshape(x.shape)
 
 
@@ -130,18 +119,17 @@ def squared_error(x: Tensor, spec: QuantSpec) -> Tensor:
     return torch.cat(errors).reshape(x.shape[:-1])
 
 
-def clip_search(weight: Tensor, spec: QuantSpec, *, steps: int = 30, smallest: float = 0.4) -> Tensor:
+def clip_search(weight: Tensor, spec: QuantSpec) -> Tensor:
     """The scale (rows, 1) of each row of a symmetric per-channel `weight` (rows, n) with least squared error
-    over `steps` clip ratios from 1 to `smallest`: the linear search of GPTQ's and QuaRot's code, which take
-    |error|^2.4 instead of the square."""
+    over 30 clip ratios from 1 to 0.4: the search of GPTQ's and QuaRot's code, which take |error|^2.4."""
     widest, _ = scale_zero(weight, spec)
     found = widest.clone()
     step = max(1, _CHUNK // weight.shape[-1])
     for part, wide, best in zip(weight.split(step), widest.split(step), found.split(step), strict=True):
         least = torch.full_like(wide, torch.inf)
-        for ratio in torch.linspace(1, smallest, steps).tolist():
+        for ratio in torch.linspace(1, 0.4, 30).tolist():
             scale = wide * ratio
-            rounded = _round_clamp(part, scale, torch.zeros_like(scale), spec).mul_(scale)
+            rounded = _rounded(part, scale, torch.zeros_like(scale), spec).mul_(scale)
             error = rounded.sub_(part).square_().sum(-1, keepdim=True)
             better = error < least
             best.copy_(torch.where(better, scale, best))

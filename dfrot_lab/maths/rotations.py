@@ -25,25 +25,19 @@ def _block(kind: str, channels: int, generator: torch.Generator) -> Tensor:
 
 def make(spec: RotationSpec, channels: int) -> Tensor:
     """The rotation R (channels, channels) of `spec`, float64 on the CPU. Same spec, same bytes.
-
     NR is the identity; RO is uniform (Haar) over all orthogonal matrices; RH is diag(s) @ H.T /
-    sqrt(channels) with random signs s, so that `x @ R = hadamard_transform(x * s) / sqrt(channels)`. The
-    signs come before the Hadamard matrix: after it they would only flip output channels and leave every
-    symmetric per-token error as it was (QuaRot, arXiv 2404.00456; DFRot, arXiv 2412.00648). `block=b` puts
-    independent rotations of b channels on the diagonal. ValueError: channels < 1, a block that does not
-    divide channels, RH of an order without a Hadamard matrix."""
+    sqrt(channels) with random signs s before the Hadamard matrix: after it they would only flip output
+    channels (QuaRot, arXiv 2404.00456). `block=b`: independent rotations of b channels on the diagonal.
+    ValueError: channels < 1, a block that does not divide them, RH of an order without a Hadamard matrix."""
     if channels < 1:
         raise ValueError(f"rotation.channels must be >= 1; got {channels}")
     if spec.kind == "file":
-        raise ValueError(
-            f"rotations.make makes NR, RO and RH; a file is read by rotate.random.matrix; got {spec.path}"
-        )
+        raise ValueError(f"rotations.make: a file is read by rotate.random.matrix; got {spec.path}")
     block = spec.block or channels
     if channels % block:
         near = [size for size in range(1, channels + 1) if channels % size == 0]
-        raise ValueError(
-            f"RotationSpec.block must divide the {channels} channels; got {block}. Use one of {near}"
-        )
+        said = f"the {channels} channels; got {block}. Use one of {near}"
+        raise ValueError(f"RotationSpec.block must divide {said}")
     generator = torch.Generator().manual_seed(spec.seed)
     return torch.block_diag(*(_block(spec.kind, block, generator) for _ in range(channels // block)))
 
@@ -60,24 +54,18 @@ def check(R: Tensor, channels: int | None = None) -> Tensor:
     shape = tuple(R.shape)
     if R.ndim != 2 or shape[0] != shape[1] or shape[0] == 0:
         raise ValueError(f"rotation.shape must be (channels, channels); got {shape}")
-    if channels is not None and shape[0] != channels:
-        raise ValueError(
-            f"rotation.shape must be ({channels}, {channels}); got {shape}. Use a rotation made for this "
-            "model's hidden size"
-        )
+    if channels not in (None, shape[0]):
+        said = f"({channels}, {channels}); got {shape}. Use a rotation made for this model's hidden size"
+        raise ValueError(f"rotation.shape must be {said}")
     if not R.is_floating_point():
         raise ValueError(f"rotation.dtype must be a float dtype; got {R.dtype}")
-    bad = int((~R.isfinite()).sum())
-    if bad:
-        raise ValueError(
-            f"rotation.values must be finite; got {bad} NaN or Inf of {R.numel()}. Make or save it again"
-        )
-    error = orthogonality_error(R)
-    if error > MAX_ORTHOGONALITY_ERROR:
+    if bad := int((~R.isfinite()).sum()):
+        said = f"got {bad} NaN or Inf of {R.numel()}. Make or save it again"
+        raise ValueError(f"rotation.values must be finite; {said}")
+    if (error := orthogonality_error(R)) > MAX_ORTHOGONALITY_ERROR:
         raise ValueError(
             f"rotation.orthogonality_error must be <= {MAX_ORTHOGONALITY_ERROR:g}; got {error:.3g}. Save it "
-            "in float32 or float64, or use its nearest rotation, U @ Vt of its SVD (not Q of a QR, which "
-            "flips signs)"
+            "in float32 or float64, or use U @ Vt of its SVD, its nearest rotation (Q of a QR flips signs)"
         )
     return R.detach().to(torch.float64)
 

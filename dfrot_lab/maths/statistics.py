@@ -6,8 +6,6 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-RESAMPLES = 9999
-
 
 def perplexity(losses: np.ndarray, axis: int = -1) -> Any:
     """exp of the mean loss in nats."""
@@ -15,12 +13,11 @@ def perplexity(losses: np.ndarray, axis: int = -1) -> Any:
 
 
 def bootstrap(statistic: Callable[..., Any], *samples: np.ndarray) -> tuple[float, float]:
-    """Percentile bootstrap 95% interval of `statistic(*samples, axis=)` over paired samples (windows,); (nan,
-    nan) for fewer than 2 windows."""
+    """Percentile bootstrap 95% interval of a statistic of paired samples (windows,); nan for fewer than 2."""
     if len(samples[0]) < 2:
         return float("nan"), float("nan")
     options: dict[str, Any] = {"paired": True, "vectorized": True, "method": "percentile", "rng": 0}
-    interval = stats.bootstrap(samples, statistic, n_resamples=RESAMPLES, **options).confidence_interval
+    interval = stats.bootstrap(samples, statistic, n_resamples=9999, **options).confidence_interval
     return float(interval.low), float(interval.high)
 
 
@@ -35,6 +32,5 @@ def difference(a: np.ndarray, b: np.ndarray, axis: int) -> Any:
 
 
 def closed_share(ro: np.ndarray, ro_kept: np.ndarray, rh: np.ndarray, rh_kept: np.ndarray, axis: int) -> Any:
-    """From losses, the share of the perplexity gap between RO and RH that is gone when massive tokens are
-    kept out: 1 where none is left."""
+    """The share of the perplexity gap between RO and RH that keeping massive tokens out closes: 1 is all."""
     return 1 - difference(ro_kept, rh_kept, axis) / difference(ro, rh, axis)

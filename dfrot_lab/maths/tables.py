@@ -1,7 +1,7 @@
-"""Tables of results as the paper prints them; a table that would have to merge rows that differ is an
-error."""
+"""Tables of results as the paper prints them; one that would have to merge rows that differ is an error."""
 
 from collections.abc import Iterable, Mapping
+from operator import itemgetter
 from typing import Any
 
 import pandas as pd
@@ -16,13 +16,10 @@ COLUMNS = (
 """Columns of every results row, in order. Quantizers are named by all that makes one different; `parameters`
 are what a method has beside its own columns; `ci95` is [low, high]; `recipe` is the key of the recipe, whose
 YAML is kept beside the rows; `formulas` and `commit` are the code's."""
-
 WHOLE = ("seed", "w_bits", "a_bits", "kv_bits", "keep_out_tokens", "windows", "window", "formulas")
 """Columns of whole numbers, or of nothing."""
-
 FREE = {"metric", "value", "ci95", "seconds", "recipe", "versions", "formulas", "commit"}
 """Columns that say what came out, when and by which code; the others say of what."""
-
 PERPLEXITY = "perplexity"
 
 
@@ -46,47 +43,35 @@ def label(entry: Mapping[str, Any]) -> str:
     """A row's name in tables: `RO`, `RO, kept out`, `DFRot gamma=100`; `full precision` at 16-16-16."""
     if entry["bits"] == "16-16-16":
         return "full precision"
-    name = entry["rotation"] if pd.isna(entry["gamma"]) else f"{entry['rotation']} gamma={entry['gamma']:g}"
-    if not entry["keep_out"]:
-        return str(name)
-    tokens = entry["keep_out_tokens"]
-    return f"{name}, kept out" + ("" if pd.isna(tokens) else f" ({entry['keep_out_rule']} {tokens})")
+    gamma, tokens = entry["gamma"], entry["keep_out_tokens"]
+    name = str(entry["rotation"]) + ("" if pd.isna(gamma) else f" gamma={gamma:g}")
+    counted = "" if pd.isna(tokens) else f" ({entry['keep_out_rule']} {tokens})"
+    return f"{name}, kept out{counted}" if entry["keep_out"] else name
 
 
-def bits(entry: Mapping[str, Any]) -> str:
-    """A row's bits as in the paper: `4-4-16`."""
-    return str(entry["bits"])
-
-
-def records(table: pd.DataFrame, metric: str = PERPLEXITY) -> list[dict[str, Any]]:
+def records(table: pd.DataFrame, metric: str = PERPLEXITY) -> list[dict[Any, Any]]:
     """The rows of one metric as dictionaries."""
-    part = table[table["metric"] == metric]
-    return [dict(zip(part.columns, values, strict=True)) for values in part.itertuples(index=False)]
+    return table[table["metric"] == metric].to_dict("records")
 
 
-def require_distinct(rows: list[dict[str, Any]], place: Mapping[str, Any]) -> None:
+def _require_distinct(rows: list[dict[str, Any]], place: Mapping[str, Any]) -> None:
     """Refuse rows that a table would put in one place though they differ: a ValueError names the column."""
-    for name in rows[0]:
-        seen = list(dict.fromkeys(_said(row[name]) for row in rows))
-        if len(seen) > 1 and name not in FREE:
+    for name in [name for name in rows[0] if name not in FREE]:
+        values = [None if pd.isna(row[name]) else row[name] for row in rows]  # however a table holds nothing
+        seen = list(dict.fromkeys(str(value) or "nothing" for value in values))
+        if len(seen) > 1:
             where = ", ".join(f"{key} {value}" for key, value in place.items())
             said = f"differ in column {name!r} ({', '.join(seen)}): choose one of them"
             raise ValueError(f"rows of {where} {said}")
 
 
-def _said(value: Any) -> str:
-    """A value in words; what is missing is None, however a table holds it."""
-    return str(None if pd.api.types.is_scalar(value) and pd.isna(value) else value) or "nothing"
-
-
 def _wide(rows: list[dict[str, Any]], down: Mapping[str, Any], across: Mapping[str, Any]) -> pd.DataFrame:
-    """Cells of rows in their order, by the name and the function of each axis; ValueError where rows of one
-    place differ."""
+    """Cells of rows in their order, by each axis's name and function. ValueError: two rows of one place."""
     axes, places = {**down, **across}, dict[tuple[str, ...], list[dict[str, Any]]]()
     for row in rows:
         places.setdefault(tuple(str(value(row)) for value in axes.values()), []).append(row)
     for place, same in places.items():
-        require_distinct(same, dict(zip(axes, place, strict=True)))
+        _require_distinct(same, dict(zip(axes, place, strict=True)))
     lines = [(*place, cell(same[-1])) for place, same in places.items()]
     table = pd.DataFrame(lines, columns=[*axes, "cell"])
     wide = table.pivot(index=list(down), columns=list(across), values="cell")
@@ -96,17 +81,15 @@ def _wide(rows: list[dict[str, Any]], down: Mapping[str, Any], across: Mapping[s
 
 def comparison(table: pd.DataFrame, metric: str = PERPLEXITY) -> pd.DataFrame:
     """One metric as the paper prints it: a row a rotation, a column for each setting of the bits, cells
-    `value [low, high]`; first seed only. ValueError where two rows of one place differ in any other column.
-    """
+    `value [low, high]`; first seed only. ValueError: rows of one place that differ in another column."""
     rows = records(first_seed(table), metric)
-    return _wide(rows, {"row": label}, {"bits": bits}).fillna("")
+    return _wide(rows, {"row": label}, {"bits": itemgetter("bits")}).fillna("")
 
 
 def by_seed(table: pd.DataFrame, metric: str = f"{PERPLEXITY} - RH", rotation: str = "RO") -> pd.DataFrame:
-    """One rotation's rows of a metric at the bits that were run with several seeds: a row for each bits, a
-    column a seed. ValueError where two rows of one place differ."""
+    """One rotation's rows of a metric at the bits that were run with several seeds: bits by seed."""
     rows = [r for r in records(table, metric) if r["rotation"] == rotation and not r["keep_out"]]
-    return _wide(rows, {"bits": bits}, {"seed": lambda r: f"seed {r['seed']}"}).dropna()
+    return _wide(rows, {"bits": itemgetter("bits")}, {"seed": lambda r: f"seed {r['seed']}"}).dropna()
 
 
 def cell(entry: Mapping[str, Any]) -> str:
@@ -120,6 +103,6 @@ def cell(entry: Mapping[str, Any]) -> str:
 def markdown(table: pd.DataFrame) -> str:
     """A small table of strings as GitHub Markdown, its index as first column."""
     header = [str(table.index.name or ""), *map(str, table.columns)]
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    body = zip(table.index, table.to_numpy(), strict=True)
-    return "\n".join([*lines, *("| " + " | ".join([str(name), *map(str, row)]) + " |" for name, row in body)])
+    body = [map(str, (name, *row)) for name, row in zip(table.index, table.to_numpy(), strict=True)]
+    head, *lines = ("| " + " | ".join(line) + " |" for line in (header, *body))
+    return "\n".join([head, "|" + "---|" * len(header), *lines])

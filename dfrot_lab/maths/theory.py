@@ -12,65 +12,64 @@ one step, which the row's largest entry (symmetric) or its range (asymmetric) se
 ties. So one formula covers every case, `error_of_levels`: the expected error of rounding a Gaussian number to
 a multiple of the step, summed over levels, averaged over the step's distribution. It takes the step as
 independent of the entries; all else is exact. The signal-to-noise ratio is snr = m / (sigma sqrt(C)). Squared
-errors, float64, unit of x^2. Wrong arguments are ValueErrors."""
+errors, float64, unit of x^2. Wrong arguments are ValueErrors. `planted` rows are there to measure it on."""
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
 
 import numpy as np
+import pandas as pd
+import torch
 from numpy.typing import NDArray
 from scipy.integrate import quad
 from scipy.optimize import brentq
 from scipy.special import log_ndtr, ndtr
+from torch import Tensor
 
-from dfrot_lab.maths.quantizers import code_range
-from dfrot_lab.recipe.specs import QuantSpec
+from dfrot_lab.maths import rotations
+from dfrot_lab.maths.quantizers import code_range, squared_error
+from dfrot_lab.recipe.specs import SYM4, QuantSpec, RotationSpec
 
 Array = NDArray[np.float64]
-SYM4 = QuantSpec(bits=4, scheme="symmetric")
-
+Floats = Sequence[float]
 _NODES = 48
 """Quantiles of the largest entry that the error is averaged over; twice as many change nothing by 0.1%."""
 _REACH = 9.0
-"""Standard deviations beyond which no Gaussian number is taken to lie: P < 1e-18, of some thousand
-entries."""
+"""Standard deviations beyond which no Gaussian number is taken to lie: P < 1e-18 a number."""
 _CODES = np.arange(-10.0, 11.0)
 """Codes about the nearest one that noise below one step can reach."""
 
 
-def require(name: str, value: float, ok: bool, rule: str) -> None:
+def require(name: str, value: object, ok: bool, rule: str) -> None:
     """A ValueError that names the argument, the rule and the value, unless `ok`."""
     if not ok:
         raise ValueError(f"theory.{name} must be {rule}; got {value}")
 
 
-def check_token(m: float, sigma: float, channels: int, others: Sequence[float]) -> None:
+def check_token(m: float, sigma: float, channels: int, others: Floats) -> None:
     """Refuse a token of spikes `m` and `others` and noise `sigma` that no formula here covers."""
-    for name, value in (("m", m), ("sigma", sigma)):
-        require(name, value, math.isfinite(value) and value >= 0, "finite and >= 0")
+    require("m", m, 0 <= m < math.inf, "finite and >= 0")
+    require("sigma", sigma, 0 <= sigma < math.inf, "finite and >= 0")
     spikes = 1 + len(others)
-    fewest = f"a whole number >= {2**spikes} with {spikes} spikes"
-    require("channels", channels, channels >= 2**spikes, fewest)
+    least = f"a whole number >= {2**spikes} with {spikes} spikes"
+    require("channels", channels, channels >= 2**spikes, least)
     for other in others:
         require("others", other, 0 <= other <= m, f"in 0..m = {m:g}")
 
 
 def _steps(quantizer: QuantSpec) -> int:
-    """Steps between zero and the largest entry (symmetric) or in the whole range (asymmetric). Only what
-    `error_of_levels` covers."""
+    """Steps between zero and the largest entry (symmetric) or in the range; only what this theory covers."""
     plain = quantizer.granularity == "per_token" and quantizer.scheme != "free" and quantizer.clip_ratio == 1
-    if not plain or quantizer.bits == 16:
-        raise ValueError(
-            "theory.quantizer must be symmetric or asymmetric, per_token, with clip_ratio 1 and fewer than "
-            f"16 bits; got {quantizer}"
-        )
+    rule = "symmetric or asymmetric, per_token, with clip_ratio 1 and fewer than 16 bits"
+    require("quantizer", quantizer, plain and quantizer.bits < 16, rule)
     return code_range(quantizer)[1]
 
 
 def expected_largest(channels: int) -> float:
-    """Expected largest of `channels` absolute values of independent N(0, 1) numbers. The textbook sqrt(2 ln
-    C) is its leading term for C to infinity, and 7% above it at C = 4096. ValueError: channels < 1."""
+    """Expected largest of `channels` absolute values of N(0, 1) numbers; the textbook's sqrt(2 ln C) is its
+    leading term for C to infinity, and 7% above it at C = 4096."""
     require("channels", channels, channels >= 1, "a whole number >= 1")
 
     def some_above(t: float) -> float:  # 1 - P(|z| < t)^channels
@@ -80,17 +79,15 @@ def expected_largest(channels: int) -> float:
 
 
 def uniform_error(largest: float, channels: int, quantizer: QuantSpec = SYM4) -> float:
-    """The rule of thumb: C step^2 / 12, for entries spread evenly within a step; `largest` is max |x R|
-    (asymmetric: a range of twice that)."""
+    """The rule of thumb C step^2 / 12, for entries spread evenly within a step; `largest` is max |x R|."""
     require("channels", channels, channels >= 2, "a whole number >= 2")
     step = largest * (1 if quantizer.symmetric else 2) / _steps(quantizer)
     return channels * step**2 / 12
 
 
 def rounding_error(level: Array, sd: Array) -> Array:
-    """E (y - round y)^2 of y ~ N(level, sd^2), elementwise, in units of the step squared: the noise's energy
-    plus the level's misfit while both lie within half a step, and 1/12 when sd >> 1/2 (Widrow: the difference
-    is below 1e-8 from sd = 1 on, where 1/12 is returned)."""
+    """E (y - round y)^2 of y ~ N(level, sd^2), elementwise, in steps squared: the noise's energy plus the
+    level's misfit while both lie within half a step; 1/12 from sd = 1 on (Widrow: less than 1e-8 off)."""
     off = (level - np.round(level))[..., None] - _CODES
     noise = np.clip(sd, 1e-150, 1.0)[..., None]
     low, high = (-0.5 - off) / noise, (0.5 - off) / noise
@@ -101,8 +98,7 @@ def rounding_error(level: Array, sd: Array) -> Array:
 
 
 def _largest(levels: Array, counts: Array, sd: float, *, absolute: bool) -> Array:
-    """Quantiles of equal weight of the largest entry, or |entry|, of a row with `counts` entries about each
-    of `levels`."""
+    """Quantiles of equal weight of a row's largest entry, or |entry|: `counts` entries about `levels`."""
     top = float(np.abs(levels).max() if absolute else levels.max())
     if sd == 0:
         return np.array([top])
@@ -116,24 +112,19 @@ def _largest(levels: Array, counts: Array, sd: float, *, absolute: bool) -> Arra
     return np.interp((np.arange(_NODES) + 0.5) / _NODES, below, t[:, 0])
 
 
-def error_of_levels(
-    levels: Sequence[float], counts: Sequence[float], sd: float, quantizer: QuantSpec = SYM4
-) -> float:
-    """Expected squared error of a row that has `counts[i]` entries N(levels[i], sd^2): the formula behind
-    all.
-
-    A single entry at the top sets the step: it is on the grid itself (symmetric), or as far off it as the
-    zero point is (asymmetric). Scale-equivariant: levels and sd times a give a^2 times the error."""
-    require("sd", sd, math.isfinite(sd) and sd >= 0, "finite and >= 0")
-    each_one = f"one for each of the {len(levels)} levels"
-    require("counts", len(counts), len(counts) == len(levels) > 0, each_one)
+def error_of_levels(levels: Floats, counts: Floats, sd: float, quantizer: QuantSpec = SYM4) -> float:
+    """Expected squared error of a row with `counts[i]` entries N(levels[i], sd^2): the formula behind all. A
+    single entry at the top sets the step: it is on the grid itself (symmetric), or as far off it as the zero
+    point is (asymmetric)."""
+    require("sd", sd, 0 <= sd < math.inf, "finite and >= 0")
+    rule = f"one for each of the {len(levels)} levels"
+    require("counts", len(counts), len(counts) == len(levels) > 0, rule)
     place, many, steps = np.array(levels, np.float64), np.array(counts, np.float64), _steps(quantizer)
     if sd == 0 and not place.any():
         return 0.0
     top = int(np.abs(place).argmax() if quantizer.symmetric else place.argmax())
     if quantizer.symmetric:
-        step = _largest(place, many, sd, absolute=True) / steps
-        misfit = np.zeros_like(step)
+        step, misfit = _largest(place, many, sd, absolute=True) / steps, np.zeros(1)
     else:
         high, low = (np.maximum(_largest(ends, many, sd, absolute=False), 0) for ends in (place, -place))
         step = ((high[:, None] + low) / steps).ravel()
@@ -146,50 +137,36 @@ def error_of_levels(
     return float((step**2 * (each * many).sum(-1)).mean())
 
 
-def error_no_rotation(
-    m: float, sigma: float, channels: int, quantizer: QuantSpec = SYM4, others: Sequence[float] = ()
+def error(
+    kind: str, m: float, sigma: float, channels: int, quantizer: QuantSpec = SYM4, others: Floats = ()
 ) -> float:
-    """E(NR): the spike takes the grid; noise below half a step, m / 14 at symmetric 4 bits, falls to zero,
-    and the error is its energy C sigma^2. `m` the largest spike, `others` further ones, `sigma` the noise a
-    channel, all in x's unit and >= 0; at least 2^spikes channels."""
+    """E(NR), E(RO) or E(RH) of a token of largest spike `m`, further spikes `others` and noise `sigma` a
+    channel, all in x's unit and >= 0; at least 2^spikes channels.
+
+    NR: the spike takes the grid; noise below half a step, m / 14 at symmetric 4 bits, falls to zero, and the
+    error is its energy C sigma^2. RO: x R is uniform on the sphere of radius ||x||, the error is
+    scale-equivariant and a Gaussian row's length is independent of its direction, so it is *exactly* that of
+    a Gaussian row of the same mean square, spike or not. RH, all signs alike often: a spike alone costs 0
+    (symmetric) or m^2 / (2^bits - 1)^2; with noise, symmetric, C step^2 / 12 while it is above half a step,
+    below C sigma^2 (1 + E max^2), as the largest noise entry sits on the last code. Two exceptions:
+    asymmetric, a spike in the channel of a constant Hadamard row makes one level; three spikes or more may
+    have signs that depend on each other (in a power of two, one row in C is the product of two others)."""
+    require("kind", kind, kind in ("NR", "RO", "RH"), "NR, RO or RH")
     check_token(m, sigma, channels, others)
-    spikes = [m, *others]
-    return error_of_levels([*spikes, 0.0], [*(1.0 for _ in spikes), channels - len(spikes)], sigma, quantizer)
-
-
-def error_ro(
-    m: float, sigma: float, channels: int, quantizer: QuantSpec = SYM4, others: Sequence[float] = ()
-) -> float:
-    """E(RO) over all random orthogonal matrices: a number, the same for all tokens, times ||x||^2.
-
-    x R is uniform on the sphere of radius ||x||. The error is scale-equivariant and a Gaussian row's length
-    is independent of its direction, so the expectation is *exactly* that of a Gaussian row of the same mean
-    square; spike or not makes no difference. Arguments as `error_no_rotation`."""
-    check_token(m, sigma, channels, others)
-    energy = m**2 + sum(other**2 for other in others)
-    return error_of_levels([0.0], [channels], math.sqrt(energy / channels + sigma**2), quantizer)
-
-
-def error_rh(
-    m: float, sigma: float, channels: int, quantizer: QuantSpec = SYM4, others: Sequence[float] = ()
-) -> float:
-    """E(RH): levels (+-m +-others) / sqrt(C), all signs alike often; for a spike alone 0 (symmetric) or m^2 /
-    (2^bits - 1)^2 (asymmetric).
-
-    With one spike, symmetric: C step^2 / 12 while the noise is above half a step; below, the noise's energy
-    plus the levels' misfit, C sigma^2 (1 + E max^2), since the largest noise entry and not the level sits on
-    the last code. Arguments as `error_no_rotation`. Two exceptions. Asymmetric, a spike in the channel of a
-    constant Hadamard row, where the order has one, makes one level and not two. With three spikes or more the
-    signs may depend on each other (in a power of two, one row in C is the product of two others), which
-    leaves fewer levels."""
-    check_token(m, sigma, channels, others)
-    signed = itertools.product(*((-spike, spike) for spike in (m, *others)))
-    levels = [sum(spikes) / math.sqrt(channels) for spikes in signed]
+    spikes = (m, *others)
+    if kind == "NR":
+        counts = [*(1.0 for _ in spikes), channels - len(spikes)]
+        return error_of_levels([*spikes, 0.0], counts, sigma, quantizer)
+    if kind == "RO":
+        energy = m**2 + sum(other**2 for other in others)
+        return error_of_levels([0.0], [channels], math.sqrt(energy / channels + sigma**2), quantizer)
+    signed = itertools.product(*((-spike, spike) for spike in spikes))
+    levels = [sum(signs) / math.sqrt(channels) for signs in signed]
     return error_of_levels(levels, [channels / len(levels)] * len(levels), sigma, quantizer)
 
 
-PREDICT = {"NR": error_no_rotation, "RO": error_ro, "RH": error_rh}
-"""The prediction of each kind of rotation."""
+PREDICT = {kind: functools.partial(error, kind) for kind in ("NR", "RO", "RH")}
+"""The prediction of each kind of rotation: `error` without its first argument."""
 
 
 def unit_rms(snr: float, channels: int, ratio: float = 0.0) -> tuple[float, float]:
@@ -202,8 +179,8 @@ def unit_rms(snr: float, channels: int, ratio: float = 0.0) -> tuple[float, floa
 
 
 def paper_window(channels: int, quantizer: QuantSpec = SYM4) -> tuple[float, float]:
-    """The snr from which E(RO) > E(NR), and the first snr from which E(NR) < E(RH): between them lies DFRot's
-    order RO > NR > RH. ValueError: no crossing between snr 1 and 1000."""
+    """The snr from which E(RO) > E(NR), and that from which E(NR) < E(RH): between them lies DFRot's order RO
+    > NR > RH. ValueError: no crossing between snr 1 and 1000."""
 
     def gap(log_snr: float, above: str, below: str) -> float:
         m, sigma = unit_rms(math.exp(log_snr), channels)
@@ -213,10 +190,83 @@ def paper_window(channels: int, quantizer: QuantSpec = SYM4) -> tuple[float, flo
     ends = []
     for pair in (("NR", "RO"), ("NR", "RH")):
         snr = next((snr for snr in np.linspace(0, math.log(1000), 81) if gap(snr, *pair) < 0), None)
+        rule = f"let E({pair[0]}) fall below E({pair[1]}) between snr 1 and 1000"
         if not snr:
-            raise ValueError(
-                f"theory.channels must let E({pair[0]}) fall below E({pair[1]}) between snr 1 and 1000; got "
-                f"{channels} at {quantizer.name}"
-            )
+            raise ValueError(f"theory.channels must {rule}; got {channels} at {quantizer.name}")
         ends.append(math.exp(brentq(gap, snr - math.log(1000) / 80, snr, args=pair, xtol=1e-4)))
     return ends[0], ends[1]
+
+
+def planted(
+    m: float, sigma: float, channels: int, tokens: int, generator: torch.Generator, others: Floats = ()
+) -> Tensor:
+    """Rows (tokens, channels) float64 of noise `sigma`, spikes `m` and `others` in random channels."""
+    check_token(m, sigma, channels, others)
+    require("tokens", tokens, tokens >= 1, "a whole number >= 1")
+    x = sigma * torch.randn(tokens, channels, dtype=torch.float64, generator=generator)
+    spikes = torch.tensor([m, *others], dtype=torch.float64)
+    places = torch.rand(tokens, channels, generator=generator).argsort(1)[:, : len(spikes)]
+    return x.scatter_add_(1, places, spikes.expand(tokens, -1))
+
+
+def curve(
+    channels: Sequence[int], snrs: Floats, quantizers: Sequence[QuantSpec] = (SYM4,), *,
+    ratios: Floats = (0.0,), kinds: Sequence[str] = tuple(PREDICT),
+) -> pd.DataFrame:  # fmt: skip
+    """Predicted squared error of tokens of mean square 1, a row for every combination of the arguments; a
+    ratio is second spike / first. Columns: channels, rotation, snr, ratio, quantizer, bits, predicted."""
+    lines = []
+    for c, kind, snr, ratio, q in itertools.product(channels, kinds, snrs, ratios, quantizers):
+        require("kinds", repr(kind), kind in PREDICT, f"among {tuple(PREDICT)}")
+        m, sigma = unit_rms(snr, c, ratio)
+        others = (ratio * m,) if ratio else ()
+        lines.append((c, kind, snr, ratio, q.name, q.bits, PREDICT[kind](m, sigma, c, q, others)))
+    names = "channels rotation snr ratio quantizer bits predicted"
+    return pd.DataFrame(lines, columns=names.split())
+
+
+def measure(
+    channels: Sequence[int], snrs: Floats, quantizers: Sequence[QuantSpec] = (SYM4,), *,
+    ratios: Floats = (0.0,), kinds: Sequence[str] = tuple(PREDICT),
+    seeds: Sequence[int] = (0,), tokens: int = 64,
+) -> pd.DataFrame:  # fmt: skip
+    """`curve` with what planted tokens of the same snr and ratio measure: column measured, the mean over
+    `tokens` tokens, a row a seed, which draws the rotation and the tokens."""
+    parts = []
+    for c, kind in itertools.product(channels, kinds):
+        table = curve([c], snrs, quantizers, ratios=ratios, kinds=[kind])
+        for seed in seeds:
+            R, found = rotations.make(RotationSpec(kind=kind, seed=seed), c), []
+            for snr, ratio in itertools.product(snrs, ratios):
+                m, sigma = unit_rms(snr, c, ratio)
+                generator, others = torch.Generator().manual_seed(seed), (ratio * m,) if ratio else ()
+                x = planted(m, sigma, c, tokens, generator, others) @ R
+                found += [float(squared_error(x, q).mean()) for q in quantizers]
+            parts.append(table.assign(seed=seed, measured=found))
+    return pd.concat(parts, ignore_index=True)
+
+
+def estimate(x: Tensor) -> pd.DataFrame:
+    """Spike and noise of real rows `x` (tokens, channels >= 3), a line a row, in x's unit: channel and m of
+    the largest |entry|, second (the next), sigma (root mean square of all but the largest), snr (m / (sigma
+    sqrt(C))), tail (fourth moment of all but the largest / sigma^4: 3 for Gaussian noise)."""
+    fits = x.ndim == 2 and x.shape[1] >= 3 and bool(x.isfinite().all())
+    require("x", f"shape {tuple(x.shape)}", fits, "finite, (tokens, channels >= 3)")
+    largest, where = x.double().abs().sort(1, descending=True)
+    m, second = largest[:, 0], largest[:, 1]
+    sigma, fourth = largest[:, 1:].square().mean(1).sqrt(), largest[:, 1:].pow(4).mean(1)
+    columns = {"channel": where[:, 0], "m": m, "second": second, "sigma": sigma}
+    columns |= {"snr": m / (sigma * math.sqrt(x.shape[1])), "tail": fourth / sigma**4}
+    return pd.DataFrame({name: values.numpy() for name, values in columns.items()})
+
+
+def predict(x: Tensor, quantizer: QuantSpec = SYM4, *, spikes: int = 1) -> pd.DataFrame:
+    """Predicted squared errors NR, RO, RH of real rows `x` (tokens, channels): their `spikes` largest
+    |entries| as spikes, all else as noise. Signs are dropped, which matters to an asymmetric NR alone."""
+    require("spikes", spikes, 1 <= spikes <= math.log2(x.shape[-1]), "a whole number in 1..log2(channels)")
+    largest = x.double().abs().sort(1, descending=True).values
+    noise = largest[:, spikes:].square().mean(1).sqrt()
+    lines = []
+    for (m, *others), sigma in zip(largest[:, :spikes].tolist(), noise.tolist(), strict=True):
+        lines.append([error(m, sigma, x.shape[1], quantizer, others) for error in PREDICT.values()])
+    return pd.DataFrame(lines, columns=list(PREDICT))

@@ -1,7 +1,6 @@
 """The door: where `auto` is replaced by what is here, once, before anything is computed or keyed."""
 
-from types import SimpleNamespace
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 from dfrot_lab.disk.digests import digest
 from dfrot_lab.model import corpus, loading
@@ -22,5 +21,8 @@ def resolved(spec: S) -> S:
     return spec.with_(**changed) if changed else spec
 
 
-PRINTS: Any = SimpleNamespace(model=loading.fingerprint, text=corpus.fingerprint, file=digest)
-"""What stands behind names on this machine, for `recipe.keys`: fingerprints of models, texts and files."""
+def prints(of: ModelSpec | CorpusSpec | str) -> str:
+    """The hash of what stands behind a name here: of a model, a text, the file at a path."""
+    if isinstance(of, ModelSpec):
+        return loading.fingerprint(of)
+    return corpus.fingerprint(of) if isinstance(of, CorpusSpec) else digest(of)

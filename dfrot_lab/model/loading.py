@@ -19,7 +19,7 @@ from dfrot_lab.disk import downloads
 from dfrot_lab.disk.artefacts import Store, Writer
 from dfrot_lab.disk.digests import digest
 from dfrot_lab.model.families import Roles, roles_of
-from dfrot_lab.recipe.content import content_key
+from dfrot_lab.recipe.base import content_key
 from dfrot_lab.recipe.keys import model_key
 from dfrot_lab.recipe.specs import DEFAULT_MODEL, ModelSpec
 

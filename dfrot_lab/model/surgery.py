@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from dfrot_lab.maths.hadamard import hadamard_transform, has_hadamard
+from dfrot_lab.maths.hadamard import factors, hadamard_transform
 from dfrot_lab.maths.rotations import check
 from dfrot_lab.model.hooks import At, at_sites, sites_of
 from dfrot_lab.model.loading import LoadedModel, linear
@@ -193,7 +193,7 @@ def _require_untied(loaded: LoadedModel) -> None:
 
 
 def _require_hadamard(n: int, what: str) -> None:
-    if not has_hadamard(n):
+    if factors(n) is None:
         said = f"no Hadamard matrix of order {n} is known here, and that is {what} can be applied"
         raise ValueError(f"{said}: evaluate this model with NR only")
 

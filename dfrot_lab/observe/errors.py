@@ -1,6 +1,5 @@
 """Quantization errors of captured tokens under any rotations and quantizers, as one tidy table."""
 
-import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -11,9 +10,7 @@ from dfrot_lab.maths import rotations
 from dfrot_lab.maths.quantizers import fake_quantize, squared_error
 from dfrot_lab.observe import massive
 from dfrot_lab.observe.capture import Capture
-from dfrot_lab.recipe.specs import DEFAULT_RULE, MASSIVE_RULES, QuantSpec, RotationSpec
-
-SYM4 = QuantSpec(bits=4, scheme="symmetric")
+from dfrot_lab.recipe.specs import DEFAULT_RULE, MASSIVE_RULES, SYM4, QuantSpec, RotationSpec
 
 
 def default_rotations(channels: int, seed: int = 0) -> dict[str, Tensor]:
@@ -22,16 +19,12 @@ def default_rotations(channels: int, seed: int = 0) -> dict[str, Tensor]:
 
 
 def token_errors(
-    capture: Capture,
-    rotation: Mapping[str, Tensor] | None = None,
-    quantizers: Sequence[QuantSpec] = (SYM4,),
-    *,
-    sites: Sequence[str] | None = None,
-    rule: str = DEFAULT_RULE,
-) -> pd.DataFrame:
-    """E(x R) of every token at every site under every rotation and quantizer. Columns: site, token (index),
-    text, rotation, quantizer, error (sum of squares over channels: the paper's figures), root (its square
-    root), massive (whether `rule` calls the token massive at that site)."""
+    capture: Capture, rotation: Mapping[str, Tensor] | None = None,
+    quantizers: Sequence[QuantSpec] = (SYM4,), *,
+    sites: Sequence[str] | None = None, rule: str = DEFAULT_RULE,
+) -> pd.DataFrame:  # fmt: skip
+    """E(x R) of every token at every site under every rotation and quantizer: site, token (index), text,
+    rotation, quantizer, error (sum of squares over channels), root (of it), massive (by `rule`, there)."""
     chosen = list(sites or capture.sites)
     matrices = rotation if rotation is not None else default_rotations(capture.channels)
     massive_at = dict(zip(chosen, massive.find(capture, rule, chosen).numpy(), strict=True))
@@ -40,31 +33,20 @@ def token_errors(
         x = capture.rows(site)
         for name, R in matrices.items():
             rotated = x @ R.to(x)
-            for quantizer in quantizers:
-                places.append((site, name, quantizer.name))
-                errors.append(squared_error(rotated, quantizer).numpy())
-    tokens, error = capture.tokens, np.concatenate(errors)
-    sites_, names, labels = zip(*places, strict=True)
-    columns = {
-        "site": _repeated(sites_, tokens),
-        "token": np.tile(np.arange(tokens), len(places)),
-        "text": np.tile(np.array(capture.texts, dtype=object), len(places)),
-        "rotation": _repeated(names, tokens),
-        "quantizer": _repeated(labels, tokens),
-        "error": error,
-        "root": np.sqrt(error),
-        "massive": np.concatenate([massive_at[site] for site in sites_]),
-    }
-    return pd.DataFrame(columns)
+            places += [(site, name, quantizer.name) for quantizer in quantizers]
+            errors += [squared_error(rotated, quantizer).numpy() for quantizer in quantizers]
+    error, texts = np.concatenate(errors), np.array(capture.texts, dtype=object)
+    at, rotated_by, quantized_by = (_repeated(names, capture.tokens) for names in zip(*places, strict=True))
+    columns = {"site": at, "token": np.tile(np.arange(capture.tokens), len(places))}
+    columns |= {"text": np.tile(texts, len(places)), "rotation": rotated_by, "quantizer": quantized_by}
+    marks = np.concatenate([massive_at[site] for site, *_ in places])
+    return pd.DataFrame({**columns, "error": error, "root": np.sqrt(error), "massive": marks})
 
 
-def massive_names(
-    capture: Capture, rules: Sequence[str] = MASSIVE_RULES, sites: Sequence[str] | None = None
-) -> np.ndarray:
-    """The rules that call each token massive, in words: objects (sites, tokens); all sites, or those
-    named."""
+def massive_names(capture: Capture, sites: Sequence[str] | None = None) -> np.ndarray:
+    """The rules that call each token massive, in words (sites, tokens): at all sites, or those named."""
     names = np.full((len(capture.sites if sites is None else sites), capture.tokens), "", dtype=object)
-    for rule in rules:
+    for rule in MASSIVE_RULES:
         mask = massive.find(capture, rule, sites).numpy()
         names[mask] = [f"{old}, {rule}".lstrip(", ") for old in names[mask]]
     return names
@@ -83,16 +65,14 @@ def wide(errors: pd.DataFrame, value: str = "error") -> pd.DataFrame:
 def orders(wide: pd.DataFrame, names: Sequence[str] = ("NR", "RO", "RH")) -> pd.Series:
     """The order of each token's errors, largest first, such as `RO > NR > RH`: Fig. 2 colours by it."""
     place = np.argsort(-wide[list(names)].to_numpy(), axis=1, kind="stable")
-    every = itertools.permutations(range(len(names)))
-    labels = {order: " > ".join(names[i] for i in order) for order in every}
-    return pd.Series([labels[tuple(row)] for row in place.tolist()], index=wide.index, dtype="category")
+    labels = [" > ".join(row) for row in np.array(names, dtype=object)[place].tolist()]
+    return pd.Series(labels, index=wide.index, dtype="category")
 
 
 def summary(errors: pd.DataFrame) -> pd.DataFrame:
     """Mean, median and p99 of root errors by rotation and quantizer, of ordinary and of massive tokens."""
-    tokens = errors["massive"].map({True: "massive", False: "ordinary"})
-    keys = ["quantizer", "rotation", "tokens"]
-    groups = errors.assign(tokens=tokens).groupby(keys, sort=False, observed=True)["root"]
+    labelled = errors.assign(tokens=errors["massive"].map({True: "massive", False: "ordinary"}))
+    groups = labelled.groupby(["quantizer", "rotation", "tokens"], sort=False, observed=True)["root"]
     return groups.agg(rows="size", mean="mean", median="median", p99=lambda v: v.quantile(0.99)).reset_index()
 
 
@@ -105,13 +85,12 @@ def _repeated(names: Sequence[str], times: int) -> "pd.Categorical[str]":
 def massive_values(
     capture: Capture, site: str, token: int, matrices: Mapping[str, Tensor], quantizer: QuantSpec = SYM4
 ) -> pd.DataFrame:
-    """One token's values before and after quantization under each rotation (the paper's Fig. 4): rotation,
-    channel, value, quantized."""
+    """One token's values under each rotation (the paper's Fig. 4): rotation, channel, value, quantized."""
     row = capture.rows(site)[token : token + 1]
     tables = []
     for name, R in matrices.items():
         value = row @ R.to(row)
-        columns = {"value": value[0].numpy(), "quantized": fake_quantize(value, quantizer)[0].numpy()}
-        table = pd.DataFrame(columns).rename_axis("channel").reset_index()
-        tables.append(table.assign(rotation=name)[["rotation", "channel", "value", "quantized"]])
+        quantized = fake_quantize(value, quantizer)[0].numpy()
+        columns = {"rotation": name, "channel": range(row.shape[1]), "value": value[0].numpy()}
+        tables.append(pd.DataFrame({**columns, "quantized": quantized}))
     return pd.concat(tables, ignore_index=True)

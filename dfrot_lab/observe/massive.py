@@ -21,18 +21,13 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from dfrot_lab.maths import rotations
-from dfrot_lab.maths.quantizers import squared_error
+from dfrot_lab.maths import quantizers, rotations
 from dfrot_lab.observe.capture import Capture
-from dfrot_lab.recipe.specs import MASSIVE_RULES, ROW_RULES, QuantSpec, RotationSpec
+from dfrot_lab.recipe.specs import MASSIVE_RULES, ROW_RULES, SYM4, RotationSpec
 
 log = logging.getLogger(__name__)
-
 SUN_ABSOLUTE, SUN_RATIO = 100.0, 1000.0
 NR_ERROR_CHANNELS = 4096
-RULE_QUANTIZER = QuantSpec()
-MANY = 0.02
-"""A rule that marks a larger share of the rows marks more than rare tokens."""
 
 
 @cache
@@ -47,23 +42,19 @@ def threshold(rule: str) -> float:
 
 
 def rows_rule(x: Tensor, rule: str) -> Tensor:
-    """Massive mask (tokens,) of normalised, unrotated rows (tokens, channels) by a rule on rows alone. The
-    threshold of nr_error is that at C = 4096; it scales with sqrt(C), as the row norm does. ValueError."""
+    """Massive mask (tokens,) of normalised, unrotated rows (tokens, channels), by a rule of ROW_RULES."""
     if rule == "ro_vs_nr":
         rotated = x @ _reference_ro(x.shape[-1]).to(x)
-        return squared_error(rotated, RULE_QUANTIZER) >= squared_error(x, RULE_QUANTIZER)
+        return quantizers.squared_error(rotated, SYM4) >= quantizers.squared_error(x, SYM4)
     if rule in ROW_RULES:
         limit = threshold(rule) * (x.shape[-1] / NR_ERROR_CHANNELS) ** 0.5
-        return squared_error(x, RULE_QUANTIZER).sqrt() < limit
-    raise ValueError(
-        f"rule must be one of {', '.join(ROW_RULES)} for rows alone (the others need the residual stream of "
-        f"a Capture); got {rule!r}"
-    )
+        return quantizers.squared_error(x, SYM4).sqrt() < limit
+    said = f"{', '.join(ROW_RULES)} for rows alone (the others need the residual stream of a Capture)"
+    raise ValueError(f"rule must be one of {said}; got {rule!r}")
 
 
 def residual_rule(magnitude: Tensor, median: Tensor, rule: str) -> Tensor:
-    """Massive mask (sites, tokens) by a rule on the residual stream, from each token's largest |a| (sites,
-    tokens) and the median |a| (sites,). ValueError."""
+    """Massive mask (sites, tokens) from each token's largest |value| and each site's median; ValueError."""
     if rule == "sun":
         return (magnitude > SUN_ABSOLUTE) & (magnitude >= SUN_RATIO * median[:, None])
     if rule in MASSIVE_RULES and rule not in ROW_RULES:
@@ -83,15 +74,14 @@ def find(capture: Capture, rule: str, sites: Sequence[str] | None = None) -> Ten
 
 
 def doubt(capture: Capture, rule: str) -> str | None:
-    """What is odd about the rows a rule marks, in a sentence: none, more than 2%, or rows no other rule calls
-    massive; None where nothing is."""
+    """What is odd about the rows a rule marks, if anything: none, over 2%, or rows no other rule marks."""
     mask = find(capture, rule)
-    share, marked = float(mask.double().mean()), int(mask.sum())
+    marked = int(mask.sum())
     if not marked:
         return f"rule {rule} marks no row: there is no massive token to look at by it"
     said = f"rule {rule} marks {marked} rows, "
-    if share > MANY:
-        return f"{said}{share:.1%} of all: more than rare tokens; look at the others"
+    if marked > 0.02 * mask.numel():
+        return f"{said}{marked / mask.numel():.1%} of all: more than rare tokens; look at the others"
     others = [other for other in MASSIVE_RULES if not other.startswith(rule.rsplit("_", 1)[0])]
     alone = int((mask & ~torch.stack([find(capture, other) for other in others]).any(0)).sum())
     return f"{said}{alone} of which no other rule calls massive" if alone > marked / 2 else None
@@ -99,29 +89,22 @@ def doubt(capture: Capture, rule: str) -> str | None:
 
 def warn(capture: Capture, rule: str) -> None:
     """Say once a process what is odd about the rows a rule marks."""
-    _warn_once(capture.key, rule, doubt(capture, rule))
+    if said := doubt(capture, rule):
+        _warn_once(capture.key, said)
 
 
 @cache
-def _warn_once(_capture: str, _rule: str, said: str | None) -> None:
-    if said:
-        log.warning("%s", said)
+def _warn_once(_capture: str, said: str) -> None:
+    log.warning("%s", said)
 
 
 def table(capture: Capture) -> pd.DataFrame:
-    """A row a (site, token) that any rule calls massive: residual maximum, its channel, the site's median,
-    their ratio, each rule's verdict."""
+    """A row a (site, token) that any rule calls massive: residual maximum, channel, median, ratio, rules."""
     masks = {rule: find(capture, rule) for rule in MASSIVE_RULES}
     site, token = torch.stack(list(masks.values())).any(0).nonzero(as_tuple=True)
-    sites, texts = capture.sites, capture.texts
     largest, median = capture.residual_max[site, token], capture.residual_median[site]
-    about = {
-        "site": [sites[i] for i in site.tolist()],
-        "token": token.numpy(),
-        "text": [texts[i] for i in token.tolist()],
-        "residual_max": largest.numpy(),
-        "channel": capture.residual_channel[site, token].numpy(),
-        "median": median.numpy(),
-        "ratio_to_median": (largest / median).numpy(),
-    }
-    return pd.DataFrame({**about, **{rule: mask[site, token].numpy() for rule, mask in masks.items()}})
+    words = [capture.texts[i] for i in token.tolist()]
+    about = {"site": [capture.sites[i] for i in site.tolist()], "token": token, "text": words}
+    about |= {"residual_max": largest, "channel": capture.residual_channel[site, token]}
+    about |= {"median": median, "ratio_to_median": largest / median}
+    return pd.DataFrame({**about, **{rule: mask[site, token] for rule, mask in masks.items()}})

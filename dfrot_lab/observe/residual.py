@@ -1,42 +1,50 @@
-"""The residual stream, layer by layer: how large its largest values are, and where (Sun et al., arXiv
-2402.17762, Fig. 1 to 4)."""
+"""The residual stream, layer by layer: how large its massive values are (Sun et al., arXiv 2402.17762, Fig. 1
+to 4), and what a model does without them (Sec. 3.3): by rule `sun` those > 100 and >= 1000 x the median."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pandas as pd
 import torch
 from torch import Tensor
 
 from dfrot_lab.disk.artefacts import Store
-from dfrot_lab.model import loading
+from dfrot_lab.model import hooks, loading
 from dfrot_lab.model.loading import LoadedModel
-from dfrot_lab.observe import intervene
+from dfrot_lab.observe import massive
 from dfrot_lab.observe.capture import token_blocks
 from dfrot_lab.recipe.specs import CaptureSpec
 
 TOP = 3
+See = Callable[[int, Tensor], Tensor | None]
+"""From a layer's number and its input (windows, tokens, channels), a new input, or None to leave it."""
+
+
+@contextmanager
+def before_layers(loaded: LoadedModel, function: See) -> Iterator[None]:
+    """While the block runs, `function` sees, and may replace, what enters every layer."""
+    sites = {site: int(site.split(".")[1]) for site in hooks.sites_of(loaded, "residual")}
+    with hooks.at_sites(loaded, lambda site, x: function(sites[site], x), sites):
+        yield
 
 
 @torch.inference_mode()
 def streams(loaded: LoadedModel, ids: Tensor) -> list[Tensor]:
     """The residual stream before each layer (tokens, channels) for one window of token ids (window,)."""
     seen: list[Tensor] = []
-    with intervene.before_layers(loaded, lambda _layer, x: seen.append(x[0].to("cpu", copy=True))):
+    with before_layers(loaded, lambda _layer, x: seen.append(x[0].to("cpu", copy=True))):
         loading.body(loaded)(ids[None].to(loaded.device), use_cache=False)
     return seen
 
 
 def residual_profile(spec: CaptureSpec, store: Store | None = None) -> pd.DataFrame:
-    """The largest three |values| and the median before each layer over the capture's first window: model,
-    corpus, layer, metric, value."""
-    loaded = loading.load_model(spec.model, store)
-    lines = []
+    """The largest three |values| and the median before each layer: model, corpus, layer, metric, value."""
+    loaded, lines = loading.load_model(spec.model, store), []
     for layer, x in enumerate(streams(loaded, token_blocks(spec, loaded)[0])):
         magnitude = x.abs().flatten()
-        largest = magnitude.topk(TOP).values.tolist()
-        found = {f"top {n + 1}": value for n, value in enumerate(largest)} | {
-            "median": float(magnitude.median())
-        }
-        about = (spec.model.source, spec.corpus.name, layer)
-        lines += [(*about, name, value) for name, value in found.items()]
+        found = {f"top {n}": value for n, value in enumerate(magnitude.topk(TOP).values.tolist(), 1)}
+        found["median"] = float(magnitude.median())
+        lines += [(spec.model.source, spec.corpus.name, layer, *metric) for metric in found.items()]
     return pd.DataFrame(lines, columns=["model", "corpus", "layer", "metric", "value"])
 
 
@@ -49,3 +57,34 @@ def magnitudes(spec: CaptureSpec, layer: int, tokens: int = 32, store: Store | N
     table = pd.DataFrame({"magnitude": x.flatten().numpy()}, index=index).reset_index()
     texts = [loaded.tokenizer.decode([i]) for i in ids[:tokens].tolist()]
     return table.assign(text=table["token"].map(dict(enumerate(texts))))
+
+
+def massive_mask(x: Tensor) -> Tensor:
+    """Which values of a residual stream `x` (..., tokens, channels) are massive by rule `sun`, as a mask."""
+    magnitude = x.abs()
+    return (magnitude > massive.SUN_ABSOLUTE) & (magnitude >= massive.SUN_RATIO * magnitude.median())
+
+
+@torch.inference_mode()
+def mean_massive(loaded: LoadedModel, ids: Tensor) -> Tensor:
+    """Mean massive value before each layer in each channel (layers, channels) over ids (windows, window)."""
+    total = torch.zeros(len(loaded.layers), loaded.channels, dtype=torch.float64)
+    count = torch.zeros_like(total)
+
+    def add(layer: int, x: Tensor) -> None:
+        mask = massive_mask(x)
+        total[layer] += torch.where(mask, x, 0).double().sum((0, 1)).cpu()
+        count[layer] += mask.sum((0, 1)).cpu()
+
+    with before_layers(loaded, add):
+        for window in ids:
+            loading.body(loaded)(window[None].to(loaded.device), use_cache=False)
+    return total / count.clamp(min=1)
+
+
+@contextmanager
+def massive_set(loaded: LoadedModel, to: str, ids: Tensor) -> Iterator[None]:
+    """While the block runs, massive values are 0 (`to` = zero) or their mean over `ids` (windows, window)."""
+    value = torch.zeros(len(loaded.layers), loaded.channels) if to == "zero" else mean_massive(loaded, ids)
+    with before_layers(loaded, lambda layer, x: torch.where(massive_mask(x), value[layer].to(x), x)):
+        yield

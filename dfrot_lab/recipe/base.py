@@ -1,14 +1,20 @@
 """What every spec is: immutable, validated field by field, the same in any process, to and from plain values.
-
 A field carries its rule in words, and an error is that rule: `RefineSpec.gamma must be > 0; got -3`."""
 
+import hashlib
+import json
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dfrot_lab.recipe import registry
-from dfrot_lab.recipe.content import content_key
+
+
+def content_key(value: Any) -> str:
+    """The first 32 hex digits of the sha256 of a JSON-able value: the same in any process."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def ruled(default: Any, rule: str, **limits: Any) -> Any:
@@ -18,14 +24,12 @@ def ruled(default: Any, rule: str, **limits: Any) -> Any:
 
 def one_of(default: Any, choices: tuple[Any, ...]) -> Any:
     """A field that takes one of a few words."""
-    return Field(
-        default, description=f"one of {', '.join(map(str, choices))}", json_schema_extra={"of": list(choices)}
-    )
+    rule = f"one of {', '.join(map(str, choices))}"
+    return Field(default, description=rule, json_schema_extra={"of": list(choices)})
 
 
 class Spec(BaseModel):
-    """Base of all specs: frozen, keyword-only. A field that is unknown or wrong is a ValueError that names
-    it."""
+    """Base of all specs: frozen, keyword-only. An unknown or wrong field is a ValueError that names it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -37,16 +41,14 @@ class Spec(BaseModel):
 
     @classmethod
     def _said(cls, error: ValidationError) -> str:
-        """The first thing that is wrong, in one line."""
         first = error.errors()[0]
         if first["type"] == "value_error":  # a rule about several fields, which said it already
             return str(first["ctx"]["error"])
         name = str(first["loc"][0])
         if name not in cls.model_fields:
             return f"{cls.__name__} has no field {name!r}; it has {', '.join(cls.model_fields)}"
-        rule = cls.model_fields[name].description
-        kinds = [kind for kind in cls._kinds(name) if kind is not type(None)]
-        rule = rule or f"a {' or '.join(kind.__name__ for kind in kinds)}"
+        kinds = [kind.__name__ for kind in cls._kinds(name) if kind is not type(None)]
+        rule = cls.model_fields[name].description or f"a {' or '.join(kinds)}"
         return f"{cls.__name__}.{name} must be {rule}; got {first['input']!r}"
 
     @classmethod
@@ -58,13 +60,12 @@ class Spec(BaseModel):
     def model_post_init(self, _context: Any) -> None:
         """Check words against their choices, then the rules that several fields share."""
         for name, field in type(self).model_fields.items():
-            extra = field.json_schema_extra
-            if isinstance(extra, dict):
-                choices: Any = extra["of"]
-                self._require(name, getattr(self, name) in choices, str(field.description))
-        self.check()
+            extra: Any = field.json_schema_extra
+            if extra is not None:
+                self._require(name, getattr(self, name) in extra["of"], str(field.description))
+        self._check()
 
-    def check(self) -> None:
+    def _check(self) -> None:
         """Rules about several fields at once: ValueError through `_require`."""
 
     def _require(self, name: str, ok: bool, rule: str) -> None:
@@ -86,13 +87,10 @@ class Spec(BaseModel):
             raise ValueError(f"{cls.__name__} must be a mapping of its fields; got {said!r}")
         values = {str(name): value for name, value in said.items() if name != "spec"}
         for name, value in values.items():
-            nested = (
-                [k for k in cls._kinds(name) if isinstance(k, type) and issubclass(k, Spec)]
-                if name in cls.model_fields
-                else []
-            )
-            if nested and isinstance(value, Mapping):
-                values[name] = nested[0].of(value)
+            kinds = cls._kinds(name) if name in cls.model_fields and isinstance(value, Mapping) else ()
+            for kind in kinds:
+                if isinstance(kind, type) and issubclass(kind, Spec):
+                    values[name] = kind.of(value)
         return cls(**values)
 
     @property
@@ -129,9 +127,8 @@ class MethodSpec(Spec):
         """The spec of the method that `said` names under `method`; without it a random rotation."""
         values = dict(said)
         name = values.pop("method", cls.method or "random")
-        if name == cls.method and name:
+        if name and name == cls.method:
             return super().of(values)
         found: Any = next((kind for kind in MethodSpec.__subclasses__() if kind.method == name), None)
-        if found is None:
-            found = registry.load(registry.METHODS, name, "rotation method").SPEC
+        found = found or registry.load(registry.METHODS, name, "rotation method").SPEC
         return found.of(values)

@@ -1,68 +1,52 @@
-"""Every content key and fingerprint: what an artefact is named by.
+"""Every content key and fingerprint: what an artefact is named by, the hash of plain values.
+In a key a model, a text and a file stand for their bytes and not for their names, so that what moved is found
+again and what changed is not. `FORMULAS` is part of every key and of every results row: what another version
+computed is never taken for ours."""
 
-A key is the hash of plain values. In a key a model, a text and a file stand for their bytes and not for
-their names, so that what moved is found again and what changed is not. `FORMULAS` is part of every key and of
-every results row: what another version computed is never taken for ours."""
+from collections.abc import Callable
+from typing import Any
 
-from typing import Any, Protocol
-
-from dfrot_lab.recipe.base import Spec
-from dfrot_lab.recipe.content import content_key
+from dfrot_lab.recipe.base import Spec, content_key
 from dfrot_lab.recipe.specs import CorpusSpec, ModelSpec, Recipe
 
 FORMULAS = 3
 """Version of what artefacts hold and how it is computed; raise it with any change of a formula."""
-
-
-class Fingerprints(Protocol):
-    """What stands behind a name: `model/door.py` looks at the files, a test may say it itself."""
-
-    def model(self, spec: ModelSpec) -> str:
-        """Hash of the model's bytes, dtype and device: `model_key`."""
-
-    def text(self, spec: CorpusSpec) -> str:
-        """Hash of the text."""
-
-    def file(self, path: str) -> str:
-        """Hash of a file's bytes."""
+Prints = Callable[[ModelSpec | CorpusSpec | str], str]
+"""The hash of what stands behind a name: of a model (`model_key`), a text, the file at a path. `model.door`
+looks at the files, a test may say it itself."""
 
 
 def model_key(digest: str, dtype: str, device: str) -> str:
-    """A model's key: its bytes, the dtype it is loaded in, and the kind of device it runs on.
-
-    The device, since rounding differs between kinds, and at 4 bits a rounding can turn a code."""
+    """A model's key: its bytes, the dtype it is loaded in, and the kind of device it runs on, since rounding
+    differs between kinds, and at 4 bits a rounding can turn a code."""
     return content_key([digest, dtype, device])
 
 
-def identity(spec: Spec, prints: Fingerprints) -> Any:
+def identity(spec: Spec, prints: Prints) -> Any:
     """What a resolved spec is keyed by: its values, with bytes in place of names."""
-    if isinstance(spec, ModelSpec):
-        return prints.model(spec)
-    if isinstance(spec, CorpusSpec):
-        return prints.text(spec)
+    if isinstance(spec, ModelSpec | CorpusSpec):
+        return prints(spec)
     said = {name: identity(value, prints) if isinstance(value, Spec) else value for name, value in spec}
     if said.get("path") is not None:
-        said["path"] = prints.file(said["path"])
+        said["path"] = prints(said["path"])
     return {"spec": type(spec).__name__, **said}
 
 
-def weights(recipe: Recipe, prints: Fingerprints) -> dict[str, Any]:
+def weights(recipe: Recipe, prints: Prints) -> dict[str, Any]:
     """What quantized weights are keyed by: how, and the rotated model they are of."""
-    parts = {"model": recipe.model, "rotation": recipe.rotation, "weights": recipe.weights}
-    return {name: identity(part, prints) for name, part in parts.items()}
+    return {name: identity(getattr(recipe, name), prints) for name in ("model", "rotation", "weights")}
 
 
-def evaluation(recipe: Recipe, prints: Fingerprints) -> dict[str, Any]:
+def evaluation(recipe: Recipe, prints: Prints) -> dict[str, Any]:
     """What the losses of a canonical recipe are keyed by."""
     found = {"recipe": identity(recipe, prints)}
     if recipe.set_massive == "mean":  # the values it sets come from the text's other half
-        found["means"] = prints.text(recipe.corpus.with_(split="calibration"))
+        found["means"] = prints(recipe.corpus.with_(split="calibration"))
     return found
 
 
 def tasks(
-    of: Recipe | ModelSpec, prints: Fingerprints, digests: dict[str, str], limit: int | None, version: str
+    of: Recipe | ModelSpec, prints: Prints, digests: dict[str, str], limit: int | None, version: str
 ) -> dict[str, Any]:
-    """What zero-shot accuracies are keyed by: a recipe or a plain model, the tasks' items, how many of them,
-    and lm-eval's version."""
+    """What zero-shot accuracies are keyed by: of whom, the tasks' items, how many, and lm-eval's version."""
     return {"of": identity(of, prints), "tasks": digests, "limit": limit, "lm_eval": version}

@@ -1,34 +1,24 @@
 """The tables of what can be chosen by name: rotation methods and weight quantizers.
-
-A line says in which module a choice lives and what its rows are called; the module is imported when it is
-asked for, so that listing them costs nothing. Adding a method or a quantizer: one file, one line here."""
+A choice's module is imported when asked for. A new method or quantizer: one file, one line here."""
 
 import importlib
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(NamedTuple):
     """Where a choice lives; of a method also the names of the rows it offers, as tables show them."""
 
     module: str
     rows: tuple[str, ...] = ()
 
 
-METHODS: dict[str, Choice] = {
+METHODS = {
     "random": Choice("dfrot_lab.rotate.random", ("NR", "RO", "RH")),
     "dfrot": Choice("dfrot_lab.rotate.dfrot", ("DFRot",)),
 }
-"""Rotation methods. The module has `SPEC` (its MethodSpec), `spec(row, seed=, capture=)` and `fit(recipe,
-context)`."""
-
-WEIGHTS: dict[str, Choice] = {
-    "rtn": Choice("dfrot_lab.weights.rtn"),
-    "gptq": Choice("dfrot_lab.weights.gptq"),
-}
-"""Weight quantizers. The module has `quantize(weight, hessian, spec)` and `CALIBRATED`: whether it needs the
-Hessian."""
+"""Rotation methods: modules with `SPEC`, `spec(row, seed=, capture=)` and `fit(recipe, context)`."""
+WEIGHTS = {"rtn": Choice("dfrot_lab.weights.rtn"), "gptq": Choice("dfrot_lab.weights.gptq")}
+"""Weight quantizers: modules with `quantize(weight, hessian, spec)` and `CALIBRATED` (needs the Hessian)."""
 
 
 def load(table: dict[str, Choice], name: str, what: str = "choice") -> Any:

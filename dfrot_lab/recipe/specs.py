@@ -1,18 +1,19 @@
 """What to do, said immutably: which model, text, rotation, quantizers; `Recipe` is all of it in one value."""
 
 import math
-from pathlib import Path
+import re
+from pathlib import Path, PureWindowsPath
 from typing import Any, ClassVar
+
+import yaml
 
 from dfrot_lab.recipe import registry
 from dfrot_lab.recipe.base import MethodSpec, Spec, one_of, ruled
 
 WINDOW = 2048
 """Tokens in one window: the length DFRot, QuaRot and GPTQ calibrate and evaluate with."""
-
 DEFAULT_MODEL = "smollm2-135m"
 MODEL_SOURCES = "a packaged name, a folder, a .gguf file or hub:owner/name"
-
 ROTATION_KINDS = ("NR", "RO", "RH", "file")
 SPLITS = ("calibration", "evaluation", "train", "valid", "test")
 DTYPES = ("float32", "float64", "bfloat16", "float16")
@@ -22,6 +23,7 @@ SCHEMES = {"symmetric": "sym", "asymmetric": "asym", "free": "free"}
 code's); free, from the smallest to the largest value, wherever they are (DFRot, Eq. 5)."""
 GRANULARITIES = {"per_token": "", "per_channel": "-channel", "per_group": "-head", "per_tensor": "-tensor"}
 """What shares one scale, and its mark in a quantizer's name; a group of a given size is marked `-g128`."""
+GROUPED = "a whole number >= 1, with granularity per_group"
 ROW_RULES = ("nr_error_8.5", "nr_error_9.5", "ro_vs_nr")
 """Rules that judge a token by its own row: those `QuaRot.FP16()` can use while the model runs."""
 MASSIVE_RULES = ("ratio_8", "ratio_64", "sun", *ROW_RULES)
@@ -46,8 +48,7 @@ class ModelSpec(Spec):
 
 
 class CorpusSpec(Spec):
-    """Which text, and which part of it: `calibration` and `evaluation` are a corpus's own halves (WikiText-2:
-    valid and test split)."""
+    """Which text, and which part: a corpus's own halves (WikiText-2: valid and test split), or a split."""
 
     name: str = ruled("auto", "auto, wikitext2, wikipedia-sample or a text file", pattern=r"\S")
     split: str = one_of("evaluation", SPLITS)
@@ -58,10 +59,7 @@ CALIBRATION = CorpusSpec(split="calibration")
 
 class RotationSpec(MethodSpec):
     """One orthogonal matrix: NR (identity), RO (random orthogonal), RH (random Hadamard), or a safetensors
-    file.
-
-    `block` makes it block-diagonal with blocks of that many channels: `RH` with `block=312` is named
-    `RH-b312`."""
+    file. `block` makes it block-diagonal with blocks of that many channels."""
 
     method: ClassVar[str] = "random"
     kind: str = one_of("RH", ROTATION_KINDS)
@@ -69,17 +67,15 @@ class RotationSpec(MethodSpec):
     block: int | None = ruled(None, "None or a whole number >= 1", ge=1)
     path: str | None = None
 
-    def check(self) -> None:
-        """A file has a path, nothing else has."""
-        self._require(
-            "path", (self.path is not None) == (self.kind == "file"), "given for kind 'file' and for no other"
-        )
+    def _check(self) -> None:
+        fits = (self.path is not None) == (self.kind == "file")
+        self._require("path", fits, "given for kind 'file' and for no other")
 
     @property
     def name(self) -> str:
         """Short name for tables and figures: NR, RO, RH, RH-b312, or the file's name."""
         if self.kind == "file":
-            return str(self.path).replace("\\", "/").rsplit("/", 1)[-1]
+            return PureWindowsPath(str(self.path)).name
         return self.kind if self.block is None else f"{self.kind}-b{self.block}"
 
     @property
@@ -89,26 +85,18 @@ class RotationSpec(MethodSpec):
 
 
 class QuantSpec(Spec):
-    """How one tensor is quantized; `bits=16` means: leave it alone. `name` says everything that is not the
-    default.
-
-    `granularity` says what shares one scale: a token (row), an output channel of a weight (row), a group of
-    `group_size` channels (a head where no size is given), or the tensor."""
+    """How one tensor is quantized; `bits=16` means: leave it alone. `granularity` says what shares one scale:
+    a token (row), an output channel of a weight (row), a group of `group_size` channels (a head where no size
+    is given), or the tensor."""
 
     bits: int = ruled(4, "a whole number in 2..16", ge=2, le=16)
     scheme: str = one_of("symmetric", tuple(SCHEMES))
     clip_ratio: float = ruled(1.0, "in (0, 1]", gt=0, le=1)
     granularity: str = one_of("per_token", tuple(GRANULARITIES))
-    group_size: int | None = ruled(None, "a whole number >= 1, with granularity per_group", ge=1)
+    group_size: int | None = ruled(None, GROUPED, ge=1)
 
-    def check(self) -> None:
-        """A group has a size, nothing else has."""
-        grouped = self.granularity == "per_group"
-        self._require(
-            "group_size",
-            self.group_size is None or grouped,
-            "a whole number >= 1, with granularity per_group",
-        )
+    def _check(self) -> None:
+        self._require("group_size", self.group_size is None or self.granularity == "per_group", GROUPED)
 
     @property
     def symmetric(self) -> bool:
@@ -125,9 +113,12 @@ class QuantSpec(Spec):
         return f"{SCHEMES[self.scheme]}{self.bits}{clip}{shared}"
 
 
+SYM4 = QuantSpec()
+"""Symmetric, 4 bits, a scale a token: what the paper's errors are measured with."""
+
+
 class CaptureSpec(Spec):
-    """Which activations to record: all norm outputs of `model`, norms fused, for `tokens` tokens of `corpus`
-    after the first `skip` windows."""
+    """Which activations: all norm outputs, norms fused, of `tokens` tokens after the first `skip` windows."""
 
     model: ModelSpec = ModelSpec()
     corpus: CorpusSpec = CALIBRATION
@@ -137,12 +128,10 @@ class CaptureSpec(Spec):
 
 class RefineSpec(MethodSpec):
     """How to refine R1 (DFRot, Eq. 2-8): rows, start, weight `gamma` of massive rows (gamma^2 in the squared
-    loss), the rule that says which they are, steps, quantizer, variant.
-
-    `as_paper` runs the paper's steps and returns the last R, `guarded` the best by the weighted objective;
-    `accelerated` (default) minimises that objective in a sixth of the time; `as_released` is the released
-    code: QR after the SVD (which flips signs), its accept test; it was released with a symmetric quantizer.
-    `gamma=inf` fits the massive rows alone; `rows` takes a random sample of that many rows."""
+    loss), the rule that says which they are, steps, quantizer, variant. `as_paper` runs the paper's steps and
+    returns the last R, `guarded` the best by the weighted objective; `accelerated` (default) minimises that
+    in a sixth of the time; `as_released` is the released code, with its QR after the SVD (which flips signs)
+    and its accept test. `gamma=inf` fits the massive rows alone; `rows` takes a sample of that many rows."""
 
     method: ClassVar[str] = "dfrot"
     capture: CaptureSpec = CaptureSpec()
@@ -154,13 +143,11 @@ class RefineSpec(MethodSpec):
     variant: str = one_of("accelerated", REFINE_VARIANTS)
     rows: int | None = ruled(None, "None or a whole number >= 1", ge=1)
 
-    def check(self) -> None:
-        """What the steps can do with the quantizer and gamma."""
+    def _check(self) -> None:
         fits = self.quantizer.bits < 16 and self.quantizer.granularity == "per_token"
         self._require("quantizer", fits, "per_token, of fewer than 16 bits")
-        infinite = self.gamma == math.inf
-        self._require("gamma", infinite or self.gamma < 1e9, "below 1e9, or inf")
-        free = self.variant != "as_released" or not infinite
+        self._require("gamma", self.gamma < 1e9 or self.gamma == math.inf, "below 1e9, or inf")
+        free = self.variant != "as_released" or self.gamma < math.inf
         self._require("gamma", free, "finite with variant as_released")
 
     @property
@@ -186,52 +173,43 @@ class WeightSpec(Spec):
     windows: int = ruled(16, "a whole number >= 1", ge=1)
     window: int = ruled(WINDOW, "a whole number >= 2", ge=2)
 
-    def check(self) -> None:
-        """A known method, and a quantizer it can use."""
+    def _check(self) -> None:
         self._require("method", self.method in registry.WEIGHTS, f"one of {', '.join(registry.WEIGHTS)}")
         fits = self.quantizer.granularity == "per_channel" and self.quantizer.symmetric
         self._require("quantizer", fits, "per_channel and symmetric")
 
 
-def activation_quantizer(bits: int = 4) -> QuantSpec:
-    """The default quantizer of activations: asymmetric, per token."""
-    return QuantSpec(bits=bits, scheme="asymmetric")
-
-
-def kv_quantizer(bits: int = 16) -> QuantSpec:
-    """The default quantizer of keys and of values: asymmetric, a scale for each token and head."""
-    return QuantSpec(bits=bits, scheme="asymmetric", granularity="per_group")
+ACTIVATIONS = QuantSpec(scheme="asymmetric")
+KV_CACHE = QuantSpec(bits=16, scheme="asymmetric", granularity="per_group")
+"""The default quantizers: a scale a token; of keys and of values a scale for each token and head."""
 
 
 class Recipe(Spec):
     """Everything that defines a quantized model and the text it is scored on: one row of a results table.
-
     `keep_out` names the rule by which massive tokens pass the q, k, v, gate and up inputs unquantised
-    (`QuaRot.FP16()`), or which `keep_out_tokens` of a window do; None quantizes all. `set_massive` overwrites
-    massive values of the residual stream (Sun et al.)."""
+    (`QuaRot.FP16()`), or which `keep_out_tokens` of a window do. `set_massive` overwrites massive values of
+    the residual stream (Sun et al.)."""
 
     model: ModelSpec = ModelSpec()
     corpus: CorpusSpec = CorpusSpec()
     rotation: MethodSpec = RotationSpec()
     weights: WeightSpec = WeightSpec()
-    activations: QuantSpec = activation_quantizer()
-    keys: QuantSpec = kv_quantizer()
-    values: QuantSpec = kv_quantizer()
+    activations: QuantSpec = ACTIVATIONS
+    keys: QuantSpec = KV_CACHE
+    values: QuantSpec = KV_CACHE
     keep_out: str | None = one_of(None, (None, *ROW_RULES, *KEEP_OUT_COUNTS))
     windows: int = ruled(6, "a whole number >= 1", ge=1)
     window: int = ruled(WINDOW, "a whole number >= 2", ge=2)
     keep_out_tokens: int | None = ruled(None, KEPT_COUNTED, ge=1)
     set_massive: str | None = one_of(None, (None, *SET_MASSIVE))
 
-    def check(self) -> None:
-        """What goes together."""
+    def _check(self) -> None:
         self._require("activations", self.activations.granularity == "per_token", "per_token")
-        for name in ("keys", "values"):
-            grouped = getattr(self, name).granularity == "per_group"
-            self._require(name, grouped, "per_group (one scale a token and head, or a part of a head)")
+        for name, cache in (("keys", self.keys), ("values", self.values)):
+            rule = "per_group (one scale a token and head, or a part of a head)"
+            self._require(name, cache.granularity == "per_group", rule)
         counted = self.keep_out in KEEP_OUT_COUNTS
-        given = self.keep_out_tokens is not None
-        self._require("keep_out_tokens", given == counted, KEPT_COUNTED)
+        self._require("keep_out_tokens", (self.keep_out_tokens is not None) == counted, KEPT_COUNTED)
         free = self.set_massive is None or not self.is_rotated
         self._require("set_massive", free, "None with a rotation, which spreads massive values over channels")
 
@@ -242,8 +220,7 @@ class Recipe(Spec):
 
     @property
     def bits(self) -> str:
-        """Bits of weights, activations and KV cache, as in the paper's tables: `4-4-16`; keys and values
-        apart where they differ: `4-4-k4v2`."""
+        """Bits of weights, activations and KV cache as in the paper's tables: `4-4-16`, or `4-4-k4v2`."""
         keys, values = self.keys.bits, self.values.bits
         cache = keys if keys == values else f"k{keys}v{values}"
         return f"{self.weights.quantizer.bits}-{self.activations.bits}-{cache}"
@@ -254,47 +231,37 @@ class Recipe(Spec):
         if weights.quantizer.bits == 16:
             changes["weights"] = WeightSpec(method="rtn", quantizer=weights.quantizer, corpus=None)
         elif not registry.load(registry.WEIGHTS, weights.method).CALIBRATED:
-            kept: dict[str, Any] = {"quantizer": weights.quantizer, "clip_search": weights.clip_search}
-            changes["weights"] = WeightSpec(method=weights.method, **kept, corpus=None)
+            kept = ("method", "quantizer", "clip_search")
+            changes["weights"] = WeightSpec(**{name: getattr(weights, name) for name in kept}, corpus=None)
         if self.activations.bits == 16:
-            changes |= {"activations": activation_quantizer(16), "keep_out": None, "keep_out_tokens": None}
-        changes |= {name: kv_quantizer() for name in ("keys", "values") if getattr(self, name).bits == 16}
+            unrounded = ACTIVATIONS.with_(bits=16)
+            changes |= {"activations": unrounded, "keep_out": None, "keep_out_tokens": None}
+        changes |= {name: KV_CACHE for name in ("keys", "values") if getattr(self, name).bits == 16}
         if not self.is_rotated:
             changes["rotation"] = RotationSpec(kind="NR")
         return self.with_(**changes)
 
     def to_yaml(self) -> str:
         """The whole recipe as YAML, every field said."""
-        import yaml
-
         return str(yaml.safe_dump(self.plain(), sort_keys=False))
 
     @classmethod
     def from_yaml(cls, text: str | Path) -> "Recipe":
         """The recipe in a YAML file (or text); fields left out have their defaults. ValueError."""
-        import yaml
-
-        said = text.read_text(encoding="utf-8") if isinstance(text, Path) else text
         try:
-            found = yaml.safe_load(said)
+            found = yaml.safe_load(text.read_text(encoding="utf-8") if isinstance(text, Path) else text)
         except yaml.YAMLError as error:
             why = " ".join(str(error).split())
             raise ValueError(f"a recipe must be YAML; got {text!r} ({why})") from error
         return cls.of({} if found is None else found)
 
 
-def parse_bits(text: str) -> tuple[int, int, int]:
-    """`4-4-16` as (weights, activations, kv); anything else is a ValueError that says the form."""
-    parts = text.split("-")
-    if len(parts) != 3 or not all(p.isdecimal() and p.isascii() for p in parts):
-        raise ValueError(f"bits must be WEIGHTS-ACTIVATIONS-KV such as 4-4-16; got {text!r}")
-    weights, activations, kv = (int(p) for p in parts)
-    return weights, activations, kv
-
-
 def recipe_of(bits: str, *, weights: str = "gptq", **fields: Any) -> Recipe:
-    """The recipe of `bits` such as `4-4-16` with the default quantizers."""
-    w_bits, a_bits, kv_bits = parse_bits(bits)
+    """The recipe of `bits` such as `4-4-16`, with the default quantizers; ValueError: another form."""
+    if not re.fullmatch("[0-9]+-[0-9]+-[0-9]+", bits):
+        raise ValueError(f"bits must be WEIGHTS-ACTIVATIONS-KV such as 4-4-16; got {bits!r}")
+    w_bits, a_bits, kv_bits = map(int, bits.split("-"))
     weight_spec = WeightSpec(method=weights, quantizer=QuantSpec(bits=w_bits, granularity="per_channel"))
-    quantizers = {"keys": kv_quantizer(kv_bits), "values": kv_quantizer(kv_bits)}
-    return Recipe(weights=weight_spec, activations=activation_quantizer(a_bits), **{**quantizers, **fields})
+    activations, cache = ACTIVATIONS.with_(bits=a_bits), KV_CACHE.with_(bits=kv_bits)
+    defaults = {"weights": weight_spec, "activations": activations, "keys": cache, "values": cache}
+    return Recipe(**{**defaults, **fields})

@@ -1,13 +1,9 @@
-"""Steps that minimise DFRot's objective sooner than the alternation: Procrustes steps to first order, on a
-part of the rows.
-
+"""Steps that minimise DFRot's objective sooner: Procrustes steps to first order, on a part of the rows.
 With e = x R - Q(x R), G = sum w x^T x and P = sum w x^T e, the product of Eq. 6 is sum w x^T Q(x R) = G R -
-P, and Eq. 8's solution its polar factor. To first order that polar factor is (I - D) R with G D + D G = P R^T
-- R P^T, which in G's eigenbasis is a division by sums of two eigenvalues. So G is decomposed once, a step
-needs no SVD and no loss of its own, and being a step along a gradient it takes momentum and a sample of the
-rows."""
+P, and Eq. 8's solution its polar factor: to first order (I - D) R with G D + D G = P R^T - R P^T, which in
+G's eigenbasis is a division by sums of two eigenvalues. So G is decomposed once, a step needs no SVD and no
+loss of its own, and being a step along a gradient it takes momentum and a sample of the rows."""
 
-import itertools
 import math
 from dataclasses import dataclass
 
@@ -25,8 +21,6 @@ PARTS = 8
 LEAST_ROWS = 1024
 """Rows of such a part where there are that many."""
 EIGHT_BITS = QuantSpec(bits=8)
-TILE = 256
-"""Side of the square worked on at once where a matrix meets its transpose."""
 TURN_ERROR = 0.02
 """How far a singular value may leave 1 in one step; every check brings them back."""
 
@@ -75,8 +69,7 @@ def metric(rows: Tensor, weights: Tensor) -> Metric:
 def move(
     rows: Tensor, index: Tensor, weights: Tensor, metric: Metric, R: Tensor, quantizer: QuantSpec
 ) -> Tensor:
-    """D of the rotation V R over the rows `index` with `weights` (rows, 1), in V's frame; it turns the
-    smaller of rows and R into that frame."""
+    """D of V R over the rows `index` with `weights` (rows, 1), in V's frame: the smaller of them turns."""
     few = len(index) < len(R)
     whole, total = R if few else metric.V @ R, torch.zeros_like(R)
     for part, weight in zip(index.split(ROWS_AT_ONCE), weights.split(ROWS_AT_ONCE), strict=True):
@@ -85,22 +78,12 @@ def move(
         error = y.sub_(fake_quantize(y, quantizer)).mul_(weight.to(y))
         total += torch.linalg.multi_dot([x.T, error, R.T])  # in the cheapest order for the sizes at hand
     total = total if few else metric.V.T @ total
-    return _skew(total).mul_(metric.inverse)
-
-
-def _skew(a: Tensor) -> Tensor:
-    """a - a^T (n, n), tile by tile: reading a whole transpose misses the cache at every value."""
-    out = torch.empty_like(a)
-    tiles = [slice(start, start + TILE) for start in range(0, len(a), TILE)]
-    for i, j in itertools.product(tiles, tiles):
-        torch.sub(a[i, j], a[j, i].T, out=out[i, j])
-    return out
+    return (total - total.T).mul_(metric.inverse)
 
 
 def turn(R: Tensor, skew: Tensor, length: float) -> Tensor:
     """exp(-length skew) R (channels, channels) by the exponential's series, until its rest is below
-    TURN_ERROR. Its products are of 8-bit codes, a row a scale: their error is 1% of the turn, less than the
-    sampling of rows makes."""
+    TURN_ERROR. Its products are of 8-bit codes: an error of 1% of the turn, less than sampling rows makes."""
     codes, scale = _coded(skew)
     angle, order, term = length * _largest(skew), 0, R.T.contiguous()
     found = term.clone()
@@ -128,8 +111,7 @@ def _largest(a: Tensor) -> float:
 
 
 def orthonormal(R: Tensor) -> Tensor:
-    """The polar factor of a nearly orthogonal R (channels, channels) by Newton-Schulz, in R's dtype: no
-    SVD."""
+    """The polar factor of a nearly orthogonal R (channels, channels) by Newton-Schulz, in R's dtype."""
     for _ in range(30):
         gram = R.T @ R
         size = _largest(gram)  # the largest singular value squared; the iteration needs it below 3

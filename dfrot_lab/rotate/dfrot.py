@@ -15,47 +15,41 @@ from dfrot_lab.observe import massive
 from dfrot_lab.observe.capture import capture as captured
 from dfrot_lab.recipe import keys
 from dfrot_lab.recipe.specs import CaptureSpec, Recipe, RefineSpec, RotationSpec
-from dfrot_lab.rotate.steps import HISTORY, Checkpoint, RefineResult, State, refine
+from dfrot_lab.rotate.steps import HISTORY, Refined, State, Watch, refine
 from dfrot_lab.rotate.transforms import Context, Transforms
 
 log = logging.getLogger(__name__)
-
 SPEC = RefineSpec
 KIND = "refine"
 
 
-def spec(row: str, *, seed: int = 0, capture: CaptureSpec | None = None) -> RefineSpec:
+def spec(_row: str, *, seed: int = 0, capture: CaptureSpec | None = None) -> RefineSpec:
     """The refinement of the row DFRot: from RH of `seed`, on the rows of `capture`."""
-    del row
     return RefineSpec(capture=capture or CaptureSpec(), init=RotationSpec(seed=seed))
 
 
 def fit(recipe: Recipe, context: Context) -> Transforms:
     """R1 refined, R2 to R4 Hadamard."""
     assert isinstance(recipe.rotation, RefineSpec)
-    found = refined(recipe.rotation, context.store)
-    return Transforms(R1=found.R, history=found.history, seconds=found.seconds)
+    return Transforms(R1=refined(recipe.rotation, context.store).R)
 
 
-def stored(spec: RefineSpec, store: Store) -> RefineResult | None:
+def stored(spec: RefineSpec, store: Store) -> Refined | None:
     """The refinement `spec` describes if the store has it, else None; computes nothing."""
-    artefact = store.open(KIND, keys.identity(door.resolved(spec), door.PRINTS))
+    artefact = store.open(KIND, keys.identity(door.resolved(spec), door.prints))
     return None if artefact is None else _result(artefact)
 
 
-def refined(
-    spec: RefineSpec, store: Store | None = None, checkpoint: Checkpoint | None = None
-) -> RefineResult:
+def refined(spec: RefineSpec, store: Store | None = None, checkpoint: Watch | None = None) -> Refined:
     """The refinement `spec` describes, from the store or computed now on the rows of its capture; a stopped
-    run goes on at its last checkpoint. `checkpoint` sees the state each time it has been saved; what it
-    raises stops the run there."""
+    run goes on at its last checkpoint. `checkpoint` sees each state once saved; it may raise to stop."""
     spec, store = door.resolved(spec), store or Store()
     recorded = captured(spec.capture, store)
 
     def make(writer: Writer) -> None:
         massive.warn(recorded, spec.rule)
-        mask = massive.find(recorded, spec.rule).flatten()
-        rows, mask = sample_rows(recorded.all_rows(), mask, spec)
+        every = massive.find(recorded, spec.rule).flatten()
+        rows, mask = sample_rows(recorded.all_rows(), every, spec)
         log.info("refining on %d rows, %d of them massive (%s)", len(rows), int(mask.sum()), spec.rule)
         started = time.perf_counter()
 
@@ -71,13 +65,13 @@ def refined(
         writer.note.update(seconds=time.perf_counter() - started)
         writer.drop("state")
 
-    return _result(store.get_or_make(KIND, keys.identity(spec, door.PRINTS), make))
+    return _result(store.get_or_make(KIND, keys.identity(spec, door.prints), make))
 
 
-def _result(artefact: Artefact) -> RefineResult:
+def _result(artefact: Artefact) -> Refined:
     history = pd.DataFrame(artefact.json("history"), columns=list(HISTORY))
     seconds = float(artefact.manifest["note"].get("seconds", math.nan))
-    return RefineResult(artefact.tensors("R1")["R1"], history, seconds)
+    return Refined(artefact.tensors("R1")["R1"], history, seconds)
 
 
 def sample_rows(rows: Tensor, mask: Tensor, spec: RefineSpec) -> tuple[Tensor, Tensor]:
@@ -85,9 +79,8 @@ def sample_rows(rows: Tensor, mask: Tensor, spec: RefineSpec) -> tuple[Tensor, T
     if spec.rows is None:
         return rows, mask
     if spec.rows > len(rows):
-        raise ValueError(
-            f"RefineSpec.rows must be at most the {len(rows)} rows of the capture; got {spec.rows}"
-        )
+        said = f"at most the {len(rows)} rows of the capture; got {spec.rows}"
+        raise ValueError(f"RefineSpec.rows must be {said}")
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(spec.init.seed))
     chosen = order[: spec.rows].sort().values
     return rows[chosen], mask[chosen]
@@ -97,9 +90,8 @@ def _save_state(writer: Writer, state: State) -> None:
     """One file: a kill cannot leave a rotation and a history that do not belong together."""
     history = torch.tensor([[row[name] for name in HISTORY] for row in state.history], dtype=torch.float64)
     length = torch.tensor(state.length, dtype=torch.float64)
-    momentum = {} if state.momentum is None else {"momentum": state.momentum}
-    tensors = {"R": state.R, "best": state.best, "history": history, "length": length, **momentum}
-    writer.save_tensors("state", tensors)
+    tensors = {"R": state.R, "best": state.best, "history": history, "length": length}
+    writer.save_tensors("state", tensors | ({} if state.momentum is None else {"momentum": state.momentum}))
 
 
 def _resume(writer: Writer, spec: RefineSpec) -> State | None:

@@ -4,15 +4,14 @@ from torch import Tensor
 
 from dfrot_lab.disk import rotation_files
 from dfrot_lab.maths import rotations
-from dfrot_lab.recipe.specs import CaptureSpec, Recipe, RotationSpec
+from dfrot_lab.recipe.specs import Recipe, RotationSpec
 from dfrot_lab.rotate.transforms import Context, Transforms
 
 SPEC = RotationSpec
 
 
-def spec(row: str, *, seed: int = 0, capture: CaptureSpec | None = None) -> RotationSpec:
+def spec(row: str, *, seed: int = 0, **_capture: object) -> RotationSpec:
     """The rotation of a row, NR, RO or RH, with its seed."""
-    del capture
     return RotationSpec(kind=row, seed=0 if row == "NR" else seed)
 
 
@@ -29,7 +28,6 @@ def matrix(spec: RotationSpec, channels: int) -> Tensor:
     if spec.kind != "file":
         return rotations.make(spec, channels)
     if spec.block is not None:
-        raise ValueError(
-            f"RotationSpec.block must be None for kind 'file'; got {spec.block}. The matrix is used as it is"
-        )
+        said = f"None for kind 'file'; got {spec.block}. The matrix is used as it is"
+        raise ValueError(f"RotationSpec.block must be {said}")
     return rotation_files.load(str(spec.path), channels)

@@ -1,9 +1,7 @@
 """Steps that refine R1: DFRot's alternation as printed and as released, and accelerated ones.
-
 Each step quantizes eta_x = Q(x R) for every row (Eq. 7) and then solves min_R sum over rows of w_x^2 ||x R -
 eta_x||^2 (Eq. 8) exactly: R = U V^T of the SVD of sum w_x^2 x^T eta_x (Eq. 6). w_x is gamma for massive rows
-and 1 for the rest (Eq. 2); scaling a row by gamma and weighting it by gamma^2 are the same thing because Q is
-scale-equivariant (Eq. 3)."""
+and 1 for the rest (Eq. 2), which scales the row, as Q is scale-equivariant (Eq. 3)."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -16,32 +14,28 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from dfrot_lab.maths import rotations
-from dfrot_lab.maths.quantizers import fake_quantize, squared_error
+from dfrot_lab.maths import quantizers, rotations
 from dfrot_lab.observe import massive
 from dfrot_lab.recipe.specs import QuantSpec, RefineSpec
 from dfrot_lab.rotate import descent, random
 from dfrot_lab.rotate.descent import ROWS_AT_ONCE
 
 RELEASED_SLACK, RELEASED_GAIN = 100.0, 0.1
-"""The released code's accept test on the weighted Frobenius error: a step must end at least 0.1 below the
-error before it + 100, so it may rise."""
+"""The released code's accept test: a weighted Frobenius error at least 0.1 below the one before + 100."""
 CHECKPOINT_EVERY = 10
 LENGTH, MOMENTUM = 0.5, 0.8
 """An accelerated step: half a Procrustes step, and 0.8 of the move before it."""
 CHECK_EVERY = 20
 """Accelerated steps between two looks at all rows."""
 HISTORY = ("step", "objective", "ordinary", "massive", "best", "distance")
-
 Losses = dict[str, float]
 
 
 @dataclass(frozen=True)
-class RefineResult:
+class Refined:
     """The refined rotation R (channels, channels) float64, and its history, one row a step: step, objective
     (the weighted loss a row), ordinary, massive (mean squared error of those rows), best (lowest objective so
-    far), distance (||R - R0||_F / sqrt(C)). `seconds`: of a stopped run its last part; NaN where not
-    measured."""
+    far), distance (||R - R0||_F / sqrt(C)). `seconds`: of a stopped run its last part; NaN: not measured."""
 
     R: Tensor
     history: pd.DataFrame
@@ -50,8 +44,7 @@ class RefineResult:
 
 @dataclass
 class State:
-    """Where a refinement is: R of the next step, the best R so far, the history; and, of an accelerated one,
-    its momentum and step length."""
+    """Where a refinement is: R of the next step, the best so far, history; accelerated: momentum, length."""
 
     R: Tensor
     best: Tensor
@@ -65,7 +58,7 @@ class State:
         return min((line["objective"] for line in self.history), default=math.inf)
 
 
-Checkpoint = Callable[[State], None]
+Watch = Callable[[State], None]
 OnStep = Callable[[int, Callable[[], Tensor]], None]
 """Called after every step with its number and what makes that step's R (channels, channels) float64."""
 
@@ -80,12 +73,8 @@ class _Run:
     weights: Tensor
     start: Tensor
     state: State
-    checkpoint: Checkpoint
+    checkpoint: Watch
     on_step: OnStep | None
-
-    def half_step(self, R: Tensor) -> tuple[Tensor, Losses]:
-        """`half_step` of R on all rows."""
-        return half_step(self.rows, R, self.weights, self.mask, self.spec.quantizer)
 
     def bar(self, steps: Iterable[int] | None = None, **options: Any) -> Any:
         """A progress bar over steps; who watches shows one of its own."""
@@ -94,7 +83,7 @@ class _Run:
 
     def note(self, step: int, losses: Losses) -> None:
         """A line of history about the state's R."""
-        best = min([losses["objective"], *(line["objective"] for line in self.state.history)])
+        best = min(losses["objective"], self.state.lowest)
         distance = rotations.distance(self.state.R, self.start)
         self.state.history.append({"step": step, **losses, "best": best, "distance": distance})
 
@@ -111,8 +100,7 @@ def polar(product: Tensor) -> Tensor:
 
 
 def row_weights(mask: Tensor, gamma: float) -> Tensor:
-    """Squared-loss weight of each row (tokens,): gamma^2 where `mask` (massive), 1 elsewhere; gamma = inf
-    leaves the massive rows alone."""
+    """Squared-loss weight of each row (tokens,): gamma^2 where massive, 1 elsewhere; at inf 1 and 0."""
     return mask.float() if gamma == math.inf else torch.where(mask, gamma**2, 1.0)
 
 
@@ -121,24 +109,21 @@ def half_step(
 ) -> tuple[Tensor, Losses]:
     """One pass over all rows (tokens, channels) with R, Eq. 7: the sum of w^2 x^T Q(x R) (channels, channels)
     float64, all that Eq. 8 needs, and the losses of R, which cost nothing more."""
-    product = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64, device=rows.device)
-    R = R.to(rows)
-    error = torch.empty(len(rows), dtype=torch.float64, device=rows.device)
-    for start in range(0, len(rows), ROWS_AT_ONCE):
-        part = slice(start, start + ROWS_AT_ONCE)
-        rotated = rows[part] @ R
-        eta = fake_quantize(rotated, quantizer)
-        error[part] = rotated.sub_(eta).square_().sum(1)
-        heavy = (weights[part] != 1).nonzero().flatten()
-        eta[heavy] *= weights[part][heavy, None].to(eta)
-        product += rows[part].T @ eta
-    return product, _losses(error, weights, mask)
+    product, R, errors = rows.new_zeros(rows.shape[1], rows.shape[1], dtype=torch.float64), R.to(rows), []
+    for x, weight in zip(rows.split(ROWS_AT_ONCE), weights.split(ROWS_AT_ONCE), strict=True):
+        rotated = x @ R
+        eta = quantizers.fake_quantize(rotated, quantizer)
+        errors.append(rotated.sub_(eta).square_().sum(1))
+        heavy = (weight != 1).nonzero().flatten()
+        eta[heavy] *= weight[heavy, None].to(eta)
+        product += x.T @ eta
+    return product, _losses(torch.cat(errors).double(), weights, mask)
 
 
 def losses_of(rows: Tensor, R: Tensor, weights: Tensor, mask: Tensor, quantizer: QuantSpec) -> Losses:
     """The losses of R over all rows (tokens, channels): objective, ordinary, massive."""
     R = R.to(rows)
-    errors = [squared_error(part @ R, quantizer) for part in rows.split(ROWS_AT_ONCE)]
+    errors = [quantizers.squared_error(part @ R, quantizer) for part in rows.split(ROWS_AT_ONCE)]
     return _losses(torch.cat(errors).double(), weights, mask)
 
 
@@ -151,28 +136,19 @@ def _losses(error: Tensor, weights: Tensor, mask: Tensor) -> Losses:
 
 
 def refine(
-    rows: Tensor,
-    spec: RefineSpec,
-    mask: Tensor | None = None,
-    *,
-    state: State | None = None,
-    checkpoint: Checkpoint | None = None,
-    on_step: OnStep | None = None,
-) -> RefineResult:
-    """Refine R1 on normalised, unrotated `rows` (tokens, channels) float32 as `spec` says (its `capture`
-    field is not looked at).
-
-    `mask` (tokens,) marks massive rows; without it the spec's rule finds them, which must need rows alone. R
-    stays orthogonal to 1e-5. ValueError: rows that are not finite, gamma = inf with no massive row."""
-    finite = torch.cat([part.isfinite().all(1) for part in rows.split(ROWS_AT_ONCE)])
-    if not finite.all():
-        token = int((~finite).nonzero()[0])
-        raise ValueError(f"rows must be finite to be refined on; row {token} has NaN or Inf")
+    rows: Tensor, spec: RefineSpec, mask: Tensor | None = None, *, state: State | None = None,
+    checkpoint: Watch | None = None, on_step: OnStep | None = None,
+) -> Refined:  # fmt: skip
+    """Refine R1 on normalised, unrotated `rows` (tokens, channels) float32 as `spec` says, its `capture`
+    aside. `mask` (tokens,) marks massive rows; without it the spec's rule finds them, which must need rows
+    alone. R stays orthogonal to 1e-5. ValueError: rows not finite, gamma = inf with no massive row."""
+    broken = torch.cat([~part.isfinite().all(1) for part in rows.split(ROWS_AT_ONCE)]).nonzero()
+    if len(broken):
+        raise ValueError(f"rows must be finite to be refined on; row {int(broken[0])} has NaN or Inf")
     mask = massive.rows_rule(rows, spec.rule) if mask is None else mask
     if spec.gamma == math.inf and not mask.any():
-        raise ValueError(
-            f"RefineSpec.gamma must be finite where rule {spec.rule} finds no massive row; got inf"
-        )
+        said = f"where rule {spec.rule} finds no massive row; got inf"
+        raise ValueError(f"RefineSpec.gamma must be finite {said}")
     start = random.matrix(spec.init, rows.shape[1])
     state = state or State(R=start, best=start, history=[])
     state.momentum = None if state.momentum is None else state.momentum.to(rows)
@@ -180,16 +156,14 @@ def refine(
     steps = {"accelerated": _accelerate, "as_released": _as_released}.get(spec.variant, _alternate)
     steps(_Run(rows, spec, mask, weights, start, state, watch, on_step))
     R = state.best if spec.variant in ("accelerated", "guarded") else state.R
-    return RefineResult(rotations.check(R), pd.DataFrame(state.history))
+    return Refined(rotations.check(R), pd.DataFrame(state.history))
 
 
 def _alternate(run: _Run) -> None:
-    """The paper's steps (Eq. 4-8). The history's row t holds the losses of the R that t steps made, so it has
-    steps + 1 rows."""
-    state, last = run.state, run.spec.steps
-    done = len(state.history)
+    """The paper's steps (Eq. 4-8). The history's row t holds the losses of the R that t steps made."""
+    state, last, done = run.state, run.spec.steps, len(run.state.history)
     for step in run.bar(range(done, last + 1), initial=done, total=last + 1):
-        product, losses = run.half_step(state.R)
+        product, losses = half_step(run.rows, state.R, run.weights, run.mask, run.spec.quantizer)
         if losses["objective"] < state.lowest:
             state.best = state.R
         run.note(step, losses)
@@ -202,9 +176,8 @@ def _alternate(run: _Run) -> None:
 
 
 def _accelerate(run: _Run) -> None:
-    """The paper's objective, minimised sooner: `descent`'s steps with momentum, each on a part of the rows,
-    checked on all of them, one row of history a check. A check that finds no gain goes back to the best R
-    without momentum and halves the step."""
+    """The paper's objective, minimised sooner by `descent`'s steps with momentum, checked on all rows, one
+    row of history a check. Without gain it goes back to the best R without momentum and halves the step."""
     rows, spec, state = run.rows, run.spec, run.state
     metric, parts = descent.metric(rows, run.weights), descent.parts(run.mask, run.weights)
     bar = run.bar(total=spec.steps)
@@ -234,11 +207,10 @@ def _accelerate(run: _Run) -> None:
 
 def _as_released(run: _Run) -> None:
     """The released optimiser: SVD then QR (which flips column signs), and its accept test on the weighted
-    Frobenius error. A rejected step would be tried again with the same outcome for ever: the loop ends there.
-    """
+    Frobenius error. A rejected step would be tried again with the same outcome: the loop ends there."""
     state, R, bound = run.state, run.state.R, math.inf
     for step in run.bar(range(run.spec.steps + 1)):
-        product, losses = run.half_step(R)
+        product, losses = half_step(run.rows, R, run.weights, run.mask, run.spec.quantizer)
         frobenius = math.sqrt(losses["objective"] * len(run.rows))
         if step and not bound - frobenius > RELEASED_GAIN:
             break

@@ -1,23 +1,17 @@
-"""What a rotation method makes, and what it may look at: the seam between methods and everything else.
+"""What a rotation method makes, and what it may look at: a method is a module of the table
+`recipe.registry.METHODS` with `fit(recipe, context) -> Transforms`."""
 
-A method is a module of the table `recipe.registry.METHODS` with `fit(recipe, context) -> Transforms`."""
-
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
-import pandas as pd
-import torch
 from torch import Tensor
 
-from dfrot_lab.disk.artefacts import Store, Writer
-from dfrot_lab.model import corpus, door, hooks, loading, surgery
+from dfrot_lab.disk.artefacts import Store
+from dfrot_lab.model import loading, surgery
 from dfrot_lab.model.loading import LoadedModel
-from dfrot_lab.observe.capture import Capture, capture
-from dfrot_lab.recipe import keys, registry
-from dfrot_lab.recipe.specs import CaptureSpec, Recipe
+from dfrot_lab.recipe import registry
+from dfrot_lab.recipe.specs import Recipe
 
 HADAMARD: Literal["hadamard"] = "hadamard"
 
@@ -27,8 +21,7 @@ class Transforms:
     """The transforms of one model: `R1` (channels, channels) or None; `R2` a Hadamard matrix on each head's
     values, one (head, head) for all layers, one a layer (layers, head, head), or None; `gains` (channels,) a
     norm, folded after R1, and `clips` a clip ratio a site, by site name; whether the online Hadamards R3 and
-    R4 act. Then how the fit went: `history` one row a step, `seconds`, `memory` (bytes at the peak; NaN where
-    not measured)."""
+    R4 act."""
 
     R1: Tensor | None
     R2: Tensor | Literal["hadamard"] | None = HADAMARD
@@ -36,81 +29,23 @@ class Transforms:
     clips: Mapping[str, float] = field(default_factory=dict)
     r3: bool = True
     r4: bool = True
-    history: pd.DataFrame | None = None
-    seconds: float = math.nan
-    memory: float = math.nan
 
 
 class Context:
-    """What a method may look at, made when it is asked for: the model (not to be changed), captured rows,
-    sensitivities, text."""
+    """What a method may look at: the recipe, the store, and the model (not to be changed), once asked for."""
 
     def __init__(self, recipe: Recipe, store: Store, model: LoadedModel | None = None) -> None:
         self.recipe, self.store, self._model = recipe, store, model
 
-    @cached_property
+    @property
     def model(self) -> LoadedModel:
         """The recipe's model, untied and with fused norms."""
-        if self._model is not None:
-            return self._model
-        loaded = loading.load_model(self.recipe.model, self.store)
-        surgery.prepare(loaded)
-        return loaded
-
-    @property
-    def rows(self) -> CaptureSpec:
-        """One window of the text's calibration half."""
-        text = self.recipe.corpus.with_(split="calibration")
-        return CaptureSpec(model=self.recipe.model, corpus=text, tokens=self.recipe.window)
-
-    def capture(self, **changes: Any) -> Capture:
-        """Rows of every norm output on the text's calibration half; `changes` are fields of its spec."""
-        return capture(self.rows.with_(**changes), self.store)
-
-    def text(self, windows: int) -> Tensor:
-        """Token ids (windows, window) of the calibration half."""
-        rows = self.rows
-        return corpus.token_blocks(rows.corpus, self.model.tokenizer, blocks=windows, window=rows.tokens)
-
-    def sensitivities(self, windows: int = 1) -> dict[str, Tensor]:
-        """Mean squared gradient of the loss at each norm output, by site (channels,) float32, over the first
-        calibration windows of the unrotated model: what an error there costs, to second order."""
-        inputs = {"of": keys.identity(door.resolved(self.rows), door.PRINTS), "windows": windows}
-
-        def make(writer: Writer) -> None:
-            writer.save_tensors("squares", _squared_gradients(self.model, self.text(windows)))
-
-        return self.store.get_or_make("sensitivity", inputs, make).tensors("squares")
-
-
-def _squared_gradients(loaded: LoadedModel, ids: Tensor) -> dict[str, Tensor]:
-    """By site, the mean over tokens of the loss's squared gradient (channels,) at each norm output."""
-    total: dict[str, Tensor] = {}
-
-    def see(site: str, x: Tensor) -> Tensor:
-        def add(gradient: Tensor) -> None:
-            squares = gradient.detach().float().square().flatten(0, -2).mean(0).cpu()
-            total[site] = total.get(site, torch.zeros_like(squares)) + squares / len(ids)
-
-        x = x if x.requires_grad else x.requires_grad_()
-        x.register_hook(add)
-        return x
-
-    learned = [parameter for parameter in loaded.model.parameters() if parameter.requires_grad]
-    for parameter in learned:  # else each would be left with a gradient as large as itself
-        parameter.requires_grad_(False)
-    sites = hooks.sites_of(loaded, *hooks.NORMS)
-    try:
-        with torch.enable_grad(), hooks.at_sites(loaded, see, sites):
-            for window in ids.to(loaded.device):
-                loaded.model(window[None], labels=window[None], use_cache=False).loss.backward()
-    finally:
-        for parameter in learned:
-            parameter.requires_grad_(True)
-    return total
+        if self._model is None:
+            self._model = loading.load_model(self.recipe.model, self.store)
+            surgery.prepare(self._model)
+        return self._model
 
 
 def fit(recipe: Recipe, context: Context) -> Transforms:
     """The transforms of a recipe by its own method."""
-    found: Transforms = registry.load(registry.METHODS, recipe.rotation.method).fit(recipe, context)
-    return found
+    return registry.load(registry.METHODS, recipe.rotation.method).fit(recipe, context)

@@ -13,7 +13,7 @@ from dfrot_lab.maths.quantizers import fake_quantize, squared_error
 from dfrot_lab.model import corpus, door, hooks, integer, loading, surgery
 from dfrot_lab.model.loading import LoadedModel
 from dfrot_lab.model.surgery import Transform
-from dfrot_lab.observe import intervene, massive
+from dfrot_lab.observe import massive, residual
 from dfrot_lab.recipe import keys
 from dfrot_lab.recipe.specs import KEEP_OUT_COUNTS, Recipe
 from dfrot_lab.rotate import transforms
@@ -35,7 +35,7 @@ class Built:
 
 def build_key(recipe: Recipe) -> str:
     """Key of the model `build` would return: rows that share it can share the built model."""
-    return keys.content_key(keys.weights(door.resolved(recipe).canonical(), door.PRINTS))
+    return keys.content_key(keys.weights(door.resolved(recipe).canonical(), door.prints))
 
 
 def build(recipe: Recipe, store: Store, on_part: OnPart = nothing) -> Built:
@@ -52,7 +52,7 @@ def build(recipe: Recipe, store: Store, on_part: OnPart = nothing) -> Built:
         surgery.rotate_heads(loaded, None if isinstance(made.R2, str) else made.R2)
     if made.r4:
         surgery.rotate_down(loaded)
-    key = keys.weights(recipe, door.PRINTS)
+    key = keys.weights(recipe, door.prints)
     codes = run.quantize_weights(loaded, recipe.weights, key, store, r4=made.r4, on_part=on_part)
     R = None if made.R1 is None else made.R1.to(next(loaded.model.parameters()))
     return Built(loaded, made, R, codes)
@@ -61,7 +61,7 @@ def build(recipe: Recipe, store: Store, on_part: OnPart = nothing) -> Built:
 def weights_stored(recipe: Recipe, store: Store) -> bool:
     """Whether `build` would find the quantized weights of `recipe` in the store; always true at 16 bits."""
     recipe = door.resolved(recipe).canonical()
-    return run.is_stored(recipe.weights, keys.weights(recipe, door.PRINTS), store)
+    return run.is_stored(recipe.weights, keys.weights(recipe, door.prints), store)
 
 
 def windows(recipe: Recipe, loaded: LoadedModel) -> Tensor:
@@ -109,7 +109,7 @@ def quantized(built: Built, recipe: Recipe, *, fake: bool = False) -> Iterator[N
     with ExitStack() as stack:
         if recipe.set_massive:  # mean values come from the text's other half
             ids = windows(recipe.with_(corpus=recipe.corpus.with_(split="calibration")), loaded)
-            stack.enter_context(intervene.massive_set(loaded, recipe.set_massive, ids))
+            stack.enter_context(residual.massive_set(loaded, recipe.set_massive, ids))
         if in_integers:
             r4 = surgery.hadamard if made.r4 else None
             stack.enter_context(integer.integer_linears(loaded, built.codes, act, r4=r4, spare=spare))

@@ -93,13 +93,13 @@ def evaluate(
         about = {"provenance": built.loaded.provenance, "family": built.loaded.family}
         writer.note.update(about, scoring_seconds=seconds)
 
-    return _result(spec, store.get_or_make(KIND, keys.evaluation(spec, door.PRINTS), make))
+    return _result(spec, store.get_or_make(KIND, keys.evaluation(spec, door.prints), make))
 
 
 def stored(spec: Recipe, store: Store) -> EvalResult | None:
     """The losses of a recipe if the store has them, else None; computes nothing."""
     spec = door.resolved(spec).canonical()
-    artefact = store.open(KIND, keys.evaluation(spec, door.PRINTS))
+    artefact = store.open(KIND, keys.evaluation(spec, door.prints))
     return None if artefact is None else _result(spec, artefact)
 
 
@@ -121,7 +121,7 @@ def _losses(built: Built, spec: Recipe, writer: Writer, on_part: OnPart) -> tupl
                 loss = window_loss(built.loaded, window)
                 writer.save_json(name, [loss, time.perf_counter() - started])
             on_part("window", done, len(ids))
-    losses, seconds = zip(*(writer.load_json(name) for name in names), strict=True)
+    losses, seconds = zip(*(writer.json(name) for name in names), strict=True)
     for name in names:
         writer.drop(name)
     return list(losses), sum(seconds)

@@ -56,8 +56,8 @@ def table(
         absent = ", ".join(task for task in TASKS if task not in local)
         log.info("tasks without a file in $DFROT_LAB_DATA/zero_shot are left out: %s", absent)
     tasks: dict[str, Path | None] = {**local} or dict.fromkeys(TASKS)
-    digests = {task: door.PRINTS.file(str(path)) if path else "hub" for task, path in tasks.items()}
-    inputs = keys.tasks(recipe or model, door.PRINTS, digests, limit, metadata.version("lm-eval"))
+    digests = {task: door.prints(str(path)) if path else "hub" for task, path in tasks.items()}
+    inputs = keys.tasks(recipe or model, door.prints, digests, limit, metadata.version("lm-eval"))
 
     def make(writer: Writer) -> None:
         with ExitStack() as stack:

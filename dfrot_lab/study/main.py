@@ -15,7 +15,7 @@ from dfrot_lab.observe import capture as captures
 from dfrot_lab.observe import errors, massive, residual
 from dfrot_lab.recipe.specs import RELEASED_KEEP_OUT, Recipe
 from dfrot_lab.rotate import dfrot
-from dfrot_lab.rotate.steps import RefineResult
+from dfrot_lab.rotate.steps import Refined
 from dfrot_lab.score import perplexity
 from dfrot_lab.score import rows as score_rows
 from dfrot_lab.score.perplexity import EvalResult
@@ -108,7 +108,7 @@ class MainResult:
 
     setting: Setting
     capture: captures.Capture
-    refinement: RefineResult | None
+    refinement: Refined | None
     table: pd.DataFrame = field(default_factory=pd.DataFrame)
     found: Found = field(default_factory=dict)
 

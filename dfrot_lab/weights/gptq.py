@@ -9,22 +9,17 @@ from dfrot_lab.weights.rtn import packed, scale_of
 
 CALIBRATED = True
 """It needs the Hessian of a layer's inputs."""
-
 COLUMNS = 128
 """Columns quantized before the rest of the matrix hears of their error in one product: GPTQ's lazy batch."""
-
 HESSIAN_BLOCK = 192
-"""Columns of a Hessian computed at once: half of it is known by symmetry, and narrower products are slower.
-"""
+"""Columns of a Hessian computed at once: half is known by symmetry, and narrower products are slower."""
 
 
 def quantize(weight: Tensor, hessian: Tensor | None, spec: WeightSpec) -> Quantized:
     """GPTQ of `weight` (out, in) for inputs with `hessian` = sum x x^T (in, in): codes, scale (out, 1), zero
-    0.
-
-    Columns in order, each one's rounding error spread over those not yet rounded by the inverse Hessian's
-    Cholesky factor. An input that is always zero has its weight set to 0. Raises ValueError where the damped
-    Hessian is not positive definite (NaN or Inf in the calibration activations)."""
+    0. Columns in order, each one's rounding error spread over those not yet rounded by the inverse Hessian's
+    Cholesky factor; an input that is always zero has its weight set to 0. ValueError: a damped Hessian that
+    is not positive definite (NaN or Inf in the calibration activations)."""
     if hessian is None:
         raise ValueError("gptq.hessian must be the sum of x x^T of the layer's inputs; got None")
     weight, hessian = weight.float().clone(), hessian.clone()
@@ -43,11 +38,8 @@ def quantize(weight: Tensor, hessian: Tensor | None, spec: WeightSpec) -> Quanti
 
 
 def _block(weight: Tensor, factor: Tensor, scale: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
-    """Codes and scaled errors of one block of columns (out, columns). Works on the transpose, where a column
-    is contiguous.
-
-    On the CPU wherever the weight is: a GPU would take longer to start these many small steps than to do
-    them."""
+    """Codes and scaled errors of one block of columns (out, columns): on the transpose, where a column is
+    contiguous, and on the CPU: a GPU would take longer to start these many small steps than to do them."""
     where = weight.device
     columns, factor, step = weight.T.contiguous().cpu(), factor.cpu(), scale.flatten().cpu()
     codes, errors = torch.empty_like(columns), torch.empty_like(columns)
@@ -59,8 +51,7 @@ def _block(weight: Tensor, factor: Tensor, scale: Tensor, low: int, high: int) -
 
 
 def hessian_of(x: Tensor) -> Tensor:
-    """sum over rows of x x^T (in, in) for `x` (tokens, in): the upper blocks are computed, the lower ones are
-    their mirror image."""
+    """sum over rows of x x^T (in, in) for `x` (tokens, in): the lower blocks are mirrored upper ones."""
     n = x.shape[1]
     hessian = x.new_empty(n, n)
     for start in range(0, n, HESSIAN_BLOCK):
@@ -75,11 +66,8 @@ def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     damped = hessian.double()
     damped.diagonal().add_(damping * float(damped.diagonal().mean()))
     try:
-        return torch.linalg.cholesky(
-            torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True
-        ).float()
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+        return torch.linalg.cholesky(inverse, upper=True).float()
     except torch.linalg.LinAlgError as error:
-        raise ValueError(
-            f"the calibration Hessian must be positive definite; it is not ({error}). "
-            "Look for NaN or Inf in the activations."
-        ) from error
+        said = f"it is not ({error}). Look for NaN or Inf in the activations."
+        raise ValueError(f"the calibration Hessian must be positive definite; {said}") from error

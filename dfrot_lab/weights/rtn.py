@@ -10,9 +10,8 @@ CALIBRATED = False
 """It looks at the weight alone."""
 
 
-def quantize(weight: Tensor, hessian: Tensor | None, spec: WeightSpec) -> Quantized:
-    """`weight` (out, in) rounded to nearest: codes int8, scale (out, 1), zero 0; `hessian` is not used."""
-    del hessian
+def quantize(weight: Tensor, _hessian: Tensor | None, spec: WeightSpec) -> Quantized:
+    """`weight` (out, in) rounded to nearest: codes int8, scale (out, 1), zero 0."""
     weight = weight.float()
     scale = scale_of(weight, spec)
     codes = torch.div(weight, scale).round_().clamp_(*code_range(spec.quantizer))

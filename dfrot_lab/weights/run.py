@@ -1,6 +1,4 @@
-"""Quantize the weights of a whole model by any quantizer of the table, layer by layer, each kept as it is
-done.
-
+"""Quantize the weights of a whole model by any quantizer of the table, layer by layer, each kept once done.
 A calibrated quantizer (GPTQ) runs in ONE forward pass over all calibration windows: just before a group of
 linears that read the same input (q, k, v; o; gate, up; down) is first used, a hook sums that input's Hessian
 and puts the quantized weights in, so each group is calibrated on what the quantized model before it really
@@ -23,15 +21,11 @@ from dfrot_lab.recipe.specs import WeightSpec
 from dfrot_lab.weights.gptq import hessian_of
 
 log = logging.getLogger(__name__)
-
 KIND = "weights"
-
 LayerCodes = dict[str, Quantized]
 """The quantized weights of one decoder layer by linear name."""
-
 OnPart = Callable[[str, int, int], None]
-"""Told of every finished part of long work: what it is (`layer`, `window`), how many are done, of how many.
-It may raise to stop the work there."""
+"""Told of every finished part of long work (`layer`, `window`), how many are done, of how many; may raise."""
 
 
 def nothing(_part: str, _done: int, _total: int) -> None:
@@ -48,29 +42,20 @@ def quantize_weights(
     r4: bool = True, on_part: OnPart = nothing,
 ) -> list[LayerCodes]:  # fmt: skip
     """Put quantized weights into every linear of `loaded` (rotated as wanted; `r4` says whether down_proj
-    gets R4), from the store or computed now.
-
-    `key` (`keys.weights`) says of which model they are and how they are made: they are stored under it.
-    lm_head and embedding stay as they are. Returns the codes, one mapping a layer, memory-mapped; an empty
-    list at 16 bits. `on_part` is told of each layer once it is kept."""
+    gets R4), but for lm_head and embedding; from the store, where they are under `key` (`keys.weights`), or
+    computed now. Returns the codes, one mapping a layer, memory-mapped; an empty list at 16 bits. `on_part`
+    is told of each layer once it is kept."""
     if spec.quantizer.bits == 16:
         return []
-    calibrated = registry.load(registry.WEIGHTS, spec.method).CALIBRATED
-
-    def make(writer: Writer) -> None:
-        if calibrated:
-            _run_calibrated(loaded, spec, writer, r4, on_part)
-        else:
-            _run(loaded, spec, writer, on_part)
-
-    artefact = (store or Store()).get_or_make(KIND, key, make)
+    run = _run_calibrated if registry.load(registry.WEIGHTS, spec.method).CALIBRATED else _run
+    store = store or Store()
+    artefact = store.get_or_make(KIND, key, lambda writer: run(loaded, spec, writer, r4, on_part))
     return [_install(layer, artefact.tensors(_file(index))) for index, layer in enumerate(loaded.layers)]
 
 
 def _quantize(layer: nn.Module, name: str, hessian: Tensor | None, spec: WeightSpec) -> Quantized:
-    quantizer = registry.load(registry.WEIGHTS, spec.method)
-    found: Quantized = quantizer.quantize(loading.linear(layer, name).weight.detach(), hessian, spec)
-    return found
+    weight = loading.linear(layer, name).weight.detach()
+    return registry.load(registry.WEIGHTS, spec.method).quantize(weight, hessian, spec)
 
 
 def _file(index: int) -> str:
@@ -78,12 +63,10 @@ def _file(index: int) -> str:
 
 
 def _install(layer: nn.Module, saved: dict[str, Tensor]) -> LayerCodes:
-    where = next(layer.parameters()).device
-    saved = {key: tensor.to(where) for key, tensor in saved.items()}
-    codes = {}
+    where, codes = next(layer.parameters()).device, LayerCodes()
     for name in sorted({key.rsplit(":", 1)[0] for key in saved}):
-        scale = saved[f"{name}:scale"]
-        codes[name] = Quantized(saved[f"{name}:codes"], scale, torch.zeros_like(scale))
+        small, scale = (saved[f"{name}:{part}"].to(where) for part in ("codes", "scale"))
+        codes[name] = Quantized(small, scale, torch.zeros_like(scale))
         _put(loading.linear(layer, name), codes[name])
     return codes
 
@@ -95,16 +78,14 @@ def _put(linear: nn.Linear, quantized: Quantized) -> None:
 
 def _save(writer: Writer, index: int, done: LayerCodes) -> None:
     codes = {f"{name}:codes": q.codes for name, q in done.items()}
-    scales = {f"{name}:scale": q.scale for name, q in done.items()}
-    writer.save_tensors(_file(index), {**codes, **scales})
+    writer.save_tensors(_file(index), codes | {f"{name}:scale": q.scale for name, q in done.items()})
 
 
-def _run(loaded: LoadedModel, spec: WeightSpec, writer: Writer, on_part: OnPart) -> None:
+def _run(loaded: LoadedModel, spec: WeightSpec, writer: Writer, _r4: bool, on_part: OnPart) -> None:
     bar = tqdm(loaded.layers, desc=spec.method.upper(), unit="layer", leave=False)
     for index, layer in enumerate(bar):
         if not writer.has(_file(index)):
-            done = {name: _quantize(layer, name, None, spec) for name in loaded.roles.linears}
-            _save(writer, index, done)
+            _save(writer, index, {name: _quantize(layer, name, None, spec) for name in loaded.roles.linears})
         on_part("layer", index + 1, len(loaded.layers))
 
 

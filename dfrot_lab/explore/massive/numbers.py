@@ -12,7 +12,7 @@ from torch import Tensor
 from dfrot_lab.explore.page import number
 from dfrot_lab.model import corpus
 from dfrot_lab.model.loading import LoadedModel
-from dfrot_lab.observe import intervene, massive, residual
+from dfrot_lab.observe import massive, residual
 from dfrot_lab.recipe.specs import ROW_RULES, WINDOW, CorpusSpec
 from dfrot_lab.show.markup import span
 from dfrot_lab.show.theme import MASSIVE_COLOUR
@@ -42,7 +42,7 @@ class Look:
 
 def look(loaded: LoadedModel, ids: Tensor, whole: int = 0, step: Step = lambda _layer: None) -> Look:
     """One forward pass of ids (tokens,); `step` is called before each layer. ValueError for NaN or Inf."""
-    with intervene.before_layers(loaded, lambda layer, _x: step(layer)):
+    with residual.before_layers(loaded, lambda layer, _x: step(layer)):
         streams = residual.streams(loaded, ids)
     profile = []
     for layer, x in enumerate(streams):

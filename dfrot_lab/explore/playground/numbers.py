@@ -10,7 +10,7 @@ import torch
 from scipy.spatial.transform import Rotation
 from torch import Tensor
 
-from dfrot_lab.maths import planted, rotations, theory
+from dfrot_lab.maths import rotations, theory
 from dfrot_lab.maths.quantizers import scale_zero, squared_error
 from dfrot_lab.recipe.specs import QuantSpec, RotationSpec
 
@@ -35,7 +35,7 @@ def hand_token(snr: float, dims: int, seed: int = 0) -> Tensor:
 def planted_token(snr: float, channels: int, seed: int = 0) -> Tensor:
     """The same in a random channel of many (channels,)."""
     m, sigma = theory.unit_rms(snr, channels)
-    return planted.rows(m, sigma, channels, 1, torch.Generator().manual_seed(seed))[0]
+    return theory.planted(m, sigma, channels, 1, torch.Generator().manual_seed(seed))[0]
 
 
 def by_angles(degrees: Sequence[float]) -> Tensor:

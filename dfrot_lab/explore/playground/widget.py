@@ -20,7 +20,6 @@ from dfrot_lab.explore.page import GREY, TABLE, Plot, Stage, drawing, levels, li
 from dfrot_lab.explore.playground import numbers
 from dfrot_lab.explore.playground.numbers import KINDS
 from dfrot_lab.explore.shell import Explorer, Job, beside, control
-from dfrot_lab.maths import planted
 from dfrot_lab.maths.quantizers import fake_quantize
 from dfrot_lab.observe.capture import capture
 from dfrot_lab.recipe.specs import CaptureSpec, QuantSpec
@@ -211,7 +210,7 @@ class Playground(Explorer):
         x, quantizer = self.token(), self.state.quantizer
         predicted: Any = numbers.expected(self.state.snr, len(x), quantizer)
         if x is self.model_token:  # its largest entries are the spikes, the rest is the noise
-            predicted = planted.predict(x[None], quantizer, spikes=numbers.SPIKES).iloc[0].to_dict()
+            predicted = theory.predict(x[None], quantizer, spikes=numbers.SPIKES).iloc[0].to_dict()
         return numbers.why(numbers.measured(x, quantizer), predicted)
 
     def static(self) -> Figure:
