@@ -1,14 +1,19 @@
-"""Methods: what each makes, by its row and by its recipe; and the model that a method may look at."""
+"""Methods: what each makes, by its row and by its recipe; and what a method may look at, against gradients by
+hand and against what is captured without it.
+"""
 
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import CHANNELS, save_tiny, tiny_model
+from conftest import CHANNELS, LAYERS, save_tiny, tiny_model
+from torch import Tensor
 
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.maths import rotations
-from dfrot_lab.model import loading, surgery
+from dfrot_lab.model import corpus, loading, surgery
+from dfrot_lab.model.loading import LoadedModel
+from dfrot_lab.observe.capture import capture
 from dfrot_lab.recipe import registry
 from dfrot_lab.recipe.base import MethodSpec
 from dfrot_lab.recipe.specs import (
@@ -35,6 +40,12 @@ def recipe(model: ModelSpec, text: Path, rotation: MethodSpec | None = None) -> 
         rotation=rotation or RotationSpec(),
         window=WINDOW,
     )
+
+
+def half(context: Context, tokens: int = WINDOW, skip: int = 0) -> CaptureSpec:
+    """Tokens of the calibration half of the recipe's text, as a method's own spec names them."""
+    text = context.recipe.corpus.with_(split="calibration")
+    return CaptureSpec(model=context.recipe.model, corpus=text, tokens=tokens, skip=skip)
 
 
 @pytest.fixture
@@ -95,8 +106,7 @@ def test_nr_is_no_rotation_anywhere(context: Context):
 
 
 def test_dfrot_makes_the_refinement_of_its_own_capture(context: Context):
-    half = context.recipe.corpus.with_(split="calibration")
-    spec = RefineSpec(capture=CaptureSpec(model=context.recipe.model, corpus=half, tokens=64), steps=2)
+    spec = RefineSpec(capture=half(context, tokens=64), steps=2)
     found, own = made(context, spec), refined(spec, context.store)
     assert torch.equal(found.R1, own.R)
     assert (found.R2, found.r3, found.r4) == (transforms.HADAMARD, True, True)
@@ -121,3 +131,62 @@ def test_a_given_model_is_the_one_looked_at(context: Context):
     given = tiny_model()
     assert Context(context.recipe, context.store, given).model is given
     assert context.model is context.model
+
+
+def test_rows_and_text_are_those_of_the_spec(context: Context):
+    spec = half(context, skip=1)
+    found, own = context.rows(spec), capture(spec, context.store)
+    assert found.key == own.key and torch.equal(found.all_rows(), own.all_rows())
+    text, tokenizer = spec.corpus, context.model.tokenizer
+    ids = context.text(spec)
+    assert torch.equal(ids, corpus.token_blocks(text, tokenizer, blocks=2, window=WINDOW)[1:])
+    assert ids[0].tolist() == found.ids
+
+
+def squared_slopes(loaded: LoadedModel, ids: Tensor, layer: int, norm: str) -> Tensor:
+    """Squared derivatives (channels,) of the mean next-token loss by what is added to a norm's output, in the
+    mean over the tokens of all windows.
+    """
+    found = []
+    for window in ids:
+        added = torch.zeros(1, len(window), loaded.channels, dtype=torch.float64, requires_grad=True)
+        module = loaded.layers[layer].get_submodule(norm)
+        handle = module.register_forward_hook(lambda _module, _args, output, added=added: output + added)
+        with torch.enable_grad():
+            logits = loaded.model(window[None], use_cache=False).logits[0, :-1].double()
+            loss = torch.nn.functional.cross_entropy(logits, window[1:])
+        handle.remove()
+        found.append(torch.autograd.grad(loss, added)[0][0])
+    return torch.cat(found).square().mean(0)
+
+
+def test_sensitivities_are_the_mean_squared_gradients(tiny_spec: ModelSpec, text_file: Path, store: Store):
+    loaded = tiny_model(dtype=torch.float64)
+    surgery.prepare(loaded)
+    context = Context(recipe(tiny_spec, text_file), store, loaded)
+    ids = context.text(half(context, tokens=2 * WINDOW)).reshape(2, WINDOW)
+    found = transforms._squared_gradients(loaded, ids)
+    sites = {f"layers.{i}.{name}": (i, norm) for i in range(LAYERS) for name, norm, _ in loaded.roles.feeds}
+    assert set(found) == set(sites)
+    for site, (layer, norm) in sites.items():
+        expected = squared_slopes(loaded, ids, layer, norm).float()
+        assert found[site].dtype == torch.float32 and expected.min() < 0.5 * expected.max()
+        torch.testing.assert_close(found[site], expected, rtol=1e-3, atol=1e-5 * float(expected.max()))
+
+
+def test_sensitivities_are_kept_and_leave_the_model_as_it_was(context: Context):
+    spec = half(context)
+    ids = context.text(spec)
+    before = context.model.model(ids).logits
+    first = context.sensitivities(spec)
+    assert torch.equal(context.model.model(ids).logits, before)
+    modules = context.model.model.modules()
+    assert not any(m._forward_hooks for m in modules)
+    assert all(p.grad is None and p.requires_grad for p in context.model.model.parameters() if p.ndim > 1)
+    again = Context(context.recipe, context.store).sensitivities(spec)
+    assert all(torch.equal(first[site], again[site]) for site in first)
+    [kept] = [a for a in context.store.list() if a.kind == "sensitivity"]
+    other = context.sensitivities(half(context, skip=1))
+    assert not torch.equal(first["layers.0.input_norm"], other["layers.0.input_norm"])
+    kinds = [a.key for a in context.store.list() if a.kind == "sensitivity"]
+    assert len(kinds) == 2 and kept.key in kinds

@@ -5,13 +5,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
 from torch import Tensor
 
-from dfrot_lab.disk.artefacts import Store
-from dfrot_lab.model import loading, surgery
+from dfrot_lab.disk.artefacts import Store, Writer
+from dfrot_lab.model import door, hooks, loading, surgery
 from dfrot_lab.model.loading import LoadedModel
-from dfrot_lab.recipe import registry
-from dfrot_lab.recipe.specs import Recipe
+from dfrot_lab.observe.capture import Capture, capture, token_blocks
+from dfrot_lab.recipe import keys, registry
+from dfrot_lab.recipe.specs import CaptureSpec, Recipe
 
 HADAMARD: Literal["hadamard"] = "hadamard"
 
@@ -32,7 +34,8 @@ class Transforms:
 
 
 class Context:
-    """What a method may look at: the recipe, the store, and the model (not to be changed), once asked for."""
+    """What a method may look at, made when it is asked for: the model (not to be changed) and, of a capture that
+    its own spec names (so its key says all), rows, token ids and sensitivities."""
 
     def __init__(self, recipe: Recipe, store: Store, model: LoadedModel | None = None) -> None:
         self.recipe, self.store, self._model = recipe, store, model
@@ -44,6 +47,51 @@ class Context:
             self._model = loading.load_model(self.recipe.model, self.store)
             surgery.prepare(self._model)
         return self._model
+
+    def rows(self, spec: CaptureSpec) -> Capture:
+        """Rows of every norm output."""
+        return capture(spec, self.store)
+
+    def text(self, spec: CaptureSpec) -> Tensor:
+        """Token ids (windows, window)."""
+        return token_blocks(spec, self.model)
+
+    def sensitivities(self, spec: CaptureSpec) -> dict[str, Tensor]:
+        """Mean squared gradient of the unrotated model's loss at each norm output, by site (channels,) float32:
+        what an error there costs, to second order."""
+
+        def make(writer: Writer) -> None:
+            writer.save_tensors("squares", _squared_gradients(self.model, self.text(spec)))
+
+        inputs = {"of": keys.identity(door.resolved(spec), door.prints)}
+        return self.store.get_or_make("sensitivity", inputs, make).tensors("squares")
+
+
+def _squared_gradients(loaded: LoadedModel, ids: Tensor) -> dict[str, Tensor]:
+    """By site, the mean over tokens of the loss's squared gradient (channels,) at each norm output."""
+    total: dict[str, Tensor] = {}
+
+    def see(site: str, x: Tensor) -> Tensor:
+        def add(gradient: Tensor) -> None:
+            squares = gradient.detach().float().square().flatten(0, -2).mean(0).cpu()
+            total[site] = total.get(site, torch.zeros_like(squares)) + squares / len(ids)
+
+        x = x if x.requires_grad else x.requires_grad_()
+        x.register_hook(add)
+        return x
+
+    learned = [parameter for parameter in loaded.model.parameters() if parameter.requires_grad]
+    for parameter in learned:  # else each would be left with a gradient as large as itself
+        parameter.requires_grad_(False)
+    sites = hooks.sites_of(loaded, *hooks.NORMS)
+    try:
+        with torch.enable_grad(), hooks.at_sites(loaded, see, sites):
+            for window in ids.to(loaded.device):
+                loaded.model(window[None], labels=window[None], use_cache=False).loss.backward()
+    finally:
+        for parameter in learned:
+            parameter.requires_grad_(True)
+    return total
 
 
 def fit(recipe: Recipe, context: Context) -> Transforms:

@@ -20,6 +20,7 @@ from dfrot_lab.explore.page import GREY, TABLE, Plot, Stage, drawing, levels, li
 from dfrot_lab.explore.playground import numbers
 from dfrot_lab.explore.playground.numbers import KINDS
 from dfrot_lab.explore.shell import Explorer, Job, beside, control
+from dfrot_lab.maths import theory
 from dfrot_lab.maths.quantizers import fake_quantize
 from dfrot_lab.observe.capture import capture
 from dfrot_lab.recipe.specs import CaptureSpec, QuantSpec
