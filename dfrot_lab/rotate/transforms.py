@@ -34,8 +34,8 @@ class Transforms:
 
 
 class Context:
-    """What a method may look at, made when it is asked for: the model (not to be changed) and, of a capture that
-    its own spec names (so its key says all), rows, token ids and sensitivities."""
+    """What a method may look at, made when asked for: the model (not to be changed) and, of a capture that its
+    own spec names (so its key says all), rows, token ids and sensitivities."""
 
     def __init__(self, recipe: Recipe, store: Store, model: LoadedModel | None = None) -> None:
         self.recipe, self.store, self._model = recipe, store, model
@@ -57,8 +57,8 @@ class Context:
         return token_blocks(spec, self.model)
 
     def sensitivities(self, spec: CaptureSpec) -> dict[str, Tensor]:
-        """Mean squared gradient of the unrotated model's loss at each norm output, by site (channels,) float32:
-        what an error there costs, to second order."""
+        """Mean squared gradient of the unrotated model's loss at each norm output, by site (channels,)
+        float32: what an error there costs, to second order."""
 
         def make(writer: Writer) -> None:
             writer.save_tensors("squares", _squared_gradients(self.model, self.text(spec)))
