@@ -34,8 +34,8 @@ class Transforms:
 
 
 class Context:
-    """What a method may look at, made when asked for: the model (not to be changed) and, of a capture that its
-    own spec names (so its key says all), rows, token ids and sensitivities."""
+    """What a method may look at, made when asked for: the model (not to be changed) and, of a capture its
+    own spec names (so that its key says all), rows, token ids and sensitivities."""
 
     def __init__(self, recipe: Recipe, store: Store, model: LoadedModel | None = None) -> None:
         self.recipe, self.store, self._model = recipe, store, model
