@@ -25,7 +25,7 @@ CHROMIUM = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))),
     None,
 )
-START_S, CELLS_S, STEP_S = 120.0, 400.0, 60.0
+START_S, CELLS_S, STEP_S = 120.0, 400.0, 120.0
 """Seconds allowed for the server, for all cells of a notebook, for one movement: several times what a quiet
 machine takes.
 """

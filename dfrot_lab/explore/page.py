@@ -3,6 +3,7 @@ tables as HTML; and matplotlib figures to keep."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from plotly.basedatatypes import Undefined
 from plotly.serializers import custom_serializers
 from torch import Tensor
+from traitlets import Instance, Unicode, default
 
 from dfrot_lab.maths.quantizers import code_range, scale_zero
 from dfrot_lab.recipe.specs import QuantSpec
@@ -39,10 +41,27 @@ TABLE: Any = {"index": False, "border": 0, "classes": "dfrot-table"}
 """How pandas writes a table that holds no token text as HTML."""
 
 
+class Library(anywidget.AnyWidget):
+    """Plotly's own script (5 MB), sent to a page once: a FigureWidget would bring it along for each plot."""
+
+    _esm = "export default {};"
+    text = Unicode(str(go.FigureWidget._esm)).tag(sync=True)
+
+
+library = cache(Library)
+
+
 class Plot(go.FigureWidget):
     """A plotly figure in the explorers' look: transparent, grey, of fixed height. Traces are given at once
     and their data change in place; `layout` is plotly's, `xaxis_title` and nested dictionaries alike.
     Private attributes of a subclass begin with an underscore: plotly refuses others."""
+
+    _esm = Path(__file__).with_name("plot.js")
+    _library = Instance(Library).tag(sync=True, **widgets.widget_serialization)
+
+    @default("_library")
+    def _shared(self) -> Library:
+        return library()
 
     def __init__(self, traces: Iterable[Any] = (), height: int = HEIGHT, **layout: Any) -> None:
         super().__init__(list(traces), go.Layout(height=height, **LOOK).update(layout))
