@@ -13,8 +13,7 @@ from dfrot_lab.maths import rotations
 from dfrot_lab.maths.quantizers import fake_quantize
 from dfrot_lab.recipe.specs import QuantSpec, RotationSpec
 
-CLOSE = 1e-9
-"""Largest relative difference from the right answer, in float64."""
+CLOSE = 1e-9  # largest relative difference from the right answer, in float64
 _MATHS = (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError)
 UNFINISHED = (*_MATHS, AssertionError, AttributeError, NameError, OSError)
 """What a function that is not finished may raise."""

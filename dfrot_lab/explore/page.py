@@ -1,5 +1,4 @@
-"""What stands on an explorer's page: plotly figures that follow its width and outlive a reload, words and
-tables as HTML; and matplotlib figures to keep."""
+"""What stands on an explorer's page: plotly figures that follow it, words and tables as HTML."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,22 +20,19 @@ from dfrot_lab.recipe.specs import QuantSpec
 from dfrot_lab.show import figures
 from dfrot_lab.show.markup import VISIBLE, safe, span
 
-HEIGHT = 420
-"""Pixels of one plot: fixed, so that nothing moves while a new one is computed."""
-GREY = "#808080"
-"""Text and axes: readable on a white and on a dark page (contrast 3.9 and 5.3)."""
+HEIGHT = 420  # pixels of one plot: fixed, so that nothing moves while a new one is computed
+GREY = "#808080"  # text and axes: readable on a white and on a dark page (contrast 3.9 and 5.3)
 FAINT = "rgba(128,128,128,0.25)"
 CLEAR = "rgba(0,0,0,0)"
 AXIS = {"gridcolor": FAINT, "zerolinecolor": "rgba(128,128,128,0.5)", "linecolor": GREY, "automargin": True}
-"""The look of an axis, for those that a plot adds to its first two."""
 LOOK: dict[str, Any] = {"paper_bgcolor": CLEAR, "plot_bgcolor": CLEAR, "xaxis": AXIS, "yaxis": AXIS}
 LOOK |= {"font": {"color": GREY, "size": 12}, "margin": {"l": 60, "r": 16, "t": 36, "b": 48}}
 LOOK |= {"hovermode": "closest", "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}}
 LOOK["hoverlabel"] = {"namelength": -1, "align": "left", "bgcolor": "#303030", "font": {"color": "#ffffff"}}
 LOOK["modebar"] = {"bgcolor": CLEAR, "color": GREY, "activecolor": "#0072B2"}
 EDGE_TO_EDGE = dict.fromkeys("lrtb", 0)
-TABLE: Any = {"index": False, "border": 0, "classes": "dfrot-table"}
-"""How pandas writes a table that holds no token text as HTML."""
+TABLE: Any = {"index": False, "border": 0, "classes": "dfrot-table"}  # pandas' table without token texts
+SCHEMES: Any = {True: "symmetric", False: "asymmetric"}  # by the box that says whether a grid is symmetric
 
 
 class Plot(go.FigureWidget):
@@ -146,16 +142,14 @@ def contexts(texts: Sequence[str], around: int = 4) -> list[str]:
 
 def html_table(table: pd.DataFrame, caption: str) -> str:
     """A table of numbers and token texts as HTML, every text through `span`; `caption` is plain text."""
+
+    def cell(value: Any) -> Any:
+        return span(value) if isinstance(value, str) else number(value) if isinstance(value, float) else value
+
     head = "".join(f'<th scope="col">{plain(str(name))}</th>' for name in table.columns)
-    rows = ["".join(f"<td>{_cell(value)}</td>" for value in row) for row in table.itertuples(index=False)]
+    rows = ["".join(f"<td>{cell(value)}</td>" for value in row) for row in table.itertuples(index=False)]
     body = "".join(f"<tr>{row}</tr>" for row in [head, *rows])
     return f'<table class="dfrot-table"><caption>{plain(caption)}</caption>{body}</table>'
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, str):
-        return span(value)
-    return number(float(value)) if isinstance(value, float | np.floating) else str(value)
 
 
 def panel(height: int, **layout: Any) -> Any:

@@ -18,7 +18,7 @@ from traitlets import Bool, Enum, Float, HasTraits, Int, Unicode
 
 from dfrot_lab.disk import rotation_files
 from dfrot_lab.disk.artefacts import Store
-from dfrot_lab.explore.page import AXIS, Plot, drawing, levels, lines_at
+from dfrot_lab.explore.page import AXIS, SCHEMES, Plot, drawing, levels, lines_at
 from dfrot_lab.explore.shell import Cancelled, Explorer, Job, beside, control
 from dfrot_lab.maths import rotations
 from dfrot_lab.maths.quantizers import squared_error
@@ -33,17 +33,14 @@ from dfrot_lab.show.markup import visible
 from dfrot_lab.show.theme import COLOURS, MASSIVE_COLOUR, ORDINARY_COLOUR
 
 Acts = Capture | CaptureSpec | None
-REDRAW_S = 0.1
-"""Least time between two redraws."""
+REDRAW_S = 0.1  # least time between two redraws
 GAMMAS = [(f"{gamma:g}", gamma) for gamma in (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, math.inf)]
 ROWS = [("4,096 rows", 4096), ("16,384 rows", 16384), ("all rows", 0)]
 KINDS = [kind for kind in specs.ROTATION_KINDS[::-1] if kind != "file"]
 DRAWN = ["ordinary", "massive", "distance"]
 COLUMNS = ["step", *DRAWN, "on"]
-WATCHED = 4096
-"""Rows the losses are drawn of at every step; the refinement's own checks are on all its rows."""
-MASSIVE_ONES, OTHERS = 8, 4
-"""Tokens offered: those with the largest value in the residual stream, and some ordinary ones."""
+WATCHED = 4096  # rows the losses are drawn of at every step; the refinement's own checks are on all its rows
+MASSIVE_ONES, OTHERS = 8, 4  # tokens offered: those of the largest values, and some ordinary ones
 BINS = 60
 
 
@@ -96,9 +93,7 @@ def entries_plot() -> Plot:
     return Plot(traces, bargap=0, xaxis_title="entry of the token", yaxis=y)
 
 
-class State(HasTraits):
-    """What a RefineSpec says, how many rows (0: all), whose entries are shown, and the file for R1."""
-
+class _State(HasTraits):
     gamma = control(Float(100.0), SelectionSlider, "Gamma", options=GAMMAS)
     rule = control(Enum(specs.MASSIVE_RULES, specs.DEFAULT_RULE), Dropdown, "Massive rule")
     kind = control(Enum(KINDS, "RH"), Dropdown, "Start from", 190)
@@ -120,7 +115,7 @@ class Refinement(Explorer):
     ONE = "refinement"
 
     def __init__(self, acts: Acts = None, store: Store | None = None, path: str = "R1.safetensors") -> None:
-        super().__init__(State(path=path), site={"value": None}, token={"value": None})
+        super().__init__(_State(path=path), site={"value": None}, token={"value": None})
         self.history, self._drawn = list[dict[str, Any]](), 0.0
         self.recorded: Any = None
         self.result: steps.Refined | None = None
@@ -146,14 +141,12 @@ class Refinement(Explorer):
         state, total = self.state, self.recorded.tokens * len(self.recorded.sites)
         fields = {name: getattr(state, name) for name in ("gamma", "rule", "steps", "variant")}
         rows = state.rows if 0 < state.rows < total else None
-        parts: Any = {"init": self._first(), "quantizer": self._quantizer(), "rows": rows}
-        return RefineSpec(capture=self.recorded.spec, **parts, **fields)
+        init, quantizer = self._parts()
+        return RefineSpec(capture=self.recorded.spec, init=init, quantizer=quantizer, rows=rows, **fields)
 
-    def _first(self) -> RotationSpec:
-        return RotationSpec(kind=self.state.kind, seed=self.state.seed)
-
-    def _quantizer(self) -> QuantSpec:
-        return QuantSpec(scheme="symmetric" if self.state.symmetric else "asymmetric")
+    def _parts(self) -> tuple[RotationSpec, QuantSpec]:
+        state = self.state
+        return RotationSpec(kind=state.kind, seed=state.seed), QuantSpec(scheme=SCHEMES[state.symmetric])
 
     def start(self) -> None:
         """Begin a refinement with the controls as they are."""
@@ -187,8 +180,7 @@ class Refinement(Explorer):
                 raise ValueError(f"{path.name} is there already: choose another name")
             rotation_files.save(self.result.R, path, self.spec, made_with="explore.refinement")
 
-    def enabled(self) -> dict[str, bool]:
-        """Pause and cancel while it runs, save once it is finished."""
+    def _enabled(self) -> dict[str, bool]:
         running, paused = self.job.running, self.job.paused
         going = {"start": not running, "pause": running and not paused, "resume": paused, "cancel": running}
         return {**going, "save": self.result is not None}
@@ -227,8 +219,7 @@ class Refinement(Explorer):
         self.result = steps.refine(rows, spec, mask, on_step=on_step)
         self._ends = start, self.result.R
 
-    def at_end(self, error: BaseException | None) -> str:
-        """How far it came."""
+    def _at_end(self, error: BaseException | None) -> str:
         self._draw()
         if isinstance(error, Cancelled):
             return f"cancelled after step {self.progress.value}"
@@ -250,9 +241,12 @@ class Refinement(Explorer):
             table = self.table().astype(dict.fromkeys(DRAWN, float))
             self.plot.put(*({"x": table["step"].to_numpy(), "y": table[n].to_numpy()} for n in DRAWN))
             if self.recorded is not None and self.state.site:
-                x = self.recorded.rows(self.state.site)[self.state.token].double()
-                start, now = self._ends or (rotations.make(self._first(), len(x)),) * 2
-                self._draw_entries(x @ start, x @ now, self._quantizer())
+                x, (init, quantizer) = (
+                    self.recorded.rows(self.state.site)[self.state.token].double(),
+                    self._parts(),
+                )
+                start, now = self._ends or (rotations.make(init, len(x)),) * 2
+                self._draw_entries(x @ start, x @ now, quantizer)
             self._drawn = time.monotonic()
 
     def _draw_entries(self, start: Tensor, now: Tensor, quantizer: QuantSpec) -> None:

@@ -1,5 +1,4 @@
-"""What every explorer is made of: a state whose traits declare their controls, rows of controls and plots, a
-status line, and work off the kernel's thread that can be paused and cancelled or give way to newer work."""
+"""What every explorer is made of: a state with its controls, a status line, and work in the background."""
 
 import html
 import logging
@@ -15,8 +14,8 @@ from dfrot_lab.explore.page import GREY, HEIGHT, Fit
 
 log = logging.getLogger(__name__)
 
+# errors whose message is for the reader; anything else is a defect and keeps its traceback
 EXPECTED = (ValueError, KeyError, TypeError, RuntimeError, OSError, ImportError)
-"""Errors whose message is for the reader; anything else is a defect and keeps its traceback."""
 Trait = TypeVar("Trait", bound=traitlets.TraitType)
 Work = Callable[["Job"], None]
 
@@ -224,23 +223,23 @@ class Explorer(widgets.VBox):
             self.status.busy(self.STOPPING)
         self.job.cancel()
 
-    def enabled(self) -> dict[str, bool]:
+    def _enabled(self) -> dict[str, bool]:
         """Which buttons can be pressed now: `cancel` while the job runs, the others while it does not."""
         return {name: self.job.running == (name == "cancel") for name in self._pressed}
 
     def enable(self) -> None:
-        """Set the buttons as `enabled` says."""
+        """Set the buttons as `_enabled` says."""
         with self._lock:
-            for name, can_be_pressed in self.enabled().items():
+            for name, can_be_pressed in self._enabled().items():
                 self.controls[name].disabled = not can_be_pressed
 
-    def at_end(self, error: BaseException | None) -> str:
+    def _at_end(self, error: BaseException | None) -> str:
         """Draw what the work left, in the job's thread; the sentence on how it ended ('' leaves what is
         said). An error but Cancelled is said after it."""
         return self.DONE if error is None else self.CANCELLED
 
     def _ended(self, error: BaseException | None) -> None:
-        said = self.at_end(error)
+        said = self._at_end(error)
         if error is not None and not isinstance(error, Cancelled):
             self.status.error(error)
         elif said:

@@ -15,11 +15,9 @@ from dfrot_lab.recipe.specs import QuantSpec
 from dfrot_lab.show import figures
 from dfrot_lab.show.theme import COLOURS, MASSIVE_COLOUR, ORDINARY_COLOUR
 
-AXES = ("", "2", "3", "4", "5", "6")
-"""Of the panels of Fig. 4, as plotly numbers them."""
+AXES = ("", "2", "3", "4", "5", "6")  # of the panels of Fig. 4, as plotly numbers them
 PANEL_HEIGHT = 320
-OWN_COLOUR = "#CC79A7"
-"""Of a rotation that has none."""
+OWN_COLOUR = "#CC79A7"  # of a rotation that has none
 SCALE = [[0, ORDINARY_COLOUR], [1, MASSIVE_COLOUR]]
 MARKER: dict[str, Any] = {"colorscale": SCALE, "cmin": 0, "cmax": 1, "opacity": 0.75, "line": {"width": 0}}
 
@@ -34,9 +32,7 @@ class Tokens(Plot):
     """A point a token: its errors under two rotations, or three in space. A click tells `("token", it)`; a
     brushed region `("brushed", tokens)`, none when it is taken away."""
 
-    def __init__(
-        self, texts: Sequence[str], tell: Callable[[str, Any], object], *, space: bool = False
-    ) -> None:
+    def __init__(self, texts: Sequence[str], tell: Callable[..., object], *, space: bool = False) -> None:
         look = {"mode": "markers", "text": page.contexts(texts), "marker": MARKER, "showlegend": False}
         line = {"color": GREY, "dash": "dash", "width": 1}
         equal = go.Scatter(mode="lines", line=line, hoverinfo="skip", name="equal errors")

@@ -31,12 +31,9 @@ from dfrot_lab.study import cost
 from dfrot_lab.study.setting import Setting
 from dfrot_lab.weights.run import OnPart
 
-ROOM = 4
-"""Built models are kept for the next prompt while the free memory is this many times one's weights."""
-LABELLED = 70
-"""Tokens up to which the strip names each one below it."""
-ABOUT = ["position", "text", "prompt"]
-"""The columns of a table of losses that are no models."""
+ROOM = 4  # built models are kept for the next prompt while the free memory is this many times one's weights
+LABELLED = 70  # tokens up to which the strip names each one below it
+ABOUT = ["position", "text", "prompt"]  # the columns of a table of losses that are no models
 TITLE, WRITTEN = "Loss of each token", "the prompt, then (right of the line) what full precision wrote"
 EXACT = "full precision"
 BOX = {"width": "420px", "height": "96px"}
@@ -72,9 +69,7 @@ class Strip(Plot):
         self.put({**strip, "customdata": [about] * values.shape[1]}, xaxis=across, **edges)
 
 
-class State(HasTraits):
-    """What is written, through which rotations, at which bits and weights, and how tokens are chosen."""
-
+class _State(HasTraits):
     prompt = control(Unicode("The Eiffel Tower is in"), widgets.Textarea, "Prompt", layout=BOX)
     rotations = control(Tuple(), widgets.SelectMultiple, "Rotations", 220, rows=4)
     bits = control(Enum(BITS, "4-4-16"), widgets.Dropdown, "Bits W-A-KV")
@@ -92,7 +87,7 @@ class Generate(Explorer):
 
     def __init__(self, setting: Setting | None = None, store: Store | None = None) -> None:
         names = tuple(registry.rows())
-        super().__init__(State(rotations=names), rotations=names, weights=[*registry.WEIGHTS])
+        super().__init__(_State(rotations=names), rotations=names, weights=[*registry.WEIGHTS])
         self.setting, self.store = (setting or Setting.of_profile()).resolved(), store or Store()
         self.tokenizer: Any = None
         self.kept, self.written, self.prompt_ids = dict[str, Built](), dict[str, Written](), list[int]()
@@ -148,9 +143,8 @@ class Generate(Explorer):
         takes = cost.duration(sum(cost.preparation(self.setting, self.store)))
         self.work(f"refining DFRot's rotation, about {takes} on 2 cores", work)
 
-    def enabled(self) -> dict[str, bool]:
-        """A rotation that is stored needs no refinement."""
-        return {**super().enabled(), "refine": not self.job.running and not self.refined()}
+    def _enabled(self) -> dict[str, bool]:
+        return {**super()._enabled(), "refine": not self.job.running and not self.refined()}
 
     def _write(self, job: Job, prompt: str, tokens: int, drawn: dict[str, Any]) -> None:
         specs = self.specs()

@@ -29,8 +29,7 @@ STEPS = {
     "r3": "R3: rotate queries and keys, online",
     "r4_fused": "R4: the half fused into down_proj",
     "r4_online": "R4: the online half before down_proj",
-}
-"""Every switch and its label, in the order the steps are taken."""
+}  # every switch and its label, in the order the steps are taken
 SHORT = ("untie", "centre", "fuse", "gains to 1", "R1", "R2", "R3", "R4 fused", "R4 online")
 
 WHY = {

@@ -21,10 +21,8 @@ from dfrot_lab.show import figures
 from dfrot_lab.show.markup import span
 from dfrot_lab.show.theme import COLOURS, MASSIVE_COLOUR
 
-SHOWN = 8
-"""Trials in the plot, the newest below."""
-LEAST, MOST = 1e-8, 30.0
-"""Where an error of 0, and one that is not a number, are drawn on the log axis."""
+SHOWN = 8  # trials in the plot, the newest below
+LEAST, MOST = 1e-8, 30.0  # where an error of 0, and one that is not a number, are drawn on the log axis
 KEPT, BROKEN = COLOURS["RH"], MASSIVE_COLOUR
 
 
@@ -57,9 +55,7 @@ def _switch(name: str) -> Bool:
     return control(Bool(), Checkbox, STEPS[name], 320, indent=False)
 
 
-class State(HasTraits):
-    """What is switched on: one Bool a step, the kind and seed of R1, the prompt."""
-
+class _State(HasTraits):
     untie, centre, fuse, drop = _switch("untie"), _switch("centre"), _switch("fuse"), _switch("drop")
     r1, r2, r3 = _switch("r1"), _switch("r2"), _switch("r3")
     r4_fused, r4_online = _switch("r4_fused"), _switch("r4_online")
@@ -68,7 +64,6 @@ class State(HasTraits):
     prompt = control(Unicode(PROMPT), Text, "Prompt", 470, continuous_update=False)
 
     def steps(self) -> Steps:
-        """The switches as the steps to take."""
         on = {name: getattr(self, name) for name in STEPS}
         return Steps(**on, rotation=RotationSpec(kind=self.kind, seed=self.seed))
 
@@ -101,7 +96,7 @@ class Invariance(Explorer):
     def __init__(
         self, model: ModelSpec | None = None, store: Store | None = None, loaded: LoadedModel | None = None
     ) -> None:
-        super().__init__(State())
+        super().__init__(_State())
         self._load = lambda: loaded or loading.load_model(model or ModelSpec(), store)
         self.bench: Bench | None = None
         self.outcomes, self.truth = list[Outcome](), dict[str, Outcome]()
@@ -130,9 +125,8 @@ class Invariance(Explorer):
         self.job.instead(partial(self._compute, steps=self.state.steps(), prompt=self.state.prompt))
         self.enable()
 
-    def enabled(self) -> dict[str, bool]:
-        """A newer trial takes the place of the one that runs."""
-        return {"cancel": self.job.running}
+    def _enabled(self) -> dict[str, bool]:
+        return {"cancel": self.job.running}  # a newer trial takes the place of the one that runs
 
     def wait(self, seconds: float | None = 120) -> Outcome:
         """The newest trial, once nothing is left to compute; TimeoutError after `seconds`."""

@@ -17,8 +17,7 @@ from dfrot_lab.recipe.specs import ROW_RULES, WINDOW, CorpusSpec
 from dfrot_lab.show.markup import span
 from dfrot_lab.show.theme import MASSIVE_COLOUR
 
-CELLS, COLUMNS = 49152, 192
-"""Cells and columns of the heat map at most: of 256 tokens and 576 channels, three channels a cell."""
+CELLS, COLUMNS = 49152, 192  # of the heat map at most: of 256 tokens, 576 channels, three channels a cell
 TINY = 1e-30
 Step = Callable[[int], None]
 
@@ -124,20 +123,20 @@ def cells(seen: Look, layer: int) -> np.ndarray:
 
 def token_table(seen: Look, layer: int, rule: str) -> pd.DataFrame:
     """Every token at a layer, largest first: token, text, channel, value (signed), ratio, massive."""
-    channel = seen.streams[layer].abs().argmax(1).numpy()
-    table = _largest_first(seen, layer, np.arange(len(channel)), channel)
+    table = _largest_first(seen, layer, 1)
     return table.assign(massive=marks(seen, layer, rule).numpy()[table["token"]])
 
 
 def channel_table(seen: Look, layer: int) -> pd.DataFrame:
     """Every channel at a layer, largest first: channel, value (signed), ratio, its token and text."""
-    token = seen.streams[layer].abs().argmax(0).numpy()
-    table = _largest_first(seen, layer, token, np.arange(len(token)))
-    return table[["channel", "value", "ratio", "token", "text"]]
+    return _largest_first(seen, layer, 0)[["channel", "value", "ratio", "token", "text"]]
 
 
-def _largest_first(seen: Look, layer: int, token: np.ndarray, channel: np.ndarray) -> pd.DataFrame:
-    """The entries of a layer at these places: token, text, channel, value, ratio."""
+def _largest_first(seen: Look, layer: int, across: int) -> pd.DataFrame:
+    """A layer's largest |x| of each token (across: 1) or channel (0): token, text, channel, value, ratio."""
+    largest = seen.streams[layer].abs().argmax(across).numpy()
+    every = np.arange(len(largest))
+    token, channel = (every, largest) if across else (largest, every)
     value = seen.streams[layer][token, channel].numpy()
     place = {"token": token, "text": [seen.texts[i] for i in token], "channel": channel}
     table = pd.DataFrame({**place, "value": value, "ratio": np.abs(value) / seen.median(layer)})

@@ -25,26 +25,21 @@ from dfrot_lab.observe.capture import Capture
 from dfrot_lab.recipe.specs import MASSIVE_RULES, CaptureSpec, CorpusSpec, ModelSpec
 from dfrot_lab.show.theme import MASSIVE_COLOUR
 
-TOKENS = 256
-"""Tokens shown of a longer text, unless more are asked for."""
+TOKENS = 256  # tokens shown of a longer text, unless more are asked for
 SIZES = (64, 128, 256, 512, 1024, 2048)
-ROWS = 12
-"""Rows of the tables of tokens and channels."""
+ROWS = 12  # rows of the tables of tokens and channels
 HEAT, SPACE = "heat map", "3-D"
 BOX: dict[str, Any] = {"placeholder": "type or paste a text, then look", "layout": {"height": "72px"}}
-FLOOR = 0.01
-"""Values below this have one colour: the scale is logarithmic."""
+FLOOR = 0.01  # values below this have one colour: the scale is logarithmic
 LINES = (
     ("top 1", MASSIVE_COLOUR, "solid", "-"),
     ("top 2", "#E69F00", "dash", "--"),
     ("top 3", "#56B4E9", "dashdot", "-."),
     ("median", "#009E73", "dot", ":"),
-)
-"""Column of a profile, its colour and its dash, in plotly's word and matplotlib's."""
+)  # column of a profile, its colour and its dash, in plotly's word and matplotlib's
 POINT = ["value", "channel", "ratio"]
-RATIO = "%{customdata[2]:,.3g} \u00d7 the median<extra></extra>"
-ABOUT = f"channel %{{customdata[1]:.0f}}: %{{customdata[0]:,.5g}}<br>{RATIO}"
-"""What every point says of itself: POINT is its customdata."""
+ABOUT = "channel %{customdata[1]:.0f}: %{customdata[0]:,.5g}<br>"  # what every point says of itself
+ABOUT += "%{customdata[2]:,.3g} \u00d7 the median<extra></extra>"
 
 
 def logarithm(value: np.ndarray) -> np.ndarray:
@@ -130,9 +125,7 @@ def profile_plot(go_to: Callable[[int], None]) -> Plot:
     return plot
 
 
-class State(HasTraits):
-    """The layer, the view and the rule; the text typed, the corpus block, how many tokens are looked at."""
-
+class _State(HasTraits):
     layer = control(Int(), IntSlider, "layer", 420)
     view = control(Enum((HEAT, SPACE), HEAT), ToggleButtons, "view", 90)
     rule = control(Enum(MASSIVE_RULES, "sun"), Dropdown, "massive by rule", 230)
@@ -150,7 +143,7 @@ class Massive(Explorer):
         self.loaded, self.corpus = loaded, corpus
         last, middle = len(loaded.layers) - 1, len(loaded.layers) // 2
         sizes = sorted({*SIZES, tokens})
-        super().__init__(State(layer=middle, tokens=tokens), layer={"max": last}, tokens=sizes)
+        super().__init__(_State(layer=middle, tokens=tokens), layer={"max": last}, tokens=sizes)
         box, number = "look at the text in the box", "look at the corpus block with this number"
         self.button("look", "look", self.look_at_text, tooltip=box, button_style="primary")
         self.button("open", "open block", self.look_at_block, tooltip=number)
@@ -170,13 +163,8 @@ class Massive(Explorer):
         self.enable()
         self.on("layer rule view", self.redraw)
         opened = self.row("text", ["look", "cancel"], [self.row("block", "open"), "tokens"])
-        above = [
-            opened,
-            self.row("play", "layer", "view", "rule"),
-            self.words,
-            self.status.widget,
-            self.sentence,
-        ]
+        shown = self.row("play", "layer", "view", "rule")
+        above = [opened, shown, self.words, self.status.widget, self.sentence]
         seen = [beside(self.stage, self.profile, shares=(66, 34)), self.text]
         apart = {"width": "100%", "justify_content": "space-between"}
         self.children = [*above, *seen, HBox([self.tokens, self.channels], layout=apart)]
@@ -262,13 +250,9 @@ class Massive(Explorer):
 
 
 def massive(
-    acts: Capture | None = None,
-    model: ModelSpec | None = None,
-    corpus: CorpusSpec | None = None,
-    *,
-    store: Store | None = None,
-    tokens: int = TOKENS,
-) -> Massive:
+    acts: Capture | None = None, model: ModelSpec | None = None, corpus: CorpusSpec | None = None, *,
+    store: Store | None = None, tokens: int = TOKENS,
+) -> Massive:  # fmt: skip
     """A widget that shows the residual stream |x| (tokens, channels) before each layer of `model`, for any
     text, and its massive tokens; at first for `tokens` tokens of `acts`, or of the calibration text
     (`corpus`). Model and corpus are those of `acts` unless given. ValueError where they cannot be used. It

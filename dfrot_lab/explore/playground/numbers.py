@@ -15,13 +15,9 @@ from dfrot_lab.maths.quantizers import scale_zero, squared_error
 from dfrot_lab.recipe.specs import QuantSpec, RotationSpec
 
 KINDS = ("NR", "RO", "RH")
-SEEDS = 5
-"""Matrices a kind whose errors are shown."""
-SPIKES = 3
-"""Largest entries of a real token that are its spikes: as many as the model's massive tokens have."""
-FEWEST = 32
-"""Channels below which there is no prediction: the theory takes the grid's step as independent of each entry,
-and it is not among a few."""
+SEEDS = 5  # matrices a kind whose errors are shown
+SPIKES = 3  # largest entries of a real token that are its spikes: as many as the model's massive tokens have
+FEWEST = 32  # channels with a prediction: it takes the grid's step as independent of each entry
 
 
 def hand_token(snr: float, dims: int, seed: int = 0) -> Tensor:

@@ -1,5 +1,4 @@
-"""Turn a spike by hand in two or three channels, then with matrices in up to 576, and see why the error is
-what it is."""
+"""Turn a spike by hand in two or three channels, then with matrices in up to 576, and see the error."""
 
 import html
 import math
@@ -16,7 +15,7 @@ from torch import Tensor
 from traitlets import Bool, Enum, Float, HasTraits, Int
 
 from dfrot_lab.disk.artefacts import Store
-from dfrot_lab.explore.page import GREY, TABLE, Plot, Stage, drawing, levels, lines_at, scene
+from dfrot_lab.explore.page import GREY, SCHEMES, TABLE, Plot, Stage, drawing, levels, lines_at, scene
 from dfrot_lab.explore.playground import numbers
 from dfrot_lab.explore.playground.numbers import KINDS
 from dfrot_lab.explore.shell import Explorer, Job, beside, control
@@ -32,8 +31,7 @@ SPIKE = {"min": -0.5, "max": 2, "step": 0.05, "readout_format": ".2f"}
 DIMS = [("2 channels", 2), ("3 channels", 3)]
 WHOSE = {"options": [("planted", "planted"), ("token 0 of the model", "model")]}
 SIZES = (4, 16, 64, 576)
-FINE = 0.1
-"""Degrees between points of the error's curve: at whole degrees its zeros are missed."""
+FINE = 0.1  # degrees between points of the error's curve: at whole degrees its zeros are missed
 READING = """range <b>{range:.3f}</b> &nbsp; step <b>{step:.3f}</b> &nbsp; error <b>{error:.4f}</b> &nbsp; \
 not rotated: {unrotated:.4f} (ratio {change:.2f})"""
 REASONS = """<b>NR</b>: the spike sets the step; noise below half a step is lost, C\u03c3\u00b2 in all.<br>
@@ -42,8 +40,7 @@ is C step\u00b2/12.<br>
 <b>RH</b>: the spike becomes \u00b1m/\u221aC everywhere; only the noise about these two levels is rounded."""
 FEW = f"Below {numbers.FEWEST} channels there is no closed form: each entry then moves the step itself."
 HEADS = {"low": "least of the seeds", "high": "most", "predicted": "closed form"}
-COLOUR = {**COLOURS, "NR": GREY}
-"""NR's dark grey would be lost on a dark page."""
+COLOUR = {**COLOURS, "NR": GREY}  # NR's dark grey would be lost on a dark page
 GRID = "rgba(128,128,128,0.45)"
 LINE = {"color": GRID, "width": 1}
 SPOT = {"mode": "markers"}
@@ -137,9 +134,7 @@ def compared() -> Plot:
     return Plot(traces, xaxis=x, yaxis=y)
 
 
-class State(HasTraits):
-    """The token (snr, seed), its grid, the angles in degrees, and whose spike is shown in many channels."""
-
+class _State(HasTraits):
     snr = control(Float(8.0, min=0.1), widgets.FloatLogSlider, "Spike / noise", 340, **SPIKE)
     seed = control(Int(0, min=0), widgets.BoundedIntText, "Noise seed", 180, min=0, max=10**6)
     bits = control(Int(4, min=2, max=8), widgets.IntSlider, "Bits", 260, min=2, max=8)
@@ -153,17 +148,14 @@ class State(HasTraits):
 
     @property
     def quantizer(self) -> QuantSpec:
-        """The grid's spec."""
-        return QuantSpec(bits=self.bits, scheme="symmetric" if self.symmetric else "asymmetric")
+        return QuantSpec(bits=self.bits, scheme=SCHEMES[self.symmetric])
 
     @property
     def degrees(self) -> list[float]:
-        """The angles that count: one in two channels, three in three."""
         return [self.angle] if self.dims == 2 else [self.angle, self.angle_02, self.angle_12]
 
     @property
     def token(self) -> Tensor:
-        """The token turned by hand (dims,)."""
         return numbers.hand_token(self.snr, self.dims, self.seed)
 
 
@@ -173,7 +165,7 @@ class Playground(Explorer):
     shown on demand, at its middle site, from the store or recorded in the background."""
 
     def __init__(self, spec: CaptureSpec | None = None, store: Store | None = None) -> None:
-        super().__init__(State())
+        super().__init__(_State())
         self.spec, self.store, self.model_name = spec or CaptureSpec(), store, ""
         self.model_token: Tensor | None = None
         self.hand, self.space, self.sweep = Turned(2), Turned(3), swept()
@@ -181,12 +173,8 @@ class Playground(Explorer):
         self.read, self.why = (widgets.HTML(layout={"min_height": high}) for high in ("28px", "130px"))
         first = widgets.HTML("<b>1. By hand:</b> turn the token, watch its grid")
         second = widgets.HTML("<b>2. Many channels:</b> the same spike, turned by matrices")
-        hand = [
-            first,
-            self.row("dims", "angle", "angle_02", "angle_12"),
-            beside(self.stage, self.sweep),
-            self.read,
-        ]
+        angles = self.row("dims", "angle", "angle_02", "angle_12")
+        hand = [first, angles, beside(self.stage, self.sweep), self.read]
         many = [second, self.row("source", "channels"), beside(self.values, self.errors), self.why]
         self.children = [self.row("snr", "seed", "bits", "symmetric"), *hand, *many, self.status.widget]
         self.on("dims angle angle_02 angle_12 snr seed bits symmetric", self._turn)
@@ -272,8 +260,7 @@ class Playground(Explorer):
         self.model_name = f"token 0, {visible(recorded.texts[0])}, at {site}"
         self.model_token = recorded.rows(site)[0].double()
 
-    def at_end(self, error: BaseException | None) -> str:
-        """Show the model's spike, or the planted one where it could not be opened."""
+    def _at_end(self, error: BaseException | None) -> str:
         if error is not None:
             self.state.source = "planted"
             return ""

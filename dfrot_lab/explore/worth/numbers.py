@@ -18,8 +18,7 @@ from dfrot_lab.study.setting import Setting
 
 FULL = "16-16-16"
 BITS = (FULL, "16-4-16", "4-8-16", *main.BITS[1:])
-KEPT = {"none": None, RELEASED_KEEP_OUT: RELEASED_KEEP_OUT}
-"""Which massive tokens pass unquantized: none, or those the released code's rule finds."""
+KEPT = {"none": None, RELEASED_KEEP_OUT: RELEASED_KEEP_OUT}  # whose tokens pass unquantized: a rule's, if any
 DIFFERENCE = ["minus_rh", "minus_rh_low", "minus_rh_high"]
 FOUND = ["perplexity", "low", "high"]
 COLUMNS = ["rotation", "kept_out", "row", "bits", "weights", *FOUND, *DIFFERENCE, "windows", "stored"]

@@ -87,9 +87,7 @@ def _hover(row: Mapping[Any, Any]) -> str:
     return "<br>".join([*lines, f"{row['windows']} windows"] if row["windows"] else lines)
 
 
-class State(HasTraits):
-    """Rotations, bits, weights, whether massive tokens are kept out, the text and its windows."""
-
+class _State(HasTraits):
     rotations = control(Tuple(), SelectMultiple, "Rotations", 210, **SEVERAL)
     bits = control(Tuple((FULL, *main.BITS)), SelectMultiple, "Bits W-A-KV", 210, options=BITS, **SEVERAL)
     keep_out = control(Tuple(("none",)), SelectMultiple, "Kept out", 210, options=list(KEPT), **SEVERAL)
@@ -112,7 +110,7 @@ class Worth(Explorer):
         names, same = tuple(registry.rows()), setting.model_dump(include={"weights", "corpus", "windows"})
         texts = dict.fromkeys([setting.corpus, corpus.WIKITEXT2, corpus.SAMPLE])
         late = {"rotations": names, "weights": [*registry.WEIGHTS]}
-        super().__init__(State(rotations=names, **same), **late, corpus=[(Path(t).name, t) for t in texts])
+        super().__init__(_State(rotations=names, **same), **late, corpus=[(Path(t).name, t) for t in texts])
         self.found, self.missing = dict[str, EvalResult](), list[Recipe]()
         self.plot, self.paper_plot = Bars(), Bars()
         self.note, self.rows, self.paper = panel(60), panel(250, width="100%"), panel(220, width="100%")
@@ -160,7 +158,11 @@ class Worth(Explorer):
 
     def refresh(self) -> None:
         """Show what is stored of the rows picked, and name the rest."""
-        with self._lock, self.status.doing("looking in the store", self._count):
+
+        def count() -> str:
+            return f"{len(specs) - len(self.missing)} of {len(specs)} rows are stored"
+
+        with self._lock, self.status.doing("looking in the store", count):
             specs, model = self.specs(), self.state.paper_model
             self.missing = [spec for spec in specs if self.lookup(spec) is None]
             table, beside = self.table(), numbers.paper_table(specs, self.lookup)
@@ -170,10 +172,6 @@ class Worth(Explorer):
             self.paper.value = numbers.shown_paper(beside, self.state.corpus)
             self.note.value = f"<span>{html.escape(numbers.said(self.missing, self.store))}</span>"
             self.enable()
-
-    def _count(self) -> str:
-        rows = len(self.specs())
-        return f"{rows - len(self.missing)} of {rows} rows are stored"
 
     def compute(self) -> None:
         """Compute the missing rows in the background, one window after the other."""
@@ -205,12 +203,10 @@ class Worth(Explorer):
             parts = [main.row_name(specs[tally.done]), what, row, left]
             self.status.busy("computing " + ", ".join(filter(None, parts)))
 
-    def enabled(self) -> dict[str, bool]:
-        """There must be something to compute."""
-        able = super().enabled()
+    def _enabled(self) -> dict[str, bool]:
+        able = super()._enabled()
         return {**able, "compute": able["compute"] and bool(self.missing)}
 
-    def at_end(self, error: BaseException | None) -> str:
-        """What is stored now."""
+    def _at_end(self, error: BaseException | None) -> str:
         self.refresh()
-        return super().at_end(error)
+        return super()._at_end(error)
