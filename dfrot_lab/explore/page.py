@@ -17,13 +17,11 @@ from torch import Tensor
 
 from dfrot_lab.maths.quantizers import code_range, scale_zero
 from dfrot_lab.recipe.specs import QuantSpec
-from dfrot_lab.show import figures
-from dfrot_lab.show.markup import VISIBLE, safe, span
+from dfrot_lab.show import figures, markup
 
 HEIGHT = 420  # pixels of one plot: fixed, so that nothing moves while a new one is computed
 GREY = "#808080"  # text and axes: readable on a white and on a dark page (contrast 3.9 and 5.3)
-FAINT = "rgba(128,128,128,0.25)"
-CLEAR = "rgba(0,0,0,0)"
+FAINT, CLEAR = "rgba(128,128,128,0.25)", "rgba(0,0,0,0)"
 AXIS = {"gridcolor": FAINT, "zerolinecolor": "rgba(128,128,128,0.5)", "linecolor": GREY, "automargin": True}
 LOOK: dict[str, Any] = {"paper_bgcolor": CLEAR, "plot_bgcolor": CLEAR, "xaxis": AXIS, "yaxis": AXIS}
 LOOK |= {"font": {"color": GREY, "size": 12}, "margin": {"l": 60, "r": 16, "t": 36, "b": 48}}
@@ -86,12 +84,10 @@ def lines_at(places: Any, low: float, high: float) -> tuple[np.ndarray, np.ndarr
 
 
 def packed(array: np.ndarray) -> np.ndarray:
-    """An array of two or three dimensions as a FigureWidget takes it fastest: five significant digits, since
-    it is written out as decimals. (Plotly's base64 form is smaller on its way out, but plotly.js then sends
-    each row back with the buffer of the whole array behind it: gigabytes.)"""
-    data = np.asarray(array, dtype=np.float64)
-    scale = 10.0 ** (4 - np.floor(np.log10(np.maximum(np.abs(data), 1e-30))))
-    return np.round(data * scale) / scale
+    """An array of two or three dimensions as a FigureWidget takes it fastest: decimals, five digits. (Of
+    plotly's smaller base64 form plotly.js sends each row back with the whole array's buffer: gigabytes.)"""
+    scale = 10.0 ** (4 - np.floor(np.log10(np.maximum(np.abs(array.astype(np.float64)), 1e-30))))
+    return np.round(array * scale) / scale
 
 
 @contextmanager
@@ -119,12 +115,12 @@ def label(text: str) -> str:
 
 def title(text: str) -> str:
     """Any text, such as a file's name, for a plotly title."""
-    return safe(text).replace("&quot;", "&#34;")
+    return markup.safe(text).replace("&quot;", "&#34;")
 
 
 def plain(text: str) -> str:
     """Words that are no token, for HTML and hover labels: escaped, their spaces left as they are."""
-    return safe(text).replace(VISIBLE[" "], " ")
+    return markup.safe(text).replace(markup.VISIBLE[" "], " ")
 
 
 def number(value: float) -> str:
@@ -144,7 +140,8 @@ def html_table(table: pd.DataFrame, caption: str) -> str:
     """A table of numbers and token texts as HTML, every text through `span`; `caption` is plain text."""
 
     def cell(value: Any) -> Any:
-        return span(value) if isinstance(value, str) else number(value) if isinstance(value, float) else value
+        shown = number(value) if isinstance(value, float) else value
+        return markup.span(value) if isinstance(value, str) else shown
 
     head = "".join(f'<th scope="col">{plain(str(name))}</th>' for name in table.columns)
     rows = ["".join(f"<td>{cell(value)}</td>" for value in row) for row in table.itertuples(index=False)]
@@ -161,19 +158,19 @@ class Stage(widgets.Box):
     """One place for several plots, of which `shown` is on view. One that was on view stays in the page,
     hidden: taken off the page, it would still get its updates there, and fail at them."""
 
+    children: Any
+
     def __init__(self, plot: Plot) -> None:
         super().__init__(layout={"width": "100%"})
-        self._boxes: list[tuple[Plot, widgets.Box]] = []
         self.turn(plot)
 
     def turn(self, plot: Plot) -> None:
         """Show this plot and hide the others."""
         self.shown = plot
-        if all(known is not plot for known, _ in self._boxes):
-            self._boxes.append((plot, widgets.Box([plot], layout={"width": "100%"})))
-            self.children = [box for _, box in self._boxes]
-        for known, box in self._boxes:
-            box.layout.display = None if known is plot else "none"
+        if all(box.children[0] is not plot for box in self.children):
+            self.children = [*self.children, widgets.Box([plot], layout={"width": "100%"})]
+        for box in self.children:
+            box.layout.display = None if box.children[0] is plot else "none"
 
 
 class Fit(anywidget.AnyWidget):

@@ -20,20 +20,13 @@ from dfrot_lab.disk import rotation_files
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.explore.page import AXIS, SCHEMES, Plot, drawing, levels, lines_at
 from dfrot_lab.explore.shell import Cancelled, Explorer, Job, beside, control
-from dfrot_lab.maths import rotations
-from dfrot_lab.maths.quantizers import squared_error
-from dfrot_lab.observe import capture as recording
-from dfrot_lab.observe import massive
-from dfrot_lab.observe.capture import Capture
+from dfrot_lab.maths import quantizers, rotations
+from dfrot_lab.observe import capture, massive
 from dfrot_lab.recipe import specs
-from dfrot_lab.recipe.specs import CaptureSpec, QuantSpec, RefineSpec, RotationSpec
 from dfrot_lab.rotate import dfrot, steps
-from dfrot_lab.show import figures
-from dfrot_lab.show.markup import visible
-from dfrot_lab.show.theme import COLOURS, MASSIVE_COLOUR, ORDINARY_COLOUR
+from dfrot_lab.show import figures, markup, theme
 
-Acts = Capture | CaptureSpec | None
-REDRAW_S = 0.1  # least time between two redraws
+Acts = capture.Capture | specs.CaptureSpec | None
 GAMMAS = [(f"{gamma:g}", gamma) for gamma in (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, math.inf)]
 ROWS = [("4,096 rows", 4096), ("16,384 rows", 16384), ("all rows", 0)]
 KINDS = [kind for kind in specs.ROTATION_KINDS[::-1] if kind != "file"]
@@ -41,7 +34,6 @@ DRAWN = ["ordinary", "massive", "distance"]
 COLUMNS = ["step", *DRAWN, "on"]
 WATCHED = 4096  # rows the losses are drawn of at every step; the refinement's own checks are on all its rows
 MASSIVE_ONES, OTHERS = 8, 4  # tokens offered: those of the largest values, and some ordinary ones
-BINS = 60
 
 
 def watched(rows: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,37 +48,35 @@ def watched(rows: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     return rows[chosen], mask[chosen]
 
 
-def choices(recorded: Capture, site: str) -> list[tuple[str, int]]:
+def choices(recorded: capture.Capture, site: str) -> list[tuple[str, int]]:
     """Tokens of a site worth a look, as (label, position), the most massive first."""
     largest, texts = recorded.residual_max[recorded.place(site)], recorded.texts
-    top = largest.argsort(descending=True)[:MASSIVE_ONES].tolist()
     even = torch.linspace(0, recorded.tokens - 1, OTHERS + 2).long().tolist()[1:-1]
-    places = dict.fromkeys([*top, *even])
-    return [(f"{i}: {visible(texts[i])}  (residual |max| {float(largest[i]):.0f})", i) for i in places]
+    places = dict.fromkeys([*largest.argsort(descending=True)[:MASSIVE_ONES].tolist(), *even])
+    return [(f"{i}: {markup.visible(texts[i])}  (residual |max| {float(largest[i]):.0f})", i) for i in places]
 
 
 def history_plot() -> Plot:
     """Mean squared error of ordinary and massive rows (log axis); below it, how far R is from its start."""
     solid, dots = {"width": 2, "dash": "solid"}, {"mode": "lines+markers", "marker": {"size": 4}}
-    below = {"line": {**solid, "color": COLOURS["DFRot"]}, "yaxis": "y2", "showlegend": False}
+    below = {"line": {**solid, "color": theme.COLOURS["DFRot"]}, "yaxis": "y2", "showlegend": False}
     traces = [
-        go.Scatter(dots, line={**solid, "color": ORDINARY_COLOUR, "dash": "dot"}, name="ordinary rows"),
-        go.Scatter(dots, line={**solid, "color": MASSIVE_COLOUR}, name="massive rows"),
+        go.Scatter(dots, line={**solid, "color": theme.ORDINARY_COLOUR, "dash": "dot"}, name="ordinary rows"),
+        go.Scatter(dots, line={**solid, "color": theme.MASSIVE_COLOUR}, name="massive rows"),
         go.Scatter(mode="lines", name="distance", **below),
     ]
     y = {"domain": [0.42, 1], "type": "log", "title": "mean squared error"}
     y2 = {**AXIS, "domain": [0, 0.32], "title": "distance", "rangemode": "tozero"}
-    x = {"title": "step", "anchor": "y2", "rangemode": "tozero"}
-    return Plot(traces, xaxis=x, yaxis=y, yaxis2=y2)
+    return Plot(traces, xaxis={"title": "step", "anchor": "y2", "rangemode": "tozero"}, yaxis=y, yaxis2=y2)
 
 
 def entries_plot() -> Plot:
     """How the entries of one token lie, at the start and now, and the levels of its grid."""
     grid = {"color": "rgba(128,128,128,0.5)", "width": 1}
-    start = {"color": COLOURS["RO"], "shape": "hvh", "width": 2}
+    start = {"color": theme.COLOURS["RO"], "shape": "hvh", "width": 2}
     traces = [
         go.Scatter(mode="lines", line=grid, name="levels now", hoverinfo="skip"),
-        go.Bar(marker={"color": COLOURS["DFRot"], "line": {"width": 0}}, name="x R now"),
+        go.Bar(marker={"color": theme.COLOURS["DFRot"], "line": {"width": 0}}, name="x R now"),
         go.Scatter(mode="lines", line=start, name="x R at the start"),
     ]
     y = {"title": "channels", "rangemode": "tozero"}
@@ -108,9 +98,8 @@ class _State(HasTraits):
 
 
 class Refinement(Explorer):
-    """Refine R1 live on a capture (the default model's, where none is given): losses, distance and one
-    token's entries at every step (`history`, a dict each); save R1 (`result`, at the end). `path` is what the
-    box for the file says at first. A cancelled refinement keeps nothing."""
+    """Refine R1 live on a capture (default: the default model's): losses and distance at each step
+    (`history`, a dict each); save R1 (`result`, at the end) to `path`. One cancelled keeps nothing."""
 
     ONE = "refinement"
 
@@ -119,7 +108,7 @@ class Refinement(Explorer):
         self.history, self._drawn = list[dict[str, Any]](), 0.0
         self.recorded: Any = None
         self.result: steps.Refined | None = None
-        self.spec: RefineSpec | None = None
+        self.spec: specs.RefineSpec | None = None
         self._ends: tuple[Tensor, Tensor] | None = None
         for act in (self.start, self.pause, self.resume, self.cancel):
             self.button(act.__name__, act.__name__.capitalize(), act)
@@ -134,19 +123,19 @@ class Refinement(Explorer):
         self.on("token", self._draw)
         self.work("opening the activations", lambda _job: self._open(acts, store))
 
-    def make_spec(self) -> RefineSpec:
+    def make_spec(self) -> specs.RefineSpec:
         """The controls as a RefineSpec; ValueError while the activations are not open."""
         if self.recorded is None:
             raise ValueError("the activations are not open yet: wait for the line above the plots")
         state, total = self.state, self.recorded.tokens * len(self.recorded.sites)
         fields = {name: getattr(state, name) for name in ("gamma", "rule", "steps", "variant")}
-        rows = state.rows if 0 < state.rows < total else None
+        fields["rows"] = state.rows if 0 < state.rows < total else None
         init, quantizer = self._parts()
-        return RefineSpec(capture=self.recorded.spec, init=init, quantizer=quantizer, rows=rows, **fields)
+        return specs.RefineSpec(capture=self.recorded.spec, init=init, quantizer=quantizer, **fields)
 
-    def _parts(self) -> tuple[RotationSpec, QuantSpec]:
-        state = self.state
-        return RotationSpec(kind=state.kind, seed=state.seed), QuantSpec(scheme=SCHEMES[state.symmetric])
+    def _parts(self) -> tuple[specs.RotationSpec, specs.QuantSpec]:
+        quantizer = specs.QuantSpec(scheme=SCHEMES[self.state.symmetric])
+        return specs.RotationSpec(kind=self.state.kind, seed=self.state.seed), quantizer
 
     def start(self) -> None:
         """Begin a refinement with the controls as they are."""
@@ -187,25 +176,23 @@ class Refinement(Explorer):
 
     def _open(self, acts: Acts, store: Store | None) -> None:
         """The capture, recorded first where the store has none."""
-        self.recorded = acts if isinstance(acts, Capture) else recording.capture(acts, store)
+        self.recorded = acts if isinstance(acts, capture.Capture) else capture.capture(acts, store)
         self._rows = functools.cache(self.recorded.all_rows)
         self.controls["site"].options = self.recorded.sites
         self.state.site = self.recorded.sites[len(self.recorded.sites) // 2]
 
-    def _refine(self, job: Job, spec: RefineSpec) -> None:
+    def _refine(self, job: Job, spec: specs.RefineSpec) -> None:
         """The refinement, paused and cancelled at its steps; rows are chosen as `dfrot.refined` does."""
-        heavy_rows = massive.find(self.recorded, spec.rule).flatten()
-        rows, mask = dfrot.sample_rows(self._rows(), heavy_rows, spec)
+        rows, mask = dfrot.sample_rows(self._rows(), massive.find(self.recorded, spec.rule).flatten(), spec)
         start = rotations.make(spec.init, rows.shape[1])
         some, heavy = watched(rows, mask)
         weights = steps.row_weights(heavy, spec.gamma)
 
         def note(step: int, R: Tensor) -> None:
-            losses = steps.losses_of(some, R, weights, heavy, spec.quantizer)
             place = {"step": step, "distance": rotations.distance(R, start), "on": f"{len(some)} rows"}
-            self.history.append(place | losses)
+            self.history.append(place | steps.losses_of(some, R, weights, heavy, spec.quantizer))
             self._ends, self.progress.value = (start, R), step
-            if time.monotonic() - self._drawn >= REDRAW_S:
+            if time.monotonic() - self._drawn >= 0.1:  # seconds
                 self._draw()
 
         def on_step(step: int, R: Callable[[], Tensor]) -> None:
@@ -241,20 +228,18 @@ class Refinement(Explorer):
             table = self.table().astype(dict.fromkeys(DRAWN, float))
             self.plot.put(*({"x": table["step"].to_numpy(), "y": table[n].to_numpy()} for n in DRAWN))
             if self.recorded is not None and self.state.site:
-                x, (init, quantizer) = (
-                    self.recorded.rows(self.state.site)[self.state.token].double(),
-                    self._parts(),
-                )
+                x = self.recorded.rows(self.state.site)[self.state.token].double()
+                init, quantizer = self._parts()
                 start, now = self._ends or (rotations.make(init, len(x)),) * 2
                 self._draw_entries(x @ start, x @ now, quantizer)
             self._drawn = time.monotonic()
 
-    def _draw_entries(self, start: Tensor, now: Tensor, quantizer: QuantSpec) -> None:
+    def _draw_entries(self, start: Tensor, now: Tensor, quantizer: specs.QuantSpec) -> None:
         reach = 1.2 * float(start.abs().max())
-        edges = np.linspace(-reach, reach, BINS + 1)
+        edges = np.linspace(-reach, reach, 61)
         before, after = (np.histogram(y.clamp(-reach, reach).numpy(), edges)[0] for y in (start, now))
         across, along = lines_at(levels(now, quantizer), 0, 1.05 * float(max(before.max(), after.max())))
-        first, last = (float(squared_error(y[None], quantizer)) for y in (start, now))
+        first, last = (float(quantizers.squared_error(y[None], quantizer)) for y in (start, now))
         title = {"text": f"entry of the token (error {first:.2f} at the start, {last:.2f} now)"}
         counts = [{"x": (edges[1:] + edges[:-1]) / 2, "y": count} for count in (after, before)]
         self.entries.put({"x": across, "y": along}, *counts, xaxis={"range": [-reach, reach], "title": title})
@@ -268,6 +253,6 @@ class Refinement(Explorer):
         table = self.table()
         with drawing(2) as (drawn, (left, right)):
             figures.plot_history(table, ax=left)
-            right.plot(table["step"], table["distance"], c=COLOURS["DFRot"])
+            right.plot(table["step"], table["distance"], c=theme.COLOURS["DFRot"])
             right.set(xlabel="step", ylabel="distance from the start, ||R - R0|| / sqrt(C)")
         return drawn

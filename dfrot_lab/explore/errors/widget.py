@@ -17,8 +17,7 @@ from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.explore.errors import plots
 from dfrot_lab.explore.page import HEIGHT, SCHEMES, Stage, html_table, panel
 from dfrot_lab.explore.shell import Explorer, Job, beside, control
-from dfrot_lab.maths import rotations
-from dfrot_lab.maths.quantizers import squared_error
+from dfrot_lab.maths import quantizers, rotations
 from dfrot_lab.observe import errors as token_errors
 from dfrot_lab.observe import massive
 from dfrot_lab.observe.capture import Capture, capture
@@ -29,7 +28,6 @@ from dfrot_lab.study import setting
 
 KEPT = 16  # rotated sites kept: of 2048 tokens and 576 channels 5 MB each
 PANELS = len(plots.AXES)
-LISTED = 200  # rows of the brushed table at most
 NONE = "none"
 
 
@@ -54,7 +52,7 @@ class ErrorRows:
 
     def table(self, site: str, quantizer: QuantSpec) -> pd.DataFrame:
         """Each token's E(x R) at a site, as `errors.wide` has them: site, token, text, massive, rotations."""
-        found = {name: squared_error(self.rotated(site, name), quantizer).numpy() for name in self.matrices}
+        found = {n: quantizers.squared_error(self.rotated(site, n), quantizer).numpy() for n in self.matrices}
         tokens, heavy = np.arange(len(self.texts)), massive.find(self.acts, DEFAULT_RULE, [site])[0].numpy()
         return pd.DataFrame({"site": site, "token": tokens, "text": self.texts, "massive": heavy, **found})
 
@@ -136,7 +134,7 @@ class Errors(Explorer):
         order = list(dict.fromkeys(["token", "text", *self.axes, *self.rows.matrices, "massive"]))
         if rows.empty:
             caption, order = "Brush a region of the plot: its tokens are listed here", ["site", "token"]
-        self.listed.value = html_table(rows.sort_values(name, ascending=False).head(LISTED)[order], caption)
+        self.listed.value = html_table(rows.sort_values(name, ascending=False).head(200)[order], caption)
 
     def _fig4(self) -> None:
         """The chosen token's values before and after quantization."""

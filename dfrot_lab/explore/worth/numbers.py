@@ -80,9 +80,7 @@ def rows_table(specs: Sequence[Recipe], lookup: Lookup, references: References) 
         result, reference = lookup(spec), references.get(spec.bits)
         about = (spec.rotation.name, spec.keep_out is not None, main.row_label(spec), spec.bits)
         weights = spec.weights.method if spec.weights.quantizer.bits < 16 else None
-        found, difference = [math.nan] * 3, [math.nan] * 3
-        if result:
-            found = [result.perplexity, *result.ci95]
+        found, difference = [result.perplexity, *result.ci95] if result else [math.nan] * 3, [math.nan] * 3
         if result and reference and result.spec != reference.spec and spec.bits != FULL:
             value, ends = perplexity.paired_difference(result, reference)
             difference = [value, *ends]
