@@ -336,7 +336,7 @@ class Counter(Explorer):
         assert self.go.wait(10)
         job.step()
 
-    def at_end(self, error: BaseException | None) -> str:
+    def _at_end(self, error: BaseException | None) -> str:
         return "counted" if error is None else "stopped"
 
 

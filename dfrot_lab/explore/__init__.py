@@ -3,7 +3,7 @@
 from .errors.widget import errors as errors
 from .generate.widget import Generate as generate
 from .invariance.widget import Invariance as invariance
-from .massive.widget import massive as massive
+from .massive.widget import Massive as massive
 from .playground.widget import Playground as playground
 from .refinement import Refinement as refinement
 from .worth.widget import Worth as worth

@@ -1,5 +1,4 @@
-"""Graders for the lesson: each calls a student's own function on random inputs and says in one sentence what
-is right or what is wrong. Nothing is run from text: a grader takes the function itself."""
+"""Graders for the lesson: each calls a student's function on random inputs and says what is wrong, if any."""
 
 import copy
 from collections.abc import Callable, Iterable
@@ -13,15 +12,12 @@ from dfrot_lab.maths import rotations
 from dfrot_lab.maths.quantizers import fake_quantize
 from dfrot_lab.recipe.specs import QuantSpec, RotationSpec
 
-CLOSE = 1e-9
-"""Largest relative difference from the right answer, in float64."""
+CLOSE = 1e-9  # largest relative difference from the right answer, in float64
 _MATHS = (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError)
-UNFINISHED = (*_MATHS, AssertionError, AttributeError, NameError, OSError)
-"""What a function that is not finished may raise."""
+UNFINISHED = (*_MATHS, AssertionError, AttributeError, NameError, OSError)  # of a function not finished
 Answer = Callable[..., Any]
 Inputs = tuple[Any, ...]
-Mistakes = dict[str, Tensor]
-"""Known wrong results by their sentences, cut to fit where only square inputs let one make them."""
+Mistakes = dict[str, Tensor]  # wrong results by their sentences, cut to fit where only square inputs do
 
 
 @dataclass(frozen=True)
@@ -66,8 +62,7 @@ def _fault(function: Answer, inputs: Inputs, wanted: Tensor, mistakes: Mistakes,
 
 
 def _same(found: Tensor, wanted: Tensor) -> bool:
-    distance = (found.detach().double() - wanted).norm()
-    return bool(distance <= CLOSE * wanted.norm().clamp(min=1e-300))
+    return bool((found.detach().double() - wanted).norm() <= CLOSE * wanted.norm().clamp(min=1e-300))
 
 
 def _random(*shape: int, seed: int = 0) -> Tensor:
@@ -144,9 +139,8 @@ def check_fuse_norm(function: Answer) -> Verdict:
 
 
 def check_rotate_weights(reader: Answer, writer: Answer) -> Verdict:
-    """Grade `reader(weight, R)` of linears that read the residual stream, weight (out, channels): given x @ R
-    they give what they gave for x; and `writer(weight, R)` of those that write it, weight (channels, in):
-    their output comes out times R."""
+    """Grade `reader(weight, R)` of linears that read x @ R, weight (out, channels), `writer(weight, R)` of
+    those whose output must come out times R, weight (channels, in)."""
     R = rotations.make(RotationSpec(kind="RO", seed=7), 8)
     columns, rows = "R belongs to its inputs, the columns.", "R belongs to its outputs, the rows."
     trials = []

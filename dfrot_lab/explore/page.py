@@ -1,5 +1,4 @@
-"""What stands on an explorer's page: plotly figures that follow its width and outlive a reload, words and
-tables as HTML; and matplotlib figures to keep."""
+"""What stands on an explorer's page: plotly figures that follow it, words and tables as HTML."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,25 +19,20 @@ from traitlets import Instance, Unicode, default
 
 from dfrot_lab.maths.quantizers import code_range, scale_zero
 from dfrot_lab.recipe.specs import QuantSpec
-from dfrot_lab.show import figures
-from dfrot_lab.show.markup import VISIBLE, safe, span
+from dfrot_lab.show import figures, markup
 
-HEIGHT = 420
-"""Pixels of one plot: fixed, so that nothing moves while a new one is computed."""
-GREY = "#808080"
-"""Text and axes: readable on a white and on a dark page (contrast 3.9 and 5.3)."""
-FAINT = "rgba(128,128,128,0.25)"
-CLEAR = "rgba(0,0,0,0)"
+HEIGHT = 420  # pixels of one plot: fixed, so that nothing moves while a new one is computed
+GREY = "#808080"  # text and axes: readable on a white and on a dark page (contrast 3.9 and 5.3)
+FAINT, CLEAR = "rgba(128,128,128,0.25)", "rgba(0,0,0,0)"
 AXIS = {"gridcolor": FAINT, "zerolinecolor": "rgba(128,128,128,0.5)", "linecolor": GREY, "automargin": True}
-"""The look of an axis, for those that a plot adds to its first two."""
 LOOK: dict[str, Any] = {"paper_bgcolor": CLEAR, "plot_bgcolor": CLEAR, "xaxis": AXIS, "yaxis": AXIS}
 LOOK |= {"font": {"color": GREY, "size": 12}, "margin": {"l": 60, "r": 16, "t": 36, "b": 48}}
 LOOK |= {"hovermode": "closest", "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}}
 LOOK["hoverlabel"] = {"namelength": -1, "align": "left", "bgcolor": "#303030", "font": {"color": "#ffffff"}}
 LOOK["modebar"] = {"bgcolor": CLEAR, "color": GREY, "activecolor": "#0072B2"}
 EDGE_TO_EDGE = dict.fromkeys("lrtb", 0)
-TABLE: Any = {"index": False, "border": 0, "classes": "dfrot-table"}
-"""How pandas writes a table that holds no token text as HTML."""
+TABLE: Any = {"index": False, "border": 0, "classes": "dfrot-table"}  # pandas' table without token texts
+SCHEMES: Any = {True: "symmetric", False: "asymmetric"}  # by the box that says whether a grid is symmetric
 
 
 class Library(anywidget.AnyWidget):
@@ -109,12 +103,10 @@ def lines_at(places: Any, low: float, high: float) -> tuple[np.ndarray, np.ndarr
 
 
 def packed(array: np.ndarray) -> np.ndarray:
-    """An array of two or three dimensions as a FigureWidget takes it fastest: five significant digits, since
-    it is written out as decimals. (Plotly's base64 form is smaller on its way out, but plotly.js then sends
-    each row back with the buffer of the whole array behind it: gigabytes.)"""
-    data = np.asarray(array, dtype=np.float64)
-    scale = 10.0 ** (4 - np.floor(np.log10(np.maximum(np.abs(data), 1e-30))))
-    return np.round(data * scale) / scale
+    """An array of two or three dimensions as a FigureWidget takes it fastest: decimals, five digits. (Of
+    plotly's smaller base64 form plotly.js sends each row back with the whole array's buffer: gigabytes.)"""
+    scale = 10.0 ** (4 - np.floor(np.log10(np.maximum(np.abs(array.astype(np.float64)), 1e-30))))
+    return np.round(array * scale) / scale
 
 
 @contextmanager
@@ -142,12 +134,12 @@ def label(text: str) -> str:
 
 def title(text: str) -> str:
     """Any text, such as a file's name, for a plotly title."""
-    return safe(text).replace("&quot;", "&#34;")
+    return markup.safe(text).replace("&quot;", "&#34;")
 
 
 def plain(text: str) -> str:
     """Words that are no token, for HTML and hover labels: escaped, their spaces left as they are."""
-    return safe(text).replace(VISIBLE[" "], " ")
+    return markup.safe(text).replace(markup.VISIBLE[" "], " ")
 
 
 def number(value: float) -> str:
@@ -165,16 +157,15 @@ def contexts(texts: Sequence[str], around: int = 4) -> list[str]:
 
 def html_table(table: pd.DataFrame, caption: str) -> str:
     """A table of numbers and token texts as HTML, every text through `span`; `caption` is plain text."""
+
+    def cell(value: Any) -> Any:
+        shown = number(value) if isinstance(value, float) else value
+        return markup.span(value) if isinstance(value, str) else shown
+
     head = "".join(f'<th scope="col">{plain(str(name))}</th>' for name in table.columns)
-    rows = ["".join(f"<td>{_cell(value)}</td>" for value in row) for row in table.itertuples(index=False)]
+    rows = ["".join(f"<td>{cell(value)}</td>" for value in row) for row in table.itertuples(index=False)]
     body = "".join(f"<tr>{row}</tr>" for row in [head, *rows])
     return f'<table class="dfrot-table"><caption>{plain(caption)}</caption>{body}</table>'
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, str):
-        return span(value)
-    return number(float(value)) if isinstance(value, float | np.floating) else str(value)
 
 
 def panel(height: int, **layout: Any) -> Any:
@@ -186,19 +177,19 @@ class Stage(widgets.Box):
     """One place for several plots, of which `shown` is on view. One that was on view stays in the page,
     hidden: taken off the page, it would still get its updates there, and fail at them."""
 
+    children: Any
+
     def __init__(self, plot: Plot) -> None:
         super().__init__(layout={"width": "100%"})
-        self._boxes: list[tuple[Plot, widgets.Box]] = []
         self.turn(plot)
 
     def turn(self, plot: Plot) -> None:
         """Show this plot and hide the others."""
         self.shown = plot
-        if all(known is not plot for known, _ in self._boxes):
-            self._boxes.append((plot, widgets.Box([plot], layout={"width": "100%"})))
-            self.children = [box for _, box in self._boxes]
-        for known, box in self._boxes:
-            box.layout.display = None if known is plot else "none"
+        if all(box.children[0] is not plot for box in self.children):
+            self.children = [*self.children, widgets.Box([plot], layout={"width": "100%"})]
+        for box in self.children:
+            box.layout.display = None if box.children[0] is plot else "none"
 
 
 class Fit(anywidget.AnyWidget):

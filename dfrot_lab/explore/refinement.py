@@ -18,33 +18,22 @@ from traitlets import Bool, Enum, Float, HasTraits, Int, Unicode
 
 from dfrot_lab.disk import rotation_files
 from dfrot_lab.disk.artefacts import Store
-from dfrot_lab.explore.page import AXIS, Plot, drawing, levels, lines_at
+from dfrot_lab.explore.page import AXIS, SCHEMES, Plot, drawing, levels, lines_at
 from dfrot_lab.explore.shell import Cancelled, Explorer, Job, beside, control
-from dfrot_lab.maths import rotations
-from dfrot_lab.maths.quantizers import squared_error
-from dfrot_lab.observe import capture as recording
-from dfrot_lab.observe import massive
-from dfrot_lab.observe.capture import Capture
+from dfrot_lab.maths import quantizers, rotations
+from dfrot_lab.observe import capture, massive
 from dfrot_lab.recipe import specs
-from dfrot_lab.recipe.specs import CaptureSpec, QuantSpec, RefineSpec, RotationSpec
 from dfrot_lab.rotate import dfrot, steps
-from dfrot_lab.show import figures
-from dfrot_lab.show.markup import visible
-from dfrot_lab.show.theme import COLOURS, MASSIVE_COLOUR, ORDINARY_COLOUR
+from dfrot_lab.show import figures, markup, theme
 
-Acts = Capture | CaptureSpec | None
-REDRAW_S = 0.1
-"""Least time between two redraws."""
+Acts = capture.Capture | specs.CaptureSpec | None
 GAMMAS = [(f"{gamma:g}", gamma) for gamma in (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, math.inf)]
 ROWS = [("4,096 rows", 4096), ("16,384 rows", 16384), ("all rows", 0)]
 KINDS = [kind for kind in specs.ROTATION_KINDS[::-1] if kind != "file"]
 DRAWN = ["ordinary", "massive", "distance"]
 COLUMNS = ["step", *DRAWN, "on"]
-WATCHED = 4096
-"""Rows the losses are drawn of at every step; the refinement's own checks are on all its rows."""
-MASSIVE_ONES, OTHERS = 8, 4
-"""Tokens offered: those with the largest value in the residual stream, and some ordinary ones."""
-BINS = 60
+WATCHED = 4096  # rows the losses are drawn of at every step; the refinement's own checks are on all its rows
+MASSIVE_ONES, OTHERS = 8, 4  # tokens offered: those of the largest values, and some ordinary ones
 
 
 def watched(rows: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,46 +48,42 @@ def watched(rows: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     return rows[chosen], mask[chosen]
 
 
-def choices(recorded: Capture, site: str) -> list[tuple[str, int]]:
+def choices(recorded: capture.Capture, site: str) -> list[tuple[str, int]]:
     """Tokens of a site worth a look, as (label, position), the most massive first."""
     largest, texts = recorded.residual_max[recorded.place(site)], recorded.texts
-    top = largest.argsort(descending=True)[:MASSIVE_ONES].tolist()
     even = torch.linspace(0, recorded.tokens - 1, OTHERS + 2).long().tolist()[1:-1]
-    places = dict.fromkeys([*top, *even])
-    return [(f"{i}: {visible(texts[i])}  (residual |max| {float(largest[i]):.0f})", i) for i in places]
+    places = dict.fromkeys([*largest.argsort(descending=True)[:MASSIVE_ONES].tolist(), *even])
+    return [(f"{i}: {markup.visible(texts[i])}  (residual |max| {float(largest[i]):.0f})", i) for i in places]
 
 
 def history_plot() -> Plot:
     """Mean squared error of ordinary and massive rows (log axis); below it, how far R is from its start."""
     solid, dots = {"width": 2, "dash": "solid"}, {"mode": "lines+markers", "marker": {"size": 4}}
-    below = {"line": {**solid, "color": COLOURS["DFRot"]}, "yaxis": "y2", "showlegend": False}
+    below = {"line": {**solid, "color": theme.COLOURS["DFRot"]}, "yaxis": "y2", "showlegend": False}
     traces = [
-        go.Scatter(dots, line={**solid, "color": ORDINARY_COLOUR, "dash": "dot"}, name="ordinary rows"),
-        go.Scatter(dots, line={**solid, "color": MASSIVE_COLOUR}, name="massive rows"),
+        go.Scatter(dots, line={**solid, "color": theme.ORDINARY_COLOUR, "dash": "dot"}, name="ordinary rows"),
+        go.Scatter(dots, line={**solid, "color": theme.MASSIVE_COLOUR}, name="massive rows"),
         go.Scatter(mode="lines", name="distance", **below),
     ]
     y = {"domain": [0.42, 1], "type": "log", "title": "mean squared error"}
     y2 = {**AXIS, "domain": [0, 0.32], "title": "distance", "rangemode": "tozero"}
-    x = {"title": "step", "anchor": "y2", "rangemode": "tozero"}
-    return Plot(traces, xaxis=x, yaxis=y, yaxis2=y2)
+    return Plot(traces, xaxis={"title": "step", "anchor": "y2", "rangemode": "tozero"}, yaxis=y, yaxis2=y2)
 
 
 def entries_plot() -> Plot:
     """How the entries of one token lie, at the start and now, and the levels of its grid."""
     grid = {"color": "rgba(128,128,128,0.5)", "width": 1}
-    start = {"color": COLOURS["RO"], "shape": "hvh", "width": 2}
+    start = {"color": theme.COLOURS["RO"], "shape": "hvh", "width": 2}
     traces = [
         go.Scatter(mode="lines", line=grid, name="levels now", hoverinfo="skip"),
-        go.Bar(marker={"color": COLOURS["DFRot"], "line": {"width": 0}}, name="x R now"),
+        go.Bar(marker={"color": theme.COLOURS["DFRot"], "line": {"width": 0}}, name="x R now"),
         go.Scatter(mode="lines", line=start, name="x R at the start"),
     ]
     y = {"title": "channels", "rangemode": "tozero"}
     return Plot(traces, bargap=0, xaxis_title="entry of the token", yaxis=y)
 
 
-class State(HasTraits):
-    """What a RefineSpec says, how many rows (0: all), whose entries are shown, and the file for R1."""
-
+class _State(HasTraits):
     gamma = control(Float(100.0), SelectionSlider, "Gamma", options=GAMMAS)
     rule = control(Enum(specs.MASSIVE_RULES, specs.DEFAULT_RULE), Dropdown, "Massive rule")
     kind = control(Enum(KINDS, "RH"), Dropdown, "Start from", 190)
@@ -113,18 +98,17 @@ class State(HasTraits):
 
 
 class Refinement(Explorer):
-    """Refine R1 live on a capture (the default model's, where none is given): losses, distance and one
-    token's entries at every step (`history`, a dict each); save R1 (`result`, at the end). `path` is what the
-    box for the file says at first. A cancelled refinement keeps nothing."""
+    """Refine R1 live on a capture (default: the default model's): losses and distance at each step
+    (`history`, a dict each); save R1 (`result`, at the end) to `path`. One cancelled keeps nothing."""
 
     ONE = "refinement"
 
     def __init__(self, acts: Acts = None, store: Store | None = None, path: str = "R1.safetensors") -> None:
-        super().__init__(State(path=path), site={"value": None}, token={"value": None})
+        super().__init__(_State(path=path), site={"value": None}, token={"value": None})
         self.history, self._drawn = list[dict[str, Any]](), 0.0
         self.recorded: Any = None
         self.result: steps.Refined | None = None
-        self.spec: RefineSpec | None = None
+        self.spec: specs.RefineSpec | None = None
         self._ends: tuple[Tensor, Tensor] | None = None
         for act in (self.start, self.pause, self.resume, self.cancel):
             self.button(act.__name__, act.__name__.capitalize(), act)
@@ -139,21 +123,19 @@ class Refinement(Explorer):
         self.on("token", self._draw)
         self.work("opening the activations", lambda _job: self._open(acts, store))
 
-    def make_spec(self) -> RefineSpec:
+    def make_spec(self) -> specs.RefineSpec:
         """The controls as a RefineSpec; ValueError while the activations are not open."""
         if self.recorded is None:
             raise ValueError("the activations are not open yet: wait for the line above the plots")
         state, total = self.state, self.recorded.tokens * len(self.recorded.sites)
         fields = {name: getattr(state, name) for name in ("gamma", "rule", "steps", "variant")}
-        rows = state.rows if 0 < state.rows < total else None
-        parts: Any = {"init": self._first(), "quantizer": self._quantizer(), "rows": rows}
-        return RefineSpec(capture=self.recorded.spec, **parts, **fields)
+        fields["rows"] = state.rows if 0 < state.rows < total else None
+        init, quantizer = self._parts()
+        return specs.RefineSpec(capture=self.recorded.spec, init=init, quantizer=quantizer, **fields)
 
-    def _first(self) -> RotationSpec:
-        return RotationSpec(kind=self.state.kind, seed=self.state.seed)
-
-    def _quantizer(self) -> QuantSpec:
-        return QuantSpec(scheme="symmetric" if self.state.symmetric else "asymmetric")
+    def _parts(self) -> tuple[specs.RotationSpec, specs.QuantSpec]:
+        quantizer = specs.QuantSpec(scheme=SCHEMES[self.state.symmetric])
+        return specs.RotationSpec(kind=self.state.kind, seed=self.state.seed), quantizer
 
     def start(self) -> None:
         """Begin a refinement with the controls as they are."""
@@ -187,33 +169,30 @@ class Refinement(Explorer):
                 raise ValueError(f"{path.name} is there already: choose another name")
             rotation_files.save(self.result.R, path, self.spec, made_with="explore.refinement")
 
-    def enabled(self) -> dict[str, bool]:
-        """Pause and cancel while it runs, save once it is finished."""
+    def _enabled(self) -> dict[str, bool]:
         running, paused = self.job.running, self.job.paused
         going = {"start": not running, "pause": running and not paused, "resume": paused, "cancel": running}
         return {**going, "save": self.result is not None}
 
     def _open(self, acts: Acts, store: Store | None) -> None:
         """The capture, recorded first where the store has none."""
-        self.recorded = acts if isinstance(acts, Capture) else recording.capture(acts, store)
+        self.recorded = acts if isinstance(acts, capture.Capture) else capture.capture(acts, store)
         self._rows = functools.cache(self.recorded.all_rows)
         self.controls["site"].options = self.recorded.sites
         self.state.site = self.recorded.sites[len(self.recorded.sites) // 2]
 
-    def _refine(self, job: Job, spec: RefineSpec) -> None:
+    def _refine(self, job: Job, spec: specs.RefineSpec) -> None:
         """The refinement, paused and cancelled at its steps; rows are chosen as `dfrot.refined` does."""
-        heavy_rows = massive.find(self.recorded, spec.rule).flatten()
-        rows, mask = dfrot.sample_rows(self._rows(), heavy_rows, spec)
+        rows, mask = dfrot.sample_rows(self._rows(), massive.find(self.recorded, spec.rule).flatten(), spec)
         start = rotations.make(spec.init, rows.shape[1])
         some, heavy = watched(rows, mask)
         weights = steps.row_weights(heavy, spec.gamma)
 
         def note(step: int, R: Tensor) -> None:
-            losses = steps.losses_of(some, R, weights, heavy, spec.quantizer)
             place = {"step": step, "distance": rotations.distance(R, start), "on": f"{len(some)} rows"}
-            self.history.append(place | losses)
+            self.history.append(place | steps.losses_of(some, R, weights, heavy, spec.quantizer))
             self._ends, self.progress.value = (start, R), step
-            if time.monotonic() - self._drawn >= REDRAW_S:
+            if time.monotonic() - self._drawn >= 0.1:  # seconds
                 self._draw()
 
         def on_step(step: int, R: Callable[[], Tensor]) -> None:
@@ -227,8 +206,7 @@ class Refinement(Explorer):
         self.result = steps.refine(rows, spec, mask, on_step=on_step)
         self._ends = start, self.result.R
 
-    def at_end(self, error: BaseException | None) -> str:
-        """How far it came."""
+    def _at_end(self, error: BaseException | None) -> str:
         self._draw()
         if isinstance(error, Cancelled):
             return f"cancelled after step {self.progress.value}"
@@ -251,16 +229,17 @@ class Refinement(Explorer):
             self.plot.put(*({"x": table["step"].to_numpy(), "y": table[n].to_numpy()} for n in DRAWN))
             if self.recorded is not None and self.state.site:
                 x = self.recorded.rows(self.state.site)[self.state.token].double()
-                start, now = self._ends or (rotations.make(self._first(), len(x)),) * 2
-                self._draw_entries(x @ start, x @ now, self._quantizer())
+                init, quantizer = self._parts()
+                start, now = self._ends or (rotations.make(init, len(x)),) * 2
+                self._draw_entries(x @ start, x @ now, quantizer)
             self._drawn = time.monotonic()
 
-    def _draw_entries(self, start: Tensor, now: Tensor, quantizer: QuantSpec) -> None:
+    def _draw_entries(self, start: Tensor, now: Tensor, quantizer: specs.QuantSpec) -> None:
         reach = 1.2 * float(start.abs().max())
-        edges = np.linspace(-reach, reach, BINS + 1)
+        edges = np.linspace(-reach, reach, 61)
         before, after = (np.histogram(y.clamp(-reach, reach).numpy(), edges)[0] for y in (start, now))
         across, along = lines_at(levels(now, quantizer), 0, 1.05 * float(max(before.max(), after.max())))
-        first, last = (float(squared_error(y[None], quantizer)) for y in (start, now))
+        first, last = (float(quantizers.squared_error(y[None], quantizer)) for y in (start, now))
         title = {"text": f"entry of the token (error {first:.2f} at the start, {last:.2f} now)"}
         counts = [{"x": (edges[1:] + edges[:-1]) / 2, "y": count} for count in (after, before)]
         self.entries.put({"x": across, "y": along}, *counts, xaxis={"range": [-reach, reach], "title": title})
@@ -274,6 +253,6 @@ class Refinement(Explorer):
         table = self.table()
         with drawing(2) as (drawn, (left, right)):
             figures.plot_history(table, ax=left)
-            right.plot(table["step"], table["distance"], c=COLOURS["DFRot"])
+            right.plot(table["step"], table["distance"], c=theme.COLOURS["DFRot"])
             right.set(xlabel="step", ylabel="distance from the start, ||R - R0|| / sqrt(C)")
         return drawn

@@ -1,5 +1,4 @@
-"""What every explorer is made of: a state whose traits declare their controls, rows of controls and plots, a
-status line, and work off the kernel's thread that can be paused and cancelled or give way to newer work."""
+"""What every explorer is made of: a state with its controls, a status line, and work in the background."""
 
 import html
 import logging
@@ -15,10 +14,10 @@ from dfrot_lab.explore.page import GREY, HEIGHT, Fit
 
 log = logging.getLogger(__name__)
 
+# errors whose message is for the reader; anything else is a defect and keeps its traceback
 EXPECTED = (ValueError, KeyError, TypeError, RuntimeError, OSError, ImportError)
-"""Errors whose message is for the reader; anything else is a defect and keeps its traceback."""
 Trait = TypeVar("Trait", bound=traitlets.TraitType)
-Work = Callable[["Job"], None]
+Work = Callable[["Job"], object]
 
 
 class Cancelled(Exception):
@@ -26,9 +25,8 @@ class Cancelled(Exception):
 
 
 class Job:
-    """`start(work)` runs `work(job)` in a thread, which calls `job.step()` between its parts: that waits
-    while the job is paused and raises Cancelled once it is cancelled. At the end `on_done` is called with
-    None or the error, in the same thread; the job no longer counts as running then."""
+    """`start(work)` runs `work(job)` in a thread, which calls `job.step()` between its parts. At the end
+    `on_done` is called in that thread with None or the error; the job no longer counts as running then."""
 
     def __init__(self, on_done: Callable[[BaseException | None], None]) -> None:
         self.on_done, self.running = on_done, False
@@ -62,10 +60,9 @@ class Job:
         self.start(work)
 
     def _run(self, work: Work | None) -> None:
-        error: BaseException | None = None
         try:
             while work is not None:
-                error = None
+                error: BaseException | None = None
                 try:
                     work(self)
                 except (Cancelled, *EXPECTED) as raised:
@@ -74,14 +71,13 @@ class Job:
                 with self._lock:
                     work, self._next = self._next, None
                     self.running = work is not None
-                    if work is not None:
-                        self._stop.clear()
+                    self._stop.clear()
         finally:
             self.running = False
         self.on_done(error)
 
     def step(self) -> None:
-        """Between two parts of the work."""
+        """Between two parts of the work: waits while it is paused, raises Cancelled once it is cancelled."""
         self._go.wait()
         if self._stop.is_set():
             raise Cancelled("cancelled")
@@ -165,9 +161,8 @@ def control(trait: Trait, kind: type[Any], label: str, width: int | None = None,
 
 
 class Explorer(widgets.VBox):
-    """A widget with a `state`, the `controls` of its traits by name, a `status` line and a `job`. A subclass
-    gives its state, adds buttons, makes its plots, and sets `children`. Its name in small letters is its
-    class on the page: `dfrot-massive`."""
+    """A widget with a `state`, the `controls` of its traits by name, a `status` line and a `job`; a subclass
+    adds buttons and plots, and sets `children`. Its class on the page is its name: `dfrot-massive`."""
 
     ONE, STOPPING, CANCELLED, DONE = "job", "", "", ""
     """What can only be done one at a time; what is said while it stops, once it did, once it is done."""
@@ -224,23 +219,22 @@ class Explorer(widgets.VBox):
             self.status.busy(self.STOPPING)
         self.job.cancel()
 
-    def enabled(self) -> dict[str, bool]:
+    def _enabled(self) -> dict[str, bool]:
         """Which buttons can be pressed now: `cancel` while the job runs, the others while it does not."""
         return {name: self.job.running == (name == "cancel") for name in self._pressed}
 
     def enable(self) -> None:
-        """Set the buttons as `enabled` says."""
+        """Set the buttons as `_enabled` says."""
         with self._lock:
-            for name, can_be_pressed in self.enabled().items():
+            for name, can_be_pressed in self._enabled().items():
                 self.controls[name].disabled = not can_be_pressed
 
-    def at_end(self, error: BaseException | None) -> str:
-        """Draw what the work left, in the job's thread; the sentence on how it ended ('' leaves what is
-        said). An error but Cancelled is said after it."""
+    def _at_end(self, error: BaseException | None) -> str:
+        """Draw what the work left, in the job's thread; the sentence on how it ended ('': as it is)."""
         return self.DONE if error is None else self.CANCELLED
 
     def _ended(self, error: BaseException | None) -> None:
-        said = self.at_end(error)
+        said = self._at_end(error)
         if error is not None and not isinstance(error, Cancelled):
             self.status.error(error)
         elif said:
@@ -261,7 +255,6 @@ class Explorer(widgets.VBox):
 def beside(*parts: Any, shares: tuple[int, ...] = (), height: int = HEIGHT) -> widgets.HBox:
     """Plots or panels beside one another, of fixed height, each a share (percent) of the page's width."""
     fixed = {"height": f"{height}px", "overflow": "hidden"}
-    widths = shares or (100 / len(parts),) * len(parts)
-    layouts = [{"width": f"{width:g}%", **fixed} for width in widths]
-    boxes = [widgets.Box([part], layout=each) for part, each in zip(parts, layouts, strict=True)]
+    shared = zip(parts, shares or (100 / len(parts),) * len(parts), strict=True)
+    boxes = [widgets.Box([part], layout={"width": f"{share:g}%", **fixed}) for part, share in shared]
     return widgets.HBox(boxes, layout={"width": "100%"})

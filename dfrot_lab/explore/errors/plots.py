@@ -10,17 +10,12 @@ import torch
 from matplotlib.figure import Figure
 
 from dfrot_lab.explore import page
-from dfrot_lab.explore.page import GREY, Plot, title
 from dfrot_lab.recipe.specs import QuantSpec
-from dfrot_lab.show import figures
-from dfrot_lab.show.theme import COLOURS, MASSIVE_COLOUR, ORDINARY_COLOUR
+from dfrot_lab.show import figures, theme
 
-AXES = ("", "2", "3", "4", "5", "6")
-"""Of the panels of Fig. 4, as plotly numbers them."""
+AXES = ("", "2", "3", "4", "5", "6")  # of the panels of Fig. 4, as plotly numbers them
 PANEL_HEIGHT = 320
-OWN_COLOUR = "#CC79A7"
-"""Of a rotation that has none."""
-SCALE = [[0, ORDINARY_COLOUR], [1, MASSIVE_COLOUR]]
+SCALE = [[0, theme.ORDINARY_COLOUR], [1, theme.MASSIVE_COLOUR]]
 MARKER: dict[str, Any] = {"colorscale": SCALE, "cmin": 0, "cmax": 1, "opacity": 0.75, "line": {"width": 0}}
 
 
@@ -30,15 +25,13 @@ def grids(values: pd.DataFrame, quantizer: QuantSpec) -> dict[str, np.ndarray]:
     return {str(n): page.levels(torch.tensor(part.to_numpy()), quantizer).numpy() for n, part in parts}
 
 
-class Tokens(Plot):
+class Tokens(page.Plot):
     """A point a token: its errors under two rotations, or three in space. A click tells `("token", it)`; a
     brushed region `("brushed", tokens)`, none when it is taken away."""
 
-    def __init__(
-        self, texts: Sequence[str], tell: Callable[[str, Any], object], *, space: bool = False
-    ) -> None:
+    def __init__(self, texts: Sequence[str], tell: Callable[..., object], *, space: bool = False) -> None:
         look = {"mode": "markers", "text": page.contexts(texts), "marker": MARKER, "showlegend": False}
-        line = {"color": GREY, "dash": "dash", "width": 1}
+        line = {"color": page.GREY, "dash": "dash", "width": 1}
         equal = go.Scatter(mode="lines", line=line, hoverinfo="skip", name="equal errors")
         if space:
             super().__init__([go.Scatter3d(look)], scene=page.scene(), margin=page.EDGE_TO_EDGE)
@@ -53,11 +46,11 @@ class Tokens(Plot):
         """The errors of a table (token, massive, a column each of `names`), an axis a rotation."""
         heavy = table["massive"].to_numpy()
         found = dict(zip("xyz", table[list(axes)].to_numpy(np.float32).T, strict=False))
-        plain = [title(name).replace("%", "&#37;") for name in names]  # %{ would begin a value
+        plain = [page.title(name).replace("%", "&#37;") for name in names]  # %{ would begin a value
         lines = [f"E({name}) %{{customdata[{i}]:,.4g}}" for i, name in enumerate(plain)]
         hover = "%{text}<br>token %{pointNumber}<br>" + "<br>".join(lines) + "<extra></extra>"
         named = zip(found, axes, strict=True)
-        titles = {f"{letter}axis": {"title": {"text": f"E({title(axis)})"}} for letter, axis in named}
+        titles = {f"{letter}axis": {"title": {"text": f"E({page.title(axis)})"}} for letter, axis in named}
         with self.batch_update():
             about = table[list(names)].to_numpy(np.float32)
             self.data[0].update(**found, customdata=about, hovertemplate=hover)
@@ -69,7 +62,7 @@ class Tokens(Plot):
                 self.data[1].update(x=[0, end], y=[0, end])
 
 
-class Panels(Plot):
+class Panels(page.Plot):
     """Fig. 4: one token before (across) and after quantization (up) under each rotation, over its grid."""
 
     def __init__(self) -> None:
@@ -101,7 +94,7 @@ class Panels(Plot):
                 self.data[2 * i].update(x=across, y=up)
                 self.data[2 * i + 1].update(x=value, y=quantized)
                 error = float(((value - quantized) ** 2).sum())
-                self.layout.annotations[i].text = f"{title(name)}: E = {error:.3g}"
+                self.layout.annotations[i].text = f"{page.title(name)}: E = {error:.3g}"
 
     def _arrange(self, names: list[str]) -> None:
         """As many panels side by side as there are names; the rest empty and out of sight."""
@@ -112,7 +105,7 @@ class Panels(Plot):
             self.layout[f"xaxis{number}"].update(domain=domain, visible=used, title={"text": "value"})
             self.layout[f"yaxis{number}"].update(visible=used, title={"text": "" if i else "quantized value"})
             if used:
-                self.data[2 * i + 1].marker.color = COLOURS.get(names[i], OWN_COLOUR)
+                self.data[2 * i + 1].marker.color = theme.COLOURS.get(names[i], "#CC79A7")
                 continue
             self.layout.annotations[i].text = ""
             for trace in self.data[2 * i : 2 * i + 2]:
@@ -126,9 +119,8 @@ def static(table: pd.DataFrame, axes: Sequence[str], about: str) -> Figure:
         if len(axes) == 2:
             figures.plot_error_pair(table, *axes, ax=ax).legend(fontsize=8)
         else:
-            for heavy, colour, size in ((False, ORDINARY_COLOUR, 6), (True, MASSIVE_COLOUR, 30)):
-                part = table[table["massive"] == heavy]
-                ax.scatter(*(part[name] for name in axes), c=colour, s=size)
+            for heavy, colour, size in ((False, theme.ORDINARY_COLOUR, 6), (True, theme.MASSIVE_COLOUR, 30)):
+                ax.scatter(*(table[table["massive"] == heavy][name] for name in axes), c=colour, s=size)
             ax.set(**{f"{letter}label": f"E({name})" for letter, name in zip("xyz", axes, strict=True)})
         drawn.suptitle(about, fontsize=10)
     return drawn
@@ -141,6 +133,6 @@ def static_token(values: pd.DataFrame, quantizer: QuantSpec, about: str) -> Figu
         for ax, (name, levels) in zip(axes, grid.items(), strict=True):
             figures.plot_massive_values(values, name, ax=ax)
             for level in levels:
-                ax.axhline(level, c=GREY, lw=0.5, zorder=0)
+                ax.axhline(level, c=page.GREY, lw=0.5, zorder=0)
         drawn.suptitle(about, fontsize=10)
     return drawn

@@ -15,10 +15,9 @@ from traitlets import Bool, Float, HasTraits, Int, Tuple, Unicode
 from dfrot_lab.disk import rotation_files
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.explore.errors import plots
-from dfrot_lab.explore.page import HEIGHT, Stage, html_table, panel
+from dfrot_lab.explore.page import HEIGHT, SCHEMES, Stage, html_table, panel
 from dfrot_lab.explore.shell import Explorer, Job, beside, control
-from dfrot_lab.maths import rotations
-from dfrot_lab.maths.quantizers import squared_error
+from dfrot_lab.maths import quantizers, rotations
 from dfrot_lab.observe import errors as token_errors
 from dfrot_lab.observe import massive
 from dfrot_lab.observe.capture import Capture, capture
@@ -27,11 +26,8 @@ from dfrot_lab.rotate import dfrot
 from dfrot_lab.show.markup import span
 from dfrot_lab.study import setting
 
-KEPT = 16
-"""Rotated sites kept: of 2048 tokens and 576 channels 5 MB each."""
+KEPT = 16  # rotated sites kept: of 2048 tokens and 576 channels 5 MB each
 PANELS = len(plots.AXES)
-LISTED = 200
-"""Rows of the brushed table at most."""
 NONE = "none"
 
 
@@ -56,14 +52,12 @@ class ErrorRows:
 
     def table(self, site: str, quantizer: QuantSpec) -> pd.DataFrame:
         """Each token's E(x R) at a site, as `errors.wide` has them: site, token, text, massive, rotations."""
-        found = {name: squared_error(self.rotated(site, name), quantizer).numpy() for name in self.matrices}
+        found = {n: quantizers.squared_error(self.rotated(site, n), quantizer).numpy() for n in self.matrices}
         tokens, heavy = np.arange(len(self.texts)), massive.find(self.acts, DEFAULT_RULE, [site])[0].numpy()
         return pd.DataFrame({"site": site, "token": tokens, "text": self.texts, "massive": heavy, **found})
 
 
-class State(HasTraits):
-    """Site and quantizer, the seed of RO and RH, the rotations on the axes and in Fig. 4, token, brush."""
-
+class _State(HasTraits):
     site = control(Unicode(), widgets.SelectionSlider, "site", 560, continuous_update=False)
     bits = control(Int(4), widgets.IntSlider, "bits", 220, min=2, max=8)
     symmetric = control(Bool(True), widgets.Checkbox, "symmetric", 110, indent=False)
@@ -90,23 +84,16 @@ class Errors(Explorer):
         token = int(rows.acts.residual_max[sites.index(site)].argmax())
         x, y = ("RO", "RH") if {"RO", "RH"} <= set(names) else (names[0], names[-1])
         offered = {"x": names, "y": names, "z": [NONE, *names], "panels": names, "site": sites}
-        last, state = (
-            len(rows.texts) - 1,
-            State(site=site, x=x, y=y, token=token, panels=tuple(names[:PANELS])),
-        )
-        super().__init__(state, **offered, seed={"disabled": not seeded}, token={"max": last})
+        state = _State(site=site, x=x, y=y, token=token, panels=tuple(names[:PANELS]))
+        super().__init__(state, **offered, seed={"disabled": not seeded}, token={"max": len(rows.texts) - 1})
         self.button("load", "add", self.load, tooltip="add the rotation in this file")
         about = "compute DFRot with the default settings"
         self.button("refine", "refine (about 15 s)", self.refine, tooltip=about)
         self.button("cancel", "cancel", self.cancel, tooltip="stop refining")
         tell = state.set_trait
         self.plot, self.space = (plots.Tokens(rows.texts, tell, space=space) for space in (False, True))
-        self.fig4, self.listed, self.about, self.stage = (
-            plots.Panels(),
-            panel(HEIGHT),
-            panel(26),
-            Stage(self.plot),
-        )
+        self.fig4, self.listed, self.about = plots.Panels(), panel(HEIGHT), panel(26)
+        self.stage = Stage(self.plot)
         self.redraw()
         self.enable()
         self.on("site bits symmetric clip x y z panels", self.redraw)
@@ -114,10 +101,8 @@ class Errors(Explorer):
         self.on("seed", self._reseed)
         self.on("token", self._pick)
         self.on("brushed", self._list)
-        chosen = [
-            self.row("site", "bits", "symmetric", "clip", "seed"),
-            self.row("x", "y", "z", "path", "load"),
-        ]
+        what = self.row("site", "bits", "symmetric", "clip", "seed")
+        chosen = [what, self.row("x", "y", "z", "path", "load")]
         chosen += [] if "DFRot" in names else [self.row("refine", "cancel")]
         below = [self.row("token", "panels"), self.about, beside(self.fig4, height=plots.PANEL_HEIGHT)]
         scatter = beside(self.stage, self.listed, shares=(64, 36))
@@ -129,8 +114,7 @@ class Errors(Explorer):
             return
         with self.status.doing("computing", self._summary):
             s = self.state
-            scheme = "symmetric" if s.symmetric else "asymmetric"
-            quantizer = QuantSpec(bits=s.bits, scheme=scheme, clip_ratio=s.clip)
+            quantizer = QuantSpec(bits=s.bits, scheme=SCHEMES[s.symmetric], clip_ratio=s.clip)
             self.shown, self.quantizer = self.rows.table(s.site, quantizer), quantizer
             self.where = f"{s.site}, {quantizer.name}"
             self.axes = [s.x, s.y] if s.z == NONE else [s.x, s.y, s.z]
@@ -150,7 +134,7 @@ class Errors(Explorer):
         order = list(dict.fromkeys(["token", "text", *self.axes, *self.rows.matrices, "massive"]))
         if rows.empty:
             caption, order = "Brush a region of the plot: its tokens are listed here", ["site", "token"]
-        self.listed.value = html_table(rows.sort_values(name, ascending=False).head(LISTED)[order], caption)
+        self.listed.value = html_table(rows.sort_values(name, ascending=False).head(200)[order], caption)
 
     def _fig4(self) -> None:
         """The chosen token's values before and after quantization."""
@@ -215,20 +199,20 @@ class Errors(Explorer):
 
     def refine(self) -> None:
         """Compute the default refinement off the kernel's thread; a cancelled one goes on where it was."""
-        self.work("refining", self._refine)
 
-    def _refine(self, job: Job) -> None:
-        def seen(state: Any) -> None:
-            self.status.busy(f"refining: step {state.history[-1]['step']} of {self.spec.steps}")
+        def work(job: Job) -> None:
+            def seen(state: Any) -> None:
+                self.status.busy(f"refining: step {state.history[-1]['step']} of {self.spec.steps}")
+                job.step()
+
+            R = dfrot.refined(self.spec, self.store, checkpoint=seen).R
             job.step()
+            self.add("DFRot", R)
 
-        R = dfrot.refined(self.spec, self.store, checkpoint=seen).R
-        job.step()
-        self.add("DFRot", R)
+        self.work("refining", work)
 
-    def enabled(self) -> dict[str, bool]:
-        """A file can be added at any time; the refinement is made once."""
-        able = super().enabled()
+    def _enabled(self) -> dict[str, bool]:
+        able = super()._enabled()
         return {**able, "load": True, "refine": able["refine"] and "DFRot" not in self.rows.matrices}
 
 
@@ -237,7 +221,6 @@ def errors(
 ) -> Errors:
     """A widget that shows each token's error E(x R) at a site of `acts` (default: the default capture) under
     two rotations or three: `table()`, those brushed `selected()`, figures `static()` and `static_token()`.
-
     `rotation` names matrices R (channels, channels), as `errors.token_errors` takes them; default NR, RO, RH,
     whose seed can then be turned, and DFRot where the store has it (else a button computes it)."""
     store = store or Store()

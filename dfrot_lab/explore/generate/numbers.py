@@ -11,8 +11,7 @@ from torch import Tensor
 from dfrot_lab.model.loading import LoadedModel
 
 PLAIN = {"num_beams": 1, "repetition_penalty": 1.0, "top_p": 1.0, "pad_token_id": 0}
-GREEDY = {"do_sample": False, "temperature": 1.0, "top_k": 50}
-"""transformers' defaults, said because a model's own generation settings would change its words."""
+GREEDY = {"do_sample": False, "temperature": 1.0, "top_k": 50}  # all said: a model's own would change words
 
 
 @dataclass
@@ -37,20 +36,12 @@ def prompt_ids(loaded: LoadedModel, prompt: str, tokens: int) -> Tensor:
 
 @torch.inference_mode()
 def continuation(
-    loaded: LoadedModel,
-    prompt: Tensor,
-    tokens: int,
-    on_token: Callable[[int], None] = lambda _id: None,
-    *,
-    temperature: float = 0.0,
-    top_k: int = 50,
-    seed: int = 0,
-) -> list[int]:
-    """Up to `tokens` ids that follow `prompt` (tokens,), fewer where the model ends its text, written by
-    transformers' `generate` with its cache. A quantized model writes inside `perplexity.quantized`.
-
-    The likeliest token at temperature 0; else drawn from logits / temperature among the `top_k` likeliest,
-    and models of one seed share their draws. `on_token` is called with each id, and may raise to stop."""
+    loaded: LoadedModel, prompt: Tensor, tokens: int, on_token: Callable[[int], None] = lambda _id: None, *,
+    temperature: float = 0.0, top_k: int = 50, seed: int = 0,
+) -> list[int]:  # fmt: skip
+    """Up to `tokens` ids that follow `prompt` (tokens,), fewer where the model ends its text: the likeliest
+    at temperature 0; else drawn from logits / temperature among the `top_k` likeliest, by models of one seed
+    alike. `on_token` is called with each id, and may raise to stop."""
 
     def each(ids: Tensor, _scores: Any, **_options: Any) -> Tensor:
         on_token(int(ids[0, -1]))

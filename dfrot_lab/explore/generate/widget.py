@@ -15,7 +15,6 @@ from traitlets import Enum, Float, HasTraits, Int, Tuple, Unicode
 
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.explore.generate import numbers
-from dfrot_lab.explore.generate.numbers import Written
 from dfrot_lab.explore.page import GREY, Plot, drawing, label
 from dfrot_lab.explore.shell import Explorer, Job, control
 from dfrot_lab.explore.worth.numbers import BITS, FULL
@@ -24,30 +23,24 @@ from dfrot_lab.recipe import registry
 from dfrot_lab.recipe.specs import Recipe
 from dfrot_lab.rotate import dfrot
 from dfrot_lab.score import build
-from dfrot_lab.score.build import Built
-from dfrot_lab.show.markup import span, visible
-from dfrot_lab.show.theme import COLOURS, MASSIVE_COLOUR
+from dfrot_lab.show import markup, theme
 from dfrot_lab.study import cost
 from dfrot_lab.study.setting import Setting
 from dfrot_lab.weights.run import OnPart
 
-ROOM = 4
-"""Built models are kept for the next prompt while the free memory is this many times one's weights."""
-LABELLED = 70
-"""Tokens up to which the strip names each one below it."""
-ABOUT = ["position", "text", "prompt"]
-"""The columns of a table of losses that are no models."""
+ROOM = 4  # built models are kept for the next prompt while the free memory is this many times one's weights
+LABELLED = 70  # tokens up to which the strip names each one below it
+ABOUT = ["position", "text", "prompt"]  # the columns of a table of losses that are no models
 TITLE, WRITTEN = "Loss of each token", "the prompt, then (right of the line) what full precision wrote"
 EXACT = "full precision"
 BOX = {"width": "420px", "height": "96px"}
 SIZE = {"height": "250px", "width": "236px"}
 COLUMN = {**SIZE, "overflow": "auto", "border": f"1px solid {GREY}", "padding": "4px"}
-UNREFINED = "its rotation is not refined yet: press Refine DFRot"
 UNSTORED = "its GPTQ weights are not stored: choose rtn, or compute its row with `dfrot-lab evaluate`"
 LIKELIEST = "Temperature (0: the likeliest)"
 
 
-class Strip(Plot):
+class _Strip(Plot):
     """Each model's loss of each token of one text; the line is where the prompt ends."""
 
     def __init__(self) -> None:
@@ -59,7 +52,6 @@ class Strip(Plot):
         super().__init__([go.Heatmap(hovertemplate=hover, **look)], height=300, title=title, yaxis=y)
 
     def draw(self, losses: pd.DataFrame) -> None:
-        """The table of `Generate.losses`."""
         values = losses.drop(columns=ABOUT)
         x, texts = losses["position"].tolist(), [label(text) for text in losses["text"]]
         about = [f"{place}: {text}" for place, text in zip(x, texts, strict=True)]
@@ -72,9 +64,7 @@ class Strip(Plot):
         self.put({**strip, "customdata": [about] * values.shape[1]}, xaxis=across, **edges)
 
 
-class State(HasTraits):
-    """What is written, through which rotations, at which bits and weights, and how tokens are chosen."""
-
+class _State(HasTraits):
     prompt = control(Unicode("The Eiffel Tower is in"), widgets.Textarea, "Prompt", layout=BOX)
     rotations = control(Tuple(), widgets.SelectMultiple, "Rotations", 220, rows=4)
     bits = control(Enum(BITS, "4-4-16"), widgets.Dropdown, "Bits W-A-KV")
@@ -92,14 +82,15 @@ class Generate(Explorer):
 
     def __init__(self, setting: Setting | None = None, store: Store | None = None) -> None:
         names = tuple(registry.rows())
-        super().__init__(State(rotations=names), rotations=names, weights=[*registry.WEIGHTS])
+        super().__init__(_State(rotations=names), rotations=names, weights=[*registry.WEIGHTS])
         self.setting, self.store = (setting or Setting.of_profile()).resolved(), store or Store()
         self.tokenizer: Any = None
-        self.kept, self.written, self.prompt_ids = dict[str, Built](), dict[str, Written](), list[int]()
+        self.kept, self.prompt_ids = dict[str, build.Built](), list[int]()
+        self.written = dict[str, numbers.Written]()
         self.columns = {name: widgets.HTML(layout=COLUMN) for name in (EXACT, *names)}
         for name in self.columns:
             self._fill(name)
-        self.plot = Strip()
+        self.plot = _Strip()
         self.bar = widgets.FloatProgress(min=0, max=1, description="Done", layout={"width": "300px"})
         self.button("write", "Write", self.write, icon="pencil")
         self.button("cancel", "Cancel", self.cancel, icon="stop")
@@ -127,7 +118,7 @@ class Generate(Explorer):
         for name, spec in specs.items():
             weights = registry.load(registry.WEIGHTS, spec.weights.method)
             if name == "DFRot" and not self.refined():
-                why[name] = UNREFINED
+                why[name] = "its rotation is not refined yet: press Refine DFRot"
             elif weights.CALIBRATED and not build.weights_stored(spec, self.store):
                 why[name] = UNSTORED
         return why
@@ -141,16 +132,12 @@ class Generate(Explorer):
 
     def refine(self) -> None:
         """Refine DFRot's rotation in the background and keep it."""
-
-        def work(job: Job) -> None:
-            dfrot.refined(self.setting.refine, self.store, lambda _state: job.step())
-
         takes = cost.duration(sum(cost.preparation(self.setting, self.store)))
-        self.work(f"refining DFRot's rotation, about {takes} on 2 cores", work)
+        text = f"refining DFRot's rotation, about {takes} on 2 cores"
+        self.work(text, lambda job: dfrot.refined(self.setting.refine, self.store, lambda _state: job.step()))
 
-    def enabled(self) -> dict[str, bool]:
-        """A rotation that is stored needs no refinement."""
-        return {**super().enabled(), "refine": not self.job.running and not self.refined()}
+    def _enabled(self) -> dict[str, bool]:
+        return {**super()._enabled(), "refine": not self.job.running and not self.refined()}
 
     def _write(self, job: Job, prompt: str, tokens: int, drawn: dict[str, Any]) -> None:
         specs = self.specs()
@@ -182,7 +169,7 @@ class Generate(Explorer):
             if name == EXACT:
                 self.tokenizer = built.loaded.tokenizer
                 self.prompt_ids = numbers.prompt_ids(built.loaded, prompt, tokens).tolist()
-            result = self.written[name] = Written(name)
+            result = self.written[name] = numbers.Written(name)
             with build.quantized(built, spec):
                 ids = torch.tensor(self.prompt_ids)
                 numbers.continuation(built.loaded, ids, tokens, on_token, **drawn)
@@ -191,7 +178,7 @@ class Generate(Explorer):
             self._show(result)
             self.plot.draw(self.losses())
 
-    def _built(self, key: str, spec: Recipe, on_part: OnPart) -> Built:
+    def _built(self, key: str, spec: Recipe, on_part: OnPart) -> build.Built:
         if key not in self.kept:
             sizes = [sum(p.nbytes for p in each.loaded.model.parameters()) for each in self.kept.values()]
             if psutil.virtual_memory().available < ROOM * max(sizes, default=0):
@@ -199,27 +186,26 @@ class Generate(Explorer):
             self.kept[key] = build.build(spec, self.store, on_part)
         return self.kept[key]
 
-    def _show(self, result: Written) -> None:
+    def _show(self, result: numbers.Written) -> None:
         exact, different = self.written[EXACT].ids, self._different(result)
         head = "as full precision" if different is None else f"departs at token {different + 1}"
         parts = []
         for place, token in enumerate(result.ids):
             title, text, departs = f"token {place + 1}, id {token}", self.text(token), place == different
             if departs and place < len(exact):
-                title += f"; full precision wrote {visible(self.text(exact[place]))}"
-            marked = span(text, MASSIVE_COLOUR if departs else None, title)
+                title += f"; full precision wrote {markup.visible(self.text(exact[place]))}"
+            marked = markup.span(text, theme.MASSIVE_COLOUR if departs else None, title)
             parts.append(marked + ("<br>" if "\n" in text else ""))
         prompt = html.escape(self.tokenizer.decode(self.prompt_ids))
         words = f'<span style="color:{GREY}">{prompt}</span><wbr>{"<wbr>".join(parts)}'
         self._fill(result.name, "" if result.name == EXACT else head, words)
 
     def _fill(self, name: str, head: str = "", text: str = "") -> None:
-        mark = f"border-left:6px solid {COLOURS.get(name, GREY)};padding-left:6px"
+        mark = f"border-left:6px solid {theme.COLOURS.get(name, GREY)};padding-left:6px"
         title = f'<b style="{mark}">{html.escape(name)}</b> <i style="color:{GREY}">{head}</i>'
-        words = f'<div style="line-height:1.5;overflow-wrap:anywhere">{text}</div>'
-        self.columns[name].value = title + words
+        self.columns[name].value = title + f'<div style="line-height:1.5;overflow-wrap:anywhere">{text}</div>'
 
-    def _different(self, result: Written) -> int | None:
+    def _different(self, result: numbers.Written) -> int | None:
         """Where a text departs from full precision's; while it is being written its end is no difference."""
         exact = self.written[EXACT].ids
         return numbers.first_difference(result.ids, exact if result.losses else exact[: len(result.ids)])

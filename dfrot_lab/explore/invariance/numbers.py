@@ -1,5 +1,4 @@
-"""Any set of surgery steps, right or wrong, tried on one model: how far the logits move, what the model then
-says, and why a wrong set is wrong. What the package refuses is then done by hand, to show the damage."""
+"""Any set of surgery steps tried on one model, by hand where refused: the logits, the text, what is wrong."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -16,7 +15,6 @@ from dfrot_lab.recipe.specs import RotationSpec
 TOLERANCE = 2e-5
 """Relative error of the logits that float32 may cause in 30 layers; mistakes begin 100 times higher."""
 NEW_TOKENS = 12
-Step = Callable[[], None]
 PROMPT = "The capital of France is Paris. The capital of Germany is"
 
 STEPS = {
@@ -29,8 +27,7 @@ STEPS = {
     "r3": "R3: rotate queries and keys, online",
     "r4_fused": "R4: the half fused into down_proj",
     "r4_online": "R4: the online half before down_proj",
-}
-"""Every switch and its label, in the order the steps are taken."""
+}  # every switch and its label, in the order the steps are taken
 SHORT = ("untie", "centre", "fuse", "gains to 1", "R1", "R2", "R3", "R4 fused", "R4 online")
 
 WHY = {
@@ -123,9 +120,8 @@ class Bench:
         self._truth: tuple[str, Tensor] | None = None
 
     @torch.no_grad()
-    def measure(self, steps: Steps, prompt: str, step: Step = lambda: None) -> Outcome:
-        """Try `steps` on `prompt` beside the untouched model; `step` is called between the parts. ValueError:
-        an empty prompt, or one beyond the model's context."""
+    def measure(self, steps: Steps, prompt: str, step: Callable[[], None] = lambda: None) -> Outcome:
+        """Try `steps` on `prompt` (ValueError if empty or too long); `step` is called between the parts."""
         loaded = self.loaded
         ids = prompt_ids(loaded, prompt, NEW_TOKENS).to(loaded.device)
         if self._truth is None or self._truth[0] != prompt:
@@ -147,12 +143,12 @@ class Bench:
         """Change the model's weights as `steps` say, from its own ones; returns the package's refusals."""
         loaded, roles = self.loaded, self.loaded.roles
         if self._base == steps.residual:
-            self._fill(self._tail)
+            loaded.model.load_state_dict(self._tail, strict=False)
         else:
             self._base = None  # what follows may end half-way
             if self.tied:
                 _tie(loaded)
-            self._fill(self._pristine)
+            loaded.model.load_state_dict(self._pristine, strict=False)
             self._refusals = _residual(loaded, steps)
             # what R2 and R4 change: this copy spares the many products of R1 at the next trial
             self._tail = self._copy(*(f".{name}." for name in (roles.v, roles.o, roles.down)))
@@ -167,11 +163,6 @@ class Bench:
         """A copy of the parameters whose name has one of `parts` in it."""
         named = self.loaded.model.named_parameters()
         return {name: p.detach().clone() for name, p in named if any(part in name for part in parts)}
-
-    def _fill(self, weights: dict[str, Tensor]) -> None:
-        own = dict(self.loaded.model.named_parameters())
-        for name, weight in weights.items():
-            own[name].copy_(weight)
 
 
 def _tie(loaded: LoadedModel) -> None:

@@ -17,18 +17,14 @@ from dfrot_lab.explore.shell import Explorer, Job, control
 from dfrot_lab.model import loading
 from dfrot_lab.model.loading import LoadedModel
 from dfrot_lab.recipe.specs import ModelSpec, RotationSpec
-from dfrot_lab.show import figures
-from dfrot_lab.show.markup import span
-from dfrot_lab.show.theme import COLOURS, MASSIVE_COLOUR
+from dfrot_lab.show import figures, markup, theme
 
-SHOWN = 8
-"""Trials in the plot, the newest below."""
-LEAST, MOST = 1e-8, 30.0
-"""Where an error of 0, and one that is not a number, are drawn on the log axis."""
-KEPT, BROKEN = COLOURS["RH"], MASSIVE_COLOUR
+SHOWN = 8  # trials in the plot, the newest below
+LEAST, MOST = 1e-8, 30.0  # where an error of 0, and one that is not a number, are drawn on the log axis
+KEPT, BROKEN = theme.COLOURS["RH"], theme.MASSIVE_COLOUR
 
 
-class Trials(Plot):
+class _Trials(Plot):
     """The logits' error of the last trials, those that broke the model in red."""
 
     def __init__(self) -> None:
@@ -41,7 +37,6 @@ class Trials(Plot):
         self.update_yaxes(zeroline=False, showgrid=False, tickfont_size=10, range=[SHOWN - 0.5, -0.5])
 
     def draw(self, outcomes: list[Outcome]) -> None:
-        """The last of all trials so far."""
         shown = outcomes[-SHOWN:]
         places, names = list(range(len(shown))), [o.steps.name for o in shown]
         x = [min(max(o.error, LEAST), MOST) if o.error == o.error else MOST for o in shown]
@@ -53,29 +48,22 @@ class Trials(Plot):
         self.put(bars, yaxis={"tickmode": "array", "tickvals": places, "ticktext": ticks})
 
 
-def _switch(name: str) -> Bool:
-    return control(Bool(), Checkbox, STEPS[name], 320, indent=False)
-
-
-class State(HasTraits):
-    """What is switched on: one Bool a step, the kind and seed of R1, the prompt."""
-
-    untie, centre, fuse, drop = _switch("untie"), _switch("centre"), _switch("fuse"), _switch("drop")
-    r1, r2, r3 = _switch("r1"), _switch("r2"), _switch("r3")
-    r4_fused, r4_online = _switch("r4_fused"), _switch("r4_online")
+class _State(HasTraits):
+    untie, centre, fuse, drop, r1, r2, r3, r4_fused, r4_online = (
+        control(Bool(), Checkbox, label, 320, indent=False) for label in STEPS.values()
+    )
     kind = control(Enum(("RH", "RO"), "RH"), Dropdown, "R1 is", 170)
     seed = control(Int(0, min=0), BoundedIntText, "Seed of R1", 180, min=0, max=10**6)
     prompt = control(Unicode(PROMPT), Text, "Prompt", 470, continuous_update=False)
 
     def steps(self) -> Steps:
-        """The switches as the steps to take."""
         on = {name: getattr(self, name) for name in STEPS}
         return Steps(**on, rotation=RotationSpec(kind=self.kind, seed=self.seed))
 
 
 def verdict_html(outcome: Outcome) -> str:
     """The verdict in colour, with a sign that does not need one."""
-    unchanged = ("\u2714 Unchanged:", COLOURS["DFRot"])
+    unchanged = ("\u2714 Unchanged:", theme.COLOURS["DFRot"])
     sign, colour = ("\u2718 Broken:", BROKEN) if outcome.broken else unchanged
     words = f'<b style="color:{colour}">{sign}</b> {html.escape(outcome.verdict)}'
     return f'<p class="dfrot-verdict" style="margin:4px 0;line-height:1.4">{words}</p>'
@@ -84,28 +72,27 @@ def verdict_html(outcome: Outcome) -> str:
 def text_html(outcome: Outcome, truth: Outcome) -> str:
     """Both continuations, token by token; what differs from the untouched model's is marked."""
     pairs = zip(outcome.tokens, truth.tokens, strict=False)
-    own = "".join(span(a, None if a == b else BROKEN, f"untouched: {b}") for a, b in pairs)
-    wanted = "".join(map(span, truth.tokens))
+    own = "".join(markup.span(a, None if a == b else BROKEN, f"untouched: {b}") for a, b in pairs)
+    wanted = "".join(map(markup.span, truth.tokens))
     same = "the same text" if outcome.tokens == truth.tokens else "marked: not what the untouched model says"
     words = f"untouched: {wanted}<br>with these steps: {own} <i>({same})</i>"
     return f'<p style="margin:4px 0;line-height:1.7">{words}</p>'
 
 
 class Invariance(Explorer):
-    """Switch each surgery step on and off and see the logits' error against the untouched model, and a short
-    text it generates; `outcomes` are the trials. `loaded`, where given, is used (and changed) instead of a
-    fresh load of `model`."""
+    """Switch each surgery step on and off and see the logits' error against the untouched model, and a text;
+    `outcomes` are the trials. `loaded`, where given, is used (and changed), not a fresh load of `model`."""
 
     CANCELLED = "cancelled; the trials are as they were"
 
     def __init__(
         self, model: ModelSpec | None = None, store: Store | None = None, loaded: LoadedModel | None = None
     ) -> None:
-        super().__init__(State())
+        super().__init__(_State())
         self._load = lambda: loaded or loading.load_model(model or ModelSpec(), store)
         self.bench: Bench | None = None
         self.outcomes, self.truth = list[Outcome](), dict[str, Outcome]()
-        self.plot = Trials()
+        self.plot = _Trials()
         self.verdict, self.text = (HTML(layout={"min_height": high}) for high in ("66px", "60px"))
         right = {name: name not in ("centre", "drop") for name in STEPS}
         self.button("correct", "All steps, correctly", lambda: self.set(**right))
@@ -130,9 +117,8 @@ class Invariance(Explorer):
         self.job.instead(partial(self._compute, steps=self.state.steps(), prompt=self.state.prompt))
         self.enable()
 
-    def enabled(self) -> dict[str, bool]:
-        """A newer trial takes the place of the one that runs."""
-        return {"cancel": self.job.running}
+    def _enabled(self) -> dict[str, bool]:
+        return {"cancel": self.job.running}  # a newer trial takes the place of the one that runs
 
     def wait(self, seconds: float | None = 120) -> Outcome:
         """The newest trial, once nothing is left to compute; TimeoutError after `seconds`."""
@@ -142,14 +128,12 @@ class Invariance(Explorer):
         return self.outcomes[-1]
 
     def table(self) -> pd.DataFrame:
-        """One row a trial, oldest first: steps, error (relative, of the logits), broken, why, refused (the
-        package's words), text."""
-        rows = [(o.steps.name, o.error, o.broken, o.faults, o.refusals, o.tokens) for o in self.outcomes]
-        table = pd.DataFrame(rows, columns=["steps", "error", "broken", "why", "refused", "text"])
-        return table.assign(
-            **{name: table[name].map(" ".join) for name in ("why", "refused")},
-            text=table["text"].map("".join),
-        )
+        """One row a trial, oldest first: steps, error (relative), broken, why, refused (so why), text."""
+        rows = [
+            (o.steps.name, o.error, o.broken, " ".join(o.faults), " ".join(o.refusals), "".join(o.tokens))
+            for o in self.outcomes
+        ]
+        return pd.DataFrame(rows, columns=["steps", "error", "broken", "why", "refused", "text"])
 
     def static(self) -> Figure:
         """The plotted trials as a matplotlib figure."""

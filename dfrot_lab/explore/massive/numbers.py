@@ -14,12 +14,9 @@ from dfrot_lab.model import corpus
 from dfrot_lab.model.loading import LoadedModel
 from dfrot_lab.observe import massive, residual
 from dfrot_lab.recipe.specs import ROW_RULES, WINDOW, CorpusSpec
-from dfrot_lab.show.markup import span
-from dfrot_lab.show.theme import MASSIVE_COLOUR
+from dfrot_lab.show import markup, theme
 
-CELLS, COLUMNS = 49152, 192
-"""Cells and columns of the heat map at most: of 256 tokens and 576 channels, three channels a cell."""
-TINY = 1e-30
+CELLS, COLUMNS = 49152, 192  # of the heat map at most: of 256 tokens, 576 channels, three channels a cell
 Step = Callable[[int], None]
 
 
@@ -37,7 +34,7 @@ class Look:
 
     def median(self, layer: int) -> float:
         """Median |x| before a layer."""
-        return max(float(self.profile["median"].iloc[layer]), TINY)
+        return max(float(self.profile["median"].iloc[layer]), 1e-30)
 
 
 def look(loaded: LoadedModel, ids: Tensor, whole: int = 0, step: Step = lambda _layer: None) -> Look:
@@ -69,8 +66,7 @@ def typed_ids(loaded: LoadedModel, text: str, most: int) -> tuple[Tensor, int]:
 def block_ids(loaded: LoadedModel, spec: CorpusSpec, block: int, most: int) -> tuple[Tensor, int]:
     """The first `most` token ids of a corpus block (whole windows, from 0), and how many the block has."""
     window = min(WINDOW, loaded.context)
-    ids = corpus.token_blocks(spec, loaded.tokenizer, blocks=block + 1, window=window)[block]
-    return ids[:most], window
+    return corpus.token_blocks(spec, loaded.tokenizer, blocks=block + 1, window=window)[block][:most], window
 
 
 def marks(seen: Look, layer: int, rule: str) -> Tensor:
@@ -124,20 +120,20 @@ def cells(seen: Look, layer: int) -> np.ndarray:
 
 def token_table(seen: Look, layer: int, rule: str) -> pd.DataFrame:
     """Every token at a layer, largest first: token, text, channel, value (signed), ratio, massive."""
-    channel = seen.streams[layer].abs().argmax(1).numpy()
-    table = _largest_first(seen, layer, np.arange(len(channel)), channel)
+    table = _largest_first(seen, layer, 1)
     return table.assign(massive=marks(seen, layer, rule).numpy()[table["token"]])
 
 
 def channel_table(seen: Look, layer: int) -> pd.DataFrame:
     """Every channel at a layer, largest first: channel, value (signed), ratio, its token and text."""
-    token = seen.streams[layer].abs().argmax(0).numpy()
-    table = _largest_first(seen, layer, token, np.arange(len(token)))
-    return table[["channel", "value", "ratio", "token", "text"]]
+    return _largest_first(seen, layer, 0)[["channel", "value", "ratio", "token", "text"]]
 
 
-def _largest_first(seen: Look, layer: int, token: np.ndarray, channel: np.ndarray) -> pd.DataFrame:
-    """The entries of a layer at these places: token, text, channel, value, ratio."""
+def _largest_first(seen: Look, layer: int, across: int) -> pd.DataFrame:
+    """A layer's largest |x| of each token (across: 1) or channel (0): token, text, channel, value, ratio."""
+    largest = seen.streams[layer].abs().argmax(across).numpy()
+    every = np.arange(len(largest))
+    token, channel = (every, largest) if across else (largest, every)
     value = seen.streams[layer][token, channel].numpy()
     place = {"token": token, "text": [seen.texts[i] for i in token], "channel": channel}
     table = pd.DataFrame({**place, "value": value, "ratio": np.abs(value) / seen.median(layer)})
@@ -149,7 +145,7 @@ def sentence(table: pd.DataFrame, layer: int, rule: str) -> str:
     marked = table[table["massive"]]
     token = (marked if len(marked) else table).iloc[0]
     where = f"in channel {token['channel']} at layer {layer}: {number(token['ratio'])} \u00d7 the median."
-    named = f"oken {token['token']} \u2018{span(token['text'])}\u2019"
+    named = f"oken {token['token']} \u2018{markup.span(token['text'])}\u2019"
     what = f"{named} reaches {number(abs(token['value']))} {where}"
     if not len(marked):
         return f"No token is massive here by rule {rule}. The largest, t{what}"
@@ -161,7 +157,7 @@ def text_spans(table: pd.DataFrame) -> str:
     spans = []
     for row in table.sort_values("token").to_dict("records"):
         about = f", channel {row['channel']}: {number(abs(row['value']))}" if row["massive"] else ""
-        colour = MASSIVE_COLOUR if row["massive"] else None
-        spans.append(span(row["text"], colour, f"token {row['token']}{about}"))
+        colour = theme.MASSIVE_COLOUR if row["massive"] else None
+        spans.append(markup.span(row["text"], colour, f"token {row['token']}{about}"))
         spans.append("<br>" if "\n" in row["text"] else "<wbr>")
     return f'<div class="dfrot-text" style="line-height:1.5;overflow-wrap:anywhere">{"".join(spans)}</div>'

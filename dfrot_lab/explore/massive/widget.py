@@ -16,35 +16,27 @@ from traitlets import Enum, HasTraits, Int, Unicode
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.explore import page
 from dfrot_lab.explore.massive import numbers
-from dfrot_lab.explore.massive.numbers import Look, cells, starts
 from dfrot_lab.explore.page import GREY, Plot, label, packed, panel
 from dfrot_lab.explore.shell import Explorer, Job, beside, control
 from dfrot_lab.model import loading
-from dfrot_lab.model.loading import LoadedModel
 from dfrot_lab.observe.capture import Capture
 from dfrot_lab.recipe.specs import MASSIVE_RULES, CaptureSpec, CorpusSpec, ModelSpec
 from dfrot_lab.show.theme import MASSIVE_COLOUR
 
-TOKENS = 256
-"""Tokens shown of a longer text, unless more are asked for."""
-SIZES = (64, 128, 256, 512, 1024, 2048)
-ROWS = 12
-"""Rows of the tables of tokens and channels."""
+TOKENS = 256  # tokens shown of a longer text, unless more are asked for
+ROWS = 12  # rows of the tables of tokens and channels
 HEAT, SPACE = "heat map", "3-D"
 BOX: dict[str, Any] = {"placeholder": "type or paste a text, then look", "layout": {"height": "72px"}}
-FLOOR = 0.01
-"""Values below this have one colour: the scale is logarithmic."""
+FLOOR = 0.01  # values below this have one colour: the scale is logarithmic
 LINES = (
     ("top 1", MASSIVE_COLOUR, "solid", "-"),
     ("top 2", "#E69F00", "dash", "--"),
     ("top 3", "#56B4E9", "dashdot", "-."),
     ("median", "#009E73", "dot", ":"),
-)
-"""Column of a profile, its colour and its dash, in plotly's word and matplotlib's."""
+)  # column of a profile, its colour and its dash, in plotly's word and matplotlib's
 POINT = ["value", "channel", "ratio"]
-RATIO = "%{customdata[2]:,.3g} \u00d7 the median<extra></extra>"
-ABOUT = f"channel %{{customdata[1]:.0f}}: %{{customdata[0]:,.5g}}<br>{RATIO}"
-"""What every point says of itself: POINT is its customdata."""
+ABOUT = "channel %{customdata[1]:.0f}: %{customdata[0]:,.5g}<br>"  # what every point says of itself
+ABOUT += "%{customdata[2]:,.3g} \u00d7 the median<extra></extra>"
 
 
 def logarithm(value: np.ndarray) -> np.ndarray:
@@ -57,32 +49,30 @@ class Heat(Plot):
 
     def __init__(self) -> None:
         look: dict[str, Any] = {"hovertemplate": f"%{{x}}<br>{ABOUT}"}
-        bar = {"title": {"text": "|x|"}, "thickness": 14}
         marker = {"symbol": "diamond-open", "size": 13, "color": MASSIVE_COLOUR, "line": {"width": 2.5}}
-        heat = go.Heatmap(colorscale="Cividis", colorbar=bar, **look)
+        heat = go.Heatmap(colorscale="Cividis", colorbar={"title": {"text": "|x|"}, "thickness": 14}, **look)
         marks = go.Scatter(mode="markers", marker=marker, showlegend=False, **look)
         x = {"type": "category", "nticks": 24, "tickangle": -40, "showgrid": False, "title": "token"}
         super().__init__([heat, marks], xaxis=x, yaxis_title="channel")
-        self._seen: Look | None = None
+        self._seen: numbers.Look | None = None
 
-    def draw(self, seen: Look, layer: int, marked: pd.DataFrame) -> None:
+    def draw(self, seen: numbers.Look, layer: int, marked: pd.DataFrame) -> None:
         """A layer and its marked tokens, at once: plotly cannot draw values over another text's axes."""
-        drawn, about = cells(seen, layer), marked[POINT].to_numpy(np.float32)
+        drawn, about = numbers.cells(seen, layer), marked[POINT].to_numpy(np.float32)
         with self.batch_update():
             if seen is not self._seen:  # axes and colours change with the text alone
                 names = self._names = [f"{i} {label(text)}" for i, text in enumerate(seen.texts)]
                 self._seen, top = seen, np.log10(seen.profile["top 1"].max())
                 powers = list(range(int(np.log10(FLOOR)), int(np.ceil(top)) + 1))
                 ticks = {"tickvals": powers, "ticktext": [f"{10.0**power:,g}" for power in powers]}
-                look = {"y": starts(*seen.streams[0].shape), "zmin": powers[0], "zmax": powers[-1]}
+                look = {"y": numbers.starts(*seen.streams[0].shape), "zmin": powers[0], "zmax": powers[-1]}
                 self.data[0].update(x=names, colorbar=ticks, **look)
-                ends = [-0.5, len(names) - 0.5]
-                self.update_xaxes(categoryorder="array", categoryarray=names, range=ends)
+                self.update_xaxes(categoryorder="array", categoryarray=names, range=[-0.5, len(names) - 0.5])
             self.data[0].update(z=packed(logarithm(drawn[..., 0])), customdata=packed(drawn))
             self.data[1].update(x=[self._names[i] for i in marked["token"]], y=about[:, 1], customdata=about)
 
 
-class Space(Plot):
+class _Space(Plot):
     """The same in space, heights not logarithmic: a surface, the marked tokens on it as points."""
 
     def __init__(self) -> None:
@@ -93,18 +83,17 @@ class Space(Plot):
         shape = {"aspectmode": "manual", "aspectratio": {"x": 2, "y": 1, "z": 0.8}}
         view = page.scene("token", "channel", "|x|", camera={"eye": {"x": 1.0, "y": -2.5, "z": 0.9}}, **shape)
         super().__init__([surface, marks], scene=view, margin=page.EDGE_TO_EDGE)
-        self._seen: Look | None = None
+        self._seen: numbers.Look | None = None
 
-    def draw(self, seen: Look, layer: int, marked: pd.DataFrame) -> None:
-        """As the heat map's."""
-        drawn, about = cells(seen, layer), marked[POINT].to_numpy(np.float32)
+    def draw(self, seen: numbers.Look, layer: int, marked: pd.DataFrame) -> None:
+        drawn, about = numbers.cells(seen, layer), marked[POINT].to_numpy(np.float32)
         height, top = np.abs(drawn[..., 0]), np.abs(about[:, 0])
         down = {"type": "data", "symmetric": False, "array": np.zeros_like(top), "arrayminus": top}
         stems = {**down, "width": 0, "thickness": 4, "color": MASSIVE_COLOUR}
         with self.batch_update():
             if seen is not self._seen:  # axes and token names change with the text alone
                 self._seen, self._names = seen, page.contexts(seen.texts)
-                rows, count = starts(*seen.streams[0].shape), np.arange(len(seen.texts))
+                rows, count = numbers.starts(*seen.streams[0].shape), np.arange(len(seen.texts))
                 ticks, names = count[:: max(1, len(count) // 12)], [label(text) for text in seen.texts]
                 self.data[0].update(x=count.astype(np.float32), y=rows, text=[names] * len(rows))
                 self.layout.scene.xaxis.update(tickvals=ticks, ticktext=[f"{i} {names[i]}" for i in ticks])
@@ -123,16 +112,13 @@ def profile_plot(go_to: Callable[[int], None]) -> Plot:
         hover = "layer %{x}<br>%{y:,.5g}<extra>" + name + "</extra>"
         style = {"line": {"color": colour, "dash": dash}, "marker": {"size": 5}, "mode": "lines+markers"}
         traces.append(go.Scatter(name=name, hovertemplate=hover, **style))
-    y = {"type": "log", "exponentformat": "power", "title": "|x|"}
-    plot = Plot(traces, xaxis_title="layer", yaxis=y)
+    plot = Plot(traces, xaxis_title="layer", yaxis={"type": "log", "exponentformat": "power", "title": "|x|"})
     for line in plot.data[1:]:
         line.on_click(lambda _trace, points, _state: go_to(int(points.xs[0])) if points.xs else None)
     return plot
 
 
-class State(HasTraits):
-    """The layer, the view and the rule; the text typed, the corpus block, how many tokens are looked at."""
-
+class _State(HasTraits):
     layer = control(Int(), IntSlider, "layer", 420)
     view = control(Enum((HEAT, SPACE), HEAT), ToggleButtons, "view", 90)
     rule = control(Enum(MASSIVE_RULES, "sun"), Dropdown, "massive by rule", 230)
@@ -142,41 +128,43 @@ class State(HasTraits):
 
 
 class Massive(Explorer):
-    """The widget of `massive`."""
+    """The residual stream |x| (tokens, channels) before each layer of `model`, for any text, and its massive
+    tokens; at first for `tokens` tokens of `acts`, or of the calibration text (`corpus`). Model and corpus
+    are those of `acts` unless given; ValueError where they cannot be used."""
 
     ONE, CANCELLED = "text", "cancelled; the view is as it was"
 
-    def __init__(self, loaded: LoadedModel, acts: Capture | None, corpus: CorpusSpec, tokens: int) -> None:
-        self.loaded, self.corpus = loaded, corpus
+    def __init__(
+        self, acts: Capture | None = None, model: ModelSpec | None = None, corpus: CorpusSpec | None = None,
+        *, store: Store | None = None, tokens: int = TOKENS,
+    ) -> None:  # fmt: skip
+        made_by = CaptureSpec() if acts is None else acts.spec
+        self.loaded = loaded = loading.load_model(model or made_by.model, store)
+        self.corpus = corpus or made_by.corpus
         last, middle = len(loaded.layers) - 1, len(loaded.layers) // 2
-        sizes = sorted({*SIZES, tokens})
-        super().__init__(State(layer=middle, tokens=tokens), layer={"max": last}, tokens=sizes)
+        sizes = sorted({64, 128, 256, 512, 1024, 2048, tokens})
+        super().__init__(_State(layer=middle, tokens=tokens), layer={"max": last}, tokens=sizes)
         box, number = "look at the text in the box", "look at the corpus block with this number"
         self.button("look", "look", self.look_at_text, tooltip=box, button_style="primary")
         self.button("open", "open block", self.look_at_block, tooltip=number)
         self.button("cancel", "cancel", self.cancel, tooltip="stop looking; the view stays as it is")
         self.controls["play"] = Play(description="play", value=middle, max=last, interval=700)
         jslink((self.controls["play"], "value"), (self.controls["layer"], "value"))
-        self.plot, self.space = Heat(), Space()
+        self.plot, self.space = Heat(), _Space()
         self.profile = profile_plot(lambda layer: self.state.set_trait("layer", layer))
         self.sentence, self.words, self.tokens, self.channels = map(panel, (58, 30, 290, 290))
         self.text = panel(150, border=f"1px solid {GREY}", padding="4px")
         self.stage = page.Stage(self.plot)
         if acts is None:
-            first = numbers.block_ids(loaded, corpus, 0, tokens)
+            first = numbers.block_ids(loaded, self.corpus, 0, tokens)
         else:
             first = torch.tensor(acts.ids[: min(tokens, loaded.context)]), acts.tokens
         self._show(numbers.look(loaded, *first))
         self.enable()
         self.on("layer rule view", self.redraw)
         opened = self.row("text", ["look", "cancel"], [self.row("block", "open"), "tokens"])
-        above = [
-            opened,
-            self.row("play", "layer", "view", "rule"),
-            self.words,
-            self.status.widget,
-            self.sentence,
-        ]
+        shown = self.row("play", "layer", "view", "rule")
+        above = [opened, shown, self.words, self.status.widget, self.sentence]
         seen = [beside(self.stage, self.profile, shares=(66, 34)), self.text]
         apart = {"width": "100%", "justify_content": "space-between"}
         self.children = [*above, *seen, HBox([self.tokens, self.channels], layout=apart)]
@@ -202,7 +190,7 @@ class Massive(Explorer):
 
         self.work("reading the text", work)
 
-    def _show(self, seen: Look) -> None:
+    def _show(self, seen: numbers.Look) -> None:
         with self._lock:
             self.seen = seen
             self.redraw()
@@ -245,7 +233,7 @@ class Massive(Explorer):
         with page.drawing(2, **size) as (drawn, (left, right)):
             tokens, channels = seen.streams[layer].shape
             edges = (-0.5, tokens - 0.5, channels - 0.5, -0.5)
-            heights = logarithm(cells(seen, layer)[..., 0])
+            heights = logarithm(numbers.cells(seen, layer)[..., 0])
             image = left.imshow(heights, aspect="auto", cmap="cividis", extent=edges)
             left.grid(visible=False)
             left.set(xlabel="token", ylabel="channel", title=f"log10 |residual stream| before layer {layer}")
@@ -259,20 +247,3 @@ class Massive(Explorer):
             right.set(yscale="log", xlabel="layer", ylabel="|residual stream|")
             right.legend(fontsize=8)
         return drawn
-
-
-def massive(
-    acts: Capture | None = None,
-    model: ModelSpec | None = None,
-    corpus: CorpusSpec | None = None,
-    *,
-    store: Store | None = None,
-    tokens: int = TOKENS,
-) -> Massive:
-    """A widget that shows the residual stream |x| (tokens, channels) before each layer of `model`, for any
-    text, and its massive tokens; at first for `tokens` tokens of `acts`, or of the calibration text
-    (`corpus`). Model and corpus are those of `acts` unless given. ValueError where they cannot be used. It
-    has `table()` (one row a token at the layer shown) and `static()` (a matplotlib figure)."""
-    made_by = CaptureSpec() if acts is None else acts.spec
-    loaded = loading.load_model(model or made_by.model, store)
-    return Massive(loaded, acts, corpus or made_by.corpus, tokens)

@@ -10,18 +10,13 @@ import torch
 from scipy.spatial.transform import Rotation
 from torch import Tensor
 
-from dfrot_lab.maths import rotations, theory
-from dfrot_lab.maths.quantizers import scale_zero, squared_error
+from dfrot_lab.maths import quantizers, rotations, theory
 from dfrot_lab.recipe.specs import QuantSpec, RotationSpec
 
 KINDS = ("NR", "RO", "RH")
-SEEDS = 5
-"""Matrices a kind whose errors are shown."""
-SPIKES = 3
-"""Largest entries of a real token that are its spikes: as many as the model's massive tokens have."""
-FEWEST = 32
-"""Channels below which there is no prediction: the theory takes the grid's step as independent of each entry,
-and it is not among a few."""
+SEEDS = 5  # matrices a kind whose errors are shown
+SPIKES = 3  # largest entries of a real token that are its spikes: as many as the model's massive tokens have
+FEWEST = 32  # channels with a prediction: it takes the grid's step as independent of each entry
 
 
 def hand_token(snr: float, dims: int, seed: int = 0) -> Tensor:
@@ -52,9 +47,9 @@ def by_angles(degrees: Sequence[float]) -> Tensor:
 def reading(x: Tensor, R: Tensor, quantizer: QuantSpec) -> dict[str, float]:
     """The grid of x @ R: its range (largest |entry|, or less the smallest), step, error; x's own error."""
     y = x @ R
-    scale, _ = scale_zero(y[None], quantizer)
+    scale, _ = quantizers.scale_zero(y[None], quantizer)
     span = y.abs().max() if quantizer.symmetric else y.max().clamp(min=0) - y.min().clamp(max=0)
-    error, unrotated = squared_error(torch.stack([y, x]), quantizer).tolist()
+    error, unrotated = quantizers.squared_error(torch.stack([y, x]), quantizer).tolist()
     return {"range": float(span), "step": float(scale), "error": error, "unrotated": unrotated}
 
 
@@ -64,7 +59,7 @@ def sweep(x: Tensor, degrees: Sequence[float], quantizer: QuantSpec, step: float
     c, s = (torch.from_numpy(wave(np.radians(angles))) for wave in (np.cos, np.sin))
     first = torch.stack([c * x[0] - s * x[1], s * x[0] + c * x[1], *x[2:, None].expand(-1, len(c))], 1)
     turned = first @ by_angles([0, *degrees[1:]])
-    return pd.DataFrame({"angle": angles, "error": squared_error(turned, quantizer).numpy()})
+    return pd.DataFrame({"angle": angles, "error": quantizers.squared_error(turned, quantizer).numpy()})
 
 
 @functools.lru_cache(maxsize=64)
@@ -77,7 +72,7 @@ def measured(x: Tensor, quantizer: QuantSpec, seeds: Sequence[int] = range(SEEDS
     """A token's error under each rotation. Columns: rotation, seed, largest (of its |entries|), error."""
     drawn = [("NR", 0), *((kind, seed) for kind in KINDS[1:] for seed in seeds)]
     turned = torch.stack([x @ matrix(kind, seed, len(x)) for kind, seed in drawn])
-    largest, error = turned.abs().amax(1).numpy(), squared_error(turned, quantizer).numpy()
+    largest, error = turned.abs().amax(1).numpy(), quantizers.squared_error(turned, quantizer).numpy()
     return pd.DataFrame(drawn, columns=["rotation", "seed"]).assign(largest=largest, error=error)
 
 

@@ -1,5 +1,4 @@
-"""Turn a spike by hand in two or three channels, then with matrices in up to 576, and see why the error is
-what it is."""
+"""Turn a spike by hand in two or three channels, then with matrices in up to 576, and see the error."""
 
 import html
 import math
@@ -16,24 +15,19 @@ from torch import Tensor
 from traitlets import Bool, Enum, Float, HasTraits, Int
 
 from dfrot_lab.disk.artefacts import Store
-from dfrot_lab.explore.page import GREY, TABLE, Plot, Stage, drawing, levels, lines_at, scene
+from dfrot_lab.explore.page import GREY, SCHEMES, TABLE, Plot, Stage, drawing, levels, lines_at, scene
 from dfrot_lab.explore.playground import numbers
-from dfrot_lab.explore.playground.numbers import KINDS
 from dfrot_lab.explore.shell import Explorer, Job, beside, control
-from dfrot_lab.maths import theory
-from dfrot_lab.maths.quantizers import fake_quantize
+from dfrot_lab.maths import quantizers, theory
 from dfrot_lab.observe.capture import capture
 from dfrot_lab.recipe.specs import CaptureSpec, QuantSpec
-from dfrot_lab.show.markup import visible
-from dfrot_lab.show.theme import COLOURS, MASSIVE_COLOUR
+from dfrot_lab.show import markup, theme
 
 ANGLE = {"min": 0, "max": 180, "step": 1, "readout_format": ".0f"}
 SPIKE = {"min": -0.5, "max": 2, "step": 0.05, "readout_format": ".2f"}
 DIMS = [("2 channels", 2), ("3 channels", 3)]
 WHOSE = {"options": [("planted", "planted"), ("token 0 of the model", "model")]}
-SIZES = (4, 16, 64, 576)
-FINE = 0.1
-"""Degrees between points of the error's curve: at whole degrees its zeros are missed."""
+FINE = 0.1  # degrees between points of the error's curve: at whole degrees its zeros are missed
 READING = """range <b>{range:.3f}</b> &nbsp; step <b>{step:.3f}</b> &nbsp; error <b>{error:.4f}</b> &nbsp; \
 not rotated: {unrotated:.4f} (ratio {change:.2f})"""
 REASONS = """<b>NR</b>: the spike sets the step; noise below half a step is lost, C\u03c3\u00b2 in all.<br>
@@ -42,8 +36,7 @@ is C step\u00b2/12.<br>
 <b>RH</b>: the spike becomes \u00b1m/\u221aC everywhere; only the noise about these two levels is rounded."""
 FEW = f"Below {numbers.FEWEST} channels there is no closed form: each entry then moves the step itself."
 HEADS = {"low": "least of the seeds", "high": "most", "predicted": "closed form"}
-COLOUR = {**COLOURS, "NR": GREY}
-"""NR's dark grey would be lost on a dark page."""
+COLOUR = {**theme.COLOURS, "NR": GREY}  # NR's dark grey would be lost on a dark page
 GRID = "rgba(128,128,128,0.45)"
 LINE = {"color": GRID, "width": 1}
 SPOT = {"mode": "markers"}
@@ -63,7 +56,7 @@ class Turned(Plot):
             scatter(name="not turned", marker={"symbol": "circle-open", "size": size, "color": GREY}, **SPOT),
             scatter(name="turned", marker={"size": [0, size + 1], **blue}, **hand),
             scatter(name="rounded", marker={"symbol": "x", "size": size, "color": COLOUR["RO"]}, **SPOT),
-            scatter(name="error", mode="lines", line={"color": MASSIVE_COLOUR, "width": width}),
+            scatter(name="error", mode="lines", line={"color": theme.MASSIVE_COLOUR, "width": width}),
         ]
         if flat:
             x, y = {"title": "channel 0", "showgrid": False}, {"title": "channel 1", "showgrid": False}
@@ -94,7 +87,7 @@ class Turned(Plot):
 def swept() -> Plot:
     """The plot of the error at every first angle, and of where the hand is."""
     line = {"line": {"color": COLOUR["DFRot"], "width": 2}, "name": "error at each angle"}
-    now = {"marker": {"size": 12, "color": MASSIVE_COLOUR}, "name": "now"}
+    now = {"marker": {"size": 12, "color": theme.MASSIVE_COLOUR}, "name": "now"}
     x = {"title": "angle 0-1 (degrees)", "range": [0, 180], "dtick": 45}
     y = {"title": "squared error", "rangemode": "tozero"}
     plot = Plot([go.Scatter(mode="lines", **line), go.Scatter(**now, **SPOT)], xaxis=x, yaxis=y)
@@ -107,11 +100,10 @@ class Values(Plot):
 
     def __init__(self) -> None:
         traces, axes = [], dict[str, Any]()
-        for i, kind in enumerate(KINDS):
+        for i, kind in enumerate(numbers.KINDS):
             axis = {"yaxis": f"y{i + 1}"}
-            bars = {"color": COLOUR[kind], "line": {"width": 0}}
             traces.append(go.Scatter(mode="lines", line=LINE, hoverinfo="skip", **axis))
-            traces.append(go.Bar(marker=bars, name=kind, **axis))
+            traces.append(go.Bar(marker={"color": COLOUR[kind], "line": {"width": 0}}, name=kind, **axis))
             place = {"domain": [0.69 - 0.345 * i, 0.98 - 0.335 * i], "title": {"text": kind}}
             axes[f"yaxis{i + 1}"] = {**place, "showgrid": False, "zerolinecolor": GRID, "automargin": True}
         x = {"title": "channel (lines: the grid; seed 0)", "anchor": "y3"}
@@ -120,7 +112,7 @@ class Values(Plot):
     def draw(self, turned: Mapping[str, Tensor], levels: Mapping[str, Tensor]) -> None:
         """The token (channels,) and the grid's levels under each kind."""
         with self.batch_update():
-            for grid, bars, kind in zip(self.data[::2], self.data[1::2], KINDS, strict=True):
+            for grid, bars, kind in zip(self.data[::2], self.data[1::2], numbers.KINDS, strict=True):
                 channels = len(turned[kind])
                 grid.y, grid.x = lines_at(levels[kind], -0.5, channels - 0.5)
                 bars.x, bars.y = np.arange(channels), turned[kind].numpy()
@@ -129,17 +121,14 @@ class Values(Plot):
 
 def compared() -> Plot:
     """The plot of the error of each matrix, and of the closed form's."""
-    dash = {"symbol": "line-ew", "size": 44, "line": {"width": 3, "color": MASSIVE_COLOUR}}
+    dash = {"symbol": "line-ew", "size": 44, "line": {"width": 3, "color": theme.MASSIVE_COLOUR}}
     found = {"marker": {"size": 10, "opacity": 0.75}, "name": "measured, a point a seed"}
-    x = {"title": "rotation", "type": "category", "range": [-0.6, 2.6]}
     y = {"title": "squared error of the token", "rangemode": "tozero"}
     traces = [go.Scatter(**found, **SPOT), go.Scatter(marker=dash, name="closed form", **SPOT)]
-    return Plot(traces, xaxis=x, yaxis=y)
+    return Plot(traces, xaxis={"title": "rotation", "type": "category", "range": [-0.6, 2.6]}, yaxis=y)
 
 
-class State(HasTraits):
-    """The token (snr, seed), its grid, the angles in degrees, and whose spike is shown in many channels."""
-
+class _State(HasTraits):
     snr = control(Float(8.0, min=0.1), widgets.FloatLogSlider, "Spike / noise", 340, **SPIKE)
     seed = control(Int(0, min=0), widgets.BoundedIntText, "Noise seed", 180, min=0, max=10**6)
     bits = control(Int(4, min=2, max=8), widgets.IntSlider, "Bits", 260, min=2, max=8)
@@ -149,31 +138,27 @@ class State(HasTraits):
     angle_02 = control(Float(0.0), widgets.FloatSlider, "Angle 0-2", 340, **ANGLE)
     angle_12 = control(Float(0.0), widgets.FloatSlider, "Angle 1-2", 340, **ANGLE)
     source = control(Enum(("planted", "model"), "planted"), widgets.ToggleButtons, "Spike", 160, **WHOSE)
-    channels = control(Enum(SIZES, 576), widgets.Dropdown, "Channels")
+    channels = control(Enum((4, 16, 64, 576), 576), widgets.Dropdown, "Channels")
 
     @property
     def quantizer(self) -> QuantSpec:
-        """The grid's spec."""
-        return QuantSpec(bits=self.bits, scheme="symmetric" if self.symmetric else "asymmetric")
+        return QuantSpec(bits=self.bits, scheme=SCHEMES[self.symmetric])
 
     @property
     def degrees(self) -> list[float]:
-        """The angles that count: one in two channels, three in three."""
         return [self.angle] if self.dims == 2 else [self.angle, self.angle_02, self.angle_12]
 
     @property
     def token(self) -> Tensor:
-        """The token turned by hand (dims,)."""
         return numbers.hand_token(self.snr, self.dims, self.seed)
 
 
 class Playground(Explorer):
-    """Rotate a spike by hand in 2 or 3 channels (hand, space, sweep) and watch grid, range and error; then RO
-    and RH in 4 to 576 channels (values, errors) beside the closed form. `spec` says which model's token 0 is
-    shown on demand, at its middle site, from the store or recorded in the background."""
+    """Rotate a spike by hand in 2 or 3 channels and watch grid, range and error; then RO and RH in 4 to 576
+    channels beside the closed form. `spec` says which capture's token 0, at its middle site, is shown too."""
 
     def __init__(self, spec: CaptureSpec | None = None, store: Store | None = None) -> None:
-        super().__init__(State())
+        super().__init__(_State())
         self.spec, self.store, self.model_name = spec or CaptureSpec(), store, ""
         self.model_token: Tensor | None = None
         self.hand, self.space, self.sweep = Turned(2), Turned(3), swept()
@@ -181,12 +166,8 @@ class Playground(Explorer):
         self.read, self.why = (widgets.HTML(layout={"min_height": high}) for high in ("28px", "130px"))
         first = widgets.HTML("<b>1. By hand:</b> turn the token, watch its grid")
         second = widgets.HTML("<b>2. Many channels:</b> the same spike, turned by matrices")
-        hand = [
-            first,
-            self.row("dims", "angle", "angle_02", "angle_12"),
-            beside(self.stage, self.sweep),
-            self.read,
-        ]
+        angles = self.row("dims", "angle", "angle_02", "angle_12")
+        hand = [first, angles, beside(self.stage, self.sweep), self.read]
         many = [second, self.row("source", "channels"), beside(self.values, self.errors), self.why]
         self.children = [self.row("snr", "seed", "bits", "symmetric"), *hand, *many, self.status.widget]
         self.on("dims angle angle_02 angle_12 snr seed bits symmetric", self._turn)
@@ -220,10 +201,10 @@ class Playground(Explorer):
         line = numbers.sweep(state.token, state.degrees, state.quantizer, FINE)
         kinds = table["rotation"]
         with drawing(2) as (figure, (left, right)):
-            left.plot(line["angle"], line["error"], c=COLOURS["DFRot"])
+            left.plot(line["angle"], line["error"], c=theme.COLOURS["DFRot"])
             left.axvline(state.angle % 180, ls="--", c="#333333", lw=1)
             left.set(xlabel="angle (degrees)", ylabel="squared error", title=f"{state.dims} channels")
-            right.bar(kinds, table["measured"], color=kinds.map(COLOURS))
+            right.bar(kinds, table["measured"], color=kinds.map(theme.COLOURS))
             right.plot(kinds, table["predicted"], ls="", marker="_", ms=28, mew=2, c="k", label="closed form")
             right.set(ylabel="squared error", title=f"{len(self.token())} channels")
             right.legend()
@@ -236,11 +217,10 @@ class Playground(Explorer):
             self.controls[name].disabled = flat
         shown = self.hand if flat else self.space
         y = x @ numbers.by_angles(state.degrees)
-        shown.draw(x, y, fake_quantize(y[None], state.quantizer)[0], levels(y, state.quantizer))
+        shown.draw(x, y, quantizers.fake_quantize(y[None], state.quantizer)[0], levels(y, state.quantizer))
         self.stage.turn(shown)
         line = numbers.sweep(x, state.degrees, state.quantizer, FINE)
-        now = {"x": [state.angle], "y": [found["error"]]}
-        self.sweep.put({"x": line["angle"], "y": line["error"]}, now)
+        self.sweep.put({"x": line["angle"], "y": line["error"]}, {"x": [state.angle], "y": [found["error"]]})
         change = found["error"] / found["unrotated"] if found["unrotated"] else math.nan
         self.read.value = READING.format(**found, change=change)
 
@@ -248,7 +228,7 @@ class Playground(Explorer):
         x, quantizer, table = self.token(), self.state.quantizer, self.table()
         own = x is self.model_token
         self.controls["channels"].disabled = own
-        turned = {kind: x @ numbers.matrix(kind, 0, len(x)) for kind in KINDS}
+        turned = {kind: x @ numbers.matrix(kind, 0, len(x)) for kind in numbers.KINDS}
         self.values.draw(turned, {kind: levels(y, quantizer) for kind, y in turned.items()})
         found = numbers.measured(x, quantizer)
         points = {"x": found["rotation"], "y": found["error"], "text": [f"seed {n}" for n in found["seed"]]}
@@ -269,11 +249,10 @@ class Playground(Explorer):
     def _open(self, _job: Job) -> None:
         recorded = capture(self.spec, self.store)
         site = recorded.sites[len(recorded.sites) // 2]
-        self.model_name = f"token 0, {visible(recorded.texts[0])}, at {site}"
+        self.model_name = f"token 0, {markup.visible(recorded.texts[0])}, at {site}"
         self.model_token = recorded.rows(site)[0].double()
 
-    def at_end(self, error: BaseException | None) -> str:
-        """Show the model's spike, or the planted one where it could not be opened."""
+    def _at_end(self, error: BaseException | None) -> str:
         if error is not None:
             self.state.source = "planted"
             return ""

@@ -18,8 +18,7 @@ from dfrot_lab.study.setting import Setting
 
 FULL = "16-16-16"
 BITS = (FULL, "16-4-16", "4-8-16", *main.BITS[1:])
-KEPT = {"none": None, RELEASED_KEEP_OUT: RELEASED_KEEP_OUT}
-"""Which massive tokens pass unquantized: none, or those the released code's rule finds."""
+KEPT = {"none": None, RELEASED_KEEP_OUT: RELEASED_KEEP_OUT}  # whose tokens pass unquantized: a rule's, if any
 DIFFERENCE = ["minus_rh", "minus_rh_low", "minus_rh_high"]
 FOUND = ["perplexity", "low", "high"]
 COLUMNS = ["rotation", "kept_out", "row", "bits", "weights", *FOUND, *DIFFERENCE, "windows", "stored"]
@@ -81,9 +80,7 @@ def rows_table(specs: Sequence[Recipe], lookup: Lookup, references: References) 
         result, reference = lookup(spec), references.get(spec.bits)
         about = (spec.rotation.name, spec.keep_out is not None, main.row_label(spec), spec.bits)
         weights = spec.weights.method if spec.weights.quantizer.bits < 16 else None
-        found, difference = [math.nan] * 3, [math.nan] * 3
-        if result:
-            found = [result.perplexity, *result.ci95]
+        found, difference = [result.perplexity, *result.ci95] if result else [math.nan] * 3, [math.nan] * 3
         if result and reference and result.spec != reference.spec and spec.bits != FULL:
             value, ends = perplexity.paired_difference(result, reference)
             difference = [value, *ends]

@@ -14,7 +14,7 @@ from traitlets import Enum, HasTraits, Int, Tuple, Unicode
 
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.explore.page import CLEAR, GREY, Plot, panel, plain
-from dfrot_lab.explore.shell import Explorer, Job, beside, control
+from dfrot_lab.explore.shell import Explorer, beside, control
 from dfrot_lab.explore.worth import numbers
 from dfrot_lab.explore.worth.numbers import BITS, DIFFERENCE, FULL, KEPT, Tally, interval
 from dfrot_lab.maths import tables
@@ -22,9 +22,7 @@ from dfrot_lab.model import corpus
 from dfrot_lab.recipe import registry
 from dfrot_lab.recipe.specs import Recipe
 from dfrot_lab.score import perplexity, rows
-from dfrot_lab.score.perplexity import EvalResult
-from dfrot_lab.show import figures
-from dfrot_lab.show.theme import COLOURS
+from dfrot_lab.show import figures, theme
 from dfrot_lab.study import cost, main
 from dfrot_lab.study.setting import Setting
 
@@ -44,7 +42,7 @@ class Bars(Plot):
         look = {**text, "error_y": error, "visible": False, "hovertemplate": "%{customdata}<extra></extra>"}
         bars = []
         for name in registry.rows():
-            colour = COLOURS.get(name, GREY)
+            colour = theme.COLOURS.get(name, GREY)
             line, white = {"color": colour, "width": 2}, {"color": "#ffffff"}
             bars.append(go.Bar(look, name=name, marker={"color": colour, "line": line}, insidetextfont=white))
             hollow = {"marker": {"color": CLEAR, "line": line}, "insidetextfont": {"color": GREY}}
@@ -62,21 +60,18 @@ class Bars(Plot):
         across = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "line": DOTTED}
         with self.batch_update():
             for trace in self.data:
-                _draw_bar(trace, rows[rows["row"] == trace.name], top)
+                own = rows[rows["row"] == trace.name]
+                value = own["perplexity"].to_numpy()
+                ends = np.where(value > top, 0, np.nan_to_num([own["high"] - value, value - own["low"]]))
+                trace.x, trace.y = own["bits"].tolist(), np.minimum(value, top).tolist()
+                trace.error_y.array, trace.error_y.arrayminus = ends.tolist()
+                trace.text = [f"{v:,.0f}, off the scale" if v > top else f"{v:.2f}" for v in value]
+                trace.customdata = [_hover(row) for row in own.to_dict("records")]
+                trace.visible = bool(len(own))
             self.layout.xaxis.categoryarray = [b for b in BITS if b in set(rows["bits"])]
             self.layout.yaxis.range = [0, top]
             self.layout.shapes = [{**across, "y0": y, "y1": y} for y in exact]
             self.layout.title.text = title + "".join(f"<br>dotted: full precision, {y:.2f}" for y in exact)
-
-
-def _draw_bar(trace: Any, rows: pd.DataFrame, top: float) -> None:
-    value, far = rows["perplexity"].to_numpy(), (rows["perplexity"] > top).to_numpy()
-    trace.x, trace.y = rows["bits"].tolist(), np.minimum(value, top).tolist()
-    trace.error_y.array = np.where(far, 0, np.nan_to_num(rows["high"] - value)).tolist()
-    trace.error_y.arrayminus = np.where(far, 0, np.nan_to_num(value - rows["low"])).tolist()
-    trace.text = [f"{v:,.0f}, off the scale" if v > top else f"{v:.2f}" for v in value]
-    trace.customdata = [_hover(row) for row in rows.to_dict("records")]
-    trace.visible = bool(len(rows))
 
 
 def _hover(row: Mapping[Any, Any]) -> str:
@@ -87,9 +82,7 @@ def _hover(row: Mapping[Any, Any]) -> str:
     return "<br>".join([*lines, f"{row['windows']} windows"] if row["windows"] else lines)
 
 
-class State(HasTraits):
-    """Rotations, bits, weights, whether massive tokens are kept out, the text and its windows."""
-
+class _State(HasTraits):
     rotations = control(Tuple(), SelectMultiple, "Rotations", 210, **SEVERAL)
     bits = control(Tuple((FULL, *main.BITS)), SelectMultiple, "Bits W-A-KV", 210, options=BITS, **SEVERAL)
     keep_out = control(Tuple(("none",)), SelectMultiple, "Kept out", 210, options=list(KEPT), **SEVERAL)
@@ -100,8 +93,7 @@ class State(HasTraits):
 
 
 class Worth(Explorer):
-    """What the rotations are worth end to end: stored rows at once, those picked and not stored (`missing`)
-    timed, and computed on a button."""
+    """What the rotations are worth end to end: stored rows at once, the `missing` computed on a button."""
 
     ONE, STOPPING = "computation", "stopping at the end of this window"
     CANCELLED = "Stopped. What is finished is kept: the button goes on from there"
@@ -112,8 +104,8 @@ class Worth(Explorer):
         names, same = tuple(registry.rows()), setting.model_dump(include={"weights", "corpus", "windows"})
         texts = dict.fromkeys([setting.corpus, corpus.WIKITEXT2, corpus.SAMPLE])
         late = {"rotations": names, "weights": [*registry.WEIGHTS]}
-        super().__init__(State(rotations=names, **same), **late, corpus=[(Path(t).name, t) for t in texts])
-        self.found, self.missing = dict[str, EvalResult](), list[Recipe]()
+        super().__init__(_State(rotations=names, **same), **late, corpus=[(Path(t).name, t) for t in texts])
+        self.found, self.missing = dict[str, perplexity.EvalResult](), list[Recipe]()
         self.plot, self.paper_plot = Bars(), Bars()
         self.note, self.rows, self.paper = panel(60), panel(250, width="100%"), panel(220, width="100%")
         self.bar = FloatProgress(max=1, description="Done", layout={"width": "300px"})
@@ -121,8 +113,7 @@ class Worth(Explorer):
         self.button("cancel", "Cancel", self.cancel, icon="stop")
         picked = self.row("rotations", "bits", "keep_out", ["weights", "corpus", "windows", "paper_model"])
         above = [picked, self.note, self.row("compute", "cancel", self.bar), self.status.widget]
-        bars = beside(self.plot, self.paper_plot, shares=(60, 40))
-        self.children = [*above, bars, self.rows, self.paper]
+        self.children = [*above, beside(self.plot, self.paper_plot, shares=(60, 40)), self.rows, self.paper]
         self.on(" ".join(self.state.trait_names()), self.refresh)
         self.refresh()
 
@@ -136,7 +127,7 @@ class Worth(Explorer):
         state, kept = self.state, [KEPT[name] for name in self.state.keep_out]
         return numbers.specs_of(self.chosen, state.rotations, state.bits, state.weights, kept)
 
-    def lookup(self, spec: Recipe) -> EvalResult | None:
+    def lookup(self, spec: Recipe) -> perplexity.EvalResult | None:
         """The row's result from the store, looked up once."""
         if spec.key not in self.found and (result := perplexity.stored(spec, self.store)):
             self.found[spec.key] = result
@@ -160,7 +151,11 @@ class Worth(Explorer):
 
     def refresh(self) -> None:
         """Show what is stored of the rows picked, and name the rest."""
-        with self._lock, self.status.doing("looking in the store", self._count):
+
+        def count() -> str:
+            return f"{len(specs) - len(self.missing)} of {len(specs)} rows are stored"
+
+        with self._lock, self.status.doing("looking in the store", count):
             specs, model = self.specs(), self.state.paper_model
             self.missing = [spec for spec in specs if self.lookup(spec) is None]
             table, beside = self.table(), numbers.paper_table(specs, self.lookup)
@@ -171,10 +166,6 @@ class Worth(Explorer):
             self.note.value = f"<span>{html.escape(numbers.said(self.missing, self.store))}</span>"
             self.enable()
 
-    def _count(self) -> str:
-        rows = len(self.specs())
-        return f"{rows - len(self.missing)} of {rows} rows are stored"
-
     def compute(self) -> None:
         """Compute the missing rows in the background, one window after the other."""
         if self.job.running or not self.missing:
@@ -182,21 +173,19 @@ class Worth(Explorer):
         specs, scoring = list(self.missing), cost.scoring(self.missing[0]).seconds(cost.TWO_CORES)
         tally = Tally(cost.seconds(specs, self.store), scoring)
         self.bar.value = 0.0
-        first = f"computing {main.row_name(specs[0])}, row 1 of {len(specs)}"
-        self.work(first, lambda job: self._work(job, specs, tally))
 
-    def _work(self, job: Job, specs: Sequence[Recipe], tally: Tally) -> None:
         def on_part(part: str, done: int, total: int) -> None:
             tally.at(part, done, total)
             self._tell(specs, tally, f"{part} {done} of {total}")
-            job.step()
+            self.job.step()
 
-        def on_result(_result: EvalResult) -> None:
+        def on_result(_result: perplexity.EvalResult) -> None:
             tally.next()
             self.refresh()
             self._tell(specs, tally, "")
 
-        perplexity.evaluate_all(specs, self.store, on_result, on_part)
+        first = f"computing {main.row_name(specs[0])}, row 1 of {len(specs)}"
+        self.work(first, lambda _job: perplexity.evaluate_all(specs, self.store, on_result, on_part))
 
     def _tell(self, specs: Sequence[Recipe], tally: Tally, what: str) -> None:
         self.bar.value = tally.share
@@ -205,12 +194,10 @@ class Worth(Explorer):
             parts = [main.row_name(specs[tally.done]), what, row, left]
             self.status.busy("computing " + ", ".join(filter(None, parts)))
 
-    def enabled(self) -> dict[str, bool]:
-        """There must be something to compute."""
-        able = super().enabled()
+    def _enabled(self) -> dict[str, bool]:
+        able = super()._enabled()
         return {**able, "compute": able["compute"] and bool(self.missing)}
 
-    def at_end(self, error: BaseException | None) -> str:
-        """What is stored now."""
+    def _at_end(self, error: BaseException | None) -> str:
         self.refresh()
-        return super().at_end(error)
+        return super()._at_end(error)
