@@ -29,11 +29,9 @@ SMALL = 5000
 
 def save_experiment(name: str, table: pd.DataFrame, setting: Setting, at: Path, pictures: Path) -> list[Path]:
     """Write an experiment's table into `at`, named by it and the corpus, its figure into `pictures`."""
-    kept = _file(name, setting, at, "jsonl" if len(table) <= SMALL else "parquet")
-    if len(table) <= SMALL:
-        row_files.replace(kept, row_files.rows(table))
-    else:
-        row_files.write_table(table, kept)
+    is_small, corpus = len(table) <= SMALL, Path(setting.corpus).stem
+    kept = at / f"{name}-{corpus}.{'jsonl' if is_small else 'parquet'}"
+    row_files.replace(kept, row_files.rows(table)) if is_small else row_files.write_table(table, kept)
     recipes = sorted(set(table["recipe"].dropna())) if "recipe" in table else []
     about = {"experiment": name, "quick": setting.quick, "device": loading.device_name(), "rows": len(table)}
     about |= {"setting": _question(name, setting), "recipes": recipes}
@@ -42,19 +40,14 @@ def save_experiment(name: str, table: pd.DataFrame, setting: Setting, at: Path, 
 
 
 def table(name: str, setting: Setting, root: Path) -> pd.DataFrame:
-    """The experiment's table: the one kept under `root` (data/results/, figures/) if it was made with this
-    very setting, else computed now. For sweeps of hours, which one machine computes and everybody reads."""
-    kept = _file(name, setting, root / "data" / "results", "jsonl")
-    beside = root / "figures" / Path(setting.corpus).stem / f"{name}.json"
+    """The experiment's table: the one kept under `root` if it was made with this setting, else computed."""
+    corpus = Path(setting.corpus).stem
+    kept, beside = root / f"data/results/{name}-{corpus}.jsonl", root / f"figures/{corpus}/{name}.json"
     about = json.loads(beside.read_text(encoding="utf-8")) if kept.is_file() and beside.is_file() else {}
     if about.get("setting") != _question(name, setting):
         return experiments.run(name, setting)
     log.info("%s: read from %s, computed on %s", name, kept.name, about["device"])
     return row_files.load(kept)
-
-
-def _file(name: str, setting: Setting, folder: Path, suffix: str) -> Path:
-    return folder / f"{name}-{Path(setting.corpus).stem}.{suffix}"
 
 
 def _save_figure(fig: Figure, name: str, folder: Path, setting: Setting, about: dict[str, Any]) -> Path:
@@ -119,20 +112,19 @@ def most_massive(table: pd.DataFrame) -> str:
     if table.empty:
         return "No token of the first calibration window is massive by any rule."
     head = table.iloc[0]
-    return (
-        f"The most massive token, \u2018{visible(head['text'])}\u2019, reaches {head['residual_max']:,.0f} "
-        f"in channel {head['channel']} of the residual stream at {head['site']}, "
-        f"{head['ratio_to_median']:,.0f} times the median."
-    )
+    reaches = f"\u2018{visible(head['text'])}\u2019, reaches {head['residual_max']:,.0f}"
+    where = f"channel {head['channel']} of the residual stream at {head['site']}"
+    times = f"{head['ratio_to_median']:,.0f} times the median"
+    return f"The most massive token, {reaches} in {where}, {times}."
 
 
 def differences(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     """Captions and tables of the paired differences, and of RO - RH seed by seed, where there are any."""
     said = "{} on the same windows, with the paired 95% interval"
-    metrics = [name for name in table["metric"].unique() if name != tables.PERPLEXITY]
-    shown = [(said.format(name), tables.comparison(table, name)) for name in metrics]
-    shown.append(("RO - RH, each random seed on its own", tables.by_seed(table).rename_axis("bits")))
-    return [(caption, frame) for caption, frame in shown if not frame.empty]
+    names = [name for name in table["metric"].unique() if name != tables.PERPLEXITY]
+    shown = {said.format(name): tables.comparison(table, name) for name in names}
+    shown["RO - RH, each random seed on its own"] = tables.by_seed(table).rename_axis("bits")
+    return [(caption, frame) for caption, frame in shown.items() if not frame.empty]
 
 
 def report(result: MainResult) -> str:

@@ -54,18 +54,13 @@ def setting_of(name: str, setting: Setting) -> Setting:
 
 def listing() -> pd.DataFrame:
     """The experiments: name, what it reproduces, its question."""
-    about = [(name, reproduces, question) for name, (reproduces, question, _) in EXPERIMENTS.items()]
+    about = [(name, *said[:2]) for name, said in EXPERIMENTS.items()]
     return pd.DataFrame(about, columns=["name", "reproduces", "question"])
 
 
 def _trimmed(values: Sequence[Any], setting: Setting) -> list[Any]:
     """All values; in the quick profile the first and the last."""
     return [values[0], values[-1]] if setting.quick and len(values) > 2 else list(values)
-
-
-def _refinement(setting: Setting, offset: int = 0, **changes: Any) -> RefineSpec:
-    """The setting's refinement from RH with one of its seeds, some fields changed."""
-    return setting.refine.with_(**{"init": setting.rotation("RH", offset), **changes})
 
 
 def keep_out(setting: Setting, store: Store) -> pd.DataFrame:
@@ -109,33 +104,30 @@ def gamma_sweep(setting: Setting, store: Store) -> Iterator[Row]:
             start = setting.rotation(kind, offset)
             plain = setting.row(bits, start)
             yield Row(plain, {"init": kind, "line": "QuaRot"})
-            kept_out = plain.with_(keep_out=RELEASED)
-            yield Row(kept_out, {"init": kind, "line": "QuaRot.FP16()"}, {"QuaRot": plain})
-            for gamma in _trimmed(gammas, setting):
-                refined = setting.row(bits, setting.refine.with_(init=start, gamma=gamma))
-                yield Row(refined, {"init": kind, "line": "DFRot"}, {"QuaRot": plain})
+            others = [("QuaRot.FP16()", plain.with_(keep_out=RELEASED))]
+            refined = [setting.refine.with_(init=start, gamma=gamma) for gamma in _trimmed(gammas, setting)]
+            others += [("DFRot", setting.row(bits, spec)) for spec in refined]
+            yield from (Row(spec, {"init": kind, "line": line}, {"QuaRot": plain}) for line, spec in others)
 
 
 def calibration(setting: Setting, store: Store) -> Iterator[Row]:
     """Table 3: five samples, five row counts; refined on one text and tested on another, and the reverse."""
-    ways: list[tuple[str, str, Setting, RefineSpec]] = []
+    ways: list[tuple[str, str, Setting, dict[str, Any]]] = []
     for skip in _trimmed(range(SAMPLES), setting):
-        spec = _refinement(setting, capture=setting.capture.with_(skip=skip))
-        ways.append(("sample", str(skip), setting, spec))
+        ways.append(("sample", str(skip), setting, {"capture": setting.capture.with_(skip=skip)}))
     sites = len(capture(setting.capture, store).sites)
     for count in _trimmed([count for count in ROW_COUNTS if count <= sites], setting):
-        spec = _refinement(setting, rows=count * setting.window)
-        ways.append(("rows", f"{count} x {setting.window}", setting, spec))
+        ways.append(("rows", f"{count} x {setting.window}", setting, {"rows": count * setting.window}))
     texts = _texts(setting)
     for fitted, tested in product(texts, texts) if len(texts) > 1 else ():
         own = setting.capture.with_(corpus=CorpusSpec(name=fitted, split="calibration"))
-        refined = _refinement(setting, capture=own)
-        ways.append(("text", f"{fitted} -> {tested}", setting.with_(corpus=tested), refined))
+        ways.append(("text", f"{fitted} -> {tested}", setting.with_(corpus=tested), {"capture": own}))
     # the paper's is 4-4-16; the other shows what the rotation does without the noise of GPTQ
-    for bits, (varied, level, where, spec) in product(("16-4-16", "4-4-16"), ways):
+    for bits, (varied, level, where, changes) in product(("16-4-16", "4-4-16"), ways):
         plain = where.row(bits, where.rotation("RH"))
         yield Row(plain, {"varied": "none", "level": f"RH on {where.corpus}"})
-        yield Row(where.row(bits, spec), {"varied": varied, "level": level}, {"RH": plain})
+        spec = where.row(bits, setting.refine.with_(**changes))
+        yield Row(spec, {"varied": varied, "level": level}, {"RH": plain})
 
 
 def _texts(setting: Setting) -> list[str]:
@@ -165,7 +157,7 @@ def either_scheme(setting: Setting, _store: Store) -> Iterator[Row]:
         yield Row(rh, {"refined_with": "not refined", "sign_flips": False, "tested_with": tested})
         for fitted, flips in product(schemes, (False, True)):
             variant = "as_released" if flips else "as_paper"
-            spec = _refinement(setting, quantizer=QuantSpec(scheme=fitted), variant=variant)
+            spec = setting.refine.with_(quantizer=QuantSpec(scheme=fitted), variant=variant)
             labels = {"refined_with": fitted, "sign_flips": flips, "tested_with": tested}
             yield Row(rh.with_(rotation=spec), labels, {"RH": rh})
 
@@ -175,13 +167,12 @@ def variants(setting: Setting, store: Store) -> pd.DataFrame:
     fits, asked = {}, []
     for offset, name in product(range(setting.seeds), ("as_released", "as_paper", "accelerated")):
         quantizer = QuantSpec(scheme="symmetric" if name == "as_released" else "asymmetric")
-        fits[name, offset] = _refinement(setting, offset, variant=name, quantizer=quantizer)
+        own = {"init": setting.rotation("RH", offset), "variant": name, "quantizer": quantizer}
+        fits[name, offset] = setting.refine.with_(**own)
     for bits, ((name, offset), spec) in product(("16-4-16", "4-4-16"), fits.items()):
         rh = setting.row(bits, setting.rotation("RH", offset))
-        asked += [
-            Row(rh, {"variant": "not refined"}),
-            Row(setting.row(bits, spec), {"variant": name}, {"RH": rh}),
-        ]
+        asked.append(Row(rh, {"variant": "not refined"}))
+        asked.append(Row(setting.row(bits, spec), {"variant": name}, {"RH": rh}))
     losses = [line for (name, _), spec in fits.items() for line in _final_losses(name, spec, setting, store)]
     return joined(evaluated(asked, store)[0], pd.DataFrame(losses))
 
@@ -194,21 +185,19 @@ def _final_losses(name: str, spec: RefineSpec, setting: Setting, store: Store) -
     losses = steps.losses_of(recorded.all_rows(), result.R, weights, mask, quantizer)
     about: dict[str, Any] = {"variant": name, "model": setting.model.source, "corpus": setting.corpus}
     about |= {"rotation": spec.name, "gamma": spec.gamma, "rule": spec.rule, "seed": spec.first_seed}
-    values = {**losses, "seconds of refinement": result.seconds}
-    return [{**about, "metric": metric, "value": value} for metric, value in values.items()]
+    losses["seconds of refinement"] = result.seconds
+    return [{**about, "metric": metric, "value": value} for metric, value in losses.items()]
 
 
 def intervene(setting: Setting, store: Store) -> pd.DataFrame:
     """Which tokens matter: k tokens a window kept out, by size, by error or at random, under RO and RH."""
-    asked = []
+    asked, counts = [], list(product(specs.KEEP_OUT_COUNTS, _trimmed(KEPT, setting)))
     for kind in ("RO", "RH"):
         plain = setting.row("16-4-16", setting.rotation(kind))
         asked.append(Row(plain, {"chosen": "none", "k": 0}))
-        by_rule = {"chosen": f"rule {RELEASED}", "k": None}
-        asked.append(Row(plain.with_(keep_out=RELEASED), by_rule, {kind: plain}))
-        for chosen, k in product(specs.KEEP_OUT_COUNTS, _trimmed(KEPT, setting)):
-            spec = plain.with_(keep_out=chosen, keep_out_tokens=k)
-            asked.append(Row(spec, {"chosen": chosen, "k": k}, {kind: plain}))
+        for chosen, k in [(RELEASED, None), *counts]:
+            labels = {"chosen": chosen if k else f"rule {chosen}", "k": k}
+            asked.append(Row(plain.with_(keep_out=chosen, keep_out_tokens=k), labels, {kind: plain}))
     return evaluated(asked, store)[0].astype({"k": "Int64"})
 
 

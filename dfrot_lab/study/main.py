@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 BITS = ("16-4-16", "4-4-16", "4-4-4")
 Found = dict[Recipe, EvalResult]
 """Evaluations by the recipe that was asked for."""
+Evaluated = tuple[pd.DataFrame, Found]
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,7 @@ def row_name(spec: Recipe) -> str:
     return row_label(spec, ("" if seed is None else f" (seed {seed})") + f" {spec.bits}")
 
 
-def evaluated(
-    asked: Sequence[Row], store: Store, progress: cost.Progress | None = None
-) -> tuple[pd.DataFrame, Found]:
+def evaluated(asked: Sequence[Row], store: Store, progress: cost.Progress | None = None) -> Evaluated:
     """Evaluate rows in order: their table (perplexity, and each paired difference), and the evaluations. A
     stopped run goes on at the row it was at; rows that two experiments share are computed once."""
     specs = list(dict.fromkeys(row.spec for row in asked))
@@ -121,10 +120,8 @@ class MainResult:
     def errors(self, sites: Sequence[str] | None = None) -> pd.DataFrame:
         """Each token's squared error at all sites or those named, a column a rotation, by the evaluation's
         and the refinement's own quantizer; massive by the setting's rule."""
-        quantizers, rule = [self.setting.refine.quantizer], self.setting.rule
-        return errors.wide(
-            errors.token_errors(self.capture, self.matrices, quantizers, sites=sites, rule=rule)
-        )
+        by, rule = [self.setting.refine.quantizer], self.setting.rule
+        return errors.wide(errors.token_errors(self.capture, self.matrices, by, sites=sites, rule=rule))
 
 
 def run(setting: Setting, store: Store | None = None) -> MainResult:
@@ -144,7 +141,7 @@ def stored(setting: Setting, store: Store) -> MainResult:
     setting = setting.resolved()
     recorded, refinement = captures.capture(setting.capture, store), dfrot.stored(setting.refine, store)
     asked = list(rows(setting))
-    found = {row.spec: done for row in asked if (done := perplexity.stored(row.spec, store)) is not None}
+    found = {row.spec: done for row in asked if (done := perplexity.stored(row.spec, store))}
     return MainResult(setting, recorded, refinement, table_of(asked, found), found)
 
 
