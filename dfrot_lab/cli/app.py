@@ -58,12 +58,11 @@ def run(said: Options, dry_run: Annotated[bool, typer.Option("--dry-run", help=D
 
 @command("experiment", "model corpus seed out as_json windows")
 def experiment(
-    said: Options,
-    name: Annotated[str, typer.Argument(help="Which experiment; without it they are listed.")] = "",
+    said: Options, name: Annotated[str, typer.Argument(help="Which one; without it they are listed.")] = "",
     limit: Annotated[int, typer.Option(help="Items of each zero-shot task; 0 takes all.", min=0)] = 100,
     quick: Annotated[bool, typer.Option("--quick", help="A few short windows, to see it work.")] = False,
-) -> None:
-    """One of the paper's tables or figures by name; a stopped one goes on. --out: folder, runs/experiments/."""
+) -> None:  # fmt: skip
+    """One of the paper's tables or figures by name; a stopped one goes on. --out: runs/experiments/."""
     from dfrot_lab.show import gallery
     from dfrot_lab.study import experiments
     from dfrot_lab.study.setting import QUICK
@@ -126,7 +125,7 @@ def models(said: Options) -> None:
     loaded = loading.load_model(said.model_spec)
     about: dict[str, Any] = {"model": said.model, "family": loaded.family, "provenance": loaded.provenance}
     about |= {"channels": loaded.channels, "layers": len(loaded.layers), "context": loaded.context}
-    about |= {"fingerprint": loaded.fingerprint, "supported": list(families.FAMILIES)}
+    about |= {"fingerprint": loaded.fingerprint, "supported": [*families.FAMILIES]}
     said.show_facts({**about, "refused": families.REFUSED}, said.out)
 
 
@@ -155,7 +154,7 @@ def doctor(said: Options) -> None:
 
 @command("capture", "model corpus out as_json tokens dtype")
 def capture_command(said: Options) -> None:
-    """Record norms' outputs, find massive tokens by all rules. --out: their table, .csv, .parquet or .json."""
+    """Record norms' outputs, find massive tokens by all rules. --out: their table, .csv, .parquet, .json."""
     from dfrot_lab.observe import capture, massive
 
     recorded = capture.capture(said.capture)
@@ -167,10 +166,9 @@ def capture_command(said: Options) -> None:
 
 @command("errors", "model corpus seed out as_json tokens rule dtype")
 def errors_command(
-    said: Options,
-    bits: Annotated[int, typer.Option(help="Bits of the quantizer.")] = 4,
+    said: Options, bits: Annotated[int, typer.Option(help="Bits of the quantizer.")] = 4,
     scheme: Annotated[str, typer.Option(help=SCHEME)] = "symmetric",
-) -> None:
+) -> None:  # fmt: skip
     """Per-token quantization error under NR, RO and RH at every site: a summary. --out: the whole table."""
     from dfrot_lab.observe import capture, errors
 
@@ -182,19 +180,17 @@ def errors_command(
 
 @command("refine", "model corpus seed out as_json tokens gamma rule dtype")
 def refine(
-    said: Options,
-    init: Annotated[str, typer.Option(help="Rotation to start from: RH or RO.")] = "RH",
+    said: Options, init: Annotated[str, typer.Option(help="Rotation to start from: RH or RO.")] = "RH",
     steps: Annotated[int, typer.Option(help="Steps.")] = 100,
     variant: Annotated[str, typer.Option(help=VARIANT)] = specs.REFINE_VARIANTS[0],
-) -> None:
+) -> None:  # fmt: skip
     """Refine R1 (DFRot) and save it as safetensors with its spec. --out: default R1.safetensors."""
     from dfrot_lab.disk import rotation_files
     from dfrot_lab.rotate.dfrot import refined
 
     path = said.file("R1.safetensors")
     fields: dict[str, Any] = {"init": specs.RotationSpec(kind=init, seed=said.seed), "steps": steps}
-    if variant == "as_released":
-        fields["quantizer"] = specs.QuantSpec()
+    fields |= {"quantizer": specs.QuantSpec()} if variant == "as_released" else {}
     spec = said.rotation("DFRot", variant=variant, **fields)
     result = refined(spec)
     rotation_files.save(result.R, path, spec)
@@ -203,12 +199,11 @@ def refine(
 
 @command("evaluate", "model corpus seed out as_json windows weights gamma rule dtype")
 def evaluate_command(
-    said: Options,
-    rotation: Annotated[str, typer.Option(help=ROTATION)] = "RH",
+    said: Options, rotation: Annotated[str, typer.Option(help=ROTATION)] = "RH",
     bits: Annotated[str, typer.Option(help=BITS)] = "4-4-16",
     keep_out: Annotated[bool, typer.Option("--keep-out", help="Massive tokens pass unquantised.")] = False,
     recipe: Annotated[Path | None, typer.Option(help=RECIPE)] = None,
-) -> None:
+) -> None:  # fmt: skip
     """Perplexity of a rotation at given bits, or of a recipe. --out: .jsonl to add to; recipe beside it."""
     from dfrot_lab.disk import row_files
     from dfrot_lab.maths import tables

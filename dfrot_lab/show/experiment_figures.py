@@ -28,8 +28,7 @@ ORDER_MARKERS = dict(zip(ORDER_COLOURS, "ovDsPX", strict=True))
 
 
 def plot_sweep(rows: pd.DataFrame, x: str, line: str, *, ax: Axes) -> None:
-    """`rows_of` a metric against the knob `x`, a `line` through the mean over seeds, each a dot. Intervals
-    for paired differences alone: those of perplexities share the noise of the windows."""
+    """`rows_of` a metric against `x`, a `line` through seeds' means; intervals of paired differences only."""
     places, levels = pd.factorize(rows[x])
     kinds, names = pd.factorize(rows[line])
     colour = rows[line].map(looks(names)["palette"])
@@ -98,9 +97,8 @@ def _plot_kept(part: pd.DataFrame, *, ax: Axes) -> None:
 def figure_differences(table: pd.DataFrame, label: str, panel: str = "{bits}") -> Figure:
     """Paired differences of perplexity to RH; `label` and `panel` are formats, filled by a row's columns."""
     rows = rows_of(table[table["rotation"] != "NR"], f"{PERPLEXITY} - RH")
-    entries = rows.to_dict("records")
-    labels = [label.format_map(row).replace("_", " ") for row in entries]
-    rows = rows.assign(label=labels, panel=[panel.format_map(row) for row in entries])
+    labels = [label.format_map(row).replace("_", " ") for row in rows.to_dict("records")]
+    rows = rows.assign(label=labels, panel=[panel.format_map(row) for row in rows.to_dict("records")])
     size = (4.2, 1.4 + 0.32 * len(set(labels)))
     fig = panels(rows, "panel", plot_rows, size=size, axes={"xlabel": "perplexity - RH's"}, sharey=True)
     for ax in fig.axes:

@@ -15,12 +15,11 @@ def visible(text: str) -> str:
 
 def safe(text: str) -> str:
     """A token's text for HTML and plotly's hover labels: white space visible, markup escaped."""
-    return html.escape(visible(text), quote=True)
+    return html.escape(visible(text))
 
 
 def span(text: str, colour: str | None = None, title: str = "") -> str:
     """One token as HTML, apart from its neighbours' writing direction; marked by `colour`, with a tooltip."""
     mark = f"background:{colour};color:#fff;" if colour else ""
     style = f"{mark}border-radius:3px;padding:0 1px"
-    tip = html.escape(title, quote=True)
-    return f'<bdi class="dfrot-token" title="{tip}" style="{style}">{safe(text)}</bdi>'
+    return f'<bdi class="dfrot-token" title="{html.escape(title)}" style="{style}">{safe(text)}</bdi>'

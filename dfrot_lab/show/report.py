@@ -86,6 +86,8 @@ def values(findings: Findings) -> dict[str, Any]:
     with figures.theme():
         drawn = gallery.main_figures(result, findings.errors)
         pictures = {name: _svg(figure) for name, (figure, _) in drawn.items()}
+    last = len(refined.history) - 1 if refined else 0
+    lines = np.unique(np.linspace(0, last, 12).round().astype(int))  # of a history, first and last with them
     alone = [(main.row_name(spec), row_command(setting, spec)) for spec in findings.missing]
     gaps = figures.rows_of(table, f"{tables.PERPLEXITY} - RH")
     kept_out, seed = gaps["keep_out"].astype(bool), gaps["seed"].eq(setting.seed)
@@ -102,7 +104,7 @@ def values(findings: Findings) -> dict[str, Any]:
         "by_sun": massive.loc[massive["sun"], "token"].nunique(), "library": Markup(get_plotlyjs()),
         "gap": gaps.iloc[-1].to_dict() if len(gaps) else None,  # at the last bits that are stored
         "plot": scatter_figure(findings.errors).to_plotly_json(), "pictures": pictures,
-        "history": refined and _history(refined.history), "paper": beside.fillna(""),
+        "history": refined and refined.history.iloc[lines].round(4), "paper": beside.fillna(""),
         "comparison": tables.comparison(table) if result.found else None,
         "differences": gallery.differences(table),
     }  # fmt: skip
@@ -150,12 +152,6 @@ def massive_tokens(table: pd.DataFrame) -> pd.DataFrame:
     }  # fmt: skip
     counts = table.groupby("token")[list(MASSIVE_RULES)].sum().add_prefix("sites by ")
     return pd.DataFrame(shown).join(counts).reset_index()
-
-
-def _history(history: pd.DataFrame) -> pd.DataFrame:
-    """At most 12 lines of a refinement's history, first and last among them."""
-    places = np.linspace(0, len(history) - 1, min(12, len(history))).round().astype(int)
-    return history.iloc[places].round(4)
 
 
 def command(setting: Setting) -> str:

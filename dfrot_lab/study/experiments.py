@@ -1,8 +1,8 @@
-"""The paper's tables and figures, and what its reviewers asked for, as experiments: a tidy table each. Of one
-that evaluates `Row`s it has a line a row and metric, the columns of `maths.tables` after its own."""
+"""The paper's tables and figures, and what its reviewers asked for, as experiments: a tidy table each; of
+`Row`s it has a line a row and metric, the columns of `maths.tables` after its own."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from typing import Any
 
@@ -10,6 +10,7 @@ import pandas as pd
 
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.maths import statistics
+from dfrot_lab.maths.tables import whole
 from dfrot_lab.model import corpus
 from dfrot_lab.observe import massive, residual
 from dfrot_lab.observe.capture import capture
@@ -19,7 +20,7 @@ from dfrot_lab.recipe.specs import CorpusSpec, QuantSpec, Recipe, RefineSpec
 from dfrot_lab.rotate import dfrot, steps
 from dfrot_lab.score import perplexity, rows, zeroshot
 from dfrot_lab.study import main
-from dfrot_lab.study.main import Found, Row, evaluated, joined
+from dfrot_lab.study.main import Found, Row, evaluated
 from dfrot_lab.study.setting import Setting
 
 log = logging.getLogger(__name__)
@@ -32,9 +33,6 @@ ROW_COUNTS = (48, 32, 24, 16, 8)
 SAMPLES = 5
 KEPT = (1, 4, 16, 64)
 SHARE = "share of RO - RH closed"
-
-Make = Callable[[Setting, Store], pd.DataFrame | Iterable[Row]]
-"""What makes the tidy table of an experiment, or the rows to evaluate for it."""
 
 
 def run(name: str, setting: Setting | None = None, store: Store | None = None) -> pd.DataFrame:
@@ -72,7 +70,7 @@ def keep_out(setting: Setting, store: Store) -> pd.DataFrame:
         asked.append(Row(plain.with_(keep_out=RELEASED), against={kind: plain}))
     asked += [Row(setting.row(bits, setting.rotation("NR"))) for bits in settings]
     table, found = evaluated(asked, store)
-    return joined(table, pd.DataFrame(_shares(setting, found, settings)))
+    return whole(pd.concat([table, pd.DataFrame(_shares(setting, found, settings))], ignore_index=True))
 
 
 def _shares(setting: Setting, found: Found, settings: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -174,7 +172,7 @@ def variants(setting: Setting, store: Store) -> pd.DataFrame:
         asked.append(Row(rh, {"variant": "not refined"}))
         asked.append(Row(setting.row(bits, spec), {"variant": name}, {"RH": rh}))
     losses = [line for (name, _), spec in fits.items() for line in _final_losses(name, spec, setting, store)]
-    return joined(evaluated(asked, store)[0], pd.DataFrame(losses))
+    return whole(pd.concat([evaluated(asked, store)[0], pd.DataFrame(losses)], ignore_index=True))
 
 
 def _final_losses(name: str, spec: RefineSpec, setting: Setting, store: Store) -> list[dict[str, Any]]:
@@ -206,7 +204,7 @@ def massive_activations(setting: Setting, store: Store) -> pd.DataFrame:
     plain = setting.row("16-16-16", setting.rotation("NR"))
     set_to = [Row(plain.with_(set_massive=to), against={"left alone": plain}) for to in ("zero", "mean")]
     table = evaluated([Row(plain), *set_to], store)[0].fillna({"set_massive": "left alone"})
-    return joined(table, residual.residual_profile(setting.capture, store))
+    return whole(pd.concat([table, residual.residual_profile(setting.capture, store)], ignore_index=True))
 
 
 def zero_shot(setting: Setting, store: Store) -> pd.DataFrame:
@@ -223,7 +221,7 @@ def _main(setting: Setting, store: Store) -> pd.DataFrame:
     return main.run(setting, store).table
 
 
-EXPERIMENTS: dict[str, tuple[str, str, Make]] = {
+EXPERIMENTS: dict[str, tuple[str, str, Callable[[Setting, Store], Any]]] = {
     "main": ("Table 1, 2", "What is each rotation worth, with massive tokens and without?", _main),
     "token-errors-3d": ("Fig. 2, 13-24", "Which tokens does each rotation help?", main.token_errors),
     "token-errors-2d": ("Fig. 3, 10-12", "Where do RO, RH and DFRot part?", main.token_errors),
@@ -241,4 +239,4 @@ EXPERIMENTS: dict[str, tuple[str, str, Make]] = {
     "massive-magnitudes": ("Sun et al., Fig. 1", "Which token, which channel?", main.massive_magnitudes),
     "intervene": ("asked here", "Which tokens must be kept out?", intervene),
 }
-"""Every experiment by name, in the paper's order: what it reproduces, its question, and what makes it."""
+"""Every experiment by name, in the paper's order: what it reproduces, its question, what makes its rows."""

@@ -1,5 +1,4 @@
-"""Rows of recipes in, evaluations and a table of results out; the main job, what `make run` does; and the
-experiments that look at single tokens of its capture."""
+"""Rows of recipes in, a table of results out; the main job (`make run`); experiments on single tokens."""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -53,8 +52,7 @@ def row_name(spec: Recipe) -> str:
 
 
 def evaluated(asked: Sequence[Row], store: Store, progress: cost.Progress | None = None) -> Evaluated:
-    """Evaluate rows in order: their table (perplexity, and each paired difference), and the evaluations. A
-    stopped run goes on at the row it was at; rows that two experiments share are computed once."""
+    """Evaluate rows in order: their table (`table_of`) and evaluations. What is stored is reused."""
     specs = list(dict.fromkeys(row.spec for row in asked))
     progress = progress or cost.Progress()
     progress.costs += cost.seconds(specs, store)
@@ -79,11 +77,6 @@ def table_of(asked: Sequence[Row], found: Found) -> pd.DataFrame:
             pairs = [(found[other], name) for name, other in row.against.items() if other in found]
             lines += [{**row.labels, **score_rows.difference_row(own, *pair)} for pair in pairs]
     return whole(pd.DataFrame(lines, columns=None if lines else list(COLUMNS)))
-
-
-def joined(*parts: pd.DataFrame) -> pd.DataFrame:
-    """Tables below one another, their columns in order, whole numbers whole."""
-    return whole(pd.concat(parts, ignore_index=True))
 
 
 def rows(setting: Setting) -> Iterator[Row]:
