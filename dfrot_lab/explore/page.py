@@ -19,7 +19,7 @@ from torch import Tensor
 from dfrot_lab.maths.quantizers import code_range, scale_zero
 from dfrot_lab.recipe.specs import QuantSpec
 from dfrot_lab.show import figures
-from dfrot_lab.show.markup import VISIBLE, safe, span
+from dfrot_lab.show.theme import VISIBLE, safe, span
 
 HEIGHT = 420
 """Pixels of one plot: fixed, so that nothing moves while a new one is computed."""

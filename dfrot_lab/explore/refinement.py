@@ -29,8 +29,7 @@ from dfrot_lab.recipe import specs
 from dfrot_lab.recipe.specs import CaptureSpec, QuantSpec, RefineSpec, RotationSpec
 from dfrot_lab.rotate import dfrot, steps
 from dfrot_lab.show import figures
-from dfrot_lab.show.markup import visible
-from dfrot_lab.show.theme import COLOURS, MASSIVE_COLOUR, ORDINARY_COLOUR
+from dfrot_lab.show.theme import COLOURS, MASSIVE_COLOUR, ORDINARY_COLOUR, visible
 
 Acts = Capture | CaptureSpec | None
 REDRAW_S = 0.1

@@ -16,7 +16,7 @@ from dfrot_lab.observe import errors, massive
 from dfrot_lab.score import rows
 from dfrot_lab.show import figures
 from dfrot_lab.show.experiment_figures import FIGURES
-from dfrot_lab.show.markup import visible
+from dfrot_lab.show.theme import visible
 from dfrot_lab.study import experiments
 from dfrot_lab.study.main import MainResult
 from dfrot_lab.study.setting import Setting, figure_site

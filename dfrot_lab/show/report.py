@@ -27,8 +27,7 @@ from dfrot_lab.recipe import registry
 from dfrot_lab.recipe.specs import DEFAULT_MODEL, MASSIVE_RULES, CorpusSpec, Recipe, RefineSpec
 from dfrot_lab.score import rows
 from dfrot_lab.show import figures, gallery
-from dfrot_lab.show.markup import safe, visible
-from dfrot_lab.show.theme import MASSIVE_COLOUR, ORDINARY_COLOUR
+from dfrot_lab.show.theme import MASSIVE_COLOUR, ORDINARY_COLOUR, safe, visible
 from dfrot_lab.study import cost, main, paper
 from dfrot_lab.study.setting import Setting, figure_site
 

@@ -25,8 +25,7 @@ from dfrot_lab.recipe.specs import Recipe
 from dfrot_lab.rotate import dfrot
 from dfrot_lab.score import build
 from dfrot_lab.score.build import Built
-from dfrot_lab.show.markup import span, visible
-from dfrot_lab.show.theme import COLOURS, MASSIVE_COLOUR
+from dfrot_lab.show.theme import COLOURS, MASSIVE_COLOUR, span, visible
 from dfrot_lab.study import cost
 from dfrot_lab.study.setting import Setting
 from dfrot_lab.weights.run import OnPart

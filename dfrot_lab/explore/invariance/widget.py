@@ -18,8 +18,7 @@ from dfrot_lab.model import loading
 from dfrot_lab.model.loading import LoadedModel
 from dfrot_lab.recipe.specs import ModelSpec, RotationSpec
 from dfrot_lab.show import figures
-from dfrot_lab.show.markup import span
-from dfrot_lab.show.theme import COLOURS, MASSIVE_COLOUR
+from dfrot_lab.show.theme import COLOURS, MASSIVE_COLOUR, span
 
 SHOWN = 8
 """Trials in the plot, the newest below."""

@@ -14,8 +14,7 @@ from dfrot_lab.model import corpus
 from dfrot_lab.model.loading import LoadedModel
 from dfrot_lab.observe import massive, residual
 from dfrot_lab.recipe.specs import ROW_RULES, WINDOW, CorpusSpec
-from dfrot_lab.show.markup import span
-from dfrot_lab.show.theme import MASSIVE_COLOUR
+from dfrot_lab.show.theme import MASSIVE_COLOUR, span
 
 CELLS, COLUMNS = 49152, 192
 """Cells and columns of the heat map at most: of 256 tokens and 576 channels, three channels a cell."""

@@ -24,8 +24,7 @@ from dfrot_lab.maths import theory
 from dfrot_lab.maths.quantizers import fake_quantize
 from dfrot_lab.observe.capture import capture
 from dfrot_lab.recipe.specs import CaptureSpec, QuantSpec
-from dfrot_lab.show.markup import visible
-from dfrot_lab.show.theme import COLOURS, MASSIVE_COLOUR
+from dfrot_lab.show.theme import COLOURS, MASSIVE_COLOUR, visible
 
 ANGLE = {"min": 0, "max": 180, "step": 1, "readout_format": ".0f"}
 SPIKE = {"min": -0.5, "max": 2, "step": 0.05, "readout_format": ".2f"}
