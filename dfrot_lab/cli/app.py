@@ -97,8 +97,7 @@ def figures(said: Options) -> None:
 
 @command("report", "model corpus seed out as_json windows gamma rule dtype")
 def report_command(said: Options) -> None:
-    """One HTML file to send to a colleague: the main job's results for --model, figures inside, nothing
-    loaded from the network.
+    """One HTML file to send to a colleague: the main job's results for --model, nothing from the network.
 
     --out: default report.html, in a folder that is there. Shown is what is stored; the capture alone is
     computed if it is missing, and rows that are not stored are named with the command that computes them."""

@@ -16,8 +16,6 @@ from dfrot_lab.show import figures
 from dfrot_lab.show.figures import plot_rows, rows_of
 from dfrot_lab.show.theme import INK, MASSIVE_COLOUR, ORDINARY_COLOUR, draw_lines, legend_below, looks, panels
 
-NEAR = 1.2
-"""The sweep over gamma is drawn up to this many times its best perplexity, or to QuaRot's line."""
 ORDER_COLOURS = {
     "NR > RO > RH": "#117733", "NR > RH > RO": "#56B4E9", "RO > NR > RH": MASSIVE_COLOUR,
     "RO > RH > NR": "#E69F00", "RH > NR > RO": "#AA4499", "RH > RO > NR": "#222222",
@@ -54,7 +52,7 @@ def _plot_gamma(part: pd.DataFrame, *, ax: Axes) -> None:
     plot_sweep(refined, "gamma", "line", ax=ax)
     for name, style in (("QuaRot", "--"), ("QuaRot.FP16()", ":")):
         ax.axhline(means[name], ls=style, c=INK, lw=1.3, label=name)
-    top = max(NEAR * part["value"].min(), 1.05 * means["QuaRot"])
+    top = max(1.2 * part["value"].min(), 1.05 * means["QuaRot"])  # what is above is written at the edge
     ax.set_ylim(0.97 * part["value"].min(), top)
     for place, value in enumerate(refined.groupby("gamma", sort=False)["value"].mean()):
         if value > top:

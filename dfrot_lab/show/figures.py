@@ -130,8 +130,7 @@ def plot_massive_values(values: pd.DataFrame, rotation: str, *, ax: Axes | None 
 
 
 def figure_massive_token(values: pd.DataFrame) -> Figure:
-    """The paper's Fig. 4: one massive token, a panel a rotation; of several sites, at the main figures' one.
-    Columns: rotation, value, quantized; or also site, token, text."""
+    """Fig. 4: one token's rotation, value, quantized (site, token, text: at the figures' site), in panels."""
     title = ""
     if "site" in values:
         values = values[values["site"] == figure_site(values["site"].unique().tolist())]
@@ -176,8 +175,7 @@ def plot_seed_spread(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 
 def plot_residual(maxima: Tensor, median: Tensor, *, ax: Axes | None = None) -> Axes:
-    """The residual stream before each norm: the largest |value| of the first token, of any other token, and
-    the median (Sun et al., Fig. 4). `maxima` (sites, tokens) and `median` (sites,) as a Capture has them."""
+    """The residual stream by layer (Sun et al., Fig. 4): a Capture's `maxima` (sites, tokens), `median`."""
     lines = {
         "token 0, largest channel": maxima[:, 0], "any other token, largest channel": maxima[:, 1:].amax(1),
         "median of all values": median,
@@ -192,8 +190,7 @@ def plot_history(history: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """A refinement's mean squared error of `ordinary` and `massive` rows, `step` by step."""
     table = history.set_index("step")[["ordinary", "massive"]].add_suffix(" rows")
     markers = ["o", "D"] if len(history) < 30 else None  # an accelerated one looks at all rows now and then
-    palette = list(TOKENS["palette"].values())
-    ax = sns.lineplot(table, palette=palette, markers=markers, dashes=False, ax=ax)
+    ax = sns.lineplot(table, palette=[*TOKENS["palette"].values()], markers=markers, dashes=False, ax=ax)
     ax.set(xlabel="step", ylabel="mean E(xR)", ylim=(0, None), title="Refining R1")
     return ax
 

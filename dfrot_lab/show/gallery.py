@@ -70,8 +70,7 @@ def _question(name: str, setting: Setting) -> dict[str, Any]:
 
 
 def main_figures(result: MainResult, wide: pd.DataFrame) -> dict[str, tuple[Figure, dict[str, Any]]]:
-    """The main figures by name, each with what it was made from; without refinement or rows their pictures
-    are left out. `wide` are the errors at their site. Draw inside `theme`."""
+    """The main figures that can be drawn, each with what it is made from; `wide`: errors at their site."""
     recorded, refine, site = result.capture, result.setting.refine, figure_site(result.capture.sites)
     token = int(recorded.residual_max[recorded.sites.index(site)].argmax())
     values = errors.massive_values(recorded, site, token, result.matrices, refine.quantizer)

@@ -189,8 +189,7 @@ def write(path: Path, text: str) -> None:
 
 
 def scatter_figure(wide: pd.DataFrame) -> go.Figure:
-    """Every token's error under one rotation against another's, to hover over; a menu picks the pair.
-    Columns: token, text, massive and one of errors a rotation."""
+    """Tokens' errors (token, text, massive, one a rotation) under two rotations; a menu picks the pair."""
     parts, buttons = (wide[~wide["massive"]], wide[wide["massive"]]), list[dict[str, Any]]()
     for pair in [pair for pair in PAIRS if set(pair) <= set(wide.columns)]:
         line = [0, float(wide[list(pair)].to_numpy().max()) * 1.05]

@@ -1,6 +1,5 @@
-"""What work costs before it runs: operations and bytes of each stage, counted from the model's shape, over a
-machine's rates. A product (m, k) @ (k, n) counts 2 m k n operations; a pass (one read or one write) over a
-float32 tensor, as weights are on a CPU, its bytes. Parts of a stage add up. Disk is left out."""
+"""What work costs: a stage's operations (2 m k n for (m, k) @ (k, n)) and bytes moved (of float32 tensors, a
+pass is one read or one write), counted from the model's shape, over a machine's rates. Disk is left out."""
 
 import logging
 import statistics
@@ -106,8 +105,7 @@ class Work:
 
 
 def stages(shape: Shape, recipes: Sequence[Recipe], tokens: int = WINDOW) -> list[Work]:
-    """The stages of a main job of `recipes`, in order: a load for each model built (rows with equal rotation
-    and weights share one), a capture, a refinement, GPTQ where it is quantized, each row's windows."""
+    """A main job's stages in order: load each model built, capture, refine, GPTQ, evaluate in float, in integers."""
     builds = {(spec.rotation, spec.weights): spec for spec in recipes}.values()
     rotated = sum(spec.is_rotated for spec in builds)
     quantized = sum(spec.weights.quantizer.bits < 16 for spec in builds)

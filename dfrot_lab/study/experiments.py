@@ -16,7 +16,6 @@ from dfrot_lab.observe import massive, residual
 from dfrot_lab.observe.capture import capture
 from dfrot_lab.recipe import specs
 from dfrot_lab.recipe.specs import RELEASED_KEEP_OUT as RELEASED
-from dfrot_lab.recipe.specs import CorpusSpec, QuantSpec, Recipe, RefineSpec
 from dfrot_lab.rotate import dfrot, steps
 from dfrot_lab.score import perplexity, rows, zeroshot
 from dfrot_lab.study import main
@@ -118,7 +117,7 @@ def calibration(setting: Setting, store: Store) -> Iterator[Row]:
         ways.append(("rows", f"{count} x {setting.window}", setting, {"rows": count * setting.window}))
     texts = _texts(setting)
     for fitted, tested in product(texts, texts) if len(texts) > 1 else ():
-        own = setting.capture.with_(corpus=CorpusSpec(name=fitted, split="calibration"))
+        own = setting.capture.with_(corpus=specs.CorpusSpec(name=fitted, split="calibration"))
         ways.append(("text", f"{fitted} -> {tested}", setting.with_(corpus=tested), {"capture": own}))
     # the paper's is 4-4-16; the other shows what the rotation does without the noise of GPTQ
     for bits, (varied, level, where, changes) in product(("16-4-16", "4-4-16"), ways):
@@ -130,7 +129,7 @@ def calibration(setting: Setting, store: Store) -> Iterator[Row]:
 
 def _texts(setting: Setting) -> list[str]:
     """The texts to exchange: WikiText-2 and the packaged sample where both can be had, else the setting's."""
-    if setting.quick or corpus.resolve(CorpusSpec(name="auto")).name != "wikitext2":
+    if setting.quick or corpus.resolve(specs.CorpusSpec(name="auto")).name != "wikitext2":
         log.info("testing on another text is left out: it needs WikiText-2 (and the full profile)")
         return [setting.corpus]
     return ["wikitext2", "wikipedia-sample"]
@@ -151,11 +150,11 @@ def either_scheme(setting: Setting, _store: Store) -> Iterator[Row]:
     schemes = ("asymmetric", "symmetric")
     for tested in schemes:
         plain = setting.row("16-4-16", setting.rotation("RH"))
-        rh = plain.with_(activations=QuantSpec(scheme=tested))
+        rh = plain.with_(activations=specs.QuantSpec(scheme=tested))
         yield Row(rh, {"refined_with": "not refined", "sign_flips": False, "tested_with": tested})
         for fitted, flips in product(schemes, (False, True)):
             variant = "as_released" if flips else "as_paper"
-            spec = setting.refine.with_(quantizer=QuantSpec(scheme=fitted), variant=variant)
+            spec = setting.refine.with_(quantizer=specs.QuantSpec(scheme=fitted), variant=variant)
             labels = {"refined_with": fitted, "sign_flips": flips, "tested_with": tested}
             yield Row(rh.with_(rotation=spec), labels, {"RH": rh})
 
@@ -164,7 +163,7 @@ def variants(setting: Setting, store: Store) -> pd.DataFrame:
     """The refinement as released, as in the paper and as here: losses under one quantizer, perplexity."""
     fits, asked = {}, []
     for offset, name in product(range(setting.seeds), ("as_released", "as_paper", "accelerated")):
-        quantizer = QuantSpec(scheme="symmetric" if name == "as_released" else "asymmetric")
+        quantizer = specs.QuantSpec(scheme="symmetric" if name == "as_released" else "asymmetric")
         own = {"init": setting.rotation("RH", offset), "variant": name, "quantizer": quantizer}
         fits[name, offset] = setting.refine.with_(**own)
     for bits, ((name, offset), spec) in product(("16-4-16", "4-4-16"), fits.items()):
@@ -175,7 +174,7 @@ def variants(setting: Setting, store: Store) -> pd.DataFrame:
     return whole(pd.concat([evaluated(asked, store)[0], pd.DataFrame(losses)], ignore_index=True))
 
 
-def _final_losses(name: str, spec: RefineSpec, setting: Setting, store: Store) -> list[dict[str, Any]]:
+def _final_losses(name: str, spec: specs.RefineSpec, setting: Setting, store: Store) -> list[dict[str, Any]]:
     """Losses of a refined R over all rows of its capture under the setting's quantizer; and its seconds."""
     result, recorded = dfrot.refined(spec, store), capture(spec.capture, store)
     mask = massive.find(recorded, spec.rule).flatten()
@@ -209,7 +208,7 @@ def massive_activations(setting: Setting, store: Store) -> pd.DataFrame:
 
 def zero_shot(setting: Setting, store: Store) -> pd.DataFrame:
     """Table 5 and the README's: six tasks by lm-eval; plain, NR, RH in full, RO, RH, DFRot at 4 bits."""
-    named: dict[str, Recipe | None] = {"plain transformers": None}
+    named: dict[str, specs.Recipe | None] = {"plain transformers": None}
     quantized = ("4-4-16",) if setting.quick else ("4-4-16", "4-4-4")
     for bits, name in [*product(["16-16-16"], ("NR", "RH")), *product(quantized, ("RO", "RH", "DFRot"))]:
         named[f"{name} {bits}"] = setting.row(bits, setting.method(name))

@@ -111,8 +111,7 @@ class MainResult:
         return {**errors.default_rotations(self.capture.channels, self.setting.seed), **refined}
 
     def errors(self, sites: Sequence[str] | None = None) -> pd.DataFrame:
-        """Each token's squared error at all sites or those named, a column a rotation, by the evaluation's
-        and the refinement's own quantizer; massive by the setting's rule."""
+        """Tokens' squared errors at `sites` or all, a column a rotation, by the refinement's quantizer."""
         by, rule = [self.setting.refine.quantizer], self.setting.rule
         return errors.wide(errors.token_errors(self.capture, self.matrices, by, sites=sites, rule=rule))
 

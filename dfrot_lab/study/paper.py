@@ -40,8 +40,7 @@ Lines = Iterator[tuple[tuple[str, ...], Row]]
 
 @cache
 def published(path: Path) -> pd.DataFrame:
-    """The published numbers (data/paper/published.csv), one a row: source, the columns of PLACE, model,
-    value; and `printed`, the value as it is printed. ValueError."""
+    """The published numbers, one a row: source, PLACE, model, value, and `printed`, the text. ValueError."""
     table = pd.read_csv(path, keep_default_na=False)
     missing = ", ".join(sorted({*PLACE, "source", "model", "value"} - set(table.columns)))
     if missing:
@@ -138,8 +137,10 @@ def _main_table(table: pd.DataFrame) -> Lines:
     """The perplexities, and the minutes that DFRot takes beyond RH."""
     yield from _perplexities(table, _weights)
     for row in tables.records(table[table["rotation"] == "DFRot"])[:1]:
-        place = ("T2old", "DFRot", "none", "-", "extra_minutes_A100", "")
-        yield place, {**row, "value": row["extra_minutes"]}
+        yield (
+            ("T2old", "DFRot", "none", "-", "extra_minutes_A100", ""),
+            {**row, "value": row["extra_minutes"]},
+        )
 
 
 def _massive_token(table: pd.DataFrame) -> Lines:
