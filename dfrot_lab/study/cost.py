@@ -105,7 +105,7 @@ class Work:
 
 
 def stages(shape: Shape, recipes: Sequence[Recipe], tokens: int = WINDOW) -> list[Work]:
-    """A main job's stages in order: load each model built, capture, refine, GPTQ, evaluate in float, in integers."""
+    """A main job's stages, in order: loads of all models built, capture, refinement, GPTQ, windows."""
     builds = {(spec.rotation, spec.weights): spec for spec in recipes}.values()
     rotated = sum(spec.is_rotated for spec in builds)
     quantized = sum(spec.weights.quantizer.bits < 16 for spec in builds)
