@@ -138,11 +138,11 @@ def _texts(setting: Setting) -> list[str]:
 def clip_sweep(setting: Setting, _store: Store) -> Iterator[Row]:
     """The activation clip ratio under RO, RH and DFRot, refined with the same clip."""
     for name, clip in product(("RO", "RH", "DFRot"), _trimmed(CLIPS, setting)):
-        whole = setting.row("16-4-16", setting.method(name))
-        quantizer = whole.activations.with_(clip_ratio=clip)
-        rotation = whole.rotation.with_(quantizer=quantizer) if name == "DFRot" else whole.rotation
-        spec = whole.with_(activations=quantizer, rotation=rotation)
-        yield Row(spec, {"clip": clip}, {} if clip == 1 else {"clip 1": whole})
+        unclipped = setting.row("16-4-16", setting.method(name))
+        quantizer = unclipped.activations.with_(clip_ratio=clip)
+        rotation = unclipped.rotation.with_(quantizer=quantizer) if name == "DFRot" else unclipped.rotation
+        spec = unclipped.with_(activations=quantizer, rotation=rotation)
+        yield Row(spec, {"clip": clip}, {} if clip == 1 else {"clip 1": unclipped})
 
 
 def either_scheme(setting: Setting, _store: Store) -> Iterator[Row]:
