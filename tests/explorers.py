@@ -8,7 +8,7 @@ from typing import Any
 import ipywidgets as widgets
 import plotly.graph_objects as go
 
-from dfrot_lab.show.markup import visible
+from dfrot_lab.show.theme import visible
 
 MALICIOUS = [
     "<img src=x onerror=alert(1)>",

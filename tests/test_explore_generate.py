@@ -16,8 +16,7 @@ from dfrot_lab.explore.generate.widget import EXACT, Generate
 from dfrot_lab.model import loading
 from dfrot_lab.rotate import dfrot
 from dfrot_lab.score import build, perplexity
-from dfrot_lab.show.markup import span, visible
-from dfrot_lab.show.theme import MASSIVE_COLOUR
+from dfrot_lab.show.theme import MASSIVE_COLOUR, span, visible
 from dfrot_lab.study.setting import Setting
 
 PATIENCE = 120

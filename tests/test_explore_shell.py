@@ -16,7 +16,7 @@ from plotly.basedatatypes import Undefined
 
 from dfrot_lab.explore.page import Plot, Stage
 from dfrot_lab.explore.shell import Cancelled, Explorer, Job, Status, beside, control
-from dfrot_lab.show import markup
+from dfrot_lab.show import theme
 
 # ---- token text
 
@@ -33,26 +33,26 @@ from dfrot_lab.show import markup
     ],
 )
 def test_white_space_and_controls_are_made_visible(text, shown):
-    assert markup.visible(text) == shown
+    assert theme.visible(text) == shown
 
 
 @pytest.mark.parametrize("text", MALICIOUS)
 def test_safe_text_is_text_and_nothing_else(text):
-    found = markup.safe(text)
+    found = theme.safe(text)
     assert not set("<>\"'") & set(found)
     page = Page(found)
-    assert not page.tags and page.text == markup.visible(text) == html.unescape(found)
+    assert not page.tags and page.text == theme.visible(text) == html.unescape(found)
 
 
 @pytest.mark.parametrize("text", MALICIOUS)
 def test_a_span_holds_the_text_its_colour_and_its_tooltip(text):
-    page = Page(markup.span(text, "#CC2936", title=text))
+    page = Page(theme.span(text, "#CC2936", title=text))
     assert (
         page.tags == {"bdi"}
         and page.attributes == {"class", "title", "style"}
-        and page.text == markup.visible(text)
+        and page.text == theme.visible(text)
     )
-    assert "background:#CC2936" in markup.span(text, "#CC2936") and "background" not in markup.span(text)
+    assert "background:#CC2936" in theme.span(text, "#CC2936") and "background" not in theme.span(text)
 
 
 # ---- status

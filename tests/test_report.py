@@ -102,7 +102,7 @@ def test_nothing_but_the_capture_is_computed_and_every_row_is_named(setting, sto
     findings = report.collect(setting, store)
     assert {path.name for path in store.root.iterdir()} == {"capture"}
     assert findings.missing == specs_of(setting.resolved()) and not findings.result.found
-    page = Page(report.page(findings))
+    page = Page(report.page(report.values(findings)))
     loads_nothing(page)
     assert report.command(report.public(setting)) in page.text
     for spec in findings.missing:
@@ -115,7 +115,7 @@ def test_a_report_of_all_rows(setting, store):
     before = sorted(store.root.glob("*/*"))
     findings = report.collect(setting, store)
     assert sorted(store.root.glob("*/*")) == before and not findings.missing
-    text = report.page(findings)
+    text = report.page(report.values(findings))
     page = Page(text)
     loads_nothing(page)
     assert 1_000_000 < len(text.encode()) < 10_000_000
@@ -143,7 +143,7 @@ def test_a_report_of_all_rows(setting, store):
 
 
 def test_a_report_tells_no_place_on_this_machine(setting, store, tmp_path):
-    text = report.page(report.collect(setting, store))
+    text = report.page(report.values(report.collect(setting, store)))
     assert str(tmp_path) not in text and "lively" in text
 
 
@@ -161,7 +161,7 @@ def test_a_malicious_token_and_name_are_inert(setting, store):
     evil = replace(
         findings, massive=findings.massive.assign(text=EVIL), errors=findings.errors.assign(text=EVIL)
     )
-    text = report.page(evil)
+    text = report.page(report.values(evil))
     loads_nothing(Page(text))
     assert EVIL not in text and "<img src=x" not in text and text.count("</script>") == 2
 
@@ -182,7 +182,7 @@ def test_every_value_of_the_page_is_escaped(setting, store):
 
     main.run(setting, store)
     values = report.values(report.collect(setting, store))
-    page = Page(report.render({name: spoilt(value) for name, value in values.items()}))
+    page = Page(report.page({name: spoilt(value) for name, value in values.items()}))
     assert len(page.scripts) == 2 and page.text.count(EVIL) > 50
     assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
     assert [attributes for tag, attributes in page.tags if tag == "img" and attributes["src"] == "x"] == []
@@ -193,7 +193,7 @@ def test_a_path_with_markup_is_escaped(store, tmp_path, text_file):
     findings = report.collect(
         Setting(model=spec, corpus=str(text_file), windows=1, window=64, seeds=1), store
     )
-    text = report.page(findings)
+    text = report.page(report.values(findings))
     assert "<b>model" not in text and "&lt;b&gt;model&amp;" in text
 
 
@@ -205,8 +205,12 @@ def test_chromium_draws_the_report_and_runs_no_token(setting, store, tmp_path):
     report.write(
         path,
         report.page(
-            replace(
-                findings, errors=findings.errors.assign(text=EVIL), massive=findings.massive.assign(text=EVIL)
+            report.values(
+                replace(
+                    findings,
+                    errors=findings.errors.assign(text=EVIL),
+                    massive=findings.massive.assign(text=EVIL),
+                )
             )
         ),
     )

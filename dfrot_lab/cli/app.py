@@ -8,8 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dfrot_lab.cli.malloc import keep_freed_memory
-from dfrot_lab.cli.options import Options, app, command, log, show_facts, show_json, show_table
+from dfrot_lab.cli.options import Options, app, command, keep_freed_memory, log
 from dfrot_lab.recipe import specs
 
 ROTATION = "A row of the rotations listed by --help, or a safetensors file with R1."
@@ -30,19 +29,21 @@ def _setup(verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log mo
 
 @command("run", "model corpus seed out as_json windows gamma rule dtype")
 def run(said: Options, dry_run: Annotated[bool, typer.Option("--dry-run", help=DRY_RUN)] = False) -> None:
-    """The main job: capture, refine, GPTQ, and a table of NR, RO, RH and DFRot at 16-4-16, 4-4-16 and 4-4-4,
-    with keep-out rows and figures.
+    """The main job: capture, refine, GPTQ, a table of NR, RO, RH, DFRot with keep-out rows, and figures.
 
-    Everything is kept as it is finished: Ctrl-C and the same command goes on. Results go to --out (default:
-    runs/<date>/)."""
+    What is finished is kept: after Ctrl-C the same command goes on. --out: folder (runs/<date>/)."""
     from dfrot_lab.disk import row_files
     from dfrot_lab.show import gallery
-    from dfrot_lab.study import main
+    from dfrot_lab.study import cost, main, shapes
 
-    setting = said.setting()
+    setting, name = said.setting(), said.model
     if dry_run:
-        _dry_run(setting, said.as_json)
-        return
+        shape, machines = shapes.shape(setting.model), [cost.measure_machine(), cost.GPU_80GB]
+        recipes = [row.spec for row in main.rows(setting)]
+        tables = {machine.name: cost.estimate(shape, machine, recipes) for machine in machines}
+        rows = [(machine, row) for machine, table in tables.items() for row in table.to_dict("records")]
+        about = cost.describe(name, shape, machines, recipes)
+        return said.show([{"model": name, "machine": machine, **row} for machine, row in rows], about)
     folder = said.out or Path("runs") / f"{datetime.now():%Y-%m-%d}"
     folder.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(folder / "log.txt", encoding="utf-8")
@@ -51,55 +52,36 @@ def run(said: Options, dry_run: Annotated[bool, typer.Option("--dry-run", help=D
     result = main.run(setting)
     row_files.write_table(gallery.massive_table(result), folder / "massive-tokens.csv")
     gallery.save(result, folder / "rows.jsonl", folder / "figures")
-    if said.as_json:
-        show_json(row_files.rows(result.table))
-    else:
-        typer.echo(f"\n{gallery.report(result)}\nRows, recipes, table, figures and log: {folder}/")
-
-
-def _dry_run(setting: Any, as_json: bool) -> None:
-    from dfrot_lab.study import cost, main, shapes
-
-    shape, machines = shapes.shape(setting.model), [cost.measure_machine(), cost.GPU_80GB]
-    recipes, name = [row.spec for row in main.rows(setting)], setting.model.source
-    if not as_json:
-        typer.echo(cost.describe(name, shape, machines, recipes))
-        return
-    tables = {machine.name: cost.estimate(shape, machine, recipes) for machine in machines}
-    rows = [(machine, row) for machine, table in tables.items() for row in table.to_dict("records")]
-    show_json([{"model": name, "machine": machine, **row} for machine, row in rows])
+    text = f"\n{gallery.report(result)}\nRows, recipes, table, figures and log: {folder}/"
+    return said.show(row_files.rows(result.table), text)
 
 
 @command("experiment", "model corpus seed out as_json windows")
 def experiment(
-    said: Options,
-    name: Annotated[str, typer.Argument(help="Which experiment; without it they are listed.")] = "",
+    said: Options, name: Annotated[str, typer.Argument(help="Which one; without it they are listed.")] = "",
     limit: Annotated[int, typer.Option(help="Items of each zero-shot task; 0 takes all.", min=0)] = 100,
     quick: Annotated[bool, typer.Option("--quick", help="A few short windows, to see it work.")] = False,
-) -> None:
-    """One of the paper's tables or figures by name, row by row; a stopped one goes on. --out: folder
-    (default: runs/experiments/)."""
+) -> None:  # fmt: skip
+    """One of the paper's tables or figures by name; a stopped one goes on. --out: runs/experiments/."""
     from dfrot_lab.show import gallery
     from dfrot_lab.study import experiments
     from dfrot_lab.study.setting import QUICK
 
     if not name:
-        show_table(experiments.listing(), said.as_json, {})
-        return
+        return said.show_table(experiments.listing(), {})
     setting = said.setting(limit=limit or None).resolved().with_(**QUICK if quick else {})
     table = experiments.run(name, setting)
     written = gallery.save_experiment(name, table, setting, *[said.out or Path("runs") / "experiments"] * 2)
     hidden = ("recipe", "commit", "model", "corpus", "versions", "formulas", "parameters")
     shown = [column for column in table if column not in hidden and table[column].notna().any()]
-    show_table(table if said.as_json else table[shown], said.as_json, {"written": list(map(str, written))})
+    return said.show_table(table if said.as_json else table[shown], {"written": list(map(str, written))})
 
 
 @command("figures", "model corpus seed out as_json windows")
 def figures(said: Options) -> None:
-    """Rewrite the committed figures/ and data/results/: the main job's and every experiment's. What is not
-    stored is computed: hours, resumable.
+    """Rewrite the committed figures/ and data/results/: the main job's and every experiment's.
 
-    --out: another folder for both."""
+    What is not stored is computed: hours, resumable. --out: another folder for both."""
     from dfrot_lab.show import gallery
     from dfrot_lab.study import experiments, main
 
@@ -110,26 +92,28 @@ def figures(said: Options) -> None:
         if name != "main":
             table = experiments.run(name, setting)
             written += gallery.save_experiment(name, table, setting, tables, pictures)
-    show_json(written) if said.as_json else typer.echo("\n".join(map(str, written)))
+    said.show(written, "\n".join(map(str, written)))
 
 
 @command("report", "model corpus seed out as_json windows gamma rule dtype")
 def report_command(said: Options) -> None:
-    """One HTML file to send to a colleague: the main job's results for --model, figures inside, nothing
-    loaded from the network.
+    """One HTML file to send to a colleague: the main job's results for --model, nothing from the network.
 
     --out: default report.html, in a folder that is there. Shown is what is stored; the capture alone is
     computed if it is missing, and rows that are not stored are named with the command that computes them."""
     from dfrot_lab.show import report
     from dfrot_lab.study import main
 
-    path = report.check_out(said.out or Path("report.html"))
+    path = said.file("report.html")
+    if not path.parent.is_dir():
+        need = f"--out must be in a folder that is there; got {path}."
+        raise ValueError(f"{need} Make the folder {path.parent} first")
     findings = report.collect(said.setting())
-    report.write(path, report.page(findings))
+    report.write(path, report.page(report.values(findings)))
     missing = [main.row_name(spec) for spec in findings.missing]
-    computes = report.command(findings.result.setting) if missing else None
-    about = {"out": path, "bytes": path.stat().st_size, "rows not stored": missing}
-    show_facts({**about, "which this computes": computes}, said.as_json)
+    about: dict[str, Any] = {"out": path, "bytes": path.stat().st_size, "rows not stored": missing}
+    about["which this computes"] = report.command(findings.result.setting) if missing else None
+    said.show_facts(about)
 
 
 @command("models", "model out as_json dtype")
@@ -140,8 +124,8 @@ def models(said: Options) -> None:
     loaded = loading.load_model(said.model_spec)
     about: dict[str, Any] = {"model": said.model, "family": loaded.family, "provenance": loaded.provenance}
     about |= {"channels": loaded.channels, "layers": len(loaded.layers), "context": loaded.context}
-    about |= {"fingerprint": loaded.fingerprint, "supported": list(families.FAMILIES)}
-    show_facts({**about, "refused": families.REFUSED}, said.as_json, said.out)
+    about |= {"fingerprint": loaded.fingerprint, "supported": [*families.FAMILIES]}
+    said.show_facts({**about, "refused": families.REFUSED}, said.out)
 
 
 @command("fetch", "model corpus out as_json")
@@ -153,7 +137,7 @@ def fetch(said: Options) -> None:
     for split in ("calibration", "evaluation"):
         spec = corpus.resolve(specs.CorpusSpec(name=said.corpus, split=split))
         about[f"{spec.name} {split}"] = f"{len(corpus.load_text(spec)):,} characters"
-    show_facts(about, said.as_json, said.out)
+    said.show_facts(about, said.out)
 
 
 @command("doctor", "model corpus out as_json")
@@ -162,80 +146,64 @@ def doctor(said: Options) -> None:
     from dfrot_lab.cli.doctor import checkup
 
     about, missing = checkup(said.model_spec, specs.CorpusSpec(name=said.corpus))
-    show_facts({**about, "missing": missing or "nothing"}, said.as_json, said.out)
+    said.show_facts({**about, "missing": missing or "nothing"}, said.out)
     if missing:
         raise typer.Exit(1)
 
 
 @command("capture", "model corpus out as_json tokens dtype")
 def capture_command(said: Options) -> None:
-    """Record every norm's output and find the massive tokens by all rules. --out: their table (.csv,
-    .parquet, .json)."""
-    from dfrot_lab.disk import row_files
+    """Record norms' outputs, find massive tokens by all rules. --out: their table, .csv, .parquet, .json."""
     from dfrot_lab.observe import capture, massive
 
     recorded = capture.capture(said.capture)
     massive.warn(recorded, specs.DEFAULT_RULE)
     table = massive.table(recorded).sort_values("residual_max", ascending=False)
-    if said.out:
-        row_files.write_table(table, said.out)
     about = {"key": recorded.key, "sites": len(recorded.sites), "tokens": recorded.tokens}
-    show_table(table, said.as_json, {**about, "folder": recorded.artefact.path})
+    said.show_table(table, {**about, "folder": recorded.artefact.path}, table)
 
 
 @command("errors", "model corpus seed out as_json tokens rule dtype")
 def errors_command(
-    said: Options,
-    bits: Annotated[int, typer.Option(help="Bits of the quantizer.")] = 4,
+    said: Options, bits: Annotated[int, typer.Option(help="Bits of the quantizer.")] = 4,
     scheme: Annotated[str, typer.Option(help=SCHEME)] = "symmetric",
-) -> None:
-    """Per-token quantization error under NR, RO and RH at every site. --out: the whole table; on screen its
-    summary."""
-    from dfrot_lab.disk import row_files
+) -> None:  # fmt: skip
+    """Per-token quantization error under NR, RO and RH at every site: a summary. --out: the whole table."""
     from dfrot_lab.observe import capture, errors
 
     quantizer, recorded = specs.QuantSpec(bits=bits, scheme=scheme), capture.capture(said.capture)
     rotations = errors.default_rotations(recorded.channels, said.seed)
     table = errors.token_errors(recorded, rotations, [quantizer], rule=said.rule)
-    if said.out:
-        row_files.write_table(table, said.out)
-    show_table(errors.summary(table), said.as_json, {"rows": len(table), "out": said.out})
+    said.show_table(errors.summary(table), {"rows": len(table), "out": said.out}, table)
 
 
 @command("refine", "model corpus seed out as_json tokens gamma rule dtype")
 def refine(
-    said: Options,
-    init: Annotated[str, typer.Option(help="Rotation to start from: RH or RO.")] = "RH",
+    said: Options, init: Annotated[str, typer.Option(help="Rotation to start from: RH or RO.")] = "RH",
     steps: Annotated[int, typer.Option(help="Steps.")] = 100,
     variant: Annotated[str, typer.Option(help=VARIANT)] = specs.REFINE_VARIANTS[0],
-) -> None:
+) -> None:  # fmt: skip
     """Refine R1 (DFRot) and save it as safetensors with its spec. --out: default R1.safetensors."""
     from dfrot_lab.disk import rotation_files
     from dfrot_lab.rotate.dfrot import refined
 
-    path = said.out or Path("R1.safetensors")
-    if path.is_dir():
-        example = path / "R1.safetensors"
-        raise ValueError(f"--out must be a file; {path} is a folder. Say for example {example}")
+    path = said.file("R1.safetensors")
     fields: dict[str, Any] = {"init": specs.RotationSpec(kind=init, seed=said.seed), "steps": steps}
-    if variant == "as_released":
-        fields["quantizer"] = specs.QuantSpec()
+    fields |= {"quantizer": specs.QuantSpec()} if variant == "as_released" else {}
     spec = said.rotation("DFRot", variant=variant, **fields)
     result = refined(spec)
     rotation_files.save(result.R, path, spec)
-    show_table(result.history.iloc[[0, -1]], said.as_json, {"out": path, "spec": spec.key})
+    said.show_table(result.history.iloc[[0, -1]], {"out": path, "spec": spec.key})
 
 
 @command("evaluate", "model corpus seed out as_json windows weights gamma rule dtype")
 def evaluate_command(
-    said: Options,
-    rotation: Annotated[str, typer.Option(help=ROTATION)] = "RH",
+    said: Options, rotation: Annotated[str, typer.Option(help=ROTATION)] = "RH",
     bits: Annotated[str, typer.Option(help=BITS)] = "4-4-16",
     keep_out: Annotated[bool, typer.Option("--keep-out", help="Massive tokens pass unquantised.")] = False,
     recipe: Annotated[Path | None, typer.Option(help=RECIPE)] = None,
-) -> None:
-    """Perplexity of one rotation at given bits, or of a recipe. --out: a .jsonl file the row is added to; the
-    recipe is written beside it."""
+) -> None:  # fmt: skip
+    """Perplexity of a rotation at given bits, or of a recipe. --out: .jsonl to add to; recipe beside it."""
     from dfrot_lab.disk import row_files
     from dfrot_lab.maths import tables
     from dfrot_lab.score import perplexity, rows
@@ -249,7 +217,7 @@ def evaluate_command(
         beside = said.out.with_name(f"{said.out.stem}.{row['recipe']}.yaml")
         beside.write_text(result.spec.to_yaml(), encoding="utf-8")
     about = f"{tables.label(row)} {row['bits']} on {row['corpus']}: {tables.cell(row)}"
-    show_json(row) if said.as_json else typer.echo(f"{about}, {row['windows']} windows")
+    said.show(row, f"{about}, {row['windows']} windows")
 
 
 @command("recipe", "weights model corpus seed gamma rule dtype windows out")

@@ -32,24 +32,21 @@ def checkup(model: ModelSpec, text: CorpusSpec) -> tuple[dict[str, Any], list[st
     versions = {name: _version(name) for name in PACKAGES}
     kinds = Counter(artefact.kind for artefact in Store().list())
     here = downloads.SMOLLM2_GGUF.path().exists()
-    cache = {
-        "folder": str(folder),
-        "free": f"{free / 1e9:.1f} GB",
-        f"{DEFAULT_MODEL} download": "fetched" if here else "not fetched yet (about 93 MB; dfrot-lab fetch)",
-        "artefacts": ", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items())) or "none yet",
-    }
+    fetched = "fetched" if here else "not fetched yet (about 93 MB; dfrot-lab fetch)"
+    cache = {"folder": str(folder), "free": f"{free / 1e9:.1f} GB", f"{DEFAULT_MODEL} download": fetched}
+    cache["artefacts"] = ", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items())) or "none yet"
     cuda = "none: everything runs on the CPU"
     if torch.cuda.is_available():
-        kernel = _version("fast-hadamard-transform") and "installed"
-        kernel = kernel or "not installed: the torch path is used"
+        compiled = _version("fast-hadamard-transform")
+        kernel = "installed" if compiled else "not installed: the torch path is used"
         cuda = f"{torch.cuda.get_device_name()}, fast-hadamard-transform {kernel}"
     states = {"model": _state(lambda: loading.resolve(model)[0])}
     states["corpus"] = _state(lambda: corpus.resolve(text).name)
     about: dict[str, Any] = {"python": platform.python_version(), "system": platform.platform(terse=True)}
-    about.update(versions=versions, cores=os.cpu_count(), memory=f"{memory / 1e9:.1f} GB", cuda=cuda)
-    about.update(cache=cache, **states)
-    absent = [name for name, found in versions.items() if found is None]
-    missing = [f"{name} is not installed: pip install -r requirements.txt" for name in absent]
+    about |= {"versions": versions, "cores": os.cpu_count(), "memory": f"{memory / 1e9:.1f} GB"}
+    about |= {"cuda": cuda, "cache": cache, **states}
+    told = "is not installed: pip install -r requirements.txt"
+    missing = [f"{name} {told}" for name, found in versions.items() if found is None]
     if free < DISK_NEEDED:
         room = f"{free / 1e9:.1f} GB are free in {folder}; set DFROT_LAB_CACHE"
         missing.append(f"{DISK_NEEDED / 1e9:.0f} GB of disk for the cache: {room}")

@@ -1,9 +1,11 @@
 """What commands share: options and the specs they say, errors, output. Heavy imports wait until needed."""
 
+import ctypes
 import functools
 import inspect
 import json
 import logging
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +24,8 @@ CORPORA = "auto, wikitext2, wikipedia-sample, or a text file."
 RULES = f"What makes a row massive: {', '.join(specs.MASSIVE_RULES)}."
 DTYPES = f"What weights are computed in: {', '.join(specs.DTYPES)}."
 JSON = "Print JSON and nothing else on standard output."
+MALLOC = ((-4, 0), (-1, -1), (-2, 1 << 26))
+"""No mapping of its own for a large piece, no trimming, 64 MB at a time: M_MMAP_MAX and so on in malloc.h."""
 
 
 @dataclass(frozen=True)
@@ -60,11 +64,10 @@ class Options:
 
     def rotation(self, name: str, **fields: Any) -> Any:
         """The rotation of a row's name, with those of gamma, rule and `fields` it has, or of a file."""
-        names = registry.rows()
-        if name not in names:
+        if name not in registry.rows():
             if Path(name).is_file():
                 return specs.RotationSpec(kind="file", path=name)
-            rule = f"{', '.join(names)}, or an existing safetensors file"
+            rule = f"{', '.join(registry.rows())}, or an existing safetensors file"
             raise ValueError(f"--rotation must be {rule}; got {name!r}")
         spec = registry.spec_of(name, seed=self.seed, capture=self.capture)
         fields = {"gamma": self.gamma, "rule": self.rule, **fields}
@@ -76,6 +79,38 @@ class Options:
         parts = {"model": self.model_spec, "corpus": text, "rotation": method, "windows": self.windows}
         spec = specs.recipe_of(bits, weights=self.weights, **parts)
         return spec.with_(weights=spec.weights.with_(corpus=self.capture.corpus))
+
+    def file(self, default: str) -> Path:
+        """--out, or `default`, to be written as one file; ValueError."""
+        path = self.out or Path(default)
+        if path.is_dir():
+            raise ValueError(f"--out must be a file; {path} is a folder. Say for example {path / default}")
+        return path
+
+    def show(self, value: Any, text: str) -> None:
+        """On standard output: `value` as indented JSON with --json, else `text`."""
+        typer.echo(json.dumps(value, indent=1, default=str) if self.as_json else text)
+
+    def show_table(self, table: Any, about: Mapping[str, Any], kept: Any = None) -> None:
+        """A pandas table and facts about it; the table `kept` goes to --out, if that is said."""
+        from dfrot_lab.disk import row_files
+
+        if self.out and kept is not None:
+            row_files.write_table(kept, self.out)
+        facts = [f"{name}: {value}" for name, value in about.items() if value is not None]
+        text = "\n".join([table.to_string(index=False, max_rows=30), "", *facts])
+        self.show({**about, "rows": row_files.rows(table)} if self.as_json else None, text)
+
+    def show_facts(self, about: Mapping[str, Any], out: Path | None = None) -> None:
+        """Named facts; with `out` also as a JSON file."""
+        if out:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(json.dumps(about, indent=1, default=str) + "\n", encoding="utf-8")
+        lines = []
+        for name, value in about.items():
+            parts = [f"  {k}: {v}" for k, v in value.items()] if isinstance(value, Mapping) else []
+            lines += [f"{name}: {'' if parts else value}".rstrip(), *parts]
+        self.show(about, "\n".join(lines))
 
 
 class Group(typer.core.TyperGroup):
@@ -107,10 +142,8 @@ class Group(typer.core.TyperGroup):
             raise typer.Exit(1) from None
 
 
-app = typer.Typer(
-    cls=Group, no_args_is_help=True, add_completion=False, rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-)  # fmt: skip
+app = typer.Typer(cls=Group, no_args_is_help=True, add_completion=False, rich_markup_mode=None,
+                  pretty_exceptions_enable=False)  # fmt: skip
 """The application; the files of this room add their commands to it."""
 
 
@@ -132,30 +165,10 @@ def command(name: str, options: str) -> Callable[[Callable[..., None]], Callable
     return add
 
 
-def show_json(value: Any) -> None:
-    """A value as indented JSON on standard output."""
-    typer.echo(json.dumps(value, indent=1, default=str))
+def keep_freed_memory() -> bool:
+    """Have glibc's malloc keep what is freed for the rest of this process; False where that cannot be done.
 
-
-def show_table(table: Any, as_json: bool, about: Mapping[str, Any]) -> None:
-    """A pandas table and facts about it on standard output."""
-    from dfrot_lab.disk import row_files
-
-    if as_json:
-        show_json({**about, "rows": row_files.rows(table)})
-    else:
-        typer.echo(table.to_string(index=False, max_rows=30))
-        typer.echo("\n" + "\n".join(f"{name}: {value}" for name, value in about.items() if value is not None))
-
-
-def show_facts(about: Mapping[str, Any], as_json: bool, out: Path | None = None) -> None:
-    """Named facts on standard output; with `out` also as a JSON file."""
-    if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(about, indent=1, default=str) + "\n", encoding="utf-8")
-    if as_json:
-        show_json(about)
-        return
-    for name, value in about.items():
-        lines = [f"  {k}: {v}" for k, v in value.items()] if isinstance(value, Mapping) else []
-        typer.echo("\n".join([f"{name}: {'' if lines else value}".rstrip(), *lines]))
+    Else every tensor above 32 MB is mapped anew and zeroed: a fifth of a batched forward pass on a CPU, half
+    of a large Hadamard transform. In return the process stays as large as its peak: a program decides."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform.startswith("linux") else None
+    return mallopt is not None and all([mallopt(*setting) for setting in MALLOC])

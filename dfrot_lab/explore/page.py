@@ -19,7 +19,7 @@ from traitlets import Instance, Unicode, default
 
 from dfrot_lab.maths.quantizers import code_range, scale_zero
 from dfrot_lab.recipe.specs import QuantSpec
-from dfrot_lab.show import figures, markup
+from dfrot_lab.show import figures, theme
 
 HEIGHT = 420  # pixels of one plot: fixed, so that nothing moves while a new one is computed
 GREY = "#808080"  # text and axes: readable on a white and on a dark page (contrast 3.9 and 5.3)
@@ -134,12 +134,12 @@ def label(text: str) -> str:
 
 def title(text: str) -> str:
     """Any text, such as a file's name, for a plotly title."""
-    return markup.safe(text).replace("&quot;", "&#34;")
+    return theme.safe(text).replace("&quot;", "&#34;")
 
 
 def plain(text: str) -> str:
     """Words that are no token, for HTML and hover labels: escaped, their spaces left as they are."""
-    return markup.safe(text).replace(markup.VISIBLE[" "], " ")
+    return theme.safe(text).replace(theme.VISIBLE[" "], " ")
 
 
 def number(value: float) -> str:
@@ -160,7 +160,7 @@ def html_table(table: pd.DataFrame, caption: str) -> str:
 
     def cell(value: Any) -> Any:
         shown = number(value) if isinstance(value, float) else value
-        return markup.span(value) if isinstance(value, str) else shown
+        return theme.span(value) if isinstance(value, str) else shown
 
     head = "".join(f'<th scope="col">{plain(str(name))}</th>' for name in table.columns)
     rows = ["".join(f"<td>{cell(value)}</td>" for value in row) for row in table.itertuples(index=False)]

@@ -24,7 +24,7 @@ from dfrot_lab.maths import quantizers, rotations
 from dfrot_lab.observe import capture, massive
 from dfrot_lab.recipe import specs
 from dfrot_lab.rotate import dfrot, steps
-from dfrot_lab.show import figures, markup, theme
+from dfrot_lab.show import figures, theme
 
 Acts = capture.Capture | specs.CaptureSpec | None
 GAMMAS = [(f"{gamma:g}", gamma) for gamma in (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, math.inf)]
@@ -53,7 +53,7 @@ def choices(recorded: capture.Capture, site: str) -> list[tuple[str, int]]:
     largest, texts = recorded.residual_max[recorded.place(site)], recorded.texts
     even = torch.linspace(0, recorded.tokens - 1, OTHERS + 2).long().tolist()[1:-1]
     places = dict.fromkeys([*largest.argsort(descending=True)[:MASSIVE_ONES].tolist(), *even])
-    return [(f"{i}: {markup.visible(texts[i])}  (residual |max| {float(largest[i]):.0f})", i) for i in places]
+    return [(f"{i}: {theme.visible(texts[i])}  (residual |max| {float(largest[i]):.0f})", i) for i in places]
 
 
 def history_plot() -> Plot:

@@ -16,8 +16,6 @@ from dfrot_lab.show import figures
 from dfrot_lab.show.figures import plot_rows, rows_of
 from dfrot_lab.show.theme import INK, MASSIVE_COLOUR, ORDINARY_COLOUR, draw_lines, legend_below, looks, panels
 
-NEAR = 1.2
-"""The sweep over gamma is drawn up to this many times its best perplexity, or to QuaRot's line."""
 ORDER_COLOURS = {
     "NR > RO > RH": "#117733", "NR > RH > RO": "#56B4E9", "RO > NR > RH": MASSIVE_COLOUR,
     "RO > RH > NR": "#E69F00", "RH > NR > RO": "#AA4499", "RH > RO > NR": "#222222",
@@ -28,8 +26,7 @@ ORDER_MARKERS = dict(zip(ORDER_COLOURS, "ovDsPX", strict=True))
 
 
 def plot_sweep(rows: pd.DataFrame, x: str, line: str, *, ax: Axes) -> None:
-    """`rows_of` a metric against the knob `x`, a `line` through the mean over seeds, each a dot. Intervals
-    for paired differences alone: those of perplexities share the noise of the windows."""
+    """`rows_of` a metric against `x`, a `line` through seeds' means; intervals of paired differences only."""
     places, levels = pd.factorize(rows[x])
     kinds, names = pd.factorize(rows[line])
     colour = rows[line].map(looks(names)["palette"])
@@ -55,7 +52,7 @@ def _plot_gamma(part: pd.DataFrame, *, ax: Axes) -> None:
     plot_sweep(refined, "gamma", "line", ax=ax)
     for name, style in (("QuaRot", "--"), ("QuaRot.FP16()", ":")):
         ax.axhline(means[name], ls=style, c=INK, lw=1.3, label=name)
-    top = max(NEAR * part["value"].min(), 1.05 * means["QuaRot"])
+    top = max(1.2 * part["value"].min(), 1.05 * means["QuaRot"])  # what is above is written at the edge
     ax.set_ylim(0.97 * part["value"].min(), top)
     for place, value in enumerate(refined.groupby("gamma", sort=False)["value"].mean()):
         if value > top:
@@ -98,9 +95,8 @@ def _plot_kept(part: pd.DataFrame, *, ax: Axes) -> None:
 def figure_differences(table: pd.DataFrame, label: str, panel: str = "{bits}") -> Figure:
     """Paired differences of perplexity to RH; `label` and `panel` are formats, filled by a row's columns."""
     rows = rows_of(table[table["rotation"] != "NR"], f"{PERPLEXITY} - RH")
-    entries = rows.to_dict("records")
-    labels = [label.format_map(row).replace("_", " ") for row in entries]
-    rows = rows.assign(label=labels, panel=[panel.format_map(row) for row in entries])
+    labels = [label.format_map(row).replace("_", " ") for row in rows.to_dict("records")]
+    rows = rows.assign(label=labels, panel=[panel.format_map(row) for row in rows.to_dict("records")])
     size = (4.2, 1.4 + 0.32 * len(set(labels)))
     fig = panels(rows, "panel", plot_rows, size=size, axes={"xlabel": "perplexity - RH's"}, sharey=True)
     for ax in fig.axes:

@@ -121,8 +121,7 @@ def figure_errors(wide: pd.DataFrame) -> Figure:
 def plot_massive_values(values: pd.DataFrame, rotation: str, *, ax: Axes | None = None) -> Axes:
     """One token's `value` before and `quantized` after, under one `rotation` (DFRot, Fig. 4)."""
     part, ax = values[values["rotation"] == rotation], ax or plt.gca()
-    error = float(((part["value"] - part["quantized"]) ** 2).sum())
-    colour = style.COLOURS.get(rotation, "k")
+    error, colour = ((part["value"] - part["quantized"]) ** 2).sum(), style.COLOURS.get(rotation, "k")
     ax.scatter(part["value"], part["quantized"], s=10, c=colour, alpha=0.6, linewidths=0)
     bound = float(part["value"].abs().max()) * 1.1
     ax.plot([-bound, bound], [-bound, bound], lw=0.8, ls="--", c=style.INK)
@@ -131,18 +130,15 @@ def plot_massive_values(values: pd.DataFrame, rotation: str, *, ax: Axes | None 
 
 
 def figure_massive_token(values: pd.DataFrame) -> Figure:
-    """The paper's Fig. 4: one massive token, a panel a rotation; of several sites, at the main figures' one.
-    Columns: rotation, value, quantized; or also site, token, text."""
+    """Fig. 4: one token's rotation, value, quantized (site, token, text: at the figures' site), in panels."""
     title = ""
     if "site" in values:
-        site = figure_site(values["site"].unique().tolist())
-        values = values[values["site"] == site]
-        title = f"token {values['token'].iloc[0]} ({values['text'].iloc[0]!r}) at {site}"
-
-    def draw(part: pd.DataFrame, ax: Axes) -> None:
-        plot_massive_values(part, part["rotation"].iloc[0], ax=ax)
-
-    fig = style.panels(values, "rotation", draw, size=(2.9, 3))
+        values = values[values["site"] == figure_site(values["site"].unique().tolist())]
+        title = "token {token} ({text!r}) at {site}".format_map(values.iloc[0])
+    fig = style.panels(
+        values, "rotation", lambda part, ax: plot_massive_values(part, part["rotation"].iloc[0], ax=ax),
+        size=(2.9, 3),
+    )  # fmt: skip
     fig.suptitle(title, fontsize=10)
     return fig
 
@@ -179,13 +175,11 @@ def plot_seed_spread(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 
 def plot_residual(maxima: Tensor, median: Tensor, *, ax: Axes | None = None) -> Axes:
-    """The residual stream before each norm: the largest |value| of the first token, of any other token, and
-    the median (Sun et al., Fig. 4). `maxima` (sites, tokens) and `median` (sites,) as a Capture has them."""
+    """The residual stream by layer (Sun et al., Fig. 4): a Capture's `maxima` (sites, tokens), `median`."""
     lines = {
-        "token 0, largest channel": maxima[:, 0],
-        "any other token, largest channel": maxima[:, 1:].amax(1),
+        "token 0, largest channel": maxima[:, 0], "any other token, largest channel": maxima[:, 1:].amax(1),
         "median of all values": median,
-    }
+    }  # fmt: skip
     table = pd.DataFrame(lines, index=np.arange(len(median)) / 2)
     ax = sns.lineplot(table, palette=[style.MASSIVE_COLOUR, "#555555", "#56B4E9"], ax=ax)
     ax.set(yscale="log", xlabel="layer", ylabel="|residual stream|", title="One token, one channel")
@@ -196,8 +190,7 @@ def plot_history(history: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """A refinement's mean squared error of `ordinary` and `massive` rows, `step` by step."""
     table = history.set_index("step")[["ordinary", "massive"]].add_suffix(" rows")
     markers = ["o", "D"] if len(history) < 30 else None  # an accelerated one looks at all rows now and then
-    palette = list(TOKENS["palette"].values())
-    ax = sns.lineplot(table, palette=palette, markers=markers, dashes=False, ax=ax)
+    ax = sns.lineplot(table, palette=[*TOKENS["palette"].values()], markers=markers, dashes=False, ax=ax)
     ax.set(xlabel="step", ylabel="mean E(xR)", ylim=(0, None), title="Refining R1")
     return ax
 
@@ -230,8 +223,8 @@ def plot_predicted_rows(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     both = roots[["predicted", "measured"]].to_numpy()
     ends = float(both.min()) * 0.9, float(both.max()) * 1.1
     ax.plot(ends, ends, ls="--", lw=1, c=style.INK)
-    ax.set(xscale="log", yscale="log", xlim=ends, ylim=ends)
-    ax.set(xlabel="predicted root E", ylabel="measured root E")
+    log = {"xscale": "log", "yscale": "log", "xlim": ends, "ylim": ends}
+    ax.set(**log, xlabel="predicted root E", ylabel="measured root E")
     ticks = [value for value in TICKS if ends[0] <= value <= ends[1]]
     names = [f"{value:g}" for value in ticks]
     ax.set(xticks=ticks, xticklabels=names, yticks=ticks, yticklabels=names)

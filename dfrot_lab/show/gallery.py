@@ -16,7 +16,7 @@ from dfrot_lab.observe import errors, massive
 from dfrot_lab.score import rows
 from dfrot_lab.show import figures
 from dfrot_lab.show.experiment_figures import FIGURES
-from dfrot_lab.show.markup import visible
+from dfrot_lab.show.theme import visible
 from dfrot_lab.study import experiments
 from dfrot_lab.study.main import MainResult
 from dfrot_lab.study.setting import Setting, figure_site
@@ -29,11 +29,9 @@ SMALL = 5000
 
 def save_experiment(name: str, table: pd.DataFrame, setting: Setting, at: Path, pictures: Path) -> list[Path]:
     """Write an experiment's table into `at`, named by it and the corpus, its figure into `pictures`."""
-    kept = _file(name, setting, at, "jsonl" if len(table) <= SMALL else "parquet")
-    if len(table) <= SMALL:
-        row_files.replace(kept, row_files.rows(table))
-    else:
-        row_files.write_table(table, kept)
+    is_small, corpus = len(table) <= SMALL, Path(setting.corpus).stem
+    kept = at / f"{name}-{corpus}.{'jsonl' if is_small else 'parquet'}"
+    row_files.replace(kept, row_files.rows(table)) if is_small else row_files.write_table(table, kept)
     recipes = sorted(set(table["recipe"].dropna())) if "recipe" in table else []
     about = {"experiment": name, "quick": setting.quick, "device": loading.device_name(), "rows": len(table)}
     about |= {"setting": _question(name, setting), "recipes": recipes}
@@ -42,19 +40,14 @@ def save_experiment(name: str, table: pd.DataFrame, setting: Setting, at: Path, 
 
 
 def table(name: str, setting: Setting, root: Path) -> pd.DataFrame:
-    """The experiment's table: the one kept under `root` (data/results/, figures/) if it was made with this
-    very setting, else computed now. For sweeps of hours, which one machine computes and everybody reads."""
-    kept = _file(name, setting, root / "data" / "results", "jsonl")
-    beside = root / "figures" / Path(setting.corpus).stem / f"{name}.json"
+    """The experiment's table: the one kept under `root` if it was made with this setting, else computed."""
+    corpus = Path(setting.corpus).stem
+    kept, beside = root / f"data/results/{name}-{corpus}.jsonl", root / f"figures/{corpus}/{name}.json"
     about = json.loads(beside.read_text(encoding="utf-8")) if kept.is_file() and beside.is_file() else {}
     if about.get("setting") != _question(name, setting):
         return experiments.run(name, setting)
     log.info("%s: read from %s, computed on %s", name, kept.name, about["device"])
     return row_files.load(kept)
-
-
-def _file(name: str, setting: Setting, folder: Path, suffix: str) -> Path:
-    return folder / f"{name}-{Path(setting.corpus).stem}.{suffix}"
 
 
 def _save_figure(fig: Figure, name: str, folder: Path, setting: Setting, about: dict[str, Any]) -> Path:
@@ -77,8 +70,7 @@ def _question(name: str, setting: Setting) -> dict[str, Any]:
 
 
 def main_figures(result: MainResult, wide: pd.DataFrame) -> dict[str, tuple[Figure, dict[str, Any]]]:
-    """The main figures by name, each with what it was made from; without refinement or rows their pictures
-    are left out. `wide` are the errors at their site. Draw inside `theme`."""
+    """The main figures that can be drawn, each with what it is made from; `wide`: errors at their site."""
     recorded, refine, site = result.capture, result.setting.refine, figure_site(result.capture.sites)
     token = int(recorded.residual_max[recorded.sites.index(site)].argmax())
     values = errors.massive_values(recorded, site, token, result.matrices, refine.quantizer)
@@ -119,20 +111,19 @@ def most_massive(table: pd.DataFrame) -> str:
     if table.empty:
         return "No token of the first calibration window is massive by any rule."
     head = table.iloc[0]
-    return (
-        f"The most massive token, \u2018{visible(head['text'])}\u2019, reaches {head['residual_max']:,.0f} "
-        f"in channel {head['channel']} of the residual stream at {head['site']}, "
-        f"{head['ratio_to_median']:,.0f} times the median."
-    )
+    reaches = f"\u2018{visible(head['text'])}\u2019, reaches {head['residual_max']:,.0f}"
+    where = f"channel {head['channel']} of the residual stream at {head['site']}"
+    times = f"{head['ratio_to_median']:,.0f} times the median"
+    return f"The most massive token, {reaches} in {where}, {times}."
 
 
 def differences(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     """Captions and tables of the paired differences, and of RO - RH seed by seed, where there are any."""
     said = "{} on the same windows, with the paired 95% interval"
-    metrics = [name for name in table["metric"].unique() if name != tables.PERPLEXITY]
-    shown = [(said.format(name), tables.comparison(table, name)) for name in metrics]
-    shown.append(("RO - RH, each random seed on its own", tables.by_seed(table).rename_axis("bits")))
-    return [(caption, frame) for caption, frame in shown if not frame.empty]
+    names = [name for name in table["metric"].unique() if name != tables.PERPLEXITY]
+    shown = {said.format(name): tables.comparison(table, name) for name in names}
+    shown["RO - RH, each random seed on its own"] = tables.by_seed(table).rename_axis("bits")
+    return [(caption, frame) for caption, frame in shown.items() if not frame.empty]
 
 
 def report(result: MainResult) -> str:

@@ -25,11 +25,9 @@ from dfrot_lab.maths import tables
 from dfrot_lab.model import corpus, loading
 from dfrot_lab.recipe import registry
 from dfrot_lab.recipe.specs import DEFAULT_MODEL, MASSIVE_RULES, CorpusSpec, Recipe, RefineSpec
-from dfrot_lab.score import rows as score_rows
-from dfrot_lab.score.perplexity import EvalResult
+from dfrot_lab.score import rows
 from dfrot_lab.show import figures, gallery
-from dfrot_lab.show.markup import safe, visible
-from dfrot_lab.show.theme import MASSIVE_COLOUR, ORDINARY_COLOUR
+from dfrot_lab.show.theme import MASSIVE_COLOUR, ORDINARY_COLOUR, safe, visible
 from dfrot_lab.study import cost, main, paper
 from dfrot_lab.study.setting import Setting, figure_site
 
@@ -71,14 +69,9 @@ def collect(setting: Setting, store: Store | None = None) -> Findings:
     return Findings(result, missing, massive, errors)
 
 
-def page(findings: Findings) -> str:
-    """The whole report as HTML."""
-    return render(values(findings))
-
-
-def render(values: Mapping[str, Any]) -> str:
-    """The page with these values (those of `values`), all escaped but the scripts. It loads nothing and runs
-    only plotly's library and the call of it: its Content-Security-Policy names each by its hash."""
+def page(values: Mapping[str, Any]) -> str:
+    """The whole report as HTML, of its `values`, all escaped but the scripts. It loads nothing and runs only
+    plotly's library and the call of it: its Content-Security-Policy names each by its hash."""
     options: dict[str, Any] = {"autoescape": True, "undefined": StrictUndefined, "trim_blocks": True}
     pages = Environment(loader=PackageLoader("dfrot_lab", "show"), **options)
     pages.filters["sha256"] = lambda script: b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -88,11 +81,18 @@ def render(values: Mapping[str, Any]) -> str:
 def values(findings: Findings) -> dict[str, Any]:
     """What the page shows, by the names the template uses."""
     result, table, massive = findings.result, findings.result.table, findings.massive
-    setting = public(result.setting)
+    setting, refined = public(result.setting), result.refinement
     with figures.theme():
         drawn = gallery.main_figures(result, findings.errors)
         pictures = {name: _svg(figure) for name, (figure, _) in drawn.items()}
+    last = len(refined.history) - 1 if refined else 0
+    lines = np.unique(np.linspace(0, last, 12).round().astype(int))  # of a history, first and last with them
     alone = [(main.row_name(spec), row_command(setting, spec)) for spec in findings.missing]
+    gaps = figures.rows_of(table, f"{tables.PERPLEXITY} - RH")
+    kept_out, seed = gaps["keep_out"].astype(bool), gaps["seed"].eq(setting.seed)
+    gaps = gaps[gaps["rotation"].eq("RO") & ~kept_out & seed]
+    beside = paper.beside_rows(list(result.found.values()))
+    beside.insert(2, "ours", beside.pop("ours").map("{:,.2f}".format))  # before models: always in sight
     return {
         "model": setting.model.source, "packaged": result.setting.model.source == DEFAULT_MODEL,
         "corpus": setting.corpus, "windows": setting.windows, "window": result.capture.tokens,
@@ -100,11 +100,12 @@ def values(findings: Findings) -> dict[str, Any]:
         "about": about(findings), "command": command(setting),
         "missing": pd.DataFrame(alone, columns=["row", "alone"]),
         "massive": gallery.most_massive(massive), "tokens": massive_tokens(massive), "shown": 15,
-        "by_sun": massive.loc[massive["sun"], "token"].nunique(), "gap": _gap(table, setting.seed),
-        "library": Markup(get_plotlyjs()), "plot": scatter_figure(findings.errors).to_plotly_json(),
-        "pictures": pictures, "history": result.refinement and _history(result.refinement.history),
+        "by_sun": massive.loc[massive["sun"], "token"].nunique(), "library": Markup(get_plotlyjs()),
+        "gap": gaps.iloc[-1].to_dict() if len(gaps) else None,  # at the last bits that are stored
+        "plot": scatter_figure(findings.errors).to_plotly_json(), "pictures": pictures,
+        "history": refined and refined.history.iloc[lines].round(4), "paper": beside.fillna(""),
         "comparison": tables.comparison(table) if result.found else None,
-        "differences": gallery.differences(table), "paper": _paper(list(result.found.values())),
+        "differences": gallery.differences(table),
     }  # fmt: skip
 
 
@@ -122,23 +123,21 @@ def about(findings: Findings) -> pd.DataFrame:
     shown, manifest = public(setting), recorded.artefact.manifest
     origin, own = str(manifest["note"]["provenance"]), setting.model.source != DEFAULT_MODEL
     texts = {split: CorpusSpec(name=setting.corpus, split=split) for split in ("calibration", "evaluation")}
-    rows = f"the first {recorded.tokens} calibration tokens"
+    on = f"on the first {recorded.tokens} calibration tokens"
     lines = {
         "model": shown.model.source,
         "made from": f"{origin.split(' ', 1)[0]} {shown.model.source}" if own else origin,
-        "model's content hash": loading.fingerprint(setting.model),
-        "text": shown.corpus,
+        "model's content hash": loading.fingerprint(setting.model), "text": shown.corpus,
         **{f"{split} text, sha256": corpus.fingerprint(spec) for split, spec in texts.items()},
         "evaluation": f"{setting.windows} windows of {setting.window} tokens",
         "seed of the rotations": setting.seed,
-        "refinement": f"gamma {setting.gamma:g}, rule {setting.rule}, {setting.steps} steps, on {rows}",
+        "refinement": f"gamma {setting.gamma:g}, rule {setting.rule}, {setting.steps} steps, {on}",
         "rotations and weights": f"{', '.join(registry.rows())}; {', '.join(registry.WEIGHTS)}",
         "family, device": f"{manifest['note'].get('family', 'not noted')}, {setting.model.device}",
         "capture": f"{recorded.key}, recorded {manifest['created']}",
         "versions": ", ".join(f"{name} {metadata.version(name)}" for name in PACKAGES),
-        "code": score_rows.commit() or "no checkout",
-        "report made": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
-    }
+        "code": rows.commit() or "no checkout", "report made": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+    }  # fmt: skip
     return pd.DataFrame({"what": list(lines), "value": [str(value) for value in lines.values()]})
 
 
@@ -154,26 +153,6 @@ def massive_tokens(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(shown).join(counts).reset_index()
 
 
-def _gap(table: pd.DataFrame, seed: int) -> Any:
-    """RO - RH at the last bits that are stored: the row of the page's first paragraph."""
-    rows = figures.rows_of(table, f"{tables.PERPLEXITY} - RH")
-    own = rows["rotation"].eq("RO") & ~rows["keep_out"].astype(bool) & rows["seed"].eq(seed)
-    return next(iter(rows[own].tail(1).to_dict("records")), None)
-
-
-def _history(history: pd.DataFrame) -> pd.DataFrame:
-    """At most 12 lines of a refinement's history, first and last among them."""
-    places = np.linspace(0, len(history) - 1, min(12, len(history))).round().astype(int)
-    return history.iloc[places].round(4)
-
-
-def _paper(found: list[EvalResult]) -> pd.DataFrame:
-    """The paper's perplexities in the rows' places, ours first: it must not be scrolled out of sight."""
-    beside = paper.beside_rows(found)
-    beside.insert(2, "ours", beside.pop("ours").map("{:,.2f}".format))
-    return beside.fillna("")
-
-
 def command(setting: Setting) -> str:
     """The command that computes every row a report of `setting` shows."""
     return f"dfrot-lab run {_options(setting, setting.seed)} --gamma {setting.gamma:g} --rule {setting.rule}"
@@ -181,49 +160,36 @@ def command(setting: Setting) -> str:
 
 def public(setting: Setting) -> Setting:
     """`setting` with a model's or text's own path cut to its name: what a page that is sent away may say."""
-    said = (setting.model.source, setting.corpus)
-    model, text = (Path(each).name if Path(each).expanduser().exists() else each for each in said)
+    both = (setting.model.source, setting.corpus)
+    model, text = (Path(each).name if Path(each).expanduser().exists() else each for each in both)
     return setting.with_(model=setting.model.with_(source=model), corpus=text)
 
 
 def row_command(setting: Setting, spec: Recipe) -> str:
     """The command that computes one row."""
-    seed = spec.rotation.first_seed
+    rotation, seed = spec.rotation, spec.rotation.first_seed
     options = _options(setting, setting.seed if seed is None else seed)
-    parts = [f"dfrot-lab evaluate {options} --rotation {spec.rotation.name} --bits {spec.bits}"]
-    if spec.weights.quantizer.bits < 16:
-        parts.append(f"--weights {spec.weights.method}")
-    if spec.keep_out:
-        parts.append("--keep-out")
-    if isinstance(spec.rotation, RefineSpec):
-        parts.append(f"--gamma {spec.rotation.gamma:g} --rule {spec.rotation.rule}")
-    return " ".join(parts)
+    said = f"dfrot-lab evaluate {options} --rotation {rotation.name} --bits {spec.bits}"
+    said += f" --weights {spec.weights.method}" if spec.weights.quantizer.bits < 16 else ""
+    said += " --keep-out" if spec.keep_out else ""
+    if isinstance(rotation, RefineSpec):
+        said += f" --gamma {rotation.gamma:g} --rule {rotation.rule}"
+    return said
 
 
 def _options(setting: Setting, seed: int) -> str:
-    model, text = shlex.quote(setting.model.source), shlex.quote(setting.corpus)
+    model, text = map(shlex.quote, (setting.model.source, setting.corpus))
     return f"--model {model} --corpus {text} --seed {seed} --windows {setting.windows}"
-
-
-def check_out(path: Path) -> Path:
-    """`path`, if a report can be written there; else a ValueError that says why."""
-    if path.is_dir():
-        raise ValueError(f"--out must be a file; {path} is a folder. Say for example {path / 'report.html'}")
-    if not path.parent.is_dir():
-        said = f"got {path}. Make the folder {path.parent} first"
-        raise ValueError(f"--out must be in a folder that is there; {said}")
-    return path
 
 
 def write(path: Path, text: str) -> None:
     """Put `text` into `path`, whole or not at all: until it is complete, what was there stays."""
-    with replacing(check_out(path)) as temporary:
+    with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def scatter_figure(wide: pd.DataFrame) -> go.Figure:
-    """Every token's error under one rotation against another's, to hover over; a menu picks the pair.
-    Columns: token, text, massive and one of errors a rotation."""
+    """Tokens' errors (token, text, massive, one a rotation) under two rotations; a menu picks the pair."""
     parts, buttons = (wide[~wide["massive"]], wide[wide["massive"]]), list[dict[str, Any]]()
     for pair in [pair for pair in PAIRS if set(pair) <= set(wide.columns)]:
         line = [0, float(wide[list(pair)].to_numpy().max()) * 1.05]

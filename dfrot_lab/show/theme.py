@@ -1,9 +1,11 @@
-"""How every picture looks: one theme, one colour and marker a rotation, a row of panels."""
+"""How pictures look: one theme, a colour and marker a rotation, panels; and tokens: made visible, escaped."""
 
+import html
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+from unicodedata import category
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -18,6 +20,8 @@ MARKERS = {"NR": "s", "RO": "^", "RH": "o", "DFRot": "D"}
 OTHERS = tuple(zip(("#CC79A7", "#56B4E9", "#E69F00", "#332288", "#882255", "#117733"), "vPXp<h", strict=True))
 """Colours and markers of everything that is not one of the four rotations."""
 MASSIVE_COLOUR, ORDINARY_COLOUR, INK = "#CC2936", "#9AA5B1", "#333333"
+VISIBLE = {" ": "\u2423", "\n": "\u21b5", "\t": "\u21e5", "\r": "\u240d", "\u00a0": "\u237d"}
+"""What stands for white space in a token."""
 
 THEME: dict[str, Any] = {
     "figure.dpi": 110, "savefig.dpi": 160, "figure.constrained_layout.use": True,
@@ -82,3 +86,21 @@ def legend_below(fig: Figure) -> None:
         if legend := ax.get_legend():
             legend.remove()
     fig.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=9)
+
+
+def visible(text: str) -> str:
+    """`text` with white space and control characters made visible, as plain text: not yet safe for HTML."""
+    hidden = ("Cc", "Cf", "Co", "Cs")
+    return "".join(VISIBLE.get(c) or (f"<0x{ord(c):02X}>" if category(c) in hidden else c) for c in text)
+
+
+def safe(text: str) -> str:
+    """A token's text for HTML and plotly's hover labels: white space visible, markup escaped."""
+    return html.escape(visible(text))
+
+
+def span(text: str, colour: str | None = None, title: str = "") -> str:
+    """One token as HTML, apart from its neighbours' writing direction; marked by `colour`, with a tooltip."""
+    mark = f"background:{colour};color:#fff;" if colour else ""
+    style = f"{mark}border-radius:3px;padding:0 1px"
+    return f'<bdi class="dfrot-token" title="{html.escape(title)}" style="{style}">{safe(text)}</bdi>'

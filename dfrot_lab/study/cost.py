@@ -1,6 +1,5 @@
-"""What work costs before it runs: operations and bytes of each stage, counted from the model's shape, over a
-machine's rates. A product (m, k) @ (k, n) counts 2 m k n operations; a pass (one read or one write) over a
-float32 tensor, as weights are on a CPU, its bytes. Parts of a stage add up. Disk is left out."""
+"""What work costs: a stage's operations (2 m k n for (m, k) @ (k, n)) and bytes moved (of float32 tensors, a
+pass is one read or one write), counted from the model's shape, over a machine's rates. Disk is left out."""
 
 import logging
 import statistics
@@ -64,19 +63,19 @@ def measure_machine() -> Machine:
     a, a64 = torch.randn(2048, 2048), torch.randn(1024, 1024, dtype=torch.float64)
     a8 = torch.randint(-8, 8, (2048, 2048), dtype=torch.int8)
     large, copy = torch.zeros(256 << 18), torch.empty(256 << 18)
-    rates = (
-        _rate(2 * 2048**3, lambda: a @ a),
-        _rate(2 * 1024**3, lambda: a64 @ a64),
-        _rate(2 * 2048**3, lambda: integer.product(a8, a8)),
-        _rate(2 * large.nbytes, lambda: copy.copy_(large)),
-    )
+
+    def rate(amount: float, work: Callable[[], object]) -> float:  # the median of three, after a first
+        return amount / statistics.median(timeit.repeat(work, number=1, repeat=4)[1:])
+
+    flops = rate(2 * 2048**3, lambda: a @ a), rate(2 * 1024**3, lambda: a64 @ a64)
+    int8 = rate(2 * 2048**3, lambda: integer.product(a8, a8))
+    rates = (*flops, int8, rate(2 * large.nbytes, lambda: copy.copy_(large)))
     source = f"measured now, {torch.get_num_threads()} threads of torch"
     return Machine("this machine", *rates, psutil.virtual_memory().total, source)
 
 
-def _rate(amount: float, work: Callable[[], object]) -> float:
-    """`amount` a second: the median of three calls, after one that is not counted."""
-    return amount / statistics.median(timeit.repeat(work, number=1, repeat=4)[1:])
+AMOUNTS = slice(1, 5)
+"""Of a Work or a Machine: float32 and float64 flops, int8 operations, bytes moved; done, or in a second."""
 
 
 @dataclass(frozen=True)
@@ -92,34 +91,29 @@ class Work:
 
     def __add__(self, other: "Work") -> "Work":
         """One after the other, under the first one's name."""
-        both = [a + b for a, b in zip(_amounts(self), _amounts(other), strict=True)]
+        both = [a + b for a, b in zip(astuple(self)[AMOUNTS], astuple(other)[AMOUNTS], strict=True)]
         return Work(self.stage, *both, memory=max(self.memory, other.memory))
 
     def times(self, n: float) -> "Work":
         """The same n times over, in the same memory."""
-        return Work(self.stage, *(n * amount for amount in _amounts(self)), memory=self.memory)
+        return Work(self.stage, *(n * amount for amount in astuple(self)[AMOUNTS]), memory=self.memory)
 
     def seconds(self, machine: Machine) -> float:
         """How long it takes there."""
-        return sum(amount / rate for amount, rate in zip(_amounts(self), _amounts(machine), strict=True))
-
-
-def _amounts(of: Work | Machine) -> tuple[float, ...]:
-    """Float32 and float64 flops, int8 operations, bytes moved: done, or in a second."""
-    return astuple(of)[1:5]
+        pairs = zip(astuple(self)[AMOUNTS], astuple(machine)[AMOUNTS], strict=True)
+        return sum(amount / rate for amount, rate in pairs)
 
 
 def stages(shape: Shape, recipes: Sequence[Recipe], tokens: int = WINDOW) -> list[Work]:
-    """The stages of a main job of `recipes`, in order: a load for each model built (rows with equal rotation
-    and weights share one), a capture, a refinement, GPTQ where it is quantized, each row's windows."""
+    """A main job's stages, in order: loads of all models built, capture, refinement, GPTQ, windows."""
     builds = {(spec.rotation, spec.weights): spec for spec in recipes}.values()
     rotated = sum(spec.is_rotated for spec in builds)
     quantized = sum(spec.weights.quantizer.bits < 16 for spec in builds)
     integers = sum(spec.windows for spec in recipes if build.is_integer(spec))
     floats = sum(spec.windows for spec in recipes) - integers
-    prepared = [load(shape, len(builds) + 1, rotated), capture(shape, tokens), refine(shape, tokens)]
-    windows = [float_window(shape, tokens).times(floats), integer_window(shape, tokens).times(integers)]
-    return [*prepared, gptq(shape, tokens).times(quantized), *windows]  # capture loads the model once more
+    made = load(shape, len(builds) + 1, rotated), capture(shape, tokens)  # capture loads the model once more
+    windows = float_window(shape, tokens).times(floats), integer_window(shape, tokens).times(integers)
+    return [*made, refine(shape, tokens), gptq(shape, tokens).times(quantized), *windows]
 
 
 def load(shape: Shape, loads: int, rotated: int) -> Work:
@@ -185,8 +179,7 @@ def integer_window(shape: Shape, tokens: int) -> Work:
 
 def estimate(shape: Shape, machine: Machine, recipes: Sequence[Recipe], tokens: int = WINDOW) -> pd.DataFrame:
     """Seconds, peak memory (GB) and whether the machine has that much, a row a stage; then `total`."""
-    works = stages(shape, recipes, tokens)
-    lines = [(work.stage, work.seconds(machine), work.memory / 1e9) for work in works]
+    lines = [(w.stage, w.seconds(machine), w.memory / 1e9) for w in stages(shape, recipes, tokens)]
     table = pd.DataFrame(lines, columns=["stage", "seconds", "memory_gb"])
     table.loc[len(table)] = [TOTAL, table["seconds"].sum(), table["memory_gb"].max()]
     return table.assign(fits=table["memory_gb"] * 1e9 <= machine.memory)

@@ -1,8 +1,8 @@
-"""The paper's tables and figures, and what its reviewers asked for, as experiments: a tidy table each. Of one
-that evaluates `Row`s it has a line a row and metric, the columns of `maths.tables` after its own."""
+"""The paper's tables and figures, and what its reviewers asked for, as experiments: a tidy table each; of
+`Row`s it has a line a row and metric, the columns of `maths.tables` after its own."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from typing import Any
 
@@ -10,16 +10,16 @@ import pandas as pd
 
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.maths import statistics
+from dfrot_lab.maths.tables import whole
 from dfrot_lab.model import corpus
 from dfrot_lab.observe import massive, residual
 from dfrot_lab.observe.capture import capture
 from dfrot_lab.recipe import specs
 from dfrot_lab.recipe.specs import RELEASED_KEEP_OUT as RELEASED
-from dfrot_lab.recipe.specs import CorpusSpec, QuantSpec, Recipe, RefineSpec
 from dfrot_lab.rotate import dfrot, steps
 from dfrot_lab.score import perplexity, rows, zeroshot
 from dfrot_lab.study import main
-from dfrot_lab.study.main import Found, Row, evaluated, joined
+from dfrot_lab.study.main import Found, Row, evaluated
 from dfrot_lab.study.setting import Setting
 
 log = logging.getLogger(__name__)
@@ -32,9 +32,6 @@ ROW_COUNTS = (48, 32, 24, 16, 8)
 SAMPLES = 5
 KEPT = (1, 4, 16, 64)
 SHARE = "share of RO - RH closed"
-
-Make = Callable[[Setting, Store], pd.DataFrame | Iterable[Row]]
-"""What makes the tidy table of an experiment, or the rows to evaluate for it."""
 
 
 def run(name: str, setting: Setting | None = None, store: Store | None = None) -> pd.DataFrame:
@@ -54,18 +51,13 @@ def setting_of(name: str, setting: Setting) -> Setting:
 
 def listing() -> pd.DataFrame:
     """The experiments: name, what it reproduces, its question."""
-    about = [(name, reproduces, question) for name, (reproduces, question, _) in EXPERIMENTS.items()]
+    about = [(name, *said[:2]) for name, said in EXPERIMENTS.items()]
     return pd.DataFrame(about, columns=["name", "reproduces", "question"])
 
 
 def _trimmed(values: Sequence[Any], setting: Setting) -> list[Any]:
     """All values; in the quick profile the first and the last."""
     return [values[0], values[-1]] if setting.quick and len(values) > 2 else list(values)
-
-
-def _refinement(setting: Setting, offset: int = 0, **changes: Any) -> RefineSpec:
-    """The setting's refinement from RH with one of its seeds, some fields changed."""
-    return setting.refine.with_(**{"init": setting.rotation("RH", offset), **changes})
 
 
 def keep_out(setting: Setting, store: Store) -> pd.DataFrame:
@@ -77,7 +69,7 @@ def keep_out(setting: Setting, store: Store) -> pd.DataFrame:
         asked.append(Row(plain.with_(keep_out=RELEASED), against={kind: plain}))
     asked += [Row(setting.row(bits, setting.rotation("NR"))) for bits in settings]
     table, found = evaluated(asked, store)
-    return joined(table, pd.DataFrame(_shares(setting, found, settings)))
+    return whole(pd.concat([table, pd.DataFrame(_shares(setting, found, settings))], ignore_index=True))
 
 
 def _shares(setting: Setting, found: Found, settings: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -109,38 +101,35 @@ def gamma_sweep(setting: Setting, store: Store) -> Iterator[Row]:
             start = setting.rotation(kind, offset)
             plain = setting.row(bits, start)
             yield Row(plain, {"init": kind, "line": "QuaRot"})
-            kept_out = plain.with_(keep_out=RELEASED)
-            yield Row(kept_out, {"init": kind, "line": "QuaRot.FP16()"}, {"QuaRot": plain})
-            for gamma in _trimmed(gammas, setting):
-                refined = setting.row(bits, setting.refine.with_(init=start, gamma=gamma))
-                yield Row(refined, {"init": kind, "line": "DFRot"}, {"QuaRot": plain})
+            others = [("QuaRot.FP16()", plain.with_(keep_out=RELEASED))]
+            refined = [setting.refine.with_(init=start, gamma=gamma) for gamma in _trimmed(gammas, setting)]
+            others += [("DFRot", setting.row(bits, spec)) for spec in refined]
+            yield from (Row(spec, {"init": kind, "line": line}, {"QuaRot": plain}) for line, spec in others)
 
 
 def calibration(setting: Setting, store: Store) -> Iterator[Row]:
     """Table 3: five samples, five row counts; refined on one text and tested on another, and the reverse."""
-    ways: list[tuple[str, str, Setting, RefineSpec]] = []
+    ways: list[tuple[str, str, Setting, dict[str, Any]]] = []
     for skip in _trimmed(range(SAMPLES), setting):
-        spec = _refinement(setting, capture=setting.capture.with_(skip=skip))
-        ways.append(("sample", str(skip), setting, spec))
+        ways.append(("sample", str(skip), setting, {"capture": setting.capture.with_(skip=skip)}))
     sites = len(capture(setting.capture, store).sites)
     for count in _trimmed([count for count in ROW_COUNTS if count <= sites], setting):
-        spec = _refinement(setting, rows=count * setting.window)
-        ways.append(("rows", f"{count} x {setting.window}", setting, spec))
+        ways.append(("rows", f"{count} x {setting.window}", setting, {"rows": count * setting.window}))
     texts = _texts(setting)
     for fitted, tested in product(texts, texts) if len(texts) > 1 else ():
-        own = setting.capture.with_(corpus=CorpusSpec(name=fitted, split="calibration"))
-        refined = _refinement(setting, capture=own)
-        ways.append(("text", f"{fitted} -> {tested}", setting.with_(corpus=tested), refined))
+        own = setting.capture.with_(corpus=specs.CorpusSpec(name=fitted, split="calibration"))
+        ways.append(("text", f"{fitted} -> {tested}", setting.with_(corpus=tested), {"capture": own}))
     # the paper's is 4-4-16; the other shows what the rotation does without the noise of GPTQ
-    for bits, (varied, level, where, spec) in product(("16-4-16", "4-4-16"), ways):
+    for bits, (varied, level, where, changes) in product(("16-4-16", "4-4-16"), ways):
         plain = where.row(bits, where.rotation("RH"))
         yield Row(plain, {"varied": "none", "level": f"RH on {where.corpus}"})
-        yield Row(where.row(bits, spec), {"varied": varied, "level": level}, {"RH": plain})
+        spec = where.row(bits, setting.refine.with_(**changes))
+        yield Row(spec, {"varied": varied, "level": level}, {"RH": plain})
 
 
 def _texts(setting: Setting) -> list[str]:
     """The texts to exchange: WikiText-2 and the packaged sample where both can be had, else the setting's."""
-    if setting.quick or corpus.resolve(CorpusSpec(name="auto")).name != "wikitext2":
+    if setting.quick or corpus.resolve(specs.CorpusSpec(name="auto")).name != "wikitext2":
         log.info("testing on another text is left out: it needs WikiText-2 (and the full profile)")
         return [setting.corpus]
     return ["wikitext2", "wikipedia-sample"]
@@ -149,11 +138,11 @@ def _texts(setting: Setting) -> list[str]:
 def clip_sweep(setting: Setting, _store: Store) -> Iterator[Row]:
     """The activation clip ratio under RO, RH and DFRot, refined with the same clip."""
     for name, clip in product(("RO", "RH", "DFRot"), _trimmed(CLIPS, setting)):
-        whole = setting.row("16-4-16", setting.method(name))
-        quantizer = whole.activations.with_(clip_ratio=clip)
-        rotation = whole.rotation.with_(quantizer=quantizer) if name == "DFRot" else whole.rotation
-        spec = whole.with_(activations=quantizer, rotation=rotation)
-        yield Row(spec, {"clip": clip}, {} if clip == 1 else {"clip 1": whole})
+        unclipped = setting.row("16-4-16", setting.method(name))
+        quantizer = unclipped.activations.with_(clip_ratio=clip)
+        rotation = unclipped.rotation.with_(quantizer=quantizer) if name == "DFRot" else unclipped.rotation
+        spec = unclipped.with_(activations=quantizer, rotation=rotation)
+        yield Row(spec, {"clip": clip}, {} if clip == 1 else {"clip 1": unclipped})
 
 
 def either_scheme(setting: Setting, _store: Store) -> Iterator[Row]:
@@ -161,11 +150,11 @@ def either_scheme(setting: Setting, _store: Store) -> Iterator[Row]:
     schemes = ("asymmetric", "symmetric")
     for tested in schemes:
         plain = setting.row("16-4-16", setting.rotation("RH"))
-        rh = plain.with_(activations=QuantSpec(scheme=tested))
+        rh = plain.with_(activations=specs.QuantSpec(scheme=tested))
         yield Row(rh, {"refined_with": "not refined", "sign_flips": False, "tested_with": tested})
         for fitted, flips in product(schemes, (False, True)):
             variant = "as_released" if flips else "as_paper"
-            spec = _refinement(setting, quantizer=QuantSpec(scheme=fitted), variant=variant)
+            spec = setting.refine.with_(quantizer=specs.QuantSpec(scheme=fitted), variant=variant)
             labels = {"refined_with": fitted, "sign_flips": flips, "tested_with": tested}
             yield Row(rh.with_(rotation=spec), labels, {"RH": rh})
 
@@ -174,19 +163,18 @@ def variants(setting: Setting, store: Store) -> pd.DataFrame:
     """The refinement as released, as in the paper and as here: losses under one quantizer, perplexity."""
     fits, asked = {}, []
     for offset, name in product(range(setting.seeds), ("as_released", "as_paper", "accelerated")):
-        quantizer = QuantSpec(scheme="symmetric" if name == "as_released" else "asymmetric")
-        fits[name, offset] = _refinement(setting, offset, variant=name, quantizer=quantizer)
+        quantizer = specs.QuantSpec(scheme="symmetric" if name == "as_released" else "asymmetric")
+        own = {"init": setting.rotation("RH", offset), "variant": name, "quantizer": quantizer}
+        fits[name, offset] = setting.refine.with_(**own)
     for bits, ((name, offset), spec) in product(("16-4-16", "4-4-16"), fits.items()):
         rh = setting.row(bits, setting.rotation("RH", offset))
-        asked += [
-            Row(rh, {"variant": "not refined"}),
-            Row(setting.row(bits, spec), {"variant": name}, {"RH": rh}),
-        ]
+        asked.append(Row(rh, {"variant": "not refined"}))
+        asked.append(Row(setting.row(bits, spec), {"variant": name}, {"RH": rh}))
     losses = [line for (name, _), spec in fits.items() for line in _final_losses(name, spec, setting, store)]
-    return joined(evaluated(asked, store)[0], pd.DataFrame(losses))
+    return whole(pd.concat([evaluated(asked, store)[0], pd.DataFrame(losses)], ignore_index=True))
 
 
-def _final_losses(name: str, spec: RefineSpec, setting: Setting, store: Store) -> list[dict[str, Any]]:
+def _final_losses(name: str, spec: specs.RefineSpec, setting: Setting, store: Store) -> list[dict[str, Any]]:
     """Losses of a refined R over all rows of its capture under the setting's quantizer; and its seconds."""
     result, recorded = dfrot.refined(spec, store), capture(spec.capture, store)
     mask = massive.find(recorded, spec.rule).flatten()
@@ -194,21 +182,19 @@ def _final_losses(name: str, spec: RefineSpec, setting: Setting, store: Store) -
     losses = steps.losses_of(recorded.all_rows(), result.R, weights, mask, quantizer)
     about: dict[str, Any] = {"variant": name, "model": setting.model.source, "corpus": setting.corpus}
     about |= {"rotation": spec.name, "gamma": spec.gamma, "rule": spec.rule, "seed": spec.first_seed}
-    values = {**losses, "seconds of refinement": result.seconds}
-    return [{**about, "metric": metric, "value": value} for metric, value in values.items()]
+    losses["seconds of refinement"] = result.seconds
+    return [{**about, "metric": metric, "value": value} for metric, value in losses.items()]
 
 
 def intervene(setting: Setting, store: Store) -> pd.DataFrame:
     """Which tokens matter: k tokens a window kept out, by size, by error or at random, under RO and RH."""
-    asked = []
+    asked, counts = [], list(product(specs.KEEP_OUT_COUNTS, _trimmed(KEPT, setting)))
     for kind in ("RO", "RH"):
         plain = setting.row("16-4-16", setting.rotation(kind))
         asked.append(Row(plain, {"chosen": "none", "k": 0}))
-        by_rule = {"chosen": f"rule {RELEASED}", "k": None}
-        asked.append(Row(plain.with_(keep_out=RELEASED), by_rule, {kind: plain}))
-        for chosen, k in product(specs.KEEP_OUT_COUNTS, _trimmed(KEPT, setting)):
-            spec = plain.with_(keep_out=chosen, keep_out_tokens=k)
-            asked.append(Row(spec, {"chosen": chosen, "k": k}, {kind: plain}))
+        for chosen, k in [(RELEASED, None), *counts]:
+            labels = {"chosen": chosen if k else f"rule {chosen}", "k": k}
+            asked.append(Row(plain.with_(keep_out=chosen, keep_out_tokens=k), labels, {kind: plain}))
     return evaluated(asked, store)[0].astype({"k": "Int64"})
 
 
@@ -217,12 +203,12 @@ def massive_activations(setting: Setting, store: Store) -> pd.DataFrame:
     plain = setting.row("16-16-16", setting.rotation("NR"))
     set_to = [Row(plain.with_(set_massive=to), against={"left alone": plain}) for to in ("zero", "mean")]
     table = evaluated([Row(plain), *set_to], store)[0].fillna({"set_massive": "left alone"})
-    return joined(table, residual.residual_profile(setting.capture, store))
+    return whole(pd.concat([table, residual.residual_profile(setting.capture, store)], ignore_index=True))
 
 
 def zero_shot(setting: Setting, store: Store) -> pd.DataFrame:
     """Table 5 and the README's: six tasks by lm-eval; plain, NR, RH in full, RO, RH, DFRot at 4 bits."""
-    named: dict[str, Recipe | None] = {"plain transformers": None}
+    named: dict[str, specs.Recipe | None] = {"plain transformers": None}
     quantized = ("4-4-16",) if setting.quick else ("4-4-16", "4-4-4")
     for bits, name in [*product(["16-16-16"], ("NR", "RH")), *product(quantized, ("RO", "RH", "DFRot"))]:
         named[f"{name} {bits}"] = setting.row(bits, setting.method(name))
@@ -234,7 +220,7 @@ def _main(setting: Setting, store: Store) -> pd.DataFrame:
     return main.run(setting, store).table
 
 
-EXPERIMENTS: dict[str, tuple[str, str, Make]] = {
+EXPERIMENTS: dict[str, tuple[str, str, Callable[[Setting, Store], Any]]] = {
     "main": ("Table 1, 2", "What is each rotation worth, with massive tokens and without?", _main),
     "token-errors-3d": ("Fig. 2, 13-24", "Which tokens does each rotation help?", main.token_errors),
     "token-errors-2d": ("Fig. 3, 10-12", "Where do RO, RH and DFRot part?", main.token_errors),
@@ -252,4 +238,4 @@ EXPERIMENTS: dict[str, tuple[str, str, Make]] = {
     "massive-magnitudes": ("Sun et al., Fig. 1", "Which token, which channel?", main.massive_magnitudes),
     "intervene": ("asked here", "Which tokens must be kept out?", intervene),
 }
-"""Every experiment by name, in the paper's order: what it reproduces, its question, and what makes it."""
+"""Every experiment by name, in the paper's order: what it reproduces, its question, what makes its rows."""

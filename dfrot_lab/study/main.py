@@ -1,5 +1,4 @@
-"""Rows of recipes in, evaluations and a table of results out; the main job, what `make run` does; and the
-experiments that look at single tokens of its capture."""
+"""Rows of recipes in, a table of results out; the main job (`make run`); experiments on single tokens."""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,6 +26,7 @@ log = logging.getLogger(__name__)
 BITS = ("16-4-16", "4-4-16", "4-4-4")
 Found = dict[Recipe, EvalResult]
 """Evaluations by the recipe that was asked for."""
+Evaluated = tuple[pd.DataFrame, Found]
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,8 @@ def row_name(spec: Recipe) -> str:
     return row_label(spec, ("" if seed is None else f" (seed {seed})") + f" {spec.bits}")
 
 
-def evaluated(
-    asked: Sequence[Row], store: Store, progress: cost.Progress | None = None
-) -> tuple[pd.DataFrame, Found]:
-    """Evaluate rows in order: their table (perplexity, and each paired difference), and the evaluations. A
-    stopped run goes on at the row it was at; rows that two experiments share are computed once."""
+def evaluated(asked: Sequence[Row], store: Store, progress: cost.Progress | None = None) -> Evaluated:
+    """Evaluate rows in order: their table (`table_of`) and evaluations. What is stored is reused."""
     specs = list(dict.fromkeys(row.spec for row in asked))
     progress = progress or cost.Progress()
     progress.costs += cost.seconds(specs, store)
@@ -80,11 +77,6 @@ def table_of(asked: Sequence[Row], found: Found) -> pd.DataFrame:
             pairs = [(found[other], name) for name, other in row.against.items() if other in found]
             lines += [{**row.labels, **score_rows.difference_row(own, *pair)} for pair in pairs]
     return whole(pd.DataFrame(lines, columns=None if lines else list(COLUMNS)))
-
-
-def joined(*parts: pd.DataFrame) -> pd.DataFrame:
-    """Tables below one another, their columns in order, whole numbers whole."""
-    return whole(pd.concat(parts, ignore_index=True))
 
 
 def rows(setting: Setting) -> Iterator[Row]:
@@ -119,12 +111,9 @@ class MainResult:
         return {**errors.default_rotations(self.capture.channels, self.setting.seed), **refined}
 
     def errors(self, sites: Sequence[str] | None = None) -> pd.DataFrame:
-        """Each token's squared error at all sites or those named, a column a rotation, by the evaluation's
-        and the refinement's own quantizer; massive by the setting's rule."""
-        quantizers, rule = [self.setting.refine.quantizer], self.setting.rule
-        return errors.wide(
-            errors.token_errors(self.capture, self.matrices, quantizers, sites=sites, rule=rule)
-        )
+        """Tokens' squared errors at `sites` or all, a column a rotation, by the refinement's quantizer."""
+        by, rule = [self.setting.refine.quantizer], self.setting.rule
+        return errors.wide(errors.token_errors(self.capture, self.matrices, by, sites=sites, rule=rule))
 
 
 def run(setting: Setting, store: Store | None = None) -> MainResult:
@@ -144,7 +133,7 @@ def stored(setting: Setting, store: Store) -> MainResult:
     setting = setting.resolved()
     recorded, refinement = captures.capture(setting.capture, store), dfrot.stored(setting.refine, store)
     asked = list(rows(setting))
-    found = {row.spec: done for row in asked if (done := perplexity.stored(row.spec, store)) is not None}
+    found = {row.spec: done for row in asked if (done := perplexity.stored(row.spec, store))}
     return MainResult(setting, recorded, refinement, table_of(asked, found), found)
 
 

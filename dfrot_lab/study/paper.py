@@ -25,12 +25,11 @@ RIVALS = "copied by the authors from another paper: the rivals are not run here 
 NOT_YET = "not measured yet: run the experiment"
 ABSENT = {
     "mmlu": "MMLU's questions are not among the local tasks: `lm_eval` with the hub runs them",
-    "acc_average9": NINE,
-    "c4_ppl": "C4 is not here",
-    "SpinQuant": RIVALS,
-    "OSTQuant": RIVALS,
-}
+    "acc_average9": NINE, "c4_ppl": "C4 is not here", "SpinQuant": RIVALS, "OSTQuant": RIVALS,
+}  # fmt: skip
 """The metrics, and the methods, that have none of our numbers beside them, and why."""
+AS_PRINTED: dict[str, Any] = {"columns": "model", "values": "printed", "aggfunc": "first", "sort": False}
+"""How pandas pivots numbers: as they are printed, a column a model."""
 
 Row = Mapping[str, Any]
 Places = list[tuple[str, str, str, str]]
@@ -41,8 +40,7 @@ Lines = Iterator[tuple[tuple[str, ...], Row]]
 
 @cache
 def published(path: Path) -> pd.DataFrame:
-    """The published numbers (data/paper/published.csv), one a row: source, the columns of PLACE, model,
-    value; and `printed`, the value as it is printed. ValueError."""
+    """The published numbers, one a row: source, PLACE, model, value, and `printed`, the text. ValueError."""
     table = pd.read_csv(path, keep_default_na=False)
     missing = ", ".join(sorted({*PLACE, "source", "model", "value"} - set(table.columns)))
     if missing:
@@ -84,7 +82,7 @@ def beside_rows(found: Sequence[EvalResult]) -> pd.DataFrame:
     if newest.empty:
         return nothing
     newest = newest.assign(row=newest["method"].map(_row_label), bits=newest["w_a_kv_bits"])
-    wide = _by_model(newest, ["row", "bits"])[list(dict.fromkeys(newest["model"]))]
+    wide = newest.pivot_table(index=["row", "bits"], **AS_PRINTED)[list(dict.fromkeys(newest["model"]))]
     mine = newest.groupby(["row", "bits"], sort=False)["ours"].first()
     places = dict.fromkeys((row_label(result.spec), result.spec.bits) for result in found)
     shown = [place for place in places if place in wide.index]
@@ -97,17 +95,12 @@ def _row_label(method: str) -> str:
     return names[method.removesuffix(".FP16()")] + (", kept out" if method.endswith(".FP16()") else "")
 
 
-def _by_model(part: pd.DataFrame, index: list[str]) -> pd.DataFrame:
-    """The numbers as printed, a column a model."""
-    return part.pivot_table(index=index, columns="model", values="printed", aggfunc="first", sort=False)
-
-
 def spread(both: pd.DataFrame, table: str) -> pd.DataFrame:
     """One of the paper's tables as it is printed: a row a place, a column a model, ours last."""
     part = both[both["table"] == table]
     index = [name for name in PLACE[1:] if len(part[name].unique()) > 1] or ["method"]
     first = part.drop_duplicates(index).set_index(index)
-    return _by_model(part, index).assign(ours=first["ours"].round(2)).loc[first.index]
+    return part.pivot_table(index=index, **AS_PRINTED).assign(ours=first["ours"].round(2)).loc[first.index]
 
 
 def _perplexities(table: pd.DataFrame, places: Callable[[Row, str], Places]) -> Lines:
@@ -144,8 +137,10 @@ def _main_table(table: pd.DataFrame) -> Lines:
     """The perplexities, and the minutes that DFRot takes beyond RH."""
     yield from _perplexities(table, _weights)
     for row in tables.records(table[table["rotation"] == "DFRot"])[:1]:
-        place = ("T2old", "DFRot", "none", "-", "extra_minutes_A100", "")
-        yield place, {**row, "value": row["extra_minutes"]}
+        yield (
+            ("T2old", "DFRot", "none", "-", "extra_minutes_A100", ""),
+            {**row, "value": row["extra_minutes"]},
+        )
 
 
 def _massive_token(table: pd.DataFrame) -> Lines:

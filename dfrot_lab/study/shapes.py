@@ -68,11 +68,11 @@ SHAPES = {
 
 def shape_of(config: Any) -> Shape:
     """The shape of a transformers config of a supported architecture."""
-    C, heads = config.hidden_size, config.num_attention_heads
-    layers, mlp = config.num_hidden_layers, config.intermediate_size
+    C, heads, mlp = config.hidden_size, config.num_attention_heads, config.intermediate_size
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     head = getattr(config, "head_dim", None) or C // heads
-    return Shape(C, layers, mlp, heads, kv_heads, head, config.vocab_size, bool(config.tie_word_embeddings))
+    layers, tied = config.num_hidden_layers, bool(config.tie_word_embeddings)
+    return Shape(C, layers, mlp, heads, kv_heads, head, config.vocab_size, tied)
 
 
 def shape(source: ModelSpec) -> Shape:
@@ -88,10 +88,8 @@ def shape(source: ModelSpec) -> Shape:
         except (ValueError, OSError, RuntimeError, LookupError, AttributeError, struct.error) as error:
             said = f"{path} is not a whole GGUF file of a LLaMA-like model ({type(error).__name__}: {error})"
             raise ValueError(said) from error
-    if (path / "config.json").is_file():  # no weights are needed
-        return shape_of(loading.config_of(path, source))
-    try:
-        place = loading.resolve(source)[1]
+    try:  # of a folder no weights are needed
+        place = path if (path / "config.json").is_file() else loading.resolve(source)[1]
     except ValueError as error:
         raise ValueError(f"{error} To estimate without a model: {', '.join(SHAPES)}.") from None
     return shape_of(loading.config_of(place, source))

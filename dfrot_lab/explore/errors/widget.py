@@ -23,7 +23,7 @@ from dfrot_lab.observe import massive
 from dfrot_lab.observe.capture import Capture, capture
 from dfrot_lab.recipe.specs import DEFAULT_RULE, QuantSpec, RefineSpec
 from dfrot_lab.rotate import dfrot
-from dfrot_lab.show.markup import span
+from dfrot_lab.show.theme import span
 from dfrot_lab.study import setting
 
 KEPT = 16  # rotated sites kept: of 2048 tokens and 576 channels 5 MB each

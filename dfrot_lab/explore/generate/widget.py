@@ -23,7 +23,7 @@ from dfrot_lab.recipe import registry
 from dfrot_lab.recipe.specs import Recipe
 from dfrot_lab.rotate import dfrot
 from dfrot_lab.score import build
-from dfrot_lab.show import markup, theme
+from dfrot_lab.show import theme
 from dfrot_lab.study import cost
 from dfrot_lab.study.setting import Setting
 from dfrot_lab.weights.run import OnPart
@@ -193,8 +193,8 @@ class Generate(Explorer):
         for place, token in enumerate(result.ids):
             title, text, departs = f"token {place + 1}, id {token}", self.text(token), place == different
             if departs and place < len(exact):
-                title += f"; full precision wrote {markup.visible(self.text(exact[place]))}"
-            marked = markup.span(text, theme.MASSIVE_COLOUR if departs else None, title)
+                title += f"; full precision wrote {theme.visible(self.text(exact[place]))}"
+            marked = theme.span(text, theme.MASSIVE_COLOUR if departs else None, title)
             parts.append(marked + ("<br>" if "\n" in text else ""))
         prompt = html.escape(self.tokenizer.decode(self.prompt_ids))
         words = f'<span style="color:{GREY}">{prompt}</span><wbr>{"<wbr>".join(parts)}'

@@ -17,7 +17,7 @@ from dfrot_lab.explore.shell import Explorer, Job, control
 from dfrot_lab.model import loading
 from dfrot_lab.model.loading import LoadedModel
 from dfrot_lab.recipe.specs import ModelSpec, RotationSpec
-from dfrot_lab.show import figures, markup, theme
+from dfrot_lab.show import figures, theme
 
 SHOWN = 8  # trials in the plot, the newest below
 LEAST, MOST = 1e-8, 30.0  # where an error of 0, and one that is not a number, are drawn on the log axis
@@ -72,8 +72,8 @@ def verdict_html(outcome: Outcome) -> str:
 def text_html(outcome: Outcome, truth: Outcome) -> str:
     """Both continuations, token by token; what differs from the untouched model's is marked."""
     pairs = zip(outcome.tokens, truth.tokens, strict=False)
-    own = "".join(markup.span(a, None if a == b else BROKEN, f"untouched: {b}") for a, b in pairs)
-    wanted = "".join(map(markup.span, truth.tokens))
+    own = "".join(theme.span(a, None if a == b else BROKEN, f"untouched: {b}") for a, b in pairs)
+    wanted = "".join(map(theme.span, truth.tokens))
     same = "the same text" if outcome.tokens == truth.tokens else "marked: not what the untouched model says"
     words = f"untouched: {wanted}<br>with these steps: {own} <i>({same})</i>"
     return f'<p style="margin:4px 0;line-height:1.7">{words}</p>'

@@ -14,7 +14,7 @@ from dfrot_lab.model import corpus
 from dfrot_lab.model.loading import LoadedModel
 from dfrot_lab.observe import massive, residual
 from dfrot_lab.recipe.specs import ROW_RULES, WINDOW, CorpusSpec
-from dfrot_lab.show import markup, theme
+from dfrot_lab.show import theme
 
 CELLS, COLUMNS = 49152, 192  # of the heat map at most: of 256 tokens, 576 channels, three channels a cell
 Step = Callable[[int], None]
@@ -145,7 +145,7 @@ def sentence(table: pd.DataFrame, layer: int, rule: str) -> str:
     marked = table[table["massive"]]
     token = (marked if len(marked) else table).iloc[0]
     where = f"in channel {token['channel']} at layer {layer}: {number(token['ratio'])} \u00d7 the median."
-    named = f"oken {token['token']} \u2018{markup.span(token['text'])}\u2019"
+    named = f"oken {token['token']} \u2018{theme.span(token['text'])}\u2019"
     what = f"{named} reaches {number(abs(token['value']))} {where}"
     if not len(marked):
         return f"No token is massive here by rule {rule}. The largest, t{what}"
@@ -158,6 +158,6 @@ def text_spans(table: pd.DataFrame) -> str:
     for row in table.sort_values("token").to_dict("records"):
         about = f", channel {row['channel']}: {number(abs(row['value']))}" if row["massive"] else ""
         colour = theme.MASSIVE_COLOUR if row["massive"] else None
-        spans.append(markup.span(row["text"], colour, f"token {row['token']}{about}"))
+        spans.append(theme.span(row["text"], colour, f"token {row['token']}{about}"))
         spans.append("<br>" if "\n" in row["text"] else "<wbr>")
     return f'<div class="dfrot-text" style="line-height:1.5;overflow-wrap:anywhere">{"".join(spans)}</div>'

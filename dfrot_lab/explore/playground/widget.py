@@ -21,7 +21,7 @@ from dfrot_lab.explore.shell import Explorer, Job, beside, control
 from dfrot_lab.maths import quantizers, theory
 from dfrot_lab.observe.capture import capture
 from dfrot_lab.recipe.specs import CaptureSpec, QuantSpec
-from dfrot_lab.show import markup, theme
+from dfrot_lab.show import theme
 
 ANGLE = {"min": 0, "max": 180, "step": 1, "readout_format": ".0f"}
 SPIKE = {"min": -0.5, "max": 2, "step": 0.05, "readout_format": ".2f"}
@@ -249,7 +249,7 @@ class Playground(Explorer):
     def _open(self, _job: Job) -> None:
         recorded = capture(self.spec, self.store)
         site = recorded.sites[len(recorded.sites) // 2]
-        self.model_name = f"token 0, {markup.visible(recorded.texts[0])}, at {site}"
+        self.model_name = f"token 0, {theme.visible(recorded.texts[0])}, at {site}"
         self.model_token = recorded.rows(site)[0].double()
 
     def _at_end(self, error: BaseException | None) -> str:

@@ -12,7 +12,7 @@ from dfrot_lab.explore.page import TABLE
 from dfrot_lab.recipe.specs import RELEASED_KEEP_OUT, Recipe
 from dfrot_lab.score import perplexity
 from dfrot_lab.score.perplexity import EvalResult
-from dfrot_lab.show.markup import safe
+from dfrot_lab.show.theme import safe
 from dfrot_lab.study import cost, main, paper
 from dfrot_lab.study.setting import Setting
 
