@@ -14,10 +14,8 @@ from tqdm.auto import tqdm
 from dfrot_lab.disk.atomic import cache_dir, replacing
 
 ALGORITHMS: dict[str, Any] = {"xxh3_128": xxhash.xxh3_128, "sha256": hashlib.sha256}
-LARGE = 1 << 30
-"""Bytes above which reading a file takes long enough to show a bar."""
-SETTLED = 2_000_000_000
-"""Nanoseconds: a file changed more recently may change again under the same time, so it is not remembered."""
+LARGE = 1 << 30  # bytes above which reading a file takes long enough to show a bar
+SETTLED = 2_000_000_000  # ns: a file changed more recently may change again under the same time
 ENTRIES = 10_000
 _known: dict[str, list[Any]] = {}
 

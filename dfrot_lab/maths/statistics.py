@@ -21,11 +21,6 @@ def bootstrap(statistic: Callable[..., Any], *samples: np.ndarray) -> tuple[floa
     return float(interval.low), float(interval.high)
 
 
-def with_interval(statistic: Callable[..., Any], *samples: np.ndarray) -> tuple[float, tuple[float, float]]:
-    """`statistic(*samples, axis=)` of paired samples (windows,) and its bootstrap 95% interval."""
-    return float(statistic(*samples, axis=-1)), bootstrap(statistic, *samples)
-
-
 def difference(a: np.ndarray, b: np.ndarray, axis: int) -> Any:
     """Perplexity of losses `a` minus that of `b`."""
     return perplexity(a, axis) - perplexity(b, axis)

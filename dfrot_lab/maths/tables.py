@@ -16,8 +16,7 @@ COLUMNS = (
 """Columns of every results row, in order. Quantizers are named by all that makes one different; `parameters`
 are what a method has beside its own columns; `ci95` is [low, high]; `recipe` is the key of the recipe, whose
 YAML is kept beside the rows; `formulas` and `commit` are the code's."""
-WHOLE = ("seed", "w_bits", "a_bits", "kv_bits", "keep_out_tokens", "windows", "window", "formulas")
-"""Columns of whole numbers, or of nothing."""
+WHOLE = ("seed", "w_bits", "a_bits", "kv_bits", "keep_out_tokens", "windows", "window", "formulas")  # whole
 FREE = {"metric", "value", "ci95", "seconds", "recipe", "versions", "formulas", "commit"}
 """Columns that say what came out, when and by which code; the others say of what."""
 PERPLEXITY = "perplexity"

@@ -34,12 +34,9 @@ from dfrot_lab.recipe.specs import SYM4, QuantSpec, RotationSpec
 
 Array = NDArray[np.float64]
 Floats = Sequence[float]
-_NODES = 48
-"""Quantiles of the largest entry that the error is averaged over; twice as many change nothing by 0.1%."""
-_REACH = 9.0
-"""Standard deviations beyond which no Gaussian number is taken to lie: P < 1e-18 a number."""
-_CODES = np.arange(-10.0, 11.0)
-"""Codes about the nearest one that noise below one step can reach."""
+_NODES = 48  # quantiles of the largest entry to average over; twice as many change nothing by 0.1%
+_REACH = 9.0  # standard deviations beyond which no Gaussian number is taken to lie: P < 1e-18 a number
+_CODES = np.arange(-10.0, 11.0)  # codes about the nearest one that noise below one step can reach
 
 
 def require(name: str, value: object, ok: bool, rule: str) -> None:

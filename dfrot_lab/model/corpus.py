@@ -24,8 +24,7 @@ log = logging.getLogger(__name__)
 
 WIKITEXT2 = "wikitext2"
 SAMPLE = "wikipedia-sample"
-DATA_FOLDER = "DFROT_LAB_DATA"
-"""Environment variable: the folder with wiki.valid.raw and wiki.test.raw, itself or in its wikitext2."""
+DATA_FOLDER = "DFROT_LAB_DATA"  # environment variable: a folder with wiki.*.raw, or its wikitext2 with them
 
 _HALVES = {"calibration": "valid", "evaluation": "test"}
 _WIKITEXT2_ROWS = {"train": 36718, "valid": 3760, "test": 4358}
@@ -33,8 +32,7 @@ _WIKITEXT2_SHA256 = {
     "valid": "4cd0f6876d07a413aa911261ff6d363c72d757d47f0fdd6015702014c89cb9c7",
     "test": "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08",
 }
-VERSION = 1
-"""Raise it with any change to how markup is stripped or a text is cut: every number changes with the text."""
+VERSION = 1  # raise it with any change to how markup is stripped or a text is cut: all numbers change
 
 SAMPLE_SHA256 = {  # what mwparserfromhell 0.7.2 makes of the two halves
     "calibration": "f89786a34e873065e487a4db437695217296691e9f7b0dc3d378d114e878e467",

@@ -17,14 +17,12 @@ from torch import Tensor, nn
 
 from dfrot_lab.model.loading import LoadedModel
 
-At = Callable[[str, Tensor], Tensor | None]
-"""From a site and what is there, what is to be there instead; None leaves it."""
+At = Callable[[str, Tensor], Tensor | None]  # a site, what is there -> what is to be there; None leaves it
 Shown = tuple[tuple[At, Collection[str]], ...]
 
 NORMS = ("input_norm", "post_attention_norm")
 NORM_INPUTS = tuple(f"{norm}_in" for norm in NORMS)
-LINEAR_INPUTS = (*NORMS, "o_proj_in", "down_proj_in")
-"""The kinds of site that the linears of a layer read."""
+LINEAR_INPUTS = (*NORMS, "o_proj_in", "down_proj_in")  # the kinds of site that the linears of a layer read
 ATTENTION = ("q", "k", "v")
 KINDS = (*LINEAR_INPUTS, *ATTENTION)
 ALL_KINDS = ("residual", *NORM_INPUTS, *KINDS)

@@ -19,8 +19,7 @@ from dfrot_lab.recipe.specs import QuantSpec
 
 Maybe = Transform | None
 
-_ROWS = 512
-"""Tokens worked on at once: what is between input, codes, int32 sums and result stays in cache."""
+_ROWS = 512  # tokens worked on at once: what is between input, codes, int32 sums and result stays in cache
 
 
 def fits(spec: QuantSpec) -> bool:

@@ -14,8 +14,7 @@ from dfrot_lab.recipe import keys
 from dfrot_lab.recipe.specs import WINDOW, CaptureSpec
 
 log = logging.getLogger(__name__)
-_MEDIAN_SAMPLE = 1 << 16
-"""Values that the residual median is taken over: of all it costs a fifth of the forward pass."""
+_MEDIAN_SAMPLE = 1 << 16  # values the residual median is of: of all it costs a fifth of the pass
 
 
 class Capture:

@@ -14,15 +14,11 @@ from dfrot_lab.maths.quantizers import centred, fake_quantize
 from dfrot_lab.model.integer import product
 from dfrot_lab.recipe.specs import QuantSpec
 
-ROWS_AT_ONCE = 4096
-"""Rows of one product: x R, its quantized values and their difference stay in cache between the passes."""
-PARTS = 8
-"""An accelerated step sees all massive rows and one of this many parts of the others, each part in turn."""
-LEAST_ROWS = 1024
-"""Rows of such a part where there are that many."""
+ROWS_AT_ONCE = 4096  # rows of one product: x R, its quantized values, their difference stay in cache
+PARTS = 8  # an accelerated step sees all massive rows and one of so many parts of the others, in turn
+LEAST_ROWS = 1024  # rows of such a part where there are that many
 EIGHT_BITS = QuantSpec(bits=8)
-TURN_ERROR = 0.02
-"""How far a singular value may leave 1 in one step; every check brings them back."""
+TURN_ERROR = 0.02  # how far a singular value may leave 1 in one step; every check brings them back
 
 
 def parts(mask: Tensor, weights: Tensor) -> list[tuple[Tensor, Tensor]]:

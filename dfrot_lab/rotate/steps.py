@@ -20,13 +20,10 @@ from dfrot_lab.recipe.specs import QuantSpec, RefineSpec
 from dfrot_lab.rotate import descent, random
 from dfrot_lab.rotate.descent import ROWS_AT_ONCE
 
-RELEASED_SLACK, RELEASED_GAIN = 100.0, 0.1
-"""The released code's accept test: a weighted Frobenius error at least 0.1 below the one before + 100."""
+RELEASED_SLACK, RELEASED_GAIN = 100.0, 0.1  # accepted: weighted Frobenius error 0.1 below the last + 100
 CHECKPOINT_EVERY = 10
-LENGTH, MOMENTUM = 0.5, 0.8
-"""An accelerated step: half a Procrustes step, and 0.8 of the move before it."""
-CHECK_EVERY = 20
-"""Accelerated steps between two looks at all rows."""
+LENGTH, MOMENTUM = 0.5, 0.8  # an accelerated step: half a Procrustes step, and 0.8 of the move before it
+CHECK_EVERY = 20  # accelerated steps between two looks at all rows
 HISTORY = ("step", "objective", "ordinary", "massive", "best", "distance")
 Losses = dict[str, float]
 
@@ -59,8 +56,7 @@ class State:
 
 
 Watch = Callable[[State], None]
-OnStep = Callable[[int, Callable[[], Tensor]], None]
-"""Called after every step with its number and what makes that step's R (channels, channels) float64."""
+OnStep = Callable[[int, Callable[[], Tensor]], None]  # told of each step: its number, what makes its R
 
 
 @dataclass

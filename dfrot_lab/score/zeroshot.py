@@ -45,12 +45,11 @@ def table(
     name: str, spec: Recipe | None, model: ModelSpec, limit: int | None, store: Store | None = None
 ) -> pd.DataFrame:
     """Accuracy on each task (its first `limit` items), and the average, of a row called `name`: of `spec`'s
-    model, or with None the plain one. Columns: row, task, metric (acc, acc_norm), value, stderr, items,
-    version (of the task), source, then what a results row says of the model. Tasks without a local file are
-    left out where others have one; where none has, all come from the hub (ConnectionError)."""
+    model, or with None the plain one. Columns: row, task, metric, value, stderr, items, version, source, then
+    what a results row says of the model. Tasks without a local file are left out where others have one; where
+    none has, all come from the hub (ConnectionError)."""
     store, model = store or Store(), door.resolved(model)
-    # how much text a perplexity takes is nothing to tasks
-    recipe = door.resolved(spec.with_(windows=1)).canonical() if spec else None
+    recipe = door.resolved(spec.with_(windows=1)).canonical() if spec else None  # tasks need no windows
     local = {task: path for task in TASKS if (path := local_file(task))}
     if local and len(local) < len(TASKS):
         absent = ", ".join(task for task in TASKS if task not in local)
@@ -87,10 +86,10 @@ def _averages(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     averages = []
     for metric in METRICS:
         chosen = [found.get((task, metric), found[task, "acc"]) for task in TASKS]
-        numbers: dict[str, Any] = {"value": sum(line["value"] for line in chosen) / len(chosen)}
-        numbers["stderr"] = sum(line["stderr"] ** 2 for line in chosen) ** 0.5 / len(chosen)
-        about = {"items": sum(line["items"] for line in chosen), "version": None, "source": None}
-        averages.append({**chosen[0], "task": AVERAGE, "metric": metric, **numbers, **about})
+        said = {"task": AVERAGE, "metric": metric, "version": None, "source": None}
+        said["value"] = sum(line["value"] for line in chosen) / len(chosen)
+        said["stderr"] = sum(line["stderr"] ** 2 for line in chosen) ** 0.5 / len(chosen)
+        averages.append({**chosen[0], **said, "items": sum(line["items"] for line in chosen)})
     return averages
 
 

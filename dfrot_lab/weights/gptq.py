@@ -7,12 +7,9 @@ from dfrot_lab.maths.quantizers import Quantized, code_range
 from dfrot_lab.recipe.specs import WeightSpec
 from dfrot_lab.weights.rtn import packed, scale_of
 
-CALIBRATED = True
-"""It needs the Hessian of a layer's inputs."""
-COLUMNS = 128
-"""Columns quantized before the rest of the matrix hears of their error in one product: GPTQ's lazy batch."""
-HESSIAN_BLOCK = 192
-"""Columns of a Hessian computed at once: half is known by symmetry, and narrower products are slower."""
+CALIBRATED = True  # it needs the Hessian of a layer's inputs
+COLUMNS = 128  # columns quantized before the rest hears of their error in one product: GPTQ's lazy batch
+HESSIAN_BLOCK = 192  # columns of a Hessian at once: half is known by symmetry, narrower is slower
 
 
 def quantize(weight: Tensor, hessian: Tensor | None, spec: WeightSpec) -> Quantized:

@@ -22,10 +22,8 @@ from dfrot_lab.weights.gptq import hessian_of
 
 log = logging.getLogger(__name__)
 KIND = "weights"
-LayerCodes = dict[str, Quantized]
-"""The quantized weights of one decoder layer by linear name."""
-OnPart = Callable[[str, int, int], None]
-"""Told of every finished part of long work (`layer`, `window`), how many are done, of how many; may raise."""
+LayerCodes = dict[str, Quantized]  # the quantized weights of one decoder layer by linear name
+OnPart = Callable[[str, int, int], None]  # told of finished `layer`s, `window`s: done, total; may raise
 
 
 def nothing(_part: str, _done: int, _total: int) -> None:
