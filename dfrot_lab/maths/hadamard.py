@@ -1,7 +1,6 @@
-"""Hadamard matrices of the orders that language models need, and the transform that never forms them.
-A Hadamard matrix H (n, n) has entries +-1 and H @ H.T = n I. Here n is a product of orders from the table
-that compressed-tensors ships (multiples of 4 up to 256) and one power of two, and H the Kronecker product of
-the factors' matrices, as in QuaRot (arXiv 2404.00456)."""
+"""Hadamard matrices H (n, n) of +-1 with H @ H.T = n I, and the transform that never forms them. Here n is a
+product of orders from the table that compressed-tensors ships (multiples of 4 up to 256) and one power of
+two, and H the Kronecker product of the factors' matrices, as in QuaRot (arXiv 2404.00456)."""
 
 import functools
 import importlib.util
@@ -151,10 +150,9 @@ def _cuda_kernel() -> Transform | None:
 
 
 def hadamard_transform(x: Tensor, scale: float = 1.0) -> Tensor:
-    """x (..., n) @ H.T * scale with H = hadamard_matrix(n), without forming it; a rotation at scale n**-0.5.
-    As the fast-hadamard-transform package, which does powers of two on CUDA where it is installed, but
-    without padding (which is no rotation). x's dtype and device. ValueError: n without a matrix, x not of
-    floats."""
+    """x (..., n) @ H.T * scale with H = hadamard_matrix(n), without forming it; a rotation at scale n**-0.5,
+    in x's dtype. fast-hadamard-transform does powers of two on CUDA where installed; nothing is padded (which
+    would be no rotation). ValueError: n without a matrix, x not of floats."""
     said = f"shape {tuple(x.shape)}, {x.dtype}. Cast it: x.float()"
     fits = x.ndim > 0 and x.is_floating_point()
     require("hadamard_transform.x", said, fits, "(..., n) of a float dtype")

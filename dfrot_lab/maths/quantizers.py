@@ -3,8 +3,8 @@
 Symmetric, b bits:  s = c max|x| / (2^(b-1) - 1),  q = clamp(round(x / s), -2^(b-1), 2^(b-1) - 1),  x^ = s q.
 Asymmetric, b bits: s = c (max x - min x) / (2^b - 1),  z = -round(c min x / s),
                     q = clamp(round(x / s) + z, 0, 2^b - 1),  x^ = s (q - z)  (DFRot, Eq. 5).
-As in QuaRot's code, the asymmetric range includes 0, so that z is a code; in the free scheme it need not, which
-is Eq. 5 to the letter. c is the clip ratio; max and min run over what shares one scale."""
+As in QuaRot's code, the asymmetric range includes 0, so that z is a code; in the free scheme it need not, as
+Eq. 5 says. c is the clip ratio; max and min run over what shares one scale."""
 
 from typing import NamedTuple
 
@@ -94,8 +94,7 @@ def dequantize(quantized: Quantized, shape: torch.Size | tuple[int, ...]) -> Ten
 
 
 def fake_quantize(x: Tensor, spec: QuantSpec) -> Tensor:
-    """`x` rounded to its codes' values, same shape and dtype; itself at 16 bits. Q(a x) = a Q(x) for a >
-    0."""
+    """`x` rounded to its codes' values, same shape, dtype; itself at 16 bits. Q(a x) = a Q(x), a > 0."""
     if spec.bits == 16:
         return x
     groups = grouped(x, spec)
@@ -119,9 +118,8 @@ def squared_error(x: Tensor, spec: QuantSpec) -> Tensor:
 def clip_search(weight: Tensor, spec: QuantSpec) -> Tensor:
     """The scale (rows, 1) of each row of a symmetric per-channel `weight` (rows, n) with least squared error
     over 30 clip ratios from 1 to 0.4: the search of GPTQ's and QuaRot's code, which take |error|^2.4."""
-    widest, _ = scale_zero(weight, spec)
+    widest, step = scale_zero(weight, spec)[0], max(1, _CHUNK // weight.shape[-1])
     found = widest.clone()
-    step = max(1, _CHUNK // weight.shape[-1])
     for part, wide, best in zip(weight.split(step), widest.split(step), found.split(step), strict=True):
         least = torch.full_like(wide, torch.inf)
         for ratio in torch.linspace(1, 0.4, 30).tolist():

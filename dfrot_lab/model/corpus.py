@@ -21,11 +21,9 @@ from dfrot_lab.model.wiki import read_dump, strip_markup
 from dfrot_lab.recipe.specs import WINDOW, CorpusSpec
 
 log = logging.getLogger(__name__)
-
 WIKITEXT2 = "wikitext2"
 SAMPLE = "wikipedia-sample"
 DATA_FOLDER = "DFROT_LAB_DATA"  # environment variable: a folder with wiki.*.raw, or its wikitext2 with them
-
 _HALVES = {"calibration": "valid", "evaluation": "test"}
 _WIKITEXT2_ROWS = {"train": 36718, "valid": 3760, "test": 4358}
 _WIKITEXT2_SHA256 = {
@@ -33,7 +31,6 @@ _WIKITEXT2_SHA256 = {
     "test": "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08",
 }
 VERSION = 1  # raise it with any change to how markup is stripped or a text is cut: all numbers change
-
 SAMPLE_SHA256 = {  # what mwparserfromhell 0.7.2 makes of the two halves
     "calibration": "f89786a34e873065e487a4db437695217296691e9f7b0dc3d378d114e878e467",
     "evaluation": "f920c560543cc5a1a43a1fc69254727ad41a02f910260c2dfc27aa3c140fd479",

@@ -40,7 +40,6 @@ FAMILIES: dict[str, Roles] = {
     "Qwen3ForCausalLM": Roles(),  # q and k are normalised per head before RoPE: R3 comes after it
 }
 """Roles by the class name of the transformers model."""
-
 REFUSED: dict[str, str] = dict.fromkeys(
     ("GemmaForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"),
     "its norms multiply by 1 + gain, and its post-norms sit before the residual add, so no rotation of the "

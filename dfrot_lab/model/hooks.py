@@ -19,7 +19,6 @@ from dfrot_lab.model.loading import LoadedModel
 
 At = Callable[[str, Tensor], Tensor | None]  # a site, what is there -> what is to be there; None leaves it
 Shown = tuple[tuple[At, Collection[str]], ...]
-
 NORMS = ("input_norm", "post_attention_norm")
 NORM_INPUTS = tuple(f"{norm}_in" for norm in NORMS)
 LINEAR_INPUTS = (*NORMS, "o_proj_in", "down_proj_in")  # the kinds of site that the linears of a layer read

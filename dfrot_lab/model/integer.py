@@ -18,7 +18,6 @@ from dfrot_lab.model.surgery import Transform
 from dfrot_lab.recipe.specs import QuantSpec
 
 Maybe = Transform | None
-
 _ROWS = 512  # tokens worked on at once: what is between input, codes, int32 sums and result stays in cache
 
 

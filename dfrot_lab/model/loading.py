@@ -24,9 +24,7 @@ from dfrot_lab.recipe.keys import model_key
 from dfrot_lab.recipe.specs import DEFAULT_MODEL, ModelSpec
 
 log = logging.getLogger(__name__)
-
 DEVICE = "DFROT_LAB_DEVICE"  # environment variable: what device `auto` is: cpu, cuda, or auto
-
 MODEL_FILES = (".json", ".safetensors", ".model", ".txt", ".jinja")
 """Endings of the files that make a model folder what it is, its tokenizer's too."""
 

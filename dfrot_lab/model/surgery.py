@@ -20,7 +20,6 @@ from dfrot_lab.model.hooks import At, at_sites, sites_of
 from dfrot_lab.model.loading import LoadedModel, linear
 
 Transform = Callable[[Tensor], Tensor]  # of one activation (..., channels), to another of the same shape
-
 EDIT_ROWS = 1024  # rows of a weight worked on at once
 
 

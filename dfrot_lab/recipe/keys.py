@@ -40,8 +40,6 @@ def evaluation(recipe: Recipe, prints: Prints) -> dict[str, Any]:
     return found
 
 
-def tasks(
-    of: Spec, prints: Prints, digests: dict[str, str], limit: int | None, version: str
-) -> dict[str, Any]:
+def tasks(of: Spec, prints: Prints, digests: dict[str, str], limit: int | None, version: str) -> Any:
     """What zero-shot accuracies are keyed by: of whom, the tasks' items, how many, and lm-eval's version."""
     return {"of": identity(of, prints), "tasks": digests, "limit": limit, "lm_eval": version}

@@ -81,8 +81,7 @@ class RotationSpec(MethodSpec):
 
 class QuantSpec(Spec):
     """How one tensor is quantized; `bits=16`: not at all. `granularity` says what shares one scale: a token,
-    a weight's output channel, a group of `group_size` channels (a head where no size is given), the
-    tensor."""
+    a weight's output channel, a group of `group_size` channels (a head where none is given), the tensor."""
 
     bits: int = ruled(4, "a whole number in 2..16", ge=2, le=16)
     scheme: str = one_of("symmetric", tuple(SCHEMES))

@@ -20,10 +20,9 @@ HADAMARD: Literal["hadamard"] = "hadamard"
 
 @dataclass(frozen=True)
 class Transforms:
-    """The transforms of one model: `R1` (channels, channels) or None; `R2` a Hadamard matrix on each head's
-    values, one (head, head) for all layers, one a layer (layers, head, head), or None; `gains` (channels,) a
-    norm, folded after R1, and `clips` a clip ratio a site, by site name; whether the online Hadamards R3 and
-    R4 act."""
+    """The transforms of one model: `R1` (channels, channels) or None; `R2` on each head's values, Hadamard,
+    one (head, head) for all layers, one a layer (layers, head, head), or None; `gains` (channels,) a norm,
+    folded after R1, and `clips` a clip ratio, both by site; whether the online Hadamards R3 and R4 act."""
 
     R1: Tensor | None
     R2: Tensor | Literal["hadamard"] | None = HADAMARD
@@ -57,8 +56,7 @@ class Context:
         return token_blocks(spec, self.model)
 
     def sensitivities(self, spec: CaptureSpec) -> dict[str, Tensor]:
-        """Mean squared gradient of the unrotated model's loss at each norm output, by site (channels,)
-        float32: what an error there costs, to second order."""
+        """Mean squared gradient of the unrotated model's loss at each norm output, by site (channels,)."""
 
         def make(writer: Writer) -> None:
             writer.save_tensors("squares", _squared_gradients(self.model, self.text(spec)))
@@ -83,9 +81,8 @@ def _squared_gradients(loaded: LoadedModel, ids: Tensor) -> dict[str, Tensor]:
     learned = [parameter for parameter in loaded.model.parameters() if parameter.requires_grad]
     for parameter in learned:  # else each would be left with a gradient as large as itself
         parameter.requires_grad_(False)
-    sites = hooks.sites_of(loaded, *hooks.NORMS)
     try:
-        with torch.enable_grad(), hooks.at_sites(loaded, see, sites):
+        with torch.enable_grad(), hooks.at_sites(loaded, see, hooks.sites_of(loaded, *hooks.NORMS)):
             for window in ids.to(loaded.device):
                 loaded.model(window[None], labels=window[None], use_cache=False).loss.backward()
     finally:

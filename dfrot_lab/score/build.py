@@ -100,7 +100,7 @@ def keep_out(recipe: Recipe, R: Tensor | None) -> Transform:
 @contextmanager
 def quantized(built: Built, recipe: Recipe, *, fake: bool = False) -> Iterator[None]:
     """While the block runs the built model has the recipe's online rotations, quantization and keep-out, with
-    integer products where `is_integer`, but for `fake` and on a GPU (0.31 s a window, not 0.11 s, on an
+    integer products where `is_integer`, but for `fake` and on a GPU (0.31 s a window, not 0.11, on an
     H100)."""
     loaded, made, act = built.loaded, built.transforms, recipe.activations
     spare = keep_out(recipe, built.R) if recipe.keep_out else None

@@ -76,8 +76,7 @@ def evaluate(
     spec: Recipe, store: Store | None = None, on_part: OnPart = nothing, kept: dict[str, Built] | None = None
 ) -> EvalResult:
     """The losses of a recipe, stored or computed now, from the window on that was reached before. `on_part`
-    is told of each window kept, and may raise; `kept` holds the model built last for the next, by
-    `build_key`."""
+    is told of each window kept; `kept` holds the model built last, by `build_key`, for the next recipe."""
     store, spec, kept = store or Store(), door.resolved(spec).canonical(), {} if kept is None else kept
 
     def make(writer: Writer) -> None:

@@ -20,7 +20,6 @@ from dfrot_lab.recipe.specs import ModelSpec, Recipe
 from dfrot_lab.score import build
 
 log = logging.getLogger(__name__)
-
 TASKS = {
     "piqa": ("piqa/piqa.yaml", "validation"),
     "winogrande": ("winogrande/default.yaml", "validation"),
@@ -41,14 +40,12 @@ def local_file(task: str) -> Path | None:
     return path if os.environ.get("DFROT_LAB_DATA") and path.is_file() else None
 
 
-def table(
-    name: str, spec: Recipe | None, model: ModelSpec, limit: int | None, store: Store | None = None
-) -> pd.DataFrame:
+def table(name: str, spec: Recipe | None, model: ModelSpec, limit: int | None, store: Store) -> pd.DataFrame:
     """Accuracy on each task (its first `limit` items), and the average, of a row called `name`: of `spec`'s
     model, or with None the plain one. Columns: row, task, metric, value, stderr, items, version, source, then
     what a results row says of the model. Tasks without a local file are left out where others have one; where
     none has, all come from the hub (ConnectionError)."""
-    store, model = store or Store(), door.resolved(model)
+    model = door.resolved(model)
     recipe = door.resolved(spec.with_(windows=1)).canonical() if spec else None  # tasks need no windows
     local = {task: path for task in TASKS if (path := local_file(task))}
     if local and len(local) < len(TASKS):
@@ -86,7 +83,7 @@ def _averages(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     averages = []
     for metric in METRICS:
         chosen = [found.get((task, metric), found[task, "acc"]) for task in TASKS]
-        said = {"task": AVERAGE, "metric": metric, "version": None, "source": None}
+        said: dict[str, Any] = {"task": AVERAGE, "metric": metric, "version": None, "source": None}
         said["value"] = sum(line["value"] for line in chosen) / len(chosen)
         said["stderr"] = sum(line["stderr"] ** 2 for line in chosen) ** 0.5 / len(chosen)
         averages.append({**chosen[0], **said, "items": sum(line["items"] for line in chosen)})

@@ -1,8 +1,8 @@
-"""Quantize the weights of a whole model by any quantizer of the table, layer by layer, each kept once done.
-A calibrated quantizer (GPTQ) runs in ONE forward pass over all calibration windows: just before a group of
-linears that read the same input (q, k, v; o; gate, up; down) is first used, a hook sums that input's Hessian
-and puts the quantized weights in, so each group is calibrated on what the quantized model before it really
-sends, activations unquantised (as QuaRot). A stopped run goes on where it was."""
+"""Quantize the weights of a whole model by any quantizer of the table, layer by layer, each kept once done. A
+calibrated quantizer (GPTQ) runs in ONE forward pass over all calibration windows: just before a group of
+linears that read the same input (q, k, v; o; gate, up; down) is first used, a hook sums its Hessian and puts
+the quantized weights in, so each is calibrated on what the quantized model before it really sends, as
+QuaRot."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -39,10 +39,9 @@ def quantize_weights(
     loaded: LoadedModel, spec: WeightSpec, key: Mapping[str, Any], store: Store | None = None, *,
     r4: bool = True, on_part: OnPart = nothing,
 ) -> list[LayerCodes]:  # fmt: skip
-    """Put quantized weights into every linear of `loaded` (rotated as wanted; `r4` says whether down_proj
-    gets R4), but for lm_head and embedding; from the store, where they are under `key` (`keys.weights`), or
-    computed now. Returns the codes, one mapping a layer, memory-mapped; an empty list at 16 bits. `on_part`
-    is told of each layer once it is kept."""
+    """Put quantized weights into every linear of `loaded` (rotated as wanted; `r4`: down_proj gets R4) but
+    lm_head and embedding; from the store, under `key` (`keys.weights`), or computed now. Returns the codes,
+    one mapping a layer, memory-mapped; none at 16 bits. `on_part` is told of each layer once it is kept."""
     if spec.quantizer.bits == 16:
         return []
     run = _run_calibrated if registry.load(registry.WEIGHTS, spec.method).CALIBRATED else _run
