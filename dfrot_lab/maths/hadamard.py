@@ -88,8 +88,7 @@ def _small(orders: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
 
 @functools.cache
 def _stages(n: int) -> tuple[tuple[int, ...], ...]:
-    """The factors of n as the products a CPU computes, each a Kronecker product of a few orders: 1536 = 12 x
-    128 -> ((12, 4), (32,)), 14336 = 28 x 512 -> ((28,), (16,), (32,))."""
+    """The factors of n as the products a CPU computes: 1536 -> ((12, 4), (32,)), a 12 x 4 and a 32."""
     *tables, power = _required_factors(n)
     tail = 0
     while power > LARGEST:

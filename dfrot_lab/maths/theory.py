@@ -1,5 +1,4 @@
-"""What a massive token's error should be: it is a spike and Gaussian noise, x = m e_j + sigma g, and every
-rotation makes levels of it.
+"""What a massive token's error should be: a spike and Gaussian noise, x = m e_j + sigma g, make levels.
 
 | rotation | entries of x R | levels (how many entries) | noise about a level |
 |---|---|---|---|
@@ -154,8 +153,7 @@ PREDICT = {kind: functools.partial(error, kind) for kind in ("NR", "RO", "RH")}
 
 
 def unit_rms(snr: float, channels: int, ratio: float = 0.0) -> tuple[float, float]:
-    """(m, sigma) of a token of mean square 1, of `snr` = spikes' length / (sigma sqrt(C)), second ratio *
-    m."""
+    """(m, sigma) of a token of mean square 1: `snr` = spikes' length / (sigma sqrt(C)), second ratio * m."""
     require("theory.snr", snr, snr >= 0, ">= 0")
     require("theory.ratio", ratio, 0 <= ratio <= 1, "in 0..1")
     signal = 1 / (1 + snr**-2) if snr > 0 else 0.0
@@ -231,9 +229,8 @@ def measure(
 
 
 def estimate(x: Tensor) -> pd.DataFrame:
-    """Spike and noise of real rows `x` (tokens, channels >= 3), a line a row, in x's unit: channel and m of
-    the largest |entry|, second, sigma (root mean square of all but the largest), snr, tail (their fourth
-    moment / sigma^4: 3 for Gaussian noise)."""
+    """Spike and noise of rows `x` (tokens, channels >= 3), a line a row, in x's unit: channel and m of the
+    largest |entry|, second; of the others sigma, tail (fourth moment / sigma^4: 3 if Gaussian); snr."""
     fits = x.ndim == 2 and x.shape[1] >= 3 and bool(x.isfinite().all())
     require("theory.x", f"shape {tuple(x.shape)}", fits, "finite, (tokens, channels >= 3)")
     largest, where = x.double().abs().sort(1, descending=True)

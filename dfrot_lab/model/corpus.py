@@ -18,6 +18,7 @@ from dfrot_lab.disk.atomic import cache_dir, replacing
 from dfrot_lab.disk.digests import digest
 from dfrot_lab.disk.downloads import WIKIPEDIA_XML, fetch
 from dfrot_lab.model.wiki import read_dump, strip_markup
+from dfrot_lab.recipe.base import require
 from dfrot_lab.recipe.specs import WINDOW, CorpusSpec
 
 log = logging.getLogger(__name__)
@@ -38,8 +39,7 @@ SAMPLE_SHA256 = {  # what mwparserfromhell 0.7.2 makes of the two halves
 
 
 def resolve(spec: CorpusSpec) -> CorpusSpec:
-    """`spec` with `auto` replaced by what is here: `wikitext2` if its raw files are, else `wikipedia-sample`.
-    ValueError for a name that is neither a corpus nor a text file."""
+    """`spec` with `auto` replaced by what is here: WikiText-2 if its raw files are. ValueError: no text."""
     if spec.name == "auto":
         here = all(_raw_file(split) for split in {"valid", "test", _HALVES.get(spec.split, spec.split)})
         name, where = (WIKITEXT2, "in") if here else (SAMPLE, "not in")
@@ -52,27 +52,23 @@ def resolve(spec: CorpusSpec) -> CorpusSpec:
 
 
 def load_text(spec: CorpusSpec) -> str:
-    """The whole text that `spec` names. `wikitext2`: the split's rows joined by blank lines, as GPTQ, QuaRot,
-    SpinQuant and DFRot do. `wikipedia-sample`: articles at even (`calibration`) or odd places of the dump. A
-    file (UTF-8): what is before or after the paragraph break nearest its middle. ValueError if there is no
-    such split, or a file is not the one it should be; ConnectionError if WikiText-2 is nowhere."""
+    """The whole text that `spec` names. `wikitext2`: the split's rows joined by blank lines, as GPTQ, QuaRot
+    and DFRot do. `wikipedia-sample`: articles at even (`calibration`) or odd places. A file (UTF-8): its part
+    before or after the middle. ValueError: no such split, a wrong file; ConnectionError: no WikiText-2."""
     spec = resolve(spec)
     if spec.name == WIKITEXT2:
         return "\n\n".join(_wikitext2_rows(_HALVES.get(spec.split, spec.split)))
-    if spec.split not in _HALVES:
-        rule = f"calibration or evaluation for {spec.name} (only {WIKITEXT2} has more)"
-        raise ValueError(f"CorpusSpec.split must be {rule}; got {spec.split!r}")
+    rule = f"calibration or evaluation for {spec.name} (only {WIKITEXT2} has more)"
+    require("CorpusSpec.split", repr(spec.split), spec.split in _HALVES, rule)
     return _sample_half(spec.split) if spec.name == SAMPLE else _file_half(Path(spec.name), spec.split)
 
 
 def fingerprint(spec: CorpusSpec) -> str:
     """sha256 (hex) of `load_text(spec)` in UTF-8; an unchanged file is read once, whatever it is called."""
     spec = resolve(spec)
-    path = Path(spec.name)
+    path = _sample_file() if spec.name == SAMPLE else Path(spec.name)
     if spec.name == WIKITEXT2:
         path = _raw_file(_HALVES.get(spec.split, spec.split)) or path
-    elif spec.name == SAMPLE:
-        path = _sample_file()
     return _fingerprint(spec, VERSION, digest(path) if path.is_file() else "")
 
 
@@ -99,13 +95,11 @@ def _plain_ids(text: str, tokenizer: Any) -> tuple[int, ...]:
 def token_blocks(spec: CorpusSpec, tokenizer: Any, *, blocks: int, window: int = WINDOW) -> Tensor:
     """The first `blocks` whole windows of the text tokenised whole, (blocks, window) int64: BOS in the first
     alone, as in the published perplexities. ValueError for more than there are."""
-    if min(blocks, window) < 1:
-        raise ValueError(f"token_blocks.blocks and window must be >= 1; got {blocks} and {window}")
+    require("token_blocks.blocks and window", f"{blocks} and {window}", min(blocks, window) >= 1, ">= 1")
     ids = token_ids(spec, tokenizer)
     whole = len(ids) // window
-    if blocks > whole:
-        there = f"{spec.name} ({spec.split}) has {len(ids)} tokens, {whole} whole windows of {window}"
-        raise ValueError(f"token_blocks.blocks must be <= {whole}: {there}; got {blocks}")
+    there = f"{spec.name} ({spec.split}) has {len(ids)} tokens, {whole} whole windows of {window}"
+    require("token_blocks.blocks", blocks, blocks <= whole, f"<= {whole}: {there}")
     return ids[: blocks * window].view(blocks, window)
 
 

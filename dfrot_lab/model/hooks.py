@@ -36,8 +36,8 @@ def sites_of(loaded: LoadedModel, *kinds: str) -> tuple[str, ...]:
 
 @contextmanager
 def at_sites(loaded: LoadedModel, function: At, sites: Collection[str] | None = None) -> Iterator[None]:
-    """While the block runs, `function` sees, and may replace, what is at `sites` (by default all of KINDS);
-    of nested blocks the inner one sees what the outer one put there."""
+    """While the block runs, `function` sees, and may replace, what is at `sites` (None: all of KINDS); of
+    nested blocks the inner one sees what the outer one put there."""
     known = sites_of(loaded, *KINDS)
     wanted = set(known if sites is None else sites)
     if unknown := wanted - set(sites_of(loaded, *ALL_KINDS)):
@@ -54,11 +54,10 @@ def at_sites(loaded: LoadedModel, function: At, sites: Collection[str] | None = 
 
 def _places(loaded: LoadedModel) -> dict[str, tuple[str, bool]]:
     """For each kind of site the part of a layer (empty: the layer itself), and whether it is its output."""
-    places = {"residual": ("", False)}
-    places |= {"o_proj_in": (loaded.roles.o, False), "down_proj_in": (loaded.roles.down, False)}
-    for kind, norm, _ in loaded.roles.feeds:
-        places |= {f"{kind}_in": (norm, False), kind: (norm, True)}
-    return places
+    inputs = {"residual": "", "o_proj_in": loaded.roles.o, "down_proj_in": loaded.roles.down}
+    inputs |= {f"{kind}_in": norm for kind, norm, _ in loaded.roles.feeds}
+    places = {kind: (name, False) for kind, name in inputs.items()}
+    return places | {kind: (norm, True) for kind, norm, _ in loaded.roles.feeds}
 
 
 def _hooked(module: nn.Module, site: str, function: At, is_output: bool) -> Any:

@@ -1,7 +1,6 @@
 """Change a model without changing its function: untie, fuse norms, rotate R1 and R2, hook in R3 and R4.
 
-With rows as tokens, x the residual stream and R orthogonal, RMSNorm(x R) = RMSNorm(x) R once the norm's gain
-sits in the linears it feeds. So
+With x the residual stream and R orthogonal, RMSNorm(x R) = RMSNorm(x) R once the gain is in the linears. So
     embedding E -> E R;  q, k, v, gate, up, lm_head: W -> W R  (their input is x R, and x R (W R)^T = x W^T);
     o, down: W -> R^T W, b -> b R,
 leaves every logit as it was (QuaRot, arXiv 2404.00456, Sec. 3; DFRot, arXiv 2412.00648, Sec. 3.1). The

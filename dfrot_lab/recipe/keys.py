@@ -1,6 +1,5 @@
-"""Every content key and fingerprint: what an artefact is named by, the hash of plain values.
-In a key a model, a text and a file stand for their bytes and not for their names, so that what moved is found
-again and what changed is not. `FORMULAS` is part of every key and results row: no other version's is ours."""
+"""Every content key and fingerprint: what an artefact is named by, the hash of plain values. A model, a text
+and a file stand for their bytes, so that what moved is found again and what changed is not."""
 
 from collections.abc import Callable
 from typing import Any

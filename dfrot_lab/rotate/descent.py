@@ -1,8 +1,7 @@
 """Steps that minimise DFRot's objective sooner: Procrustes steps to first order, on a part of the rows. With
 e = x R - Q(x R), G = sum w x^T x and P = sum w x^T e, the product of Eq. 6 is G R - P, and Eq. 8's solution
 its polar factor: to first order (I - D) R with G D + D G = P R^T - R P^T, in G's eigenbasis a division by
-sums of two eigenvalues. So a step needs no SVD and no loss of its own, and takes momentum and a sample of the
-rows."""
+sums of two eigenvalues. So a step needs no SVD and no loss, and takes momentum and a sample of the rows."""
 
 import math
 from dataclasses import dataclass

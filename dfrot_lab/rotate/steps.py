@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from dfrot_lab.maths import quantizers, rotations
 from dfrot_lab.observe import massive
+from dfrot_lab.recipe.base import require
 from dfrot_lab.recipe.specs import QuantSpec, RefineSpec
 from dfrot_lab.rotate import descent, random
 from dfrot_lab.rotate.descent import ROWS_AT_ONCE
@@ -84,8 +85,7 @@ class _Run:
 
 
 def polar(product: Tensor) -> Tensor:
-    """U V^T of the SVD of a square matrix: the orthogonal matrix nearest to it, float64. Of a^T b for rows a
-    and b it is the R of least ||a R - b||_F (Eq. 6)."""
+    """U V^T of a square matrix's SVD, float64: of a^T b for rows a, b the R of least ||a R - b|| (Eq. 6)."""
     u, _, vt = torch.linalg.svd(product.double())
     return u @ vt
 
@@ -98,8 +98,7 @@ def row_weights(mask: Tensor, gamma: float) -> Tensor:
 def half_step(
     rows: Tensor, R: Tensor, weights: Tensor, mask: Tensor, quantizer: QuantSpec
 ) -> tuple[Tensor, Losses]:
-    """One pass over rows (tokens, channels), Eq. 7: the sum of w^2 x^T Q(x R) float64, and the losses of
-    R."""
+    """One pass over rows (tokens, channels), Eq. 7: the sum of w^2 x^T Q(x R) float64; the losses of R."""
     product, R, errors = rows.new_zeros(rows.shape[1], rows.shape[1], dtype=torch.float64), R.to(rows), []
     for x, weight in zip(rows.split(ROWS_AT_ONCE), weights.split(ROWS_AT_ONCE), strict=True):
         rotated = x @ R
@@ -137,9 +136,8 @@ def refine(
     if len(broken):
         raise ValueError(f"rows must be finite to be refined on; row {int(broken[0])} has NaN or Inf")
     mask = massive.rows_rule(rows, spec.rule) if mask is None else mask
-    if spec.gamma == math.inf and not mask.any():
-        said = f"where rule {spec.rule} finds no massive row; got inf"
-        raise ValueError(f"RefineSpec.gamma must be finite {said}")
+    rule = f"finite where rule {spec.rule} finds no massive row"
+    require("RefineSpec.gamma", "inf", spec.gamma < math.inf or mask.any(), rule)
     start = random.matrix(spec.init, rows.shape[1])
     state = state or State(R=start, best=start, history=[])
     state.momentum = None if state.momentum is None else state.momentum.to(rows)

@@ -1,5 +1,4 @@
-"""What a rotation method makes, and what it may look at: a method is a module of the table
-`recipe.registry.METHODS` with `fit(recipe, context) -> Transforms`."""
+"""What a rotation method (of `recipe.registry.METHODS`) makes, and what it may look at."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -1,8 +1,7 @@
 """Quantize the weights of a whole model by any quantizer of the table, layer by layer, each kept once done. A
 calibrated quantizer (GPTQ) runs in ONE forward pass over all calibration windows: just before a group of
 linears that read the same input (q, k, v; o; gate, up; down) is first used, a hook sums its Hessian and puts
-the quantized weights in, so each is calibrated on what the quantized model before it really sends, as
-QuaRot."""
+the quantized weights in, so each is calibrated on what the quantized model before it sends, as QuaRot."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -28,11 +27,6 @@ OnPart = Callable[[str, int, int], None]  # told of finished `layer`s, `window`s
 
 def nothing(_part: str, _done: int, _total: int) -> None:
     """The OnPart that listens to nothing."""
-
-
-def is_stored(spec: WeightSpec, key: Mapping[str, Any], store: Store) -> bool:
-    """Whether `quantize_weights` would find the codes under `key` in the store; always true at 16 bits."""
-    return spec.quantizer.bits == 16 or store.open(KIND, key) is not None
 
 
 def quantize_weights(
@@ -92,9 +86,8 @@ def _run_calibrated(loaded: LoadedModel, spec: WeightSpec, writer: Writer, r4: b
         raise ValueError(f"WeightSpec.corpus must be a text to calibrate {spec.method} on; got None")
     loading.check_tokens(loaded, spec.window)
     ids = corpus.token_blocks(spec.corpus, loaded.tokenizer, blocks=spec.windows, window=spec.window)
-    name = spec.method.upper()
+    name, groups, done = spec.method.upper(), loaded.roles.groups, LayerCodes()
     log.info("%s to %d bits on %d x %d tokens of %s", name, spec.quantizer.bits, *ids.shape, spec.corpus.name)
-    groups, done = loaded.roles.groups, LayerCodes()
     bar = tqdm(total=len(loaded.layers), desc=name, unit="layer", leave=False)
 
     def arrive(site: str, x: Tensor) -> None:
