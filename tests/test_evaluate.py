@@ -17,7 +17,6 @@ from dfrot_lab.disk import rotation_files
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.maths import rotations
 from dfrot_lab.maths.quantizers import fake_quantize
-from dfrot_lab.maths.statistics import bootstrap, closed_share
 from dfrot_lab.model import door, hooks, loading, surgery
 from dfrot_lab.observe import massive
 from dfrot_lab.recipe.specs import (
@@ -35,6 +34,8 @@ from dfrot_lab.score import perplexity as module
 from dfrot_lab.score.build import Built, build, build_key, keep_out, quantized, rounded
 from dfrot_lab.score.perplexity import (
     EvalResult,
+    bootstrap,
+    closed_share,
     evaluate,
     evaluate_all,
     paired_difference,

@@ -22,8 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from dfrot_lab.disk.atomic import cache_dir, make_folder, replacing
-from dfrot_lab.disk.digests import digest
+from dfrot_lab.disk.atomic import cache_dir, digest, make_folder, replacing
 from dfrot_lab.recipe.base import content_key, require
 from dfrot_lab.recipe.keys import FORMULAS
 

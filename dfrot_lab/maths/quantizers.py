@@ -42,8 +42,7 @@ def grouped(x: Tensor, spec: QuantSpec) -> Tensor:
 
 
 def scale_zero(groups: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """Scale and zero point (groups, 1) of each row of `groups` (groups, n). A row of zeros gets scale 1, so
-    that it stays zeros; in the free scheme a constant row is a code, too."""
+    """Scale and zero point (groups, 1) of rows (groups, n); a row of zeros gets scale 1 and stays zeros."""
     low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)  # a CPU's aminmax is 6x slower
     top, still = code_range(spec)[1], torch.ones_like(low)
     if spec.symmetric:

@@ -148,8 +148,7 @@ def error(
     return error_of_levels(levels, [channels / len(levels)] * len(levels), sigma, quantizer)
 
 
-PREDICT = {kind: functools.partial(error, kind) for kind in ("NR", "RO", "RH")}
-"""The prediction of each kind of rotation: `error` without its first argument."""
+PREDICT = {kind: functools.partial(error, kind) for kind in ("NR", "RO", "RH")}  # `error` of one kind
 
 
 def unit_rms(snr: float, channels: int, ratio: float = 0.0) -> tuple[float, float]:
@@ -161,8 +160,7 @@ def unit_rms(snr: float, channels: int, ratio: float = 0.0) -> tuple[float, floa
 
 
 def paper_window(channels: int, quantizer: QuantSpec = SYM4) -> tuple[float, float]:
-    """The snr from which E(RO) > E(NR), and that from which E(NR) < E(RH): between them lies the paper's
-    order RO > NR > RH. ValueError: no crossing between snr 1 and 1000."""
+    """The snr from which E(RO) > E(NR), and that from which E(NR) < E(RH); ValueError: not within 1..1000."""
 
     def gap(log_snr: float, above: str, below: str) -> float:
         m, sigma = unit_rms(math.exp(log_snr), channels)
@@ -212,8 +210,7 @@ def measure(
     ratios: Floats = (0.0,), kinds: Sequence[str] = tuple(PREDICT),
     seeds: Sequence[int] = (0,), tokens: int = 64,
 ) -> pd.DataFrame:  # fmt: skip
-    """`curve` with what planted tokens of the same snr and ratio measure: column measured, the mean over
-    `tokens` tokens, a row a seed, which draws the rotation and the tokens."""
+    """`curve`, a row a seed, and column measured: the mean over `tokens` planted tokens, rotated by seed."""
     parts = []
     for c, kind in itertools.product(channels, kinds):
         table = curve([c], snrs, quantizers, ratios=ratios, kinds=[kind])

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from dfrot_lab.disk.atomic import cache_dir, replacing
-from dfrot_lab.disk.digests import digest
+from dfrot_lab.disk.atomic import cache_dir, digest, replacing
 from dfrot_lab.disk.downloads import WIKIPEDIA_XML, fetch
 from dfrot_lab.model.wiki import read_dump, strip_markup
 from dfrot_lab.recipe.base import require

@@ -1,5 +1,4 @@
-"""Which model families can be rotated, and which part of each plays which role: here alone. A
-new family is one entry in FAMILIES, and one tiny random model in tests/conftest.py."""
+"""Which model families can be rotated, and which part plays which role. A new one: an entry in FAMILIES."""
 
 from dataclasses import dataclass
 

@@ -36,8 +36,8 @@ def sites_of(loaded: LoadedModel, *kinds: str) -> tuple[str, ...]:
 
 @contextmanager
 def at_sites(loaded: LoadedModel, function: At, sites: Collection[str] | None = None) -> Iterator[None]:
-    """While the block runs, `function` sees, and may replace, what is at `sites` (None: all of KINDS); of
-    nested blocks the inner one sees what the outer one put there."""
+    """While the block runs, `function` sees, and may replace, what is at `sites` (by default all of KINDS);
+    of nested blocks the inner one sees what the outer one put there."""
     known = sites_of(loaded, *KINDS)
     wanted = set(known if sites is None else sites)
     if unknown := wanted - set(sites_of(loaded, *ALL_KINDS)):

@@ -16,6 +16,7 @@ from dfrot_lab.model.surgery import Transform
 from dfrot_lab.recipe.specs import QuantSpec
 
 Maybe = Transform | None
+_Coded = tuple[Tensor, Tensor, Tensor, Tensor | None]  # activation, codes less zeros, scales, rows spared
 _ROWS = 512  # tokens worked on at once: what is between input, codes, int32 sums and result stays in cache
 
 
@@ -31,16 +32,12 @@ def _fast_on_cpu() -> bool:
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """a (m, k) @ b.T for int8 `a` and `b` (n, k): int32 (m, n), exact; where torch has no fast int8 product,
-    one of floats that hold every sum exactly."""
+    """a (m, k) @ b.T for int8 `a`, `b` (n, k): int32 (m, n), exact; by floats where int8 is not fast."""
     if (len(a) > 16 and a.shape[1] % 8 == 0 and len(b) % 8 == 0) if a.is_cuda else _fast_on_cpu():
         return torch._int_mm(a, b.T)
     largest = a.shape[1] * math.prod(int(x.to(torch.int16).abs().max()) for x in (a, b))
     exact = torch.float32 if largest < 1 << 24 else torch.float64
     return (a.to(exact) @ b.to(exact).T).to(torch.int32)
-
-
-_Coded = tuple[Tensor, Tensor, Tensor, Tensor | None]  # activation, codes less zeros, scales, rows spared
 
 
 class _Input:
@@ -94,8 +91,7 @@ class IntegerLinear(nn.Module):
 def integer_linears(
     loaded: LoadedModel, codes: Sequence[Mapping[str, Quantized]], spec: QuantSpec, *, r4: Maybe, spare: Maybe
 ) -> Iterator[None]:
-    """While the block runs, every linear is an `IntegerLinear` on `codes` (a layer's, by linear name); `r4`
-    is applied to down_proj's input, `spare` judges the tokens of norm outputs."""
+    """While it runs, linears are `IntegerLinear`s on `codes`; `r4` is on down_proj, `spare` at norms."""
     source = _Input(spec)
     after_norm = [name for _, _, names in loaded.roles.feeds for name in names]
     with ExitStack() as stack:

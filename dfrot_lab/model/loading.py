@@ -17,7 +17,7 @@ from torch import nn
 
 from dfrot_lab.disk import downloads
 from dfrot_lab.disk.artefacts import Store, Writer
-from dfrot_lab.disk.digests import digest
+from dfrot_lab.disk.atomic import digest
 from dfrot_lab.model.families import Roles, roles_of
 from dfrot_lab.recipe.base import content_key, require
 from dfrot_lab.recipe.keys import model_key
@@ -25,8 +25,7 @@ from dfrot_lab.recipe.specs import DEFAULT_MODEL, ModelSpec
 
 log = logging.getLogger(__name__)
 DEVICE = "DFROT_LAB_DEVICE"  # environment variable: what device `auto` is: cpu, cuda, or auto
-MODEL_FILES = (".json", ".safetensors", ".model", ".txt", ".jinja")
-"""Endings of the files that make a model folder what it is, its tokenizer's too."""
+MODEL_FILES = (".json", ".safetensors", ".model", ".txt", ".jinja")  # what makes a model, its tokenizer too
 
 
 @dataclass(frozen=True)

@@ -72,8 +72,7 @@ def fuse_norm(norm: nn.Linear, linears: list[nn.Linear]) -> None:
 
 
 def fold_gains(loaded: LoadedModel, gains: Mapping[str, Tensor]) -> None:
-    """Give the norms at some sites (`layers.12.input_norm`) gains g (channels,), which their readers take
-    back: W -> W / g. After R1, which a gain that is not 1 does not commute with."""
+    """Give norms at some sites gains g (channels,), their readers W -> W / g; after R1, never before it."""
     feeds, wanted = _feeds(loaded), {}
     for site, gain in gains.items():
         if site not in feeds:

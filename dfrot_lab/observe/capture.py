@@ -50,8 +50,7 @@ class Capture:
 
 
 def capture(spec: CaptureSpec | None = None, store: Store | None = None) -> Capture:
-    """The capture `spec` describes, from the store or recorded now. ValueError: more tokens than the text or
-    the model's context has; NaN or Inf, and where."""
+    """The capture `spec` describes, stored or recorded now. ValueError: text or context too short; NaN."""
     spec, store = door.resolved(spec or CaptureSpec()), store or Store()
 
     def make(writer: Writer) -> None:

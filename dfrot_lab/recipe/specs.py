@@ -18,8 +18,7 @@ SPLITS = ("calibration", "evaluation", "train", "valid", "test")
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
 SCHEMES = {"symmetric": "sym", "asymmetric": "asym", "free": "free"}
-"""Ranges of a quantizer and their short names: symmetric; asymmetric, in which 0 always lies (the released
-code's); free, from the smallest to the largest value, wherever they are (DFRot, Eq. 5)."""
+"""Ranges and short names: in asymmetric 0 always lies (released code), free is min to max (DFRot, Eq. 5)."""
 GRANULARITIES = {"per_token": "", "per_channel": "-channel", "per_group": "-head", "per_tensor": "-tensor"}
 """What shares one scale, and its mark in a quantizer's name; a group of a given size is marked `-g128`."""
 GROUPED = "a whole number >= 1, with granularity per_group"
@@ -53,8 +52,7 @@ CALIBRATION = CorpusSpec(split="calibration")
 
 
 class RotationSpec(MethodSpec):
-    """One orthogonal matrix: NR (identity), RO (random orthogonal), RH (random Hadamard), or a safetensors
-    file. `block` makes it block-diagonal with blocks of that many channels."""
+    """One matrix: NR (identity), RO (random orthogonal), RH (random Hadamard), a file; in `block`s."""
 
     method: ClassVar[str] = "random"
     kind: str = one_of("RH", ROTATION_KINDS)
@@ -108,6 +106,8 @@ class QuantSpec(Spec):
 
 
 SYM4 = QuantSpec()  # symmetric, 4 bits, a scale a token: what the paper's errors are measured with
+ACTIVATIONS = QuantSpec(scheme="asymmetric")
+KV_CACHE = QuantSpec(bits=16, scheme="asymmetric", granularity="per_group")  # a scale a token and head
 
 
 class CaptureSpec(Spec):
@@ -154,8 +154,7 @@ class RefineSpec(MethodSpec):
 
 
 class WeightSpec(Spec):
-    """How the linears' weights are quantized: by `gptq` on `windows` calibration windows, by `rtn`, or
-    another of the table of weight quantizers; per channel, symmetric, with clip search."""
+    """How the linears' weights are quantized: by `method`, if calibrated on `windows` of `corpus`."""
 
     method: str = "gptq"
     quantizer: QuantSpec = QuantSpec(granularity="per_channel")
@@ -169,11 +168,6 @@ class WeightSpec(Spec):
         self._require("method", self.method in registry.WEIGHTS, f"one of {', '.join(registry.WEIGHTS)}")
         fits = self.quantizer.granularity == "per_channel" and self.quantizer.symmetric
         self._require("quantizer", fits, "per_channel and symmetric")
-
-
-ACTIVATIONS = QuantSpec(scheme="asymmetric")
-KV_CACHE = QuantSpec(bits=16, scheme="asymmetric", granularity="per_group")
-"""The default quantizers: a scale a token; of keys and of values a scale for each token and head."""
 
 
 class Recipe(Spec):

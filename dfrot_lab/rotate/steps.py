@@ -26,6 +26,8 @@ LENGTH, MOMENTUM = 0.5, 0.8  # an accelerated step: half a Procrustes step, and 
 CHECK_EVERY = 20  # accelerated steps between two looks at all rows
 HISTORY = ("step", "objective", "ordinary", "massive", "best", "distance")
 Losses = dict[str, float]
+Watch = Callable[["State"], None]
+OnStep = Callable[[int, Callable[[], Tensor]], None]  # told of each step: its number, what makes its R
 
 
 @dataclass(frozen=True)
@@ -53,10 +55,6 @@ class State:
     def lowest(self) -> float:
         """The lowest objective so far."""
         return min((line["objective"] for line in self.history), default=math.inf)
-
-
-Watch = Callable[[State], None]
-OnStep = Callable[[int, Callable[[], Tensor]], None]  # told of each step: its number, what makes its R
 
 
 @dataclass

@@ -14,8 +14,6 @@ from dfrot_lab.observe.capture import Capture, capture, token_blocks
 from dfrot_lab.recipe import keys, registry
 from dfrot_lab.recipe.specs import CaptureSpec, Recipe
 
-HADAMARD: Literal["hadamard"] = "hadamard"
-
 
 @dataclass(frozen=True)
 class Transforms:
@@ -24,7 +22,7 @@ class Transforms:
     folded after R1, and `clips` a clip ratio, both by site; whether the online Hadamards R3 and R4 act."""
 
     R1: Tensor | None
-    R2: Tensor | Literal["hadamard"] | None = HADAMARD
+    R2: Tensor | Literal["hadamard"] | None = "hadamard"
     gains: Mapping[str, Tensor] = field(default_factory=dict)
     clips: Mapping[str, float] = field(default_factory=dict)
     r3: bool = True
@@ -32,8 +30,7 @@ class Transforms:
 
 
 class Context:
-    """What a method may look at, made when asked for: the model (not to be changed) and, of a capture its
-    own spec names (so that its key says all), rows, token ids and sensitivities."""
+    """What a method may look at, made when asked for: the model (not to be changed), captures it names."""
 
     def __init__(self, recipe: Recipe, store: Store, model: LoadedModel | None = None) -> None:
         self.recipe, self.store, self._model = recipe, store, model

@@ -24,8 +24,7 @@ from dfrot_lab.weights.run import LayerCodes, OnPart, nothing
 
 @dataclass(frozen=True)
 class Built:
-    """A model with its transforms fused and its weights quantized, the transforms, R1 in the model's dtype
-    (None without rotation) and the weight codes, one mapping a layer (none at 16 bits)."""
+    """A model, transforms fused, weights quantized; R1 in its dtype or None; codes, none at 16 bits."""
 
     loaded: LoadedModel
     transforms: Transforms

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy import stats
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from dfrot_lab.disk.artefacts import Artefact, Store, Writer
-from dfrot_lab.maths import statistics
 from dfrot_lab.model import door, loading
 from dfrot_lab.recipe import keys
 from dfrot_lab.recipe.specs import Recipe
@@ -21,6 +21,30 @@ from dfrot_lab.weights.run import OnPart, nothing
 
 LOGIT_ROWS = 256  # tokens whose logits exist at once: a whole window's would be 0.4 GB
 KIND = "evaluation"
+
+
+def perplexity(losses: np.ndarray, axis: int = -1) -> Any:
+    """exp of the mean loss in nats."""
+    return np.exp(losses.mean(axis))
+
+
+def bootstrap(statistic: Callable[..., Any], *samples: np.ndarray) -> tuple[float, float]:
+    """Percentile bootstrap 95% interval of a statistic of paired samples (windows,); nan for fewer than 2."""
+    if len(samples[0]) < 2:
+        return float("nan"), float("nan")
+    options: dict[str, Any] = {"paired": True, "vectorized": True, "method": "percentile", "rng": 0}
+    interval = stats.bootstrap(samples, statistic, n_resamples=9999, **options).confidence_interval
+    return float(interval.low), float(interval.high)
+
+
+def difference(a: np.ndarray, b: np.ndarray, axis: int) -> Any:
+    """Perplexity of losses `a` minus that of `b`."""
+    return perplexity(a, axis) - perplexity(b, axis)
+
+
+def closed_share(ro: np.ndarray, ro_kept: np.ndarray, rh: np.ndarray, rh_kept: np.ndarray, axis: int) -> Any:
+    """The share of the perplexity gap between RO and RH that keeping massive tokens out closes: 1 is all."""
+    return 1 - difference(ro_kept, rh_kept, axis) / difference(ro, rh, axis)
 
 
 @dataclass(frozen=True)
@@ -37,12 +61,12 @@ class EvalResult:
     @property
     def perplexity(self) -> float:
         """exp of the mean loss."""
-        return float(statistics.perplexity(self.losses))
+        return float(perplexity(self.losses))
 
     @property
     def ci95(self) -> tuple[float, float]:
         """Bootstrap 95% interval of the perplexity over windows."""
-        return statistics.bootstrap(statistics.perplexity, self.losses)
+        return bootstrap(perplexity, self.losses)
 
 
 def statistic(function: Callable[..., Any], found: Sequence[EvalResult]) -> tuple[float, tuple[float, float]]:
@@ -53,12 +77,12 @@ def statistic(function: Callable[..., Any], found: Sequence[EvalResult]) -> tupl
         said = f"got {places[0]} and {others[0]}"
         raise ValueError(f"paired results must share corpus, windows, window and device; {said}")
     losses = [result.losses for result in found]
-    return float(function(*losses, axis=-1)), statistics.bootstrap(function, *losses)
+    return float(function(*losses, axis=-1)), bootstrap(function, *losses)
 
 
 def paired_difference(a: EvalResult, b: EvalResult) -> tuple[float, tuple[float, float]]:
     """Perplexity of `a` minus that of `b` and its paired 95% interval."""
-    return statistic(statistics.difference, [a, b])
+    return statistic(difference, [a, b])
 
 
 @torch.inference_mode()

@@ -126,7 +126,6 @@ def _simple_evaluate(loaded: LoadedModel, task: str, path: Path | None, limit: i
 def _local_task(task: str, path: Path, folder: Path) -> Any:
     """A TaskManager that knows `task` alone: lm-eval's own file, its data taken from `path`."""
     import lm_eval.tasks
-    from lm_eval.tasks import TaskManager
 
     own, split = TASKS[task]
     override = dict.fromkeys(f"{name}_split" for name in ("training", "validation", "test", "fewshot"))
@@ -134,4 +133,4 @@ def _local_task(task: str, path: Path, folder: Path) -> Any:
     override |= {"dataset_path": "json", "dataset_name": None, f"{split}_split": split}
     override["dataset_kwargs"] = {"data_files": {split: str(path)}}
     (folder / f"{task}.yaml").write_text(json.dumps(override), encoding="utf-8")  # JSON is YAML
-    return TaskManager(include_path=str(folder), include_defaults=False)
+    return lm_eval.tasks.TaskManager(include_path=str(folder), include_defaults=False)

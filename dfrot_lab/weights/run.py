@@ -30,7 +30,7 @@ def nothing(_part: str, _done: int, _total: int) -> None:
 
 
 def quantize_weights(
-    loaded: LoadedModel, spec: WeightSpec, key: Mapping[str, Any], store: Store | None = None, *,
+    loaded: LoadedModel, spec: WeightSpec, key: Mapping[str, Any], store: Store, *,
     r4: bool = True, on_part: OnPart = nothing,
 ) -> list[LayerCodes]:  # fmt: skip
     """Put quantized weights into every linear of `loaded` (rotated as wanted; `r4`: down_proj gets R4) but
@@ -39,7 +39,6 @@ def quantize_weights(
     if spec.quantizer.bits == 16:
         return []
     run = _run_calibrated if registry.load(registry.WEIGHTS, spec.method).CALIBRATED else _run
-    store = store or Store()
     artefact = store.get_or_make(KIND, key, lambda writer: run(loaded, spec, writer, r4, on_part))
     return [_install(layer, artefact.tensors(_file(index))) for index, layer in enumerate(loaded.layers)]
 
