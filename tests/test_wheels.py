@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from dfrot_lab.disk import downloads
+from dfrot_lab.disk import atomic, downloads
 from dfrot_lab.disk.downloads import WheelFile, fetch
 
 CONTENT = b"forty bytes of data, or so\n" * 1000
