@@ -15,6 +15,7 @@ from dfrot_lab.observe import massive
 from dfrot_lab.observe.capture import token_blocks
 from dfrot_lab.recipe.specs import CaptureSpec
 
+TOP = 3
 See = Callable[[int, Tensor], Tensor | None]  # a layer's number, its input -> a new one, or None to leave it
 
 
@@ -40,7 +41,7 @@ def residual_profile(spec: CaptureSpec, store: Store | None = None) -> pd.DataFr
     loaded, lines = loading.load_model(spec.model, store), []
     for layer, x in enumerate(streams(loaded, token_blocks(spec, loaded)[0])):
         magnitude = x.abs().flatten()
-        found = {f"top {n}": value for n, value in enumerate(magnitude.topk(3).values.tolist(), 1)}
+        found = {f"top {n}": value for n, value in enumerate(magnitude.topk(TOP).values.tolist(), 1)}
         found["median"] = float(magnitude.median())
         lines += [(spec.model.source, spec.corpus.name, layer, *metric) for metric in found.items()]
     return pd.DataFrame(lines, columns=["model", "corpus", "layer", "metric", "value"])

@@ -29,7 +29,6 @@ PAPER_RULE, RELEASED_KEEP_OUT = "nr_error_8.5", "nr_error_9.5"  # the released c
 REFINE_VARIANTS = ("accelerated", "guarded", "as_paper", "as_released")
 KEEP_OUT_COUNTS = ("most_massive", "worst", "random")  # by largest value, largest error, or any
 KEPT_COUNTED = f"given for keep_out {', '.join(KEEP_OUT_COUNTS)} alone"
-SET_MASSIVE = ("zero", "mean")
 
 
 class ModelSpec(Spec):
@@ -186,7 +185,7 @@ class Recipe(Spec):
     windows: int = ruled(6, "a whole number >= 1", ge=1)
     window: int = ruled(WINDOW, "a whole number >= 2", ge=2)
     keep_out_tokens: int | None = ruled(None, KEPT_COUNTED, ge=1)
-    set_massive: str | None = one_of(None, (None, *SET_MASSIVE))
+    set_massive: str | None = one_of(None, (None, "zero", "mean"))
 
     def _check(self) -> None:
         self._require("activations", self.activations.granularity == "per_token", "per_token")
