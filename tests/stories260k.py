@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dfrot_lab.disk.digests import digest
+from dfrot_lab.disk.atomic import digest
 from dfrot_lab.model.families import Roles
 from dfrot_lab.model.loading import LoadedModel
 from dfrot_lab.recipe.specs import ModelSpec

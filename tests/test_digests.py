@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from conftest import save_tiny
 
-from dfrot_lab.disk import digests
-from dfrot_lab.disk.digests import digest
+from dfrot_lab.disk import atomic
+from dfrot_lab.disk.atomic import digest
 from dfrot_lab.model import loading
 
 CONTENT = bytes(range(256)) * 9000  # more than two of the blocks it is read in
@@ -22,8 +22,8 @@ CONTENT = bytes(range(256)) * 9000  # more than two of the blocks it is read in
 def memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache of its own, in which files are remembered however young they are."""
     monkeypatch.setenv("DFROT_LAB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(digests, "SETTLED", -(10**12))
-    monkeypatch.setattr(digests, "_known", {})
+    monkeypatch.setattr(atomic, "SETTLED", -(10**12))
+    monkeypatch.setattr(atomic, "_known", {})
     return tmp_path / "cache" / "digests.json"
 
 
@@ -31,8 +31,8 @@ def memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the files read from here on."""
     names: list[str] = []
-    read = digests._read
-    monkeypatch.setattr(digests, "_read", lambda path, *rest: names.append(path.name) or read(path, *rest))
+    read = atomic._read
+    monkeypatch.setattr(atomic, "_read", lambda path, *rest: names.append(path.name) or read(path, *rest))
     return names
 
 
@@ -44,7 +44,7 @@ def file(tmp_path: Path) -> Path:
 
 
 def forget_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(digests, "_known", {})
+    monkeypatch.setattr(atomic, "_known", {})
 
 
 def test_a_digest_is_of_the_bytes_alone(file: Path, tmp_path: Path):
@@ -95,7 +95,7 @@ def test_a_changed_file_of_the_same_size_is_read_again(file: Path, reads: list[s
 def test_a_file_that_may_change_under_the_same_time_stamp_is_not_remembered(
     file: Path, reads: list[str], memory: Path, monkeypatch
 ):
-    monkeypatch.setattr(digests, "SETTLED", 60 * 10**9)
+    monkeypatch.setattr(atomic, "SETTLED", 60 * 10**9)
     assert digest(file) == digest(file) and reads == ["a.bin"] * 2
     assert not memory.exists()
 
@@ -123,8 +123,8 @@ def test_processes_at_once_lose_no_entry(tmp_path: Path, memory: Path):
     for name in range(24):
         (tmp_path / f"{name}.bin").write_bytes(b"%d" % name)
     script = (
-        "import sys\nfrom dfrot_lab.disk import digests\ndigests.SETTLED = -(10**12)\n"
-        "print(*[digests.digest(name) for name in sys.argv[1:]])"
+        "import sys\nfrom dfrot_lab.disk import atomic\natomic.SETTLED = -(10**12)\n"
+        "print(*[atomic.digest(name) for name in sys.argv[1:]])"
     )
     parts = [[str(tmp_path / f"{name}.bin") for name in range(start, 24, 4)] for start in range(4)]
     started = [

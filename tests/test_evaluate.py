@@ -17,7 +17,6 @@ from dfrot_lab.disk import rotation_files
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.maths import rotations
 from dfrot_lab.maths.quantizers import fake_quantize
-from dfrot_lab.maths.statistics import bootstrap, closed_share
 from dfrot_lab.model import door, hooks, loading, surgery
 from dfrot_lab.observe import massive
 from dfrot_lab.recipe.specs import (
@@ -32,9 +31,11 @@ from dfrot_lab.recipe.specs import (
     recipe_of,
 )
 from dfrot_lab.score import perplexity as module
-from dfrot_lab.score.build import Built, build, build_key, keep_out, quantized, rounded
+from dfrot_lab.score.build import Built, build, build_key, keep_out, quantized, rounded, weights_stored
 from dfrot_lab.score.perplexity import (
     EvalResult,
+    bootstrap,
+    closed_share,
     evaluate,
     evaluate_all,
     paired_difference,
@@ -124,6 +125,13 @@ def test_rotation_changes_nothing_at_16_bits(tmp_path, text_file, store, family)
     plain = evaluate(spec.with_(rotation=NR), store).losses
     for rotation in (RO, RH, RotationSpec(kind="RH", seed=9)):
         np.testing.assert_allclose(evaluate(spec.with_(rotation=rotation), store).losses, plain, rtol=1e-5)
+
+
+def test_weights_are_stored_once_built_and_at_16_bits_there_are_none_to_store(base, store):
+    spec = at(base, "4-16-16")
+    assert weights_stored(base, store) and not weights_stored(spec, store)
+    build(spec, store)
+    assert weights_stored(spec, store)
 
 
 @pytest.mark.parametrize("bits", ["16-4-16", "16-16-4", "4-16-16", "4-4-4"])

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from dfrot_lab.disk import artefacts as store_module
-from dfrot_lab.disk import atomic, digests
+from dfrot_lab.disk import atomic
 from dfrot_lab.disk.artefacts import Artefact, CorruptArtefact, Store, Writer
 from dfrot_lab.disk.atomic import cache_dir
 from dfrot_lab.recipe.base import content_key
@@ -277,10 +277,10 @@ def test_a_flipped_bit_is_found_before_use_and_whole_files_are_read_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DFROT_LAB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(digests, "SETTLED", -(10**12))  # so that young files are remembered too
+    monkeypatch.setattr(atomic, "SETTLED", -(10**12))  # so that young files are remembered too
     reads: list[str] = []
-    read = digests._read
-    monkeypatch.setattr(digests, "_read", lambda path, *rest: reads.append(path.name) or read(path, *rest))
+    read = atomic._read
+    monkeypatch.setattr(atomic, "_read", lambda path, *rest: reads.append(path.name) or read(path, *rest))
     store = Store(tmp_path / "store")
     store.get_or_make("capture", INPUTS, make)
     reads.clear()

@@ -96,7 +96,7 @@ def made(context: Context, rotation: MethodSpec) -> Transforms:
 def test_random_makes_the_rotation_of_its_spec(context: Context, spec: RotationSpec):
     found = made(context, spec)
     assert torch.equal(found.R1, rotations.make(spec, CHANNELS))
-    assert (found.R2, found.r3, found.r4) == (transforms.HADAMARD, True, True)
+    assert (found.R2, found.r3, found.r4) == ("hadamard", True, True)
     assert not found.gains and not found.clips
 
 
@@ -109,7 +109,7 @@ def test_dfrot_makes_the_refinement_of_its_own_capture(context: Context):
     spec = RefineSpec(capture=half(context, tokens=64), steps=2)
     found, own = made(context, spec), refined(spec, context.store)
     assert torch.equal(found.R1, own.R)
-    assert (found.R2, found.r3, found.r4) == (transforms.HADAMARD, True, True)
+    assert (found.R2, found.r3, found.r4) == ("hadamard", True, True)
 
 
 # ---- what a method may look at

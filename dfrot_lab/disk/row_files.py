@@ -42,8 +42,7 @@ def _lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
 
 
 def load(path: Path) -> pd.DataFrame:
-    """A JSON-lines file as a table, with all its columns; those of WHOLE as whole numbers or missing. A last
-    line cut short is left out; a ValueError names another bad line."""
+    """A JSON-lines file as a table, without a last line that is cut short; ValueError: another bad line."""
     rows: list[dict[str, Any]] = []
     lines = path.read_text(encoding="utf-8").splitlines()
     for number, line in enumerate(lines, 1):
@@ -51,8 +50,8 @@ def load(path: Path) -> pd.DataFrame:
             rows.append(json.loads(line))
         except json.JSONDecodeError as error:
             if number < len(lines):
-                said = f"{path} line {number} must be one JSON object; got {line[:60]!r}"
-                raise ValueError(said) from error
+                said = f"line {number} must be one JSON object; got {line[:60]!r}"
+                raise ValueError(f"{path} {said}") from error
     return whole(pd.DataFrame(rows, columns=None if rows else list(COLUMNS)))
 
 

@@ -1,7 +1,6 @@
-"""Hadamard matrices of the orders that language models need, and the transform that never forms them.
-A Hadamard matrix H (n, n) has entries +-1 and H @ H.T = n I. Here n is a product of orders from the table
-that compressed-tensors ships (multiples of 4 up to 256) and one power of two, and H the Kronecker product of
-the factors' matrices, as in QuaRot (arXiv 2404.00456)."""
+"""Hadamard matrices H (n, n) of +-1 with H @ H.T = n I, and the transform that never forms them. Here n is a
+product of orders from the table that compressed-tensors ships (multiples of 4 up to 256) and one power of
+two, and H the Kronecker product of the factors' matrices, as in QuaRot (arXiv 2404.00456)."""
 
 import functools
 import importlib.util
@@ -15,16 +14,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from dfrot_lab.recipe.base import require
+
 log = logging.getLogger(__name__)
 Transform = Callable[[Tensor, float], Tensor]
-LARGEST = 64
-"""Largest order that is one matrix product: measured on a 2-core CPU, splitting it would be slower."""
-STAGE = 32
-"""What a larger power of two is split into: the fastest in the same measurement, `benchmarks/hadamard.py`."""
-CHUNK = 1 << 19
-"""Elements worked on at once on a CPU: what is between two stages stays in cache."""
-KERNEL_MAX = 32768
-"""Largest power of two that the fast-hadamard-transform package takes."""
+LARGEST = 64  # largest order that is one matrix product: on a CPU, splitting it would be slower
+STAGE = 32  # what a larger power of two is split into: the fastest in `benchmarks/hadamard.py`
+CHUNK = 1 << 19  # elements worked on at once on a CPU: what is between two stages stays in cache
+KERNEL_MAX = 32768  # largest power of two that the fast-hadamard-transform package takes
 
 
 @functools.cache
@@ -50,8 +47,8 @@ def _odd_splits(odd: int, least: int = 3) -> Iterator[tuple[int, ...]]:
 
 @functools.cache
 def factors(n: int) -> tuple[int, ...] | None:
-    """Table orders and one last power of two, 1 if need be, whose product is n: 576 -> (36, 16), 1680 -> (28,
-    60, 1); None: 13696. Of several the fewest orders, then the smallest sum: the transform's cost."""
+    """Table orders and one last power of two, whose product is n: 576 -> (36, 16), 1680 -> (28, 60, 1); None
+    for 13696. Of several the fewest orders, then the smallest sum: the transform's cost."""
     if n < 1:
         return None
     power = n & -n
@@ -61,16 +58,14 @@ def factors(n: int) -> tuple[int, ...] | None:
 
 
 def _required_factors(n: int) -> tuple[int, ...]:
-    if n < 1:
-        raise ValueError(f"hadamard.n must be >= 1; got {n}")
+    require("hadamard.n", n, n >= 1, ">= 1")
     if (found := factors(n)) is not None:
         return found
     block = next(size for size in range(n, 0, -1) if n % size == 0 and factors(size))
     blocks = f"RH-b{block} (RotationSpec(kind='RH', block={block})), which is block-diagonal, or "
     rule = "a power of two times orders from the table (multiples of 4 up to 256)"
-    said = f"{rule}; got {n}: no Hadamard matrix of that order is known here"
-    instead = f"{blocks if block > 1 else ''}RotationSpec(kind='RO')"
-    raise ValueError(f"hadamard.n must be {said}. Use {instead}")
+    said = f"hadamard.n must be {rule}; got {n}: no Hadamard matrix of that order is known here"
+    raise ValueError(f"{said}. Use {blocks if block > 1 else ''}RotationSpec(kind='RO')")
 
 
 def _kron(orders: tuple[int, ...]) -> Tensor:
@@ -93,8 +88,7 @@ def _small(orders: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
 
 @functools.cache
 def _stages(n: int) -> tuple[tuple[int, ...], ...]:
-    """The factors of n as the products a CPU computes, each a Kronecker product of a few orders: 1536 = 12 x
-    128 -> ((12, 4), (32,)), 14336 = 28 x 512 -> ((28,), (16,), (32,))."""
+    """The factors of n as the products a CPU computes: 1536 -> ((12, 4), (32,)), a 12 x 4 and a 32."""
     *tables, power = _required_factors(n)
     tail = 0
     while power > LARGEST:
@@ -155,21 +149,19 @@ def _cuda_kernel() -> Transform | None:
 
 
 def hadamard_transform(x: Tensor, scale: float = 1.0) -> Tensor:
-    """x (..., n) @ H.T * scale with H = hadamard_matrix(n), without forming it; a rotation at scale n**-0.5.
-    As in the fast-hadamard-transform package, which does the powers of two on CUDA where it is installed; but
-    no size is padded with zeros (which is no rotation). The result has x's dtype, device and shape.
-    ValueError: n without a Hadamard matrix, x not of floats."""
-    if x.ndim == 0 or not x.is_floating_point():
-        said = f"got shape {tuple(x.shape)}, {x.dtype}. Cast it: x.float()"
-        raise ValueError(f"hadamard_transform.x must be (..., n) of a float dtype; {said}")
+    """x (..., n) @ H.T * scale with H = hadamard_matrix(n), without forming it; a rotation at scale n**-0.5,
+    in x's dtype. fast-hadamard-transform does powers of two on CUDA where installed; nothing is padded (which
+    would be no rotation). ValueError: n without a matrix, x not of floats."""
+    said = f"shape {tuple(x.shape)}, {x.dtype}. Cast it: x.float()"
+    fits = x.ndim > 0 and x.is_floating_point()
+    require("hadamard_transform.x", said, fits, "(..., n) of a float dtype")
     orders = _required_factors(x.shape[-1])
     if x.numel() == 0:
         return x.clone()  # a kernel launch over no rows is a CUDA error
     kernel = _cuda_kernel() if x.is_cuda and x.dtype != torch.float64 and orders[-1] <= KERNEL_MAX else None
     if kernel is not None and len(orders) == 1:
         return _kernel_transform(x, scale, kernel)  # it sums in float32 and rounds once, by itself
-    # A sum of n terms can leave float16's range before `scale` brings it back, and rounding after each factor
-    # would add up: round once, at the end.
+    # rounded once, at the end: a sum of n terms can leave float16's range before `scale` brings it back
     work = x.to(torch.promote_types(x.dtype, torch.float32))
     done = _torch_transform(work, scale) if kernel is None else _kernel_transform(work, scale, kernel)
     return done.to(x.dtype)

@@ -3,19 +3,18 @@
 Symmetric, b bits:  s = c max|x| / (2^(b-1) - 1),  q = clamp(round(x / s), -2^(b-1), 2^(b-1) - 1),  x^ = s q.
 Asymmetric, b bits: s = c (max x - min x) / (2^b - 1),  z = -round(c min x / s),
                     q = clamp(round(x / s) + z, 0, 2^b - 1),  x^ = s (q - z)  (DFRot, Eq. 5).
-As in QuaRot's code, the asymmetric range always includes 0, so that z is itself a code. In the free scheme it
-need not, which is Eq. 5 to the letter: an offset that all channels share costs nothing. c is the clip ratio;
-max and min run over what shares one scale."""
+As in QuaRot's code, the asymmetric range includes 0, so that z is a code; in the free scheme it need not, as
+Eq. 5 says. c is the clip ratio; max and min run over what shares one scale."""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from dfrot_lab.recipe.base import require
 from dfrot_lab.recipe.specs import QuantSpec
 
-_CHUNK = 1 << 19
-"""Elements worked on at once: 2 MiB of float32 stays in a core's cache, where passes cost little."""
+_CHUNK = 1 << 19  # elements worked on at once: 2 MiB of float32 stays in a core's cache
 
 
 class Quantized(NamedTuple):
@@ -43,10 +42,8 @@ def grouped(x: Tensor, spec: QuantSpec) -> Tensor:
 
 
 def scale_zero(groups: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """Scale and zero point (groups, 1) of each row of `groups` (groups, n). A row of zeros gets scale 1, so
-    that it stays zeros; in the free scheme a constant row is a code, too."""
-    # on a CPU 6 times as fast as torch.aminmax over a dimension
-    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+    """Scale and zero point (groups, 1) of rows (groups, n); a row of zeros gets scale 1 and stays zeros."""
+    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)  # a CPU's aminmax is 6x slower
     top, still = code_range(spec)[1], torch.ones_like(low)
     if spec.symmetric:
         scale = torch.maximum(-low, high).mul_(spec.clip_ratio / top)
@@ -57,8 +54,8 @@ def scale_zero(groups: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
         still = torch.where(low == 0, 1, low.abs())
     else:
         low, high = low.clamp_(max=0).mul_(spec.clip_ratio), high.clamp_(min=0).mul_(spec.clip_ratio)
-    scale = high / top - low / top  # not (high - low) / top, which overflows at the dtype's largest values
-    scale = torch.where(scale == 0, still, scale)
+    wide = high / top - low / top  # not (high - low) / top, which overflows at the dtype's largest values
+    scale = torch.where(wide == 0, still, wide)
     return scale, low.div_(scale).round_().neg_()
 
 
@@ -74,8 +71,7 @@ def _rounded(x: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec, out: Tenso
 
 def quantize(x: Tensor, spec: QuantSpec) -> Quantized:
     """Codes (int8, uint8 where not symmetric, int32 above 8 bits), scales, zeros. ValueError: 16 bits."""
-    if spec.bits == 16:
-        raise ValueError("QuantSpec.bits must be below 16 to have codes; got 16: leave the tensor alone")
+    require("QuantSpec.bits", "16: leave the tensor alone", spec.bits < 16, "below 16 to have codes")
     groups = grouped(x, spec)
     scale, zero = scale_zero(groups, spec)
     kind = torch.int32 if spec.bits > 8 else torch.int8 if spec.symmetric else torch.uint8
@@ -97,8 +93,7 @@ def dequantize(quantized: Quantized, shape: torch.Size | tuple[int, ...]) -> Ten
 
 
 def fake_quantize(x: Tensor, spec: QuantSpec) -> Tensor:
-    """`x` rounded to the values its codes stand for, same shape and dtype; `x` itself at 16 bits. Q(a x) = a
-    Q(x) for a > 0, which lets gamma scale rows in DFRot Eq. 3."""
+    """`x` rounded to its codes' values, same shape, dtype; itself at 16 bits. Q(a x) = a Q(x), a > 0."""
     if spec.bits == 16:
         return x
     groups = grouped(x, spec)
@@ -122,9 +117,8 @@ def squared_error(x: Tensor, spec: QuantSpec) -> Tensor:
 def clip_search(weight: Tensor, spec: QuantSpec) -> Tensor:
     """The scale (rows, 1) of each row of a symmetric per-channel `weight` (rows, n) with least squared error
     over 30 clip ratios from 1 to 0.4: the search of GPTQ's and QuaRot's code, which take |error|^2.4."""
-    widest, _ = scale_zero(weight, spec)
+    widest, step = scale_zero(weight, spec)[0], max(1, _CHUNK // weight.shape[-1])
     found = widest.clone()
-    step = max(1, _CHUNK // weight.shape[-1])
     for part, wide, best in zip(weight.split(step), widest.split(step), found.split(step), strict=True):
         least = torch.full_like(wide, torch.inf)
         for ratio in torch.linspace(1, 0.4, 30).tolist():

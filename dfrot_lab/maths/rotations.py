@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from dfrot_lab.maths.hadamard import hadamard_matrix
+from dfrot_lab.recipe.base import require
 from dfrot_lab.recipe.specs import RotationSpec
 
-MAX_ORTHOGONALITY_ERROR = 1e-4
-"""A float32 rotation is within about 1e-6; one that is off by more than this changes the model visibly."""
+MAX_ORTHOGONALITY_ERROR = 1e-4  # float32 has about 1e-6; more than this changes the model visibly
 
 
 def _block(kind: str, channels: int, generator: torch.Generator) -> Tensor:
@@ -24,13 +24,11 @@ def _block(kind: str, channels: int, generator: torch.Generator) -> Tensor:
 
 
 def make(spec: RotationSpec, channels: int) -> Tensor:
-    """The rotation R (channels, channels) of `spec`, float64 on the CPU. Same spec, same bytes.
-    NR is the identity; RO is uniform (Haar) over all orthogonal matrices; RH is diag(s) @ H.T /
-    sqrt(channels) with random signs s before the Hadamard matrix: after it they would only flip output
-    channels (QuaRot, arXiv 2404.00456). `block=b`: independent rotations of b channels on the diagonal.
-    ValueError: channels < 1, a block that does not divide them, RH of an order without a Hadamard matrix."""
-    if channels < 1:
-        raise ValueError(f"rotation.channels must be >= 1; got {channels}")
+    """The rotation R (channels, channels) of `spec`, float64 on the CPU. Same spec, same bytes. NR is the
+    identity; RO is uniform (Haar); RH is diag(s) @ H.T / sqrt(channels), its random signs s before H, as
+    after it they would only flip output channels (QuaRot, arXiv 2404.00456). `block=b`: independent ones of b
+    channels on the diagonal. ValueError: a block that does not divide channels, RH without an H."""
+    require("rotation.channels", channels, channels >= 1, ">= 1")
     if spec.kind == "file":
         raise ValueError(f"rotations.make: a file is read by rotate.random.matrix; got {spec.path}")
     block = spec.block or channels
@@ -52,21 +50,17 @@ def orthogonality_error(R: Tensor) -> float:
 def check(R: Tensor, channels: int | None = None) -> Tensor:
     """R in float64, once it is known to be a finite, orthogonal (channels, channels) matrix; ValueError."""
     shape = tuple(R.shape)
-    if R.ndim != 2 or shape[0] != shape[1] or shape[0] == 0:
-        raise ValueError(f"rotation.shape must be (channels, channels); got {shape}")
-    if channels not in (None, shape[0]):
-        said = f"({channels}, {channels}); got {shape}. Use a rotation made for this model's hidden size"
-        raise ValueError(f"rotation.shape must be {said}")
-    if not R.is_floating_point():
-        raise ValueError(f"rotation.dtype must be a float dtype; got {R.dtype}")
-    if bad := int((~R.isfinite()).sum()):
-        said = f"got {bad} NaN or Inf of {R.numel()}. Make or save it again"
-        raise ValueError(f"rotation.values must be finite; {said}")
-    if (error := orthogonality_error(R)) > MAX_ORTHOGONALITY_ERROR:
-        raise ValueError(
-            f"rotation.orthogonality_error must be <= {MAX_ORTHOGONALITY_ERROR:g}; got {error:.3g}. Save it "
-            "in float32 or float64, or use U @ Vt of its SVD, its nearest rotation (Q of a QR flips signs)"
-        )
+    square = R.ndim == 2 and shape[0] == shape[1] > 0
+    require("rotation.shape", shape, square, "(channels, channels)")
+    advice = f"{shape}. Use a rotation made for this model's hidden size"
+    require("rotation.shape", advice, channels in (None, shape[0]), f"({channels}, {channels})")
+    require("rotation.dtype", R.dtype, R.is_floating_point(), "a float dtype")
+    bad = int((~R.isfinite()).sum())
+    require("rotation.values", f"{bad} NaN or Inf of {R.numel()}. Make or save it again", not bad, "finite")
+    error, most = orthogonality_error(R), MAX_ORTHOGONALITY_ERROR
+    advice = "or use U @ Vt of its SVD, its nearest rotation (Q of a QR flips signs)"
+    said = f"{error:.3g}. Save it in float32 or float64, {advice}"
+    require("rotation.orthogonality_error", said, not error > most, f"<= {most:g}")
     return R.detach().to(torch.float64)
 
 

@@ -13,11 +13,9 @@ COLUMNS = (
     "set_massive", "windows", "window", "device",
     "metric", "value", "ci95", "seconds", "recipe", "versions", "formulas", "commit",
 )  # fmt: skip
-"""Columns of every results row, in order. Quantizers are named by all that makes one different; `parameters`
-are what a method has beside its own columns; `ci95` is [low, high]; `recipe` is the key of the recipe, whose
-YAML is kept beside the rows; `formulas` and `commit` are the code's."""
-WHOLE = ("seed", "w_bits", "a_bits", "kv_bits", "keep_out_tokens", "windows", "window", "formulas")
-"""Columns of whole numbers, or of nothing."""
+"""Columns of every results row, in order. `parameters` are what a method has beside its own columns; `ci95`
+is [low, high]; `recipe` the key of one kept as YAML beside the rows; `formulas`, `commit` the code's."""
+WHOLE = ("seed", "w_bits", "a_bits", "kv_bits", "keep_out_tokens", "windows", "window", "formulas")  # whole
 FREE = {"metric", "value", "ci95", "seconds", "recipe", "versions", "formulas", "commit"}
 """Columns that say what came out, when and by which code; the others say of what."""
 PERPLEXITY = "perplexity"
@@ -61,8 +59,8 @@ def _require_distinct(rows: list[dict[str, Any]], place: Mapping[str, Any]) -> N
         seen = list(dict.fromkeys(str(value) or "nothing" for value in values))
         if len(seen) > 1:
             where = ", ".join(f"{key} {value}" for key, value in place.items())
-            said = f"differ in column {name!r} ({', '.join(seen)}): choose one of them"
-            raise ValueError(f"rows of {where} {said}")
+            said = f"({', '.join(seen)}): choose one of them"
+            raise ValueError(f"rows of {where} differ in column {name!r} {said}")
 
 
 def _wide(rows: list[dict[str, Any]], down: Mapping[str, Any], across: Mapping[str, Any]) -> pd.DataFrame:
@@ -72,8 +70,7 @@ def _wide(rows: list[dict[str, Any]], down: Mapping[str, Any], across: Mapping[s
         places.setdefault(tuple(str(value(row)) for value in axes.values()), []).append(row)
     for place, same in places.items():
         _require_distinct(same, dict(zip(axes, place, strict=True)))
-    lines = [(*place, cell(same[-1])) for place, same in places.items()]
-    table = pd.DataFrame(lines, columns=[*axes, "cell"])
+    table = pd.DataFrame([(*at, cell(same[-1])) for at, same in places.items()], columns=[*axes, "cell"])
     wide = table.pivot(index=list(down), columns=list(across), values="cell")
     index, columns = (list(dict.fromkeys(place[n] for place in places)) for n in (0, 1))
     return wide.reindex(index=index, columns=columns)
@@ -94,10 +91,9 @@ def by_seed(table: pd.DataFrame, metric: str = f"{PERPLEXITY} - RH", rotation: s
 
 def cell(entry: Mapping[str, Any]) -> str:
     """`36.11 [31.20, 40.80]`; without an interval where there is none."""
-    value, ci95 = entry["value"], entry["ci95"]
-    if not isinstance(ci95, list | tuple) or any(bound != bound for bound in ci95):
-        return f"{value:.2f}"
-    return f"{value:.2f} [{ci95[0]:.2f}, {ci95[1]:.2f}]"
+    value, ci95 = f"{entry['value']:.2f}", entry["ci95"]
+    known = isinstance(ci95, list | tuple) and all(bound == bound for bound in ci95)
+    return f"{value} [{ci95[0]:.2f}, {ci95[1]:.2f}]" if known else value
 
 
 def markdown(table: pd.DataFrame) -> str:

@@ -1,5 +1,4 @@
-"""What a massive token's error should be: it is a spike and Gaussian noise, x = m e_j + sigma g, and every
-rotation makes levels of it.
+"""What a massive token's error should be: a spike and Gaussian noise, x = m e_j + sigma g, make levels.
 
 | rotation | entries of x R | levels (how many entries) | noise about a level |
 |---|---|---|---|
@@ -7,12 +6,11 @@ rotation makes levels of it.
 | RO | a random direction of length ||x||: Gaussian numbers | 0 (C) | sqrt(m^2 / C + sigma^2) |
 | RH | +-m / sqrt(C) and the noise, rotated | each sign (C / 2) | sigma |
 
-More spikes under RH make more levels, (+-m1 +-m2 ...) / sqrt(C). The quantizers round to whole multiples of
-one step, which the row's largest entry (symmetric) or its range (asymmetric) sets; nothing is clamped but
-ties. So one formula covers every case, `error_of_levels`: the expected error of rounding a Gaussian number to
-a multiple of the step, summed over levels, averaged over the step's distribution. It takes the step as
-independent of the entries; all else is exact. The signal-to-noise ratio is snr = m / (sigma sqrt(C)). Squared
-errors, float64, unit of x^2. Wrong arguments are ValueErrors. `planted` rows are there to measure it on."""
+More spikes under RH make more levels, (+-m1 +-m2 ...) / sqrt(C). A row's largest entry (symmetric) or its
+range (asymmetric) sets the step; nothing is clamped but ties. So one formula covers every case,
+`error_of_levels`: the expected error of rounding a Gaussian number to a multiple of the step, summed over
+levels, averaged over the step's distribution. It takes the step as independent of the entries; all else is
+exact. snr = m / (sigma sqrt(C)). Squared errors, float64, unit of x^2. Wrong arguments are ValueErrors."""
 
 import functools
 import itertools
@@ -30,47 +28,37 @@ from torch import Tensor
 
 from dfrot_lab.maths import rotations
 from dfrot_lab.maths.quantizers import code_range, squared_error
+from dfrot_lab.recipe.base import require
 from dfrot_lab.recipe.specs import SYM4, QuantSpec, RotationSpec
 
 Array = NDArray[np.float64]
 Floats = Sequence[float]
-_NODES = 48
-"""Quantiles of the largest entry that the error is averaged over; twice as many change nothing by 0.1%."""
-_REACH = 9.0
-"""Standard deviations beyond which no Gaussian number is taken to lie: P < 1e-18 a number."""
-_CODES = np.arange(-10.0, 11.0)
-"""Codes about the nearest one that noise below one step can reach."""
-
-
-def require(name: str, value: object, ok: bool, rule: str) -> None:
-    """A ValueError that names the argument, the rule and the value, unless `ok`."""
-    if not ok:
-        raise ValueError(f"theory.{name} must be {rule}; got {value}")
+_NODES = 48  # quantiles of the largest entry to average over; twice as many change nothing by 0.1%
+_REACH = 9.0  # standard deviations beyond which no Gaussian number is taken to lie: P < 1e-18 a number
+_CODES = np.arange(-10.0, 11.0)  # codes about the nearest one that noise below one step can reach
 
 
 def check_token(m: float, sigma: float, channels: int, others: Floats) -> None:
     """Refuse a token of spikes `m` and `others` and noise `sigma` that no formula here covers."""
-    require("m", m, 0 <= m < math.inf, "finite and >= 0")
-    require("sigma", sigma, 0 <= sigma < math.inf, "finite and >= 0")
-    spikes = 1 + len(others)
-    least = f"a whole number >= {2**spikes} with {spikes} spikes"
-    require("channels", channels, channels >= 2**spikes, least)
+    require("theory.m", m, 0 <= m < math.inf, "finite and >= 0")
+    require("theory.sigma", sigma, 0 <= sigma < math.inf, "finite and >= 0")
+    n = 1 + len(others)
+    require("theory.channels", channels, channels >= 2**n, f"a whole number >= {2**n} with {n} spikes")
     for other in others:
-        require("others", other, 0 <= other <= m, f"in 0..m = {m:g}")
+        require("theory.others", other, 0 <= other <= m, f"in 0..m = {m:g}")
 
 
 def _steps(quantizer: QuantSpec) -> int:
     """Steps between zero and the largest entry (symmetric) or in the range; only what this theory covers."""
     plain = quantizer.granularity == "per_token" and quantizer.scheme != "free" and quantizer.clip_ratio == 1
     rule = "symmetric or asymmetric, per_token, with clip_ratio 1 and fewer than 16 bits"
-    require("quantizer", quantizer, plain and quantizer.bits < 16, rule)
+    require("theory.quantizer", quantizer, plain and quantizer.bits < 16, rule)
     return code_range(quantizer)[1]
 
 
 def expected_largest(channels: int) -> float:
-    """Expected largest of `channels` absolute values of N(0, 1) numbers; the textbook's sqrt(2 ln C) is its
-    leading term for C to infinity, and 7% above it at C = 4096."""
-    require("channels", channels, channels >= 1, "a whole number >= 1")
+    """Expected largest |N(0, 1)| of `channels`; the textbook's sqrt(2 ln C) is 7% above it at C = 4096."""
+    require("theory.channels", channels, channels >= 1, "a whole number >= 1")
 
     def some_above(t: float) -> float:  # 1 - P(|z| < t)^channels
         return -math.expm1(channels * math.log(max(math.erf(t / math.sqrt(2)), 1e-300)))
@@ -80,7 +68,7 @@ def expected_largest(channels: int) -> float:
 
 def uniform_error(largest: float, channels: int, quantizer: QuantSpec = SYM4) -> float:
     """The rule of thumb C step^2 / 12, for entries spread evenly within a step; `largest` is max |x R|."""
-    require("channels", channels, channels >= 2, "a whole number >= 2")
+    require("theory.channels", channels, channels >= 2, "a whole number >= 2")
     step = largest * (1 if quantizer.symmetric else 2) / _steps(quantizer)
     return channels * step**2 / 12
 
@@ -114,11 +102,10 @@ def _largest(levels: Array, counts: Array, sd: float, *, absolute: bool) -> Arra
 
 def error_of_levels(levels: Floats, counts: Floats, sd: float, quantizer: QuantSpec = SYM4) -> float:
     """Expected squared error of a row with `counts[i]` entries N(levels[i], sd^2): the formula behind all. A
-    single entry at the top sets the step: it is on the grid itself (symmetric), or as far off it as the zero
-    point is (asymmetric)."""
-    require("sd", sd, 0 <= sd < math.inf, "finite and >= 0")
-    rule = f"one for each of the {len(levels)} levels"
-    require("counts", len(counts), len(counts) == len(levels) > 0, rule)
+    single entry at the top sets the step: it is on the grid, or (asymmetric) as far off it as the zero is."""
+    require("theory.sd", sd, 0 <= sd < math.inf, "finite and >= 0")
+    same, rule = len(counts) == len(levels) > 0, f"one for each of the {len(levels)} levels"
+    require("theory.counts", len(counts), same, rule)
     place, many, steps = np.array(levels, np.float64), np.array(counts, np.float64), _steps(quantizer)
     if sd == 0 and not place.any():
         return 0.0
@@ -141,21 +128,17 @@ def error(
     kind: str, m: float, sigma: float, channels: int, quantizer: QuantSpec = SYM4, others: Floats = ()
 ) -> float:
     """E(NR), E(RO) or E(RH) of a token of largest spike `m`, further spikes `others` and noise `sigma` a
-    channel, all in x's unit and >= 0; at least 2^spikes channels.
-
-    NR: the spike takes the grid; noise below half a step, m / 14 at symmetric 4 bits, falls to zero, and the
-    error is its energy C sigma^2. RO: x R is uniform on the sphere of radius ||x||, the error is
-    scale-equivariant and a Gaussian row's length is independent of its direction, so it is *exactly* that of
-    a Gaussian row of the same mean square, spike or not. RH, all signs alike often: a spike alone costs 0
-    (symmetric) or m^2 / (2^bits - 1)^2; with noise, symmetric, C step^2 / 12 while it is above half a step,
-    below C sigma^2 (1 + E max^2), as the largest noise entry sits on the last code. Two exceptions:
-    asymmetric, a spike in the channel of a constant Hadamard row makes one level; three spikes or more may
-    have signs that depend on each other (in a power of two, one row in C is the product of two others)."""
-    require("kind", kind, kind in ("NR", "RO", "RH"), "NR, RO or RH")
+    channel, all in x's unit and >= 0; at least 2^spikes channels. NR: the spike takes the grid; noise below
+    half a step falls to zero, and the error is its energy C sigma^2. RO: *exactly* that of a Gaussian row of
+    the same mean square, as x R is uniform on a sphere and a Gaussian row's length is independent of its
+    direction. RH: a spike alone costs 0 (symmetric) or m^2 / (2^bits - 1)^2; with noise, symmetric, C step^2
+    / 12 while it is above half a step, below C sigma^2 (1 + E max^2). Exceptions to RH: asymmetric, a spike
+    in the channel of a constant Hadamard row; three spikes or more whose signs depend on each other."""
+    require("theory.kind", kind, kind in ("NR", "RO", "RH"), "NR, RO or RH")
     check_token(m, sigma, channels, others)
     spikes = (m, *others)
     if kind == "NR":
-        counts = [*(1.0 for _ in spikes), channels - len(spikes)]
+        counts = [1.0] * len(spikes) + [channels - len(spikes)]
         return error_of_levels([*spikes, 0.0], counts, sigma, quantizer)
     if kind == "RO":
         energy = m**2 + sum(other**2 for other in others)
@@ -165,36 +148,33 @@ def error(
     return error_of_levels(levels, [channels / len(levels)] * len(levels), sigma, quantizer)
 
 
-PREDICT = {kind: functools.partial(error, kind) for kind in ("NR", "RO", "RH")}
-"""The prediction of each kind of rotation: `error` without its first argument."""
+PREDICT = {kind: functools.partial(error, kind) for kind in ("NR", "RO", "RH")}  # `error` of one kind
 
 
 def unit_rms(snr: float, channels: int, ratio: float = 0.0) -> tuple[float, float]:
-    """(m, sigma) of a token of mean square 1, as RMSNorm leaves it, with `snr` = length of the spikes /
-    (sigma sqrt(C)), which may be inf, and second spike ratio * m."""
-    require("snr", snr, snr >= 0, ">= 0")
-    require("ratio", ratio, 0 <= ratio <= 1, "in 0..1")
+    """(m, sigma) of a token of mean square 1: `snr` = spikes' length / (sigma sqrt(C)), second ratio * m."""
+    require("theory.snr", snr, snr >= 0, ">= 0")
+    require("theory.ratio", ratio, 0 <= ratio <= 1, "in 0..1")
     signal = 1 / (1 + snr**-2) if snr > 0 else 0.0
     return math.sqrt(channels * signal / (1 + ratio**2)), math.sqrt(max(1 - signal, 0))
 
 
 def paper_window(channels: int, quantizer: QuantSpec = SYM4) -> tuple[float, float]:
-    """The snr from which E(RO) > E(NR), and that from which E(NR) < E(RH): between them lies DFRot's order RO
-    > NR > RH. ValueError: no crossing between snr 1 and 1000."""
+    """The snr from which E(RO) > E(NR), and that from which E(NR) < E(RH); ValueError: not within 1..1000."""
 
     def gap(log_snr: float, above: str, below: str) -> float:
         m, sigma = unit_rms(math.exp(log_snr), channels)
         more, less = (PREDICT[kind](m, sigma, channels, quantizer) for kind in (above, below))
         return math.log(more / less)
 
-    ends = []
-    for pair in (("NR", "RO"), ("NR", "RH")):
-        snr = next((snr for snr in np.linspace(0, math.log(1000), 81) if gap(snr, *pair) < 0), None)
-        rule = f"let E({pair[0]}) fall below E({pair[1]}) between snr 1 and 1000"
+    def crossing(above: str, below: str) -> float:
+        snr = next((snr for snr in np.linspace(0, math.log(1000), 81) if gap(snr, above, below) < 0), None)
         if not snr:
+            rule = f"let E({above}) fall below E({below}) between snr 1 and 1000"
             raise ValueError(f"theory.channels must {rule}; got {channels} at {quantizer.name}")
-        ends.append(math.exp(brentq(gap, snr - math.log(1000) / 80, snr, args=pair, xtol=1e-4)))
-    return ends[0], ends[1]
+        return math.exp(brentq(gap, snr - math.log(1000) / 80, snr, args=(above, below), xtol=1e-4))
+
+    return crossing("NR", "RO"), crossing("NR", "RH")
 
 
 def planted(
@@ -202,7 +182,7 @@ def planted(
 ) -> Tensor:
     """Rows (tokens, channels) float64 of noise `sigma`, spikes `m` and `others` in random channels."""
     check_token(m, sigma, channels, others)
-    require("tokens", tokens, tokens >= 1, "a whole number >= 1")
+    require("theory.tokens", tokens, tokens >= 1, "a whole number >= 1")
     x = sigma * torch.randn(tokens, channels, dtype=torch.float64, generator=generator)
     spikes = torch.tensor([m, *others], dtype=torch.float64)
     places = torch.rand(tokens, channels, generator=generator).argsort(1)[:, : len(spikes)]
@@ -217,12 +197,12 @@ def curve(
     ratio is second spike / first. Columns: channels, rotation, snr, ratio, quantizer, bits, predicted."""
     lines = []
     for c, kind, snr, ratio, q in itertools.product(channels, kinds, snrs, ratios, quantizers):
-        require("kinds", repr(kind), kind in PREDICT, f"among {tuple(PREDICT)}")
+        require("theory.kinds", repr(kind), kind in PREDICT, f"among {tuple(PREDICT)}")
         m, sigma = unit_rms(snr, c, ratio)
         others = (ratio * m,) if ratio else ()
         lines.append((c, kind, snr, ratio, q.name, q.bits, PREDICT[kind](m, sigma, c, q, others)))
-    names = "channels rotation snr ratio quantizer bits predicted"
-    return pd.DataFrame(lines, columns=names.split())
+    columns = ["channels", "rotation", "snr", "ratio", "quantizer", "bits", "predicted"]
+    return pd.DataFrame(lines, columns=columns)
 
 
 def measure(
@@ -230,8 +210,7 @@ def measure(
     ratios: Floats = (0.0,), kinds: Sequence[str] = tuple(PREDICT),
     seeds: Sequence[int] = (0,), tokens: int = 64,
 ) -> pd.DataFrame:  # fmt: skip
-    """`curve` with what planted tokens of the same snr and ratio measure: column measured, the mean over
-    `tokens` tokens, a row a seed, which draws the rotation and the tokens."""
+    """`curve`, a row a seed, and column measured: the mean over `tokens` planted tokens, rotated by seed."""
     parts = []
     for c, kind in itertools.product(channels, kinds):
         table = curve([c], snrs, quantizers, ratios=ratios, kinds=[kind])
@@ -247,11 +226,10 @@ def measure(
 
 
 def estimate(x: Tensor) -> pd.DataFrame:
-    """Spike and noise of real rows `x` (tokens, channels >= 3), a line a row, in x's unit: channel and m of
-    the largest |entry|, second (the next), sigma (root mean square of all but the largest), snr (m / (sigma
-    sqrt(C))), tail (fourth moment of all but the largest / sigma^4: 3 for Gaussian noise)."""
+    """Spike and noise of rows `x` (tokens, channels >= 3), a line a row, in x's unit: channel and m of the
+    largest |entry|, second; of the others sigma, tail (fourth moment / sigma^4: 3 if Gaussian); snr."""
     fits = x.ndim == 2 and x.shape[1] >= 3 and bool(x.isfinite().all())
-    require("x", f"shape {tuple(x.shape)}", fits, "finite, (tokens, channels >= 3)")
+    require("theory.x", f"shape {tuple(x.shape)}", fits, "finite, (tokens, channels >= 3)")
     largest, where = x.double().abs().sort(1, descending=True)
     m, second = largest[:, 0], largest[:, 1]
     sigma, fourth = largest[:, 1:].square().mean(1).sqrt(), largest[:, 1:].pow(4).mean(1)
@@ -263,10 +241,11 @@ def estimate(x: Tensor) -> pd.DataFrame:
 def predict(x: Tensor, quantizer: QuantSpec = SYM4, *, spikes: int = 1) -> pd.DataFrame:
     """Predicted squared errors NR, RO, RH of real rows `x` (tokens, channels): their `spikes` largest
     |entries| as spikes, all else as noise. Signs are dropped, which matters to an asymmetric NR alone."""
-    require("spikes", spikes, 1 <= spikes <= math.log2(x.shape[-1]), "a whole number in 1..log2(channels)")
+    require(
+        "theory.spikes", spikes, 1 <= spikes <= math.log2(x.shape[-1]), "a whole number in 1..log2(channels)"
+    )
     largest = x.double().abs().sort(1, descending=True).values
     noise = largest[:, spikes:].square().mean(1).sqrt()
-    lines = []
-    for (m, *others), sigma in zip(largest[:, :spikes].tolist(), noise.tolist(), strict=True):
-        lines.append([error(m, sigma, x.shape[1], quantizer, others) for error in PREDICT.values()])
-    return pd.DataFrame(lines, columns=list(PREDICT))
+    tokens = list(zip(largest[:, :spikes].tolist(), noise.tolist(), strict=True))
+    given = [(m, sigma, x.shape[1], quantizer, others) for (m, *others), sigma in tokens]
+    return pd.DataFrame({kind: [predicted(*args) for args in given] for kind, predicted in PREDICT.items()})

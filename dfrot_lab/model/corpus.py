@@ -14,28 +14,23 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from dfrot_lab.disk.atomic import cache_dir, replacing
-from dfrot_lab.disk.digests import digest
+from dfrot_lab.disk.atomic import cache_dir, digest, replacing
 from dfrot_lab.disk.downloads import WIKIPEDIA_XML, fetch
 from dfrot_lab.model.wiki import read_dump, strip_markup
+from dfrot_lab.recipe.base import require
 from dfrot_lab.recipe.specs import WINDOW, CorpusSpec
 
 log = logging.getLogger(__name__)
-
 WIKITEXT2 = "wikitext2"
 SAMPLE = "wikipedia-sample"
-DATA_FOLDER = "DFROT_LAB_DATA"
-"""Environment variable: the folder with wiki.valid.raw and wiki.test.raw, itself or in its wikitext2."""
-
+DATA_FOLDER = "DFROT_LAB_DATA"  # environment variable: a folder with wiki.*.raw, or its wikitext2 with them
 _HALVES = {"calibration": "valid", "evaluation": "test"}
 _WIKITEXT2_ROWS = {"train": 36718, "valid": 3760, "test": 4358}
 _WIKITEXT2_SHA256 = {
     "valid": "4cd0f6876d07a413aa911261ff6d363c72d757d47f0fdd6015702014c89cb9c7",
     "test": "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08",
 }
-VERSION = 1
-"""Raise it with any change to how markup is stripped or a text is cut: every number changes with the text."""
-
+VERSION = 1  # raise it with any change to how markup is stripped or a text is cut: all numbers change
 SAMPLE_SHA256 = {  # what mwparserfromhell 0.7.2 makes of the two halves
     "calibration": "f89786a34e873065e487a4db437695217296691e9f7b0dc3d378d114e878e467",
     "evaluation": "f920c560543cc5a1a43a1fc69254727ad41a02f910260c2dfc27aa3c140fd479",
@@ -43,8 +38,7 @@ SAMPLE_SHA256 = {  # what mwparserfromhell 0.7.2 makes of the two halves
 
 
 def resolve(spec: CorpusSpec) -> CorpusSpec:
-    """`spec` with `auto` replaced by what is here: `wikitext2` if its raw files are, else `wikipedia-sample`.
-    ValueError for a name that is neither a corpus nor a text file."""
+    """`spec` with `auto` replaced by what is here: WikiText-2 if its raw files are. ValueError: no text."""
     if spec.name == "auto":
         here = all(_raw_file(split) for split in {"valid", "test", _HALVES.get(spec.split, spec.split)})
         name, where = (WIKITEXT2, "in") if here else (SAMPLE, "not in")
@@ -57,27 +51,23 @@ def resolve(spec: CorpusSpec) -> CorpusSpec:
 
 
 def load_text(spec: CorpusSpec) -> str:
-    """The whole text that `spec` names. `wikitext2`: the split's rows joined by blank lines, as GPTQ, QuaRot,
-    SpinQuant and DFRot do. `wikipedia-sample`: articles at even (`calibration`) or odd places of the dump. A
-    file (UTF-8): what is before or after the paragraph break nearest its middle. ValueError if there is no
-    such split, or a file is not the one it should be; ConnectionError if WikiText-2 is nowhere."""
+    """The whole text that `spec` names. `wikitext2`: the split's rows joined by blank lines, as GPTQ, QuaRot
+    and DFRot do. `wikipedia-sample`: articles at even (`calibration`) or odd places. A file (UTF-8): its part
+    before or after the middle. ValueError: no such split, a wrong file; ConnectionError: no WikiText-2."""
     spec = resolve(spec)
     if spec.name == WIKITEXT2:
         return "\n\n".join(_wikitext2_rows(_HALVES.get(spec.split, spec.split)))
-    if spec.split not in _HALVES:
-        rule = f"calibration or evaluation for {spec.name} (only {WIKITEXT2} has more)"
-        raise ValueError(f"CorpusSpec.split must be {rule}; got {spec.split!r}")
+    rule = f"calibration or evaluation for {spec.name} (only {WIKITEXT2} has more)"
+    require("CorpusSpec.split", repr(spec.split), spec.split in _HALVES, rule)
     return _sample_half(spec.split) if spec.name == SAMPLE else _file_half(Path(spec.name), spec.split)
 
 
 def fingerprint(spec: CorpusSpec) -> str:
     """sha256 (hex) of `load_text(spec)` in UTF-8; an unchanged file is read once, whatever it is called."""
     spec = resolve(spec)
-    path = Path(spec.name)
+    path = _sample_file() if spec.name == SAMPLE else Path(spec.name)
     if spec.name == WIKITEXT2:
         path = _raw_file(_HALVES.get(spec.split, spec.split)) or path
-    elif spec.name == SAMPLE:
-        path = _sample_file()
     return _fingerprint(spec, VERSION, digest(path) if path.is_file() else "")
 
 
@@ -104,13 +94,11 @@ def _plain_ids(text: str, tokenizer: Any) -> tuple[int, ...]:
 def token_blocks(spec: CorpusSpec, tokenizer: Any, *, blocks: int, window: int = WINDOW) -> Tensor:
     """The first `blocks` whole windows of the text tokenised whole, (blocks, window) int64: BOS in the first
     alone, as in the published perplexities. ValueError for more than there are."""
-    if min(blocks, window) < 1:
-        raise ValueError(f"token_blocks.blocks and window must be >= 1; got {blocks} and {window}")
+    require("token_blocks.blocks and window", f"{blocks} and {window}", min(blocks, window) >= 1, ">= 1")
     ids = token_ids(spec, tokenizer)
     whole = len(ids) // window
-    if blocks > whole:
-        there = f"{spec.name} ({spec.split}) has {len(ids)} tokens, {whole} whole windows of {window}"
-        raise ValueError(f"token_blocks.blocks must be <= {whole}: {there}; got {blocks}")
+    there = f"{spec.name} ({spec.split}) has {len(ids)} tokens, {whole} whole windows of {window}"
+    require("token_blocks.blocks", blocks, blocks <= whole, f"<= {whole}: {there}")
     return ids[: blocks * window].view(blocks, window)
 
 

@@ -2,7 +2,7 @@
 
 from typing import TypeVar, cast
 
-from dfrot_lab.disk.digests import digest
+from dfrot_lab.disk.atomic import digest
 from dfrot_lab.model import corpus, loading
 from dfrot_lab.recipe.base import Spec
 from dfrot_lab.recipe.specs import CorpusSpec, ModelSpec

@@ -1,5 +1,4 @@
-"""Which model families can be rotated, and which part of each plays which role: here alone. A
-new family is one entry in FAMILIES, and one tiny random model in tests/conftest.py."""
+"""Which model families can be rotated, and which part plays which role. A new one: an entry in FAMILIES."""
 
 from dataclasses import dataclass
 
@@ -40,7 +39,6 @@ FAMILIES: dict[str, Roles] = {
     "Qwen3ForCausalLM": Roles(),  # q and k are normalised per head before RoPE: R3 comes after it
 }
 """Roles by the class name of the transformers model."""
-
 REFUSED: dict[str, str] = dict.fromkeys(
     ("GemmaForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"),
     "its norms multiply by 1 + gain, and its post-norms sit before the residual add, so no rotation of the "

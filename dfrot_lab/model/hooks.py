@@ -17,14 +17,11 @@ from torch import Tensor, nn
 
 from dfrot_lab.model.loading import LoadedModel
 
-At = Callable[[str, Tensor], Tensor | None]
-"""From a site and what is there, what is to be there instead; None leaves it."""
+At = Callable[[str, Tensor], Tensor | None]  # a site, what is there -> what is to be there; None leaves it
 Shown = tuple[tuple[At, Collection[str]], ...]
-
 NORMS = ("input_norm", "post_attention_norm")
 NORM_INPUTS = tuple(f"{norm}_in" for norm in NORMS)
-LINEAR_INPUTS = (*NORMS, "o_proj_in", "down_proj_in")
-"""The kinds of site that the linears of a layer read."""
+LINEAR_INPUTS = (*NORMS, "o_proj_in", "down_proj_in")  # the kinds of site that the linears of a layer read
 ATTENTION = ("q", "k", "v")
 KINDS = (*LINEAR_INPUTS, *ATTENTION)
 ALL_KINDS = ("residual", *NORM_INPUTS, *KINDS)
@@ -57,11 +54,10 @@ def at_sites(loaded: LoadedModel, function: At, sites: Collection[str] | None = 
 
 def _places(loaded: LoadedModel) -> dict[str, tuple[str, bool]]:
     """For each kind of site the part of a layer (empty: the layer itself), and whether it is its output."""
-    places = {"residual": ("", False)}
-    places |= {"o_proj_in": (loaded.roles.o, False), "down_proj_in": (loaded.roles.down, False)}
-    for kind, norm, _ in loaded.roles.feeds:
-        places |= {f"{kind}_in": (norm, False), kind: (norm, True)}
-    return places
+    inputs = {"residual": "", "o_proj_in": loaded.roles.o, "down_proj_in": loaded.roles.down}
+    inputs |= {f"{kind}_in": norm for kind, norm, _ in loaded.roles.feeds}
+    places = {kind: (name, False) for kind, name in inputs.items()}
+    return places | {kind: (norm, True) for kind, norm, _ in loaded.roles.feeds}
 
 
 def _hooked(module: nn.Module, site: str, function: At, is_output: bool) -> Any:

@@ -1,8 +1,6 @@
-"""Linears in integer arithmetic: the int8 product of activation and weight codes, then the scales.
-
-For a token with scale s, codes q and zero point z, and an output channel with scale t and codes p (weights
-are symmetric), sum over channels of s (q - z) t p  =  s t (sum over channels of (q - z) p): the left side is
-what fake quantization computes, the right side the same to float rounding, at the speed of int8."""
+"""Linears in integer arithmetic: the int8 product of activation and weight codes, then the scales. For a
+token with scale s, codes q, zero point z, and an output channel with scale t, codes p, sum of s (q - z) t p =
+s t (sum of (q - z) p): the left is what fake quantization computes, the right the same at int8's speed."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,9 +16,8 @@ from dfrot_lab.model.surgery import Transform
 from dfrot_lab.recipe.specs import QuantSpec
 
 Maybe = Transform | None
-
-_ROWS = 512
-"""Tokens worked on at once: what is between input, codes, int32 sums and result stays in cache."""
+_Coded = tuple[Tensor, Tensor, Tensor, Tensor | None]  # activation, codes less zeros, scales, rows spared
+_ROWS = 512  # tokens worked on at once: what is between input, codes, int32 sums and result stays in cache
 
 
 def fits(spec: QuantSpec) -> bool:
@@ -35,17 +32,12 @@ def _fast_on_cpu() -> bool:
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """a (m, k) @ b.T for int8 `a` and `b` (n, k): int32 (m, n), exact; where torch has no fast int8 product,
-    one of floats that hold every sum exactly."""
+    """a (m, k) @ b.T for int8 `a`, `b` (n, k): int32 (m, n), exact; by floats where int8 is not fast."""
     if (len(a) > 16 and a.shape[1] % 8 == 0 and len(b) % 8 == 0) if a.is_cuda else _fast_on_cpu():
         return torch._int_mm(a, b.T)
     largest = a.shape[1] * math.prod(int(x.to(torch.int16).abs().max()) for x in (a, b))
     exact = torch.float32 if largest < 1 << 24 else torch.float64
     return (a.to(exact) @ b.to(exact).T).to(torch.int32)
-
-
-_Coded = tuple[Tensor, Tensor, Tensor, Tensor | None]
-"""An activation, its codes less zero points (tokens, channels), scales (tokens, 1), tokens left alone."""
 
 
 class _Input:
@@ -73,20 +65,20 @@ class IntegerLinear(nn.Module):
     `before` transforms the input first (R4), rows that `spare` marks (tokens,) stay in floats."""
 
     def __init__(
-        self, original: nn.Linear, weight: Quantized, source: _Input, before: Maybe, spare: Maybe
+        self, own: nn.Linear, weight: Quantized, source: _Input, before: Maybe, spare: Maybe
     ) -> None:
         super().__init__()
-        self.original, self.codes, self.scale = original, weight.codes, weight.scale.flatten()
+        self.original, self.codes, self.scale = own, weight.codes, weight.scale.flatten()
         self.source, self.before, self.spare = source, before, spare
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) to (..., out), in x's dtype."""
         _, all_codes, scales, spared = self.source.take(x, self.before, self.spare)
-        # at least float32: an int32 sum, not scaled yet, may be too large for 16 bits
-        wide = torch.promote_types(x.dtype, torch.float32)
+        wide = torch.promote_types(x.dtype, torch.float32)  # an int32 sum may be too large for 16 bits
         out = x.new_empty(len(all_codes), len(self.codes), dtype=wide)
-        parts = zip(all_codes.split(_ROWS), scales.split(_ROWS), out.split(_ROWS), strict=True)
-        for codes, scale, result in parts:
+        for codes, scale, result in zip(
+            *(whole.split(_ROWS) for whole in (all_codes, scales, out)), strict=True
+        ):
             result.copy_(product(codes, self.codes)).mul_(scale).mul_(self.scale)
         if self.original.bias is not None:
             out += self.original.bias
@@ -99,16 +91,14 @@ class IntegerLinear(nn.Module):
 def integer_linears(
     loaded: LoadedModel, codes: Sequence[Mapping[str, Quantized]], spec: QuantSpec, *, r4: Maybe, spare: Maybe
 ) -> Iterator[None]:
-    """While the block runs, every linear is an `IntegerLinear` on `codes` (a layer's, by linear name); `r4`
-    is applied to down_proj's input, `spare` judges the tokens of norm outputs."""
+    """While it runs, linears are `IntegerLinear`s on `codes`; `r4` is on down_proj, `spare` at norms."""
     source = _Input(spec)
     after_norm = [name for _, _, names in loaded.roles.feeds for name in names]
     with ExitStack() as stack:
         stack.callback(setattr, source, "last", None)
         for layer, weights in zip(loaded.layers, codes, strict=True):
             for name, weight in weights.items():
-                original = linear(layer, name)
-                before = r4 if name == loaded.roles.down else None
+                original, before = linear(layer, name), r4 if name == loaded.roles.down else None
                 spared = spare if name in after_norm else None
                 layer.set_submodule(name, IntegerLinear(original, weight, source, before, spared))
                 stack.callback(layer.set_submodule, name, original)

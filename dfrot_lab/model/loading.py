@@ -17,19 +17,15 @@ from torch import nn
 
 from dfrot_lab.disk import downloads
 from dfrot_lab.disk.artefacts import Store, Writer
-from dfrot_lab.disk.digests import digest
+from dfrot_lab.disk.atomic import digest
 from dfrot_lab.model.families import Roles, roles_of
-from dfrot_lab.recipe.base import content_key
+from dfrot_lab.recipe.base import content_key, require
 from dfrot_lab.recipe.keys import model_key
 from dfrot_lab.recipe.specs import DEFAULT_MODEL, ModelSpec
 
 log = logging.getLogger(__name__)
-
-DEVICE = "DFROT_LAB_DEVICE"
-"""Environment variable: what device `auto` means: `cpu`, `cuda`, or `auto` (a GPU where there is one)."""
-
-MODEL_FILES = (".json", ".safetensors", ".model", ".txt", ".jinja")
-"""Endings of the files that make a model folder what it is, its tokenizer's too."""
+DEVICE = "DFROT_LAB_DEVICE"  # environment variable: what device `auto` is: cpu, cuda, or auto
+MODEL_FILES = (".json", ".safetensors", ".model", ".txt", ".jinja")  # what makes a model, its tokenizer too
 
 
 @dataclass(frozen=True)
@@ -86,15 +82,14 @@ def body(loaded: LoadedModel) -> nn.Module:
 
 def check_tokens(loaded: LoadedModel, window: int) -> None:
     """Refuse windows longer than the model's context."""
-    if window > (most := loaded.context):
-        raise ValueError(f"window must be at most the model's context of {most} tokens; got {window}")
+    most = loaded.context
+    require("window", window, window <= most, f"at most the model's context of {most} tokens")
 
 
 def device() -> str:
     """What device `auto` is here, as DFROT_LAB_DEVICE says: `cpu` or `cuda`; else a ValueError."""
     name = os.environ.get(DEVICE, "auto")
-    if name not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"{DEVICE} must be auto, cpu or cuda; got {name!r}")
+    require(DEVICE, repr(name), name in ("auto", "cpu", "cuda"), "auto, cpu or cuda")
     return name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
 

@@ -1,7 +1,6 @@
 """Change a model without changing its function: untie, fuse norms, rotate R1 and R2, hook in R3 and R4.
 
-With rows as tokens, x the residual stream and R orthogonal, RMSNorm(x R) = RMSNorm(x) R once the norm's gain
-sits in the linears it feeds. So
+With x the residual stream and R orthogonal, RMSNorm(x R) = RMSNorm(x) R once the gain is in the linears. So
     embedding E -> E R;  q, k, v, gate, up, lm_head: W -> W R  (their input is x R, and x R (W R)^T = x W^T);
     o, down: W -> R^T W, b -> b R,
 leaves every logit as it was (QuaRot, arXiv 2404.00456, Sec. 3; DFRot, arXiv 2412.00648, Sec. 3.1). The
@@ -19,11 +18,8 @@ from dfrot_lab.maths.rotations import check
 from dfrot_lab.model.hooks import At, at_sites, sites_of
 from dfrot_lab.model.loading import LoadedModel, linear
 
-Transform = Callable[[Tensor], Tensor]
-"""A function of one activation (..., channels) to another of the same shape."""
-
-EDIT_ROWS = 1024
-"""Rows of a weight worked on at once."""
+Transform = Callable[[Tensor], Tensor]  # of one activation (..., channels), to another of the same shape
+EDIT_ROWS = 1024  # rows of a weight worked on at once
 
 
 def untie(loaded: LoadedModel) -> None:
@@ -76,8 +72,7 @@ def fuse_norm(norm: nn.Linear, linears: list[nn.Linear]) -> None:
 
 
 def fold_gains(loaded: LoadedModel, gains: Mapping[str, Tensor]) -> None:
-    """Give the norms at some sites (`layers.12.input_norm`) gains g (channels,), which their readers take
-    back: W -> W / g. After R1, which a gain that is not 1 does not commute with."""
+    """Give norms at some sites gains g (channels,), their readers W -> W / g; after R1, never before it."""
     feeds, wanted = _feeds(loaded), {}
     for site, gain in gains.items():
         if site not in feeds:

@@ -2,7 +2,6 @@
 
 import logging
 import time
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -11,19 +10,18 @@ from dfrot_lab.disk.artefacts import Artefact, Store, Writer
 from dfrot_lab.model import corpus, door, hooks, loading, surgery
 from dfrot_lab.model.loading import LoadedModel
 from dfrot_lab.recipe import keys
+from dfrot_lab.recipe.base import require
 from dfrot_lab.recipe.specs import WINDOW, CaptureSpec
 
 log = logging.getLogger(__name__)
-_MEDIAN_SAMPLE = 1 << 16
-"""Values that the residual median is taken over: of all it costs a fifth of the forward pass."""
+_MEDIAN_SAMPLE = 1 << 16  # values the residual median is of: of all it costs a fifth of the pass
 
 
 class Capture:
-    """A recorded forward pass, opened from the store without model or corpus: `artefact` and its `key`, the
-    `spec` it was recorded by, the `sites` as the pass meets them (layers.0.input_norm, ...), of each `tokens`
-    rows and `channels` columns; the tokens' `ids` and `texts` (decoded alone, white space kept). Of the
-    residual stream before each norm: `residual_max` and `residual_channel` (sites, tokens), each token's
-    largest |value| and where it sits; `residual_median` (sites,), of |value| over evenly spaced tokens."""
+    """A recorded forward pass, opened from the store without model or corpus: of each of `sites`, as the pass
+    meets them (layers.0.input_norm, ...), `tokens` rows and `channels` columns; the tokens' `ids` and `texts`
+    (decoded alone). Of the residual stream before each norm: `residual_max` and `residual_channel` (sites,
+    tokens), largest |value| and where it sits; `residual_median` (sites,), over evenly spaced tokens."""
 
     def __init__(self, artefact: Artefact) -> None:
         about, residual = artefact.json("about"), artefact.tensors("residual")
@@ -52,8 +50,7 @@ class Capture:
 
 
 def capture(spec: CaptureSpec | None = None, store: Store | None = None) -> Capture:
-    """The capture `spec` describes, from the store or recorded now. ValueError: more tokens than the text or
-    the model's context has; NaN or Inf, and where."""
+    """The capture `spec` describes, stored or recorded now. ValueError: text or context too short; NaN."""
     spec, store = door.resolved(spec or CaptureSpec()), store or Store()
 
     def make(writer: Writer) -> None:
@@ -83,18 +80,15 @@ def stored(spec: CaptureSpec, store: Store) -> Capture | None:
 
 def token_blocks(spec: CaptureSpec, loaded: LoadedModel) -> Tensor:
     """Token ids (blocks, window): one block of up to 2048 tokens, or whole blocks of 2048."""
-    if spec.tokens > WINDOW and spec.tokens % WINDOW:
-        rule = f"at most {WINDOW} or a multiple of it"
-        raise ValueError(f"CaptureSpec.tokens must be {rule}; got {spec.tokens}")
     window = min(spec.tokens, WINDOW)
+    rule = f"at most {WINDOW} or a multiple of it"
+    require("CaptureSpec.tokens", spec.tokens, spec.tokens % window == 0, rule)
     loading.check_tokens(loaded, window)
     blocks = spec.skip + spec.tokens // window
     return corpus.token_blocks(spec.corpus, loaded.tokenizer, blocks=blocks, window=window)[spec.skip :]
 
 
-def record(
-    loaded: LoadedModel, ids: Tensor, save: Callable[[str, Tensor], None]
-) -> tuple[list[str], dict[str, Tensor]]:
+def record(loaded: LoadedModel, ids: Tensor, save: hooks.At) -> tuple[list[str], dict[str, Tensor]]:
     """Run `ids` (blocks, window) once and hand each norm's output (tokens, channels) to `save`. Sites, and
     {abs_max, channel: (sites, tokens); median: (sites,)} of the residual stream before each."""
     names: list[str] = []
@@ -105,8 +99,7 @@ def record(
         if site.endswith("_in"):
             rows.append(_extremes(x))
             return
-        bad = (~x.isfinite()).any(-1).nonzero()
-        if len(bad):
+        if len(bad := (~x.isfinite()).any(-1).nonzero()):
             said = f"got NaN or Inf at site {site}, token {int(bad[0])}"
             raise ValueError(f"activations must be finite; {said}: a broken model, or too small a dtype")
         names.append(site)

@@ -86,11 +86,9 @@ def massive_values(
     capture: Capture, site: str, token: int, matrices: Mapping[str, Tensor], quantizer: QuantSpec = SYM4
 ) -> pd.DataFrame:
     """One token's values under each rotation (the paper's Fig. 4): rotation, channel, value, quantized."""
-    row = capture.rows(site)[token : token + 1]
-    tables = []
+    row, tables = capture.rows(site)[token : token + 1], []
     for name, R in matrices.items():
         value = row @ R.to(row)
-        quantized = fake_quantize(value, quantizer)[0].numpy()
         columns = {"rotation": name, "channel": range(row.shape[1]), "value": value[0].numpy()}
-        tables.append(pd.DataFrame({**columns, "quantized": quantized}))
+        tables.append(pd.DataFrame({**columns, "quantized": fake_quantize(value, quantizer)[0].numpy()}))
     return pd.concat(tables, ignore_index=True)

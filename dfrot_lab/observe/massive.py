@@ -9,9 +9,8 @@
 | nr_error_9.5 | the same with 9.5 | DFRot's code, to keep tokens out |
 | ro_vs_nr | E(RO) >= E(NR) of its row, symmetric 4-bit | DFRot's code, for Mistral |
 
-Values are absolute ones. The first three rules need the residual stream, so a Capture; the others the
-normalised row alone. A massive row has one entry with almost all of the norm sqrt(C), so it lies on a
-symmetric grid already: that is why its unrotated error is *small*."""
+Values are absolute ones. The first three rules need a Capture's residual stream, the others the row alone: a
+massive one lies on a symmetric grid already, by its one large entry, so its unrotated error is *small*."""
 
 import logging
 from collections.abc import Sequence
@@ -21,8 +20,10 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from dfrot_lab.maths import quantizers, rotations
+from dfrot_lab.maths import rotations
+from dfrot_lab.maths.quantizers import squared_error
 from dfrot_lab.observe.capture import Capture
+from dfrot_lab.recipe.base import require
 from dfrot_lab.recipe.specs import MASSIVE_RULES, ROW_RULES, SYM4, RotationSpec
 
 log = logging.getLogger(__name__)
@@ -43,29 +44,26 @@ def threshold(rule: str) -> float:
 
 def rows_rule(x: Tensor, rule: str) -> Tensor:
     """Massive mask (tokens,) of normalised, unrotated rows (tokens, channels), by a rule of ROW_RULES."""
-    if rule == "ro_vs_nr":
-        rotated = x @ _reference_ro(x.shape[-1]).to(x)
-        return quantizers.squared_error(rotated, SYM4) >= quantizers.squared_error(x, SYM4)
-    if rule in ROW_RULES:
-        limit = threshold(rule) * (x.shape[-1] / NR_ERROR_CHANNELS) ** 0.5
-        return quantizers.squared_error(x, SYM4).sqrt() < limit
     said = f"{', '.join(ROW_RULES)} for rows alone (the others need the residual stream of a Capture)"
-    raise ValueError(f"rule must be one of {said}; got {rule!r}")
+    require("rule", repr(rule), rule in ROW_RULES, f"one of {said}")
+    error = squared_error(x, SYM4)
+    if rule == "ro_vs_nr":
+        return squared_error(x @ _reference_ro(x.shape[-1]).to(x), SYM4) >= error
+    return error.sqrt() < threshold(rule) * (x.shape[-1] / NR_ERROR_CHANNELS) ** 0.5
 
 
 def residual_rule(magnitude: Tensor, median: Tensor, rule: str) -> Tensor:
     """Massive mask (sites, tokens) from each token's largest |value| and each site's median; ValueError."""
     if rule == "sun":
         return (magnitude > SUN_ABSOLUTE) & (magnitude >= SUN_RATIO * median[:, None])
-    if rule in MASSIVE_RULES and rule not in ROW_RULES:
-        return magnitude > threshold(rule) * magnitude.median(dim=1, keepdim=True).values
-    raise ValueError(f"rule must be sun or a ratio for the residual stream; got {rule!r}")
+    is_ratio = rule in MASSIVE_RULES and rule not in ROW_RULES
+    require("rule", repr(rule), is_ratio, "sun or a ratio for the residual stream")
+    return magnitude > threshold(rule) * magnitude.median(dim=1, keepdim=True).values
 
 
 def find(capture: Capture, rule: str, sites: Sequence[str] | None = None) -> Tensor:
     """Massive mask (sites, tokens) of a capture by one of the rules, at all its sites or those named."""
-    if rule not in MASSIVE_RULES:
-        raise ValueError(f"rule must be one of {', '.join(MASSIVE_RULES)}; got {rule!r}")
+    require("rule", repr(rule), rule in MASSIVE_RULES, f"one of {', '.join(MASSIVE_RULES)}")
     chosen = capture.sites if sites is None else list(sites)
     if rule in ROW_RULES:
         return torch.stack([rows_rule(capture.rows(site), rule) for site in chosen])

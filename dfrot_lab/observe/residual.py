@@ -16,8 +16,7 @@ from dfrot_lab.observe.capture import token_blocks
 from dfrot_lab.recipe.specs import CaptureSpec
 
 TOP = 3
-See = Callable[[int, Tensor], Tensor | None]
-"""From a layer's number and its input (windows, tokens, channels), a new input, or None to leave it."""
+See = Callable[[int, Tensor], Tensor | None]  # a layer's number, its input -> a new one, or None to leave it
 
 
 @contextmanager

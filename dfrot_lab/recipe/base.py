@@ -17,6 +17,12 @@ def content_key(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
+def require(name: str, value: object, ok: object, rule: str) -> None:
+    """A ValueError that names what is wrong, the rule and the value, unless `ok`."""
+    if not ok:
+        raise ValueError(f"{name} must be {rule}; got {value}")
+
+
 def ruled(default: Any, rule: str, **limits: Any) -> Any:
     """A field: its default, its rule in words ("a whole number >= 1"), and pydantic's limits (ge, gt, le)."""
     return Field(default, description=rule, **limits)
@@ -69,8 +75,7 @@ class Spec(BaseModel):
         """Rules about several fields at once: ValueError through `_require`."""
 
     def _require(self, name: str, ok: bool, rule: str) -> None:
-        if not ok:
-            raise ValueError(f"{type(self).__name__}.{name} must be {rule}; got {getattr(self, name)!r}")
+        require(f"{type(self).__name__}.{name}", repr(getattr(self, name)), ok, rule)
 
     def to_dict(self) -> dict[str, Any]:
         """The spec as plain values, nested specs included, with the class name under `spec`."""
@@ -83,8 +88,7 @@ class Spec(BaseModel):
     @classmethod
     def of(cls, said: Mapping[str, Any]) -> Self:
         """The spec that plain values describe, the reverse of `plain` and `to_dict`; ValueError."""
-        if not isinstance(said, Mapping):
-            raise ValueError(f"{cls.__name__} must be a mapping of its fields; got {said!r}")
+        require(cls.__name__, repr(said), isinstance(said, Mapping), "a mapping of its fields")
         values = {str(name): value for name, value in said.items() if name != "spec"}
         for name, value in values.items():
             kinds = cls._kinds(name) if name in cls.model_fields and isinstance(value, Mapping) else ()

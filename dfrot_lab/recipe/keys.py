@@ -1,7 +1,5 @@
-"""Every content key and fingerprint: what an artefact is named by, the hash of plain values.
-In a key a model, a text and a file stand for their bytes and not for their names, so that what moved is found
-again and what changed is not. `FORMULAS` is part of every key and of every results row: what another version
-computed is never taken for ours."""
+"""Every content key and fingerprint: what an artefact is named by, the hash of plain values. A model, a text
+and a file stand for their bytes, so that what moved is found again and what changed is not."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,16 +7,12 @@ from typing import Any
 from dfrot_lab.recipe.base import Spec, content_key
 from dfrot_lab.recipe.specs import CorpusSpec, ModelSpec, Recipe
 
-FORMULAS = 3
-"""Version of what artefacts hold and how it is computed; raise it with any change of a formula."""
-Prints = Callable[[ModelSpec | CorpusSpec | str], str]
-"""The hash of what stands behind a name: of a model (`model_key`), a text, the file at a path. `model.door`
-looks at the files, a test may say it itself."""
+FORMULAS = 3  # version of what artefacts hold and how it is computed; raise it with any change of a formula
+Prints = Callable[[ModelSpec | CorpusSpec | str], str]  # a model's, a text's, a path's hash
 
 
 def model_key(digest: str, dtype: str, device: str) -> str:
-    """A model's key: its bytes, the dtype it is loaded in, and the kind of device it runs on, since rounding
-    differs between kinds, and at 4 bits a rounding can turn a code."""
+    """A model's key: its bytes, its dtype, and the kind of device, since at 4 bits a rounding turns codes."""
     return content_key([digest, dtype, device])
 
 
@@ -45,8 +39,6 @@ def evaluation(recipe: Recipe, prints: Prints) -> dict[str, Any]:
     return found
 
 
-def tasks(
-    of: Recipe | ModelSpec, prints: Prints, digests: dict[str, str], limit: int | None, version: str
-) -> dict[str, Any]:
+def tasks(of: Spec, prints: Prints, digests: dict[str, str], limit: int | None, version: str) -> Any:
     """What zero-shot accuracies are keyed by: of whom, the tasks' items, how many, and lm-eval's version."""
     return {"of": identity(of, prints), "tasks": digests, "limit": limit, "lm_eval": version}

@@ -10,8 +10,7 @@ import yaml
 from dfrot_lab.recipe import registry
 from dfrot_lab.recipe.base import MethodSpec, Spec, one_of, ruled
 
-WINDOW = 2048
-"""Tokens in one window: the length DFRot, QuaRot and GPTQ calibrate and evaluate with."""
+WINDOW = 2048  # tokens in one window: the length DFRot, QuaRot and GPTQ calibrate and evaluate with
 DEFAULT_MODEL = "smollm2-135m"
 MODEL_SOURCES = "a packaged name, a folder, a .gguf file or hub:owner/name"
 ROTATION_KINDS = ("NR", "RO", "RH", "file")
@@ -19,23 +18,17 @@ SPLITS = ("calibration", "evaluation", "train", "valid", "test")
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
 SCHEMES = {"symmetric": "sym", "asymmetric": "asym", "free": "free"}
-"""Ranges of a quantizer and their short names: symmetric; asymmetric, in which 0 always lies (the released
-code's); free, from the smallest to the largest value, wherever they are (DFRot, Eq. 5)."""
+"""Ranges and short names: in asymmetric 0 always lies (released code), free is min to max (DFRot, Eq. 5)."""
 GRANULARITIES = {"per_token": "", "per_channel": "-channel", "per_group": "-head", "per_tensor": "-tensor"}
 """What shares one scale, and its mark in a quantizer's name; a group of a given size is marked `-g128`."""
 GROUPED = "a whole number >= 1, with granularity per_group"
-ROW_RULES = ("nr_error_8.5", "nr_error_9.5", "ro_vs_nr")
-"""Rules that judge a token by its own row: those `QuaRot.FP16()` can use while the model runs."""
+ROW_RULES = ("nr_error_8.5", "nr_error_9.5", "ro_vs_nr")  # they judge a row alone, as `QuaRot.FP16()`
 MASSIVE_RULES = ("ratio_8", "ratio_64", "sun", *ROW_RULES)
-DEFAULT_RULE = "ratio_8"
-"""The portable one: it finds the first token and no plain embeddings on models of different families."""
-PAPER_RULE, RELEASED_KEEP_OUT = "nr_error_8.5", "nr_error_9.5"
-"""The released code's rules: to refine with, and to keep tokens out by."""
+DEFAULT_RULE = "ratio_8"  # portable: finds the first token, no plain embeddings, in different families
+PAPER_RULE, RELEASED_KEEP_OUT = "nr_error_8.5", "nr_error_9.5"  # the released code's
 REFINE_VARIANTS = ("accelerated", "guarded", "as_paper", "as_released")
-KEEP_OUT_COUNTS = ("most_massive", "worst", "random")
-"""Which `keep_out_tokens` of a window to keep out: the largest value, the largest error, or any."""
+KEEP_OUT_COUNTS = ("most_massive", "worst", "random")  # by largest value, largest error, or any
 KEPT_COUNTED = f"given for keep_out {', '.join(KEEP_OUT_COUNTS)} alone"
-SET_MASSIVE = ("zero", "mean")
 
 
 class ModelSpec(Spec):
@@ -58,8 +51,7 @@ CALIBRATION = CorpusSpec(split="calibration")
 
 
 class RotationSpec(MethodSpec):
-    """One orthogonal matrix: NR (identity), RO (random orthogonal), RH (random Hadamard), or a safetensors
-    file. `block` makes it block-diagonal with blocks of that many channels."""
+    """One matrix: NR (identity), RO (random orthogonal), RH (random Hadamard), a file; in `block`s."""
 
     method: ClassVar[str] = "random"
     kind: str = one_of("RH", ROTATION_KINDS)
@@ -85,9 +77,8 @@ class RotationSpec(MethodSpec):
 
 
 class QuantSpec(Spec):
-    """How one tensor is quantized; `bits=16` means: leave it alone. `granularity` says what shares one scale:
-    a token (row), an output channel of a weight (row), a group of `group_size` channels (a head where no size
-    is given), or the tensor."""
+    """How one tensor is quantized; `bits=16`: not at all. `granularity` says what shares one scale: a token,
+    a weight's output channel, a group of `group_size` channels (a head where none is given), the tensor."""
 
     bits: int = ruled(4, "a whole number in 2..16", ge=2, le=16)
     scheme: str = one_of("symmetric", tuple(SCHEMES))
@@ -113,8 +104,9 @@ class QuantSpec(Spec):
         return f"{SCHEMES[self.scheme]}{self.bits}{clip}{shared}"
 
 
-SYM4 = QuantSpec()
-"""Symmetric, 4 bits, a scale a token: what the paper's errors are measured with."""
+SYM4 = QuantSpec()  # symmetric, 4 bits, a scale a token: what the paper's errors are measured with
+ACTIVATIONS = QuantSpec(scheme="asymmetric")
+KV_CACHE = QuantSpec(bits=16, scheme="asymmetric", granularity="per_group")  # a scale a token and head
 
 
 class CaptureSpec(Spec):
@@ -127,11 +119,10 @@ class CaptureSpec(Spec):
 
 
 class RefineSpec(MethodSpec):
-    """How to refine R1 (DFRot, Eq. 2-8): rows, start, weight `gamma` of massive rows (gamma^2 in the squared
-    loss), the rule that says which they are, steps, quantizer, variant. `as_paper` runs the paper's steps and
-    returns the last R, `guarded` the best by the weighted objective; `accelerated` (default) minimises that
-    in a sixth of the time; `as_released` is the released code, with its QR after the SVD (which flips signs)
-    and its accept test. `gamma=inf` fits the massive rows alone; `rows` takes a sample of that many rows."""
+    """How to refine R1 (DFRot, Eq. 2-8): on all rows or a sample of `rows`; weight `gamma` of those `rule`
+    calls massive (gamma^2 in the squared loss; inf: them alone). `as_paper` runs the paper's steps and
+    returns the last R, `guarded` the best by the weighted objective, `accelerated` minimises that in a sixth
+    of the time, `as_released` is the released code, with its QR (which flips signs) and its accept test."""
 
     method: ClassVar[str] = "dfrot"
     capture: CaptureSpec = CaptureSpec()
@@ -162,8 +153,7 @@ class RefineSpec(MethodSpec):
 
 
 class WeightSpec(Spec):
-    """How the linears' weights are quantized: by `gptq` on `windows` calibration windows, by `rtn`, or
-    another of the table of weight quantizers; per channel, symmetric, with clip search."""
+    """How the linears' weights are quantized: by `method`, if calibrated on `windows` of `corpus`."""
 
     method: str = "gptq"
     quantizer: QuantSpec = QuantSpec(granularity="per_channel")
@@ -179,16 +169,10 @@ class WeightSpec(Spec):
         self._require("quantizer", fits, "per_channel and symmetric")
 
 
-ACTIVATIONS = QuantSpec(scheme="asymmetric")
-KV_CACHE = QuantSpec(bits=16, scheme="asymmetric", granularity="per_group")
-"""The default quantizers: a scale a token; of keys and of values a scale for each token and head."""
-
-
 class Recipe(Spec):
-    """Everything that defines a quantized model and the text it is scored on: one row of a results table.
-    `keep_out` names the rule by which massive tokens pass the q, k, v, gate and up inputs unquantised
-    (`QuaRot.FP16()`), or which `keep_out_tokens` of a window do. `set_massive` overwrites massive values of
-    the residual stream (Sun et al.)."""
+    """All that defines a quantized model and the text it is scored on. `keep_out`: the rule by which massive
+    tokens pass the q, k, v, gate and up inputs unquantised (`QuaRot.FP16()`), or which `keep_out_tokens` of a
+    window do. `set_massive` overwrites massive values of the residual stream (Sun et al.)."""
 
     model: ModelSpec = ModelSpec()
     corpus: CorpusSpec = CorpusSpec()
@@ -201,13 +185,13 @@ class Recipe(Spec):
     windows: int = ruled(6, "a whole number >= 1", ge=1)
     window: int = ruled(WINDOW, "a whole number >= 2", ge=2)
     keep_out_tokens: int | None = ruled(None, KEPT_COUNTED, ge=1)
-    set_massive: str | None = one_of(None, (None, *SET_MASSIVE))
+    set_massive: str | None = one_of(None, (None, "zero", "mean"))
 
     def _check(self) -> None:
         self._require("activations", self.activations.granularity == "per_token", "per_token")
-        for name, cache in (("keys", self.keys), ("values", self.values)):
-            rule = "per_group (one scale a token and head, or a part of a head)"
-            self._require(name, cache.granularity == "per_group", rule)
+        rule = "per_group (one scale a token and head, or a part of a head)"
+        self._require("keys", self.keys.granularity == "per_group", rule)
+        self._require("values", self.values.granularity == "per_group", rule)
         counted = self.keep_out in KEEP_OUT_COUNTS
         self._require("keep_out_tokens", (self.keep_out_tokens is not None) == counted, KEPT_COUNTED)
         free = self.set_massive is None or not self.is_rotated

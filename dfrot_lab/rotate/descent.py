@@ -1,8 +1,7 @@
-"""Steps that minimise DFRot's objective sooner: Procrustes steps to first order, on a part of the rows.
-With e = x R - Q(x R), G = sum w x^T x and P = sum w x^T e, the product of Eq. 6 is sum w x^T Q(x R) = G R -
-P, and Eq. 8's solution its polar factor: to first order (I - D) R with G D + D G = P R^T - R P^T, which in
-G's eigenbasis is a division by sums of two eigenvalues. So G is decomposed once, a step needs no SVD and no
-loss of its own, and being a step along a gradient it takes momentum and a sample of the rows."""
+"""Steps that minimise DFRot's objective sooner: Procrustes steps to first order, on a part of the rows. With
+e = x R - Q(x R), G = sum w x^T x and P = sum w x^T e, the product of Eq. 6 is G R - P, and Eq. 8's solution
+its polar factor: to first order (I - D) R with G D + D G = P R^T - R P^T, in G's eigenbasis a division by
+sums of two eigenvalues. So a step needs no SVD and no loss, and takes momentum and a sample of the rows."""
 
 import math
 from dataclasses import dataclass
@@ -14,15 +13,11 @@ from dfrot_lab.maths.quantizers import centred, fake_quantize
 from dfrot_lab.model.integer import product
 from dfrot_lab.recipe.specs import QuantSpec
 
-ROWS_AT_ONCE = 4096
-"""Rows of one product: x R, its quantized values and their difference stay in cache between the passes."""
-PARTS = 8
-"""An accelerated step sees all massive rows and one of this many parts of the others, each part in turn."""
-LEAST_ROWS = 1024
-"""Rows of such a part where there are that many."""
+ROWS_AT_ONCE = 4096  # rows of one product: x R, its quantized values, their difference stay in cache
+PARTS = 8  # an accelerated step sees all massive rows and one of so many parts of the others, in turn
+LEAST_ROWS = 1024  # rows of such a part where there are that many
 EIGHT_BITS = QuantSpec(bits=8)
-TURN_ERROR = 0.02
-"""How far a singular value may leave 1 in one step; every check brings them back."""
+TURN_ERROR = 0.02  # how far a singular value may leave 1 in one step; every check brings them back
 
 
 def parts(mask: Tensor, weights: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -30,8 +25,7 @@ def parts(mask: Tensor, weights: Tensor) -> list[tuple[Tensor, Tensor]]:
     massive_rows = mask.nonzero().flatten()
     others = (~mask & (weights > 0)).nonzero().flatten()
     others = others[torch.randperm(len(others), generator=torch.Generator().manual_seed(0)).to(others.device)]
-    size = max(1, -(-len(others) // PARTS), min(len(others), LEAST_ROWS))
-    found = []
+    size, found = max(1, -(-len(others) // PARTS), min(len(others), LEAST_ROWS)), []
     for part in others.split(size):
         scaled = weights[part] * len(others) / max(1, len(part))
         weight = torch.cat([weights[massive_rows], scaled])[:, None]
@@ -66,16 +60,14 @@ def metric(rows: Tensor, weights: Tensor) -> Metric:
     return Metric(V.to(rows), (1 / (values[:, None] + values + least)).to(rows))
 
 
-def move(
-    rows: Tensor, index: Tensor, weights: Tensor, metric: Metric, R: Tensor, quantizer: QuantSpec
-) -> Tensor:
-    """D of V R over the rows `index` with `weights` (rows, 1), in V's frame: the smaller of them turns."""
-    few = len(index) < len(R)
+def move(rows: Tensor, at: Tensor, weights: Tensor, metric: Metric, R: Tensor, grid: QuantSpec) -> Tensor:
+    """D of V R over the rows `at`, with `weights` (rows, 1), in V's frame: the smaller of them turns."""
+    few = len(at) < len(R)
     whole, total = R if few else metric.V @ R, torch.zeros_like(R)
-    for part, weight in zip(index.split(ROWS_AT_ONCE), weights.split(ROWS_AT_ONCE), strict=True):
+    for part, weight in zip(at.split(ROWS_AT_ONCE), weights.split(ROWS_AT_ONCE), strict=True):
         x = rows[part] @ metric.V if few else rows[part]
         y = x @ whole
-        error = y.sub_(fake_quantize(y, quantizer)).mul_(weight.to(y))
+        error = y.sub_(fake_quantize(y, grid)).mul_(weight.to(y))
         total += torch.linalg.multi_dot([x.T, error, R.T])  # in the cheapest order for the sizes at hand
     total = total if few else metric.V.T @ total
     return (total - total.T).mul_(metric.inverse)

@@ -14,6 +14,7 @@ from dfrot_lab.model import door
 from dfrot_lab.observe import massive
 from dfrot_lab.observe.capture import capture as captured
 from dfrot_lab.recipe import keys
+from dfrot_lab.recipe.base import require
 from dfrot_lab.recipe.specs import CaptureSpec, Recipe, RefineSpec, RotationSpec
 from dfrot_lab.rotate.steps import HISTORY, Refined, State, Watch, refine
 from dfrot_lab.rotate.transforms import Context, Transforms
@@ -48,8 +49,7 @@ def refined(spec: RefineSpec, store: Store | None = None, checkpoint: Watch | No
 
     def make(writer: Writer) -> None:
         massive.warn(recorded, spec.rule)
-        every = massive.find(recorded, spec.rule).flatten()
-        rows, mask = sample_rows(recorded.all_rows(), every, spec)
+        rows, mask = sample_rows(recorded.all_rows(), massive.find(recorded, spec.rule).flatten(), spec)
         log.info("refining on %d rows, %d of them massive (%s)", len(rows), int(mask.sum()), spec.rule)
         started = time.perf_counter()
 
@@ -78,9 +78,8 @@ def sample_rows(rows: Tensor, mask: Tensor, spec: RefineSpec) -> tuple[Tensor, T
     """The rows to refine on and their mask: all, or as many as the spec says, drawn with its start's seed."""
     if spec.rows is None:
         return rows, mask
-    if spec.rows > len(rows):
-        said = f"at most the {len(rows)} rows of the capture; got {spec.rows}"
-        raise ValueError(f"RefineSpec.rows must be {said}")
+    most = f"at most the {len(rows)} rows of the capture"
+    require("RefineSpec.rows", spec.rows, spec.rows <= len(rows), most)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(spec.init.seed))
     chosen = order[: spec.rows].sort().values
     return rows[chosen], mask[chosen]

@@ -4,6 +4,7 @@ from torch import Tensor
 
 from dfrot_lab.disk import rotation_files
 from dfrot_lab.maths import rotations
+from dfrot_lab.recipe.base import require
 from dfrot_lab.recipe.specs import Recipe, RotationSpec
 from dfrot_lab.rotate.transforms import Context, Transforms
 
@@ -27,7 +28,6 @@ def matrix(spec: RotationSpec, channels: int) -> Tensor:
     """R1 (channels, channels) float64 of a spec; of kind `file` what the file holds. ValueError."""
     if spec.kind != "file":
         return rotations.make(spec, channels)
-    if spec.block is not None:
-        said = f"None for kind 'file'; got {spec.block}. The matrix is used as it is"
-        raise ValueError(f"RotationSpec.block must be {said}")
+    said = f"{spec.block}. The matrix is used as it is"
+    require("RotationSpec.block", said, spec.block is None, "None for kind 'file'")
     return rotation_files.load(str(spec.path), channels)

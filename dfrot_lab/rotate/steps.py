@@ -1,7 +1,6 @@
-"""Steps that refine R1: DFRot's alternation as printed and as released, and accelerated ones.
-Each step quantizes eta_x = Q(x R) for every row (Eq. 7) and then solves min_R sum over rows of w_x^2 ||x R -
-eta_x||^2 (Eq. 8) exactly: R = U V^T of the SVD of sum w_x^2 x^T eta_x (Eq. 6). w_x is gamma for massive rows
-and 1 for the rest (Eq. 2), which scales the row, as Q is scale-equivariant (Eq. 3)."""
+"""Steps that refine R1: DFRot's alternation as printed and as released, and accelerated ones. Each quantizes
+eta_x = Q(x R) for every row (Eq. 7) and solves min_R sum of w_x^2 ||x R - eta_x||^2 (Eq. 8): R = U V^T of the
+SVD of sum w_x^2 x^T eta_x (Eq. 6). w_x, gamma for massive rows, else 1 (Eq. 2), scales the row (Eq. 3)."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -16,26 +15,26 @@ from tqdm.auto import tqdm
 
 from dfrot_lab.maths import quantizers, rotations
 from dfrot_lab.observe import massive
+from dfrot_lab.recipe.base import require
 from dfrot_lab.recipe.specs import QuantSpec, RefineSpec
 from dfrot_lab.rotate import descent, random
 from dfrot_lab.rotate.descent import ROWS_AT_ONCE
 
-RELEASED_SLACK, RELEASED_GAIN = 100.0, 0.1
-"""The released code's accept test: a weighted Frobenius error at least 0.1 below the one before + 100."""
+RELEASED_SLACK, RELEASED_GAIN = 100.0, 0.1  # accepted: weighted Frobenius error 0.1 below the last + 100
 CHECKPOINT_EVERY = 10
-LENGTH, MOMENTUM = 0.5, 0.8
-"""An accelerated step: half a Procrustes step, and 0.8 of the move before it."""
-CHECK_EVERY = 20
-"""Accelerated steps between two looks at all rows."""
+LENGTH, MOMENTUM = 0.5, 0.8  # an accelerated step: half a Procrustes step, and 0.8 of the move before it
+CHECK_EVERY = 20  # accelerated steps between two looks at all rows
 HISTORY = ("step", "objective", "ordinary", "massive", "best", "distance")
 Losses = dict[str, float]
+Watch = Callable[["State"], None]
+OnStep = Callable[[int, Callable[[], Tensor]], None]  # told of each step: its number, what makes its R
 
 
 @dataclass(frozen=True)
 class Refined:
-    """The refined rotation R (channels, channels) float64, and its history, one row a step: step, objective
-    (the weighted loss a row), ordinary, massive (mean squared error of those rows), best (lowest objective so
-    far), distance (||R - R0||_F / sqrt(C)). `seconds`: of a stopped run its last part; NaN: not measured."""
+    """The refined rotation R (channels, channels) float64; its history, one row a step: step, objective (the
+    weighted loss a row), ordinary, massive (their mean squared errors), best (objective so far), distance
+    (||R - R0||_F / sqrt(C)). `seconds`: of a stopped run its last part; NaN: not measured."""
 
     R: Tensor
     history: pd.DataFrame
@@ -56,11 +55,6 @@ class State:
     def lowest(self) -> float:
         """The lowest objective so far."""
         return min((line["objective"] for line in self.history), default=math.inf)
-
-
-Watch = Callable[[State], None]
-OnStep = Callable[[int, Callable[[], Tensor]], None]
-"""Called after every step with its number and what makes that step's R (channels, channels) float64."""
 
 
 @dataclass
@@ -88,13 +82,8 @@ class _Run:
         self.state.history.append({"step": step, **losses, "best": best, "distance": distance})
 
 
-def procrustes(a: Tensor, b: Tensor) -> Tensor:
-    """The orthogonal R (channels, channels) of least ||a R - b||_F for rows (tokens, channels) (Eq. 6)."""
-    return polar(a.double().T @ b.double())
-
-
 def polar(product: Tensor) -> Tensor:
-    """U V^T of the SVD of a square matrix: the orthogonal matrix nearest to it, float64."""
+    """U V^T of a square matrix's SVD, float64: of a^T b for rows a, b the R of least ||a R - b|| (Eq. 6)."""
     u, _, vt = torch.linalg.svd(product.double())
     return u @ vt
 
@@ -107,8 +96,7 @@ def row_weights(mask: Tensor, gamma: float) -> Tensor:
 def half_step(
     rows: Tensor, R: Tensor, weights: Tensor, mask: Tensor, quantizer: QuantSpec
 ) -> tuple[Tensor, Losses]:
-    """One pass over all rows (tokens, channels) with R, Eq. 7: the sum of w^2 x^T Q(x R) (channels, channels)
-    float64, all that Eq. 8 needs, and the losses of R, which cost nothing more."""
+    """One pass over rows (tokens, channels), Eq. 7: the sum of w^2 x^T Q(x R) float64; the losses of R."""
     product, R, errors = rows.new_zeros(rows.shape[1], rows.shape[1], dtype=torch.float64), R.to(rows), []
     for x, weight in zip(rows.split(ROWS_AT_ONCE), weights.split(ROWS_AT_ONCE), strict=True):
         rotated = x @ R
@@ -140,15 +128,14 @@ def refine(
     checkpoint: Watch | None = None, on_step: OnStep | None = None,
 ) -> Refined:  # fmt: skip
     """Refine R1 on normalised, unrotated `rows` (tokens, channels) float32 as `spec` says, its `capture`
-    aside. `mask` (tokens,) marks massive rows; without it the spec's rule finds them, which must need rows
-    alone. R stays orthogonal to 1e-5. ValueError: rows not finite, gamma = inf with no massive row."""
+    aside. `mask` (tokens,) marks massive rows; without it the spec's rule finds them, by rows alone.
+    ValueError: rows not finite, gamma = inf with no massive row."""
     broken = torch.cat([~part.isfinite().all(1) for part in rows.split(ROWS_AT_ONCE)]).nonzero()
     if len(broken):
         raise ValueError(f"rows must be finite to be refined on; row {int(broken[0])} has NaN or Inf")
     mask = massive.rows_rule(rows, spec.rule) if mask is None else mask
-    if spec.gamma == math.inf and not mask.any():
-        said = f"where rule {spec.rule} finds no massive row; got inf"
-        raise ValueError(f"RefineSpec.gamma must be finite {said}")
+    rule = f"finite where rule {spec.rule} finds no massive row"
+    require("RefineSpec.gamma", "inf", spec.gamma < math.inf or mask.any(), rule)
     start = random.matrix(spec.init, rows.shape[1])
     state = state or State(R=start, best=start, history=[])
     state.momentum = None if state.momentum is None else state.momentum.to(rows)

@@ -1,5 +1,4 @@
-"""What a rotation method makes, and what it may look at: a method is a module of the table
-`recipe.registry.METHODS` with `fit(recipe, context) -> Transforms`."""
+"""What a rotation method (of `recipe.registry.METHODS`) makes, and what it may look at."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,18 +14,15 @@ from dfrot_lab.observe.capture import Capture, capture, token_blocks
 from dfrot_lab.recipe import keys, registry
 from dfrot_lab.recipe.specs import CaptureSpec, Recipe
 
-HADAMARD: Literal["hadamard"] = "hadamard"
-
 
 @dataclass(frozen=True)
 class Transforms:
-    """The transforms of one model: `R1` (channels, channels) or None; `R2` a Hadamard matrix on each head's
-    values, one (head, head) for all layers, one a layer (layers, head, head), or None; `gains` (channels,) a
-    norm, folded after R1, and `clips` a clip ratio a site, by site name; whether the online Hadamards R3 and
-    R4 act."""
+    """The transforms of one model: `R1` (channels, channels) or None; `R2` on each head's values, Hadamard,
+    one (head, head) for all layers, one a layer (layers, head, head), or None; `gains` (channels,) a norm,
+    folded after R1, and `clips` a clip ratio, both by site; whether the online Hadamards R3 and R4 act."""
 
     R1: Tensor | None
-    R2: Tensor | Literal["hadamard"] | None = HADAMARD
+    R2: Tensor | Literal["hadamard"] | None = "hadamard"
     gains: Mapping[str, Tensor] = field(default_factory=dict)
     clips: Mapping[str, float] = field(default_factory=dict)
     r3: bool = True
@@ -34,8 +30,7 @@ class Transforms:
 
 
 class Context:
-    """What a method may look at, made when asked for: the model (not to be changed) and, of a capture its
-    own spec names (so that its key says all), rows, token ids and sensitivities."""
+    """What a method may look at, made when asked for: the model (not to be changed), captures it names."""
 
     def __init__(self, recipe: Recipe, store: Store, model: LoadedModel | None = None) -> None:
         self.recipe, self.store, self._model = recipe, store, model
@@ -57,8 +52,7 @@ class Context:
         return token_blocks(spec, self.model)
 
     def sensitivities(self, spec: CaptureSpec) -> dict[str, Tensor]:
-        """Mean squared gradient of the unrotated model's loss at each norm output, by site (channels,)
-        float32: what an error there costs, to second order."""
+        """Mean squared gradient of the unrotated model's loss at each norm output, by site (channels,)."""
 
         def make(writer: Writer) -> None:
             writer.save_tensors("squares", _squared_gradients(self.model, self.text(spec)))
@@ -83,9 +77,8 @@ def _squared_gradients(loaded: LoadedModel, ids: Tensor) -> dict[str, Tensor]:
     learned = [parameter for parameter in loaded.model.parameters() if parameter.requires_grad]
     for parameter in learned:  # else each would be left with a gradient as large as itself
         parameter.requires_grad_(False)
-    sites = hooks.sites_of(loaded, *hooks.NORMS)
     try:
-        with torch.enable_grad(), hooks.at_sites(loaded, see, sites):
+        with torch.enable_grad(), hooks.at_sites(loaded, see, hooks.sites_of(loaded, *hooks.NORMS)):
             for window in ids.to(loaded.device):
                 loaded.model(window[None], labels=window[None], use_cache=False).loss.backward()
     finally:

@@ -8,27 +8,48 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy import stats
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from dfrot_lab.disk.artefacts import Artefact, Store, Writer
-from dfrot_lab.maths import statistics
 from dfrot_lab.model import door, loading
 from dfrot_lab.recipe import keys
 from dfrot_lab.recipe.specs import Recipe
 from dfrot_lab.score.build import Built, build, build_key, quantized, windows
 from dfrot_lab.weights.run import OnPart, nothing
 
-LOGIT_ROWS = 256
-"""Tokens whose logits exist at once: a whole window's (0.4 GB) would be an evaluation's largest tensor."""
-
+LOGIT_ROWS = 256  # tokens whose logits exist at once: a whole window's would be 0.4 GB
 KIND = "evaluation"
+
+
+def perplexity(losses: np.ndarray, axis: int = -1) -> Any:
+    """exp of the mean loss in nats."""
+    return np.exp(losses.mean(axis))
+
+
+def bootstrap(statistic: Callable[..., Any], *samples: np.ndarray) -> tuple[float, float]:
+    """Percentile bootstrap 95% interval of a statistic of paired samples (windows,); nan for fewer than 2."""
+    if len(samples[0]) < 2:
+        return float("nan"), float("nan")
+    options: dict[str, Any] = {"paired": True, "vectorized": True, "method": "percentile", "rng": 0}
+    interval = stats.bootstrap(samples, statistic, n_resamples=9999, **options).confidence_interval
+    return float(interval.low), float(interval.high)
+
+
+def difference(a: np.ndarray, b: np.ndarray, axis: int) -> Any:
+    """Perplexity of losses `a` minus that of `b`."""
+    return perplexity(a, axis) - perplexity(b, axis)
+
+
+def closed_share(ro: np.ndarray, ro_kept: np.ndarray, rh: np.ndarray, rh_kept: np.ndarray, axis: int) -> Any:
+    """The share of the perplexity gap between RO and RH that keeping massive tokens out closes: 1 is all."""
+    return 1 - difference(ro_kept, rh_kept, axis) / difference(ro, rh, axis)
 
 
 @dataclass(frozen=True)
 class EvalResult:
-    """Mean next-token loss of each window (windows,), in nats, the seconds it took, and where model and text
-    came from; and the `versions` that computed it."""
+    """Mean next-token loss of each window (windows,) in nats, the seconds, the model's origin, `versions`."""
 
     spec: Recipe
     losses: np.ndarray
@@ -40,12 +61,12 @@ class EvalResult:
     @property
     def perplexity(self) -> float:
         """exp of the mean loss."""
-        return float(statistics.perplexity(self.losses))
+        return float(perplexity(self.losses))
 
     @property
     def ci95(self) -> tuple[float, float]:
         """Bootstrap 95% interval of the perplexity over windows."""
-        return statistics.bootstrap(statistics.perplexity, self.losses)
+        return bootstrap(perplexity, self.losses)
 
 
 def statistic(function: Callable[..., Any], found: Sequence[EvalResult]) -> tuple[float, tuple[float, float]]:
@@ -53,14 +74,15 @@ def statistic(function: Callable[..., Any], found: Sequence[EvalResult]) -> tupl
     windows that all were scored on. ValueError where they are not the same windows, on the same device."""
     places = [(r.spec.corpus, len(r.losses), r.spec.window, r.spec.model.device) for r in found]
     if others := [place for place in places if place != places[0]]:
-        rule = "must share corpus, windows, window and device"
-        raise ValueError(f"paired results {rule}; got {places[0]} and {others[0]}")
-    return statistics.with_interval(function, *(result.losses for result in found))
+        said = f"got {places[0]} and {others[0]}"
+        raise ValueError(f"paired results must share corpus, windows, window and device; {said}")
+    losses = [result.losses for result in found]
+    return float(function(*losses, axis=-1)), bootstrap(function, *losses)
 
 
 def paired_difference(a: EvalResult, b: EvalResult) -> tuple[float, tuple[float, float]]:
     """Perplexity of `a` minus that of `b` and its paired 95% interval."""
-    return statistic(statistics.difference, [a, b])
+    return statistic(difference, [a, b])
 
 
 @torch.inference_mode()
@@ -77,21 +99,19 @@ def window_loss(loaded: loading.LoadedModel, ids: Tensor) -> float:
 def evaluate(
     spec: Recipe, store: Store | None = None, on_part: OnPart = nothing, kept: dict[str, Built] | None = None
 ) -> EvalResult:
-    """The losses of a recipe, from the store or computed now, from the window on that was reached before.
-    `on_part` is called after each window that is kept, and may raise to stop there; in `kept` the model built
-    last, by its `build_key`, is left for the next recipe."""
+    """The losses of a recipe, stored or computed now, from the window on that was reached before. `on_part`
+    is told of each window kept; `kept` holds the model built last, by `build_key`, for the next recipe."""
     store, spec, kept = store or Store(), door.resolved(spec).canonical(), {} if kept is None else kept
 
     def make(writer: Writer) -> None:
         if (key := build_key(spec)) not in kept:
             kept.clear()  # frees that model before the next one is built
             kept[key] = build(spec, store, on_part)
-        built = kept[key]
-        losses, seconds = _losses(built, spec, writer, on_part)
+        loaded = kept[key].loaded
+        losses, seconds = _losses(kept[key], spec, writer, on_part)
         writer.save_json("losses", losses)
         writer.save_json("recipe", spec.plain())
-        about = {"provenance": built.loaded.provenance, "family": built.loaded.family}
-        writer.note.update(about, scoring_seconds=seconds)
+        writer.note.update(provenance=loaded.provenance, family=loaded.family, scoring_seconds=seconds)
 
     return _result(spec, store.get_or_make(KIND, keys.evaluation(spec, door.prints), make))
 
@@ -104,9 +124,9 @@ def stored(spec: Recipe, store: Store) -> EvalResult | None:
 
 
 def _result(spec: Recipe, artefact: Artefact) -> EvalResult:
-    note, versions = artefact.manifest["note"], dict(artefact.manifest["versions"])
-    said = {"provenance": note["provenance"], "versions": versions, "family": note["family"]}
-    return EvalResult(spec, np.array(artefact.json("losses")), note["scoring_seconds"], **said)
+    note, losses = artefact.manifest["note"], np.array(artefact.json("losses"))
+    said = (note["scoring_seconds"], note["provenance"], dict(artefact.manifest["versions"]), note["family"])
+    return EvalResult(spec, losses, *said)
 
 
 def _losses(built: Built, spec: Recipe, writer: Writer, on_part: OnPart) -> tuple[list[float], float]:
@@ -131,8 +151,7 @@ def evaluate_all(
     specs: Sequence[Recipe], store: Store | None = None,
     on_result: Callable[[EvalResult], None] | None = None, on_part: OnPart = nothing,
 ) -> list[EvalResult]:  # fmt: skip
-    """`evaluate` for each recipe in turn; neighbours that share a built model build it once. `on_part` is
-    told of each finished window and layer of weights, and may raise to stop there."""
+    """`evaluate` for each recipe in turn; neighbours that share a built model build it once."""
     found, kept = list[EvalResult](), dict[str, Built]()
     for spec in specs:
         found.append(evaluate(spec, store, on_part, kept))

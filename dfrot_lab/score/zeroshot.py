@@ -20,7 +20,6 @@ from dfrot_lab.recipe.specs import ModelSpec, Recipe
 from dfrot_lab.score import build
 
 log = logging.getLogger(__name__)
-
 TASKS = {
     "piqa": ("piqa/piqa.yaml", "validation"),
     "winogrande": ("winogrande/default.yaml", "validation"),
@@ -41,16 +40,13 @@ def local_file(task: str) -> Path | None:
     return path if os.environ.get("DFROT_LAB_DATA") and path.is_file() else None
 
 
-def table(
-    name: str, spec: Recipe | None, model: ModelSpec, limit: int | None, store: Store | None = None
-) -> pd.DataFrame:
+def table(name: str, spec: Recipe | None, model: ModelSpec, limit: int | None, store: Store) -> pd.DataFrame:
     """Accuracy on each task (its first `limit` items), and the average, of a row called `name`: of `spec`'s
-    model, or with None the plain one. Columns: row, task, metric (acc, acc_norm), value, stderr, items,
-    version (of the task), source, then what a results row says of the model. Tasks without a local file are
-    left out where others have one; where none has, all come from the hub (ConnectionError)."""
-    store, model = store or Store(), door.resolved(model)
-    # how much text a perplexity takes is nothing to tasks
-    recipe = door.resolved(spec.with_(windows=1)).canonical() if spec else None
+    model, or with None the plain one. Columns: row, task, metric, value, stderr, items, version, source, then
+    what a results row says of the model. Tasks without a local file are left out where others have one; where
+    none has, all come from the hub (ConnectionError)."""
+    model = door.resolved(model)
+    recipe = door.resolved(spec.with_(windows=1)).canonical() if spec else None  # tasks need no windows
     local = {task: path for task in TASKS if (path := local_file(task))}
     if local and len(local) < len(TASKS):
         absent = ", ".join(task for task in TASKS if task not in local)
@@ -87,10 +83,10 @@ def _averages(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     averages = []
     for metric in METRICS:
         chosen = [found.get((task, metric), found[task, "acc"]) for task in TASKS]
-        numbers: dict[str, Any] = {"value": sum(line["value"] for line in chosen) / len(chosen)}
-        numbers["stderr"] = sum(line["stderr"] ** 2 for line in chosen) ** 0.5 / len(chosen)
-        about = {"items": sum(line["items"] for line in chosen), "version": None, "source": None}
-        averages.append({**chosen[0], "task": AVERAGE, "metric": metric, **numbers, **about})
+        said: dict[str, Any] = {"task": AVERAGE, "metric": metric, "version": None, "source": None}
+        said["value"] = sum(line["value"] for line in chosen) / len(chosen)
+        said["stderr"] = sum(line["stderr"] ** 2 for line in chosen) ** 0.5 / len(chosen)
+        averages.append({**chosen[0], **said, "items": sum(line["items"] for line in chosen)})
     return averages
 
 
@@ -130,7 +126,6 @@ def _simple_evaluate(loaded: LoadedModel, task: str, path: Path | None, limit: i
 def _local_task(task: str, path: Path, folder: Path) -> Any:
     """A TaskManager that knows `task` alone: lm-eval's own file, its data taken from `path`."""
     import lm_eval.tasks
-    from lm_eval.tasks import TaskManager
 
     own, split = TASKS[task]
     override = dict.fromkeys(f"{name}_split" for name in ("training", "validation", "test", "fewshot"))
@@ -138,4 +133,4 @@ def _local_task(task: str, path: Path, folder: Path) -> Any:
     override |= {"dataset_path": "json", "dataset_name": None, f"{split}_split": split}
     override["dataset_kwargs"] = {"data_files": {split: str(path)}}
     (folder / f"{task}.yaml").write_text(json.dumps(override), encoding="utf-8")  # JSON is YAML
-    return TaskManager(include_path=str(folder), include_defaults=False)
+    return lm_eval.tasks.TaskManager(include_path=str(folder), include_defaults=False)

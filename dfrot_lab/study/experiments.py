@@ -9,7 +9,6 @@ from typing import Any
 import pandas as pd
 
 from dfrot_lab.disk.artefacts import Store
-from dfrot_lab.maths import statistics
 from dfrot_lab.maths.tables import whole
 from dfrot_lab.model import corpus
 from dfrot_lab.observe import massive, residual
@@ -79,7 +78,7 @@ def _shares(setting: Setting, found: Found, settings: Sequence[str]) -> Iterator
         low, high = perplexity.paired_difference(found[ro], found[rh])[1]
         if not low <= 0 <= high:
             four = [found[spec] for plain in (ro, rh) for spec in (plain, plain.with_(keep_out=RELEASED))]
-            yield rows.statistic_row(four[1], SHARE, *perplexity.statistic(statistics.closed_share, four))
+            yield rows.statistic_row(four[1], SHARE, *perplexity.statistic(perplexity.closed_share, four))
 
 
 def main_table(setting: Setting, store: Store) -> Iterator[Row]:

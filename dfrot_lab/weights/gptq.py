@@ -7,19 +7,15 @@ from dfrot_lab.maths.quantizers import Quantized, code_range
 from dfrot_lab.recipe.specs import WeightSpec
 from dfrot_lab.weights.rtn import packed, scale_of
 
-CALIBRATED = True
-"""It needs the Hessian of a layer's inputs."""
-COLUMNS = 128
-"""Columns quantized before the rest of the matrix hears of their error in one product: GPTQ's lazy batch."""
-HESSIAN_BLOCK = 192
-"""Columns of a Hessian computed at once: half is known by symmetry, and narrower products are slower."""
+CALIBRATED = True  # it needs the Hessian of a layer's inputs
+COLUMNS = 128  # columns quantized before the rest hears of their error in one product: GPTQ's lazy batch
+HESSIAN_BLOCK = 192  # columns of a Hessian at once: half is known by symmetry, narrower is slower
 
 
 def quantize(weight: Tensor, hessian: Tensor | None, spec: WeightSpec) -> Quantized:
     """GPTQ of `weight` (out, in) for inputs with `hessian` = sum x x^T (in, in): codes, scale (out, 1), zero
-    0. Columns in order, each one's rounding error spread over those not yet rounded by the inverse Hessian's
-    Cholesky factor; an input that is always zero has its weight set to 0. ValueError: a damped Hessian that
-    is not positive definite (NaN or Inf in the calibration activations)."""
+    0. Each column's error is spread over those not yet rounded by the inverse Hessian's Cholesky factor; an
+    input that is always zero has weight 0. ValueError: a damped Hessian that is not positive definite."""
     if hessian is None:
         raise ValueError("gptq.hessian must be the sum of x x^T of the layer's inputs; got None")
     weight, hessian = weight.float().clone(), hessian.clone()
@@ -40,14 +36,13 @@ def quantize(weight: Tensor, hessian: Tensor | None, spec: WeightSpec) -> Quanti
 def _block(weight: Tensor, factor: Tensor, scale: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
     """Codes and scaled errors of one block of columns (out, columns): on the transpose, where a column is
     contiguous, and on the CPU: a GPU would take longer to start these many small steps than to do them."""
-    where = weight.device
     columns, factor, step = weight.T.contiguous().cpu(), factor.cpu(), scale.flatten().cpu()
     codes, errors = torch.empty_like(columns), torch.empty_like(columns)
     for i, diagonal in enumerate(factor.diagonal().tolist()):
         torch.div(columns[i], step, out=codes[i]).round_().clamp_(low, high)
         torch.sub(columns[i], codes[i] * step, out=errors[i]).div_(diagonal)
         columns[i + 1 :].addr_(factor[i, i + 1 :], errors[i], alpha=-1)
-    return codes.T.to(where), errors.T.to(where)
+    return codes.T.to(weight.device), errors.T.to(weight.device)
 
 
 def hessian_of(x: Tensor) -> Tensor:

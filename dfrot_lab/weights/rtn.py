@@ -6,8 +6,7 @@ from torch import Tensor
 from dfrot_lab.maths.quantizers import Quantized, clip_search, code_range, scale_zero
 from dfrot_lab.recipe.specs import WeightSpec
 
-CALIBRATED = False
-"""It looks at the weight alone."""
+CALIBRATED = False  # it looks at the weight alone
 
 
 def quantize(weight: Tensor, _hessian: Tensor | None, spec: WeightSpec) -> Quantized:

@@ -1,8 +1,7 @@
-"""Quantize the weights of a whole model by any quantizer of the table, layer by layer, each kept once done.
-A calibrated quantizer (GPTQ) runs in ONE forward pass over all calibration windows: just before a group of
-linears that read the same input (q, k, v; o; gate, up; down) is first used, a hook sums that input's Hessian
-and puts the quantized weights in, so each group is calibrated on what the quantized model before it really
-sends, activations unquantised (as QuaRot). A stopped run goes on where it was."""
+"""Quantize the weights of a whole model by any quantizer of the table, layer by layer, each kept once done. A
+calibrated quantizer (GPTQ) runs in ONE forward pass over all calibration windows: just before a group of
+linears that read the same input (q, k, v; o; gate, up; down) is first used, a hook sums its Hessian and puts
+the quantized weights in, so each is calibrated on what the quantized model before it sends, as QuaRot."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -22,33 +21,24 @@ from dfrot_lab.weights.gptq import hessian_of
 
 log = logging.getLogger(__name__)
 KIND = "weights"
-LayerCodes = dict[str, Quantized]
-"""The quantized weights of one decoder layer by linear name."""
-OnPart = Callable[[str, int, int], None]
-"""Told of every finished part of long work (`layer`, `window`), how many are done, of how many; may raise."""
+LayerCodes = dict[str, Quantized]  # the quantized weights of one decoder layer by linear name
+OnPart = Callable[[str, int, int], None]  # told of finished `layer`s, `window`s: done, total; may raise
 
 
 def nothing(_part: str, _done: int, _total: int) -> None:
     """The OnPart that listens to nothing."""
 
 
-def is_stored(spec: WeightSpec, key: Mapping[str, Any], store: Store) -> bool:
-    """Whether `quantize_weights` would find the codes under `key` in the store; always true at 16 bits."""
-    return spec.quantizer.bits == 16 or store.open(KIND, key) is not None
-
-
 def quantize_weights(
-    loaded: LoadedModel, spec: WeightSpec, key: Mapping[str, Any], store: Store | None = None, *,
+    loaded: LoadedModel, spec: WeightSpec, key: Mapping[str, Any], store: Store, *,
     r4: bool = True, on_part: OnPart = nothing,
 ) -> list[LayerCodes]:  # fmt: skip
-    """Put quantized weights into every linear of `loaded` (rotated as wanted; `r4` says whether down_proj
-    gets R4), but for lm_head and embedding; from the store, where they are under `key` (`keys.weights`), or
-    computed now. Returns the codes, one mapping a layer, memory-mapped; an empty list at 16 bits. `on_part`
-    is told of each layer once it is kept."""
+    """Put quantized weights into every linear of `loaded` (rotated as wanted; `r4`: down_proj gets R4) but
+    lm_head and embedding; from the store, under `key` (`keys.weights`), or computed now. Returns the codes,
+    one mapping a layer, memory-mapped; none at 16 bits. `on_part` is told of each layer once it is kept."""
     if spec.quantizer.bits == 16:
         return []
     run = _run_calibrated if registry.load(registry.WEIGHTS, spec.method).CALIBRATED else _run
-    store = store or Store()
     artefact = store.get_or_make(KIND, key, lambda writer: run(loaded, spec, writer, r4, on_part))
     return [_install(layer, artefact.tensors(_file(index))) for index, layer in enumerate(loaded.layers)]
 
@@ -95,9 +85,8 @@ def _run_calibrated(loaded: LoadedModel, spec: WeightSpec, writer: Writer, r4: b
         raise ValueError(f"WeightSpec.corpus must be a text to calibrate {spec.method} on; got None")
     loading.check_tokens(loaded, spec.window)
     ids = corpus.token_blocks(spec.corpus, loaded.tokenizer, blocks=spec.windows, window=spec.window)
-    name = spec.method.upper()
+    name, groups, done = spec.method.upper(), loaded.roles.groups, LayerCodes()
     log.info("%s to %d bits on %d x %d tokens of %s", name, spec.quantizer.bits, *ids.shape, spec.corpus.name)
-    groups, done = loaded.roles.groups, LayerCodes()
     bar = tqdm(total=len(loaded.layers), desc=name, unit="layer", leave=False)
 
     def arrive(site: str, x: Tensor) -> None:
