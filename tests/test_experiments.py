@@ -22,8 +22,7 @@ from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.maths import tables
 from dfrot_lab.maths.quantizers import fake_quantize, squared_error
 from dfrot_lab.model import corpus
-from dfrot_lab.observe import capture as capturing
-from dfrot_lab.observe import errors, massive
+from dfrot_lab.observe import capture as capturing, errors, massive
 from dfrot_lab.observe.capture import capture
 from dfrot_lab.recipe.specs import (
     PAPER_RULE,
@@ -37,8 +36,7 @@ from dfrot_lab.recipe.specs import (
 )
 from dfrot_lab.rotate import dfrot
 from dfrot_lab.rotate.steps import Refined
-from dfrot_lab.score import build as building
-from dfrot_lab.score import perplexity
+from dfrot_lab.score import build as building, perplexity
 from dfrot_lab.study import cost, experiments, main
 from dfrot_lab.study.experiments import EXPERIMENTS, SHARE
 from dfrot_lab.study.main import Row

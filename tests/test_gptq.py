@@ -8,8 +8,7 @@ import pytest
 import torch
 from again import assert_near
 from conftest import LAYERS, tiny_model
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
 from dfrot_lab.disk.artefacts import Artefact, Store
@@ -18,8 +17,7 @@ from dfrot_lab.maths.quantizers import clip_search, dequantize
 from dfrot_lab.model import corpus, loading, surgery
 from dfrot_lab.model.loading import LoadedModel, linear
 from dfrot_lab.recipe.specs import CorpusSpec, QuantSpec, RotationSpec, WeightSpec
-from dfrot_lab.weights import gptq, rtn
-from dfrot_lab.weights import run as module
+from dfrot_lab.weights import gptq, rtn, run as module
 from dfrot_lab.weights.run import quantize_weights
 
 SPEC = WeightSpec()

@@ -7,8 +7,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from scipy.linalg import hadamard as scipy_hadamard
 
 from dfrot_lab.maths import hadamard

@@ -6,8 +6,7 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
+from hypothesis import assume, given, settings, strategies as st
 from torch import Tensor
 
 from dfrot_lab.maths import quantizers as module

@@ -15,8 +15,7 @@ import pandas as pd
 import pytest
 import torch
 from again import REFINED, assert_same_refinement, sharing
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from scipy.linalg import orthogonal_procrustes
 from test_evaluate import save_lively
 from torch import Tensor
@@ -39,8 +38,7 @@ from dfrot_lab.recipe.specs import (
     RefineSpec,
     RotationSpec,
 )
-from dfrot_lab.rotate import dfrot as module
-from dfrot_lab.rotate import steps
+from dfrot_lab.rotate import dfrot as module, steps
 from dfrot_lab.rotate.dfrot import refined, stored
 from dfrot_lab.rotate.steps import Refined, State, half_step, losses_of, polar, refine, row_weights
 

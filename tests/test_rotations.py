@@ -6,8 +6,7 @@ import math
 import pytest
 import torch
 from again import FLOAT64, assert_near
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 

@@ -10,8 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from dfrot_lab.recipe import specs
 from dfrot_lab.recipe.base import MethodSpec, Spec, content_key

@@ -15,8 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dfrot_lab.disk import artefacts as store_module
-from dfrot_lab.disk import atomic
+from dfrot_lab.disk import artefacts as store_module, atomic
 from dfrot_lab.disk.artefacts import Artefact, CorruptArtefact, Store, Writer
 from dfrot_lab.disk.atomic import cache_dir
 from dfrot_lab.recipe.base import content_key

@@ -398,11 +398,3 @@ def test_prediction_figure_draws_the_table(recwarn):
     assert ax.get_xticks().tolist() == [2, 8]
     assert not recwarn
     plt.close(ax.figure)
-
-
-def test_row_figure_draws_roots():
-    table = pd.DataFrame({"rotation": ["NR", "RH"], "predicted": [4.0, 1.0], "measured": [9.0, 1.0]})
-    ax = figures.plot_predicted_rows(table)
-    assert ax.collections[0].get_offsets().tolist() == [[2, 3], [1, 1]]
-    assert ax.get_legend_handles_labels()[1] == ["NR", "RH"]
-    plt.close(ax.figure)

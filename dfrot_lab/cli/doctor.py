@@ -21,8 +21,7 @@ MODEL_PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "compres
 PACKAGES = ("dfrot-lab", *MODEL_PACKAGES, "numpy", "scipy", "pandas", "jupyterlab")
 DISK_NEEDED = 3e9
 """Bytes the main job writes, doubled: model 0.54 GB, capture 0.28, weights 4 x 0.11, downloads 0.12."""
-MEMORY_NEEDED = 6e9
-"""Bytes of memory the main job peaks at with the default model, rounded up."""
+MEMORY_NEEDED = 6e9  # bytes of memory the main job peaks at with the default model, rounded up
 
 
 def checkup(model: ModelSpec, text: CorpusSpec) -> tuple[dict[str, Any], list[str]]:

@@ -15,8 +15,7 @@ from dfrot_lab.show import theme as style
 from dfrot_lab.study.setting import figure_site
 
 theme = style.theme
-FAR = 5.0
-"""A perplexity more than this many times the best is written out: drawn it would squeeze all others."""
+FAR = 5.0  # a perplexity more than this many times the best is written out: drawn it would squeeze all others
 TOKENS: dict[str, Any] = {
     "palette": {"ordinary tokens": style.ORDINARY_COLOUR, "massive tokens": style.MASSIVE_COLOUR},
     "markers": {"ordinary tokens": "o", "massive tokens": "D"},
@@ -29,7 +28,6 @@ PAIRS = (("NR", "RO"), ("NR", "RH"), ("RO", "RH"), ("RH", "DFRot"))
 """Which rotations the paper's Fig. 3 compares, the reference first."""
 LABELS = {"channels": "channels $C$", "ratio": "second spike / first spike"}
 LABELS["snr"] = r"signal to noise, $m\,/\,(\sigma\sqrt{C})$"
-TICKS = (0.5, 0.7, 1, 1.5, 2, 3, 4, 6, 10, 16)
 
 
 def rows_of(table: pd.DataFrame, metric: str = tables.PERPLEXITY) -> pd.DataFrame:
@@ -143,37 +141,6 @@ def figure_massive_token(values: pd.DataFrame) -> Figure:
     return fig
 
 
-def plot_value_counts(values: pd.DataFrame, rotation: str, *, ax: Axes | None = None) -> Axes:
-    """How many of one token's values lie where under one rotation, over the `quantized` grid."""
-    part, colour = values[values["rotation"] == rotation], style.COLOURS.get(rotation, "k")
-    ax = sns.histplot(part, x="value", bins=60, color=colour, linewidth=0, alpha=1, ax=ax)
-    for level in part["quantized"].unique():
-        ax.axvline(level, c=style.INK, lw=0.6, ls=":", zorder=0)
-    title = f"{rotation}: largest |value| {part['value'].abs().max():.2f}"
-    ax.set(title=title, xlabel="value (dotted: quantized values in use)", ylabel="channels")
-    ax.grid(visible=False)
-    return ax
-
-
-def plot_token_roots(errors: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """One token's `root` error at every `site` (two a layer, in their order), a line a `rotation`."""
-    layer = pd.factorize(errors["site"])[0] / 2
-    ax = style.draw_lines(errors.assign(layer=layer), "layer", "root", "rotation", dashes=False, ax=ax)
-    ax.set(xlabel="layer", ylabel="root E(xR)", ylim=(0, None), title="One token, every layer")
-    sns.move_legend(ax, "best", ncols=errors["rotation"].nunique(), title=None)
-    return ax
-
-
-def plot_seed_spread(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Mean root error by `kind` of rotation and `tokens` (ordinary or massive), a marker a seed."""
-    look = {"palette": TOKENS["palette"], "dodge": True, "jitter": False, "size": 7}
-    table = table.assign(tokens=table["tokens"] + " tokens")
-    ax = sns.stripplot(table, x="kind", y="mean", hue="tokens", **look, ax=ax)
-    ax.set(xlabel="", ylabel="mean root E(xR)", ylim=(0, None), title="Each marker is one seed")
-    ax.legend(title=None)
-    return ax
-
-
 def plot_residual(maxima: Tensor, median: Tensor, *, ax: Axes | None = None) -> Axes:
     """The residual stream by layer (Sun et al., Fig. 4): a Capture's `maxima` (sites, tokens), `median`."""
     lines = {
@@ -212,24 +179,6 @@ def plot_prediction(table: pd.DataFrame, x: str, *, ax: Axes | None = None) -> A
         ax.set_xticks(ticks, [f"{value:g}" for value in ticks])
         ax.set_xticks([], minor=True)
     ax.legend(title="line: predicted", title_fontsize=8)
-    return ax
-
-
-def plot_predicted_rows(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Each real row's root of `measured` squared error against `predicted`, a colour a `rotation`."""
-    roots = table.assign(predicted=table["predicted"] ** 0.5, measured=table["measured"] ** 0.5)
-    by = {"hue": "rotation", "style": "rotation", "s": 30, "alpha": 0.7}
-    ax = sns.scatterplot(roots, x="predicted", y="measured", **by, **style.looks(table["rotation"]), ax=ax)
-    both = roots[["predicted", "measured"]].to_numpy()
-    ends = float(both.min()) * 0.9, float(both.max()) * 1.1
-    ax.plot(ends, ends, ls="--", lw=1, c=style.INK)
-    log = {"xscale": "log", "yscale": "log", "xlim": ends, "ylim": ends}
-    ax.set(**log, xlabel="predicted root E", ylabel="measured root E")
-    ticks = [value for value in TICKS if ends[0] <= value <= ends[1]]
-    names = [f"{value:g}" for value in ticks]
-    ax.set(xticks=ticks, xticklabels=names, yticks=ticks, yticklabels=names)
-    ax.minorticks_off()
-    ax.legend(title=None)
     return ax
 
 

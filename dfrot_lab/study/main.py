@@ -10,13 +10,11 @@ from torch import Tensor
 
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.maths.tables import COLUMNS, whole
-from dfrot_lab.observe import capture as captures
-from dfrot_lab.observe import errors, massive, residual
+from dfrot_lab.observe import capture as captures, errors, massive, residual
 from dfrot_lab.recipe.specs import RELEASED_KEEP_OUT, Recipe
 from dfrot_lab.rotate import dfrot
 from dfrot_lab.rotate.steps import Refined
-from dfrot_lab.score import perplexity
-from dfrot_lab.score import rows as score_rows
+from dfrot_lab.score import perplexity, rows as score_rows
 from dfrot_lab.score.perplexity import EvalResult
 from dfrot_lab.study import cost
 from dfrot_lab.study.setting import FIGURE_LAYER, Setting
@@ -24,8 +22,7 @@ from dfrot_lab.study.setting import FIGURE_LAYER, Setting
 log = logging.getLogger(__name__)
 
 BITS = ("16-4-16", "4-4-16", "4-4-4")
-Found = dict[Recipe, EvalResult]
-"""Evaluations by the recipe that was asked for."""
+Found = dict[Recipe, EvalResult]  # evaluations by the recipe that was asked for
 Evaluated = tuple[pd.DataFrame, Found]
 
 

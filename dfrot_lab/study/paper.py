@@ -32,8 +32,7 @@ AS_PRINTED: dict[str, Any] = {"columns": "model", "values": "printed", "aggfunc"
 """How pandas pivots numbers: as they are printed, a column a model."""
 
 Row = Mapping[str, Any]
-Places = list[tuple[str, str, str, str]]
-"""Where a perplexity belongs: table, method, weight quantizer, note."""
+Places = list[tuple[str, str, str, str]]  # where a perplexity belongs: table, method, weight quantizer, note
 Lines = Iterator[tuple[tuple[str, ...], Row]]
 """Lines of ours: the values of PLACE, and what has their model and value."""
 

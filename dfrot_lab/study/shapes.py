@@ -8,8 +8,7 @@ from typing import Any
 from dfrot_lab.model import loading
 from dfrot_lab.recipe.specs import DEFAULT_MODEL, ModelSpec
 
-PASS = 4
-"""Bytes of one pass over one float32 value."""
+PASS = 4  # bytes of one pass over one float32 value
 
 
 @dataclass(frozen=True)

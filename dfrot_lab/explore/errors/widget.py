@@ -18,8 +18,7 @@ from dfrot_lab.explore.errors import plots
 from dfrot_lab.explore.page import HEIGHT, SCHEMES, Stage, html_table, panel
 from dfrot_lab.explore.shell import Explorer, Job, beside, control
 from dfrot_lab.maths import quantizers, rotations
-from dfrot_lab.observe import errors as token_errors
-from dfrot_lab.observe import massive
+from dfrot_lab.observe import errors as token_errors, massive
 from dfrot_lab.observe.capture import Capture, capture
 from dfrot_lab.recipe.specs import DEFAULT_RULE, QuantSpec, RefineSpec
 from dfrot_lab.rotate import dfrot
