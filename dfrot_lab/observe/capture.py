@@ -14,6 +14,7 @@ from dfrot_lab.recipe.base import require
 from dfrot_lab.recipe.specs import WINDOW, CaptureSpec
 
 log = logging.getLogger(__name__)
+HOLDS = {"holds": 2}  # raise it with any change of what a capture keeps: older ones are then recorded anew
 _MEDIAN_SAMPLE = 1 << 16  # values the residual median is of: of all it costs a fifth of the pass
 
 
@@ -69,12 +70,12 @@ def capture(spec: CaptureSpec | None = None, store: Store | None = None) -> Capt
         seconds = time.perf_counter() - started
         writer.note.update(provenance=ready.provenance, family=ready.family, forward_seconds=seconds)
 
-    return Capture(store.get_or_make("capture", keys.identity(spec, door.prints), make))
+    return Capture(store.get_or_make("capture", keys.identity(spec, door.prints) | HOLDS, make))
 
 
 def stored(spec: CaptureSpec, store: Store) -> Capture | None:
     """The capture `spec` describes if the store has it, else None; records nothing."""
-    artefact = store.open("capture", keys.identity(door.resolved(spec), door.prints))
+    artefact = store.open("capture", keys.identity(door.resolved(spec), door.prints) | HOLDS)
     return None if artefact is None else Capture(artefact)
 
 

@@ -133,7 +133,7 @@ def about(findings: Findings) -> pd.DataFrame:
         "seed of the rotations": setting.seed,
         "refinement": f"gamma {setting.gamma:g}, rule {setting.rule}, {setting.steps} steps, {on}",
         "rotations and weights": f"{', '.join(registry.rows())}; {', '.join(registry.WEIGHTS)}",
-        "family, device": f"{manifest['note'].get('family', 'not noted')}, {setting.model.device}",
+        "family, device": f"{manifest['note']['family']}, {setting.model.device}",
         "capture": f"{recorded.key}, recorded {manifest['created']}",
         "versions": ", ".join(f"{name} {metadata.version(name)}" for name in PACKAGES),
         "code": rows.commit() or "no checkout", "report made": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
