@@ -38,7 +38,7 @@ from dfrot_lab.recipe.specs import (
     RefineSpec,
     RotationSpec,
 )
-from dfrot_lab.rotate import dfrot as module, steps
+from dfrot_lab.rotate import descent, dfrot as module, steps
 from dfrot_lab.rotate.dfrot import refined, stored
 from dfrot_lab.rotate.steps import Refined, State, half_step, losses_of, polar, refine, row_weights
 
@@ -727,3 +727,8 @@ def test_another_calibration_text_at_the_same_path_is_another_refinement(tiny_sp
     before = identity(spec)
     text_file.write_text("other words\n" + text_file.read_text())
     assert identity(spec) != before
+
+
+def test_a_turn_however_long_does_not_overflow():
+    skew = torch.tensor([[0.0, 1.0], [-1.0, 0.0]], dtype=torch.float64)
+    assert descent.turn(torch.eye(2, dtype=torch.float64), skew, 1e200).shape == (2, 2)

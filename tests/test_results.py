@@ -343,6 +343,12 @@ def test_a_comparison_refuses_rows_that_it_would_merge(name, metric):
     assert comparison(pd.DataFrame([lines[0]]), metric).shape == (1, 1)
 
 
+def test_a_comparison_refuses_rows_of_two_versions_of_the_formulas():
+    lines = [row(result()), row(result()) | {"formulas": 2}]
+    with pytest.raises(ValueError, match=r"differ in column 'formulas' \(3, 2\)"):
+        comparison(pd.DataFrame(lines))
+
+
 def test_a_comparison_refuses_two_quantizers_of_the_same_bits():
     """A head, and 32 channels of it: a name that did not say so would make them one row."""
     heads = [KV_CACHE.with_(bits=4, group_size=size) for size in (None, 32)]

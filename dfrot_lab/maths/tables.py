@@ -16,8 +16,8 @@ COLUMNS = (
 """Columns of every results row, in order. `parameters` are what a method has beside its own columns; `ci95`
 is [low, high]; `recipe` the key of one kept as YAML beside the rows; `formulas`, `commit` the code's."""
 WHOLE = ("seed", "w_bits", "a_bits", "kv_bits", "keep_out_tokens", "windows", "window", "formulas")  # whole
-FREE = {"metric", "value", "ci95", "seconds", "recipe", "versions", "formulas", "commit"}
-"""Columns that say what came out, when and by which code; the others say of what."""
+FREE = {"metric", "value", "ci95", "seconds", "recipe", "versions", "commit"}
+"""Columns that say what came out and when; the others say of what, and by which formulas."""
 PERPLEXITY = "perplexity"
 
 

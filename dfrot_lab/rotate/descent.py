@@ -77,7 +77,7 @@ def turn(R: Tensor, skew: Tensor, length: float) -> Tensor:
     """exp(-length skew) R (channels, channels) by the exponential's series, until its rest is below
     TURN_ERROR. Its products are of 8-bit codes: an error of 1% of the turn, less than sampling rows makes."""
     codes, scale = _coded(skew)
-    angle, order, term = length * _largest(skew), 0, R.T.contiguous()
+    angle, order, term = min(length * _largest(skew), 1e30), 0, R.T.contiguous()  # else its powers overflow
     found = term.clone()
     while order == 0 or (angle ** (order + 1) / math.factorial(order + 1) > TURN_ERROR and order < 8):
         order += 1
