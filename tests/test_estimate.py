@@ -2,6 +2,8 @@
 which costs must grow.
 """
 
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +23,12 @@ from dfrot_lab.study.cost import GPU_80GB, Machine, Work, duration
 from dfrot_lab.study.setting import Setting
 from dfrot_lab.study.shapes import SHAPES, Shape
 from dfrot_lab.weights import gptq
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("DFROT_LAB_CACHE", str(tmp_path / "cache"))
+
 
 SMALL = Shape(64, 2, 96, 4, 2, 16, 256)
 """The shape of conftest's tiny model."""
@@ -246,3 +254,11 @@ def test_growths_fit_finds_the_powers_it_was_made_with(monkeypatch):
     assert (law.channels, law.rows, law(4096, 1e5)) == pytest.approx((1.9, 1.1, 1e-9 * 4096**1.9 * 1e5**1.1))
     assert growth.fit([growth.Point("x", C, None, C**3.0) for C in (2, 8)]).rows is None
     assert [growth.mlp_width(C) for C in (64, 288, 576, 1152, 2304)] == [192, 768, 1536, 3072, 6144]
+
+
+def test_a_folders_shape_is_kept_so_that_a_second_dry_run_loads_no_transformers(tiny_spec: ModelSpec):
+    first = shapes.shape(tiny_spec)
+    code = "import sys; from dfrot_lab.study import shapes; from dfrot_lab.recipe.specs import ModelSpec\n"
+    code += f"print(shapes.shape(ModelSpec(source={tiny_spec.source!r})), 'transformers' in sys.modules)"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert said.split() == [*str(first).split(), "False"]

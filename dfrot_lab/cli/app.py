@@ -32,8 +32,6 @@ def run(said: Options, dry_run: Annotated[bool, typer.Option("--dry-run", help=D
     """The main job: capture, refine, GPTQ, a table of NR, RO, RH, DFRot with keep-out rows, and figures.
 
     What is finished is kept: after Ctrl-C the same command goes on. --out: folder (runs/<date>/)."""
-    from dfrot_lab.disk import row_files
-    from dfrot_lab.show import gallery
     from dfrot_lab.study import cost, main, shapes
 
     setting, name = said.setting(), said.model
@@ -44,6 +42,9 @@ def run(said: Options, dry_run: Annotated[bool, typer.Option("--dry-run", help=D
         rows = [(machine, row) for machine, table in tables.items() for row in table.to_dict("records")]
         about = cost.describe(name, shape, machines, recipes)
         return said.show([{"model": name, "machine": machine, **row} for machine, row in rows], about)
+    from dfrot_lab.disk import row_files
+    from dfrot_lab.show import gallery  # loads what draws: a dry run needs none of it
+
     folder = said.out or Path("runs") / f"{datetime.now():%Y-%m-%d}"
     folder.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(folder / "log.txt", encoding="utf-8")

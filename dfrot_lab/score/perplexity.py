@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy import stats
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -33,6 +32,8 @@ def bootstrap(statistic: Callable[..., Any], *samples: np.ndarray) -> tuple[floa
     if len(samples[0]) < 2:
         return float("nan"), float("nan")
     options: dict[str, Any] = {"paired": True, "vectorized": True, "method": "percentile", "rng": 0}
+    from scipy import stats  # half a second, which a dry run need not wait
+
     interval = stats.bootstrap(samples, statistic, n_resamples=9999, **options).confidence_interval
     return float(interval.low), float(interval.high)
 

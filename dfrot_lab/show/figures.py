@@ -24,8 +24,7 @@ TOKENS: dict[str, Any] = {
 """seaborn's options for ordinary and massive tokens."""
 SITES = {f"layers.{site}_norm" for site in ("3.input", "6.post_attention", "15.input", "28.input")}
 """Where the paper looks at all tokens."""
-PAIRS = (("NR", "RO"), ("NR", "RH"), ("RO", "RH"), ("RH", "DFRot"))
-"""Which rotations the paper's Fig. 3 compares, the reference first."""
+PAIRS = (("NR", "RO"), ("NR", "RH"), ("RO", "RH"), ("RH", "DFRot"))  # of Fig. 3, the reference first
 LABELS = {"channels": "channels $C$", "ratio": "second spike / first spike"}
 LABELS["snr"] = r"signal to noise, $m\,/\,(\sigma\sqrt{C})$"
 

@@ -32,8 +32,7 @@ from dfrot_lab.study import cost, main, paper
 from dfrot_lab.study.setting import Setting, figure_site
 
 PACKAGES = ("dfrot-lab", "torch", "transformers", "numpy", "matplotlib", "plotly")
-PAIRS = (("RO", "RH"), ("NR", "RO"), ("NR", "RH"), ("RH", "DFRot"))
-"""Rotations that the interactive plot compares, the first pair at the start."""
+PAIRS = (("RO", "RH"), ("NR", "RO"), ("NR", "RH"), ("RH", "DFRot"))  # in the plot, the first at the start
 KINDS = (("ordinary tokens", ORDINARY_COLOUR, "circle", 6), ("massive tokens", MASSIVE_COLOUR, "diamond", 11))
 HOVER = "%{text}<br>%{x:.3g} and %{y:.3g}<extra>%{fullData.name}</extra>"
 GREY, CLEAR = "#808080", "rgba(0,0,0,0)"

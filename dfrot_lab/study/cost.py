@@ -49,33 +49,31 @@ class Machine:
     source: str
 
 
-SHEET = "half its data sheet's, not measured"
-GPU_80GB = Machine("one 80 GB GPU", 9.75e12, 4.85e12, 312e12, 1e12, 80e9, SHEET)
+GPU_80GB = Machine("one 80 GB GPU", 9.75e12, 4.85e12, 312e12, 1e12, 80e9, "half its data sheet's, not measured")
 """One of the A100 kind; its data sheet says float32 19.5e12, float64 9.7e12, int8 624e12, 2.0e12 bytes/s."""
 TWO_CORES = Machine("2 cores", 150e9, 70e9, 300e9, 8e9, 24e9, "a usual laptop's, not measured")
 """What progress lines assume until the work itself has shown its pace."""
 
 
 def measure_machine() -> Machine:
-    """This machine's rates with torch's threads, measured in about 2 s; int8 as the package multiplies it."""
+    """This machine's rates with torch's threads, measured in under 1 s; int8 as the package multiplies it."""
     import psutil
 
-    a, a64 = torch.randn(2048, 2048), torch.randn(1024, 1024, dtype=torch.float64)
-    a8 = torch.randint(-8, 8, (2048, 2048), dtype=torch.int8)
-    large, copy = torch.zeros(256 << 18), torch.empty(256 << 18)
+    a, a64 = torch.randn(1024, 1024), torch.randn(768, 768, dtype=torch.float64)
+    a8 = torch.randint(-8, 8, (1024, 1024), dtype=torch.int8)
+    large, copy = torch.zeros(64 << 18), torch.empty(64 << 18)
 
     def rate(amount: float, work: Callable[[], object]) -> float:  # the median of three, after a first
         return amount / statistics.median(timeit.repeat(work, number=1, repeat=4)[1:])
 
-    flops = rate(2 * 2048**3, lambda: a @ a), rate(2 * 1024**3, lambda: a64 @ a64)
-    int8 = rate(2 * 2048**3, lambda: integer.product(a8, a8))
+    flops = rate(2 * 1024**3, lambda: a @ a), rate(2 * 768**3, lambda: a64 @ a64)
+    int8 = rate(2 * 1024**3, lambda: integer.product(a8, a8))
     rates = (*flops, int8, rate(2 * large.nbytes, lambda: copy.copy_(large)))
     source = f"measured now, {torch.get_num_threads()} threads of torch"
     return Machine("this machine", *rates, psutil.virtual_memory().total, source)
 
 
-AMOUNTS = slice(1, 5)
-"""Of a Work or a Machine: float32 and float64 flops, int8 operations, bytes moved; done, or in a second."""
+AMOUNTS = slice(1, 5)  # of a Work or a Machine: float32 and float64 flops, int8 operations, bytes moved
 
 
 @dataclass(frozen=True)

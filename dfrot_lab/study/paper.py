@@ -16,8 +16,7 @@ from dfrot_lab.study.setting import figure_site
 
 PLACE = ("table", "method", "weight_quantizer", "w_a_kv_bits", "metric", "note")
 """The columns that say which number of the paper a line is, whatever the model."""
-PUBLISHED = Path(__file__).parents[2] / "data" / "paper" / "published.csv"
-"""The published numbers in a checkout; an installed package is without them."""
+PUBLISHED = Path(__file__).parents[2] / "data" / "paper" / "published.csv"  # in a checkout alone
 METHODS = {"NR": "GPTQ", "RO": "QuaRot-RO", "RH": "QuaRot-RH", "DFRot": "DFRot"}
 """The paper's names of our rows; one without rotation has the weight quantizer's name."""
 NINE = "an average of nine tasks, three of which are not among the local six: see the zero-shot rows"

@@ -9,13 +9,10 @@ from dfrot_lab.recipe import registry, specs
 from dfrot_lab.recipe.base import MethodSpec, Spec, one_of, ruled
 from dfrot_lab.recipe.specs import CaptureSpec, CorpusSpec, ModelSpec, Recipe, RefineSpec, RotationSpec
 
-FIGURE_LAYER = 15
-"""A layer in the middle of the stretch where the default model's first token is massive (12 to 28)."""
-PROFILE = "DFROT_LAB_PROFILE"
-"""The environment variable that makes notebooks and experiments `quick` (minutes) or `full` (default)."""
+FIGURE_LAYER = 15  # in the middle of the stretch where the default model's token 0 is massive (12 to 28)
+PROFILE = "DFROT_LAB_PROFILE"  # environment variable: notebooks, experiments `quick` (minutes) or `full`
 QUICK: dict[str, Any] = {"windows": 2, "window": 512, "gptq_windows": 4, "weights": "rtn"}
-QUICK |= {"seeds": 1, "limit": 2, "steps": 20, "quick": True}
-"""What the quick profile changes."""
+QUICK |= {"seeds": 1, "limit": 2, "steps": 20, "quick": True}  # what the quick profile changes
 
 
 class Setting(Spec):

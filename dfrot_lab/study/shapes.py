@@ -1,10 +1,12 @@
 """The sizes of a model, known without reading its weights: what its cost is counted from."""
 
 import struct
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from dfrot_lab.disk.artefacts import Store, Writer
+from dfrot_lab.disk.atomic import digest
 from dfrot_lab.model import loading
 from dfrot_lab.recipe.specs import DEFAULT_MODEL, ModelSpec
 
@@ -87,8 +89,14 @@ def shape(source: ModelSpec) -> Shape:
         except (ValueError, OSError, RuntimeError, LookupError, AttributeError, struct.error) as error:
             said = f"{path} is not a whole GGUF file of a LLaMA-like model ({type(error).__name__}: {error})"
             raise ValueError(said) from error
-    try:  # of a folder no weights are needed
-        place = path if (path / "config.json").is_file() else loading.resolve(source)[1]
+    if (file := path / "config.json").is_file():  # kept, since reading it loads transformers
+
+        def make(writer: Writer) -> None:
+            writer.save_json("shape", asdict(shape_of(loading.config_of(path, source))))
+
+        return Shape(**Store().get_or_make("shape", {"config": digest(file)}, make).json("shape"))
+    try:
+        place = loading.resolve(source)[1]
     except ValueError as error:
         raise ValueError(f"{error} To estimate without a model: {', '.join(SHAPES)}.") from None
     return shape_of(loading.config_of(place, source))
