@@ -35,7 +35,7 @@ def token_errors(
             rotated = x @ R.to(x)
             places += [(site, name, quantizer.name) for quantizer in quantizers]
             errors += [squared_error(rotated, quantizer).numpy() for quantizer in quantizers]
-    error, texts = np.concatenate(errors), np.array(capture.texts, dtype=object)
+    error, texts = np.concatenate(errors, dtype=float), np.array(capture.texts, dtype=object)
     at, rotated_by, quantized_by = (_repeated(names, capture.tokens) for names in zip(*places, strict=True))
     columns = {"site": at, "token": np.tile(np.arange(capture.tokens), len(places))}
     columns |= {"text": np.tile(texts, len(places)), "rotation": rotated_by, "quantizer": quantized_by}
