@@ -10,7 +10,10 @@ const read = async (model) => {
 
 // The figure, drawn from the data of now: what was sent while the script was read is done again, in order.
 const made = async (model, sent) => {
-  const { default: figure } = await (globalThis.dfrotPlotly ??= read(model));
+  const { default: figure } = await (globalThis.dfrotPlotly ??= read(model).catch((error) => {
+    globalThis.dfrotPlotly = null;  // the next plot tries again
+    throw error;
+  }));
   const own = figure(), acts = {};
   let now = {};
   const get = (name) => (name in now ? now[name] : model.get(name));

@@ -245,7 +245,7 @@ class Refinement(Explorer):
         self.entries.put({"x": across, "y": along}, *counts, xaxis={"range": [-reach, reach], "title": title})
 
     def table(self) -> pd.DataFrame:
-        """Step, normal and massive (mean squared error of those rows), distance from the start, on what."""
+        """Step, ordinary and massive (mean squared error of those rows), distance from the start, on what."""
         return pd.DataFrame(self.history, columns=COLUMNS)
 
     def static(self) -> Figure:

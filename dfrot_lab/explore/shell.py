@@ -67,7 +67,7 @@ class Job:
                     work(self)
                 except (Cancelled, *EXPECTED) as raised:
                     log.debug("shown in the explorer", exc_info=True)
-                    error = raised
+                    error = raised.with_traceback(None)  # which would hold what the work held
                 with self._lock:
                     work, self._next = self._next, None
                     self.running = work is not None

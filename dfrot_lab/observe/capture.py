@@ -31,8 +31,8 @@ class Capture:
         self.ids: list[int] = about["ids"]
         self.texts: list[str] = about["texts"]
         self.tokens, self.channels = len(self.ids), int(about["channels"])
-        self.residual_max, self.residual_channel = residual["abs_max"], residual["channel"]
-        self.residual_median = residual["median"]
+        self.residual_max, self.residual_channel = residual["abs_max"].float(), residual["channel"]
+        self.residual_median = residual["median"].float()
 
     def rows(self, site: str) -> Tensor:
         """The norm's output at `site` (tokens, channels), memory-mapped."""

@@ -34,8 +34,8 @@ def token_errors(
         for name, R in matrices.items():
             rotated = x @ R.to(x)
             places += [(site, name, quantizer.name) for quantizer in quantizers]
-            errors += [squared_error(rotated, quantizer).numpy() for quantizer in quantizers]
-    error, texts = np.concatenate(errors, dtype=float), np.array(capture.texts, dtype=object)
+            errors += [squared_error(rotated, quantizer).double().numpy() for quantizer in quantizers]
+    error, texts = np.concatenate(errors), np.array(capture.texts, dtype=object)
     at, rotated_by, quantized_by = (_repeated(names, capture.tokens) for names in zip(*places, strict=True))
     columns = {"site": at, "token": np.tile(np.arange(capture.tokens), len(places))}
     columns |= {"text": np.tile(texts, len(places)), "rotation": rotated_by, "quantizer": quantized_by}
@@ -86,7 +86,7 @@ def massive_values(
     capture: Capture, site: str, token: int, matrices: Mapping[str, Tensor], quantizer: QuantSpec = SYM4
 ) -> pd.DataFrame:
     """One token's values under each rotation (the paper's Fig. 4): rotation, channel, value, quantized."""
-    row, tables = capture.rows(site)[token : token + 1], []
+    row, tables = capture.rows(site)[token : token + 1].float(), []
     for name, R in matrices.items():
         value = row @ R.to(row)
         columns = {"rotation": name, "channel": range(row.shape[1]), "value": value[0].numpy()}

@@ -57,7 +57,7 @@ class Context:
         def make(writer: Writer) -> None:
             writer.save_tensors("squares", _squared_gradients(self.model, self.text(spec)))
 
-        inputs = {"of": keys.identity(door.resolved(spec), door.prints)}
+        inputs = {"of": keys.identity(door.resolved(spec.with_(model=self.recipe.model)), door.prints)}
         return self.store.get_or_make("sensitivity", inputs, make).tensors("squares")
 
 

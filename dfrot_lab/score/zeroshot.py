@@ -116,7 +116,7 @@ def _simple_evaluate(loaded: LoadedModel, task: str, path: Path | None, limit: i
         manager = _local_task(task, path, Path(folder)) if path else TaskManager()
         options: dict[str, Any] = {"task_manager": manager, "bootstrap_iters": 0, "log_samples": False}
         try:
-            return dict(simple_evaluate(model, tasks=[task], limit=limit, **options) or {})
+            return dict(simple_evaluate(model, tasks=[task], limit=limit, **options))
         except OSError as error:
             said = f"task {task} is not here and could not be loaded from the hub ({error})"
             advice = "into zero_shot/ of a folder and name the folder in DFROT_LAB_DATA, or go online."

@@ -69,8 +69,8 @@ class Setting(Spec):
     def row(self, bits: str, rotation: MethodSpec, *, weights: str | None = None, **fields: Any) -> Recipe:
         """The recipe of one row: this setting's model, text and windows, weights by the text's other half."""
         text = CorpusSpec(name=self.corpus, split="evaluation")
-        fields |= {"model": self.model, "corpus": text, "windows": self.windows, "window": self.window}
-        spec = specs.recipe_of(bits, rotation=rotation, **fields)
+        own = {"model": self.model, "corpus": text, "windows": self.windows, "window": self.window}
+        spec = specs.recipe_of(bits, rotation=rotation, **{**own, **fields})
         own = {"method": weights or self.weights, "windows": self.gptq_windows, "window": self.window}
         return spec.with_(weights=spec.weights.with_(corpus=text.with_(split="calibration"), **own))
 

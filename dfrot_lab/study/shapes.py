@@ -1,11 +1,13 @@
 """The sizes of a model, known without reading its weights: what its cost is counted from."""
 
 import struct
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dfrot_lab.disk.artefacts import Store, Writer
+from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.disk.atomic import digest
 from dfrot_lab.model import loading
 from dfrot_lab.recipe.specs import DEFAULT_MODEL, ModelSpec
@@ -15,7 +17,7 @@ PASS = 4  # bytes of one pass over one float32 value
 
 @dataclass(frozen=True)
 class Shape:
-    """A LLaMA-like model: channels C, layers, MLP width, query and key-value heads, a head's channels"""
+    """A LLaMA-like model: channels C, layers, MLP width, (key-value) heads, head size, vocabulary, tied."""
 
     channels: int
     layers: int
@@ -90,11 +92,12 @@ def shape(source: ModelSpec) -> Shape:
             said = f"{path} is not a whole GGUF file of a LLaMA-like model ({type(error).__name__}: {error})"
             raise ValueError(said) from error
     if (file := path / "config.json").is_file():  # kept, since reading it loads transformers
-
-        def make(writer: Writer) -> None:
-            writer.save_json("shape", asdict(shape_of(loading.config_of(path, source))))
-
-        return Shape(**Store().get_or_make("shape", {"config": digest(file)}, make).json("shape"))
+        with suppress(OSError):  # a cache that cannot be written keeps nothing
+            read, key = partial(loading.config_of, path, source), {"config": digest(file)}
+            kept = Store().get_or_make(
+                "shape", key, lambda to: to.save_json("shape", asdict(shape_of(read())))
+            )
+            return Shape(**kept.json("shape"))
     try:
         place = loading.resolve(source)[1]
     except ValueError as error:
