@@ -16,12 +16,11 @@ from dfrot_lab.study.setting import figure_site
 
 theme = style.theme
 FAR = 5.0  # a perplexity more than this many times the best is written out: drawn it would squeeze all others
-TOKENS: dict[str, Any] = {
+TOKENS: dict[str, Any] = {  # seaborn's options for ordinary and massive tokens
     "palette": {"ordinary tokens": style.ORDINARY_COLOUR, "massive tokens": style.MASSIVE_COLOUR},
     "markers": {"ordinary tokens": "o", "massive tokens": "D"},
     "sizes": {"ordinary tokens": 8, "massive tokens": 36},
 }
-"""seaborn's options for ordinary and massive tokens."""
 SITES = {f"layers.{site}_norm" for site in ("3.input", "6.post_attention", "15.input", "28.input")}
 """Where the paper looks at all tokens."""
 PAIRS = (("NR", "RO"), ("NR", "RH"), ("RO", "RH"), ("RH", "DFRot"))  # of Fig. 3, the reference first

@@ -22,11 +22,10 @@ METHODS = {"NR": "GPTQ", "RO": "QuaRot-RO", "RH": "QuaRot-RH", "DFRot": "DFRot"}
 NINE = "an average of nine tasks, three of which are not among the local six: see the zero-shot rows"
 RIVALS = "copied by the authors from another paper: the rivals are not run here yet"
 NOT_YET = "not measured yet: run the experiment"
-ABSENT = {
+ABSENT = {  # metrics, and methods, that have none of our numbers beside them, and why
     "mmlu": "MMLU's questions are not among the local tasks: `lm_eval` with the hub runs them",
     "acc_average9": NINE, "c4_ppl": "C4 is not here", "SpinQuant": RIVALS, "OSTQuant": RIVALS,
 }  # fmt: skip
-"""The metrics, and the methods, that have none of our numbers beside them, and why."""
 AS_PRINTED: dict[str, Any] = {"columns": "model", "values": "printed", "aggfunc": "first", "sort": False}
 """How pandas pivots numbers: as they are printed, a column a model."""
 

@@ -93,9 +93,9 @@ def shape(source: ModelSpec) -> Shape:
             raise ValueError(said) from error
     if (file := path / "config.json").is_file():  # kept, since reading it loads transformers
         with suppress(OSError):  # a cache that cannot be written keeps nothing
-            read, key = partial(loading.config_of, path, source), {"config": digest(file)}
+            read, of = partial(loading.config_of, path, source), {"config": digest(file)}
             kept = Store().get_or_make(
-                "shape", key, lambda to: to.save_json("shape", asdict(shape_of(read())))
+                "shape", of, lambda to: to.save_json("shape", asdict(shape_of(read())))
             )
             return Shape(**kept.json("shape"))
     try:
