@@ -143,6 +143,14 @@ def test_rows_and_text_are_those_of_the_spec(context: Context):
     assert ids[0].tolist() == found.ids
 
 
+def test_what_a_method_looks_at_is_of_the_recipes_model_whatever_its_spec_says(context: Context):
+    spec = half(context)
+    other = spec.with_(model=ModelSpec())
+    assert context.rows(other).key == context.rows(spec).key
+    assert context.sensitivities(other).keys() == context.sensitivities(spec).keys()
+    assert len([a for a in context.store.list() if a.kind == "sensitivity"]) == 1
+
+
 def squared_slopes(loaded: LoadedModel, ids: Tensor, layer: int, norm: str) -> Tensor:
     """Squared derivatives (channels,) of the mean next-token loss by what is added to a norm's output, in the
     mean over the tokens of all windows.

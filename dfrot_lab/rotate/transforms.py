@@ -30,7 +30,7 @@ class Transforms:
 
 
 class Context:
-    """What a method may look at, made when asked for: the model (not to be changed), captures it names."""
+    """What a method may look at, made when asked for: the model (not to be changed), captures of it."""
 
     def __init__(self, recipe: Recipe, store: Store, model: LoadedModel | None = None) -> None:
         self.recipe, self.store, self._model = recipe, store, model
@@ -43,13 +43,16 @@ class Context:
             surgery.prepare(self._model)
         return self._model
 
+    def _own(self, spec: CaptureSpec) -> CaptureSpec:
+        return door.resolved(spec.with_(model=self.recipe.model))
+
     def rows(self, spec: CaptureSpec) -> Capture:
-        """Rows of every norm output."""
-        return capture(spec, self.store)
+        """Rows (tokens, channels) of every norm output."""
+        return capture(self._own(spec), self.store)
 
     def text(self, spec: CaptureSpec) -> Tensor:
         """Token ids (windows, window)."""
-        return token_blocks(spec, self.model)
+        return token_blocks(self._own(spec), self.model)
 
     def sensitivities(self, spec: CaptureSpec) -> dict[str, Tensor]:
         """Mean squared gradient of the unrotated model's loss at each norm output, by site (channels,)."""
@@ -57,7 +60,7 @@ class Context:
         def make(writer: Writer) -> None:
             writer.save_tensors("squares", _squared_gradients(self.model, self.text(spec)))
 
-        inputs = {"of": keys.identity(door.resolved(spec.with_(model=self.recipe.model)), door.prints)}
+        inputs = {"of": keys.identity(self._own(spec), door.prints)}
         return self.store.get_or_make("sensitivity", inputs, make).tensors("squares")
 
 
