@@ -36,14 +36,18 @@ def streams(loaded: LoadedModel, ids: Tensor) -> list[Tensor]:
     return seen
 
 
+def profile(x: Tensor) -> dict[str, float]:
+    """The TOP largest |values| of a residual stream (tokens, channels), `top 1` first, and their `median`."""
+    magnitude = x.abs().flatten()
+    largest = magnitude.topk(min(TOP, len(magnitude))).values.tolist()
+    return {f"top {n}": value for n, value in enumerate(largest, 1)} | {"median": float(magnitude.median())}
+
+
 def residual_profile(spec: CaptureSpec, store: Store | None = None) -> pd.DataFrame:
     """The largest three |values| and the median before each layer: model, corpus, layer, metric, value."""
     loaded, lines = loading.load_model(spec.model, store), []
     for layer, x in enumerate(streams(loaded, token_blocks(spec, loaded)[0])):
-        magnitude = x.abs().flatten()
-        found = {f"top {n}": value for n, value in enumerate(magnitude.topk(TOP).values.tolist(), 1)}
-        found["median"] = float(magnitude.median())
-        lines += [(spec.model.source, spec.corpus.name, layer, *metric) for metric in found.items()]
+        lines += [(spec.model.source, spec.corpus.name, layer, *metric) for metric in profile(x).items()]
     return pd.DataFrame(lines, columns=["model", "corpus", "layer", "metric", "value"])
 
 

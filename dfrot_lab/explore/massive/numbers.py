@@ -46,10 +46,7 @@ def look(loaded: LoadedModel, ids: Tensor, whole: int = 0, step: Step = lambda _
         if not torch.isfinite(x).all():
             found = f"activations must be finite; got NaN or Inf before layer {layer}"
             raise ValueError(f"{found}. The model is broken, or its dtype too small.")
-        magnitude = x.float().abs().flatten()
-        top = magnitude.topk(min(residual.TOP, len(magnitude))).values.tolist()
-        named = {f"top {n}": value for n, value in enumerate(top, 1)}
-        profile.append({"layer": layer, **named, "median": float(magnitude.median())})
+        profile.append({"layer": layer, **residual.profile(x.float())})
     texts = [loaded.tokenizer.decode([i]) for i in ids.tolist()]
     eps = float(getattr(loaded.model.config, "rms_norm_eps", 0.0))
     return Look(texts, [x.float() for x in streams], pd.DataFrame(profile), eps, whole or len(texts))
