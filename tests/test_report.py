@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 
 from dfrot_lab.cli.app import app
 from dfrot_lab.disk.artefacts import Store
+from dfrot_lab.disk.atomic import write_text
 from dfrot_lab.recipe.specs import ModelSpec, Recipe
 from dfrot_lab.score import perplexity
 from dfrot_lab.show import report
@@ -202,7 +203,7 @@ def test_chromium_draws_the_report_and_runs_no_token(setting, store, tmp_path):
     perplexity.evaluate(setting.row("16-4-16", setting.rotation("RH")), store)
     findings = report.collect(setting, store)
     path = tmp_path / "report.html"
-    report.write(
+    write_text(
         path,
         report.page(
             report.values(
@@ -281,22 +282,22 @@ def test_a_place_that_cannot_be_written_is_refused_before_any_work(tmp_path, mon
 
 def test_writing_replaces_a_file_whole(tmp_path):
     path = tmp_path / "report.html"
-    report.write(path, "first")
-    report.write(path, "second")
+    write_text(path, "first")
+    write_text(path, "second")
     assert path.read_text() == "second" and list(tmp_path.iterdir()) == [path]
 
 
 def test_a_killed_writer_leaves_the_old_file(tmp_path):
     """The kernel kills the process in the middle of the file, at the size it may not pass."""
     path = tmp_path / "report.html"
-    report.write(path, "the old report")
+    write_text(path, "the old report")
     code = f"""
 import resource, signal
 from pathlib import Path
-from dfrot_lab.show import report
+from dfrot_lab.disk.atomic import write_text
 signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-report.write(Path({str(path)!r}), "new" * 1_000_000)
+write_text(Path({str(path)!r}), "new" * 1_000_000)
 """
     killed = subprocess.run([sys.executable, "-c", code], capture_output=True, env=os.environ)
     assert killed.returncode == -signal.SIGXFSZ, killed.stderr.decode()
@@ -304,7 +305,7 @@ report.write(Path({str(path)!r}), "new" * 1_000_000)
     [left] = tmp_path.glob(".report.html.*.tmp")
     assert left.stat().st_size == 100_000, "it was killed half-way"
     os.utime(left, (0, 0))  # what is younger may be another process's, at work
-    report.write(path, "the new report")
+    write_text(path, "the new report")
     assert path.read_text() == "the new report" and list(tmp_path.iterdir()) == [path]
 
 

@@ -102,6 +102,7 @@ def report_command(said: Options) -> None:
 
     --out: default report.html, in a folder that is there. Shown is what is stored; the capture alone is
     computed if it is missing, and rows that are not stored are named with the command that computes them."""
+    from dfrot_lab.disk.atomic import write_text
     from dfrot_lab.show import report
     from dfrot_lab.study import main
 
@@ -110,7 +111,7 @@ def report_command(said: Options) -> None:
         need = f"--out must be in a folder that is there; got {path}."
         raise ValueError(f"{need} Make the folder {path.parent} first")
     findings = report.collect(said.setting())
-    report.write(path, report.page(report.values(findings)))
+    write_text(path, report.page(report.values(findings)))
     missing = [main.row_name(spec) for spec in findings.missing]
     about: dict[str, Any] = {"out": path, "bytes": path.stat().st_size, "rows not stored": missing}
     about["which this computes"] = report.command(findings.result.setting) if missing else None
@@ -205,7 +206,7 @@ def evaluate_command(
     recipe: Annotated[Path | None, typer.Option(help=RECIPE)] = None,
 ) -> None:  # fmt: skip
     """Perplexity of a rotation at given bits, or of a recipe. --out: .jsonl to add to; recipe beside it."""
-    from dfrot_lab.disk import row_files
+    from dfrot_lab.disk import atomic, row_files
     from dfrot_lab.maths import tables
     from dfrot_lab.score import perplexity, rows
 
@@ -216,7 +217,7 @@ def evaluate_command(
     if said.out:
         row_files.append(said.out, [row])
         beside = said.out.with_name(f"{said.out.stem}.{row['recipe']}.yaml")
-        beside.write_text(result.spec.to_yaml(), encoding="utf-8")
+        atomic.write_text(beside, result.spec.to_yaml())
     about = f"{tables.label(row)} {row['bits']} on {row['corpus']}: {tables.cell(row)}"
     said.show(row, f"{about}, {row['windows']} windows")
 

@@ -103,9 +103,10 @@ class Options:
 
     def show_facts(self, about: Mapping[str, Any], out: Path | None = None) -> None:
         """Named facts; with `out` also as a JSON file."""
+        from dfrot_lab.disk.atomic import write_text
+
         if out:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            out.write_text(json.dumps(about, indent=1, default=str) + "\n", encoding="utf-8")
+            write_text(out, json.dumps(about, indent=1, default=str) + "\n")
         lines = []
         for name, value in about.items():
             parts = [f"  {k}: {v}" for k, v in value.items()] if isinstance(value, Mapping) else []

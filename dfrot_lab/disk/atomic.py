@@ -52,6 +52,12 @@ def replacing(path: Path, wanted: int | None = None) -> Iterator[Path]:
         raise OSError(code, f"{said}; {hint}") from error
 
 
+def write_text(path: Path, text: str) -> None:
+    """Put `text` into `path`, whole or not at all: until it is complete, what was there stays. OSError."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 def cache_dir() -> Path:
     """The cache folder, made if missing: $DFROT_LAB_CACHE, else the user's. OSError if it cannot be made."""
     chosen = os.environ.get("DFROT_LAB_CACHE")
@@ -85,8 +91,7 @@ def digest(path: Path | str, algorithm: str = "xxh3_128") -> str:
         # where the cache cannot be written, the next process reads again
         with suppress(OSError), FileLock((memory := cache_dir() / "digests.json").with_suffix(".json.lock")):
             entries = {**_remembered(), name: _known[name]}
-            with replacing(memory) as temp:
-                temp.write_text(json.dumps(dict(list(entries.items())[-ENTRIES:])), encoding="utf-8")
+            write_text(memory, json.dumps(dict(list(entries.items())[-ENTRIES:])))
     return found
 
 

@@ -12,7 +12,7 @@ import pandas as pd
 import yaml
 from filelock import FileLock
 
-from dfrot_lab.disk.atomic import replacing
+from dfrot_lab.disk.atomic import replacing, write_text
 from dfrot_lab.maths.tables import COLUMNS, comparison, markdown, whole
 
 log = logging.getLogger(__name__)
@@ -80,6 +80,5 @@ def save(path: Path, table: pd.DataFrame, recipes: Mapping[str, Any]) -> list[Pa
     texts = {path.with_suffix(".md"): markdown(comparison(table)) + "\n"}
     texts[path.with_suffix(".recipes.yaml")] = yaml.safe_dump(dict(recipes), sort_keys=False)
     for beside, text in texts.items():
-        with replacing(beside) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        write_text(beside, text)
     return [path, *texts]

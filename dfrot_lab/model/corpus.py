@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from dfrot_lab.disk.atomic import cache_dir, digest, replacing
+from dfrot_lab.disk.atomic import cache_dir, digest, write_text
 from dfrot_lab.disk.downloads import WIKIPEDIA_XML, fetch
 from dfrot_lab.model.wiki import read_dump, strip_markup
 from dfrot_lab.recipe.base import require
@@ -163,8 +163,7 @@ def _sample_articles() -> list[dict[str, str]]:
             log.warning("%s is damaged (%s): making it again", path, error)
     bar = tqdm(read_dump(fetch(WIKIPEDIA_XML)), desc="Reading Wikipedia articles", delay=2)
     articles = [{"title": title, "text": strip_markup(text)} for title, text in bar]
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(articles, ensure_ascii=False, indent=0), encoding="utf-8")
+    write_text(path, json.dumps(articles, ensure_ascii=False, indent=0))
     return articles
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from dfrot_lab.disk import row_files
+from dfrot_lab.disk import atomic, row_files
 from dfrot_lab.maths import tables
 from dfrot_lab.model import loading
 from dfrot_lab.observe import errors, massive
@@ -59,7 +59,7 @@ def _save_figure(fig: Figure, name: str, folder: Path, setting: Setting, about: 
     own = {"figure": name, "model": setting.model.source, "corpus": setting.corpus, "seed": setting.seed}
     versions = {each: metadata.version(each) for each in ("dfrot-lab", "torch", "transformers", "matplotlib")}
     said = {**own, **about, "versions": versions, "commit": rows.commit()}
-    (folder / f"{name}.json").write_text(json.dumps(said, indent=1, default=str) + "\n", encoding="utf-8")
+    atomic.write_text(folder / f"{name}.json", json.dumps(said, indent=1, default=str) + "\n")
     return folder / f"{name}.png"
 
 
@@ -113,8 +113,7 @@ def most_massive(table: pd.DataFrame) -> str:
     head = table.iloc[0]
     reaches = f"\u2018{visible(head['text'])}\u2019, reaches {head['residual_max']:,.0f}"
     where = f"channel {head['channel']} of the residual stream at {head['site']}"
-    times = f"{head['ratio_to_median']:,.0f} times the median"
-    return f"The most massive token, {reaches} in {where}, {times}."
+    return f"The most massive token, {reaches} in {where}, {head['ratio_to_median']:,.0f} times the median."
 
 
 def differences(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:

@@ -20,7 +20,6 @@ from matplotlib.figure import Figure
 from plotly.offline import get_plotlyjs
 
 from dfrot_lab.disk.artefacts import Store
-from dfrot_lab.disk.atomic import replacing
 from dfrot_lab.maths import tables
 from dfrot_lab.model import corpus, loading
 from dfrot_lab.recipe import registry
@@ -179,12 +178,6 @@ def row_command(setting: Setting, spec: Recipe) -> str:
 def _options(setting: Setting, seed: int) -> str:
     model, text = map(shlex.quote, (setting.model.source, setting.corpus))
     return f"--model {model} --corpus {text} --seed {seed} --windows {setting.windows}"
-
-
-def write(path: Path, text: str) -> None:
-    """Put `text` into `path`, whole or not at all: until it is complete, what was there stays."""
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
 
 
 def scatter_figure(wide: pd.DataFrame) -> go.Figure:
