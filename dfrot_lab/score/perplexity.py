@@ -29,11 +29,11 @@ def perplexity(losses: np.ndarray, axis: int = -1) -> Any:
 
 def bootstrap(statistic: Callable[..., Any], *samples: np.ndarray) -> tuple[float, float]:
     """Percentile bootstrap 95% interval of a statistic of paired samples (windows,); nan for fewer than 2."""
+    from scipy import stats  # half a second, which a dry run need not wait
+
     if len(samples[0]) < 2:
         return float("nan"), float("nan")
     options: dict[str, Any] = {"paired": True, "vectorized": True, "method": "percentile", "rng": 0}
-    from scipy import stats  # half a second, which a dry run need not wait
-
     interval = stats.bootstrap(samples, statistic, n_resamples=9999, **options).confidence_interval
     return float(interval.low), float(interval.high)
 

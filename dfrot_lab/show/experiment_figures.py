@@ -21,7 +21,7 @@ ORDER_COLOURS = {
     "RO > RH > NR": "#E69F00", "RH > NR > RO": "#AA4499", "RH > RO > NR": "#222222",
 }  # fmt: skip
 """A colour for each order of the errors: green, blue and red are the paper's."""
-SCHEMES = "refined {refined_with}, sign flips: {sign_flips}"
+SCHEME_LABEL = "refined {refined_with}, sign flips: {sign_flips}"
 ORDER_MARKERS = dict(zip(ORDER_COLOURS, "ovDsPX", strict=True))
 
 
@@ -194,7 +194,7 @@ FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {
     "zero-shot": figure_zero_shot, "intervene": figure_intervene,
     "main-table": partial(figure_differences, label="{rotation} {bits}", panel="weights: {weights}"),
     "calibration": partial(figure_differences, label="{varied} {level}"),
-    "symmetric-or-not": partial(figure_differences, label=SCHEMES, panel="tested {tested_with}, {bits}"),
+    "symmetric-or-not": partial(figure_differences, label=SCHEME_LABEL, panel="tested {tested_with}, {bits}"),
     "variants": partial(figure_differences, label="{variant}"),
 }  # fmt: skip
 """The figure that draws each experiment's table."""

@@ -134,10 +134,8 @@ def _main_table(table: pd.DataFrame) -> Lines:
     """The perplexities, and the minutes that DFRot takes beyond RH."""
     yield from _perplexities(table, _weights)
     for row in tables.records(table[table["rotation"] == "DFRot"])[:1]:
-        yield (
-            ("T2old", "DFRot", "none", "-", "extra_minutes_A100", ""),
-            {**row, "value": row["extra_minutes"]},
-        )
+        place = ("T2old", "DFRot", "none", "-", "extra_minutes_A100", "")
+        yield place, {**row, "value": row["extra_minutes"]}
 
 
 def _massive_token(table: pd.DataFrame) -> Lines:

@@ -71,8 +71,8 @@ class Setting(Spec):
         text = CorpusSpec(name=self.corpus, split="evaluation")
         own = {"model": self.model, "corpus": text, "windows": self.windows, "window": self.window}
         spec = specs.recipe_of(bits, rotation=rotation, **{**own, **fields})
-        own = {"method": weights or self.weights, "windows": self.gptq_windows, "window": self.window}
-        return spec.with_(weights=spec.weights.with_(corpus=text.with_(split="calibration"), **own))
+        by = {"method": weights or self.weights, "windows": self.gptq_windows, "window": self.window}
+        return spec.with_(weights=spec.weights.with_(corpus=text.with_(split="calibration"), **by))
 
 
 def figure_site(sites: Sequence[str]) -> str:

@@ -3,11 +3,10 @@
 import struct
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dfrot_lab.disk.artefacts import Store
+from dfrot_lab.disk.artefacts import Store, Writer
 from dfrot_lab.disk.atomic import digest
 from dfrot_lab.model import loading
 from dfrot_lab.recipe.specs import DEFAULT_MODEL, ModelSpec
@@ -92,12 +91,12 @@ def shape(source: ModelSpec) -> Shape:
             said = f"{path} is not a whole GGUF file of a LLaMA-like model ({type(error).__name__}: {error})"
             raise ValueError(said) from error
     if (file := path / "config.json").is_file():  # kept, since reading it loads transformers
+
+        def make(writer: Writer) -> None:
+            writer.save_json("shape", asdict(shape_of(loading.config_of(path, source))))
+
         with suppress(OSError):  # a cache that cannot be written keeps nothing
-            read, of = partial(loading.config_of, path, source), {"config": digest(file)}
-            kept = Store().get_or_make(
-                "shape", of, lambda to: to.save_json("shape", asdict(shape_of(read())))
-            )
-            return Shape(**kept.json("shape"))
+            return Shape(**Store().get_or_make("shape", {"config": digest(file)}, make).json("shape"))
     try:
         place = loading.resolve(source)[1]
     except ValueError as error:
