@@ -27,6 +27,13 @@ def test_writers_at_once_lose_no_row(tmp_path: Path):
     assert found.groupby("writer")["row"].apply(sorted).to_dict() == {name: [*range(600)] for name in "abcd"}
 
 
+def test_whole_numbers_stay_whole_beside_a_missing_one(tmp_path: Path):
+    path = tmp_path / "rows.jsonl"
+    append(path, [{"k": 1, "x": 0.5, "kept": True}, {"k": None, "x": None, "kept": None}])
+    assert str(load(path)["k"].dtype) == "Int64" and load(path)["k"].tolist() == [1, pd.NA]
+    assert load(path)["x"].dtype == float and load(path)["kept"].dtype == object
+
+
 def test_a_row_that_is_no_json_leaves_the_file_as_it_was(tmp_path: Path):
     path = tmp_path / "rows.jsonl"
     append(path, [{"value": 1}])

@@ -52,7 +52,9 @@ def load(path: Path) -> pd.DataFrame:
             if number < len(lines):
                 said = f"line {number} must be one JSON object; got {line[:60]!r}"
                 raise ValueError(f"{path} {said}") from error
-    return whole(pd.DataFrame(rows, columns=None if rows else list(COLUMNS)))
+    table = pd.DataFrame(rows, columns=None if rows else list(COLUMNS))
+    gaps = [name for name in table if {type(row.get(name)) for row in rows} == {int, type(None)}]
+    return whole(table.astype(dict.fromkeys(gaps, "Int64")))
 
 
 def write_table(table: pd.DataFrame, out: Path) -> None:

@@ -88,7 +88,8 @@ def plot_error_pair(wide: pd.DataFrame, x: str, y: str, *, ax: Axes | None = Non
     ax.collections[-1].set_alpha(np.where(shown["massive"], 1, 0.5).tolist())
     top = wide[[x, y]].max() * 1.05  # not one for both: errors without rotation are ten times the others
     ax.plot([0, top.max()], [0, top.max()], ls="--", lw=1, c=style.INK, label="equal")
-    ax.set(xlabel=f"E({x})", ylabel=f"E({y})", xlim=(0, top[x]), ylim=(0, top[y]), title=f"{y} against {x}")
+    limits = {"xlim": (-top[x] / 50, top[x]), "ylim": (-top[y] / 50, top[y])}  # a marker at 0 is seen whole
+    ax.set(xlabel=f"E({x})", ylabel=f"E({y})", title=f"{y} against {x}", **limits)
     ax.legend()
     return ax
 

@@ -22,9 +22,7 @@ from dfrot_lab.study.main import MainResult
 from dfrot_lab.study.setting import Setting, figure_site
 
 log = logging.getLogger(__name__)
-
-SMALL = 5000
-"""Rows up to which an experiment's table is kept as JSON lines, to be compared; above it as Parquet."""
+SMALL = 5000  # rows up to which an experiment's table is kept as JSON lines, to be compared; above: Parquet
 
 
 def save_experiment(name: str, table: pd.DataFrame, setting: Setting, at: Path, pictures: Path) -> list[Path]:
