@@ -53,7 +53,7 @@ def load(path: Path) -> pd.DataFrame:
                 said = f"line {number} must be one JSON object; got {line[:60]!r}"
                 raise ValueError(f"{path} {said}") from error
     table = pd.DataFrame(rows, columns=None if rows else list(COLUMNS))
-    gaps = [name for name in table if {type(row.get(name)) for row in rows} == {int, type(None)}]
+    gaps = [str(name) for name in table if {type(row.get(str(name))) for row in rows} == {int, type(None)}]
     return whole(table.astype(dict.fromkeys(gaps, "Int64")))
 
 
