@@ -115,9 +115,7 @@ def test_hooks_change_nothing_and_are_gone_after():
     ids = some_ids(loaded)
     inside: list[Tensor] = []
     plain = loaded.model(ids).logits
-    watch = loaded.model.get_submodule("model.norm").register_forward_hook(
-        lambda _m, _a, output: inside.append(output.clone())
-    )
+    watch = loaded.layers[-1].register_forward_hook(lambda _m, _a, output: inside.append(output.clone()))
     loaded.model(ids)
     record(loaded, ids, lambda site, x: None)
     watch.remove()
@@ -147,9 +145,10 @@ def test_the_median_of_many_tokens_is_close_to_the_full_one():
         * torch.linspace(0.5, 3, 4096)[:, None]
     )
     assert x.numel() > module._MEDIAN_SAMPLE
-    value, channel, median = module._extremes(x)
+    value, channel, some = module._extremes(x, len(x))
     assert torch.equal(value, x.abs().amax(1)) and torch.equal(channel, x.abs().argmax(1))
-    assert float(median) == pytest.approx(float(x.abs().median()), rel=0.02)
+    assert some.numel() <= 1.5 * module._MEDIAN_SAMPLE
+    assert float(some.median()) == pytest.approx(float(x.abs().median()), rel=0.02)
 
 
 # ---- from spec to artefact

@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dfrot_lab.model.loading import LoadedModel
+from dfrot_lab.model.stream import dressed
 
 At = Callable[[str, Tensor], Tensor | None]  # a site, what is there -> what is to be there; None leaves it
 Shown = tuple[tuple[At, Collection[str]], ...]
@@ -42,11 +43,18 @@ def at_sites(loaded: LoadedModel, function: At, sites: Collection[str] | None = 
     wanted = set(known if sites is None else sites)
     if unknown := wanted - set(sites_of(loaded, *ALL_KINDS)):
         raise KeyError(f"no site {min(unknown)!r} in this model; it has {known[0]} .. {known[-1]}")
-    with ExitStack() as stack:
-        for number, layer in enumerate(loaded.layers):
+
+    @contextmanager
+    def hooked(number: int) -> Iterator[None]:
+        with ExitStack() as stack:
             for kind, (name, is_output) in _places(loaded).items():
                 if (site := f"layers.{number}.{kind}") in wanted:
-                    stack.callback(_hooked(layer.get_submodule(name), site, function, is_output).remove)
+                    module = loaded.layers[number].get_submodule(name)
+                    stack.callback(_hooked(module, site, function, is_output).remove)
+            yield
+
+    with ExitStack() as stack:
+        stack.enter_context(dressed(loaded, hooked))
         if any(site.rpartition(".")[2] in ATTENTION for site in wanted):
             stack.enter_context(_attention(loaded, function, wanted))
         yield

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dfrot_lab.maths.quantizers import Quantized, centred
 from dfrot_lab.model.loading import LoadedModel, linear
+from dfrot_lab.model.stream import dressed
 from dfrot_lab.model.surgery import Transform
 from dfrot_lab.recipe.specs import QuantSpec
 
@@ -94,12 +95,18 @@ def integer_linears(
     """While it runs, linears are `IntegerLinear`s on `codes`; `r4` is on down_proj, `spare` at norms."""
     source = _Input(spec)
     after_norm = [name for _, _, names in loaded.roles.feeds for name in names]
-    with ExitStack() as stack:
-        stack.callback(setattr, source, "last", None)
-        for layer, weights in zip(loaded.layers, codes, strict=True):
-            for name, weight in weights.items():
+
+    @contextmanager
+    def replaced(number: int) -> Iterator[None]:
+        layer = loaded.layers[number]
+        with ExitStack() as stack:
+            stack.callback(setattr, source, "last", None)
+            for name, weight in codes[number].items():
                 original, before = linear(layer, name), r4 if name == loaded.roles.down else None
                 spared = spare if name in after_norm else None
                 layer.set_submodule(name, IntegerLinear(original, weight, source, before, spared))
                 stack.callback(layer.set_submodule, name, original)
+            yield
+
+    with dressed(loaded, replaced):
         yield

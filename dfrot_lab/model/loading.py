@@ -7,7 +7,7 @@ import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
@@ -18,6 +18,7 @@ from torch import nn
 from dfrot_lab.disk import downloads
 from dfrot_lab.disk.artefacts import Store, Writer
 from dfrot_lab.disk.atomic import digest
+from dfrot_lab.model.checkpoint import Checkpoint, memory, weight_bytes
 from dfrot_lab.model.families import Roles, roles_of
 from dfrot_lab.recipe.base import content_key, require
 from dfrot_lab.recipe.keys import model_key
@@ -30,7 +31,9 @@ MODEL_FILES = (".json", ".safetensors", ".model", ".txt", ".jinja")  # what make
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A transformers model (eval mode) ready for surgery, and what is known of it."""
+    """A transformers model (eval mode) ready for surgery, and what is known of it. One that does not fit into
+    memory has a `checkpoint` in place of weights: `model.stream` reads it part by part, makes `changes` to
+    each part read and has layers wear `dresses` in use; `done` names the surgery among the changes."""
 
     model: nn.Module
     tokenizer: Any
@@ -38,6 +41,10 @@ class LoadedModel:
     spec: ModelSpec
     fingerprint: str
     provenance: str
+    checkpoint: Checkpoint | None = None
+    changes: list[tuple[Any, set[int]]] = field(default_factory=list)
+    dresses: list[Any] = field(default_factory=list)
+    done: set[str] = field(default_factory=set)
 
     @property
     def family(self) -> str:
@@ -46,8 +53,9 @@ class LoadedModel:
 
     @property
     def device(self) -> torch.device:
-        """Where its weights are, and token ids must go."""
-        return next(self.model.parameters()).device
+        """Where it computes, and token ids must go."""
+        own = next(self.model.parameters()).device
+        return own if self.checkpoint is None else torch.device(self.checkpoint.device)
 
     @property
     def config(self) -> Any:
@@ -150,6 +158,15 @@ def _hub_commit(name: str, revision: str | None) -> str | None:
         return extract_commit_hash(cached_file(name, "config.json", revision=revision), None)
 
 
+def _hub_folder(name: str, revision: str | None) -> Path:
+    """A hub model's folder in the local cache: fetched, or as it is there."""
+    from huggingface_hub import snapshot_download
+
+    with _hub_errors(f"hub:{name}"):
+        wanted = [f"*{suffix}" for suffix in MODEL_FILES]
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+
+
 @contextmanager
 def _hub_errors(source: str) -> Iterator[None]:
     try:
@@ -159,7 +176,9 @@ def _hub_errors(source: str) -> Iterator[None]:
         raise OSError(f"cannot read {source} from the hub ({error}). {advice}") from error
 
 
-def load_model(spec: ModelSpec | None = None, store: Store | None = None) -> LoadedModel:
+def load_model(
+    spec: ModelSpec | None = None, store: Store | None = None, *, whole: bool = False
+) -> LoadedModel:
     """Load `spec` in eval mode on its device; a GGUF file is dequantised once into the store (about 20 s).
     ValueError: an unknown source, an unsupported family, a damaged file. OSError: a hub out of reach."""
     spec = placed(spec or ModelSpec())
@@ -172,10 +191,30 @@ def load_model(spec: ModelSpec | None = None, store: Store | None = None) -> Loa
         kind, place = "gguf", downloads.fetch(downloads.SMOLLM2_GGUF)
     if kind == "gguf":
         place, provenance = _dequantised(Path(place), key, store or Store())
-    config_of(place, spec)
-    model = _from_pretrained(place, spec)
+    if kind == "hub":
+        place = _hub_folder(str(place), spec.revision)
+    place, config = Path(place), config_of(Path(place), spec)
+    size, limit = weight_bytes(place, spec.dtype), memory(spec.device)
+    keeps = size <= limit
+    if whole and not keeps:
+        said = f"{size / 1e9:.1f} GB of weights, and room for {limit / 1e9:.1f}"
+        raise ValueError(f"a model must fit into memory as a whole for this; got {said}: take a smaller one")
+    model = _from_pretrained(place, spec).to(spec.device) if keeps else _without_weights(config, spec)
     tokenizer, roles = _tokenizer(str(place), spec.revision, key), roles_of(type(model).__name__)
-    return LoadedModel(model.eval().to(spec.device), tokenizer, roles, spec, name, provenance)
+    checkpoint = None if keeps else Checkpoint(place, model, roles, spec.device)
+    if checkpoint:
+        log.info("%s is read layer by layer: it does not fit into %.1f GB", spec.source, limit / 1e9)
+    model = model.eval().requires_grad_(False)
+    return LoadedModel(model, tokenizer, roles, spec, name, provenance, checkpoint)
+
+
+def _without_weights(config: Any, spec: ModelSpec) -> Any:
+    """The model of a config, its parameters on `meta`: there is nothing in them."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    with init_empty_weights(include_buffers=False):
+        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, spec.dtype))
 
 
 def config_of(place: Path | str, spec: ModelSpec) -> Any:

@@ -15,11 +15,14 @@ from torch import Tensor, nn
 
 from dfrot_lab.maths.hadamard import factors, hadamard_transform
 from dfrot_lab.maths.rotations import check
-from dfrot_lab.model.hooks import At, at_sites, sites_of
+from dfrot_lab.model.checkpoint import EMBEDDING, HEAD
+from dfrot_lab.model.hooks import NORMS, At, at_sites, sites_of
 from dfrot_lab.model.loading import LoadedModel, linear
+from dfrot_lab.model.stream import change
 
 Transform = Callable[[Tensor], Tensor]  # of one activation (..., channels), to another of the same shape
 EDIT_ROWS = 1024  # rows of a weight worked on at once
+FUSED = "norms fused"
 
 
 def untie(loaded: LoadedModel) -> None:
@@ -41,11 +44,11 @@ def _ends(loaded: LoadedModel) -> tuple[nn.Linear, nn.Linear]:
     return linear(loaded.model, loaded.roles.lm_head), linear(loaded.model, loaded.roles.embedding)
 
 
-def _feeds(loaded: LoadedModel) -> dict[str, tuple[nn.Linear, list[nn.Linear]]]:
-    """The layers' norms and the linears that alone read each one's output, by site."""
+def _feeds(loaded: LoadedModel, number: int) -> dict[str, tuple[nn.Linear, list[nn.Linear]]]:
+    """A layer's norms and the linears that alone read each one's output, by site."""
+    layer = loaded.layers[number]
     return {
         f"layers.{number}.{site}": (linear(layer, norm), [linear(layer, name) for name in readers])
-        for number, layer in enumerate(loaded.layers)
         for site, norm, readers in loaded.roles.feeds
     }
 
@@ -59,9 +62,16 @@ def prepare(loaded: LoadedModel) -> None:
 def fuse_norms(loaded: LoadedModel) -> None:
     """Move each RMSNorm gain g into the linears it feeds, W -> W diag(g), g -> 1. Needs untied embeddings."""
     _require_untied(loaded)
-    for norm, readers in _feeds(loaded).values():
-        fuse_norm(norm, readers)
-    fuse_norm(linear(loaded.model, loaded.roles.final_norm), [_ends(loaded)[0]])
+
+    def fuse(part: int) -> None:
+        if part == HEAD:
+            fuse_norm(linear(loaded.model, loaded.roles.final_norm), [_ends(loaded)[0]])
+            return
+        for norm, readers in _feeds(loaded, part).values():
+            fuse_norm(norm, readers)
+
+    change(loaded, fuse, {*range(len(loaded.layers)), HEAD})
+    loaded.done.add(FUSED)
 
 
 def fuse_norm(norm: nn.Linear, linears: list[nn.Linear]) -> None:
@@ -73,25 +83,32 @@ def fuse_norm(norm: nn.Linear, linears: list[nn.Linear]) -> None:
 
 def fold_gains(loaded: LoadedModel, gains: Mapping[str, Tensor]) -> None:
     """Give norms at some sites gains g (channels,), their readers W -> W / g; after R1, never before it."""
-    feeds, wanted = _feeds(loaded), {}
+    sites, wanted = sites_of(loaded, *NORMS), dict[str, Tensor]()
     for site, gain in gains.items():
-        if site not in feeds:
-            there = ", ".join(list(feeds)[:2])
+        if site not in sites:
+            there = ", ".join(sites[:2])
             raise KeyError(f"no norm at site {site!r} in this model; it has {there}, ...")
         if gain.shape != (loaded.channels,) or not (gain.isfinite() & (gain != 0)).all():
             rule = f"{loaded.channels} finite numbers that are not 0"
             raise ValueError(f"gains[{site!r}] must be {rule}; got shape {tuple(gain.shape)}, {gain}")
         wanted[site] = gain.to(loaded.device, torch.float64)
-    for site, gain in wanted.items():
-        norm, readers = feeds[site]
-        norm.weight.data.copy_(norm.weight.double() * gain)
-        for reader in readers:
-            _edit_rows(reader, partial(torch.div, other=gain))
+
+    def fold(number: int) -> None:
+        for site, (norm, readers) in _feeds(loaded, number).items():
+            if (gain := wanted.get(site)) is not None:
+                norm.weight.data.copy_(norm.weight.double() * gain)
+                for reader in readers:
+                    _edit_rows(reader, partial(torch.div, other=gain))
+
+    change(loaded, fold, {int(site.split(".")[1]) for site in wanted})
 
 
 def norms_are_fused(loaded: LoadedModel) -> bool:
     """Whether every norm gain that R1 must pass is 1."""
-    norms = [linear(loaded.model, loaded.roles.final_norm), *(norm for norm, _ in _feeds(loaded).values())]
+    if loaded.checkpoint is not None:
+        return FUSED in loaded.done
+    feeds = [feed for number in range(len(loaded.layers)) for feed in _feeds(loaded, number).values()]
+    norms = [linear(loaded.model, loaded.roles.final_norm), *(norm for norm, _ in feeds)]
     return all(bool((norm.weight == 1).all()) for norm in norms)
 
 
@@ -102,12 +119,18 @@ def rotate_residual(loaded: LoadedModel, R: Tensor) -> None:
         why = "a gain that is not 1 does not commute with a rotation"
         raise ValueError(f"norm gains must be fused (surgery.fuse_norms) before R1: {why}")
     R = check(R, loaded.channels).to(loaded.device)
-    readers = [reader for _, found in _feeds(loaded).values() for reader in found]
-    for module in (*_ends(loaded), *readers):
-        _edit_rows(module, lambda w: w @ R)
-    for layer in loaded.layers:
+
+    def rotate(part: int) -> None:
+        if part < 0:
+            _edit_rows(_ends(loaded)[0 if part == HEAD else 1], lambda w: w @ R)
+            return
+        for _, readers in _feeds(loaded, part).values():
+            for reader in readers:
+                _edit_rows(reader, lambda w: w @ R)
         for name in (loaded.roles.o, loaded.roles.down):
-            _edit(linear(layer, name), lambda w: R.T @ w, lambda b: b @ R)
+            _edit(linear(loaded.layers[part], name), lambda w: R.T @ w, lambda b: b @ R)
+
+    change(loaded, rotate, {EMBEDDING, *range(len(loaded.layers)), HEAD})
 
 
 def rotate_heads(loaded: LoadedModel, R2: Tensor | None = None) -> None:
@@ -118,11 +141,15 @@ def rotate_heads(loaded: LoadedModel, R2: Tensor | None = None) -> None:
         _require_hadamard(head, "a head's size, so neither R2 nor R3")
     each = [None] * len(loaded.layers) if R2 is None else _of_each_head(loaded, R2)
     shared = loaded.config.num_attention_heads // loaded.config.num_key_value_heads
-    for layer, R in zip(loaded.layers, each, strict=True):
+
+    def rotate(number: int) -> None:
+        layer, R = loaded.layers[number], each[number]
         rows = partial(_rotate_values, head=head, R=R)
         _edit(linear(layer, loaded.roles.v), rows, rows)
         R = None if R is None else R.repeat_interleave(shared, 0)
         _edit(linear(layer, loaded.roles.o), partial(_rotate_inputs, head=head, R=R))
+
+    change(loaded, rotate)
 
 
 def _of_each_head(loaded: LoadedModel, R2: Tensor) -> Tensor:
@@ -150,10 +177,9 @@ def _rotate_inputs(w: Tensor, head: int, R: Tensor | None) -> Tensor:
 
 def rotate_down(loaded: LoadedModel) -> None:
     """Fuse the offline half of R4 into down_proj, W -> W H^T: right only with `online(..., r4=True)`."""
-    downs = [linear(layer, loaded.roles.down) for layer in loaded.layers]
-    _require_hadamard(downs[0].weight.shape[1], "the MLP's width, so no R4")
-    for down in downs:
-        _edit_rows(down, hadamard)
+    width = linear(loaded.layers[0], loaded.roles.down).weight.shape[1]
+    _require_hadamard(width, "the MLP's width, so no R4")
+    change(loaded, lambda number: _edit_rows(linear(loaded.layers[number], loaded.roles.down), hadamard))
 
 
 def head_size(loaded: LoadedModel) -> int:

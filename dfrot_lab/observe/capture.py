@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections import defaultdict
 
 import torch
 from torch import Tensor
@@ -9,12 +10,14 @@ from torch import Tensor
 from dfrot_lab.disk.artefacts import Artefact, Store, Writer
 from dfrot_lab.model import corpus, door, hooks, loading, surgery
 from dfrot_lab.model.loading import LoadedModel
+from dfrot_lab.model.stream import Walk
 from dfrot_lab.recipe import keys
 from dfrot_lab.recipe.base import require
 from dfrot_lab.recipe.specs import WINDOW, CaptureSpec
 
 log = logging.getLogger(__name__)
 HOLDS = {"holds": 2}  # raise it with any change of what a capture keeps: older ones are then recorded anew
+Extremes = tuple[Tensor, Tensor, Tensor]  # a token's largest |value|, its channel; values for the median
 _MEDIAN_SAMPLE = 1 << 16  # values the residual median is of: of all it costs a fifth of the pass
 
 
@@ -62,7 +65,7 @@ def capture(spec: CaptureSpec | None = None, store: Store | None = None) -> Capt
         size = count * ids.numel() * ready.channels * 4 / 1e9
         log.info("capturing %d sites of %d tokens (%.2f GB)", count, ids.numel(), size)
         started = time.perf_counter()
-        sites, residual = record(ready, ids, lambda site, x: writer.save_tensors(site, {"x": x}))
+        sites, residual = record(ready, ids, lambda site, x: writer.save_tensors(site, {"x": x}), writer)
         writer.save_tensors("residual", residual)
         flat = ids.flatten().tolist()
         about = {"sites": sites, "channels": ready.channels, "ids": flat, "spec": spec.plain()}
@@ -89,32 +92,57 @@ def token_blocks(spec: CaptureSpec, loaded: LoadedModel) -> Tensor:
     return corpus.token_blocks(spec.corpus, loaded.tokenizer, blocks=blocks, window=window)[spec.skip :]
 
 
-def record(loaded: LoadedModel, ids: Tensor, save: hooks.At) -> tuple[list[str], dict[str, Tensor]]:
+@torch.inference_mode()
+def record(
+    loaded: LoadedModel, ids: Tensor, save: hooks.At, writer: Writer | None = None
+) -> tuple[list[str], dict[str, Tensor]]:
     """Run `ids` (blocks, window) once and hand each norm's output (tokens, channels) to `save`. Sites, and
-    {abs_max, channel: (sites, tokens); median: (sites,)} of the residual stream before each."""
-    names: list[str] = []
-    rows: list[tuple[Tensor, Tensor, Tensor]] = []
+    {abs_max, channel: (sites, tokens); median: (sites,)} of the residual stream before each. With a `writer`
+    a killed run goes on at the layer where it was."""
+    windows: dict[str, list[Tensor]] = defaultdict(list)  # of a site that not all have passed yet
+    extremes: dict[str, list[Extremes]] = defaultdict(list)
+    found: dict[int, dict[str, Tensor]] = {}
 
     def see(site: str, x: Tensor) -> None:
         x = x.detach().reshape(-1, x.shape[-1])
         if site.endswith("_in"):
-            rows.append(_extremes(x))
+            extremes[site].append(_extremes(x, ids.numel()))
             return
         if len(bad := (~x.isfinite()).any(-1).nonzero()):
-            said = f"got NaN or Inf at site {site}, token {int(bad[0])}"
+            token = int(bad[0]) + sum(map(len, windows[site]))
+            said = f"got NaN or Inf at site {site}, token {token}"
             raise ValueError(f"activations must be finite; {said}: a broken model, or too small a dtype")
-        names.append(site)
-        save(site, x)
+        windows[site].append(x)
+        if len(windows[site]) == len(ids):
+            parts = windows.pop(site)
+            save(site, parts[0] if len(parts) == 1 else torch.cat(parts))
 
-    sites = hooks.sites_of(loaded, *hooks.NORMS, *hooks.NORM_INPUTS)
-    with torch.inference_mode(), hooks.at_sites(loaded, see, sites):
-        loading.body(loaded)(ids.to(loaded.device), use_cache=False)
-    abs_max, channel, median = (torch.stack(column) for column in zip(*rows, strict=True))
-    return names, {"abs_max": abs_max, "channel": channel, "median": median}
+    with hooks.at_sites(loaded, see, hooks.sites_of(loaded, *hooks.NORMS, *hooks.NORM_INPUTS)):
+        walk = Walk(loaded, ids.split(1), name="capture", writer=writer)
+        for number in walk.layers():
+            walk.step(number)
+            found[number] = _joined([extremes.pop(f"layers.{number}.{kind}") for kind in hooks.NORM_INPUTS])
+            if writer:
+                writer.save_tensors(f"residual-{number}", found[number])
+    for number in range(len(loaded.layers)):
+        if writer:
+            found[number] = writer.load_tensors(f"residual-{number}")
+            writer.drop(f"residual-{number}")
+    lines = [found[number] for number in range(len(loaded.layers))]
+    residual = {name: torch.cat([line[name] for line in lines]) for name in ("abs_max", "channel", "median")}
+    return list(hooks.sites_of(loaded, *hooks.NORMS)), residual
 
 
-def _extremes(residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of a residual stream (tokens, channels) each token's largest |value|, its channel; the median."""
+def _extremes(residual: Tensor, tokens: int) -> Extremes:
+    """Of a residual stream (windows' tokens, channels), one of `tokens` in all, each token's largest |value|,
+    its channel, and the values of some tokens for the median."""
     magnitude = residual.abs()
-    step = max(1, residual.numel() // _MEDIAN_SAMPLE)
-    return (*magnitude.max(-1), magnitude[::step].median())
+    step = max(1, tokens * residual.shape[1] // _MEDIAN_SAMPLE)
+    return (*magnitude.max(-1), magnitude[::step])
+
+
+def _joined(sites: list[list[Extremes]]) -> dict[str, Tensor]:
+    """What is said of the residual stream before a layer's norms, all windows in a row."""
+    columns = [[torch.cat(parts) for parts in zip(*windows, strict=True)] for windows in sites]
+    abs_max, channel = (torch.stack([site[n] for site in columns]) for n in (0, 1))
+    return {"abs_max": abs_max, "channel": channel, "median": torch.stack([x.median() for *_, x in columns])}

@@ -11,6 +11,7 @@ from torch import Tensor
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.model import hooks, loading
 from dfrot_lab.model.loading import LoadedModel
+from dfrot_lab.model.stream import through
 from dfrot_lab.observe import massive
 from dfrot_lab.observe.capture import token_blocks
 from dfrot_lab.recipe.specs import CaptureSpec
@@ -32,7 +33,7 @@ def streams(loaded: LoadedModel, ids: Tensor) -> list[Tensor]:
     """The residual stream before each layer (tokens, channels) for one window of token ids (window,)."""
     seen: list[Tensor] = []
     with before_layers(loaded, lambda _layer, x: seen.append(x[0].to("cpu", copy=True))):
-        loading.body(loaded)(ids[None].to(loaded.device), use_cache=False)
+        through(loaded, [ids[None]])
     return seen
 
 
@@ -80,8 +81,7 @@ def mean_massive(loaded: LoadedModel, ids: Tensor) -> Tensor:
         count[layer] += mask.sum((0, 1)).cpu()
 
     with before_layers(loaded, add):
-        for window in ids:
-            loading.body(loaded)(window[None].to(loaded.device), use_cache=False)
+        through(loaded, ids.split(1))
     return total / count.clamp(min=1)
 
 

@@ -1,14 +1,16 @@
 """What a rotation method (of `recipe.registry.METHODS`) makes, and what it may look at."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from dfrot_lab.disk.artefacts import Store, Writer
-from dfrot_lab.model import door, hooks, loading, surgery
+from dfrot_lab.model import door, hooks, loading, stream, surgery
+from dfrot_lab.model.checkpoint import HEAD
 from dfrot_lab.model.loading import LoadedModel
 from dfrot_lab.observe.capture import Capture, capture, token_blocks
 from dfrot_lab.recipe import keys, registry
@@ -65,7 +67,8 @@ class Context:
 
 
 def _squared_gradients(loaded: LoadedModel, ids: Tensor) -> dict[str, Tensor]:
-    """By site, the mean over tokens of the loss's squared gradient (channels,) at each norm output."""
+    """By site, the mean over tokens of the loss's squared gradient (channels,) at each norm output: through
+    the layers once, what enters each kept, then back from the loss, each layer run again."""
     total: dict[str, Tensor] = {}
 
     def see(site: str, x: Tensor) -> Tensor:
@@ -77,17 +80,36 @@ def _squared_gradients(loaded: LoadedModel, ids: Tensor) -> dict[str, Tensor]:
         x.register_hook(add)
         return x
 
-    learned = [parameter for parameter in loaded.model.parameters() if parameter.requires_grad]
-    for parameter in learned:  # else each would be left with a gradient as large as itself
-        parameter.requires_grad_(False)
-    try:
-        with torch.enable_grad(), hooks.at_sites(loaded, see, hooks.sites_of(loaded, *hooks.NORMS)):
-            for window in ids.to(loaded.device):
-                loaded.model(window[None], labels=window[None], use_cache=False).loss.backward()
-    finally:
-        for parameter in learned:
-            parameter.requires_grad_(True)
+    entered: list[list[Tensor]] = []
+    with torch.no_grad():
+        walk = stream.Walk(loaded, ids.split(1))
+        for number in walk.layers():
+            entered.append(list(walk.hidden))
+            walk.step(number)
+    gradients = list[Tensor]()
+    with hooks.at_sites(loaded, see, hooks.sites_of(loaded, *hooks.NORMS)):
+        with stream.part(loaded, HEAD):
+            for x, window in zip(walk.hidden, walk.ids, strict=True):
+                gradients.append(_gradient(x, partial(_window_loss, loaded, window)))
+        for number in reversed(range(len(loaded.layers))):
+            with stream.part(loaded, number):
+                for i, x in enumerate(entered.pop()):
+                    gradients[i] = _gradient(x, partial(walk.run, number), gradients[i])
     return total
+
+
+def _window_loss(loaded: LoadedModel, ids: Tensor, hidden: Tensor) -> Tensor:
+    """The loss of one window (1, window) from what leaves the last layer (1, window, channels)."""
+    return stream.loss(loaded, hidden[0], ids[0])
+
+
+def _gradient(x: Tensor, function: Callable[[Tensor], Tensor], back: Tensor | None = None) -> Tensor:
+    """The gradient at `x` of a function of it, for the gradient `back` at what it returns."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        function(x).backward(back)
+    assert x.grad is not None
+    return x.grad
 
 
 def fit(recipe: Recipe, context: Context) -> Transforms:

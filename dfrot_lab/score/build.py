@@ -1,7 +1,7 @@
 """The model of a recipe: rotated, its weights quantized; while a block runs, quantized altogether: linears as
 integer products where both sides have codes, all else fake-quantized (rounded to its grid, then float)."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -29,7 +29,7 @@ class Built:
     loaded: LoadedModel
     transforms: Transforms
     R: Tensor | None
-    codes: list[LayerCodes]
+    codes: Sequence[LayerCodes]
 
 
 def build_key(recipe: Recipe) -> str:
@@ -53,7 +53,7 @@ def build(recipe: Recipe, store: Store, on_part: OnPart = nothing) -> Built:
         surgery.rotate_down(loaded)
     key = keys.weights(recipe, door.prints)
     codes = run.quantize_weights(loaded, recipe.weights, key, store, r4=made.r4, on_part=on_part)
-    R = None if made.R1 is None else made.R1.to(next(loaded.model.parameters()))
+    R = None if made.R1 is None else made.R1.to(loaded.device, next(loaded.model.parameters()).dtype)
     return Built(loaded, made, R, codes)
 
 

@@ -12,13 +12,15 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from dfrot_lab.disk.artefacts import Artefact, Store, Writer
-from dfrot_lab.model import door, loading
+from dfrot_lab.model import door, stream
+from dfrot_lab.model.checkpoint import HEAD
+from dfrot_lab.model.loading import LoadedModel
+from dfrot_lab.model.stream import Walk
 from dfrot_lab.recipe import keys
 from dfrot_lab.recipe.specs import Recipe
 from dfrot_lab.score.build import Built, build, build_key, quantized, windows
 from dfrot_lab.weights.run import OnPart, nothing
 
-LOGIT_ROWS = 256  # tokens whose logits exist at once: a whole window's would be 0.4 GB
 KIND = "evaluation"
 
 
@@ -86,15 +88,21 @@ def paired_difference(a: EvalResult, b: EvalResult) -> tuple[float, tuple[float,
     return statistic(difference, [a, b])
 
 
-@torch.inference_mode()
-def window_loss(loaded: loading.LoadedModel, ids: Tensor) -> float:
+def window_loss(loaded: LoadedModel, ids: Tensor) -> float:
     """Mean next-token loss in nats of one window of token ids (window,), logits in float32."""
-    head, ids = loaded.model.get_submodule(loaded.roles.lm_head), ids.to(loaded.device)
-    hidden = loading.body(loaded)(ids[None], use_cache=False).last_hidden_state[0, :-1]
-    total = 0.0
-    for part, target in zip(hidden.split(LOGIT_ROWS), ids[1:].split(LOGIT_ROWS), strict=True):
-        total += float(torch.nn.functional.cross_entropy(head(part).float(), target, reduction="sum"))
-    return total / (len(ids) - 1)
+    return window_losses(Walk(loaded, [ids[None]]))[0]
+
+
+@torch.inference_mode()
+def window_losses(walk: Walk, on_part: OnPart = nothing) -> list[float]:
+    """The mean next-token loss of each window of a walk, all windows passed through layer after layer."""
+    loaded = walk.loaded
+    for number in walk.layers():
+        walk.step(number)
+        on_part("layer", number + 1, len(loaded.layers))
+    with stream.part(loaded, HEAD):
+        pairs = zip(walk.hidden, walk.ids, strict=True)
+        return [float(stream.loss(loaded, x[0], ids[0])) for x, ids in pairs]
 
 
 def evaluate(
@@ -131,11 +139,15 @@ def _result(spec: Recipe, artefact: Artefact) -> EvalResult:
 
 
 def _losses(built: Built, spec: Recipe, writer: Writer, on_part: OnPart) -> tuple[list[float], float]:
-    """Each window's loss and the seconds of all, those of a run that was stopped included."""
-    ids = windows(spec, built.loaded)
+    """Each window's loss and the seconds of all, those of a run that was stopped included: window by window,
+    or, where the model does not fit into memory, all windows layer by layer."""
+    ids, row = windows(spec, built.loaded), f"{spec.rotation.name} {spec.bits}"
     names = [f"window-{i:03d}" for i in range(len(ids))]
     with quantized(built, spec):
-        bar = tqdm(names, desc=f"{spec.rotation.name} {spec.bits}", unit="window", leave=False)
+        if built.loaded.checkpoint is not None:
+            walk = Walk(built.loaded, ids.split(1), name=row, writer=writer)
+            return window_losses(walk, on_part), walk.seconds
+        bar = tqdm(names, desc=row, unit="window", leave=False)
         for done, (name, window) in enumerate(zip(bar, ids, strict=True), 1):
             if not writer.has(name):
                 started = time.perf_counter()

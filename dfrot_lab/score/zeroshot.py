@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
+from torch import Tensor
 
 from dfrot_lab.disk.artefacts import Store, Writer
-from dfrot_lab.model import door, loading
+from dfrot_lab.model import door, loading, stream
+from dfrot_lab.model.checkpoint import HEAD
 from dfrot_lab.model.loading import LoadedModel
 from dfrot_lab.recipe import keys
 from dfrot_lab.recipe.specs import ModelSpec, Recipe
@@ -105,22 +108,50 @@ def _score(loaded: LoadedModel, task: str, path: Path | None, limit: int | None)
 def _simple_evaluate(loaded: LoadedModel, task: str, path: Path | None, limit: int | None) -> dict[str, Any]:
     """What lm-eval itself returns for one task."""
     from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    # it warns that a model is no name, and that it cannot check a device it does not choose
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    own: dict[str, Any] = {"pretrained": loaded.model, "tokenizer": loaded.tokenizer, "batch_size": 16}
-    model = HFLM(**own, device=str(loaded.device), max_length=loaded.context)
-    with tempfile.TemporaryDirectory() as folder:
+    model = _language_model(loaded)
+    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         manager = _local_task(task, path, Path(folder)) if path else TaskManager()
         options: dict[str, Any] = {"task_manager": manager, "bootstrap_iters": 0, "log_samples": False}
         try:
-            return dict(simple_evaluate(model, tasks=[task], limit=limit, **options))
+            if loaded.checkpoint is None:
+                return dict(simple_evaluate(model, tasks=[task], limit=limit, **options))
+            simple_evaluate(model, tasks=[task], limit=limit, **options)
+            model.hidden = stream.through(loaded, model.batches, task)
+            with stream.part(loaded, HEAD):
+                return dict(simple_evaluate(model, tasks=[task], limit=limit, **options))
         except OSError as error:
             said = f"task {task} is not here and could not be loaded from the hub ({error})"
             advice = "into zero_shot/ of a folder and name the folder in DFROT_LAB_DATA, or go online."
             raise ConnectionError(f"{said}. Put {task}.jsonl {advice}") from error
+
+
+def _language_model(loaded: LoadedModel) -> Any:
+    """lm-eval's model. One that does not fit into memory is asked twice: the first time it notes what it is
+    asked, `batches`; all of that then passes the layers once, and the second time it has the logits."""
+    from lm_eval.models.huggingface import HFLM
+
+    class Streamed(HFLM):  # type: ignore[misc]
+        """Answers from `hidden`, what leaves the last layer for each batch, once it is there."""
+
+        device = loaded.device
+
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**options)
+            self.batches, self.hidden = list[Tensor](), list[Tensor]()
+
+        def _model_call(self, inps: Tensor, *_args: Any, **_options: Any) -> Tensor:
+            if self.hidden:
+                return stream.logits(loaded, self.hidden.pop(0))
+            self.batches.append(inps)
+            return torch.zeros(1).expand(*inps.shape, loaded.config.vocab_size)
+
+    # it warns that a model is no name, and that it cannot check a device it does not choose
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    own: dict[str, Any] = {"pretrained": loaded.model, "tokenizer": loaded.tokenizer, "batch_size": 16}
+    kind = HFLM if loaded.checkpoint is None else Streamed
+    return kind(**own, device=str(loaded.device), max_length=loaded.context)
 
 
 def _local_task(task: str, path: Path, folder: Path) -> Any:

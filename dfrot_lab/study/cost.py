@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 
 from dfrot_lab.disk.artefacts import Store
-from dfrot_lab.model import integer
+from dfrot_lab.model import integer, stream
 from dfrot_lab.observe import capture as captures
 from dfrot_lab.recipe.specs import WINDOW, Recipe, RefineSpec, WeightSpec
 from dfrot_lab.rotate import descent, dfrot
@@ -162,7 +162,7 @@ def float_window(shape: Shape, tokens: int) -> Work:
     """One window, products in float: inputs quantized, R4, lm_head and loss."""
     inputs = shape.layers * tokens * (QUANTIZE_PASSES * sum(shape.inputs) + HADAMARD_PASSES * shape.mlp)
     moved = PASS * (inputs + shape.embedding + LOGIT_PASSES * tokens * shape.vocabulary)
-    memory = shape.model_bytes + 3 * PASS * perplexity.LOGIT_ROWS * shape.vocabulary
+    memory = shape.model_bytes + 3 * PASS * stream.LOGIT_ROWS * shape.vocabulary
     return Work(FLOAT, 2 * shape.embedding * tokens, moved=moved, memory=memory) + forward(shape, tokens)
 
 

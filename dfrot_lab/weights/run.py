@@ -1,19 +1,20 @@
 """Quantize the weights of a whole model by any quantizer of the table, layer by layer, each kept once done. A
-calibrated quantizer (GPTQ) runs in ONE forward pass over all calibration windows: just before a group of
-linears that read the same input (q, k, v; o; gate, up; down) is first used, a hook sums its Hessian and puts
-the quantized weights in, so each is calibrated on what the quantized model before it sends, as QuaRot."""
+calibrated quantizer (GPTQ) walks the calibration windows through the model: just before a group of linears
+that read the same input (q, k, v; o; gate, up; down) is first used, a hook sums its Hessian and puts the
+quantized weights in, so each is calibrated on what the quantized model before it sends, as QuaRot."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from dfrot_lab.disk.artefacts import Store, Writer
+from dfrot_lab.disk.artefacts import Artefact, Store, Writer
 from dfrot_lab.maths.quantizers import Quantized, dequantize
-from dfrot_lab.model import corpus, hooks, loading, surgery
+from dfrot_lab.model import corpus, hooks, loading, stream, surgery
 from dfrot_lab.model.loading import LoadedModel
 from dfrot_lab.recipe import registry
 from dfrot_lab.recipe.specs import WeightSpec
@@ -21,6 +22,7 @@ from dfrot_lab.weights.gptq import hessian_of
 
 log = logging.getLogger(__name__)
 KIND = "weights"
+CHUNK_BYTES, MLP_VALUES = 2e9, 3 * 4  # what the MLP's activations of windows in one pass may fill; each's
 LayerCodes = dict[str, Quantized]  # the quantized weights of one decoder layer by linear name
 OnPart = Callable[[str, int, int], None]  # told of finished `layer`s, `window`s: done, total; may raise
 
@@ -29,10 +31,23 @@ def nothing(_part: str, _done: int, _total: int) -> None:
     """The OnPart that listens to nothing."""
 
 
+class Codes(Sequence[LayerCodes]):
+    """The quantized weights of each layer, memory-mapped when asked for."""
+
+    def __init__(self, artefact: Artefact, device: torch.device, count: int) -> None:
+        self.artefact, self.device, self.layers = artefact, device, count
+
+    def __len__(self) -> int:
+        return self.layers
+
+    def __getitem__(self, number: Any) -> Any:
+        return _codes_of(self.artefact.tensors(_file(number)), self.device)
+
+
 def quantize_weights(
     loaded: LoadedModel, spec: WeightSpec, key: Mapping[str, Any], store: Store, *,
     r4: bool = True, on_part: OnPart = nothing,
-) -> list[LayerCodes]:  # fmt: skip
+) -> Sequence[LayerCodes]:  # fmt: skip
     """Put quantized weights into every linear of `loaded` (rotated as wanted; `r4`: down_proj gets R4) but
     lm_head and embedding; from the store, under `key` (`keys.weights`), or computed now. Returns the codes,
     one mapping a layer, memory-mapped; none at 16 bits. `on_part` is told of each layer once it is kept."""
@@ -40,7 +55,11 @@ def quantize_weights(
         return []
     run = _run_calibrated if registry.load(registry.WEIGHTS, spec.method).CALIBRATED else _run
     artefact = store.get_or_make(KIND, key, lambda writer: run(loaded, spec, writer, r4, on_part))
-    return [_install(layer, artefact.tensors(_file(index))) for index, layer in enumerate(loaded.layers)]
+    codes: Sequence[LayerCodes] = Codes(artefact, loaded.device, len(loaded.layers))
+    if loaded.checkpoint is None:
+        codes = [codes[number] for number in range(len(codes))]
+    stream.change(loaded, lambda number: _install(loaded.layers[number], codes[number]))
+    return codes
 
 
 def _quantize(layer: nn.Module, name: str, hessian: Tensor | None, spec: WeightSpec) -> Quantized:
@@ -52,13 +71,17 @@ def _file(index: int) -> str:
     return f"layer-{index:03d}"
 
 
-def _install(layer: nn.Module, saved: dict[str, Tensor]) -> LayerCodes:
-    where, codes = next(layer.parameters()).device, LayerCodes()
+def _codes_of(saved: Mapping[str, Tensor], device: torch.device) -> LayerCodes:
+    codes = LayerCodes()
     for name in sorted({key.rsplit(":", 1)[0] for key in saved}):
-        small, scale = (saved[f"{name}:{part}"].to(where) for part in ("codes", "scale"))
+        small, scale = (saved[f"{name}:{part}"].to(device) for part in ("codes", "scale"))
         codes[name] = Quantized(small, scale, torch.zeros_like(scale))
-        _put(loading.linear(layer, name), codes[name])
     return codes
+
+
+def _install(layer: nn.Module, codes: LayerCodes) -> None:
+    for name, quantized in codes.items():
+        _put(loading.linear(layer, name), quantized)
 
 
 def _put(linear: nn.Linear, quantized: Quantized) -> None:
@@ -72,42 +95,76 @@ def _save(writer: Writer, index: int, done: LayerCodes) -> None:
 
 
 def _run(loaded: LoadedModel, spec: WeightSpec, writer: Writer, _r4: bool, on_part: OnPart) -> None:
-    bar = tqdm(loaded.layers, desc=spec.method.upper(), unit="layer", leave=False)
-    for index, layer in enumerate(bar):
-        if not writer.has(_file(index)):
-            _save(writer, index, {name: _quantize(layer, name, None, spec) for name in loaded.roles.linears})
-        on_part("layer", index + 1, len(loaded.layers))
+    count = len(loaded.layers)
+    for number in tqdm(range(count), desc=spec.method.upper(), unit="layer", leave=False):
+        if not writer.has(_file(number)):
+            with stream.part(loaded, number):
+                layer = loaded.layers[number]
+                done = {name: _quantize(layer, name, None, spec) for name in loaded.roles.linears}
+                _save(writer, number, done)
+        on_part("layer", number + 1, count)
 
 
-@torch.inference_mode()
+class _SeenEnough(Exception):
+    """Raised in a forward pass once the Hessian it was for has been added to."""
+
+
+class _Layer:
+    """One layer under calibration: the groups of linears still to quantize, the Hessian of the first of them.
+    `at_once`: whether all windows pass together, so that a group can be quantized before they use it."""
+
+    def __init__(self, loaded: LoadedModel, number: int, spec: WeightSpec, at_once: bool) -> None:
+        self.layer, self.spec, self.at_once = loaded.layers[number], spec, at_once
+        self.left, self.codes = dict(loaded.roles.groups), LayerCodes()
+        self.hessian: Tensor | None = None
+
+    def arrive(self, kind: str, x: Tensor) -> None:
+        """What a kind of site has (windows, tokens, channels)."""
+        if kind != next(iter(self.left), None):
+            return
+        hessian = hessian_of(x.reshape(-1, x.shape[-1]).float())
+        self.hessian = hessian if self.hessian is None else self.hessian.add_(hessian)
+        if not self.at_once:
+            raise _SeenEnough
+        self.quantize()
+
+    def quantize(self) -> None:
+        """Quantize the linears that come next, which every window has reached."""
+        for name in self.left.pop(next(iter(self.left))):
+            self.codes[name] = _quantize(self.layer, name, self.hessian, self.spec)
+            _put(loading.linear(self.layer, name), self.codes[name])
+        self.hessian = None
+
+
+@torch.no_grad()
 def _run_calibrated(loaded: LoadedModel, spec: WeightSpec, writer: Writer, r4: bool, on_part: OnPart) -> None:
     if spec.corpus is None:
         raise ValueError(f"WeightSpec.corpus must be a text to calibrate {spec.method} on; got None")
     loading.check_tokens(loaded, spec.window)
     ids = corpus.token_blocks(spec.corpus, loaded.tokenizer, blocks=spec.windows, window=spec.window)
-    name, groups, done = spec.method.upper(), loaded.roles.groups, LayerCodes()
+    name, count, at = spec.method.upper(), len(loaded.layers), dict[int, _Layer]()
     log.info("%s to %d bits on %d x %d tokens of %s", name, spec.quantizer.bits, *ids.shape, spec.corpus.name)
-    bar = tqdm(total=len(loaded.layers), desc=name, unit="layer", leave=False)
+    width = loading.linear(loaded.layers[0], loaded.roles.down).weight.shape[1]
+    chunk = max(1, int(CHUNK_BYTES / (MLP_VALUES * spec.window * width)))
 
     def arrive(site: str, x: Tensor) -> None:
-        """Quantize the linears that read `site` before they use it; after a layer's last ones, keep it."""
-        number, kind = int(site.split(".")[1]), site.rpartition(".")[2]
-        layer = loaded.layers[number]
-        if not writer.has(_file(number)):
-            hessian = hessian_of(x.reshape(-1, x.shape[-1]).float())
-            for linear in groups[kind]:
-                done[linear] = _quantize(layer, linear, hessian, spec)
-                _put(loading.linear(layer, linear), done[linear])
-        if kind == list(groups)[-1]:
-            if done:
-                _save(writer, number, done)
-                done.clear()
-            bar.update()
-            on_part("layer", number + 1, len(loaded.layers))
+        """R4 has acted before: what arrives is what the linears read."""
+        if layer := at.get(int(site.split(".")[1])):
+            layer.arrive(site.rpartition(".")[2], x)
 
-    for number, layer in enumerate(loaded.layers):
-        if writer.has(_file(number)):
-            _install(layer, writer.load_tensors(_file(number)))
-    # R4 acts before the Hessian is taken
-    with bar, surgery.online(loaded, r4=r4, function=arrive, sites=hooks.sites_of(loaded, *groups)):
-        loading.body(loaded)(ids.to(loaded.device), use_cache=False)
+    with surgery.online(loaded, r4=r4, function=arrive, sites=hooks.sites_of(loaded, *loaded.roles.groups)):
+        walk = stream.Walk(loaded, ids.split(chunk), name=name, writer=writer)
+        for number in walk.layers():
+            if writer.has(_file(number)):
+                _install(loaded.layers[number], _codes_of(writer.load_tensors(_file(number)), loaded.device))
+                walk.step(number)
+            else:
+                at[number] = layer = _Layer(loaded, number, spec, len(walk.hidden) == 1)
+                while layer.left and not layer.at_once:
+                    for x in walk.hidden:
+                        with suppress(_SeenEnough):
+                            walk.run(number, x)
+                    layer.quantize()
+                walk.step(number)
+                _save(writer, number, at.pop(number).codes)
+            on_part("layer", number + 1, count)

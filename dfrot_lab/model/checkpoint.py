@@ -1,0 +1,134 @@
+"""A model's weights on disk, read one part at a time into a model that has none: each decoder layer, what
+comes before the layers, what comes after. Names and conversions (experts stacked, prefixes) are
+transformers' own, so a part is what `from_pretrained` would have put there."""
+
+import json
+import math
+import os
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+
+from dfrot_lab.model.families import Roles
+
+EMBEDDING, HEAD = -1, -2  # the parts that are no layer: all before the layers; final norm and lm_head
+MEMORY = "DFROT_LAB_MEMORY"  # environment variable: GB that weights may fill; a larger model is streamed
+FREE_SHARE = 0.6  # of the memory that is free, what weights may fill by default: the rest is for the work
+INDEX = "model.safetensors.index.json"
+HARMLESS = ("rotary_emb.inv_freq", "masked_bias", "attn.bias", "attention.bias")  # buffers old files hold
+
+
+def part_of(name: str, roles: Roles) -> int:
+    """The part that a parameter of the model, or a tensor so named, belongs to."""
+    if name.startswith(f"{roles.layers}."):
+        return int(name.removeprefix(f"{roles.layers}.").split(".")[0])
+    return HEAD if name.startswith((f"{roles.final_norm}.", f"{roles.lm_head}.")) else EMBEDDING
+
+
+def files_of(folder: Path) -> list[Path]:
+    """The weight files of a folder: those its index names, else all *.safetensors in it."""
+    index = folder / INDEX
+    if not index.is_file():
+        return sorted(folder.glob("*.safetensors"))
+    return sorted({folder / str(name) for name in json.loads(index.read_text())["weight_map"].values()})
+
+
+def headers(folder: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
+    """Of each tensor in a folder's weight files its file and shape; the values are not read. ValueError."""
+    from safetensors import SafetensorError, safe_open
+
+    found: dict[str, tuple[Path, tuple[int, ...]]] = {}
+    for path in files_of(folder):
+        try:
+            with safe_open(path, framework="pt") as file:
+                names = list(file.keys())
+                found |= {name: (path, tuple(file.get_slice(name).get_shape())) for name in names}
+        except (SafetensorError, OSError) as error:
+            fault = f"are damaged or not this model's ({error}). Copy or download them again."
+            raise ValueError(f"the weights in {path} {fault}") from error
+    return found
+
+
+def weight_bytes(folder: Path, dtype: str) -> int:
+    """Bytes of the weights in a folder as they are computed with."""
+    count = sum(math.prod(shape) for _, shape in headers(folder).values())
+    return count * int(getattr(torch, dtype).itemsize)
+
+
+def memory(device: str) -> float:
+    """Bytes that a model's weights may fill there: as DFROT_LAB_MEMORY says, or most of what is free."""
+    if said := os.environ.get(MEMORY):
+        with suppress(ValueError):
+            return float(said) * 1e9
+        raise ValueError(f"{MEMORY} must be a number of GB; got {said!r}")
+    free = torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
+    return FREE_SHARE * free
+
+
+class Checkpoint:
+    """The weights in a `folder` for `model`, a transformers model without weights (on `meta`), of `roles`."""
+
+    def __init__(self, folder: Path, model: nn.Module, roles: Roles, device: str) -> None:
+        from transformers import conversion_mapping, core_model_loading as core
+
+        self.model, self.roles, self.device = model, roles, device
+        own: Any = model
+        self.mapping: Any = conversion_mapping.get_model_conversion_mapping(own)
+        renamings = [each for each in self.mapping if isinstance(each, core.WeightRenaming)]
+        converters = [each for each in self.mapping if isinstance(each, core.WeightConverter)]
+        wanted, found = dict(model.state_dict()), headers(folder)
+        tied = f"{roles.lm_head}.weight"
+        self.parts: dict[int, list[tuple[str, str, Path]]] = defaultdict(list)  # name to load as, its name
+        for name, (path, _) in found.items():
+            prefix = own.base_model_prefix
+            target, pattern = core.rename_source_key(name, renamings, converters, prefix, wanted)
+            if target not in wanted and pattern is None:
+                if not name.endswith(HARMLESS) and target != tied:
+                    said = "which a model of its config has no place for"
+                    raise ValueError(f"the weights in {folder} hold {name}, {said}")
+                continue
+            self.parts[part_of(target, roles)].append((name, name, path))
+            if target == f"{roles.embedding}.weight" and own.config.tie_word_embeddings:
+                self.parts[HEAD].append((tied, name, path))
+
+    def read(self, part: int) -> None:
+        """Fill one part of the model with its weights. ValueError: a tensor missing, or of another shape."""
+        from safetensors import safe_open
+        from transformers import core_model_loading as core
+        from transformers.modeling_utils import LoadStateDictConfig
+
+        own: Any = self.model
+        options: dict[str, Any] = {"device_map": {"": self.device}, "weight_mapping": self.mapping}
+        config = LoadStateDictConfig(**options, dtype=own.dtype)
+        with ExitStack() as stack:
+            files = {
+                path: stack.enter_context(safe_open(path, framework="pt"))
+                for path in {path for _, _, path in self.parts[part]}
+            }
+            tensors = {to: files[path].get_slice(name) for to, name, path in self.parts[part]}
+            info, _ = core.convert_and_load_state_dict_in_model(own, tensors, config)
+        for _, x in self._parameters(part):
+            x.requires_grad_(False)
+        faults = [*info.mismatched_keys, *info.conversion_errors]
+        faults += [name for name, x in self._parameters(part) if x.is_meta]
+        if faults:
+            fault = f"lack {len(faults)} tensors, the first {faults[0]}. Copy or download them again."
+            raise ValueError(f"the weights {fault}")
+
+    def drop(self, part: int) -> None:
+        """Forget one part's weights."""
+        for name, x in list(self._parameters(part)):
+            owner, _, last = name.rpartition(".")
+            empty = torch.empty(x.shape, dtype=x.dtype, device="meta")
+            module = self.model.get_submodule(owner)
+            module.register_parameter(last, nn.Parameter(empty, requires_grad=False))
+
+    def _parameters(self, part: int) -> Iterator[tuple[str, nn.Parameter]]:
+        named = self.model.named_parameters(remove_duplicate=False)
+        return ((name, x) for name, x in named if part_of(name, self.roles) == part)
