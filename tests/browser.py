@@ -129,7 +129,7 @@ def jupyter_lab(root: Path) -> Iterator[str]:
     about = Path(environment["JUPYTER_RUNTIME_DIR"]) / f"jpserver-{server.pid}.json"
     try:
         until = time.monotonic() + START_S
-        while not about.exists():  # it is written once the port is open
+        while not (about.exists() and about.read_text().endswith("}")):  # written once the port is open
             if server.poll() is not None or time.monotonic() > until:
                 raise RuntimeError(f"JupyterLab did not start:\n{log.read_text()[-3000:]}")
             time.sleep(0.1)

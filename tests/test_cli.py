@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import yaml
 from conftest import LAYERS, save_tiny
 from test_evaluate import resolved
 from typer.testing import CliRunner
@@ -167,6 +168,8 @@ def test_a_recipe_that_was_printed_gives_the_row_of_its_options(bench, tmp_path,
     (tmp_path / "printed.yaml").write_text(printed)
     assert json.loads(invoke("evaluate", "--recipe", str(tmp_path / "printed.yaml"), "--json").stdout) == row
     assert row["recipe"] == resolved(Recipe.from_yaml(printed)).key
+    refused = invoke("evaluate", "--recipe", str(tmp_path / "printed.yaml"), "--windows", "3", code=1).stderr
+    assert refused.startswith("Error: --recipe says everything: put windows into ")
     assert len(list((tmp_path / "cache" / "store").glob(f"evaluation/{DONE}"))) == 1
 
 
@@ -384,7 +387,10 @@ def test_doctor_says_what_is_here_and_what_is_missing(bench, tmp_path):
     assert shown["missing"] == "nothing"
     assert shown["cache"]["folder"] == str(tmp_path / "cache")
     broken = invoke("doctor", "--model", "nowhere", "--json", code=1)
-    assert any("ModelSpec.source" in line for line in json.loads(broken.stdout)["missing"])
+    assert json.loads(broken.stdout)["missing"].startswith("ModelSpec.source must be ")
+    (tmp_path / "empty.txt").write_text(" \n")
+    silent = invoke("doctor", *bench[:2], "--corpus", str(tmp_path / "empty.txt"), "--json", code=1)
+    assert json.loads(silent.stdout)["missing"].startswith("CorpusSpec.name must be a file with a text in it")
 
 
 def test_experiments_are_listed_with_what_they_reproduce():
@@ -400,14 +406,17 @@ def test_an_experiment_writes_its_table_and_figure_where_told(bench, tmp_path):
             "experiment", "clip-sweep", *bench, "--quick", "--json", "--out", str(tmp_path / "here")
         ).stdout
     )
+    here, name = tmp_path / "here", "clip-sweep-text-model-quick"
     pictures = {f"clip-sweep.{ending}" for ending in ("png", "svg", "json")}
-    assert {path.name for path in (tmp_path / "here").iterdir()} == {"clip-sweep-text.jsonl"} | pictures
-    kept = [
-        json.loads(line) for line in (tmp_path / "here" / "clip-sweep-text.jsonl").read_text().splitlines()
-    ]
+    assert {path.name for path in here.iterdir()} == {f"{name}.jsonl", f"{name}.recipes.yaml", "text"}
+    assert {path.name for path in (here / "text").iterdir()} == pictures
+    kept = [json.loads(line) for line in (here / f"{name}.jsonl").read_text().splitlines()]
     assert kept == shown["rows"]
+    recipes = yaml.safe_load((here / f"{name}.recipes.yaml").read_text())
+    assert {row["recipe"] for row in kept} == set(recipes)
+    assert all(Recipe.of(plain).key == key for key, plain in recipes.items())
     assert {row["clip"] for row in kept} == {0.6, 1.0}, "the quick profile has the first and the last"
-    assert json.loads((tmp_path / "here" / "clip-sweep.json").read_text())["quick"]
+    assert json.loads((here / "text" / "clip-sweep.json").read_text())["quick"]
 
 
 def test_an_unknown_experiment_is_one_line_that_lists_them(bench, tmp_path):

@@ -1,7 +1,9 @@
 """Keys stand for bytes and not for names, for device and dtype, and for the version of the formulas."""
 
+import importlib
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from dfrot_lab.disk import artefacts, rotation_files
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.maths import rotations
 from dfrot_lab.model import door
-from dfrot_lab.recipe import keys
+from dfrot_lab.recipe import keys, registry
 from dfrot_lab.recipe.specs import (
     CALIBRATION,
     CaptureSpec,
@@ -105,6 +107,29 @@ def test_every_field_of_every_part_is_in_the_key():
     ]
     found = [keys.content_key(keys.evaluation(one, SAID)) for one in (recipe, *changed)]
     assert len(set(found)) == len(found)
+
+
+def test_a_method_without_a_version_is_keyed_by_its_code(monkeypatch, tmp_path):
+    """So that who works on one never gets the number of another state of it."""
+    file = tmp_path / "own_method.py"
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(registry.WEIGHTS, "own", registry.Choice("own_method"))
+    recipe, found = named("a"), []
+    recipe = recipe.with_(weights=WeightSpec(method="own", corpus=None))
+    for text in (
+        "CALIBRATED = False",
+        "CALIBRATED = False  # new",
+        "VERSION = 2",
+        "VERSION = 2  # new",
+        "VERSION = 1",
+    ):
+        file.write_text(text)
+        sys.modules.pop("own_method", None)
+        importlib.invalidate_caches()
+        found.append(keys.content_key(keys.weights(recipe, SAID)))
+    assert len({*found}) == 4 and found[2] == found[3]
+    names = (registry.METHODS, registry.WEIGHTS)
+    assert all(registry.code(table, name) == 1 for table in names for name in table if name != "own")
 
 
 def test_a_key_is_of_plain_values_that_come_back_from_json():

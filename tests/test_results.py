@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 
 from dfrot_lab.disk import row_files
+from dfrot_lab.disk.artefacts import commit
 from dfrot_lab.disk.row_files import append, load
 from dfrot_lab.maths import tables
 from dfrot_lab.maths.tables import COLUMNS, by_seed, comparison, markdown
@@ -33,7 +34,7 @@ from dfrot_lab.score.perplexity import EvalResult
 from dfrot_lab.score.rows import difference_row, row
 from dfrot_lab.study import main
 
-COMMIT = score_rows.commit()
+COMMIT = commit()
 
 
 def result(
@@ -44,7 +45,8 @@ def result(
 ) -> EvalResult:
     spec: Recipe = recipe_of(bits, **fields)
     versions = {"dfrot_lab": "0.2", "torch": "2.13", "transformers": "5.23", "numpy": "2.4"}
-    return EvalResult(spec, np.array(losses), seconds, "made here", versions, "LlamaForCausalLM")
+    told = (versions, "LlamaForCausalLM", COMMIT, "0123")
+    return EvalResult(spec, np.array(losses), seconds, "made here", *told)
 
 
 # ---- rows
@@ -68,7 +70,7 @@ def test_a_row_has_the_columns_in_order_and_their_values():
         "bits": "4-4-16", "keep_out": True, "keep_out_rule": "nr_error_9.5",
         "keep_out_tokens": None, "set_massive": None, "windows": 6, "window": 2048, "device": "auto",
         "metric": "perplexity", "seconds": 12.35, "recipe": made.spec.key, "formulas": FORMULAS,
-        "commit": COMMIT,
+        "commit": COMMIT, "key": "0123",
     }  # fmt: skip
     assert {name: found[name] for name in expected} == expected
     assert found["versions"] == {"dfrot_lab": "0.2", "torch": "2.13", "transformers": "5.23"}
@@ -114,7 +116,7 @@ def test_what_makes_a_recipe_another_shows_in_its_column(name):
 def test_every_column_that_a_recipe_decides_on_is_tested():
     """So a column that is added must be said here, and one that is lost is missed."""
     assert set(OTHERS) == set(score_rows.columns(Recipe()))
-    told = {"family", "metric", "value", "ci95", "seconds", "recipe", "versions", "formulas", "commit"}
+    told = {"family", "metric", "value", "ci95", "seconds", "recipe", "key", "versions", "formulas", "commit"}
     assert set(OTHERS) | told == set(COLUMNS) and len(COLUMNS) == len(set(COLUMNS))
 
 
@@ -397,7 +399,8 @@ def test_the_yaml_beside_rows_gives_back_each_recipe(tmp_path: Path):
 
     made = [result("16-4-16", rotation=RO), result(rotation=RefineSpec(gamma=math.inf, steps=3))]
     table = pd.DataFrame([row(each) for each in made])
-    written = row_files.save(tmp_path / "rows.jsonl", table, score_rows.recipes(made))
+    recipes = {each.spec.key: each.spec.plain() for each in made}
+    written = row_files.save(tmp_path / "rows.jsonl", table, recipes)
     assert [path.name for path in written] == ["rows.jsonl", "rows.md", "rows.recipes.yaml"]
     assert load(tmp_path / "rows.jsonl")["recipe"].tolist() == [each.spec.key for each in made]
     said = yaml.safe_load((tmp_path / "rows.recipes.yaml").read_text())

@@ -15,8 +15,10 @@ from hypothesis import given, settings, strategies as st
 from dfrot_lab.recipe import specs
 from dfrot_lab.recipe.base import MethodSpec, Spec, content_key
 from dfrot_lab.recipe.specs import (
+    ACTIVATIONS,
     GRANULARITIES,
     KEEP_OUT_COUNTS,
+    KV_CACHE,
     MASSIVE_RULES,
     REFINE_VARIANTS,
     ROW_RULES,
@@ -38,7 +40,7 @@ SYMMETRIC, ASYMMETRIC = QuantSpec(), QuantSpec(scheme="asymmetric")
 NOTHING = QuantSpec(bits=16)
 PER_HEAD = QuantSpec(granularity="per_group")
 UNROTATED = RotationSpec(kind="NR")
-COUNTED = "given for keep_out most_massive, worst, random alone"
+COUNTED = "a number with keep_out most_massive, worst, random, and None with any other"
 
 BAD = [
     (ModelSpec, {"source": "  "}, "source", "a packaged name"),
@@ -46,7 +48,7 @@ BAD = [
     (CorpusSpec, {"name": ""}, "name", "auto, wikitext2, wikipedia-sample or a text file"),
     (CorpusSpec, {"split": "dev"}, "split", "one of calibration, evaluation, train, valid, test"),
     (RotationSpec, {"kind": "HR"}, "kind", "one of NR, RO, RH, file"),
-    (RotationSpec, {"seed": -1}, "seed", "a whole number >= 0"),
+    (RotationSpec, {"seed": -1}, "seed", "a whole number in 0..2^63"),
     (RotationSpec, {"block": 0}, "block", "None or a whole number >= 1"),
     (RotationSpec, {"kind": "file"}, "path", "given for kind 'file' and for no other"),
     (RotationSpec, {"path": "R1.safetensors"}, "path", "given for kind 'file' and for no other"),
@@ -118,9 +120,9 @@ WRONG_TYPES = [
     (ModelSpec, {"source": 5}, "a packaged name, a folder, a .gguf file or hub:owner/name"),
     (ModelSpec, {"revision": 1}, "a str"),
     (ModelSpec, {"device": 0}, "one of auto, cpu, cuda"),
-    (RotationSpec, {"seed": 1.5}, "a whole number >= 0"),
-    (RotationSpec, {"seed": True}, "a whole number >= 0"),
-    (RotationSpec, {"seed": "1"}, "a whole number >= 0"),
+    (RotationSpec, {"seed": 1.5}, "a whole number in 0..2^63"),
+    (RotationSpec, {"seed": True}, "a whole number in 0..2^63"),
+    (RotationSpec, {"seed": "1"}, "a whole number in 0..2^63"),
     (RotationSpec, {"block": 16.0}, "None or a whole number >= 1"),
     (RotationSpec, {"kind": "file", "path": Path("R1.safetensors")}, "a str"),
     (QuantSpec, {"bits": "4"}, "a whole number in 2..16"),
@@ -542,8 +544,30 @@ def test_a_recipe_file_says_only_what_is_not_the_default(tmp_path: Path):
         rotation=RefineSpec(gamma=10.0, init=RotationSpec(kind="RO")), weights=WeightSpec(corpus=None)
     )
     assert Recipe.from_yaml(path) == Recipe.from_yaml(path.read_text()) == expected
-    assert Recipe.from_yaml("") == Recipe()
     assert Recipe.from_yaml("rotation: {kind: RO}") == Recipe(rotation=RotationSpec(kind="RO"))
+
+
+def test_what_a_part_of_a_recipe_leaves_out_is_as_it_is_there_by_default():
+    """Not as it is in a spec of that kind: activations are asymmetric, calibration is on the other half."""
+    of = Recipe.from_yaml
+    assert of("activations: {bits: 8}").activations == ACTIVATIONS.with_(bits=8)
+    assert of("keys: {bits: 2}").keys == KV_CACHE.with_(bits=2)
+    text = CorpusSpec(name="wikitext2", split="calibration")
+    assert of("weights: {corpus: {name: wikitext2}}").weights == WeightSpec(corpus=text)
+    assert of("weights: {quantizer: {bits: 8}}").weights.quantizer == WeightSpec().quantizer.with_(bits=8)
+    made = of(
+        "rotation: {method: dfrot, capture: {corpus: {name: wikitext2}}, quantizer: {bits: 3}}"
+    ).rotation
+    quantizer = RefineSpec().quantizer.with_(bits=3)
+    assert made == RefineSpec(capture=CaptureSpec(corpus=text), quantizer=quantizer)
+    assert of("weights: {damping: 1e-3}").weights.damping == 0.001
+    assert of("rotation: {method: dfrot, gamma: inf}").rotation == RefineSpec(gamma=math.inf)
+
+
+def test_r1_is_refined_on_the_recipes_own_model():
+    other = ModelSpec(source="other", dtype="float64")
+    made = Recipe(model=other, rotation=RefineSpec(gamma=7.0)).canonical().rotation
+    assert made == RefineSpec(gamma=7.0, capture=CaptureSpec(model=other))
 
 
 def test_a_names_odd_characters_survive_the_yaml():
@@ -557,6 +581,7 @@ def test_a_names_odd_characters_survive_the_yaml():
     [
         ("rotation: {method: spin}", r"rotation method must be one of random, dfrot; got 'spin'"),
         ("rotation: {method: [1]}", r"rotation method must be one of random, dfrot; got \[1\]"),
+        ("", r"Recipe must be a mapping of its fields; got None"),
         ("rotation: RH", r"Recipe\.rotation must be a MethodSpec; got 'RH'"),
         ("rotation: {method: dfrot, kind: RO}", r"RefineSpec has no field 'kind'; it has capture, init, .*"),
         ("rotation: {method: dfrot, gamma: -3}", r"RefineSpec\.gamma must be > 0; got -3"),

@@ -72,10 +72,11 @@ def experiment(
         return said.show_table(experiments.listing(), {})
     setting = said.setting(limit=limit or None).resolved().with_(**QUICK if quick else {})
     table = experiments.run(name, setting)
-    written = gallery.save_experiment(name, table, setting, *[said.out or Path("runs") / "experiments"] * 2)
-    hidden = ("recipe", "commit", "model", "corpus", "versions", "formulas", "parameters")
+    out = said.out or Path("runs") / "experiments"
+    written = gallery.save_experiment(name, table, setting, out, out / Path(setting.corpus).stem)
+    hidden = ("recipe", "key", "commit", "model", "corpus", "versions", "formulas", "parameters")
     shown = [column for column in table if column not in hidden and table[column].notna().any()]
-    return said.show_table(table if said.as_json else table[shown], {"written": list(map(str, written))})
+    return said.show_table(table if said.as_json else table[shown], {"written": ", ".join(map(str, written))})
 
 
 @command("figures", "model corpus seed out as_json windows")
@@ -148,7 +149,7 @@ def doctor(said: Options) -> None:
     from dfrot_lab.cli.doctor import checkup
 
     about, missing = checkup(said.model_spec, specs.CorpusSpec(name=said.corpus))
-    said.show_facts({**about, "missing": missing or "nothing"}, said.out)
+    said.show_facts({**about, "missing": "; ".join(missing) or "nothing"}, said.out)
     if missing:
         raise typer.Exit(1)
 
@@ -200,7 +201,7 @@ def refine(
 
 @command("evaluate", "model corpus seed out as_json windows weights gamma rule dtype")
 def evaluate_command(
-    said: Options, rotation: Annotated[str, typer.Option(help=ROTATION)] = "RH",
+    said: Options, context: typer.Context, rotation: Annotated[str, typer.Option(help=ROTATION)] = "RH",
     bits: Annotated[str, typer.Option(help=BITS)] = "4-4-16",
     keep_out: Annotated[bool, typer.Option("--keep-out", help="Massive tokens pass unquantised.")] = False,
     recipe: Annotated[Path | None, typer.Option(help=RECIPE)] = None,
@@ -210,6 +211,10 @@ def evaluate_command(
     from dfrot_lab.maths import tables
     from dfrot_lab.score import perplexity, rows
 
+    sources = {name: str(context.get_parameter_source(name)) for name in context.params}
+    given = {name for name, source in sources.items() if source.endswith("COMMANDLINE")}
+    if recipe and (others := given - {"recipe", "out", "as_json"}):
+        raise ValueError(f"--recipe says everything: put {', '.join(sorted(others))} into {recipe} instead")
     kept = specs.RELEASED_KEEP_OUT if keep_out else None
     spec = specs.Recipe.from_yaml(recipe) if recipe else said.recipe(rotation, bits).with_(keep_out=kept)
     result = perplexity.evaluate(spec)

@@ -6,6 +6,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -40,7 +41,8 @@ def checkup(model: ModelSpec, text: CorpusSpec) -> tuple[dict[str, Any], list[st
         kernel = "installed" if compiled else "not installed: the torch path is used"
         cuda = f"{torch.cuda.get_device_name()}, fast-hadamard-transform {kernel}"
     states = {"model": _state(lambda: loading.resolve(model)[0])}
-    states["corpus"] = _state(lambda: corpus.resolve(text).name)
+    is_file = Path(text.name).is_file()
+    states["corpus"] = _state(lambda: (is_file and corpus.fingerprint(text), corpus.resolve(text).name)[1])
     about: dict[str, Any] = {"python": platform.python_version(), "system": platform.platform(terse=True)}
     about |= {"versions": versions, "cores": os.cpu_count(), "memory": f"{memory / 1e9:.1f} GB"}
     about |= {"cuda": cuda, "cache": cache, **states}
@@ -51,7 +53,7 @@ def checkup(model: ModelSpec, text: CorpusSpec) -> tuple[dict[str, Any], list[st
         missing.append(f"{DISK_NEEDED / 1e9:.0f} GB of disk for the cache: {room}")
     if memory < MEMORY_NEEDED:
         missing.append(f"{MEMORY_NEEDED / 1e9:.0f} GB of memory; this machine has {memory / 1e9:.1f} GB")
-    missing += [state for state in states.values() if state.startswith("missing")]
+    missing += [state.removeprefix("missing: ") for state in states.values() if state.startswith("missing")]
     return about, missing
 
 

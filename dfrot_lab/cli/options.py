@@ -160,7 +160,8 @@ def command(name: str, options: str) -> Callable[[Callable[..., None]], Callable
             function(Options(**{field.name: said.pop(field.name) for field in taken}), **said)
 
         own = list(inspect.signature(function).parameters.values())[1:]
-        run.__dict__["__signature__"] = inspect.Signature([*shared, *own])
+        needed = sorted([*shared, *own], key=lambda each: each.default is not each.empty)
+        run.__dict__["__signature__"] = inspect.Signature(needed)
         return app.command(name)(run)
 
     return add

@@ -12,10 +12,12 @@ import json
 import logging
 import platform
 import re
+import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,8 +32,19 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MANIFEST = "manifest.json"
+COMMIT = "git describe --always --abbrev=12 --dirty=+ --exclude=*"
 _dumps = json.JSONEncoder(sort_keys=True, indent=1).encode
 log = logging.getLogger(__name__)
+
+
+@cache
+def commit() -> str | None:
+    """The git commit of the code, `+` behind it where files differ from it; None outside a checkout."""
+    try:
+        options: dict[str, Any] = {"cwd": Path(__file__).parent, "stderr": subprocess.DEVNULL, "text": True}
+        return str(subprocess.check_output(COMMIT.split(), **options)).strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 class CorruptArtefact(ValueError):
@@ -39,7 +52,7 @@ class CorruptArtefact(ValueError):
 
 
 class Artefact:
-    """A stored artefact: `kind`, `key`, `path`, `manifest` (inputs, note, versions, files, seconds)."""
+    """A stored artefact: `kind`, `key`, `path`, `manifest` (inputs, note, versions, commit, files, ...)."""
 
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
         self.path, self.manifest = path, manifest
@@ -134,7 +147,7 @@ class Writer(Artefact):
     def _write_manifest(self, **changes: Any) -> None:
         versions = {name: version(name) for name in ("torch", "transformers", "dfrot_lab")}
         made: dict[str, Any] = {"note": self.note, "seconds": round(time.monotonic() - self._start, 3)}
-        made["created"] = datetime.now(UTC).isoformat(timespec="seconds")
+        made |= {"created": datetime.now(UTC).isoformat(timespec="seconds"), "commit": commit()}
         made["versions"] = {"python": platform.python_version(), **versions}
         plain = json.loads(_dumps({**self.manifest, **made, **changes}))  # as it will be read back
         data = _dumps({**plain, "check": content_key(plain)}).encode()
@@ -183,6 +196,10 @@ class Store:
     def open(self, kind: str, inputs: Mapping[str, Any]) -> Artefact | None:
         """The stored artefact of `inputs`, or None; a corrupt one is set aside with a warning."""
         return _open_or_set_aside(self._place(kind, inputs)[0])
+
+    def at(self, kind: str, key: str) -> Artefact | None:
+        """The stored artefact of a key, or None."""
+        return _open_or_set_aside(self.root / kind / key)
 
     def list(self) -> Sequence[Artefact]:
         """All artefacts by kind and key, after a check of manifests and sizes; corrupt ones are set aside."""

@@ -48,8 +48,8 @@ def replacing(path: Path, wanted: int | None = None) -> Iterator[Path]:
         free = shutil.disk_usage(next(folder for folder in path.parents if folder.exists())).free
         room = f"{free:,} bytes free" if wanted is None else f"{wanted:,} bytes wanted, {free:,} free"
         said = f"cannot write {path.name} to {path.parent} ({os.strerror(code)}): {room}"
-        hint = "free some space or write elsewhere (DFROT_LAB_CACHE names the cache's folder)"
-        raise OSError(code, f"{said}; {hint}") from error
+        full = "free some space or " if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else ""
+        raise OSError(code, f"{said}; {full}write elsewhere (DFROT_LAB_CACHE moves the cache)") from error
 
 
 def write_text(path: Path, text: str) -> None:

@@ -47,8 +47,8 @@ def load(path: Path) -> pd.DataFrame:
     lines = path.read_text(encoding="utf-8").splitlines()
     for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
+            rows.append(dict(json.loads(line)))
+        except (ValueError, TypeError) as error:
             if number < len(lines):
                 said = f"line {number} must be one JSON object; got {line[:60]!r}"
                 raise ValueError(f"{path} {said}") from error
@@ -79,8 +79,11 @@ def rows(table: pd.DataFrame) -> list[dict[str, Any]]:
 def save(path: Path, table: pd.DataFrame, recipes: Mapping[str, Any]) -> list[Path]:
     """Write a results table as JSON lines, beside it the comparison as Markdown, the recipes as YAML."""
     replace(path, rows(table))
-    texts = {path.with_suffix(".md"): markdown(comparison(table)) + "\n"}
-    texts[path.with_suffix(".recipes.yaml")] = yaml.safe_dump(dict(recipes), sort_keys=False)
-    for beside, text in texts.items():
-        write_text(beside, text)
-    return [path, *texts]
+    write_text(beside := path.with_suffix(".md"), markdown(comparison(table)) + "\n")
+    return [path, beside, save_recipes(path, recipes)]
+
+
+def save_recipes(path: Path, recipes: Mapping[str, Any]) -> Path:
+    """Write the recipes of the rows in `path` beside it, as YAML by key."""
+    write_text(beside := path.with_suffix(".recipes.yaml"), yaml.safe_dump(dict(recipes), sort_keys=False))
+    return beside

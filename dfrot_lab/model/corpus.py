@@ -98,7 +98,7 @@ def token_blocks(spec: CorpusSpec, tokenizer: Any, *, blocks: int, window: int =
     ids = token_ids(spec, tokenizer)
     whole = len(ids) // window
     there = f"{spec.name} ({spec.split}) has {len(ids)} tokens, {whole} whole windows of {window}"
-    require("token_blocks.blocks", blocks, blocks <= whole, f"<= {whole}: {there}")
+    require("windows", blocks, blocks <= whole, f"at most {whole}: {there}. Take a longer text, or fewer")
     return ids[: blocks * window].view(blocks, window)
 
 
@@ -174,6 +174,7 @@ def _file_half(path: Path, split: str) -> str:
     except UnicodeDecodeError as error:
         said = f"CorpusSpec.name must be a text file in UTF-8; got {path} ({error}): convert it"
         raise ValueError(said) from error
+    require("CorpusSpec.name", path, text.strip(), "a file with a text in it")
     ends = ([m.end() for m in re.finditer(mark, text) if m.end() < len(text)] for mark in ("\n\n", "\n", " "))
     places = next(filter(None, ends), [len(text) // 2])
     middle = min(places, key=lambda place: abs(place - len(text) / 2))

@@ -4,6 +4,7 @@ A field carries its rule in words, and an error is that rule: `RefineSpec.gamma 
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, ClassVar, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -88,14 +89,23 @@ class Spec(BaseModel):
     @classmethod
     def of(cls, said: Mapping[str, Any]) -> Self:
         """The spec that plain values describe, the reverse of `plain` and `to_dict`; ValueError."""
-        require(cls.__name__, repr(said), isinstance(said, Mapping), "a mapping of its fields")
-        values = {str(name): value for name, value in said.items() if name != "spec"}
-        for name, value in values.items():
-            kinds = cls._kinds(name) if name in cls.model_fields and isinstance(value, Mapping) else ()
-            for kind in kinds:
-                if isinstance(kind, type) and issubclass(kind, Spec):
-                    values[name] = kind.of(value)
-        return cls(**values)
+        if not isinstance(said, Mapping):
+            raise ValueError(f"{cls.__name__} must be a mapping of its fields; got {said!r}")
+        return cls(**{str(name): cls._read(str(name), said[name]) for name in said if name != "spec"})
+
+    @classmethod
+    def _read(cls, name: str, value: Any) -> Any:
+        """A field of plain values: of a spec in it, what is left out is as it is by default in this place."""
+        for kind in cls._kinds(name) if name in cls.model_fields else ():
+            if kind is float and isinstance(value, str):  # YAML reads 1e-3 and inf as words
+                with suppress(ValueError):
+                    return float(value)
+            if isinstance(value, Mapping) and isinstance(kind, type) and issubclass(kind, Spec):
+                default = cls.model_fields[name].default
+                own = default.plain() if isinstance(default, Spec) else {}
+                others = issubclass(kind, MethodSpec) and value.get("method") not in (None, own.get("method"))
+                return kind.of(value if others else {**own, **value})
+        return value
 
     @property
     def key(self) -> str:

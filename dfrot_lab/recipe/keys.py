@@ -4,8 +4,9 @@ and a file stand for their bytes, so that what moved is found again and what cha
 from collections.abc import Callable
 from typing import Any
 
-from dfrot_lab.recipe.base import Spec, content_key
-from dfrot_lab.recipe.specs import CorpusSpec, ModelSpec, Recipe
+from dfrot_lab.recipe import registry
+from dfrot_lab.recipe.base import MethodSpec, Spec, content_key
+from dfrot_lab.recipe.specs import CorpusSpec, ModelSpec, Recipe, WeightSpec
 
 FORMULAS = 3  # version of what artefacts hold and how it is computed; raise it with any change of a formula
 Prints = Callable[[ModelSpec | CorpusSpec | str], str]  # a model's, a text's, a path's hash
@@ -21,6 +22,9 @@ def identity(spec: Spec, prints: Prints) -> Any:
     if isinstance(spec, ModelSpec | CorpusSpec):
         return prints(spec)
     said = {name: identity(value, prints) if isinstance(value, Spec) else value for name, value in spec}
+    if isinstance(spec, MethodSpec | WeightSpec):
+        table = registry.WEIGHTS if isinstance(spec, WeightSpec) else registry.METHODS
+        said |= {"code": code} if (code := registry.code(table, spec.method)) != 1 else {}
     if said.get("path") is not None:
         said["path"] = prints(said["path"])
     return {"spec": type(spec).__name__, **said}

@@ -1,7 +1,9 @@
 """The tables of what can be chosen by name: rotation methods and weight quantizers.
 A choice's module is imported when asked for. A new method or quantizer: one file, one line here."""
 
+import hashlib
 import importlib
+from pathlib import Path
 from typing import Any, NamedTuple
 
 
@@ -16,7 +18,7 @@ METHODS = {
     "random": Choice("dfrot_lab.rotate.random", ("NR", "RO", "RH")),
     "dfrot": Choice("dfrot_lab.rotate.dfrot", ("DFRot",)),
 }
-"""Rotation methods: modules with `SPEC`, `spec(row, seed=, capture=)` and `fit(recipe, context)`."""
+"""Rotation methods: modules with `SPEC`, `spec(row, seed=, capture=)`, `fit(recipe, context)`; `VERSION`."""
 WEIGHTS = {"rtn": Choice("dfrot_lab.weights.rtn"), "gptq": Choice("dfrot_lab.weights.gptq")}
 """Weight quantizers: modules with `quantize(weight, hessian, spec)` and `CALIBRATED` (needs the Hessian)."""
 
@@ -26,6 +28,12 @@ def load(table: dict[str, Choice], name: str, what: str = "choice") -> Any:
     if name not in list(table):  # a list: what a file says may not be hashable
         raise ValueError(f"{what} must be one of {', '.join(table)}; got {name!r}")
     return importlib.import_module(table[name].module)
+
+
+def code(table: dict[str, Choice], name: str) -> int | str:
+    """What of a choice's code its results are keyed by: its VERSION, or, while it has none, its file."""
+    module = load(table, name)
+    return getattr(module, "VERSION", None) or hashlib.sha256(Path(module.__file__).read_bytes()).hexdigest()
 
 
 def rows() -> list[str]:

@@ -28,7 +28,7 @@ DEFAULT_RULE = "ratio_8"  # portable: finds the first token, no plain embeddings
 PAPER_RULE, RELEASED_KEEP_OUT = "nr_error_8.5", "nr_error_9.5"  # the released code's
 REFINE_VARIANTS = ("accelerated", "guarded", "as_paper", "as_released")
 KEEP_OUT_COUNTS = ("most_massive", "worst", "random")  # by largest value, largest error, or any
-KEPT_COUNTED = f"given for keep_out {', '.join(KEEP_OUT_COUNTS)} alone"
+KEPT_COUNTED = f"a number with keep_out {', '.join(KEEP_OUT_COUNTS)}, and None with any other"
 
 
 class ModelSpec(Spec):
@@ -55,7 +55,7 @@ class RotationSpec(MethodSpec):
 
     method: ClassVar[str] = "random"
     kind: str = one_of("RH", ROTATION_KINDS)
-    seed: int = ruled(0, "a whole number >= 0", ge=0)
+    seed: int = ruled(0, "a whole number in 0..2^63", ge=0, lt=1 << 63)
     block: int | None = ruled(None, "None or a whole number >= 1", ge=1)
     path: str | None = None
 
@@ -223,6 +223,8 @@ class Recipe(Spec):
         changes |= {name: KV_CACHE for name in ("keys", "values") if getattr(self, name).bits == 16}
         if not self.is_rotated:
             changes["rotation"] = RotationSpec(kind="NR")
+        elif isinstance(rows := getattr(self.rotation, "capture", None), CaptureSpec):  # of this very model
+            changes["rotation"] = self.rotation.with_(capture=rows.with_(model=self.model))
         return self.with_(**changes)
 
     def to_yaml(self) -> str:
@@ -234,10 +236,10 @@ class Recipe(Spec):
         """The recipe in a YAML file (or text); fields left out have their defaults. ValueError."""
         try:
             found = yaml.safe_load(text.read_text(encoding="utf-8") if isinstance(text, Path) else text)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
             why = " ".join(str(error).split())
-            raise ValueError(f"a recipe must be YAML; got {text!r} ({why})") from error
-        return cls.of({} if found is None else found)
+            raise ValueError(f"a recipe must be YAML; got {str(text)!r} ({why})") from error
+        return cls.of(found)
 
 
 def recipe_of(bits: str, *, weights: str = "gptq", **fields: Any) -> Recipe:

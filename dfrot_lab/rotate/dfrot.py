@@ -22,6 +22,7 @@ from dfrot_lab.rotate.transforms import Context, Transforms
 log = logging.getLogger(__name__)
 SPEC = RefineSpec
 KIND = "refine"
+VERSION = 1
 
 
 def spec(_row: str, *, seed: int = 0, capture: CaptureSpec | None = None) -> RefineSpec:

@@ -9,6 +9,7 @@ from dfrot_lab.recipe.specs import Recipe, RotationSpec
 from dfrot_lab.rotate.transforms import Context, Transforms
 
 SPEC = RotationSpec
+VERSION = 1
 
 
 def spec(row: str, *, seed: int = 0, **_capture: object) -> RotationSpec:

@@ -52,7 +52,8 @@ def closed_share(ro: np.ndarray, ro_kept: np.ndarray, rh: np.ndarray, rh_kept: n
 
 @dataclass(frozen=True)
 class EvalResult:
-    """Mean next-token loss of each window (windows,) in nats, the seconds, the model's origin, `versions`."""
+    """Mean next-token loss of each window (windows,) in nats, the seconds, the model's origin, `versions`; by
+    what `commit` of the code; `key`, of all they hang on, bytes for names."""
 
     spec: Recipe
     losses: np.ndarray
@@ -60,6 +61,8 @@ class EvalResult:
     provenance: str
     versions: dict[str, str]
     family: str = ""
+    commit: str | None = None
+    key: str | None = None
 
     @property
     def perplexity(self) -> float:
@@ -135,7 +138,7 @@ def stored(spec: Recipe, store: Store) -> EvalResult | None:
 def _result(spec: Recipe, artefact: Artefact) -> EvalResult:
     note, losses = artefact.manifest["note"], np.array(artefact.json("losses"))
     said = (note["scoring_seconds"], note["provenance"], dict(artefact.manifest["versions"]), note["family"])
-    return EvalResult(spec, losses, *said)
+    return EvalResult(spec, losses, *said, artefact.manifest.get("commit"), artefact.key)
 
 
 def _losses(built: Built, spec: Recipe, writer: Writer, on_part: OnPart) -> tuple[list[float], float]:

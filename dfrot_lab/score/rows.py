@@ -1,9 +1,6 @@
 """Results as rows with provenance: a column for everything that makes a row different, nothing in a label."""
 
-import subprocess
-from collections.abc import Iterable, Sequence
-from functools import cache
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 from dfrot_lab.maths.tables import COLUMNS, PERPLEXITY
@@ -13,17 +10,6 @@ from dfrot_lab.recipe.specs import CorpusSpec, Recipe
 from dfrot_lab.score.perplexity import EvalResult, paired_difference
 
 PACKAGES = ("dfrot_lab", "torch", "transformers")
-
-
-@cache
-def commit() -> str | None:
-    """The git commit of the code, `+` behind it where files differ from it; None outside a checkout."""
-    command, folder = "git describe --always --abbrev=12 --dirty=+ --exclude=*", Path(__file__).parent
-    try:
-        found = subprocess.check_output(command.split(), cwd=folder, stderr=subprocess.DEVNULL, text=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return found.strip()
 
 
 def row(result: EvalResult) -> dict[str, Any]:
@@ -40,7 +26,8 @@ def statistic_row(result: EvalResult, metric: str, value: float, ci95: Sequence[
     """The results row of any number, with its interval, that is said of the evaluation `result`."""
     said = {"metric": metric, "value": value, "ci95": list(ci95), "seconds": round(result.seconds, 2)}
     made = {name: result.versions[name] for name in PACKAGES if name in result.versions}
-    code = {"recipe": result.spec.key, "versions": made, "formulas": FORMULAS, "commit": commit()}
+    code = {"recipe": result.spec.key, "key": result.key, "versions": made, "formulas": FORMULAS}
+    code["commit"] = result.commit
     values = {**columns(result.spec), "family": result.family, **said, **code}
     return {name: values[name] for name in COLUMNS}
 
@@ -76,8 +63,3 @@ def _word(value: Any) -> str:
     if isinstance(value, CorpusSpec):
         return f"{value.name} ({value.split})"
     return str(getattr(value, "name", f"({parameters(value)})") if isinstance(value, Spec) else value)
-
-
-def recipes(found: Iterable[EvalResult]) -> dict[str, Any]:
-    """The recipes of evaluations by key, as plain values: what is kept beside their rows."""
-    return {result.spec.key: result.spec.plain() for result in found}

@@ -9,11 +9,13 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from dfrot_lab.disk import atomic, row_files
+from dfrot_lab.disk import artefacts, atomic, row_files
+from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.maths import tables
 from dfrot_lab.model import loading
 from dfrot_lab.observe import errors, massive
-from dfrot_lab.score import rows
+from dfrot_lab.recipe.specs import DEFAULT_MODEL, Recipe
+from dfrot_lab.score import perplexity
 from dfrot_lab.show import figures
 from dfrot_lab.show.experiment_figures import FIGURES
 from dfrot_lab.show.theme import visible
@@ -26,21 +28,32 @@ SMALL = 5000  # rows up to which an experiment's table is kept as JSON lines, to
 
 
 def save_experiment(name: str, table: pd.DataFrame, setting: Setting, at: Path, pictures: Path) -> list[Path]:
-    """Write an experiment's table into `at`, named by it and the corpus, its figure into `pictures`."""
-    is_small, corpus = len(table) <= SMALL, Path(setting.corpus).stem
-    kept = at / f"{name}-{corpus}.{'jsonl' if is_small else 'parquet'}"
+    """Write an experiment's table into `at`, its recipes beside it, its figure into `pictures`."""
+    is_small, written = len(table) <= SMALL, list[Path]()
+    kept = at / f"{_stem(name, setting)}.{'jsonl' if is_small else 'parquet'}"
     row_files.replace(kept, row_files.rows(table)) if is_small else row_files.write_table(table, kept)
-    recipes = sorted(set(table["recipe"].dropna())) if "recipe" in table else []
     about = {"experiment": name, "quick": setting.quick, "device": loading.device_name(), "rows": len(table)}
-    about |= {"setting": _question(name, setting), "recipes": recipes}
+    about |= {"setting": _question(name, setting)}
+    if "key" in table:
+        made = [Store().at(perplexity.KIND, key) for key in table["key"].dropna().unique()]
+        recipes = [Recipe.of(artefact.json("recipe")) for artefact in made if artefact]
+        written.append(row_files.save_recipes(kept, {recipe.key: recipe.plain() for recipe in recipes}))
+        about["recipes"] = sorted(recipe.key for recipe in recipes)
     with figures.theme():
-        return [kept, _save_figure(FIGURES[name](table), name, pictures, setting, about)]
+        return [kept, *written, _save_figure(FIGURES[name](table), name, pictures, setting, about)]
+
+
+def _stem(name: str, setting: Setting) -> str:
+    """What the table of an experiment is called: by the text, and by what is not the default."""
+    model = setting.model.source
+    others = [Path(model).name] if model != DEFAULT_MODEL else []
+    return "-".join([name, Path(setting.corpus).stem, *others, *(["quick"] if setting.quick else [])])
 
 
 def table(name: str, setting: Setting, root: Path) -> pd.DataFrame:
     """The experiment's table: the one kept under `root` if it was made with this setting, else computed."""
-    corpus = Path(setting.corpus).stem
-    kept, beside = root / f"data/results/{name}-{corpus}.jsonl", root / f"figures/{corpus}/{name}.json"
+    beside = root / f"figures/{Path(setting.corpus).stem}/{name}.json"
+    kept = root / f"data/results/{_stem(name, setting)}.jsonl"
     about = json.loads(beside.read_text(encoding="utf-8")) if kept.is_file() and beside.is_file() else {}
     if about.get("setting") != _question(name, setting):
         return experiments.run(name, setting)
@@ -56,7 +69,7 @@ def _save_figure(fig: Figure, name: str, folder: Path, setting: Setting, about: 
     figures.plt.close(fig)
     own = {"figure": name, "model": setting.model.source, "corpus": setting.corpus, "seed": setting.seed}
     versions = {each: metadata.version(each) for each in ("dfrot-lab", "torch", "transformers", "matplotlib")}
-    said = {**own, **about, "versions": versions, "commit": rows.commit()}
+    said = {**own, **about, "versions": versions, "commit": artefacts.commit()}
     atomic.write_text(folder / f"{name}.json", json.dumps(said, indent=1, default=str) + "\n")
     return folder / f"{name}.png"
 
@@ -90,7 +103,8 @@ def main_figures(result: MainResult, wide: pd.DataFrame) -> dict[str, tuple[Figu
 
 def save(result: MainResult, table: Path, pictures: Path) -> list[Path]:
     """Write the main job's rows to `table`, recipes and comparison beside it, its figures to `pictures`."""
-    written = row_files.save(table, result.table, rows.recipes(result.found.values()))
+    recipes = {found.spec.key: found.spec.plain() for found in result.found.values()}
+    written = row_files.save(table, result.table, recipes)
     about = {"capture": result.capture.key, "quantizer": result.setting.refine.quantizer.name}
     with figures.theme():
         drawn = main_figures(result, result.errors([figure_site(result.capture.sites)]))

@@ -19,12 +19,11 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from plotly.offline import get_plotlyjs
 
-from dfrot_lab.disk.artefacts import Store
+from dfrot_lab.disk.artefacts import Store, commit
 from dfrot_lab.maths import tables
 from dfrot_lab.model import corpus, loading
 from dfrot_lab.recipe import registry
 from dfrot_lab.recipe.specs import DEFAULT_MODEL, MASSIVE_RULES, CorpusSpec, Recipe, RefineSpec
-from dfrot_lab.score import rows
 from dfrot_lab.show import figures, gallery
 from dfrot_lab.show.theme import MASSIVE_COLOUR, ORDINARY_COLOUR, safe, visible
 from dfrot_lab.study import cost, main, paper
@@ -134,7 +133,7 @@ def about(findings: Findings) -> pd.DataFrame:
         "family, device": f"{manifest['note']['family']}, {setting.model.device}",
         "capture": f"{recorded.key}, recorded {manifest['created']}",
         "versions": ", ".join(f"{name} {metadata.version(name)}" for name in PACKAGES),
-        "code": rows.commit() or "no checkout", "report made": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+        "code": commit() or "no checkout", "report made": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
     }  # fmt: skip
     return pd.DataFrame({"what": list(lines), "value": [str(value) for value in lines.values()]})
 

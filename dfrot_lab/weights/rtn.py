@@ -7,6 +7,7 @@ from dfrot_lab.maths.quantizers import Quantized, clip_search, code_range, scale
 from dfrot_lab.recipe.specs import WeightSpec
 
 CALIBRATED = False  # it looks at the weight alone
+VERSION = 1
 
 
 def quantize(weight: Tensor, _hessian: Tensor | None, spec: WeightSpec) -> Quantized:
