@@ -2,34 +2,43 @@
 task scores, in the memory of a layer; a killed walk goes on where it was.
 """
 
-import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import FAMILIES, LAYERS, tiny_model
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.maths import rotations
 from dfrot_lab.model import checkpoint, loading, stream, surgery
 from dfrot_lab.model.checkpoint import EMBEDDING, HEAD
 from dfrot_lab.model.loading import LoadedModel
+from dfrot_lab.observe import residual
 from dfrot_lab.observe.capture import capture
-from dfrot_lab.recipe.specs import CaptureSpec, CorpusSpec, ModelSpec, Recipe, RotationSpec, recipe_of
+from dfrot_lab.recipe.specs import (
+    CaptureSpec,
+    CorpusSpec,
+    ModelSpec,
+    QuantSpec,
+    Recipe,
+    RotationSpec,
+    recipe_of,
+)
 from dfrot_lab.rotate import transforms
-from dfrot_lab.score import perplexity
-from dfrot_lab.weights import run
+from dfrot_lab.score import build, perplexity
+from dfrot_lab.weights import gptq, run
 
 TOKENS = 32
 
 
-def folder_of(path: Path, family: str = "llama", *, tied: bool = False, dtype: torch.dtype = torch.float32) -> Path:
+def folder_of(
+    path: Path, family: str = "llama", *, tied: bool = False, dtype: torch.dtype = torch.float32
+) -> Path:
     """A tiny model as a folder, in two shards or more."""
     loaded = tiny_model(family, tied=tied)
     loaded.model.to(dtype).save_pretrained(path, max_shard_size="50KB")
@@ -96,7 +105,11 @@ def test_only_the_part_in_use_has_weights(tmp_path, streamed, ids):
     loaded = streamed(folder_of(tmp_path / "m"))
     for which in (EMBEDDING, 0, LAYERS - 1, HEAD):
         with stream.part(loaded, which):
-            filled = {checkpoint.part_of(name, loaded.roles) for name, x in loaded.model.named_parameters() if not x.is_meta}
+            filled = {
+                checkpoint.part_of(name, loaded.roles)
+                for name, x in loaded.model.named_parameters()
+                if not x.is_meta
+            }
             assert filled == {which}
         assert is_empty(loaded)
     with pytest.raises(KeyError), stream.part(loaded, 1):
@@ -137,9 +150,21 @@ def changed(folder: Path, name: str, tensor: Tensor | None) -> None:
 @pytest.mark.parametrize(
     ("name", "tensor", "said"),
     [
-        ("model.layers.0.self_attn.q_proj.bias", torch.zeros(64), "hold model.layers.0.self_attn.q_proj.bias"),
-        ("model.layers.2.input_layernorm.weight", torch.ones(64), "hold model.layers.2.input_layernorm.weight"),
-        ("model.layers.1.mlp.up_proj.weight", None, "lack 1 tensors, the first model.layers.1.mlp.up_proj.weight"),
+        (
+            "model.layers.0.self_attn.q_proj.bias",
+            torch.zeros(64),
+            "no place for, the first model.layers.0.self_attn.q_proj.bias",
+        ),
+        (
+            "model.layers.2.input_layernorm.weight",
+            torch.ones(64),
+            "no place for, the first model.layers.2.input_layernorm.weight",
+        ),
+        (
+            "model.layers.1.mlp.up_proj.weight",
+            None,
+            "lack 1 tensors, the first model.layers.1.mlp.up_proj.weight",
+        ),
         ("model.norm.weight", None, "lack 1 tensors, the first model.norm.weight"),
         ("lm_head.weight", None, "lack 1 tensors, the first lm_head.weight"),
     ],
@@ -159,3 +184,148 @@ def test_old_buffers_are_no_weights(tmp_path, streamed, ids):
     changed(folder, "model.layers.0.self_attn.rotary_emb.inv_freq", torch.ones(8))
     assert torch.equal(logits_of(streamed(folder), ids), expected)
     assert torch.equal(kept(folder).model(ids).logits, expected)
+
+
+# ---- what is computed with it
+
+
+def recipe(model: Path, text: Path, bits: str = "4-4-4", **fields: object) -> Recipe:
+    """A recipe of two windows of the folder's model, calibrated on four short ones of the text's other half."""
+    corpus = CorpusSpec(name=str(text))
+    own = {"model": ModelSpec(source=str(model)), "corpus": corpus, "windows": 2, "window": TOKENS}
+    spec = recipe_of(bits, **{**own, **fields})
+    short = {"corpus": corpus.with_(split="calibration"), "windows": 4, "window": TOKENS}
+    return spec.with_(weights=spec.weights.with_(**short))
+
+
+@pytest.fixture
+def small_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No model fits: each is read layer by layer."""
+    monkeypatch.setenv(checkpoint.MEMORY, "0")
+
+
+@pytest.mark.parametrize(
+    ("bits", "weights", "fields"),
+    [
+        ("16-16-16", "rtn", {"rotation": RotationSpec(kind="NR"), "set_massive": "mean"}),
+        ("16-4-16", "rtn", {"rotation": RotationSpec(kind="RO"), "keep_out": "nr_error_9.5"}),
+        ("4-4-4", "rtn", {}),
+        ("4-4-4", "gptq", {"keep_out": "most_massive", "keep_out_tokens": 2}),
+        ("4-8-3", "gptq", {"activations": QuantSpec(scheme="free", clip_ratio=0.9)}),
+    ],
+)
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_a_recipe_has_the_same_losses_either_way(
+    family, bits, weights, fields, tmp_path, text_file, monkeypatch
+):
+    spec = recipe(folder_of(tmp_path / "m", family), text_file, bits, weights=weights, **fields)
+    expected = perplexity.evaluate(spec, Store(tmp_path / "kept"))
+    monkeypatch.setenv(checkpoint.MEMORY, "0")
+    told: list[tuple[str, int, int]] = []
+    found = perplexity.evaluate(spec, Store(tmp_path / "streamed"), lambda *part: told.append(part))
+    assert found.losses.tolist() == expected.losses.tolist() and found.seconds > 0
+    assert told[-LAYERS:] == [("layer", n + 1, LAYERS) for n in range(LAYERS)]
+
+
+def test_calibration_windows_may_pass_in_several_lots(tmp_path, text_file, monkeypatch, ids):
+    """Each lot stops at the group of linears that is next until all have been there."""
+    spec = recipe(folder_of(tmp_path / "m"), text_file, weights="gptq")
+    built = build.build(spec, Store(tmp_path / "one"))
+    monkeypatch.setattr(run, "CHUNK_BYTES", 1)
+    hessians = []
+    monkeypatch.setattr(run, "hessian_of", lambda x: hessians.append(len(x)) or gptq.hessian_of(x))
+    other = build.build(spec, Store(tmp_path / "lots"))
+    assert hessians == [TOKENS] * (4 * 4 * LAYERS)
+    for one, two in zip(built.codes, other.codes, strict=True):
+        for name in one:
+            turned = (one[name].codes != two[name].codes).float().mean()
+            assert turned < 0.03, "sums of four Hessians round otherwise than one of all"
+    with torch.no_grad():
+        apart = (built.loaded.model(ids).logits - other.loaded.model(ids).logits).abs().mean()
+        assert apart < 0.01 * built.loaded.model(ids).logits.abs().mean()
+
+
+def test_a_capture_and_its_gradients_are_the_same_either_way(tmp_path, text_file, monkeypatch):
+    model = ModelSpec(source=str(folder_of(tmp_path / "m")), device="cpu")
+    corpus = CorpusSpec(name=str(text_file), split="calibration")
+    spec = CaptureSpec(model=model, corpus=corpus, tokens=TOKENS)
+    found = []
+    for memory in ("", "0"):
+        monkeypatch.setenv(checkpoint.MEMORY, memory)
+        store = Store(tmp_path / f"store{memory}")
+        context = transforms.Context(Recipe(model=model), store)
+        squares = context.sensitivities(spec)
+        found.append((capture(spec, store), squares))
+        assert is_empty(context.model) == bool(memory)
+    (one, squares), (two, others) = found
+    assert all(torch.equal(one.rows(site), two.rows(site)) for site in one.sites)
+    assert torch.equal(one.residual_max, two.residual_max)
+    assert torch.equal(one.residual_median, two.residual_median) and one.sites == two.sites
+    assert set(squares) == set(others) == set(one.sites)
+    assert all(torch.equal(squares[site], others[site]) for site in squares)
+
+
+def test_the_residual_streams_are_the_same_either_way(tmp_path, text_file, monkeypatch):
+    spec = CaptureSpec(
+        model=ModelSpec(source=str(folder_of(tmp_path / "m"))),
+        corpus=CorpusSpec(name=str(text_file), split="calibration"),
+        tokens=TOKENS,
+    )
+    expected = residual.residual_profile(spec, Store(tmp_path / "s"))
+    monkeypatch.setenv(checkpoint.MEMORY, "0")
+    assert residual.residual_profile(spec, Store(tmp_path / "s")).equals(expected)
+
+
+def test_what_needs_a_whole_model_says_so(tmp_path, small_memory):
+    folder = folder_of(tmp_path / "m")
+    with pytest.raises(ValueError, match=r"a model must fit into memory as a whole for this; got 0\.0 GB of"):
+        loading.load_model(ModelSpec(source=str(folder)), whole=True)
+
+
+@pytest.mark.parametrize("said", ["8GB", "-", "nan"])
+def test_a_memory_that_is_no_number_is_refused(said, tmp_path, monkeypatch):
+    monkeypatch.setenv(checkpoint.MEMORY, said)
+    with pytest.raises(ValueError, match=f"DFROT_LAB_MEMORY must be a number of GB; got '{said}'"):
+        kept(folder_of(tmp_path / "m"))
+
+
+# ---- killed and gone on
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from dfrot_lab.model import stream
+from dfrot_lab.recipe.specs import Recipe
+from dfrot_lab.score import build, perplexity
+from dfrot_lab.disk.artefacts import Store
+
+stream.SAVE_AFTER = 0
+left = [int(sys.argv[3])]
+own = stream.Walk.run
+def run(walk, number, x):
+    left[0] -= 1
+    if left[0] < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return own(walk, number, x)
+stream.Walk.run = run
+print(perplexity.evaluate(Recipe.from_yaml(Path(sys.argv[1])), Store(Path(sys.argv[2]))).losses.tolist())
+"""
+
+
+@pytest.mark.parametrize("steps", range(3 * LAYERS))
+@pytest.mark.parametrize("weights", ["rtn", "gptq"])
+def test_a_killed_walk_goes_on_at_its_layer(weights, steps, tmp_path, text_file, small_memory, monkeypatch):
+    spec = recipe(folder_of(tmp_path / "m"), text_file, weights=weights)
+    (tmp_path / "r.yaml").write_text(spec.to_yaml())
+    done: list[int] = []
+    own = stream.Walk.run
+    monkeypatch.setattr(stream.Walk, "run", lambda walk, n, x: done.append(n) or own(walk, n, x))
+    expected = perplexity.evaluate(spec, Store(tmp_path / "whole")).losses.tolist()
+    passes = len(done)  # of windows through layers: two are scored, and one lot calibrates
+    store = tmp_path / "store"
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "r.yaml"), str(store), str(steps)]
+    killed = subprocess.run(command, capture_output=True).returncode
+    assert killed == (-signal.SIGKILL if steps < passes else 0)
+    done.clear()
+    assert perplexity.evaluate(spec, Store(store)).losses.tolist() == expected
+    assert len(done) <= max(0, passes - steps + 1), "a layer that was passed is not passed again"

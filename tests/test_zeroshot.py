@@ -16,7 +16,7 @@ from test_evaluate import resolved, save_lively
 from transformers import AutoTokenizer
 
 from dfrot_lab.disk.artefacts import Store
-from dfrot_lab.model import loading
+from dfrot_lab.model import checkpoint, loading
 from dfrot_lab.model.loading import LoadedModel
 from dfrot_lab.recipe.specs import CorpusSpec, ModelSpec, Recipe, RotationSpec, recipe_of
 from dfrot_lab.score import build, zeroshot
@@ -114,6 +114,16 @@ def saved_model(folder: Path) -> ModelSpec:
     tokenizer.eos_token = "\u0100"
     tokenizer.save_pretrained(folder)
     return spec
+
+
+def test_a_model_read_layer_by_layer_answers_as_the_kept_one(folder, tmp_path, text_file, monkeypatch):
+    model = saved_model(tmp_path / "model")
+    spec = row_of(model, text_file, "4-4-4", "RH")
+    expected = table("row", spec, model, None, Store(tmp_path / "kept"))
+    plain = table("row", None, model, 2, Store(tmp_path / "kept"))
+    monkeypatch.setenv(checkpoint.MEMORY, "0")
+    pd.testing.assert_frame_equal(table("row", spec, model, None, Store(tmp_path / "s")), expected)
+    pd.testing.assert_frame_equal(table("row", None, model, 2, Store(tmp_path / "s")), plain)
 
 
 # ---- where items are

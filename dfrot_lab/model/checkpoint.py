@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -65,10 +65,24 @@ def memory(device: str) -> float:
     """Bytes that a model's weights may fill there: as DFROT_LAB_MEMORY says, or most of what is free."""
     if said := os.environ.get(MEMORY):
         with suppress(ValueError):
-            return float(said) * 1e9
+            if (size := float(said)) >= 0:
+                return size * 1e9
         raise ValueError(f"{MEMORY} must be a number of GB; got {said!r}")
     free = torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
     return FREE_SHARE * free
+
+
+def check(folder: Path, missing: Collection[str], strange: Collection[str]) -> None:
+    """Refuse weights that are not those of the model: a ValueError names the first that is `missing`, for
+    which transformers would go on with random numbers, or `strange`, which it would leave out."""
+    strange = [name for name in strange if not name.endswith(HARMLESS)]
+    advice = "Copy or download config.json and the weights again."
+    if missing:
+        fault = f"lack {len(missing)} tensors, the first {min(missing)}"
+        raise ValueError(f"the weights in {folder} {fault}. {advice}")
+    if strange:
+        fault = f"hold {len(strange)} tensors that its config has no place for, the first {min(strange)}"
+        raise ValueError(f"the weights in {folder} {fault}. {advice}")
 
 
 class Checkpoint:
@@ -85,17 +99,23 @@ class Checkpoint:
         wanted, found = dict(model.state_dict()), headers(folder)
         tied = f"{roles.lm_head}.weight"
         self.parts: dict[int, list[tuple[str, str, Path]]] = defaultdict(list)  # name to load as, its name
+        patterns = {source: each for each in converters for source in each.source_patterns}
+        filled, strange = set[str](), list[str]()
         for name, (path, _) in found.items():
             prefix = own.base_model_prefix
             target, pattern = core.rename_source_key(name, renamings, converters, prefix, wanted)
-            if target not in wanted and pattern is None:
-                if not name.endswith(HARMLESS) and target != tied:
-                    said = "which a model of its config has no place for"
-                    raise ValueError(f"the weights in {folder} hold {name}, {said}")
+            ends = patterns[pattern].target_patterns if pattern else [""]
+            filled |= {target.replace(ends[0], end) for end in ends} if pattern else {target}
+            if target not in wanted:
+                strange.append(name)
                 continue
+            if target == tied and own.config.tie_word_embeddings:
+                continue  # the embedding's is taken, as transformers does
             self.parts[part_of(target, roles)].append((name, name, path))
             if target == f"{roles.embedding}.weight" and own.config.tie_word_embeddings:
                 self.parts[HEAD].append((tied, name, path))
+                filled.add(tied)
+        check(folder, set(wanted) - filled, strange)
 
     def read(self, part: int) -> None:
         """Fill one part of the model with its weights. ValueError: a tensor missing, or of another shape."""

@@ -18,7 +18,7 @@ from torch import nn
 from dfrot_lab.disk import downloads
 from dfrot_lab.disk.artefacts import Store, Writer
 from dfrot_lab.disk.atomic import digest
-from dfrot_lab.model.checkpoint import Checkpoint, memory, weight_bytes
+from dfrot_lab.model.checkpoint import Checkpoint, check, memory, weight_bytes
 from dfrot_lab.model.families import Roles, roles_of
 from dfrot_lab.recipe.base import content_key, require
 from dfrot_lab.recipe.keys import model_key
@@ -229,7 +229,7 @@ def config_of(place: Path | str, spec: ModelSpec) -> Any:
     return config
 
 
-def _from_pretrained(place: Path | str, spec: ModelSpec) -> Any:
+def _from_pretrained(place: Path, spec: ModelSpec) -> Any:
     from safetensors import SafetensorError
 
     options = {"revision": spec.revision, "output_loading_info": True}
@@ -238,9 +238,7 @@ def _from_pretrained(place: Path | str, spec: ModelSpec) -> Any:
     except (SafetensorError, RuntimeError) as error:
         fault = f"are damaged or not this model's ({error}). Copy or download them again."
         raise ValueError(f"the weights in {place} {fault}") from error
-    if missing := sorted(found["missing_keys"]):  # transformers would go on with random numbers there
-        fault = f"lack {len(missing)} tensors, the first {missing[0]}. Copy or download them again."
-        raise ValueError(f"the weights in {place} {fault}")
+    check(place, found["missing_keys"], found["unexpected_keys"])
     return model
 
 

@@ -132,7 +132,7 @@ def _language_model(loaded: LoadedModel) -> Any:
     asked, `batches`; all of that then passes the layers once, and the second time it has the logits."""
     from lm_eval.models.huggingface import HFLM
 
-    class Streamed(HFLM):  # type: ignore[misc]
+    class Streamed(HFLM):
         """Answers from `hidden`, what leaves the last layer for each batch, once it is there."""
 
         device = loaded.device
