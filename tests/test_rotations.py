@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import dfrot_lab
 from dfrot_lab.disk.rotation_files import load, save
 from dfrot_lab.maths.hadamard import hadamard_matrix, hadamard_transform
-from dfrot_lab.maths.rotations import check, distance, make, orthogonality_error
+from dfrot_lab.maths.rotations import check, distance, fast_product, make, orthogonality_error
 from dfrot_lab.recipe.specs import RotationSpec
 from dfrot_lab.rotate.random import matrix
 
@@ -81,6 +81,18 @@ def test_rh_is_random_signs_and_then_the_fast_transform():
     assert 0.4 < (signs > 0).double().mean() < 0.6
     x = random_rows(8, 576)
     assert torch.allclose(x @ R, hadamard_transform(x * signs, 576**-0.5), atol=1e-12)
+
+
+@pytest.mark.parametrize("channels", [2048, 2560])
+def test_a_large_hadamard_rotation_has_a_fast_product(channels):
+    R = make(RotationSpec(kind="RH", seed=3), channels)
+    x = random_rows(3, channels).float().double()
+    fast = fast_product(R)
+    assert_near(fast(x), x @ R, FLOAT64)
+    assert fast_product(make(RotationSpec(kind="RO"), 2048)) is None
+    R[5, 7] *= -1
+    assert fast_product(R) is None
+    assert fast_product(make(RotationSpec(kind="RH"), 64)) is None, "a product of that size is as fast"
 
 
 def test_signs_change_symmetric_errors_before_the_hadamard_matrix_but_not_after():

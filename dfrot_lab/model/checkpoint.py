@@ -7,7 +7,7 @@ import math
 import os
 from collections import defaultdict
 from collections.abc import Collection, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +85,20 @@ def check(folder: Path, missing: Collection[str], strange: Collection[str]) -> N
         raise ValueError(f"the weights in {folder} {fault}. {advice}")
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """While the block runs transformers shows no loading bars: ours says what is being done."""
+    from transformers.utils import logging
+
+    was_on = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_on:
+            logging.enable_progress_bar()
+
+
 class Checkpoint:
     """The weights in a `folder` for `model`, a transformers model without weights (on `meta`), of `roles`."""
 
@@ -126,7 +140,7 @@ class Checkpoint:
         own: Any = self.model
         options: dict[str, Any] = {"device_map": {"": self.device}, "weight_mapping": self.mapping}
         config = LoadStateDictConfig(**options, dtype=own.dtype)
-        with ExitStack() as stack:
+        with quiet(), ExitStack() as stack:
             files = {
                 path: stack.enter_context(safe_open(path, framework="pt"))
                 for path in {path for _, _, path in self.parts[part]}

@@ -18,7 +18,7 @@ from torch import nn
 from dfrot_lab.disk import downloads
 from dfrot_lab.disk.artefacts import Store, Writer
 from dfrot_lab.disk.atomic import digest
-from dfrot_lab.model.checkpoint import Checkpoint, check, memory, weight_bytes
+from dfrot_lab.model.checkpoint import Checkpoint, check, memory, quiet, weight_bytes
 from dfrot_lab.model.families import Roles, roles_of
 from dfrot_lab.recipe.base import content_key, require
 from dfrot_lab.recipe.keys import model_key
@@ -255,17 +255,11 @@ def _tokenizer(place: str, revision: str | None, _bytes: str) -> Any:
 
 
 def _quietly(place: Path | str, **options: Any) -> Any:
-    """transformers' model without its own loading bars: ours says what is being done."""
+    """transformers' model without its own loading bars."""
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging as hf_logging
 
-    was_on = hf_logging.is_progress_bar_enabled()
-    hf_logging.disable_progress_bar()
-    try:
+    with quiet():
         return AutoModelForCausalLM.from_pretrained(place, **options)
-    finally:
-        if was_on:
-            hf_logging.enable_progress_bar()
 
 
 def _dequantised(path: Path, key: str, store: Store) -> tuple[Path, str]:

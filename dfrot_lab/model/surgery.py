@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dfrot_lab.maths.hadamard import factors, hadamard_transform
-from dfrot_lab.maths.rotations import check
+from dfrot_lab.maths.rotations import check, fast_product
 from dfrot_lab.model.checkpoint import EMBEDDING, HEAD
 from dfrot_lab.model.hooks import NORMS, At, at_sites, sites_of
 from dfrot_lab.model.loading import LoadedModel, linear
@@ -119,16 +119,19 @@ def rotate_residual(loaded: LoadedModel, R: Tensor) -> None:
         why = "a gain that is not 1 does not commute with a rotation"
         raise ValueError(f"norm gains must be fused (surgery.fuse_norms) before R1: {why}")
     R = check(R, loaded.channels).to(loaded.device)
+    fast = fast_product(R)
+    times_R = fast or (lambda x: x @ R)
+    columns: Transform = (lambda w: fast(w.T).T) if fast else (lambda w: R.T @ w)
 
     def rotate(part: int) -> None:
         if part < 0:
-            _edit_rows(_ends(loaded)[0 if part == HEAD else 1], lambda w: w @ R)
+            _edit_rows(_ends(loaded)[0 if part == HEAD else 1], times_R)
             return
         for _, readers in _feeds(loaded, part).values():
             for reader in readers:
-                _edit_rows(reader, lambda w: w @ R)
+                _edit_rows(reader, times_R)
         for name in (loaded.roles.o, loaded.roles.down):
-            _edit(linear(loaded.layers[part], name), lambda w: R.T @ w, lambda b: b @ R)
+            _edit(linear(loaded.layers[part], name), columns, times_R)
 
     change(loaded, rotate, {EMBEDDING, *range(len(loaded.layers)), HEAD})
 
