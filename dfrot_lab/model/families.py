@@ -1,22 +1,36 @@
 """Which model families can be rotated, and which part plays which role. A new one: an entry in FAMILIES."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
+
+GAINS = {"rms": 0.0, "rms_plus_one": 1.0, "layer": 0.0}
+"""Kinds of norm, and what is added to the weight of each to make its gain: RMSNorm; Gemma's, whose gain is
+1 + weight; LayerNorm, which subtracts the mean and may have a bias (surgery makes an RMSNorm of it)."""
+
+
+QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Roles:
     """Which submodule plays which role, a layer's parts named inside the decoder layer. From `feeds` (site,
-    norm, the linears that alone read its output) follow the fusing of gains, R1 and what is quantized."""
+    norm, the linears that alone read its output) follow the fusing of gains, R1 and what is quantized.
+    `positions`: a table added to the embedding; `v_rows`: of a config, which rows of `v` are values, head by
+    head, where others lie in the same linear; `norm`: of GAINS."""
 
     embedding: str = "model.embed_tokens"
+    positions: str | None = None
     layers: str = "model.layers"
     final_norm: str = "model.norm"
     lm_head: str = "lm_head"
     v: str = "self_attn.v_proj"
+    v_rows: Callable[[Any], list[int]] | None = None
     o: str = "self_attn.o_proj"
     down: str = "mlp.down_proj"
+    norm: str = "rms"
     feeds: tuple[tuple[str, str, tuple[str, ...]], ...] = (
-        ("input_norm", "input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+        ("input_norm", "input_layernorm", QKV),
         ("post_attention_norm", "post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
     )
 
@@ -32,23 +46,92 @@ class Roles:
         return tuple(name for names in self.groups.values() for name in names)
 
 
+def heads_of(config: Any) -> tuple[int, int, int]:
+    """Of a transformers config the attention heads, the key-value heads, and a head's size."""
+    heads = int(config.num_attention_heads)
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return heads, int(getattr(config, "num_key_value_heads", None) or heads), int(size)
+
+
+def _last_rows(config: Any) -> list[int]:
+    """Phi-3: all queries, then all keys, then all values."""
+    heads, kv_heads, size = heads_of(config)
+    return list(range((heads + kv_heads) * size, (heads + 2 * kv_heads) * size))
+
+
+def _third_rows(config: Any) -> list[int]:
+    """GPT-NeoX: head by head its query, its key, its value."""
+    heads, _, size = heads_of(config)
+    return [(3 * head + 2) * size + row for head in range(heads) for row in range(size)]
+
+
 FAMILIES: dict[str, Roles] = {
     "LlamaForCausalLM": Roles(),
     "MistralForCausalLM": Roles(),
     "Qwen2ForCausalLM": Roles(),  # q, k, v have biases: they are on the output side, where R1 does not act
     "Qwen3ForCausalLM": Roles(),  # q and k are normalised per head before RoPE: R3 comes after it
+    "SmolLM3ForCausalLM": Roles(),  # some layers have no RoPE: R3 acts there all the same
+    "GraniteForCausalLM": Roles(),  # its multipliers scale whole tensors, and a rotation commutes with that
+    "GemmaForCausalLM": Roles(norm="rms_plus_one"),
+    "OlmoForCausalLM": Roles(norm="layer"),  # without gain or bias
+    "Phi3ForCausalLM": Roles(
+        v="self_attn.qkv_proj",
+        v_rows=_last_rows,
+        feeds=(
+            ("input_norm", "input_layernorm", ("self_attn.qkv_proj",)),
+            ("post_attention_norm", "post_attention_layernorm", ("mlp.gate_up_proj",)),
+        ),
+    ),
+    "OPTForCausalLM": Roles(
+        embedding="model.decoder.embed_tokens",
+        positions="model.decoder.embed_positions",
+        layers="model.decoder.layers",
+        final_norm="model.decoder.final_layer_norm",
+        o="self_attn.out_proj",
+        down="fc2",
+        norm="layer",
+        feeds=(
+            (
+                "input_norm",
+                "self_attn_layer_norm",
+                ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            ),
+            ("post_attention_norm", "final_layer_norm", ("fc1",)),
+        ),
+    ),
+    "GPTNeoXForCausalLM": Roles(  # attention and MLP read one residual stream, each after a norm of its own
+        embedding="gpt_neox.embed_in",
+        layers="gpt_neox.layers",
+        final_norm="gpt_neox.final_layer_norm",
+        v="attention.query_key_value",
+        v_rows=_third_rows,
+        o="attention.dense",
+        down="mlp.dense_4h_to_h",
+        norm="layer",
+        feeds=(
+            ("input_norm", "input_layernorm", ("attention.query_key_value",)),
+            ("post_attention_norm", "post_attention_layernorm", ("mlp.dense_h_to_4h",)),
+        ),
+    ),
 }
 """Roles by the class name of the transformers model."""
 REFUSED: dict[str, str] = dict.fromkeys(
-    ("GemmaForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"),
-    "its norms multiply by 1 + gain, and its post-norms sit before the residual add, so no rotation of the "
-    "residual stream passes through them",
+    ("Gemma2ForCausalLM", "Gemma3ForCausalLM", "Gemma3ForConditionalGeneration", "Olmo2ForCausalLM"),
+    "its post-norms sit before the residual add, so no rotation of the residual stream passes through them",
 ) | dict.fromkeys(
-    ("GPT2LMHeadModel", "OPTForCausalLM", "GPTNeoXForCausalLM", "BloomForCausalLM", "PhiForCausalLM"),
-    "it uses LayerNorm, which subtracts the mean: a rotation does not commute with that until the model is "
-    "converted to RMSNorm",
+    ("GPT2LMHeadModel", "BloomForCausalLM", "PhiForCausalLM"),
+    "its LayerNorms feed what has no bias to take theirs, or weights of another layout",
 )
 """Families that rotation would change, with the reason."""
+
+
+def oddity(config: Any) -> str | None:
+    """Why a model of a supported family with this config cannot be rotated all the same; None if it can."""
+    if config.model_type == "opt" and not config.do_layer_norm_before:
+        return "its norms sit after the residual add (as in OPT-350M)"
+    if getattr(config, "clip_qkv", None) is not None:
+        return "it cuts queries, keys and values at a threshold (clip_qkv), and R2 would move them there"
+    return None
 
 
 def roles_of(architecture: str) -> Roles:

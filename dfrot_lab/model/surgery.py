@@ -9,6 +9,7 @@ embedding is not centred: RMSNorm does not subtract a mean. Products run in floa
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from dfrot_lab.maths.hadamard import factors, hadamard_transform
 from dfrot_lab.maths.rotations import check, fast_product
 from dfrot_lab.model.checkpoint import EMBEDDING, HEAD
+from dfrot_lab.model.families import GAINS, heads_of
 from dfrot_lab.model.hooks import NORMS, At, at_sites, sites_of
 from dfrot_lab.model.loading import LoadedModel, linear
 from dfrot_lab.model.stream import change
@@ -23,6 +25,7 @@ from dfrot_lab.model.stream import change
 Transform = Callable[[Tensor], Tensor]  # of one activation (..., channels), to another of the same shape
 EDIT_ROWS = 1024  # rows of a weight worked on at once
 FUSED = "norms fused"
+LAYER_NORM_EPS = 1e-5  # of a LayerNorm that does not say its own (OLMo)
 
 
 def untie(loaded: LoadedModel) -> None:
@@ -44,6 +47,12 @@ def _ends(loaded: LoadedModel) -> tuple[nn.Linear, nn.Linear]:
     return linear(loaded.model, loaded.roles.lm_head), linear(loaded.model, loaded.roles.embedding)
 
 
+def _tables(loaded: LoadedModel) -> list[nn.Linear]:
+    """The embedding, and the table of positions where there is one."""
+    names = (loaded.roles.embedding, loaded.roles.positions)
+    return [linear(loaded.model, name) for name in names if name]
+
+
 def _feeds(loaded: LoadedModel, number: int) -> dict[str, tuple[nn.Linear, list[nn.Linear]]]:
     """A layer's norms and the linears that alone read each one's output, by site."""
     layer = loaded.layers[number]
@@ -54,31 +63,73 @@ def _feeds(loaded: LoadedModel, number: int) -> dict[str, tuple[nn.Linear, list[
 
 
 def prepare(loaded: LoadedModel) -> None:
-    """Untie and fuse the norms: what both capture and rotation start from."""
+    """Untie, make RMSNorms of LayerNorms, fuse the norms: what both capture and rotation start from."""
     untie(loaded)
+    centre(loaded)
     fuse_norms(loaded)
 
 
+def centre(loaded: LoadedModel) -> None:
+    """Make RMSNorms of LayerNorms: what writes into the residual stream is centred over channels, so that
+    there is no mean to subtract, and the norms stop to do it (SliceGPT, arXiv 2401.15024, Sec. 3.2)."""
+    if loaded.roles.norm != "layer":
+        return
+
+    def edit(part: int) -> None:
+        if part == EMBEDDING:
+            for table in _tables(loaded):
+                _edit_rows(table, lambda w: w - w.mean(-1, keepdim=True))
+            return
+        for name in (loaded.roles.o, loaded.roles.down):
+            _edit(linear(loaded.layers[part], name), lambda w: w - w.mean(0), lambda b: b - b.mean())
+
+    change(loaded, edit, {EMBEDDING, *range(len(loaded.layers))})
+    names = [name for _, name, _ in loaded.roles.feeds]
+    norms = [layer.get_submodule(name) for layer in loaded.layers for name in names]
+    for norm in (*norms, loaded.model.get_submodule(loaded.roles.final_norm)):
+        norm.forward = partial(_rms, norm)
+
+
+def _rms(norm: Any, x: Tensor) -> Tensor:
+    """RMSNorm of x (..., channels) by a LayerNorm's parameters, where it has them."""
+    weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
+    out = torch.nn.functional.rms_norm(x, x.shape[-1:], weight, getattr(norm, "eps", LAYER_NORM_EPS))
+    return out if bias is None else out + bias
+
+
 def fuse_norms(loaded: LoadedModel) -> None:
-    """Move each RMSNorm gain g into the linears it feeds, W -> W diag(g), g -> 1. Needs untied embeddings."""
+    """Move each norm's gain g into the linears it feeds, W -> W diag(g), g -> 1. Needs untied embeddings."""
     _require_untied(loaded)
+    extra = GAINS[loaded.roles.norm]
 
     def fuse(part: int) -> None:
         if part == HEAD:
-            fuse_norm(linear(loaded.model, loaded.roles.final_norm), [_ends(loaded)[0]])
+            fuse_norm(linear(loaded.model, loaded.roles.final_norm), [_ends(loaded)[0]], extra)
             return
         for norm, readers in _feeds(loaded, part).values():
-            fuse_norm(norm, readers)
+            fuse_norm(norm, readers, extra)
 
     change(loaded, fuse, {*range(len(loaded.layers)), HEAD})
     loaded.done.add(FUSED)
 
 
-def fuse_norm(norm: nn.Linear, linears: list[nn.Linear]) -> None:
-    """Move one norm's gain g into the `linears` that alone read it, W -> W diag(g), g -> 1."""
+def fuse_norm(norm: nn.Linear, linears: list[nn.Linear], extra: float = 0.0) -> None:
+    """Move one norm's gain g (its weight + `extra`) into the `linears` that alone read it, W -> W diag(g),
+    g -> 1; its bias b into theirs as W b, or, where they have none, keep it as b / g. ValueError: g = 0."""
+    if getattr(norm, "weight", None) is None:  # a norm without parameters
+        return
+    gain, bias = norm.weight.data + extra, getattr(norm, "bias", None)
+    if bias is not None and all(reader.bias is not None for reader in linears):
+        for reader in linears:
+            reader.bias.data.copy_(reader.bias.double() + reader.weight.double() @ bias.double())
+        bias.data.zero_()
+    elif bias is not None:
+        if bool((gain == 0).any()):
+            raise ValueError("a norm's gain must not be 0 where its bias has nowhere else to go; got a 0")
+        bias.data.copy_(bias.double() / gain.double())
     for reader in linears:  # one product a value: rounded once, as if it were taken in float64
-        reader.weight.data.mul_(norm.weight)
-    norm.weight.data.fill_(1)
+        reader.weight.data.mul_(gain)
+    norm.weight.data.fill_(1 - extra)
 
 
 def fold_gains(loaded: LoadedModel, gains: Mapping[str, Tensor]) -> None:
@@ -96,7 +147,8 @@ def fold_gains(loaded: LoadedModel, gains: Mapping[str, Tensor]) -> None:
     def fold(number: int) -> None:
         for site, (norm, readers) in _feeds(loaded, number).items():
             if (gain := wanted.get(site)) is not None:
-                norm.weight.data.copy_(norm.weight.double() * gain)
+                extra = GAINS[loaded.roles.norm]
+                norm.weight.data.copy_((norm.weight.double() + extra) * gain - extra)
                 for reader in readers:
                     _edit_rows(reader, partial(torch.div, other=gain))
 
@@ -109,7 +161,8 @@ def norms_are_fused(loaded: LoadedModel) -> bool:
         return FUSED in loaded.done
     feeds = [feed for number in range(len(loaded.layers)) for feed in _feeds(loaded, number).values()]
     norms = [linear(loaded.model, loaded.roles.final_norm), *(norm for norm, _ in feeds)]
-    return all(bool((norm.weight == 1).all()) for norm in norms)
+    weights = [weight for norm in norms if (weight := getattr(norm, "weight", None)) is not None]
+    return all(bool((weight == 1 - GAINS[loaded.roles.norm]).all()) for weight in weights)
 
 
 def rotate_residual(loaded: LoadedModel, R: Tensor) -> None:
@@ -125,7 +178,11 @@ def rotate_residual(loaded: LoadedModel, R: Tensor) -> None:
 
     def rotate(part: int) -> None:
         if part < 0:
-            _edit_rows(_ends(loaded)[0 if part == HEAD else 1], times_R)
+            for table in [_ends(loaded)[0]] if part == HEAD else _tables(loaded):
+                _edit_rows(table, times_R)
+            final = linear(loaded.model, loaded.roles.final_norm)
+            if part == HEAD and getattr(final, "bias", None) is not None:
+                final.bias.data.copy_(times_R(final.bias.double()[None])[0])
             return
         for _, readers in _feeds(loaded, part).values():
             for reader in readers:
@@ -139,15 +196,16 @@ def rotate_residual(loaded: LoadedModel, R: Tensor) -> None:
 def rotate_heads(loaded: LoadedModel, R2: Tensor | None = None) -> None:
     """Fuse R2 into each head's values, v -> v @ R2, and let o_proj take it back; default: Hadamard. `R2`:
     one (head, head) for all, (layers, head, head), or (layers, key-value heads, head, head)."""
-    head = head_size(loaded)
+    heads, kv_heads, head = heads_of(loaded.config)
     if R2 is None:
         _require_hadamard(head, "a head's size, so neither R2 nor R3")
     each = [None] * len(loaded.layers) if R2 is None else _of_each_head(loaded, R2)
-    shared = loaded.config.num_attention_heads // loaded.config.num_key_value_heads
+    shared, own = heads // kv_heads, loaded.roles.v_rows
+    values = slice(None) if own is None else own(loaded.config)
 
     def rotate(number: int) -> None:
         layer, R = loaded.layers[number], each[number]
-        rows = partial(_rotate_values, head=head, R=R)
+        rows = partial(_rotate_values, head=head, R=R, rows=values)
         _edit(linear(layer, loaded.roles.v), rows, rows)
         R = None if R is None else R.repeat_interleave(shared, 0)
         _edit(linear(layer, loaded.roles.o), partial(_rotate_inputs, head=head, R=R))
@@ -157,8 +215,8 @@ def rotate_heads(loaded: LoadedModel, R2: Tensor | None = None) -> None:
 
 def _of_each_head(loaded: LoadedModel, R2: Tensor) -> Tensor:
     """`R2` as (layers, key-value heads, head, head) float64, once it is known to fit and to be orthogonal."""
-    head, layers = head_size(loaded), len(loaded.layers)
-    full = (layers, loaded.config.num_key_value_heads, head, head)
+    (_, kv_heads, head), layers = heads_of(loaded.config), len(loaded.layers)
+    full = (layers, kv_heads, head, head)
     if R2.shape not in (allowed := ((head, head), (layers, head, head), full)):
         raise ValueError(f"R2.shape must be one of {allowed}; got {tuple(R2.shape)}")
     for matrix in R2.reshape(-1, head, head):
@@ -166,10 +224,12 @@ def _of_each_head(loaded: LoadedModel, R2: Tensor) -> Tensor:
     return (R2[:, None] if R2.ndim == 3 else R2).to(loaded.device, torch.float64).expand(full)
 
 
-def _rotate_values(w: Tensor, head: int, R: Tensor | None) -> Tensor:
-    """v_proj's weight (heads * head, in) or bias (heads * head,) with each head's rows h as R^T h."""
-    heads = w.reshape(-1, head, w[0].numel()).transpose(1, 2)
-    return (hadamard(heads) if R is None else heads @ R).transpose(1, 2).reshape(w.shape)
+def _rotate_values(w: Tensor, head: int, R: Tensor | None, rows: slice | list[int]) -> Tensor:
+    """v's weight (out, in) or bias (out,) with each head's value rows h (of `rows`) as R^T h."""
+    values = w[rows]
+    heads = values.reshape(-1, head, w[0].numel()).transpose(1, 2)
+    w[rows] = (hadamard(heads) if R is None else heads @ R).transpose(1, 2).reshape(values.shape)
+    return w
 
 
 def _rotate_inputs(w: Tensor, head: int, R: Tensor | None) -> Tensor:
@@ -185,12 +245,6 @@ def rotate_down(loaded: LoadedModel) -> None:
     change(loaded, lambda number: _edit_rows(linear(loaded.layers[number], loaded.roles.down), hadamard))
 
 
-def head_size(loaded: LoadedModel) -> int:
-    """Channels of one attention head."""
-    config = loaded.config
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-
-
 @contextmanager
 def online(
     loaded: LoadedModel, *, r3: bool = False, r4: bool = False, function: At | None = None,
@@ -198,7 +252,7 @@ def online(
 ) -> Iterator[None]:  # fmt: skip
     """While the block runs: R3 on queries and keys, R4 before down_proj, then `function` at `sites` (all)."""
     if r3:
-        _require_hadamard(head_size(loaded), "a head's size, so neither R2 nor R3")
+        _require_hadamard(heads_of(loaded.config)[2], "a head's size, so neither R2 nor R3")
     kinds = [*(("q", "k") if r3 else ()), *(("down_proj_in",) if r4 else ())]
     rotated = at_sites(loaded, lambda _, x: hadamard(x), sites_of(loaded, *kinds))
     with rotated, at_sites(loaded, function, sites) if function else nullcontext():

@@ -9,6 +9,7 @@ from typing import Any
 from dfrot_lab.disk.artefacts import Store, Writer
 from dfrot_lab.disk.atomic import digest
 from dfrot_lab.model import loading
+from dfrot_lab.model.families import heads_of
 from dfrot_lab.recipe.specs import DEFAULT_MODEL, ModelSpec
 
 PASS = 4  # bytes of one pass over one float32 value
@@ -70,11 +71,9 @@ SHAPES = {
 
 def shape_of(config: Any) -> Shape:
     """The shape of a transformers config of a supported architecture."""
-    C, heads, mlp = config.hidden_size, config.num_attention_heads, config.intermediate_size
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    head = getattr(config, "head_dim", None) or C // heads
+    mlp = getattr(config, "ffn_dim", None) or config.intermediate_size
     layers, tied = config.num_hidden_layers, bool(config.tie_word_embeddings)
-    return Shape(C, layers, mlp, heads, kv_heads, head, config.vocab_size, tied)
+    return Shape(config.hidden_size, layers, mlp, *heads_of(config), config.vocab_size, tied)
 
 
 def shape(source: ModelSpec) -> Shape:

@@ -1,0 +1,192 @@
+"""Every family in the table: a tiny random model of each whose logits stay through every step of surgery, read layer
+by layer or kept; quantized end to end; refused where rotation would change it.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import byte_tokenizer
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from dfrot_lab.disk.artefacts import Store
+from dfrot_lab.maths import rotations
+from dfrot_lab.model import checkpoint, families, hooks, loading, stream, surgery
+from dfrot_lab.model.checkpoint import HEAD
+from dfrot_lab.model.loading import LoadedModel
+from dfrot_lab.recipe.specs import CorpusSpec, ModelSpec, RotationSpec, recipe_of
+from dfrot_lab.score import perplexity
+from dfrot_lab.study import shapes
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 256, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "max_position_embeddings": 128, "bos_token_id": None, "eos_token_id": None,
+    "pad_token_id": None,
+}  # fmt: skip
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 32}  # fmt: skip
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama 3": ("llama", {"rope_parameters": LLAMA3, "head_dim": 32}),
+    "llama with biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "mistral": ("mistral", {"sliding_window": 8}),
+    "qwen2": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen2 with a window": ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
+    "qwen3": ("qwen3", {"head_dim": 32}),
+    "smollm3": ("smollm3", {"no_rope_layer_interval": 2, "tie_word_embeddings": True}),
+    "granite": ("granite", {"embedding_multiplier": 3.0, "residual_multiplier": 0.3, "attention_multiplier": 0.2, "logits_scaling": 4.0}),
+    "gemma": ("gemma", {"head_dim": 32, "tie_word_embeddings": True}),
+    "olmo": ("olmo", {}),
+    "phi3": ("phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}),
+    "opt": ("opt", {"ffn_dim": 96, "word_embed_proj_dim": 64}),
+    "gpt_neox": ("gpt_neox", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25}}),
+    "gpt_neox one after the other": ("gpt_neox", {"use_parallel_residual": False}),
+}  # fmt: skip
+"""What is tested of each family: its model type, and what differs from the sizes above."""
+
+
+def sizes(kind: str, changes: dict[str, Any]) -> dict[str, Any]:
+    grouped = {} if kind in ("opt", "gpt_neox", "gpt2") else {"num_key_value_heads": 2}
+    return {**SIZES, **grouped, **changes}
+
+
+def random_model(case: str, seed: int = 0) -> torch.nn.Module:
+    """A random model whose gains, biases and means are far from 1 and 0, so that a forgotten one shows."""
+    kind, changes = CASES[case]
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes(kind, changes))).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name or name.endswith("bias"):
+                parameter.add_(0.3 * torch.randn_like(parameter))
+            elif "embed" in name:
+                parameter.mul_(25).add_(0.1)
+            else:
+                parameter.mul_(3).add_(0.01)
+    return model
+
+
+def folder_of(case: str, path: Path) -> Path:
+    random_model(case).save_pretrained(path)
+    byte_tokenizer().save_pretrained(path)
+    return path
+
+
+def load(folder: Path, dtype: str = "float64") -> LoadedModel:
+    return loading.load_model(ModelSpec(source=str(folder), dtype=dtype))
+
+
+def logits_of(loaded: LoadedModel, ids: Tensor) -> Tensor:
+    hidden = stream.through(loaded, [ids])
+    with stream.part(loaded, HEAD), torch.no_grad():
+        return stream.logits(loaded, hidden[0])
+
+
+@pytest.fixture
+def ids() -> Tensor:
+    return torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(0))
+
+
+def apart(found: Tensor, wanted: Tensor) -> float:
+    return float((found - wanted).abs().max() / wanted.abs().max())
+
+
+def test_every_family_of_the_table_has_a_case():
+    made = {type(random_model(case)).__name__ for case in CASES}
+    assert made == set(families.FAMILIES)
+
+
+@pytest.mark.parametrize("memory", ["kept", "streamed"])
+@pytest.mark.parametrize("case", CASES)
+def test_the_logits_stay_through_every_step(case, memory, tmp_path, ids, monkeypatch):
+    """Most norms work in float32 whatever the model's dtype, which alone makes 4e-7."""
+    folder = folder_of(case, tmp_path / "m")
+    expected = load(folder).model(ids).logits
+    monkeypatch.setenv(checkpoint.MEMORY, "0" if memory == "streamed" else "")
+    loaded = load(folder)
+    R = rotations.make(RotationSpec(kind="RO", seed=1), loaded.channels)
+    steps = {
+        "plain": lambda: None,
+        "untie": lambda: surgery.untie(loaded),
+        "centre": lambda: surgery.centre(loaded),
+        "fuse": lambda: surgery.fuse_norms(loaded),
+        "R1": lambda: surgery.rotate_residual(loaded, R),
+        "gains": lambda: surgery.fold_gains(
+            loaded, {"layers.1.input_norm": torch.linspace(0.5, 2, loaded.channels)}
+        ),
+        "R2": lambda: surgery.rotate_heads(loaded),
+    }
+    if case == "olmo":
+        del steps["gains"]
+    for name, step in steps.items():
+        step()
+        assert apart(logits_of(loaded, ids), expected) < 1e-6, name
+    surgery.rotate_down(loaded)
+    with surgery.online(loaded, r3=True, r4=True):
+        assert apart(logits_of(loaded, ids), expected) < 1e-6
+    assert apart(logits_of(loaded, ids), expected) > 1e-3, "half of R4 is another model"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_rotated_residual_stream_is_the_plain_one_times_r(case, tmp_path, ids):
+    """What makes R1 more than a change that leaves the logits: every norm's output is x R."""
+    plain, rotated = (load(folder_of(case, tmp_path / name)) for name in "ab")
+    R = rotations.make(RotationSpec(kind="RO", seed=1), plain.channels)
+    seen: list[dict[str, Tensor]] = []
+    for loaded in (plain, rotated):
+        surgery.prepare(loaded)
+        if loaded is rotated:
+            surgery.rotate_residual(loaded, R)
+        seen.append({})
+        with hooks.at_sites(
+            loaded,
+            lambda site, x: seen[-1].update({site: x.detach().clone()}),
+            hooks.sites_of(loaded, *hooks.NORMS),
+        ):
+            loaded.model(ids)
+    for site, x in seen[0].items():
+        assert apart(seen[1][site], x @ R) < 1e-6, site
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_it_is_quantized_end_to_end_either_way(case, tmp_path, text_file, monkeypatch):
+    model = ModelSpec(source=str(folder_of(case, tmp_path / "m")))
+    text = CorpusSpec(name=str(text_file))
+    spec = recipe_of("4-4-4", model=model, corpus=text, windows=2, window=32)
+    spec = spec.with_(
+        weights=spec.weights.with_(windows=3, window=32, corpus=text.with_(split="calibration"))
+    )
+    plain = spec.with_(weights=spec.weights.with_(quantizer=spec.weights.quantizer.with_(bits=16)), activations=spec.activations.with_(bits=16),
+                       keys=spec.keys.with_(bits=16), values=spec.values.with_(bits=16))  # fmt: skip
+    found = perplexity.evaluate(spec, Store(tmp_path / "kept")).losses
+    full = perplexity.evaluate(plain, Store(tmp_path / "kept")).losses
+    assert abs(found - full).max() > 1e-4 and abs(found - full).max() < 3
+    monkeypatch.setenv(checkpoint.MEMORY, "0")
+    assert perplexity.evaluate(spec, Store(tmp_path / "streamed")).losses == pytest.approx(found, rel=1e-6)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_its_cost_is_counted_from_its_config(case, tmp_path):
+    folder = folder_of(case, tmp_path / "m")
+    shape = shapes.shape(ModelSpec(source=str(folder)))
+    assert (shape.channels, shape.layers, shape.mlp, shape.heads) == (64, 3, 96, 4)
+    assert shape.kv_heads == (4 if CASES[case][0] in ("opt", "gpt_neox") else 2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "said"),
+    [
+        ("opt", {"ffn_dim": 96, "word_embed_proj_dim": 64, "do_layer_norm_before": False}, "its norms sit after the residual add"),
+        ("olmo", {"clip_qkv": 8.0}, "it cuts queries, keys and values at a threshold"),
+        ("gemma2", {"head_dim": 16}, "Gemma2ForCausalLM cannot be rotated without changing it: its post-norms"),
+        ("olmo2", {}, "Olmo2ForCausalLM cannot be rotated without changing it: its post-norms"),
+        ("gpt2", {}, "GPT2LMHeadModel cannot be rotated without changing it"),
+    ],
+)  # fmt: skip
+def test_what_rotation_would_change_is_refused_before_its_weights_are_read(kind, changes, said, tmp_path):
+    AutoConfig.for_model(kind, **sizes(kind, changes)).save_pretrained(tmp_path / "m")
+    (tmp_path / "m" / "model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(ValueError, match=said):
+        load(tmp_path / "m")
