@@ -2,6 +2,7 @@
 by layer or kept; quantized end to end; refused where rotation would change it.
 """
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -180,9 +181,9 @@ def test_its_cost_is_counted_from_its_config(case, tmp_path):
     [
         ("opt", {"ffn_dim": 96, "word_embed_proj_dim": 64, "do_layer_norm_before": False}, "its norms sit after the residual add"),
         ("olmo", {"clip_qkv": 8.0}, "it cuts queries, keys and values at a threshold"),
-        ("gemma2", {"head_dim": 16}, "Gemma2ForCausalLM cannot be rotated without changing it: its post-norms"),
-        ("olmo2", {}, "Olmo2ForCausalLM cannot be rotated without changing it: its post-norms"),
-        ("gpt2", {}, "GPT2LMHeadModel cannot be rotated without changing it"),
+        ("gemma2", {"head_dim": 16}, "Gemma2ForCausalLM cannot be rotated here without changing it: its post-norms"),
+        ("olmo2", {}, "Olmo2ForCausalLM cannot be rotated here without changing it: its post-norms"),
+        ("gpt2", {}, "GPT2LMHeadModel cannot be rotated here without changing it"),
     ],
 )  # fmt: skip
 def test_what_rotation_would_change_is_refused_before_its_weights_are_read(kind, changes, said, tmp_path):
@@ -190,3 +191,29 @@ def test_what_rotation_would_change_is_refused_before_its_weights_are_read(kind,
     (tmp_path / "m" / "model.safetensors").write_bytes(b"no weights")
     with pytest.raises(ValueError, match=said):
         load(tmp_path / "m")
+
+
+@pytest.mark.parametrize("memory", ["", "0"])
+@pytest.mark.parametrize(
+    ("case", "wrong", "where"),
+    [
+        ("gemma", {"norm": "rms"}, "the residual stream after layer 0"),
+        ("olmo", {"norm": "rms"}, "the residual stream after layer 0"),
+        ("phi3", {"v_rows": None}, "the residual stream after layer 0"),
+        ("opt", {"positions": None}, "the residual stream after layer 0"),
+        ("granite", {"down": "self_attn.o_proj"}, "the residual stream after layer 0"),
+    ],
+)
+def test_a_wrong_entry_is_found_on_the_model_itself(
+    case, wrong, where, memory, tmp_path, text_file, monkeypatch
+):
+    """Not by a test of the family: whoever adds an entry that is wrong gets no number from it."""
+    monkeypatch.setenv(checkpoint.MEMORY, memory)
+    model = ModelSpec(source=str(folder_of(case, tmp_path / "m")))
+    name = type(random_model(case)).__name__
+    monkeypatch.setitem(families.FAMILIES, name, dataclasses.replace(families.FAMILIES[name], **wrong))
+    spec = recipe_of("16-4-16", model=model, corpus=CorpusSpec(name=str(text_file)), windows=1, window=32)
+    with pytest.raises(
+        ValueError, match=rf"{where} must stay within 0\.01 .* got [0-9.]+: {name} is not what"
+    ):
+        perplexity.evaluate(spec, Store(tmp_path / "s"))

@@ -118,11 +118,12 @@ FAMILIES: dict[str, Roles] = {
 REFUSED: dict[str, str] = dict.fromkeys(
     ("Gemma2ForCausalLM", "Gemma3ForCausalLM", "Gemma3ForConditionalGeneration", "Olmo2ForCausalLM"),
     "its post-norms sit before the residual add, so no rotation of the residual stream passes through them",
-) | dict.fromkeys(
-    ("GPT2LMHeadModel", "BloomForCausalLM", "PhiForCausalLM"),
-    "its LayerNorms feed what has no bias to take theirs, or weights of another layout",
-)
-"""Families that rotation would change, with the reason."""
+) | {
+    "GPT2LMHeadModel": "its linears are stored transposed (Conv1D), which no step of surgery edits",
+    "BloomForCausalLM": "its embedding passes a LayerNorm before it enters the residual stream",
+    "PhiForCausalLM": "its attention and its MLP read one norm together, and the table has one for each",
+}
+"""Families that are refused, with the reason."""
 
 
 def oddity(config: Any) -> str | None:
@@ -139,7 +140,7 @@ def roles_of(architecture: str) -> Roles:
     if architecture in FAMILIES:
         return FAMILIES[architecture]
     if architecture in REFUSED:
-        reason = f"cannot be rotated without changing it: {REFUSED[architecture]}"
+        reason = f"cannot be rotated here without changing it: {REFUSED[architecture]}"
     elif not architecture.endswith(("ForCausalLM", "LMHeadModel")):
         reason = "has no causal decoder, and DFRot is about decoders"
     else:

@@ -227,7 +227,7 @@ def config_of(place: Path | str, spec: ModelSpec) -> Any:
     causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)  # what from_pretrained will take
     roles_of(causal or str((config.architectures or [type(config).__name__])[0]))
     if why := oddity(config):
-        raise ValueError(f"this {causal} cannot be rotated without changing it: {why}")
+        raise ValueError(f"this {causal} cannot be rotated here without changing it: {why}")
     return config
 
 

@@ -138,10 +138,10 @@ class Walk:
         self.calls.setdefault(ids.shape, calls)
         return found[0].to(self.home)
 
-    def layers(self) -> Iterator[int]:
-        """The layers that are left, by number, each there to be used (`run`, `step`) while it is the current
-        one. Who listens must `step` before the next."""
-        count = len(self.loaded.layers)
+    def layers(self, first: int | None = None) -> Iterator[int]:
+        """The layers that are left (of the `first` few), by number, each there to be used (`run`, `step`)
+        while it is the current one. Who listens must `step` before the next."""
+        count = len(self.loaded.layers[:first])
         options: dict[str, Any] = {"initial": self.next, "total": count, "unit": "layer", "leave": False}
         bar = tqdm(range(self.next, count), self.name, disable=not self.name, **options)
         for number in bar:

@@ -12,6 +12,7 @@ from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.maths.quantizers import fake_quantize, squared_error
 from dfrot_lab.model import corpus, door, hooks, integer, loading, surgery
 from dfrot_lab.model.loading import LoadedModel
+from dfrot_lab.model.proof import TOKENS, Proof
 from dfrot_lab.model.surgery import Transform
 from dfrot_lab.observe import massive, residual
 from dfrot_lab.recipe import keys
@@ -41,7 +42,8 @@ def build(recipe: Recipe, store: Store, on_part: OnPart = nothing) -> Built:
     """Load, untie, fuse norms, fit and fuse the transforms, quantize the weights: the model of `recipe`."""
     recipe = door.resolved(recipe).canonical()
     loaded = loading.load_model(recipe.model, store)
-    windows(recipe, loaded)  # before minutes of work on weights: is there that much text, and does it fit?
+    ids = windows(recipe, loaded)  # before minutes of work on weights: is there so much text? does it fit?
+    proof = Proof(loaded, ids[:1, :TOKENS])
     surgery.prepare(loaded)
     made = transforms.fit(recipe, transforms.Context(recipe, store, loaded))
     if made.R1 is not None:
@@ -51,6 +53,8 @@ def build(recipe: Recipe, store: Store, on_part: OnPart = nothing) -> Built:
         surgery.rotate_heads(loaded, None if isinstance(made.R2, str) else made.R2)
     if made.r4:
         surgery.rotate_down(loaded)
+    with surgery.online(loaded, r3=made.r3, r4=made.r4):
+        proof.check(made.R1)
     key = keys.weights(recipe, door.prints)
     codes = run.quantize_weights(loaded, recipe.weights, key, store, r4=made.r4, on_part=on_part)
     R = None if made.R1 is None else made.R1.to(loaded.device, next(loaded.model.parameters()).dtype)

@@ -1,0 +1,54 @@
+"""Proof, on the model itself, that surgery left its function alone: a few tokens pass it before and after."""
+
+import torch
+from torch import Tensor
+
+from dfrot_lab.model import stream
+from dfrot_lab.model.checkpoint import HEAD
+from dfrot_lab.model.loading import LoadedModel
+
+TOKENS = 16
+LAYERS_READ = 2  # of a model that is read layer by layer: a look at all would read and rotate it once more
+MOST = {torch.float64: 1e-5, torch.float32: 1e-2}  # relative: rounding makes 1e-6 to 1e-4, a mistake 0.1
+MOST_OF_16_BITS = 0.5
+
+
+class Proof:
+    """What leaves the layers of an untouched model for a few tokens (1, tokens), to compare with."""
+
+    def __init__(self, loaded: LoadedModel, ids: Tensor) -> None:
+        self.loaded, self.ids = loaded, ids
+        self.before = self._look()
+
+    @torch.no_grad()
+    def _look(self) -> list[Tensor]:
+        """The residual stream after each layer (tokens, channels); of a kept model at last its logits."""
+        found = list[Tensor]()
+        walk = stream.Walk(self.loaded, [self.ids])
+        for number in walk.layers(LAYERS_READ if self.loaded.checkpoint else None):
+            walk.step(number)
+            found.append(walk.hidden[0][0].double())
+        if self.loaded.checkpoint:
+            return found
+        with stream.part(self.loaded, HEAD):
+            return [*found, stream.logits(self.loaded, walk.hidden[0])[0].double()]
+
+    def check(self, R: Tensor | None) -> None:
+        """Compare with the model as it is now, its residual stream times `R` (channels, channels), online
+        rotations in place. ValueError: where the two part, and by how much."""
+        most = MOST.get(next(self.loaded.model.parameters()).dtype, MOST_OF_16_BITS)
+        for number, (old, new) in enumerate(zip(self.before, self._look(), strict=True)):
+            is_stream = number < len(self.loaded.layers)
+            if is_stream and self.loaded.roles.norm == "layer":  # surgery centres what the norms would centre
+                old = old - old.mean(-1, keepdim=True)
+            if is_stream and R is not None:
+                old = old @ R.to(old)
+            where = f"the residual stream after layer {number}" if is_stream else "the logits"
+            if not old.isfinite().all():
+                said = "got NaN or Inf before it was changed: a broken model, or too small a dtype"
+                raise ValueError(f"{where} must be finite; {said}")
+            apart = float((new - old).norm() / old.norm())
+            if not apart <= most:
+                said = f"{where} must stay within {most:g} (relative) under rotation; got {apart:.2g}"
+                family = f"{self.loaded.family} is not what its entry in dfrot_lab.model.families says"
+                raise ValueError(f"{said}: {family}, so this model cannot be used")
