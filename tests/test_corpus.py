@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import byte_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -372,3 +373,23 @@ def test_a_text_is_read_once_for_all_keys_while_its_file_is_the_same(
     monkeypatch.setattr(corpus, "VERSION", 2)
     fingerprint(text_file)
     assert len(loads) == 4, "a text that is cut in another way has another key"
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_of_a_large_text_so_much_is_tokenised_as_is_needed(blocks, default_model, monkeypatch):
+    """And the ids are the first of those of the whole text."""
+    tokenizer, spec = default_model.tokenizer, CorpusSpec(name="wikipedia-sample", split="calibration")
+    read, plain = [], corpus._plain_ids
+    monkeypatch.setattr(corpus, "_plain_ids", lambda text, own: read.append(len(text)) or plain(text, own))
+    found = corpus.token_blocks(spec, tokenizer, blocks=blocks, window=2048)
+    assert max(read) < 16 * (blocks * 2048 + 2048) and max(read) < len(corpus.load_text(spec)) / 4
+    assert torch.equal(found.flatten(), corpus.token_ids(spec, tokenizer)[: blocks * 2048])
+
+
+def test_a_text_in_one_paragraph_is_read_whole(tmp_path):
+    path = tmp_path / "t.txt"
+    path.write_text("x" * 5000 + " " + "y" * 5000)
+    tokenizer, spec = byte_tokenizer(), CorpusSpec(name=str(path), split="calibration")
+    assert corpus.token_blocks(spec, tokenizer, blocks=3, window=16).shape == (3, 16)
+    assert len(corpus.token_ids(spec, tokenizer, 48)) == 5001

@@ -142,7 +142,7 @@ def changed(folder: Path, name: str, tensor: Tensor | None) -> None:
     for path in checkpoint.files_of(folder):
         tensors |= {key: value.clone() for key, value in load_file(path).items()}
         path.unlink()
-    (folder / checkpoint.INDEX).unlink()
+    (folder / checkpoint.INDEX).unlink(missing_ok=True)
     tensors = {key: value for key, value in (tensors | {name: tensor}).items() if value is not None}
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
@@ -176,6 +176,22 @@ def test_a_folder_that_is_not_its_config_is_refused_before_work(name, tensor, sa
         with pytest.raises(ValueError, match=said) as error:
             load(folder)
         assert str(folder) in str(error.value)
+
+
+@pytest.mark.parametrize("held", ["both", "embedding alone", "head alone"])
+def test_tied_weights_are_taken_as_transformers_takes_them(held, tmp_path, streamed, ids):
+    """Where both ends are there and differ, each keeps its own, whatever the config says."""
+    folder = folder_of(tmp_path / "m", tied=True)
+    embedding = next(
+        load_file(path)["model.embed_tokens.weight"]
+        for path in checkpoint.files_of(folder)
+        if "model.embed_tokens.weight" in load_file(path)
+    )
+    other = embedding.flip(0) if held == "both" else embedding
+    changed(folder, "lm_head.weight", None if held == "embedding alone" else other)
+    if held == "head alone":
+        changed(folder, "model.embed_tokens.weight", None)
+    assert torch.equal(logits_of(streamed(folder), ids), kept(folder).model(ids).logits)
 
 
 def test_old_buffers_are_no_weights(tmp_path, streamed, ids):

@@ -27,7 +27,7 @@ def _setup(verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log mo
     keep_freed_memory()
 
 
-@command("run", "model corpus seed out as_json windows gamma rule dtype")
+@command("run", "model corpus calibration seed out as_json windows gamma rule dtype")
 def run(said: Options, dry_run: Annotated[bool, typer.Option("--dry-run", help=DRY_RUN)] = False) -> None:
     """The main job: capture, refine, GPTQ, a table of NR, RO, RH, DFRot with keep-out rows, and figures.
 
@@ -57,7 +57,7 @@ def run(said: Options, dry_run: Annotated[bool, typer.Option("--dry-run", help=D
     return said.show(row_files.rows(result.table), text)
 
 
-@command("experiment", "model corpus seed out as_json windows")
+@command("experiment", "model corpus calibration seed out as_json windows")
 def experiment(
     said: Options, name: Annotated[str, typer.Argument(help="Which one; without it they are listed.")] = "",
     limit: Annotated[int, typer.Option(help="Items of each zero-shot task; 0 takes all.", min=0)] = 100,
@@ -97,7 +97,7 @@ def figures(said: Options) -> None:
     said.show(written, "\n".join(map(str, written)))
 
 
-@command("report", "model corpus seed out as_json windows gamma rule dtype")
+@command("report", "model corpus calibration seed out as_json windows gamma rule dtype")
 def report_command(said: Options) -> None:
     """One HTML file to send to a colleague: the main job's results for --model, nothing from the network.
 
@@ -199,7 +199,7 @@ def refine(
     said.show_table(result.history.iloc[[0, -1]], {"out": path, "spec": spec.key})
 
 
-@command("evaluate", "model corpus seed out as_json windows weights gamma rule dtype")
+@command("evaluate", "model corpus calibration seed out as_json windows weights gamma rule dtype")
 def evaluate_command(
     said: Options, context: typer.Context, rotation: Annotated[str, typer.Option(help=ROTATION)] = "RH",
     bits: Annotated[str, typer.Option(help=BITS)] = "4-4-16",
@@ -227,7 +227,7 @@ def evaluate_command(
     said.show(row, f"{about}, {row['windows']} windows")
 
 
-@command("recipe", "weights model corpus seed gamma rule dtype windows out")
+@command("recipe", "weights model corpus calibration seed gamma rule dtype windows out")
 def recipe_command(
     said: Options,
     rotation: Annotated[str, typer.Argument(help="A row such as RO, or a safetensors file with R1.")] = "RH",

@@ -21,6 +21,7 @@ log = logging.getLogger("dfrot_lab")
 OUT = "Where the result goes; the ending says the format."
 SOURCES = "smollm2-135m, a folder, a .gguf file, or hub:owner/name (the network)."
 CORPORA = "auto, wikitext2, wikipedia-sample, or a text file."
+CALIBRATION = "A text of its own to capture, refine and calibrate on; default: the other half of --corpus."
 RULES = f"What makes a row massive: {', '.join(specs.MASSIVE_RULES)}."
 DTYPES = f"What weights are computed in: {', '.join(specs.DTYPES)}."
 JSON = "Print JSON and nothing else on standard output."
@@ -34,6 +35,7 @@ class Options:
 
     model: Annotated[str, typer.Option(help=SOURCES)] = specs.DEFAULT_MODEL
     corpus: Annotated[str, typer.Option(help=CORPORA)] = "auto"
+    calibration: Annotated[str | None, typer.Option(help=CALIBRATION)] = None
     seed: Annotated[int, typer.Option(help="Seed of the random rotations.", min=0)] = 0
     out: Annotated[Path | None, typer.Option(help=OUT)] = None
     as_json: Annotated[bool, typer.Option("--json", help=JSON)] = False
@@ -52,14 +54,15 @@ class Options:
     @property
     def capture(self) -> specs.CaptureSpec:
         """The capture of the text's calibration half."""
-        text = CorpusSpec(name=self.corpus, split="calibration")
+        text = CorpusSpec(name=self.calibration or self.corpus, split="calibration")
         return specs.CaptureSpec(model=self.model_spec, corpus=text, tokens=self.tokens)
 
     def setting(self, **more: Any) -> Any:
         """The setting of the main job and the experiments; `more` are further fields of it."""
         from dfrot_lab.study.setting import Setting
 
-        same = {name: getattr(self, name) for name in ("corpus", "seed", "windows", "gamma", "rule")}
+        names = ("corpus", "calibration", "seed", "windows", "gamma", "rule")
+        same = {name: getattr(self, name) for name in names}
         return Setting(model=self.model_spec, **same, **more)
 
     def rotation(self, name: str, **fields: Any) -> Any:

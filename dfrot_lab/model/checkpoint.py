@@ -111,10 +111,9 @@ class Checkpoint:
         renamings = [each for each in self.mapping if isinstance(each, core.WeightRenaming)]
         converters = [each for each in self.mapping if isinstance(each, core.WeightConverter)]
         wanted, found = dict(model.state_dict()), headers(folder)
-        tied = f"{roles.lm_head}.weight"
         self.parts: dict[int, list[tuple[str, str, Path]]] = defaultdict(list)  # name to load as, its name
         patterns = {source: each for each in converters for source in each.source_patterns}
-        filled, strange = set[str](), list[str]()
+        filled, strange, at = set[str](), list[str](), dict[str, tuple[str, Path]]()
         for name, (path, _) in found.items():
             prefix = own.base_model_prefix
             target, pattern = core.rename_source_key(name, renamings, converters, prefix, wanted)
@@ -123,12 +122,13 @@ class Checkpoint:
             if target not in wanted:
                 strange.append(name)
                 continue
-            if target == tied and own.config.tie_word_embeddings:
-                continue  # the embedding's is taken, as transformers does
             self.parts[part_of(target, roles)].append((name, name, path))
-            if target == f"{roles.embedding}.weight" and own.config.tie_word_embeddings:
-                self.parts[HEAD].append((tied, name, path))
-                filled.add(tied)
+            at[target] = (name, path)
+        ends = [f"{name}.weight" for name in (roles.embedding, roles.lm_head)]
+        for end, other in zip(ends, reversed(ends), strict=True):  # each stands for the other, where it is alone
+            if own.config.tie_word_embeddings and end not in filled and other in at:
+                self.parts[part_of(end, roles)].append((end, *at[other]))
+                filled.add(end)
         check(folder, set(wanted) - filled, strange)
 
     def read(self, part: int) -> None:

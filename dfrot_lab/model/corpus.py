@@ -21,6 +21,7 @@ from dfrot_lab.recipe.base import require
 from dfrot_lab.recipe.specs import WINDOW, CorpusSpec
 
 log = logging.getLogger(__name__)
+CHARACTERS, SPARE = 8, 64  # of a text read for each token wanted, at first; tokens read beyond those
 WIKITEXT2 = "wikitext2"
 SAMPLE = "wikipedia-sample"
 DATA_FOLDER = "DFROT_LAB_DATA"  # environment variable: a folder with wiki.*.raw, or its wikitext2 with them
@@ -76,26 +77,38 @@ def _fingerprint(spec: CorpusSpec, _version: int, _bytes: str) -> str:
     return hashlib.sha256(load_text(spec).encode()).hexdigest()
 
 
-def token_ids(spec: CorpusSpec, tokenizer: Any) -> Tensor:
-    """Ids (tokens,) int64 of the whole text; in front a BOS if the tokenizer itself adds one."""
-    ids, bos = _plain_ids(load_text(spec), tokenizer), tokenizer.bos_token_id
+def token_ids(spec: CorpusSpec, tokenizer: Any, least: int | None = None) -> Tensor:
+    """Ids (tokens,) int64 of the whole text, or of so much of it that they are `least` and the first of all;
+    in front a BOS if the tokenizer itself adds one."""
+    text = load_text(spec)
+    text = text if least is None else _enough_text(text, least, tokenizer)
+    ids, bos = _plain_ids(text, tokenizer), tokenizer.bos_token_id
     with_special, without = (tokenizer("a", add_special_tokens=add).input_ids for add in (True, False))
     adds_bos = bos is not None and with_special[:1] == [bos] and len(with_special) > len(without)
     return torch.tensor((bos, *ids) if adds_bos and ids[:1] != (bos,) else ids, dtype=torch.int64)
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=4)
 def _plain_ids(text: str, tokenizer: Any) -> tuple[int, ...]:
     """Ids without special tokens, kept: every row of a table is scored on the same text."""
     # verbose=False: no warning about a text longer than the model's context, which is what we want here
     return tuple(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
 
 
+def _enough_text(text: str, tokens: int, tokenizer: Any) -> str:
+    """The start of a text, to the end of a paragraph, that has SPARE more than `tokens` tokens; or all of it.
+    What comes behind a paragraph changes its last few tokens at the most, and a large text is not read whole."""
+    size = CHARACTERS * tokens
+    while (cut := text.find("\n\n", size)) >= 0 and len(_plain_ids(text[:cut], tokenizer)) < tokens + SPARE:
+        size = 2 * cut
+    return text[:cut] if cut >= 0 else text
+
+
 def token_blocks(spec: CorpusSpec, tokenizer: Any, *, blocks: int, window: int = WINDOW) -> Tensor:
     """The first `blocks` whole windows of the text tokenised whole, (blocks, window) int64: BOS in the first
     alone, as in the published perplexities. ValueError for more than there are."""
     require("token_blocks.blocks and window", f"{blocks} and {window}", min(blocks, window) >= 1, ">= 1")
-    ids = token_ids(spec, tokenizer)
+    ids = token_ids(spec, tokenizer, blocks * window)
     whole = len(ids) // window
     there = f"{spec.name} ({spec.split}) has {len(ids)} tokens, {whole} whole windows of {window}"
     require("windows", blocks, blocks <= whole, f"at most {whole}: {there}. Take a longer text, or fewer")

@@ -47,6 +47,7 @@ def _stem(name: str, setting: Setting) -> str:
     """What the table of an experiment is called: by the text, and by what is not the default."""
     model = setting.model.source
     others = [Path(model).name] if model != DEFAULT_MODEL else []
+    others += [Path(setting.calibration).stem] if setting.calibration else []
     return "-".join([name, Path(setting.corpus).stem, *others, *(["quick"] if setting.quick else [])])
 
 
@@ -55,7 +56,7 @@ def table(name: str, setting: Setting, root: Path) -> pd.DataFrame:
     beside = root / f"figures/{Path(setting.corpus).stem}/{name}.json"
     kept = root / f"data/results/{_stem(name, setting)}.jsonl"
     about = json.loads(beside.read_text(encoding="utf-8")) if kept.is_file() and beside.is_file() else {}
-    if about.get("setting") != _question(name, setting):
+    if "setting" not in about or Setting.of(about["setting"]).plain() != _question(name, setting):
         return experiments.run(name, setting)
     log.info("%s: read from %s, computed on %s", name, kept.name, about["device"])
     return row_files.load(kept)

@@ -20,6 +20,7 @@ class Setting(Spec):
 
     model: ModelSpec = ModelSpec()
     corpus: str = "auto"
+    calibration: str | None = None
     seed: int = ruled(0, "a whole number >= 0", ge=0)
     windows: int = ruled(6, "a whole number >= 1", ge=1)
     gamma: float = 100.0
@@ -46,10 +47,14 @@ class Setting(Spec):
         return self.with_(corpus=text, model=door.resolved(self.model))
 
     @property
+    def calibration_text(self) -> CorpusSpec:
+        """What to capture, refine and calibrate on: a text of its own, or the other half of the scored one."""
+        return CorpusSpec(name=self.calibration or self.corpus, split="calibration")
+
+    @property
     def capture(self) -> CaptureSpec:
         """The first window of calibration tokens."""
-        text = CorpusSpec(name=self.corpus, split="calibration")
-        return CaptureSpec(model=self.model, corpus=text, tokens=self.window)
+        return CaptureSpec(model=self.model, corpus=self.calibration_text, tokens=self.window)
 
     @property
     def refine(self) -> RefineSpec:
@@ -72,7 +77,7 @@ class Setting(Spec):
         own = {"model": self.model, "corpus": text, "windows": self.windows, "window": self.window}
         spec = specs.recipe_of(bits, rotation=rotation, **{**own, **fields})
         by = {"method": weights or self.weights, "windows": self.gptq_windows, "window": self.window}
-        return spec.with_(weights=spec.weights.with_(corpus=text.with_(split="calibration"), **by))
+        return spec.with_(weights=spec.weights.with_(corpus=self.calibration_text, **by))
 
 
 def figure_site(sites: Sequence[str]) -> str:
