@@ -10,7 +10,6 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from dfrot_lab.disk import artefacts, atomic, row_files
-from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.maths import tables
 from dfrot_lab.model import loading
 from dfrot_lab.observe import errors, massive
@@ -35,7 +34,7 @@ def save_experiment(name: str, table: pd.DataFrame, setting: Setting, at: Path, 
     about = {"experiment": name, "quick": setting.quick, "device": loading.device_name(), "rows": len(table)}
     about |= {"setting": _question(name, setting)}
     if "key" in table:
-        made = [Store().at(perplexity.KIND, key) for key in table["key"].dropna().unique()]
+        made = [artefacts.Store().at(perplexity.KIND, key) for key in table["key"].dropna().unique()]
         recipes = [Recipe.of(artefact.json("recipe")) for artefact in made if artefact]
         written.append(row_files.save_recipes(kept, {recipe.key: recipe.plain() for recipe in recipes}))
         about["recipes"] = sorted(recipe.key for recipe in recipes)
