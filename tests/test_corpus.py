@@ -348,7 +348,9 @@ def test_impossible_blocks_say_what_there_is(text_file: CorpusSpec):
         match=r"windows must be at most 3: .*notes.txt \(calibration\) has 50 tokens, 3 whole windows of 16. Take",
     ):
         token_blocks(text_file, byte_tokenizer(), blocks=4, window=16)
-    with pytest.raises(ValueError, match=rf"windows must be at most 0: .* whole windows of {WINDOW}.*; got 1"):
+    with pytest.raises(
+        ValueError, match=rf"windows must be at most 0: .* whole windows of {WINDOW}.*; got 1"
+    ):
         token_blocks(text_file, byte_tokenizer(), blocks=1)
     for blocks, window in [(0, 16), (-1, 16), (1, 0)]:
         with pytest.raises(
