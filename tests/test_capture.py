@@ -224,7 +224,7 @@ def test_skip_beyond_the_text_is_refused_and_stores_nothing(
     last = len(corpus.load_text(spec.corpus)) // 100 - 1
     assert capture(spec.with_(skip=last), store).tokens == 100
     with pytest.raises(
-        ValueError, match=rf"blocks must be <= {last + 1}: .* has .* whole windows of 100; got {last + 2}"
+        ValueError, match=rf"windows must be at most {last + 1}: .* whole windows of 100.*; got {last + 2}"
     ):
         capture(spec.with_(skip=last + 1), store)
     assert [a.manifest["inputs"]["skip"] for a in store.list()] == [last]
@@ -326,7 +326,7 @@ def test_more_tokens_than_the_context(tiny_spec: ModelSpec, text_file: Path, sto
 def test_more_tokens_than_the_text(tiny_spec: ModelSpec, tmp_path: Path, store: Store):
     (tmp_path / "short.txt").write_text("too short\n\nby far")
     with pytest.raises(
-        ValueError, match=r"token_blocks\.blocks must be <= 0: .*short\.txt \(calibration\) has 11 tokens"
+        ValueError, match=r"windows must be at most 0: .*short\.txt \(calibration\) has 11 tokens"
     ):
         capture(spec_of(tiny_spec, tmp_path / "short.txt"), store)
 

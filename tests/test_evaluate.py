@@ -696,8 +696,8 @@ def test_nr_has_no_rotation_at_all(base, store):
 def test_more_windows_than_the_text(base, store):
     with pytest.raises(
         ValueError,
-        match=r"token_blocks\.blocks must be <= \d+: .*text\.txt \(evaluation\) has .* "
-        r"whole windows of 64; got 999",
+        match=r"windows must be at most \d+: .*text\.txt \(evaluation\) has .* "
+        r"whole windows of 64.*; got 999",
     ):
         evaluate(base.with_(windows=999), store)
     assert stored(base.with_(windows=999), store) is None

@@ -12,12 +12,14 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+import yaml
 from again import FLIPPED_PERPLEXITY, sharing
 from matplotlib.figure import Figure
 from test_evaluate import resolved, save_lively
@@ -800,19 +802,21 @@ def test_table_and_figure_are_kept_with_what_they_were_made_from(
 ):
     monkeypatch.setattr(gallery, "SMALL", limit)
     table = lab.table("clip-sweep")
-    written = gallery.save_experiment(
-        "clip-sweep", table, lab.setting, tmp_path / "tables", tmp_path / "figures"
-    )
-    assert [path.name for path in written] == [f"clip-sweep-text.{ending}", "clip-sweep.png"]
+    at, pictures = tmp_path / "tables", tmp_path / "figures"
+    written = gallery.save_experiment("clip-sweep", table, lab.setting, at, pictures, lab.store)
+    stem = f"clip-sweep-text-{Path(lab.setting.model.source).name}-quick"
+    assert [path.name for path in written] == [f"{stem}.{ending}", f"{stem}.recipes.yaml", "clip-sweep.png"]
+    recipes = yaml.safe_load(written[1].read_text())
+    assert set(recipes) == set(table["recipe"]) == {Recipe.of(plain).key for plain in recipes.values()}
     if ending == "jsonl":
         lines = [json.loads(line) for line in written[0].read_text().splitlines()]
         assert [line["value"] for line in lines] == pytest.approx(table["value"].tolist())
     else:
         assert pd.read_parquet(written[0])["value"].tolist() == table["value"].tolist()
-    about = json.loads(written[1].with_suffix(".json").read_text())
+    about = json.loads(written[2].with_suffix(".json").read_text())
     assert (about["experiment"], about["rows"]) == ("clip-sweep", len(table))
     assert set(about["recipes"]) == set(table["recipe"])
-    assert written[1].with_suffix(".svg").exists()
+    assert written[2].with_suffix(".svg").exists()
 
 
 def test_replacing_a_table_leaves_the_old_one_where_writing_fails(tmp_path):

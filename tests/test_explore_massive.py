@@ -176,7 +176,7 @@ def test_a_block_of_the_corpus_takes_its_place(top, tiny_spec, corpus, store):
 
 @pytest.mark.parametrize(
     ("block", "text", "sentence"),
-    [(None, "", "at least one token"), (10_000, None, "token_blocks.blocks must be <=")],
+    [(None, "", "at least one token"), (10_000, None, "windows must be at most")],
 )
 def test_an_error_is_one_sentence_and_leaves_the_view(top, block, text, sentence):
     before = state_of(top)

@@ -168,7 +168,7 @@ def test_an_error_is_one_sentence_and_the_widget_goes_on(setting, store):
     widget.controls["rotations"].value, widget.controls["bits"].value = ("RH",), ("16-4-16",)
     widget.controls["windows"].value = 200
     computed(widget)
-    assert widget.status.state == "error" and "token_blocks.blocks must be <=" in widget.status.text
+    assert widget.status.state == "error" and "windows must be at most" in widget.status.text
     widget.controls["windows"].value = 3
     computed(widget)
     assert widget.table()["stored"].all() and widget.status.state == "ready"

@@ -381,7 +381,7 @@ def test_more_calibration_than_context_or_text(text_file, store):
         quantize_weights(
             fresh(), weight_spec(text_file).with_(window=129), {"model": "tiny"}, store, r4=False
         )
-    with pytest.raises(ValueError, match=r"token_blocks\.blocks must be <= \d+: .* got 9999"):
+    with pytest.raises(ValueError, match=r"windows must be at most \d+: .* got 9999"):
         quantize_weights(
             fresh(), weight_spec(text_file).with_(windows=9999), {"model": "tiny"}, store, r4=False
         )

@@ -20,8 +20,7 @@ from dfrot_lab.recipe.specs import DEFAULT_MODEL, CorpusSpec, ModelSpec
 
 MODEL_PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "compressed-tensors", "gguf")
 PACKAGES = ("dfrot-lab", *MODEL_PACKAGES, "numpy", "scipy", "pandas", "jupyterlab")
-DISK_NEEDED = 3e9
-"""Bytes the main job writes, doubled: model 0.54 GB, capture 0.28, weights 4 x 0.11, downloads 0.12."""
+DISK_NEEDED = 3e9  # bytes, twice what the main job writes: model 0.54 GB, capture 0.28, weights, downloads
 MEMORY_NEEDED = 6e9  # bytes of memory the main job peaks at with the default model, rounded up
 
 

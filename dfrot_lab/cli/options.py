@@ -14,7 +14,6 @@ from typing import Annotated, Any
 import typer
 
 from dfrot_lab.recipe import registry, specs
-from dfrot_lab.recipe.specs import CorpusSpec, ModelSpec
 
 log = logging.getLogger("dfrot_lab")
 
@@ -47,14 +46,14 @@ class Options:
     dtype: Annotated[str, typer.Option(help=DTYPES)] = "float32"
 
     @property
-    def model_spec(self) -> ModelSpec:
+    def model_spec(self) -> specs.ModelSpec:
         """The model in its dtype."""
-        return ModelSpec(source=self.model, dtype=self.dtype)
+        return specs.ModelSpec(source=self.model, dtype=self.dtype)
 
     @property
     def capture(self) -> specs.CaptureSpec:
         """The capture of the text's calibration half."""
-        text = CorpusSpec(name=self.calibration or self.corpus, split="calibration")
+        text = specs.CorpusSpec(name=self.calibration or self.corpus, split="calibration")
         return specs.CaptureSpec(model=self.model_spec, corpus=text, tokens=self.tokens)
 
     def setting(self, **more: Any) -> Any:
@@ -78,7 +77,7 @@ class Options:
 
     def recipe(self, rotation: str, bits: str) -> specs.Recipe:
         """The recipe of a rotation at some bits, weights calibrated on the text's other half."""
-        text, method = CorpusSpec(name=self.corpus), self.rotation(rotation)
+        text, method = specs.CorpusSpec(name=self.corpus), self.rotation(rotation)
         parts = {"model": self.model_spec, "corpus": text, "rotation": method, "windows": self.windows}
         spec = specs.recipe_of(bits, weights=self.weights, **parts)
         return spec.with_(weights=spec.weights.with_(corpus=self.capture.corpus))
@@ -148,7 +147,6 @@ class Group(typer.core.TyperGroup):
 
 app = typer.Typer(cls=Group, no_args_is_help=True, add_completion=False, rich_markup_mode=None,
                   pretty_exceptions_enable=False)  # fmt: skip
-"""The application; the files of this room add their commands to it."""
 
 
 def command(name: str, options: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -172,7 +170,6 @@ def command(name: str, options: str) -> Callable[[Callable[..., None]], Callable
 
 def keep_freed_memory() -> bool:
     """Have glibc's malloc keep what is freed for the rest of this process; False where that cannot be done.
-
     Else every tensor above 32 MB is mapped anew and zeroed: a fifth of a batched forward pass on a CPU, half
     of a large Hadamard transform. In return the process stays as large as its peak: a program decides."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform.startswith("linux") else None

@@ -46,9 +46,8 @@ library = cache(Library)
 
 
 class Plot(go.FigureWidget):
-    """A plotly figure in the explorers' look: transparent, grey, of fixed height. Traces are given at once
-    and their data change in place; `layout` is plotly's, `xaxis_title` and nested dictionaries alike.
-    Private attributes of a subclass begin with an underscore: plotly refuses others."""
+    """A plotly figure in the explorers' look. Traces are given at once and their data change in place;
+    `layout` is plotly's. A subclass's own attributes begin with an underscore: plotly refuses others."""
 
     _esm = Path(__file__).with_name("plot.js")
     _library = Instance(Library).tag(sync=True, **widgets.widget_serialization)
@@ -193,9 +192,8 @@ class Stage(widgets.Box):
 
 
 class Fit(anywidget.AnyWidget):
-    """An element of no height that has the plots of its explorer fill their place when they are first drawn
-    and when the page's width changes: plotly draws a figure before it is on the page, 700 pixels wide, and
-    then listens to the window alone. A plot's height stays what its layout says, whatever is in it. A brushed
-    region lets clicks through to the points in it."""
+    """An element of no height that makes an explorer's plots as wide as their place: plotly draws a figure
+    700 pixels wide before it is on the page, and then listens to the window alone. A plot keeps its height.
+    A brushed region lets clicks through to the points in it."""
 
     _css, _esm = Path(__file__).with_name("fit.css"), Path(__file__).with_name("fit.js")

@@ -98,8 +98,7 @@ class _State(HasTraits):
 
 
 class Refinement(Explorer):
-    """Refine R1 live on a capture (default: the default model's): losses and distance at each step
-    (`history`, a dict each); save R1 (`result`, at the end) to `path`. One cancelled keeps nothing."""
+    """Refine R1 live on a capture (default: the default model's); `history` is by step, `result` the end."""
 
     ONE = "refinement"
 
@@ -139,13 +138,12 @@ class Refinement(Explorer):
 
     def start(self) -> None:
         """Begin a refinement with the controls as they are."""
-        spec = None
         with self.status.doing("reading the controls"):
             spec = self.make_spec()
-        if spec is not None and self.free():
-            self.spec, self.result, self.history = spec, None, []
-            self.progress.max, self.progress.value = spec.steps, 0
-            self.work("reading the rows", lambda job: self._refine(job, spec))
+            if self.free():
+                self.spec, self.result, self.history = spec, None, []
+                self.progress.max, self.progress.value = spec.steps, 0
+                self.work("reading the rows", lambda job: self._refine(job, spec))
 
     def pause(self) -> None:
         """Wait after the step that runs."""

@@ -104,8 +104,7 @@ class Job:
 
 
 class Status:
-    """One line below the controls: busy, done, or what went wrong in one sentence. Its height never changes,
-    so nothing moves. With it comes what fits the plots to the page."""
+    """One line of fixed height: busy, done, or what went wrong. With it comes what fits plots to the page."""
 
     def __init__(self) -> None:
         self.line = widgets.HTML(layout={"height": "28px", "overflow": "hidden"})
@@ -135,7 +134,7 @@ class Status:
 
     @contextmanager
     def doing(self, text: str, then: str | Callable[[], str] = "") -> Iterator[None]:
-        """While the block runs, say so; after it `then`, or the error, which is not raised further."""
+        """While the block runs, say so; after it `then`, if any, or the error, not raised further."""
         self.busy(text)
         try:
             yield
@@ -143,13 +142,13 @@ class Status:
             log.debug("shown in the explorer", exc_info=True)
             self.error(error)
         else:
-            self.say(then() if callable(then) else then)
+            if then:
+                self.say(then() if callable(then) else then)
 
 
 def control(trait: Trait, kind: type[Any], label: str, width: int | None = None, **options: Any) -> Trait:
-    """A trait of a state, moved by a control of this kind with a label, `width` pixels wide (a toggle's
-    buttons, each). `options` are the control's own (min, step, ...); an Enum's values are the choices. What
-    is only known once there is data is given to `Explorer(state, name={...})`, or its choices."""
+    """A trait of a state, moved by a control of this kind, `width` pixels wide (or each of its buttons);
+    `options` are the control's own. What hangs on the data is given to `Explorer(state, name={...})`."""
     if isinstance(trait, traitlets.Enum):
         options = {"options": trait.values, **options}
     if width and kind is widgets.ToggleButtons:

@@ -59,11 +59,7 @@ def _steps(quantizer: QuantSpec) -> int:
 def expected_largest(channels: int) -> float:
     """Expected largest |N(0, 1)| of `channels`; the textbook's sqrt(2 ln C) is 7% above it at C = 4096."""
     require("theory.channels", channels, channels >= 1, "a whole number >= 1")
-
-    def some_above(t: float) -> float:  # 1 - P(|z| < t)^channels
-        return -math.expm1(channels * math.log(max(math.erf(t / math.sqrt(2)), 1e-300)))
-
-    return float(quad(some_above, 0, _REACH + 3, limit=200)[0])
+    return float(quad(lambda t: 1 - math.erf(t / math.sqrt(2)) ** channels, 0, _REACH + 3, limit=200)[0])
 
 
 def uniform_error(largest: float, channels: int, quantizer: QuantSpec = SYM4) -> float:
@@ -128,12 +124,11 @@ def error(
     kind: str, m: float, sigma: float, channels: int, quantizer: QuantSpec = SYM4, others: Floats = ()
 ) -> float:
     """E(NR), E(RO) or E(RH) of a token of largest spike `m`, further spikes `others` and noise `sigma` a
-    channel, all in x's unit and >= 0; at least 2^spikes channels. NR: the spike takes the grid; noise below
-    half a step falls to zero, and the error is its energy C sigma^2. RO: *exactly* that of a Gaussian row of
-    the same mean square, as x R is uniform on a sphere and a Gaussian row's length is independent of its
-    direction. RH: a spike alone costs 0 (symmetric) or m^2 / (2^bits - 1)^2; with noise, symmetric, C step^2
-    / 12 while it is above half a step, below C sigma^2 (1 + E max^2). Exceptions to RH: asymmetric, a spike
-    in the channel of a constant Hadamard row; three spikes or more whose signs depend on each other."""
+    channel, all in x's unit and >= 0; at least 2^spikes channels. NR: C sigma^2 while the noise is below half
+    a step. RO: *exactly* that of a Gaussian row of the same mean square, whose direction is as uniform. RH: a
+    spike alone costs 0 (symmetric) or m^2 / (2^bits - 1)^2; with noise, symmetric, C step^2 / 12 while it is
+    above half a step, below C sigma^2 (1 + E max^2). Exceptions to RH: asymmetric, a spike in the channel of
+    a constant Hadamard row; three spikes or more whose signs depend on each other."""
     require("theory.kind", kind, kind in ("NR", "RO", "RH"), "NR, RO or RH")
     check_token(m, sigma, channels, others)
     spikes = (m, *others)
@@ -241,9 +236,8 @@ def estimate(x: Tensor) -> pd.DataFrame:
 def predict(x: Tensor, quantizer: QuantSpec = SYM4, *, spikes: int = 1) -> pd.DataFrame:
     """Predicted squared errors NR, RO, RH of real rows `x` (tokens, channels): their `spikes` largest
     |entries| as spikes, all else as noise. Signs are dropped, which matters to an asymmetric NR alone."""
-    require(
-        "theory.spikes", spikes, 1 <= spikes <= math.log2(x.shape[-1]), "a whole number in 1..log2(channels)"
-    )
+    fits = 1 <= spikes <= math.log2(x.shape[-1])
+    require("theory.spikes", spikes, fits, "a whole number in 1..log2(channels)")
     largest = x.double().abs().sort(1, descending=True).values
     noise = largest[:, spikes:].square().mean(1).sqrt()
     tokens = list(zip(largest[:, :spikes].tolist(), noise.tolist(), strict=True))

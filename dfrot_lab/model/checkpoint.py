@@ -125,7 +125,9 @@ class Checkpoint:
             self.parts[part_of(target, roles)].append((name, name, path))
             at[target] = (name, path)
         ends = [f"{name}.weight" for name in (roles.embedding, roles.lm_head)]
-        for end, other in zip(ends, reversed(ends), strict=True):  # each stands for the other, where it is alone
+        for end, other in zip(
+            ends, reversed(ends), strict=True
+        ):  # each stands for the other, where it is alone
             if own.config.tie_word_embeddings and end not in filled and other in at:
                 self.parts[part_of(end, roles)].append((end, *at[other]))
                 filled.add(end)

@@ -97,7 +97,7 @@ def _plain_ids(text: str, tokenizer: Any) -> tuple[int, ...]:
 
 def _enough_text(text: str, tokens: int, tokenizer: Any) -> str:
     """The start of a text, to the end of a paragraph, that has SPARE more than `tokens` tokens; or all of it.
-    What comes behind a paragraph changes its last few tokens at the most, and a large text is not read whole."""
+    What comes behind a paragraph changes its last few tokens at the most; a large text takes long."""
     size = CHARACTERS * tokens
     while (cut := text.find("\n\n", size)) >= 0 and len(_plain_ids(text[:cut], tokenizer)) < tokens + SPARE:
         size = 2 * cut

@@ -16,11 +16,10 @@ from dfrot_lab.show import figures
 from dfrot_lab.show.figures import plot_rows, rows_of
 from dfrot_lab.show.theme import INK, MASSIVE_COLOUR, ORDINARY_COLOUR, draw_lines, legend_below, looks, panels
 
-ORDER_COLOURS = {
+ORDER_COLOURS = {  # of the errors; green, blue and red are the paper's
     "NR > RO > RH": "#117733", "NR > RH > RO": "#56B4E9", "RO > NR > RH": MASSIVE_COLOUR,
     "RO > RH > NR": "#E69F00", "RH > NR > RO": "#AA4499", "RH > RO > NR": "#222222",
 }  # fmt: skip
-"""A colour for each order of the errors: green, blue and red are the paper's."""
 SCHEME_LABEL = "refined {refined_with}, sign flips: {sign_flips}"
 ORDER_MARKERS = dict(zip(ORDER_COLOURS, "ovDsPX", strict=True))
 
@@ -186,7 +185,7 @@ def figure_magnitudes(table: pd.DataFrame) -> Figure:
     return fig
 
 
-FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {
+FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {  # by experiment, what draws its table
     "main": figures.figure_perplexity, "token-errors-3d": figure_errors_3d, "token-orders": figure_orders,
     "token-errors-2d": figures.figure_errors, "massive-token": figures.figure_massive_token,
     "gamma-sweep": figure_gamma, "keep-out": figure_keep_out, "clip-sweep": figure_clip,
@@ -197,4 +196,3 @@ FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {
     "symmetric-or-not": partial(figure_differences, label=SCHEME_LABEL, panel="tested {tested_with}, {bits}"),
     "variants": partial(figure_differences, label="{variant}"),
 }  # fmt: skip
-"""The figure that draws each experiment's table."""

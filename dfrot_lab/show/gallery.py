@@ -10,7 +10,6 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from dfrot_lab.disk import artefacts, atomic, row_files
-from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.maths import tables
 from dfrot_lab.model import loading
 from dfrot_lab.observe import errors, massive
@@ -27,18 +26,22 @@ log = logging.getLogger(__name__)
 SMALL = 5000  # rows up to which an experiment's table is kept as JSON lines, to be compared; above: Parquet
 
 
-def save_experiment(name: str, table: pd.DataFrame, setting: Setting, at: Path, pictures: Path) -> list[Path]:
-    """Write an experiment's table into `at`, its recipes beside it, its figure into `pictures`."""
+def save_experiment(
+    name: str, table: pd.DataFrame, setting: Setting, at: Path, pictures: Path,
+    store: artefacts.Store | None = None,
+) -> list[Path]:  # fmt: skip
+    """Write an experiment's table into `at`, its rows' recipes beside it, its figure into `pictures`."""
     is_small, written = len(table) <= SMALL, list[Path]()
     kept = at / f"{_stem(name, setting)}.{'jsonl' if is_small else 'parquet'}"
     row_files.replace(kept, row_files.rows(table)) if is_small else row_files.write_table(table, kept)
     about = {"experiment": name, "quick": setting.quick, "device": loading.device_name(), "rows": len(table)}
     about |= {"setting": _question(name, setting)}
-    if "key" in table:
-        made = [Store().at(perplexity.KIND, key) for key in table["key"].dropna().unique()]
+    about["recipes"] = sorted(set(table["recipe"].dropna())) if "recipe" in table else []
+    if about["recipes"]:
+        store = store or artefacts.Store()
+        made = [store.at(perplexity.KIND, key) for key in table["key"].dropna().unique()]
         recipes = [Recipe.of(artefact.json("recipe")) for artefact in made if artefact]
         written.append(row_files.save_recipes(kept, {recipe.key: recipe.plain() for recipe in recipes}))
-        about["recipes"] = sorted(recipe.key for recipe in recipes)
     with figures.theme():
         return [kept, *written, _save_figure(FIGURES[name](table), name, pictures, setting, about)]
 

@@ -176,7 +176,8 @@ def row_command(setting: Setting, spec: Recipe) -> str:
 
 def _options(setting: Setting, seed: int) -> str:
     model, text = map(shlex.quote, (setting.model.source, setting.corpus))
-    return f"--model {model} --corpus {text} --seed {seed} --windows {setting.windows}"
+    own = f" --calibration {shlex.quote(setting.calibration)}" if setting.calibration else ""
+    return f"--model {model} --corpus {text}{own} --seed {seed} --windows {setting.windows}"
 
 
 def scatter_figure(wide: pd.DataFrame) -> go.Figure:

@@ -18,10 +18,8 @@ COLOURS = {"NR": "#555555", "RO": "#D55E00", "RH": "#0072B2", "DFRot": "#009E73"
 """One colour a rotation everywhere: of Okabe and Ito's colour-blind-safe set, and apart in grey too."""
 MARKERS = {"NR": "s", "RO": "^", "RH": "o", "DFRot": "D"}
 OTHERS = tuple(zip(("#CC79A7", "#56B4E9", "#E69F00", "#332288", "#882255", "#117733"), "vPXp<h", strict=True))
-"""Colours and markers of everything that is not one of the four rotations."""
 MASSIVE_COLOUR, ORDINARY_COLOUR, INK = "#CC2936", "#9AA5B1", "#333333"
 VISIBLE = {" ": "\u2423", "\n": "\u21b5", "\t": "\u21e5", "\r": "\u240d", "\u00a0": "\u237d"}
-"""What stands for white space in a token."""
 
 THEME: dict[str, Any] = {
     "figure.dpi": 110, "savefig.dpi": 160, "figure.constrained_layout.use": True,

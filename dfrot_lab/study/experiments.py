@@ -1,5 +1,4 @@
-"""The paper's tables and figures, and what its reviewers asked for, as experiments: a tidy table each; of
-`Row`s it has a line a row and metric, the columns of `maths.tables` after its own."""
+"""The paper's tables and figures, and what its reviewers asked for, as experiments: a tidy table each."""
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -14,20 +13,17 @@ from dfrot_lab.model import corpus
 from dfrot_lab.observe import massive, residual
 from dfrot_lab.observe.capture import capture
 from dfrot_lab.recipe import specs
-from dfrot_lab.recipe.specs import RELEASED_KEEP_OUT as RELEASED
 from dfrot_lab.rotate import dfrot, steps
 from dfrot_lab.score import perplexity, rows, zeroshot
 from dfrot_lab.study import main
-from dfrot_lab.study.main import Found, Row, evaluated
+from dfrot_lab.study.main import Row, evaluated
 from dfrot_lab.study.setting import Setting
 
 log = logging.getLogger(__name__)
 
-GAMMAS = (1.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, float("inf"))
-"""The paper's sweep (Fig. 5 and 6)."""
+GAMMAS = (1.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, float("inf"))  # the paper's, Fig. 5 and 6
 CLIPS = (0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)
-ROW_COUNTS = (48, 32, 24, 16, 8)
-"""Table 3: rows in units of the window; a model of n layers has 2n, and what is beyond is left out."""
+ROW_COUNTS = (48, 32, 24, 16, 8)  # Table 3, in windows; a model of n layers has 2n: more is left out
 SAMPLES = 5
 KEPT = (1, 4, 16, 64)
 SHARE = "share of RO - RH closed"
@@ -65,20 +61,18 @@ def keep_out(setting: Setting, store: Store) -> pd.DataFrame:
     for offset, kind, bits in product(range(setting.seeds), ("RH", "RO"), settings):
         plain, rh = (setting.row(bits, setting.rotation(each, offset)) for each in (kind, "RH"))
         asked.append(Row(plain, against={"RH": rh} if kind == "RO" else {}))
-        asked.append(Row(plain.with_(keep_out=RELEASED), against={kind: plain}))
+        asked.append(Row(plain.with_(keep_out=specs.RELEASED_KEEP_OUT), against={kind: plain}))
     asked += [Row(setting.row(bits, setting.rotation("NR"))) for bits in settings]
-    table, found = evaluated(asked, store)
-    return whole(pd.concat([table, pd.DataFrame(_shares(setting, found, settings))], ignore_index=True))
-
-
-def _shares(setting: Setting, found: Found, settings: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """1 - (RO - RH with massive kept out) / (RO - RH) by seed and bits, unless the gap's interval holds 0."""
+    (table, found), shares = evaluated(asked, store), []
     for offset, bits in product(range(setting.seeds), settings):
         ro, rh = (setting.row(bits, setting.rotation(kind, offset)) for kind in ("RO", "RH"))
         low, high = perplexity.paired_difference(found[ro], found[rh])[1]
-        if not low <= 0 <= high:
-            four = [found[spec] for plain in (ro, rh) for spec in (plain, plain.with_(keep_out=RELEASED))]
-            yield rows.statistic_row(four[1], SHARE, *perplexity.statistic(perplexity.closed_share, four))
+        if not low <= 0 <= high:  # a gap that may be 0 has no share
+            ro_kept, rh_kept = (spec.with_(keep_out=specs.RELEASED_KEEP_OUT) for spec in (ro, rh))
+            four = [found[spec] for spec in (ro, ro_kept, rh, rh_kept)]
+            statistic = perplexity.statistic(perplexity.closed_share, four)
+            shares.append(rows.statistic_row(four[1], SHARE, *statistic))
+    return whole(pd.concat([table, pd.DataFrame(shares)], ignore_index=True))
 
 
 def main_table(setting: Setting, store: Store) -> Iterator[Row]:
@@ -100,7 +94,7 @@ def gamma_sweep(setting: Setting, store: Store) -> Iterator[Row]:
             start = setting.rotation(kind, offset)
             plain = setting.row(bits, start)
             yield Row(plain, {"init": kind, "line": "QuaRot"})
-            others = [("QuaRot.FP16()", plain.with_(keep_out=RELEASED))]
+            others = [("QuaRot.FP16()", plain.with_(keep_out=specs.RELEASED_KEEP_OUT))]
             refined = [setting.refine.with_(init=start, gamma=gamma) for gamma in _trimmed(gammas, setting)]
             others += [("DFRot", setting.row(bits, spec)) for spec in refined]
             yield from (Row(spec, {"init": kind, "line": line}, {"QuaRot": plain}) for line, spec in others)
@@ -148,8 +142,8 @@ def either_scheme(setting: Setting, _store: Store) -> Iterator[Row]:
     """Refine and evaluate with either quantizer; refine with and without the released code's sign flips."""
     schemes = ("asymmetric", "symmetric")
     for tested in schemes:
-        plain = setting.row("16-4-16", setting.rotation("RH"))
-        rh = plain.with_(activations=specs.QuantSpec(scheme=tested))
+        quantizer = specs.QuantSpec(scheme=tested)
+        rh = setting.row("16-4-16", setting.rotation("RH"), activations=quantizer)
         yield Row(rh, {"refined_with": "not refined", "sign_flips": False, "tested_with": tested})
         for fitted, flips in product(schemes, (False, True)):
             variant = "as_released" if flips else "as_paper"
@@ -191,7 +185,7 @@ def intervene(setting: Setting, store: Store) -> pd.DataFrame:
     for kind in ("RO", "RH"):
         plain = setting.row("16-4-16", setting.rotation(kind))
         asked.append(Row(plain, {"chosen": "none", "k": 0}))
-        for chosen, k in [(RELEASED, None), *counts]:
+        for chosen, k in [(specs.RELEASED_KEEP_OUT, None), *counts]:
             labels = {"chosen": chosen if k else f"rule {chosen}", "k": k}
             asked.append(Row(plain.with_(keep_out=chosen, keep_out_tokens=k), labels, {kind: plain}))
     return evaluated(asked, store)[0].astype({"k": "Int64"})
@@ -236,5 +230,4 @@ EXPERIMENTS: dict[str, tuple[str, str, Callable[[Setting, Store], Any]]] = {
     "massive-activations": ("Sun et al.", "How large, and are they needed?", massive_activations),
     "massive-magnitudes": ("Sun et al., Fig. 1", "Which token, which channel?", main.massive_magnitudes),
     "intervene": ("asked here", "Which tokens must be kept out?", intervene),
-}
-"""Every experiment by name, in the paper's order: what it reproduces, its question, what makes its rows."""
+}  # by name, in the paper's order: what it reproduces, its question, what makes its rows

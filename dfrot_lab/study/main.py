@@ -15,14 +15,13 @@ from dfrot_lab.recipe.specs import RELEASED_KEEP_OUT, Recipe
 from dfrot_lab.rotate import dfrot
 from dfrot_lab.rotate.steps import Refined
 from dfrot_lab.score import perplexity, rows as score_rows
-from dfrot_lab.score.perplexity import EvalResult
 from dfrot_lab.study import cost
 from dfrot_lab.study.setting import FIGURE_LAYER, Setting
 
 log = logging.getLogger(__name__)
 
 BITS = ("16-4-16", "4-4-16", "4-4-4")
-Found = dict[Recipe, EvalResult]  # evaluations by the recipe that was asked for
+Found = dict[Recipe, perplexity.EvalResult]  # evaluations by the recipe that was asked for
 Evaluated = tuple[pd.DataFrame, Found]
 
 
@@ -55,7 +54,7 @@ def evaluated(asked: Sequence[Row], store: Store, progress: cost.Progress | None
     progress.costs += cost.seconds(specs, store)
     names = map(row_name, specs)
 
-    def announce(_done: EvalResult | None = None) -> None:
+    def announce(_done: perplexity.EvalResult | None = None) -> None:
         if name := next(names, None):
             progress.begin(name)
 

@@ -27,12 +27,10 @@ ABSENT = {  # metrics, and methods, that have none of our numbers beside them, a
     "acc_average9": NINE, "c4_ppl": "C4 is not here", "SpinQuant": RIVALS, "OSTQuant": RIVALS,
 }  # fmt: skip
 AS_PRINTED: dict[str, Any] = {"columns": "model", "values": "printed", "aggfunc": "first", "sort": False}
-"""How pandas pivots numbers: as they are printed, a column a model."""
 
 Row = Mapping[str, Any]
 Places = list[tuple[str, str, str, str]]  # where a perplexity belongs: table, method, weight quantizer, note
-Lines = Iterator[tuple[tuple[str, ...], Row]]
-"""Lines of ours: the values of PLACE, and what has their model and value."""
+Lines = Iterator[tuple[tuple[str, ...], Row]]  # the values of PLACE, and what has their model and value
 
 
 @cache
@@ -159,9 +157,8 @@ def _zero_shot(table: pd.DataFrame) -> Lines:
             yield ("zero-shot", method, weights, bits, metric, ""), {**row, "value": 100 * row["value"]}
 
 
-_READERS: dict[str, Callable[[pd.DataFrame], Lines]] = {
+_READERS: dict[str, Callable[[pd.DataFrame], Lines]] = {  # by experiment, what reads its table
     "keep-out": partial(_perplexities, places=_keep_out), "main-table": _main_table,
     "gamma-sweep": partial(_perplexities, places=_refined), "massive-token": _massive_token,
     "calibration": partial(_perplexities, places=_refined), "zero-shot": _zero_shot,
 }  # fmt: skip
-"""By experiment, what reads its table."""

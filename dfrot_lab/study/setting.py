@@ -7,7 +7,6 @@ from typing import Any, cast
 from dfrot_lab.model import door
 from dfrot_lab.recipe import registry, specs
 from dfrot_lab.recipe.base import MethodSpec, Spec, one_of, ruled
-from dfrot_lab.recipe.specs import CaptureSpec, CorpusSpec, ModelSpec, Recipe, RefineSpec, RotationSpec
 
 FIGURE_LAYER = 15  # in the middle of the stretch where the default model's token 0 is massive (12 to 28)
 PROFILE = "DFROT_LAB_PROFILE"  # environment variable: notebooks, experiments `quick` (minutes) or `full`
@@ -18,7 +17,7 @@ QUICK |= {"seeds": 1, "limit": 2, "steps": 20, "quick": True}  # what the quick 
 class Setting(Spec):
     """A model, a text, seeds, sizes; `rule`: the rows weighted by `gamma`; `quick`: sweeps cut to a few."""
 
-    model: ModelSpec = ModelSpec()
+    model: specs.ModelSpec = specs.ModelSpec()
     corpus: str = "auto"
     calibration: str | None = None
     seed: int = ruled(0, "a whole number >= 0", ge=0)
@@ -43,27 +42,27 @@ class Setting(Spec):
 
     def resolved(self) -> "Setting":
         """With the text and the device that `auto` stands for here."""
-        text = door.resolved(CorpusSpec(name=self.corpus)).name
+        text = door.resolved(specs.CorpusSpec(name=self.corpus)).name
         return self.with_(corpus=text, model=door.resolved(self.model))
 
     @property
-    def calibration_text(self) -> CorpusSpec:
-        """What to capture, refine and calibrate on: a text of its own, or the other half of the scored one."""
-        return CorpusSpec(name=self.calibration or self.corpus, split="calibration")
+    def calibration_text(self) -> specs.CorpusSpec:
+        """What to capture, refine and calibrate on: a text of its own, or the scored one's other half."""
+        return specs.CorpusSpec(name=self.calibration or self.corpus, split="calibration")
 
     @property
-    def capture(self) -> CaptureSpec:
+    def capture(self) -> specs.CaptureSpec:
         """The first window of calibration tokens."""
-        return CaptureSpec(model=self.model, corpus=self.calibration_text, tokens=self.window)
+        return specs.CaptureSpec(model=self.model, corpus=self.calibration_text, tokens=self.window)
 
     @property
-    def refine(self) -> RefineSpec:
+    def refine(self) -> specs.RefineSpec:
         """DFRot from RH on the rows of `capture`, with the evaluation's own asymmetric quantizer."""
-        return cast(RefineSpec, self.method("DFRot"))
+        return cast(specs.RefineSpec, self.method("DFRot"))
 
-    def rotation(self, kind: str, offset: int = 0) -> RotationSpec:
+    def rotation(self, kind: str, offset: int = 0) -> specs.RotationSpec:
         """NR, RO or RH with the setting's seed, or one of the `seeds` that follow it."""
-        return RotationSpec(kind=kind, seed=self.seed + offset)
+        return specs.RotationSpec(kind=kind, seed=self.seed + offset)
 
     def method(self, row: str, offset: int = 0) -> MethodSpec:
         """A row of the table of methods; the setting's seed, capture, those it has of gamma, rule, steps."""
@@ -71,9 +70,9 @@ class Setting(Spec):
         own = {"gamma", "rule", "steps"} & set(type(spec).model_fields)
         return spec.with_(**{name: getattr(self, name) for name in own})
 
-    def row(self, bits: str, rotation: MethodSpec, *, weights: str | None = None, **fields: Any) -> Recipe:
+    def row(self, bits: str, rotation: MethodSpec, *, weights: str = "", **fields: Any) -> specs.Recipe:
         """The recipe of one row: this setting's model, text and windows, weights by the text's other half."""
-        text = CorpusSpec(name=self.corpus, split="evaluation")
+        text = specs.CorpusSpec(name=self.corpus, split="evaluation")
         own = {"model": self.model, "corpus": text, "windows": self.windows, "window": self.window}
         spec = specs.recipe_of(bits, rotation=rotation, **{**own, **fields})
         by = {"method": weights or self.weights, "windows": self.gptq_windows, "window": self.window}

@@ -65,8 +65,7 @@ SHAPES = {
     DEFAULT_MODEL: Shape(576, 30, 1536, 9, 3, 64, 49152, tied=True),
     "llama-2-7b": Shape(4096, 32, 11008, 32, 32, 128, 32000),
     "llama-3-70b": Shape(8192, 80, 28672, 64, 8, 128, 128256),
-}
-"""Models known by name: nothing of theirs has to be there to say what they would take."""
+}  # models known by name: nothing of theirs has to be there to say what they would take
 
 
 def shape_of(config: Any) -> Shape:

@@ -7,11 +7,10 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import torch
-from matplotlib.figure import Figure
 
 from dfrot_lab.explore import page
 from dfrot_lab.recipe.specs import QuantSpec
-from dfrot_lab.show import figures, theme
+from dfrot_lab.show import theme
 
 AXES = ("", "2", "3", "4", "5", "6")  # of the panels of Fig. 4, as plotly numbers them
 PANEL_HEIGHT = 320
@@ -110,29 +109,3 @@ class Panels(page.Plot):
             self.layout.annotations[i].text = ""
             for trace in self.data[2 * i : 2 * i + 2]:
                 trace.update(x=[], y=[])
-
-
-def static(table: pd.DataFrame, axes: Sequence[str], about: str) -> Figure:
-    """The scatter as a matplotlib figure: two axes or three, massive tokens marked."""
-    options: dict[str, Any] = {} if len(axes) == 2 else {"subplot_kw": {"projection": "3d"}}
-    with page.drawing(size=(6.4, 5.2), layout="constrained", **options) as (drawn, (ax,)):
-        if len(axes) == 2:
-            figures.plot_error_pair(table, *axes, ax=ax).legend(fontsize=8)
-        else:
-            for heavy, colour, size in ((False, theme.ORDINARY_COLOUR, 6), (True, theme.MASSIVE_COLOUR, 30)):
-                ax.scatter(*(table[table["massive"] == heavy][name] for name in axes), c=colour, s=size)
-            ax.set(**{f"{letter}label": f"E({name})" for letter, name in zip("xyz", axes, strict=True)})
-        drawn.suptitle(about, fontsize=10)
-    return drawn
-
-
-def static_token(values: pd.DataFrame, quantizer: QuantSpec, about: str) -> Figure:
-    """Fig. 4 of one token as a matplotlib figure: a panel a rotation, the grid's levels drawn."""
-    grid = grids(values, quantizer)
-    with page.drawing(len(grid), size=(2.9 * len(grid), 3.2), layout="constrained") as (drawn, axes):
-        for ax, (name, levels) in zip(axes, grid.items(), strict=True):
-            figures.plot_massive_values(values, name, ax=ax)
-            for level in levels:
-                ax.axhline(level, c=page.GREY, lw=0.5, zorder=0)
-        drawn.suptitle(about, fontsize=10)
-    return drawn

@@ -15,14 +15,15 @@ from traitlets import Bool, Float, HasTraits, Int, Tuple, Unicode
 from dfrot_lab.disk import rotation_files
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.explore.errors import plots
-from dfrot_lab.explore.page import HEIGHT, SCHEMES, Stage, html_table, panel
+from dfrot_lab.explore.page import GREY, HEIGHT, SCHEMES, Stage, drawing, html_table, panel
 from dfrot_lab.explore.shell import Explorer, Job, beside, control
 from dfrot_lab.maths import quantizers, rotations
 from dfrot_lab.observe import errors as token_errors, massive
 from dfrot_lab.observe.capture import Capture, capture
 from dfrot_lab.recipe.specs import DEFAULT_RULE, QuantSpec, RefineSpec
 from dfrot_lab.rotate import dfrot
-from dfrot_lab.show.theme import span
+from dfrot_lab.show import figures
+from dfrot_lab.show.theme import MASSIVE_COLOUR, ORDINARY_COLOUR, span
 from dfrot_lab.study import setting
 
 KEPT = 16  # rotated sites kept: of 2048 tokens and 576 channels 5 MB each
@@ -31,9 +32,8 @@ NONE = "none"
 
 
 class ErrorRows:
-    """A capture's rows under named rotations R (channels, channels). `rotated(site, name)` is x @ R (tokens,
-    channels), `verdicts(site)` the rules that call each token massive (tokens,), joined by commas; both are
-    kept, so that a site's tokens are quantized again at each move of a control, not rotated."""
+    """A capture's rows under named rotations R (channels, channels). `rotated(site, name)` is x @ R, and
+    `verdicts(site)` names the rules that call each token massive; both are kept."""
 
     def __init__(self, acts: Capture, matrices: Mapping[str, Tensor]) -> None:
         self.acts, self.matrices, self.texts = acts, dict(matrices), acts.texts
@@ -158,12 +158,28 @@ class Errors(Explorer):
 
     def static(self) -> Figure:
         """The scatter as a matplotlib figure."""
-        return plots.static(self.shown, self.axes, self.where)
+        table, axes, flat = self.shown, self.axes, len(self.axes) == 2
+        options: dict[str, Any] = {} if flat else {"subplot_kw": {"projection": "3d"}}
+        with drawing(size=(6.4, 5.2), layout="constrained", **options) as (drawn, (ax,)):
+            if flat:
+                figures.plot_error_pair(table, *axes, ax=ax).legend(fontsize=8)
+            else:
+                for heavy, colour, size in ((False, ORDINARY_COLOUR, 6), (True, MASSIVE_COLOUR, 30)):
+                    ax.scatter(*(table[table["massive"] == heavy][name] for name in axes), c=colour, s=size)
+                ax.set(**{f"{letter}label": f"E({name})" for letter, name in zip("xyz", axes, strict=True)})
+            drawn.suptitle(self.where, fontsize=10)
+        return drawn
 
     def static_token(self) -> Figure:
-        """The chosen token's values (Fig. 4) as a matplotlib figure."""
-        about = f"token {self.state.token} at {self.state.site}"
-        return plots.static_token(self.values, self.quantizer, about)
+        """The chosen token's values (Fig. 4) as a matplotlib figure: a panel a rotation, its grid drawn."""
+        grids = plots.grids(self.values, self.quantizer)
+        with drawing(len(grids), size=(2.9 * len(grids), 3.2), layout="constrained") as (drawn, axes):
+            for ax, (name, levels) in zip(axes, grids.items(), strict=True):
+                figures.plot_massive_values(self.values, name, ax=ax)
+                for level in levels:
+                    ax.axhline(level, c=GREY, lw=0.5, zorder=0)
+            drawn.suptitle(f"token {self.state.token} at {self.state.site}", fontsize=10)
+        return drawn
 
     def _pick(self) -> None:
         with self.status.doing("opening the token", self._summary):
@@ -190,25 +206,22 @@ class Errors(Explorer):
 
     def load(self) -> None:
         """The saved R1 that the path names."""
-        path, R = self.state.path.strip(), None
+        path = Path(self.state.path.strip())
         with self.status.doing(f"reading {path}"):
-            R = rotation_files.load(Path(path).expanduser(), self.rows.acts.channels)
-        if R is not None:
-            self.add(Path(path).name, R)
+            self.add(path.name, rotation_files.load(path.expanduser(), self.rows.acts.channels))
 
     def refine(self) -> None:
         """Compute the default refinement off the kernel's thread; a cancelled one goes on where it was."""
+        self.work("refining", self._refine)
 
-        def work(job: Job) -> None:
-            def seen(state: Any) -> None:
-                self.status.busy(f"refining: step {state.history[-1]['step']} of {self.spec.steps}")
-                job.step()
-
-            R = dfrot.refined(self.spec, self.store, checkpoint=seen).R
+    def _refine(self, job: Job) -> None:
+        def seen(state: Any) -> None:
+            self.status.busy(f"refining: step {state.history[-1]['step']} of {self.spec.steps}")
             job.step()
-            self.add("DFRot", R)
 
-        self.work("refining", work)
+        R = dfrot.refined(self.spec, self.store, checkpoint=seen).R
+        job.step()
+        self.add("DFRot", R)
 
     def _enabled(self) -> dict[str, bool]:
         able = super()._enabled()
@@ -218,10 +231,8 @@ class Errors(Explorer):
 def errors(
     acts: Capture | None = None, rotation: Mapping[str, Tensor] | None = None, *, store: Store | None = None
 ) -> Errors:
-    """A widget that shows each token's error E(x R) at a site of `acts` (default: the default capture) under
-    two rotations or three: `table()`, those brushed `selected()`, figures `static()` and `static_token()`.
-    `rotation` names matrices R (channels, channels), as `errors.token_errors` takes them; default NR, RO, RH,
-    whose seed can then be turned, and DFRot where the store has it (else a button computes it)."""
+    """A widget of each token's error E(x R) at a site of `acts` (default: the default capture). `rotation`
+    names matrices R (channels, channels); default NR, RO, RH, and DFRot where the store has it."""
     store = store or Store()
     acts = acts or capture(store=store)
     spec = RefineSpec(capture=acts.spec)

@@ -39,9 +39,8 @@ def continuation(
     loaded: LoadedModel, prompt: Tensor, tokens: int, on_token: Callable[[int], None] = lambda _id: None, *,
     temperature: float = 0.0, top_k: int = 50, seed: int = 0,
 ) -> list[int]:  # fmt: skip
-    """Up to `tokens` ids that follow `prompt` (tokens,), fewer where the model ends its text: the likeliest
-    at temperature 0; else drawn from logits / temperature among the `top_k` likeliest, by models of one seed
-    alike. `on_token` is called with each id, and may raise to stop."""
+    """Up to `tokens` ids that follow `prompt` (tokens,): the likeliest at temperature 0, else drawn among the
+    `top_k` likeliest, by models of one seed alike. `on_token` is called with each, and may raise to stop."""
 
     def each(ids: Tensor, _scores: Any, **_options: Any) -> Tensor:
         on_token(int(ids[0, -1]))

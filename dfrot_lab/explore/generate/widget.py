@@ -15,7 +15,7 @@ from traitlets import Enum, Float, HasTraits, Int, Tuple, Unicode
 
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.explore.generate import numbers
-from dfrot_lab.explore.page import GREY, Plot, drawing, label
+from dfrot_lab.explore.page import GREY, Plot, drawing, label, panel
 from dfrot_lab.explore.shell import Explorer, Job, control
 from dfrot_lab.explore.worth.numbers import BITS, FULL
 from dfrot_lab.model import door
@@ -34,8 +34,7 @@ ABOUT = ["position", "text", "prompt"]  # the columns of a table of losses that 
 TITLE, WRITTEN = "Loss of each token", "the prompt, then (right of the line) what full precision wrote"
 EXACT = "full precision"
 BOX = {"width": "420px", "height": "96px"}
-SIZE = {"height": "250px", "width": "236px"}
-COLUMN = {**SIZE, "overflow": "auto", "border": f"1px solid {GREY}", "padding": "4px"}
+COLUMN = {"width": "236px", "border": f"1px solid {GREY}", "padding": "4px"}
 UNSTORED = "its GPTQ weights are not stored: choose rtn, or compute its row with `dfrot-lab evaluate`"
 LIKELIEST = "Temperature (0: the likeliest)"
 
@@ -87,7 +86,7 @@ class Generate(Explorer):
         self.tokenizer: Any = None
         self.kept, self.prompt_ids = dict[str, build.Built](), list[int]()
         self.written = dict[str, numbers.Written]()
-        self.columns = {name: widgets.HTML(layout=COLUMN) for name in (EXACT, *names)}
+        self.columns = {name: panel(250, **COLUMN) for name in (EXACT, *names)}
         for name in self.columns:
             self._fill(name)
         self.plot = _Strip()
@@ -224,8 +223,7 @@ class Generate(Explorer):
         return pd.DataFrame(lines, columns=["model", "position", "id", "text", "departs"])
 
     def losses(self) -> pd.DataFrame:
-        """Each token of the prompt and of full precision's text but the first: position (from 2), text,
-        prompt, and the loss in nats, a column a model."""
+        """Every scored token: position (from 2), text, prompt (or not), its loss in nats by each model."""
         scored = {name: result.losses for name, result in self.written.items() if result.losses}
         ids = self.prompt_ids + self.written[EXACT].ids if scored else []
         losses = pd.DataFrame({"position": range(1, len(ids) + 1), "text": [self.text(i) for i in ids]})

@@ -12,8 +12,7 @@ from dfrot_lab.model import surgery
 from dfrot_lab.model.loading import LoadedModel, linear
 from dfrot_lab.recipe.specs import RotationSpec
 
-TOLERANCE = 2e-5
-"""Relative error of the logits that float32 may cause in 30 layers; mistakes begin 100 times higher."""
+TOLERANCE = 2e-5  # relative error of logits that float32 may cause in 30 layers; mistakes: 100 times more
 NEW_TOKENS = 12
 PROMPT = "The capital of France is Paris. The capital of Germany is"
 

@@ -28,12 +28,8 @@ ROWS = 12  # rows of the tables of tokens and channels
 HEAT, SPACE = "heat map", "3-D"
 BOX: dict[str, Any] = {"placeholder": "type or paste a text, then look", "layout": {"height": "72px"}}
 FLOOR = 0.01  # values below this have one colour: the scale is logarithmic
-LINES = (
-    ("top 1", MASSIVE_COLOUR, "solid", "-"),
-    ("top 2", "#E69F00", "dash", "--"),
-    ("top 3", "#56B4E9", "dashdot", "-."),
-    ("median", "#009E73", "dot", ":"),
-)  # column of a profile, its colour and its dash, in plotly's word and matplotlib's
+LINES = {"top 1": MASSIVE_COLOUR, "top 2": "#E69F00", "top 3": "#56B4E9", "median": "#009E73"}
+DASHES = {"solid": "-", "dash": "--", "dashdot": "-.", "dot": ":"}  # plotly's word: matplotlib's
 POINT = ["value", "channel", "ratio"]
 ABOUT = "channel %{customdata[1]:.0f}: %{customdata[0]:,.5g}<br>"  # what every point says of itself
 ABOUT += "%{customdata[2]:,.3g} \u00d7 the median<extra></extra>"
@@ -108,7 +104,7 @@ def profile_plot(go_to: Callable[[int], None]) -> Plot:
     """The layer shown, the largest three |x| and the median by layer; a click on one calls `go_to(layer)`."""
     look = {"line": {"color": GREY, "width": 1}, "hoverinfo": "skip", "showlegend": False}
     traces = [go.Scatter(mode="lines", **look)]
-    for name, colour, dash, _ in LINES:
+    for (name, colour), dash in zip(LINES.items(), DASHES, strict=True):
         hover = "layer %{x}<br>%{y:,.5g}<extra>" + name + "</extra>"
         style = {"line": {"color": colour, "dash": dash}, "marker": {"size": 5}, "mode": "lines+markers"}
         traces.append(go.Scatter(name=name, hovertemplate=hover, **style))
@@ -128,9 +124,8 @@ class _State(HasTraits):
 
 
 class Massive(Explorer):
-    """The residual stream |x| (tokens, channels) before each layer of `model`, for any text, and its massive
-    tokens; at first for `tokens` tokens of `acts`, or of the calibration text (`corpus`). Model and corpus
-    are those of `acts` unless given; ValueError where they cannot be used."""
+    """The residual stream |x| (tokens, channels) before each layer, for any text, and its massive tokens; at
+    first of `acts` or `corpus`, `tokens` tokens of it. Model and corpus are those of `acts` unless given."""
 
     ONE, CANCELLED = "text", "cancelled; the view is as it was"
 
@@ -171,24 +166,23 @@ class Massive(Explorer):
 
     def look_at_text(self) -> None:
         """Look at the text in the text area, off the kernel's thread."""
-        self._start(partial(numbers.typed_ids, self.loaded, self.state.text, self.state.tokens))
+        ids_of = partial(numbers.typed_ids, self.loaded, self.state.text, self.state.tokens)
+        self.work("reading the text", partial(self._look, ids_of))
 
     def look_at_block(self) -> None:
         """Look at the corpus block with the chosen number, off the kernel's thread."""
         block, most = self.state.block, self.state.tokens
-        self._start(partial(numbers.block_ids, self.loaded, self.corpus, block, most))
+        ids_of = partial(numbers.block_ids, self.loaded, self.corpus, block, most)
+        self.work("reading the text", partial(self._look, ids_of))
 
-    def _start(self, ids_of: Callable[[], tuple[Tensor, int]]) -> None:
-        def work(job: Job) -> None:
-            def step(layer: int) -> None:
-                job.step()
-                self.status.busy(f"looking: layer {layer + 1} of {len(self.loaded.layers)}")
-
-            ids, whole = ids_of()
+    def _look(self, ids_of: Callable[[], tuple[Tensor, int]], job: Job) -> None:
+        def step(layer: int) -> None:
             job.step()
-            self._show(numbers.look(self.loaded, ids, whole, step))
+            self.status.busy(f"looking: layer {layer + 1} of {len(self.loaded.layers)}")
 
-        self.work("reading the text", work)
+        ids, whole = ids_of()
+        job.step()
+        self._show(numbers.look(self.loaded, ids, whole, step))
 
     def _show(self, seen: numbers.Look) -> None:
         with self._lock:
@@ -205,7 +199,7 @@ class Massive(Explorer):
             self.stage.turn(view)
             lines = seen.profile
             ends = [max(float(lines["median"].min()) / 2, FLOOR), float(lines["top 1"].max()) * 2]
-            drawn = [{"x": lines["layer"].to_numpy(), "y": lines[name].to_numpy()} for name, *_ in LINES]
+            drawn = [{"x": lines["layer"].to_numpy(), "y": lines[name].to_numpy()} for name in LINES]
             self.profile.put({"x": [layer, layer], "y": ends}, *drawn)
             said = numbers.sentence(self.shown, layer, rule)
             meaning = numbers.rule_words(rule, self.loaded.channels)
@@ -241,7 +235,7 @@ class Massive(Explorer):
             left.scatter(marked["token"], marked["channel"], label=f"massive by {rule}", **hollow)
             left.legend(loc="upper right", fontsize=8)
             drawn.colorbar(image, ax=left)
-            for name, colour, _, dash in LINES:
+            for (name, colour), dash in zip(LINES.items(), DASHES.values(), strict=True):
                 right.plot(seen.profile["layer"], seen.profile[name], c=colour, ls=dash, label=name)
             right.axvline(layer, c=GREY, lw=1)
             right.set(yscale="log", xlabel="layer", ylabel="|residual stream|")

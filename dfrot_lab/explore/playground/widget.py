@@ -154,8 +154,7 @@ class _State(HasTraits):
 
 
 class Playground(Explorer):
-    """Rotate a spike by hand in 2 or 3 channels and watch grid, range and error; then RO and RH in 4 to 576
-    channels beside the closed form. `spec` says which capture's token 0, at its middle site, is shown too."""
+    """A spike turned by hand in 2 or 3 channels; then by RO and RH, as is token 0 of the capture `spec`."""
 
     def __init__(self, spec: CaptureSpec | None = None, store: Store | None = None) -> None:
         super().__init__(_State())

@@ -10,8 +10,7 @@ import pandas as pd
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.explore.page import TABLE
 from dfrot_lab.recipe.specs import RELEASED_KEEP_OUT, Recipe
-from dfrot_lab.score import perplexity
-from dfrot_lab.score.perplexity import EvalResult
+from dfrot_lab.score.perplexity import EvalResult, paired_difference
 from dfrot_lab.show.theme import safe
 from dfrot_lab.study import cost, main, paper
 from dfrot_lab.study.setting import Setting
@@ -82,7 +81,7 @@ def rows_table(specs: Sequence[Recipe], lookup: Lookup, references: References) 
         weights = spec.weights.method if spec.weights.quantizer.bits < 16 else None
         found, difference = [result.perplexity, *result.ci95] if result else [math.nan] * 3, [math.nan] * 3
         if result and reference and result.spec != reference.spec and spec.bits != FULL:
-            value, ends = perplexity.paired_difference(result, reference)
+            value, ends = paired_difference(result, reference)
             difference = [value, *ends]
         lines.append((*about, weights, *found, *difference, spec.windows, result is not None))
     return pd.DataFrame(lines, columns=COLUMNS)

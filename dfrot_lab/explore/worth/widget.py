@@ -151,11 +151,7 @@ class Worth(Explorer):
 
     def refresh(self) -> None:
         """Show what is stored of the rows picked, and name the rest."""
-
-        def count() -> str:
-            return f"{len(specs) - len(self.missing)} of {len(specs)} rows are stored"
-
-        with self._lock, self.status.doing("looking in the store", count):
+        with self._lock, self.status.doing("looking in the store"):
             specs, model = self.specs(), self.state.paper_model
             self.missing = [spec for spec in specs if self.lookup(spec) is None]
             table, beside = self.table(), numbers.paper_table(specs, self.lookup)
@@ -165,6 +161,7 @@ class Worth(Explorer):
             self.paper.value = numbers.shown_paper(beside, self.state.corpus)
             self.note.value = f"<span>{html.escape(numbers.said(self.missing, self.store))}</span>"
             self.enable()
+            self.status.say(f"{len(specs) - len(self.missing)} of {len(specs)} rows are stored")
 
     def compute(self) -> None:
         """Compute the missing rows in the background, one window after the other."""
