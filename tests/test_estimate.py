@@ -2,6 +2,7 @@
 which costs must grow.
 """
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -262,3 +263,22 @@ def test_a_folders_shape_is_kept_so_that_a_second_dry_run_loads_no_transformers(
     code += f"print(shapes.shape(ModelSpec(source={tiny_spec.source!r})), 'transformers' in sys.modules)"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert said.split() == [*str(first).split(), "False"]
+
+
+def test_a_model_that_does_not_fit_is_counted_as_it_is_read():
+    """Its memory hangs on one layer, not on how many there are."""
+    shape, recipes = SHAPES["llama-2-7b"], main_job()
+    small = replace(HERE, memory=16e9)
+    peak = cost.estimate(shape, small, recipes)["memory_gb"].max()
+    assert peak < 16 < cost.estimate(shape, replace(HERE, memory=80e9), recipes)["memory_gb"].max()
+    deeper = cost.estimate(replace(shape, layers=80), small, recipes)["memory_gb"]
+    assert deeper[:2].tolist() == cost.estimate(shape, small, recipes)["memory_gb"][:2].tolist()
+    assert "Read layer by layer on" in cost.describe("7b", shape, [small], recipes)
+    assert "Read layer by layer on" not in cost.describe("7b", SHAPES["smollm2-135m"], [small], recipes)
+
+
+def test_what_a_machine_lacks_is_said_before_work():
+    shape, recipes = SHAPES["llama-2-7b"], main_job()
+    assert cost.shortage(SHAPES["smollm2-135m"], recipes, 2048, 1e12) is None
+    said = cost.shortage(shape, recipes, 2048, 1e9)
+    assert re.search(r"this would need about .*[0-9]+ GB of disk and has 1$", said)

@@ -1,6 +1,7 @@
 """The command line: every step of the notebooks as one command, which imports what is heavy itself."""
 
 import logging
+import shutil
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -16,6 +17,7 @@ BITS = "Weights-activations-KV, such as 4-4-16."
 RECIPE = "A recipe's YAML, in place of all options but --out, --json."
 SCHEME = f"The quantizer's range: {', '.join(specs.SCHEMES)}."
 VARIANT = f"{', '.join(specs.REFINE_VARIANTS)}."
+YES = "Go on where the estimate says that memory or disk will not do."
 DRY_RUN = "Only say what it would take; --model may also be llama-2-7b or llama-3-70b."
 
 
@@ -28,10 +30,14 @@ def _setup(verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log mo
 
 
 @command("run", "model corpus calibration seed out as_json windows gamma rule dtype")
-def run(said: Options, dry_run: Annotated[bool, typer.Option("--dry-run", help=DRY_RUN)] = False) -> None:
+def run(
+    said: Options, dry_run: Annotated[bool, typer.Option("--dry-run", help=DRY_RUN)] = False,
+    yes: Annotated[bool, typer.Option("--yes", help=YES)] = False,
+) -> None:  # fmt: skip
     """The main job: capture, refine, GPTQ, a table of NR, RO, RH, DFRot with keep-out rows, and figures.
 
     What is finished is kept: after Ctrl-C the same command goes on. --out: folder (runs/<date>/)."""
+    from dfrot_lab.disk.atomic import cache_dir
     from dfrot_lab.study import cost, main, shapes
 
     setting, name = said.setting(), said.model
@@ -42,6 +48,9 @@ def run(said: Options, dry_run: Annotated[bool, typer.Option("--dry-run", help=D
         rows = [(machine, row) for machine, table in tables.items() for row in table.to_dict("records")]
         about = cost.describe(name, shape, machines, recipes)
         return said.show([{"model": name, "machine": machine, **row} for machine, row in rows], about)
+    recipes, free = [row.spec for row in main.rows(setting)], shutil.disk_usage(cache_dir()).free
+    if not yes and (lack := cost.shortage(shapes.shape(setting.model), recipes, setting.window, free)):
+        raise ValueError(f"{lack}: see --dry-run, or go on all the same with --yes")
     from dfrot_lab.disk import row_files
     from dfrot_lab.show import gallery  # loads what draws: a dry run needs none of it
 

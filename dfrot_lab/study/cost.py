@@ -6,13 +6,14 @@ import statistics
 import time
 import timeit
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 
 import pandas as pd
 import torch
 
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.model import integer, stream
+from dfrot_lab.model.checkpoint import FREE_SHARE
 from dfrot_lab.observe import capture as captures
 from dfrot_lab.recipe.specs import WINDOW, Recipe, RefineSpec, WeightSpec
 from dfrot_lab.rotate import descent, dfrot
@@ -20,6 +21,7 @@ from dfrot_lab.rotate.steps import CHECK_EVERY
 from dfrot_lab.score import build, perplexity
 from dfrot_lab.study.setting import Setting
 from dfrot_lab.study.shapes import PASS, Shape, shape
+from dfrot_lab.weights.run import CHUNK_BYTES, MLP_VALUES
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +120,7 @@ def load(shape: Shape, loads: int, rotated: int) -> Work:
     """Read the weights, fuse gains; fuse R1, a float64 product of every weight, the largest held twice."""
     weights = shape.linear_weights + 2 * shape.embedding
     moved = loads * (2 * PASS + EDIT_BYTES) + rotated * EDIT_BYTES
-    memory = shape.model_bytes + 2 * 8 * max(shape.embedding, shape.mlp * shape.channels)
+    memory = shape.held_bytes + 2 * 8 * max(shape.embedding, shape.mlp * shape.channels)
     return Work(LOAD, 0, rotated * 2 * shape.channels * weights, moved=moved * weights, memory=memory)
 
 
@@ -126,7 +128,7 @@ def forward(shape: Shape, tokens: int, windows: int = 1) -> Work:
     """The layers, without lm_head, on `windows` windows at once; attention is causal: half of the pairs."""
     rows, attention = tokens * windows, windows * shape.layers * 2 * tokens**2 * shape.heads * shape.head
     passes = shape.layers * rows * (CHANNEL_PASSES * shape.channels + MLP_PASSES * shape.mlp)
-    memory = shape.model_bytes + rows * (6 * shape.channels + 3 * shape.mlp) * PASS
+    memory = shape.held_bytes + rows * (6 * shape.channels + 3 * shape.mlp) * PASS
     flops = 2 * shape.linear_weights * rows + attention
     return Work("forward", flops, moved=PASS * (passes + shape.linear_weights), memory=memory)
 
@@ -153,7 +155,11 @@ def gptq(shape: Shape, tokens: int, windows: int = WeightSpec().windows) -> Work
     columns = sum(out * into**2 for out, into in shape.linears)
     factors = shape.layers * sum(4 / 3 * into**3 for _, into in shape.linears)
     passes = forward(shape, tokens, windows)
-    memory = passes.memory + HESSIAN_BYTES * max(shape.inputs) ** 2
+    at_once = max(
+        1, int(CHUNK_BYTES / (MLP_VALUES * tokens * shape.mlp))
+    )  # windows; of all, what enters layers
+    memory = forward(shape, tokens, min(windows, at_once)).memory + PASS * windows * tokens * shape.channels
+    memory += HESSIAN_BYTES * max(shape.inputs) ** 2
     moved = shape.linear_weights * (CLIP_BYTES + COLUMN_BYTES)
     return Work(GPTQ, shape.layers * (hessians + columns), factors, moved=moved, memory=memory) + passes
 
@@ -162,7 +168,7 @@ def float_window(shape: Shape, tokens: int) -> Work:
     """One window, products in float: inputs quantized, R4, lm_head and loss."""
     inputs = shape.layers * tokens * (QUANTIZE_PASSES * sum(shape.inputs) + HADAMARD_PASSES * shape.mlp)
     moved = PASS * (inputs + shape.embedding + LOGIT_PASSES * tokens * shape.vocabulary)
-    memory = shape.model_bytes + 3 * PASS * stream.LOGIT_ROWS * shape.vocabulary
+    memory = shape.held_bytes + 3 * PASS * stream.LOGIT_ROWS * shape.vocabulary
     return Work(FLOAT, 2 * shape.embedding * tokens, moved=moved, memory=memory) + forward(shape, tokens)
 
 
@@ -177,10 +183,24 @@ def integer_window(shape: Shape, tokens: int) -> Work:
 
 def estimate(shape: Shape, machine: Machine, recipes: Sequence[Recipe], tokens: int = WINDOW) -> pd.DataFrame:
     """Seconds, peak memory (GB) and whether the machine has that much, a row a stage; then `total`."""
+    shape = replace(shape, room=FREE_SHARE * machine.memory)
     lines = [(w.stage, w.seconds(machine), w.memory / 1e9) for w in stages(shape, recipes, tokens)]
     table = pd.DataFrame(lines, columns=["stage", "seconds", "memory_gb"])
     table.loc[len(table)] = [TOTAL, table["seconds"].sum(), table["memory_gb"].max()]
     return table.assign(fits=table["memory_gb"] * 1e9 <= machine.memory)
+
+
+def shortage(shape: Shape, recipes: Sequence[Recipe], tokens: int, free: float) -> str | None:
+    """What this machine lacks for a main job, in words, with `free` bytes of disk for its cache; or None."""
+    import psutil
+
+    memory = psutil.virtual_memory().total
+    works = stages(replace(shape, room=FREE_SHARE * memory), recipes, tokens)
+    builds = {(spec.rotation, spec.weights) for spec in recipes if spec.weights.quantizer.bits < 16}
+    disk = 2 * shape.layers * tokens * shape.channels * PASS + len(builds) * shape.linear_weights
+    needs = {"memory": (max(work.memory for work in works), memory), "disk": (disk, free)}
+    lacks = [f"{a / 1e9:.0f} GB of {what} and has {b / 1e9:.0f}" for what, (a, b) in needs.items() if a > b]
+    return f"this would need about {' and '.join(lacks)}" if lacks else None
 
 
 def preparation(setting: Setting, store: Store) -> list[float]:
@@ -255,5 +275,10 @@ def describe(name: str, shape: Shape, machines: Sequence[Machine], recipes: Sequ
         single, double, int8, moved, memory = (f"{rate / 1e9:,.0f}" for rate in astuple(m)[1:6])
         said = f"float32 {single}, float64 {double}, int8 {int8} Gop/s, {moved} GB/s read and written"
         lines.append(f"{m.name}: {said}, {memory} GB; {m.source}")
+    streamed = [machine.name for machine in machines if shape.model_bytes > FREE_SHARE * machine.memory]
+    if streamed:
+        lines.append(
+            f"Read layer by layer on {', '.join(streamed)}: its weights do not fit there as a whole."
+        )
     trust = "Arithmetic at these rates, nothing run: expect the truth within a factor of about 2."
     return "\n".join([*lines, "", pd.DataFrame(columns).to_string(index=False), "", trust])

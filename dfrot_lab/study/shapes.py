@@ -1,5 +1,6 @@
 """The sizes of a model, known without reading its weights: what its cost is counted from."""
 
+import math
 import struct
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -17,7 +18,8 @@ PASS = 4  # bytes of one pass over one float32 value
 
 @dataclass(frozen=True)
 class Shape:
-    """A LLaMA-like model: channels C, layers, MLP width, (key-value) heads, head size, vocabulary, tied."""
+    """A LLaMA-like model: channels C, layers, MLP width, (key-value) heads, head size, vocabulary, tied; the
+    `room`, bytes, that its weights may fill: one that does not fit is read layer by layer."""
 
     channels: int
     layers: int
@@ -27,6 +29,7 @@ class Shape:
     head: int
     vocabulary: int
     tied: bool = False
+    room: float = math.inf
 
     @property
     def linears(self) -> tuple[tuple[int, int], ...]:
@@ -59,6 +62,12 @@ class Shape:
     def model_bytes(self) -> float:
         """Memory of the float32 weights once lm_head is untied."""
         return PASS * replace(self, tied=False).parameters
+
+    @property
+    def held_bytes(self) -> float:
+        """Memory of the weights there at once: all, or of a model that does not fit the largest part."""
+        part = max(self.linear_weights / self.layers, self.embedding)
+        return self.model_bytes if self.model_bytes <= self.room else PASS * part
 
 
 SHAPES = {
