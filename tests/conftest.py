@@ -94,6 +94,12 @@ def save_tiny(folder: Path, family: str = "llama", **options) -> ModelSpec:
     return ModelSpec(source=str(folder))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The two longest files first: else one core waits while the other still runs notebooks."""
+    longest = ("test_notebooks.py", "test_browser.py")
+    items.sort(key=lambda item: item.path.name not in longest)
+
+
 @pytest.fixture(autouse=True)
 def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Numbers that tests know are the CPU's; tests/test_device.py compares a GPU's with them."""
