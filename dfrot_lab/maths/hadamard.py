@@ -122,7 +122,7 @@ def _torch_transform(x: Tensor, scale: float) -> Tensor:
     if x.device.type != "cpu" or x.numel() <= CHUNK or (x.requires_grad and torch.is_grad_enabled()):
         return _kron_product(x, stages, scale, None)
     rows, step = x.reshape(-1, n), max(1, CHUNK // n)
-    out = torch.empty_like(rows)
+    out = torch.empty_like(rows, memory_format=torch.contiguous_format)
     for part, result in zip(rows.split(step), out.split(step), strict=True):
         _kron_product(part, stages, scale, result)
     return out.reshape(x.shape)
