@@ -50,7 +50,7 @@ def closed_share(ro: np.ndarray, ro_kept: np.ndarray, rh: np.ndarray, rh_kept: n
 
 @dataclass(frozen=True)
 class EvalResult:
-    """Mean next-token loss of each window (windows,) in nats, how long, by which code; `key` of all inputs."""
+    """Mean next-token loss of each window (windows,) in nats, how long, by which code; its inputs' `key`."""
 
     spec: Recipe
     losses: np.ndarray
