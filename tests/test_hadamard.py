@@ -229,3 +229,8 @@ def test_cuda_agrees_with_the_cpu(n, dtype):
     assert torch.allclose(
         y.cpu().double(), hadamard_transform(x.double(), n**-0.5), rtol=torch.finfo(dtype).eps, atol=1e-5
     )
+
+
+def test_a_large_transposed_tensor_is_transformed_too():
+    x = torch.randn(256, 4096, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(hadamard_transform(x.T), hadamard_transform(x.T.contiguous()))

@@ -399,8 +399,7 @@ def test_the_yaml_beside_rows_gives_back_each_recipe(tmp_path: Path):
 
     made = [result("16-4-16", rotation=RO), result(rotation=RefineSpec(gamma=math.inf, steps=3))]
     table = pd.DataFrame([row(each) for each in made])
-    recipes = {each.spec.key: each.spec.plain() for each in made}
-    written = row_files.save(tmp_path / "rows.jsonl", table, recipes)
+    written = row_files.save(tmp_path / "rows.jsonl", table, [each.spec for each in made])
     assert [path.name for path in written] == ["rows.jsonl", "rows.md", "rows.recipes.yaml"]
     assert load(tmp_path / "rows.jsonl")["recipe"].tolist() == [each.spec.key for each in made]
     said = yaml.safe_load((tmp_path / "rows.recipes.yaml").read_text())

@@ -34,6 +34,17 @@ def test_whole_numbers_stay_whole_beside_a_missing_one(tmp_path: Path):
     assert load(path)["x"].dtype == float and load(path)["kept"].dtype == object
 
 
+@pytest.mark.parametrize("line", ["[1]", "[]", "3", "null", '"row"', '[["a", 1]]'])
+@pytest.mark.parametrize("place", [1, 2])
+def test_a_line_that_is_no_object_is_refused_wherever_it_stands(line: str, place: int, tmp_path: Path):
+    path = tmp_path / "rows.jsonl"
+    lines = ['{"row": 1}', '{"row": 2}']
+    lines[place - 1] = line
+    path.write_text("\n".join(lines) + "\n")
+    with pytest.raises(ValueError, match=rf"rows\.jsonl line {place} must be one JSON object; got "):
+        load(path)
+
+
 def test_a_row_that_is_no_json_leaves_the_file_as_it_was(tmp_path: Path):
     path = tmp_path / "rows.jsonl"
     append(path, [{"value": 1}])

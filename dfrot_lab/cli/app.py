@@ -220,8 +220,8 @@ def evaluate_command(
     from dfrot_lab.maths import tables
     from dfrot_lab.score import perplexity, rows
 
-    sources = {name: str(context.get_parameter_source(name)) for name in context.params}
-    given = {name for name, source in sources.items() if source.endswith("COMMANDLINE")}
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    given = {name for name, source in sources.items() if source and source.name == "COMMANDLINE"}
     if recipe and (others := given - {"recipe", "out", "as_json"}):
         raise ValueError(f"--recipe says everything: put {', '.join(sorted(others))} into {recipe} instead")
     kept = specs.RELEASED_KEEP_OUT if keep_out else None

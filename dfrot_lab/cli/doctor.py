@@ -40,8 +40,9 @@ def checkup(model: ModelSpec, text: CorpusSpec) -> tuple[dict[str, Any], list[st
         kernel = "installed" if compiled else "not installed: the torch path is used"
         cuda = f"{torch.cuda.get_device_name()}, fast-hadamard-transform {kernel}"
     states = {"model": _state(lambda: loading.resolve(model)[0])}
-    is_file = Path(text.name).is_file()
-    states["corpus"] = _state(lambda: (is_file and corpus.fingerprint(text), corpus.resolve(text).name)[1])
+    states["corpus"] = _state(lambda: corpus.resolve(text).name)
+    if Path(text.name).is_file():  # read, to see that there is a text in it
+        states["corpus"] = _state(lambda: corpus.load_text(text) and text.name)
     about: dict[str, Any] = {"python": platform.python_version(), "system": platform.platform(terse=True)}
     about |= {"versions": versions, "cores": os.cpu_count(), "memory": f"{memory / 1e9:.1f} GB"}
     about |= {"cuda": cuda, "cache": cache, **states}

@@ -14,6 +14,7 @@ from filelock import FileLock
 
 from dfrot_lab.disk.atomic import replacing, write_text
 from dfrot_lab.maths.tables import COLUMNS, comparison, markdown, whole
+from dfrot_lab.recipe.base import Spec, require
 
 log = logging.getLogger(__name__)
 
@@ -47,11 +48,13 @@ def load(path: Path) -> pd.DataFrame:
     lines = path.read_text(encoding="utf-8").splitlines()
     for number, line in enumerate(lines, 1):
         try:
-            rows.append(dict(json.loads(line)))
-        except (ValueError, TypeError) as error:
-            if number < len(lines):
-                said = f"line {number} must be one JSON object; got {line[:60]!r}"
-                raise ValueError(f"{path} {said}") from error
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            if number == len(lines):
+                break
+            row = None
+        require(f"{path} line {number}", repr(line[:60]), isinstance(row, dict), "one JSON object")
+        rows.append(row)
     table = pd.DataFrame(rows, columns=None if rows else list(COLUMNS))
     gaps = [str(name) for name in table if {type(row.get(str(name))) for row in rows} == {int, type(None)}]
     return whole(table.astype(dict.fromkeys(gaps, "Int64")))
@@ -76,14 +79,15 @@ def rows(table: pd.DataFrame) -> list[dict[str, Any]]:
     return found
 
 
-def save(path: Path, table: pd.DataFrame, recipes: Mapping[str, Any]) -> list[Path]:
+def save(path: Path, table: pd.DataFrame, recipes: Iterable[Spec]) -> list[Path]:
     """Write a results table as JSON lines, beside it the comparison as Markdown, the recipes as YAML."""
     replace(path, rows(table))
     write_text(beside := path.with_suffix(".md"), markdown(comparison(table)) + "\n")
     return [path, beside, save_recipes(path, recipes)]
 
 
-def save_recipes(path: Path, recipes: Mapping[str, Any]) -> Path:
+def save_recipes(path: Path, recipes: Iterable[Spec]) -> Path:
     """Write the recipes of the rows in `path` beside it, as YAML by key."""
-    write_text(beside := path.with_suffix(".recipes.yaml"), yaml.safe_dump(dict(recipes), sort_keys=False))
+    said = {recipe.key: recipe.plain() for recipe in recipes}
+    write_text(beside := path.with_suffix(".recipes.yaml"), yaml.safe_dump(said, sort_keys=False))
     return beside

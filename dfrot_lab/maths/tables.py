@@ -13,9 +13,8 @@ COLUMNS = (
     "set_massive", "windows", "window", "device",
     "metric", "value", "ci95", "seconds", "recipe", "key", "versions", "formulas", "commit",
 )  # fmt: skip
-"""Columns of every results row, in order. `parameters` are what a method has beside its own columns; `ci95`
-is [low, high]; `recipe` the key of one kept as YAML beside the rows, `key` that of all the value hangs on,
-bytes of model and text for names; `formulas`, `commit` the code's."""
+"""Columns of every results row, in order. `parameters`: what a method has beside its columns; `ci95`: [low,
+high]; `recipe`: the key of the YAML beside the rows, `key`: of all the value hangs on, bytes for names."""
 WHOLE = ("seed", "w_bits", "a_bits", "kv_bits", "keep_out_tokens", "windows", "window", "formulas")  # whole
 FREE = {"metric", "value", "ci95", "seconds", "recipe", "versions", "commit"}
 """Columns that say what came out and when; the others say of what, and by which formulas."""

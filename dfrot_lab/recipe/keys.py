@@ -24,7 +24,8 @@ def identity(spec: Spec, prints: Prints) -> Any:
     said = {name: identity(value, prints) if isinstance(value, Spec) else value for name, value in spec}
     if isinstance(spec, MethodSpec | WeightSpec):
         table = registry.WEIGHTS if isinstance(spec, WeightSpec) else registry.METHODS
-        said |= {"code": code} if (code := registry.code(table, spec.method)) != 1 else {}
+        if (code := registry.code(table, spec.method)) != 1:  # a first version adds nothing to a key
+            said["code"] = code
     if said.get("path") is not None:
         said["path"] = prints(said["path"])
     return {"spec": type(spec).__name__, **said}

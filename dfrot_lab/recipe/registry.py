@@ -20,7 +20,7 @@ METHODS = {
 }
 """Rotation methods: modules with `SPEC`, `spec(row, seed=, capture=)`, `fit(recipe, context)`; `VERSION`."""
 WEIGHTS = {"rtn": Choice("dfrot_lab.weights.rtn"), "gptq": Choice("dfrot_lab.weights.gptq")}
-"""Weight quantizers: modules with `quantize(weight, hessian, spec)` and `CALIBRATED` (needs the Hessian)."""
+"""Weight quantizers: `quantize(weight, hessian, spec)`, `CALIBRATED` (needs the Hessian); `VERSION`."""
 
 
 def load(table: dict[str, Choice], name: str, what: str = "choice") -> Any:

@@ -223,8 +223,10 @@ class Recipe(Spec):
         changes |= {name: KV_CACHE for name in ("keys", "values") if getattr(self, name).bits == 16}
         if not self.is_rotated:
             changes["rotation"] = RotationSpec(kind="NR")
-        elif isinstance(rows := getattr(self.rotation, "capture", None), CaptureSpec):  # of this very model
-            changes["rotation"] = self.rotation.with_(capture=rows.with_(model=self.model))
+        else:  # what a method looks at is of this very model
+            rows = {name: of for name, of in self.rotation if isinstance(of, CaptureSpec)}
+            own = {name: of.with_(model=self.model) for name, of in rows.items()}
+            changes["rotation"] = self.rotation.with_(**own)
         return self.with_(**changes)
 
     def to_yaml(self) -> str:

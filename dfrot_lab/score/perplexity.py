@@ -52,8 +52,7 @@ def closed_share(ro: np.ndarray, ro_kept: np.ndarray, rh: np.ndarray, rh_kept: n
 
 @dataclass(frozen=True)
 class EvalResult:
-    """Mean next-token loss of each window (windows,) in nats, the seconds, the model's origin, `versions`; by
-    what `commit` of the code; `key`, of all they hang on, bytes for names."""
+    """Mean next-token loss of each window (windows,) in nats, how long, by which code; its inputs' `key`."""
 
     spec: Recipe
     losses: np.ndarray

@@ -27,8 +27,7 @@ def statistic_row(result: EvalResult, metric: str, value: float, ci95: Sequence[
     said = {"metric": metric, "value": value, "ci95": list(ci95), "seconds": round(result.seconds, 2)}
     made = {name: result.versions[name] for name in PACKAGES if name in result.versions}
     code = {"recipe": result.spec.key, "key": result.key, "versions": made, "formulas": FORMULAS}
-    code["commit"] = result.commit
-    values = {**columns(result.spec), "family": result.family, **said, **code}
+    values = {**columns(result.spec), "family": result.family, **said, **code, "commit": result.commit}
     return {name: values[name] for name in COLUMNS}
 
 

@@ -31,19 +31,20 @@ def save_experiment(
     store: artefacts.Store | None = None,
 ) -> list[Path]:  # fmt: skip
     """Write an experiment's table into `at`, its rows' recipes beside it, its figure into `pictures`."""
-    is_small, written = len(table) <= SMALL, list[Path]()
+    is_small = len(table) <= SMALL
     kept = at / f"{_stem(name, setting)}.{'jsonl' if is_small else 'parquet'}"
     row_files.replace(kept, row_files.rows(table)) if is_small else row_files.write_table(table, kept)
     about = {"experiment": name, "quick": setting.quick, "device": loading.device_name(), "rows": len(table)}
     about |= {"setting": _question(name, setting)}
     about["recipes"] = sorted(set(table["recipe"].dropna())) if "recipe" in table else []
+    written = [kept]
     if about["recipes"]:
         store = store or artefacts.Store()
         made = [store.at(perplexity.KIND, key) for key in table["key"].dropna().unique()]
-        recipes = [Recipe.of(artefact.json("recipe")) for artefact in made if artefact]
-        written.append(row_files.save_recipes(kept, {recipe.key: recipe.plain() for recipe in recipes}))
+        recipes = (Recipe.of(artefact.json("recipe")) for artefact in made if artefact)
+        written.append(row_files.save_recipes(kept, recipes))
     with figures.theme():
-        return [kept, *written, _save_figure(FIGURES[name](table), name, pictures, setting, about)]
+        return [*written, _save_figure(FIGURES[name](table), name, pictures, setting, about)]
 
 
 def _stem(name: str, setting: Setting) -> str:
@@ -107,8 +108,7 @@ def main_figures(result: MainResult, wide: pd.DataFrame) -> dict[str, tuple[Figu
 
 def save(result: MainResult, table: Path, pictures: Path) -> list[Path]:
     """Write the main job's rows to `table`, recipes and comparison beside it, its figures to `pictures`."""
-    recipes = {found.spec.key: found.spec.plain() for found in result.found.values()}
-    written = row_files.save(table, result.table, recipes)
+    written = row_files.save(table, result.table, [found.spec for found in result.found.values()])
     about = {"capture": result.capture.key, "quantizer": result.setting.refine.quantizer.name}
     with figures.theme():
         drawn = main_figures(result, result.errors([figure_site(result.capture.sites)]))
