@@ -20,35 +20,42 @@ SHAPES = {
     "llama-3-70b": (8192, 28672, 64, 8, 128256),
     "small": (256, 512, 4, 4, 512),
 }
-TEXT = ("--corpus", "wikipedia-sample")
+SETUP = """
+import runpy, sys, torch
+from dfrot_lab.disk.artefacts import Store
+from dfrot_lab.recipe.specs import CaptureSpec, CorpusSpec, ModelSpec, RefineSpec, recipe_of
+folder, name = sys.argv[1:3]
+model, text = ModelSpec(source=folder), CorpusSpec(name=name)
+calibration = text.with_(split="calibration")
+"""
+COMMAND = """
+sys.argv = ["dfrot-lab", *{words!r}, "--corpus", name, "--model", folder]
+try:
+    runpy.run_module("dfrot_lab", run_name="__main__", alter_sys=True)
+except SystemExit as end:
+    if end.code:
+        raise
+"""
 REFINE = """
-import sys
-from dfrot_lab.recipe.specs import CaptureSpec, CorpusSpec, ModelSpec, RefineSpec
 from dfrot_lab.rotate.dfrot import refined
-text = CorpusSpec(name="wikipedia-sample", split="calibration")
-capture = CaptureSpec(model=ModelSpec(source=sys.argv[1]), corpus=text)
+capture = CaptureSpec(model=model, corpus=calibration)
 refined(RefineSpec(capture=capture, rows=8192, steps=20, rule="nr_error_8.5"))
 """
 GPTQ = """
-import sys
-from dfrot_lab.disk.artefacts import Store
-from dfrot_lab.recipe.specs import CorpusSpec, ModelSpec, recipe_of
 from dfrot_lab.score.build import build
-text = CorpusSpec(name="wikipedia-sample")
-spec = recipe_of("4-16-16", model=ModelSpec(source=sys.argv[1]), corpus=text, windows=1)
-build(spec.with_(weights=spec.weights.with_(windows=4, corpus=text.with_(split="calibration"))), Store())
+spec = recipe_of("4-16-16", model=model, corpus=text, windows=1)
+build(spec.with_(weights=spec.weights.with_(windows=4, corpus=calibration)), Store())
 """
+PEAK = """
+if torch.cuda.is_available():
+    print(f"peak on the GPU: {torch.cuda.max_memory_reserved() / 1e9:.2f} GB")
+"""
+RTN = ["evaluate", "--rotation", "RH", "--bits", "4-4-4", "--weights", "rtn", "--windows", "2"]
 STAGES = {
-    "evaluate": (
-        "-m",
-        "dfrot_lab",
-        "evaluate",
-        *TEXT,
-        *["--rotation", "RH", "--bits", "4-4-4", "--weights", "rtn", "--windows", "2", "--model"],
-    ),
-    "capture": ("-m", "dfrot_lab", "capture", *TEXT, "--model"),
-    "refine": ("-c", REFINE),
-    "gptq": ("-c", GPTQ),
+    "evaluate": COMMAND.format(words=RTN),
+    "capture": COMMAND.format(words=["capture"]),
+    "refine": REFINE,
+    "gptq": GPTQ,
 }
 
 
@@ -74,7 +81,8 @@ def make(folder: Path, shape: str, layers: int) -> None:
     tokenizer = Tokenizer(BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer, tokenizer.decoder = ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
-    roles, generator, places = FAMILIES["LlamaForCausalLM"], torch.Generator().manual_seed(0), {}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    roles, generator, places = FAMILIES["LlamaForCausalLM"], torch.Generator(device).manual_seed(0), {}
     for part in (-1, *range(layers), -2):
         tensors = {}
         for name, empty in model.named_parameters():
@@ -82,19 +90,20 @@ def make(folder: Path, shape: str, layers: int) -> None:
                 values = (
                     torch.ones(empty.shape)
                     if "norm" in name
-                    else torch.randn(empty.shape, generator=generator) * 0.02
+                    else torch.randn(empty.shape, generator=generator, device=device) * 0.02
                 )
-                tensors[name] = values.bfloat16()
+                tensors[name] = values.bfloat16().cpu()
         save_file(tensors, folder / f"model-{part + 2:03d}.safetensors", {"format": "pt"})
         places |= dict.fromkeys(tensors, f"model-{part + 2:03d}.safetensors")
         print(f"part {part}: {sum(x.nbytes for x in tensors.values()) / 1e9:.2f} GB", flush=True)
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}))
 
 
-def measure(folder: Path, stage: str) -> None:
+def measure(folder: Path, stage: str, corpus: str) -> None:
     """Run one stage in a process of its own; its seconds and its peak resident memory."""
     started = time.perf_counter()
-    subprocess.run([sys.executable, *STAGES[stage], str(folder)], check=True)
+    code = SETUP + STAGES[stage] + PEAK
+    subprocess.run([sys.executable, "-c", code, str(folder), corpus], check=True)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
     print(f"{stage} of {folder.name}: {time.perf_counter() - started:.0f} s, peak {peak:.2f} GB")
 
@@ -104,9 +113,10 @@ if __name__ == "__main__":
     parser.add_argument("what", choices=("make", *STAGES))
     parser.add_argument("folder", type=Path)
     parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--corpus", default="wikipedia-sample")
     parser.add_argument("--shape", choices=SHAPES, default="llama-2-7b")
     given = parser.parse_args()
     if given.what == "make":
         make(given.folder, given.shape, given.layers)
     else:
-        measure(given.folder, given.what)
+        measure(given.folder, given.what, given.corpus)

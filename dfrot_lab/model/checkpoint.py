@@ -7,13 +7,14 @@ import math
 import os
 from collections import defaultdict
 from collections.abc import Collection, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dfrot_lab.model.families import Roles
 
@@ -106,6 +107,8 @@ class Checkpoint:
         from transformers import conversion_mapping, core_model_loading as core
 
         self.model, self.roles, self.device = model, roles, device
+        self._reader = ThreadPoolExecutor(1)
+        self._coming: dict[int, Future[dict[str, Tensor]]] = {}
         own: Any = model
         self.mapping: Any = conversion_mapping.get_model_conversion_mapping(own)
         renamings = [each for each in self.mapping if isinstance(each, core.WeightRenaming)]
@@ -135,19 +138,15 @@ class Checkpoint:
 
     def read(self, part: int) -> None:
         """Fill one part of the model with its weights. ValueError: a tensor missing, or of another shape."""
-        from safetensors import safe_open
         from transformers import core_model_loading as core
         from transformers.modeling_utils import LoadStateDictConfig
 
         own: Any = self.model
         options: dict[str, Any] = {"device_map": {"": self.device}, "weight_mapping": self.mapping}
         config = LoadStateDictConfig(**options, dtype=own.dtype)
-        with quiet(), ExitStack() as stack:
-            files = {
-                path: stack.enter_context(safe_open(path, framework="pt"))
-                for path in {path for _, _, path in self.parts[part]}
-            }
-            tensors = {to: files[path].get_slice(name) for to, name, path in self.parts[part]}
+        coming = self._coming.pop(part, None)
+        tensors = coming.result() if coming else self._tensors(part)
+        with quiet():
             info, _ = core.convert_and_load_state_dict_in_model(own, tensors, config)
         for _, x in self._parameters(part):
             x.requires_grad_(False)
@@ -156,6 +155,21 @@ class Checkpoint:
         if faults:
             fault = f"lack {len(faults)} tensors, the first {faults[0]}. Copy or download them again."
             raise ValueError(f"the weights {fault}")
+
+    def ahead(self, part: int) -> None:
+        """On a GPU, begin to read a layer into pinned memory, while the one before it computes."""
+        if self.device == "cuda" and part in self.parts and part not in self._coming:
+            self._coming[part] = self._reader.submit(self._tensors, part, pinned=True)
+
+    def _tensors(self, part: int, *, pinned: bool = False) -> dict[str, Tensor]:
+        """A part's tensors as the file holds them, by the name to load as; unless `pinned` still on disk."""
+        from safetensors import safe_open
+
+        found = dict[str, Tensor]()
+        for path in {path for _, _, path in self.parts[part]}:
+            with safe_open(path, framework="pt") as file:
+                found |= {to: file.get_tensor(name) for to, name, where in self.parts[part] if where == path}
+        return {name: x.pin_memory() for name, x in found.items()} if pinned else found
 
     def drop(self, part: int) -> None:
         """Forget one part's weights."""

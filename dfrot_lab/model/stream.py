@@ -147,6 +147,8 @@ class Walk:
         for number in bar:
             started = time.monotonic()
             with part(self.loaded, number):
+                if self.loaded.checkpoint and number + 1 < count:
+                    self.loaded.checkpoint.ahead(number + 1)
                 yield number
             self.next, self.seconds = number + 1, self.seconds + time.monotonic() - started
             if self.next < count and time.monotonic() - self._saved > SAVE_AFTER:
