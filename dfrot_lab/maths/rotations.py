@@ -43,13 +43,13 @@ def make(spec: RotationSpec, channels: int) -> Tensor:
 
 
 def fast_product(R: Tensor) -> Callable[[Tensor], Tensor] | None:
-    """The function x -> x @ R, x (..., channels) float64, by the fast transform if R is a large RH: a tenth
+    """The function x -> x @ R, x (..., channels), by the fast transform if R is a large RH: a tenth
     of the time. None for other matrices."""
     n = len(R)
     if n >= FAST_FROM and factors(n) is not None:
         signs = R[:, :1] / (H := hadamard_matrix(n).T.to(R) / math.sqrt(n))[:, :1]
         if torch.equal(signs * H, R):
-            return lambda x: hadamard_transform(x * signs.T, n**-0.5)
+            return lambda x: hadamard_transform(x * signs.T.to(x.dtype), n**-0.5)
     return None
 
 

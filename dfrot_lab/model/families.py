@@ -9,7 +9,7 @@ GAINS = {"rms": 0.0, "rms_plus_one": 1.0, "layer": 0.0}
 1 + weight; LayerNorm, which subtracts the mean and may have a bias (surgery makes an RMSNorm of it)."""
 
 
-QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+QKV, MLP = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +17,9 @@ class Roles:
     """Which submodule plays which role, a layer's parts named inside the decoder layer. From `feeds` (site,
     norm, the linears that alone read its output) follow the fusing of gains, R1 and what is quantized.
     `positions`: a table added to the embedding; `v_rows`: of a config, which rows of `v` are values, head by
-    head, where others lie in the same linear; `norm`: of GAINS."""
+    head, where others lie in the same linear; `norm`: of GAINS. A norm named "" is none: its linears read the
+    residual stream itself. `online`: what a layer adds to the residual stream passes a norm first, which no
+    rotation passes, so R1 acts where linears read, a product a site, and not in the stream."""
 
     embedding: str = "model.embed_tokens"
     positions: str | None = None
@@ -29,9 +31,10 @@ class Roles:
     o: str = "self_attn.o_proj"
     down: str = "mlp.down_proj"
     norm: str = "rms"
+    online: bool = False
     feeds: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         ("input_norm", "input_layernorm", QKV),
-        ("post_attention_norm", "post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
+        ("post_attention_norm", "post_attention_layernorm", MLP),
     )
 
     @property
@@ -74,6 +77,18 @@ FAMILIES: dict[str, Roles] = {
     "GraniteForCausalLM": Roles(),  # its multipliers scale whole tensors, and a rotation commutes with that
     "GemmaForCausalLM": Roles(norm="rms_plus_one"),
     "OlmoForCausalLM": Roles(norm="layer"),  # without gain or bias
+    **dict.fromkeys(
+        ("Gemma2ForCausalLM", "Gemma3ForCausalLM"),
+        Roles(
+            norm="rms_plus_one",
+            online=True,
+            feeds=(
+                ("input_norm", "input_layernorm", QKV),
+                ("post_attention_norm", "pre_feedforward_layernorm", MLP),
+            ),
+        ),
+    ),
+    "Olmo2ForCausalLM": Roles(online=True, feeds=(("input_norm", "", QKV), ("post_attention_norm", "", MLP))),
     "Phi3ForCausalLM": Roles(
         v="self_attn.qkv_proj",
         v_rows=_last_rows,
@@ -91,11 +106,7 @@ FAMILIES: dict[str, Roles] = {
         down="fc2",
         norm="layer",
         feeds=(
-            (
-                "input_norm",
-                "self_attn_layer_norm",
-                ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-            ),
+            ("input_norm", "self_attn_layer_norm", QKV),
             ("post_attention_norm", "final_layer_norm", ("fc1",)),
         ),
     ),
@@ -115,10 +126,8 @@ FAMILIES: dict[str, Roles] = {
     ),
 }
 """Roles by the class name of the transformers model."""
-REFUSED: dict[str, str] = dict.fromkeys(
-    ("Gemma2ForCausalLM", "Gemma3ForCausalLM", "Gemma3ForConditionalGeneration", "Olmo2ForCausalLM"),
-    "its post-norms sit before the residual add, so no rotation of the residual stream passes through them",
-) | {
+REFUSED: dict[str, str] = {
+    "Gemma3ForConditionalGeneration": "it sees pictures too: save its language model alone",
     "GPT2LMHeadModel": "its linears are stored transposed (Conv1D), which no step of surgery edits",
     "BloomForCausalLM": "its embedding passes a LayerNorm before it enters the residual stream",
     "PhiForCausalLM": "its attention and its MLP read one norm together, and the table has one for each",

@@ -8,6 +8,7 @@
 | `layers.12.q`, `.k`, `.v` | queries and keys after RoPE, values | (batch, heads, tokens, head size) |
 | `layers.12.o_proj_in`, `.down_proj_in` | what o_proj, down_proj read | (batch, tokens, their inputs) |"""
 
+import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -25,6 +26,7 @@ NORM_INPUTS = tuple(f"{norm}_in" for norm in NORMS)
 LINEAR_INPUTS = (*NORMS, "o_proj_in", "down_proj_in")  # the kinds of site that the linears of a layer read
 ATTENTION = ("q", "k", "v")
 KINDS = (*LINEAR_INPUTS, *ATTENTION)
+INPUT = "hidden_states"  # what attention calls its input where it is not its first argument
 ALL_KINDS = ("residual", *NORM_INPUTS, *KINDS)
 
 
@@ -62,25 +64,30 @@ def at_sites(loaded: LoadedModel, function: At, sites: Collection[str] | None = 
 
 def _places(loaded: LoadedModel) -> dict[str, tuple[str, bool]]:
     """For each kind of site the part of a layer (empty: the layer itself), and whether it is its output."""
-    inputs = {"residual": "", "o_proj_in": loaded.roles.o, "down_proj_in": loaded.roles.down}
-    inputs |= {f"{kind}_in": norm for kind, norm, _ in loaded.roles.feeds}
-    places = {kind: (name, False) for kind, name in inputs.items()}
-    return places | {kind: (norm, True) for kind, norm, _ in loaded.roles.feeds}
+    places = {"residual": "", "o_proj_in": loaded.roles.o, "down_proj_in": loaded.roles.down}
+    readers = {kind: linears[0].rpartition(".")[0] for kind, _, linears in loaded.roles.feeds}
+    norms = {kind: norm for kind, norm, _ in loaded.roles.feeds}
+    places |= {f"{kind}_in": norm or readers[kind] for kind, norm in norms.items()}
+    outputs = {kind: (norm or readers[kind], bool(norm)) for kind, norm in norms.items()}
+    return {kind: (name, False) for kind, name in places.items()} | outputs
 
 
 def _hooked(module: nn.Module, site: str, function: At, is_output: bool) -> Any:
     if is_output:
         return module.register_forward_hook(lambda _module, _args, output: function(site, output))
 
-    def see(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        new = function(site, args[0])
-        return None if new is None else (new, *args[1:])
+    def see(_module: nn.Module, args: tuple[Tensor, ...], named: dict[str, Any]) -> Any:
+        new = function(site, args[0] if args else named[INPUT])
+        if new is None:
+            return None
+        return ((new, *args[1:]), named) if args else (args, named | {INPUT: new})
 
-    return module.register_forward_pre_hook(see)
+    return module.register_forward_pre_hook(see, with_kwargs=True)
 
 
-def _attend(module: Any, *inputs: Any, shown: Shown, **options: Any) -> tuple[Tensor, None]:
-    """Attention (SDPA) of q, k, v and a mask after the functions in `shown` have seen q, k and v in turn."""
+def _attend(module: Any, *inputs: Any, shown: Shown, eager: bool, **options: Any) -> tuple[Tensor, Any]:
+    """Attention of q, k, v and a mask after the functions in `shown` have seen q, k and v in turn: SDPA, or
+    the family's own (`eager`) where it does what SDPA cannot (Gemma 2 bounds its logits)."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     seen = list(inputs)
@@ -89,23 +96,27 @@ def _attend(module: Any, *inputs: Any, shown: Shown, **options: Any) -> tuple[Te
             if (site := f"layers.{module.layer_idx}.{kind}") in sites:
                 new = function(site, seen[place])
                 seen[place] = seen[place] if new is None else new
-    return sdpa_attention_forward(module, *seen, **options)
+    own = sys.modules[type(module).__module__]
+    attention = own.eager_attention_forward if eager else sdpa_attention_forward
+    found: tuple[Tensor, Any] = attention(module, *seen, **options)
+    return found
 
 
 @contextmanager
 def _attention(loaded: LoadedModel, function: At, sites: Collection[str]) -> Iterator[None]:
     """Have transformers compute attention through an entry of its own table, removed again at the end."""
     from transformers import AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
+    from transformers.masking_utils import eager_mask, sdpa_mask
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     model: Any = loaded.model
     before = loaded.config._attn_implementation
-    outer = getattr(ALL_ATTENTION_FUNCTIONS.get(before), "keywords", {}).get("shown", ())
-    attend = partial(_attend, shown=(*outer, (function, sites)))
+    outer = getattr(ALL_ATTENTION_FUNCTIONS.get(before), "keywords", {"eager": before == "eager"})
+    attend = partial(_attend, shown=(*outer.get("shown", ()), (function, sites)), eager=outer["eager"])
     name = f"dfrot_lab_{id(attend)}"
     ALL_ATTENTION_FUNCTIONS[name] = attend
-    AttentionMaskInterface.register(name, sdpa_mask)  # masks are looked for among the registered ones alone
+    mask = eager_mask if outer["eager"] else sdpa_mask
+    AttentionMaskInterface.register(name, mask)  # masks are looked for among the registered ones alone
     try:
         model.set_attn_implementation(name)
         yield

@@ -6,7 +6,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -33,7 +33,8 @@ MODEL_FILES = (".json", ".safetensors", ".model", ".txt", ".jinja")  # what make
 class LoadedModel:
     """A transformers model (eval mode) ready for surgery, and what is known of it. One that does not fit into
     memory has a `checkpoint` in place of weights: `model.stream` reads it part by part, makes `changes` to
-    each part read and has layers wear `dresses` in use; `done` names the surgery among the changes."""
+    each part read and has layers wear `dresses` in use; `done` names the surgery among the changes. `online`
+    holds what acts on activations for good."""
 
     model: nn.Module
     tokenizer: Any
@@ -45,6 +46,7 @@ class LoadedModel:
     changes: list[tuple[Any, set[int]]] = field(default_factory=list)
     dresses: list[Any] = field(default_factory=list)
     done: set[str] = field(default_factory=set)
+    online: ExitStack = field(default_factory=ExitStack)
 
     @property
     def family(self) -> str:

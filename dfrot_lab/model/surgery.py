@@ -6,8 +6,9 @@ With x the residual stream and R orthogonal, RMSNorm(x R) = RMSNorm(x) R once th
 leaves every logit as it was (QuaRot, arXiv 2404.00456, Sec. 3; DFRot, arXiv 2412.00648, Sec. 3.1). The
 embedding is not centred: RMSNorm does not subtract a mean. Products run in float64 and are cast once."""
 
+import logging
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -22,6 +23,7 @@ from dfrot_lab.model.hooks import NORMS, At, at_sites, sites_of
 from dfrot_lab.model.loading import LoadedModel, linear
 from dfrot_lab.model.stream import change
 
+log = logging.getLogger(__name__)
 Transform = Callable[[Tensor], Tensor]  # of one activation (..., channels), to another of the same shape
 EDIT_ROWS = 1024  # rows of a weight worked on at once
 FUSED = "norms fused"
@@ -53,11 +55,14 @@ def _tables(loaded: LoadedModel) -> list[nn.Linear]:
     return [linear(loaded.model, name) for name in names if name]
 
 
-def _feeds(loaded: LoadedModel, number: int) -> dict[str, tuple[nn.Linear, list[nn.Linear]]]:
-    """A layer's norms and the linears that alone read each one's output, by site."""
+def _feeds(loaded: LoadedModel, number: int) -> dict[str, tuple[nn.Linear | None, list[nn.Linear]]]:
+    """A layer's norms (None: none) and the linears that alone read each one's output, by site."""
     layer = loaded.layers[number]
     return {
-        f"layers.{number}.{site}": (linear(layer, norm), [linear(layer, name) for name in readers])
+        f"layers.{number}.{site}": (
+            linear(layer, norm) if norm else None,
+            [linear(layer, name) for name in readers],
+        )
         for site, norm, readers in loaded.roles.feeds
     }
 
@@ -113,10 +118,10 @@ def fuse_norms(loaded: LoadedModel) -> None:
     loaded.done.add(FUSED)
 
 
-def fuse_norm(norm: nn.Linear, linears: list[nn.Linear], extra: float = 0.0) -> None:
+def fuse_norm(norm: nn.Linear | None, linears: list[nn.Linear], extra: float = 0.0) -> None:
     """Move one norm's gain g (its weight + `extra`) into the `linears` that alone read it, W -> W diag(g),
     g -> 1; its bias b into theirs as W b, or, where they have none, keep it as b / g. ValueError: g = 0."""
-    if getattr(norm, "weight", None) is None:  # a norm without parameters
+    if norm is None or getattr(norm, "weight", None) is None:  # no norm, or one without parameters
         return
     gain, bias = norm.weight.data + extra, getattr(norm, "bias", None)
     if bias is not None and all(reader.bias is not None for reader in linears):
@@ -134,6 +139,10 @@ def fuse_norm(norm: nn.Linear, linears: list[nn.Linear], extra: float = 0.0) -> 
 
 def fold_gains(loaded: LoadedModel, gains: Mapping[str, Tensor]) -> None:
     """Give norms at some sites gains g (channels,), their readers W -> W / g; after R1, never before it."""
+    if gains and loaded.roles.online:
+        raise ValueError(
+            f"gains must be none for {loaded.family}: its R1 acts after the norms; got {len(gains)}"
+        )
     sites, wanted = sites_of(loaded, *NORMS), dict[str, Tensor]()
     for site, gain in gains.items():
         if site not in sites:
@@ -148,6 +157,7 @@ def fold_gains(loaded: LoadedModel, gains: Mapping[str, Tensor]) -> None:
         for site, (norm, readers) in _feeds(loaded, number).items():
             if (gain := wanted.get(site)) is not None:
                 extra = GAINS[loaded.roles.norm]
+                assert norm is not None
                 norm.weight.data.copy_((norm.weight.double() + extra) * gain - extra)
                 for reader in readers:
                     _edit_rows(reader, partial(torch.div, other=gain))
@@ -166,7 +176,8 @@ def norms_are_fused(loaded: LoadedModel) -> bool:
 
 
 def rotate_residual(loaded: LoadedModel, R: Tensor) -> None:
-    """Fuse R1 = `R` (channels, channels) into embedding, all linears and lm_head. Needs fused norms."""
+    """Fuse R1 = `R` (channels, channels) into embedding, all linears and lm_head; of an `online` family into
+    what reads the norms alone, and turn there what they read. Needs fused norms."""
     _require_untied(loaded)
     if not norms_are_fused(loaded):
         why = "a gain that is not 1 does not commute with a rotation"
@@ -176,6 +187,16 @@ def rotate_residual(loaded: LoadedModel, R: Tensor) -> None:
     times_R = fast or (lambda x: x @ R)
     columns: Transform = (lambda w: fast(w.T).T) if fast else (lambda w: R.T @ w)
 
+    def rotate_readers(part: int) -> None:
+        for _, readers in _feeds(loaded, part).values():
+            for reader in readers:
+                _edit_rows(reader, times_R)
+
+    if loaded.roles.online:
+        change(loaded, rotate_readers)
+        loaded.online.enter_context(_turned(loaded, R))
+        return
+
     def rotate(part: int) -> None:
         if part < 0:
             for table in [_ends(loaded)[0]] if part == HEAD else _tables(loaded):
@@ -184,13 +205,22 @@ def rotate_residual(loaded: LoadedModel, R: Tensor) -> None:
             if part == HEAD and getattr(final, "bias", None) is not None:
                 final.bias.data.copy_(times_R(final.bias.double()[None])[0])
             return
-        for _, readers in _feeds(loaded, part).values():
-            for reader in readers:
-                _edit_rows(reader, times_R)
+        rotate_readers(part)
         for name in (loaded.roles.o, loaded.roles.down):
             _edit(linear(loaded.layers[part], name), columns, times_R)
 
     change(loaded, rotate, {EMBEDDING, *range(len(loaded.layers)), HEAD})
+
+
+def _turned(loaded: LoadedModel, R: Tensor) -> AbstractContextManager[None]:
+    """What the readers of the norms read, times `R`, by the fast transform where there is one."""
+    sites = sites_of(loaded, *NORMS)
+    readers = [one for _, linears in _feeds(loaded, 0).values() for one in linears]
+    share = len(NORMS) * R.numel() / sum(reader.weight.numel() for reader in readers)
+    own, fast = R.to(next(loaded.model.parameters()).dtype), fast_product(R)
+    said = "as a fast transform" if fast else f"{share:.0%} more work there"
+    log.info("R1 of %s acts online where %d norms are read, %s", loaded.family, len(sites), said)
+    return at_sites(loaded, lambda _, x: fast(x) if fast else x @ own, sites)
 
 
 def rotate_heads(loaded: LoadedModel, R2: Tensor | None = None) -> None:

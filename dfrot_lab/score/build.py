@@ -38,10 +38,11 @@ def build_key(recipe: Recipe) -> str:
     return keys.content_key(keys.weights(door.resolved(recipe).canonical(), door.prints))
 
 
-def build(recipe: Recipe, store: Store, on_part: OnPart = nothing) -> Built:
-    """Load, untie, fuse norms, fit and fuse the transforms, quantize the weights: the model of `recipe`."""
+def build(recipe: Recipe, store: Store, on_part: OnPart = nothing, *, whole: bool = False) -> Built:
+    """Load, untie, fuse norms, fit and fuse the transforms, quantize the weights: the model of `recipe`.
+    ValueError: `whole` (all layers at once, as generating needs), and it does not fit into memory."""
     recipe = door.resolved(recipe).canonical()
-    loaded = loading.load_model(recipe.model, store)
+    loaded = loading.load_model(recipe.model, store, whole=whole)
     ids = windows(recipe, loaded)  # before minutes of work on weights: is there so much text? does it fit?
     proof = Proof(loaded, ids[:1, :TOKENS])
     surgery.prepare(loaded)
@@ -54,7 +55,7 @@ def build(recipe: Recipe, store: Store, on_part: OnPart = nothing) -> Built:
     if made.r4:
         surgery.rotate_down(loaded)
     with surgery.online(loaded, r3=made.r3, r4=made.r4):
-        proof.check(made.R1)
+        proof.check(None if loaded.roles.online else made.R1)
     key = keys.weights(recipe, door.prints)
     codes = run.quantize_weights(loaded, recipe.weights, key, store, r4=made.r4, on_part=on_part)
     R = None if made.R1 is None else made.R1.to(loaded.device, next(loaded.model.parameters()).dtype)

@@ -182,7 +182,7 @@ class Generate(Explorer):
             sizes = [sum(p.nbytes for p in each.loaded.model.parameters()) for each in self.kept.values()]
             if psutil.virtual_memory().available < ROOM * max(sizes, default=0):
                 self.kept.clear()
-            self.kept[key] = build.build(spec, self.store, on_part)
+            self.kept[key] = build.build(spec, self.store, on_part, whole=True)
         return self.kept[key]
 
     def _show(self, result: numbers.Written) -> None:

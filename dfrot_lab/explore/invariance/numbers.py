@@ -169,7 +169,8 @@ def _tie(loaded: LoadedModel) -> None:
 
 
 def _gains(loaded: LoadedModel) -> list[Tensor]:
-    inner = [linear(layer, norm).weight for layer in loaded.layers for _, norm, _ in loaded.roles.feeds]
+    norms = [norm for _, norm, _ in loaded.roles.feeds if norm]
+    inner = [linear(layer, norm).weight for layer in loaded.layers for norm in norms]
     return [*inner, linear(loaded.model, loaded.roles.final_norm).weight]
 
 

@@ -89,7 +89,7 @@ class Invariance(Explorer):
         self, model: ModelSpec | None = None, store: Store | None = None, loaded: LoadedModel | None = None
     ) -> None:
         super().__init__(_State())
-        self._load = lambda: loaded or loading.load_model(model or ModelSpec(), store)
+        self._load = lambda: loaded or loading.load_model(model or ModelSpec(), store, whole=True)
         self.bench: Bench | None = None
         self.outcomes, self.truth = list[Outcome](), dict[str, Outcome]()
         self.plot = _Trials()
