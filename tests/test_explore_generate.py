@@ -236,7 +236,7 @@ def test_cancel_stops_at_a_token_and_the_widget_goes_on(widget):
 def test_models_are_built_once_while_the_settings_stay(widget, monkeypatch):
     built, real = [], build.build
     monkeypatch.setattr(
-        build, "build", lambda spec, store, *more: built.append(spec.bits) or real(spec, store, *more)
+        build, "build", lambda spec, *more, **said: built.append(spec.bits) or real(spec, *more, **said)
     )
     monkeypatch.setattr(module, "ROOM", 0)
     widget.controls["rotations"].value = ("RO", "RH")

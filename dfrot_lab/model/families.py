@@ -133,6 +133,7 @@ REFUSED: dict[str, str] = {
     "PhiForCausalLM": "its attention and its MLP read one norm together, and the table has one for each",
 }
 """Families that are refused, with the reason."""
+CAUSAL = ("ForCausalLM", "LMHeadModel")  # how a class ends that predicts the next token
 
 
 def oddity(config: Any) -> str | None:
@@ -150,7 +151,7 @@ def roles_of(architecture: str) -> Roles:
         return FAMILIES[architecture]
     if architecture in REFUSED:
         reason = f"cannot be rotated here without changing it: {REFUSED[architecture]}"
-    elif not architecture.endswith(("ForCausalLM", "LMHeadModel")):
+    elif not architecture.endswith(CAUSAL):
         reason = "has no causal decoder, and DFRot is about decoders"
     else:
         reason = "is not in the table of roles (dfrot_lab.model.families.FAMILIES)"

@@ -19,7 +19,7 @@ from dfrot_lab.disk import downloads
 from dfrot_lab.disk.artefacts import Store, Writer
 from dfrot_lab.disk.atomic import digest
 from dfrot_lab.model.checkpoint import Checkpoint, check, memory, quiet, weight_bytes
-from dfrot_lab.model.families import Roles, oddity, roles_of
+from dfrot_lab.model.families import CAUSAL, Roles, oddity, roles_of
 from dfrot_lab.recipe.base import content_key, require
 from dfrot_lab.recipe.keys import model_key
 from dfrot_lab.recipe.specs import DEFAULT_MODEL, ModelSpec
@@ -227,7 +227,8 @@ def config_of(place: Path | str, spec: ModelSpec) -> Any:
     with nullcontext() if isinstance(place, Path) else _hub_errors(spec.source):
         config = AutoConfig.from_pretrained(place, revision=spec.revision)
     causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)  # what from_pretrained will take
-    roles_of(causal or str((config.architectures or [type(config).__name__])[0]))
+    said = str((config.architectures or [causal or type(config).__name__])[0])
+    roles_of(causal if causal and said.endswith(CAUSAL) else said)
     if why := oddity(config):
         raise ValueError(f"this {causal} cannot be rotated here without changing it: {why}")
     return config

@@ -10,6 +10,7 @@ from torch import Tensor
 from dfrot_lab.disk.artefacts import Artefact, Store, Writer
 from dfrot_lab.model import corpus, door, hooks, loading, surgery
 from dfrot_lab.model.loading import LoadedModel
+from dfrot_lab.model.proof import TOKENS, Proof
 from dfrot_lab.model.stream import Walk
 from dfrot_lab.recipe import keys
 from dfrot_lab.recipe.base import require
@@ -60,7 +61,9 @@ def capture(spec: CaptureSpec | None = None, store: Store | None = None) -> Capt
     def make(writer: Writer) -> None:
         ready = loading.load_model(spec.model, store)
         ids = token_blocks(spec, ready)
+        proof = Proof(ready, ids[:1, :TOKENS])
         surgery.prepare(ready)
+        proof.check(None)
         count = len(hooks.sites_of(ready, *hooks.NORMS))
         size = count * ids.numel() * ready.channels * 4 / 1e9
         log.info("capturing %d sites of %d tokens (%.2f GB)", count, ids.numel(), size)

@@ -177,7 +177,8 @@ def integer_window(shape: Shape, tokens: int) -> Work:
     floats, linears = float_window(shape, tokens), 2 * shape.linear_weights * tokens
     results = RESCALE_PASSES * PASS * shape.layers * tokens * sum(out for out, _ in shape.linears)
     flops, moved = floats.float_flops - linears, floats.moved + results
-    memory = max(floats.memory, forward(shape, tokens).memory + shape.linear_weights)
+    codes = shape.linear_weights * shape.layers_held / shape.layers
+    memory = max(floats.memory, forward(shape, tokens).memory + codes)
     return Work(INTEGER, flops, 0, linears, moved, memory=memory)
 
 

@@ -64,6 +64,11 @@ class Shape:
         return PASS * replace(self, tied=False).parameters
 
     @property
+    def layers_held(self) -> int:
+        """How many layers are there at once: all, or of a model that does not fit one."""
+        return self.layers if self.model_bytes <= self.room else 1
+
+    @property
     def held_bytes(self) -> float:
         """Memory of the weights there at once: all, or of a model that does not fit the largest part."""
         part = max(self.linear_weights / self.layers, self.embedding)
