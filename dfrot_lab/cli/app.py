@@ -48,6 +48,9 @@ def run(
         rows = [(machine, row) for machine, table in tables.items() for row in table.to_dict("records")]
         about = cost.describe(name, shape, machines, recipes)
         return said.show([{"model": name, "machine": machine, **row} for machine, row in rows], about)
+    from dfrot_lab.model import loading
+
+    loading.resolve(setting.model)  # a name that only a dry run knows is refused as such
     recipes, free = [row.spec for row in main.rows(setting)], shutil.disk_usage(cache_dir()).free
     if not yes and (lack := cost.shortage(shapes.shape(setting.model), recipes, setting.window, free)):
         raise ValueError(f"{lack}: see --dry-run, or go on all the same with --yes")
