@@ -3,6 +3,7 @@ for marked tests.
 """
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -94,10 +95,17 @@ def save_tiny(folder: Path, family: str = "llama", **options) -> ModelSpec:
     return ModelSpec(source=str(folder))
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The two longest files first: else one core waits while the other still runs notebooks."""
+    """What stays on one of two workers (`--dist loadgroup`): a file's tests; of the notebooks every second one.
+    These and the browser start first: else one core waits while the other still runs notebooks."""
     longest = ("test_notebooks.py", "test_browser.py")
     items.sort(key=lambda item: item.path.name not in longest)
+    for item in items:
+        file = item.path.name
+        notebook = re.search(r"\[(\d\d)-", item.name) if file == longest[0] else None
+        half = f"-{int(notebook[1]) % 2}" if notebook else ""
+        item.add_marker(pytest.mark.xdist_group(file + half))
 
 
 @pytest.fixture(autouse=True)
