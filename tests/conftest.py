@@ -101,7 +101,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     These and the browser start first: else one core waits while the other still runs notebooks."""
     longest = ("test_notebooks.py", "test_browser.py")
     items.sort(key=lambda item: item.path.name not in longest)
-    for item in items:
+    for item in items if items and items[0].config.pluginmanager.hasplugin("xdist") else ():
         file = item.path.name
         notebook = re.search(r"\[(\d\d)-", item.name) if file == longest[0] else None
         half = f"-{int(notebook[1]) % 2}" if notebook else ""
