@@ -18,7 +18,7 @@ test: $(VENV)/ready-dev browser ## lint, types, unit tests, tests on the default
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lab: $(VENV)/ready ## JupyterLab on the notebooks, at the explorers: Run > Run All Cells
 	$(BIN)/jupyter lab notebooks/09-explorer.ipynb

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import pytest
@@ -95,17 +96,23 @@ def save_tiny(folder: Path, family: str = "llama", **options) -> ModelSpec:
     return ModelSpec(source=str(folder))
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What stays on one of two workers (`--dist loadgroup`): a file's tests; of the notebooks every second one.
-    These and the browser start first: else one core waits while the other still runs notebooks."""
+    """The two longest files first: else one core waits while the other still runs notebooks."""
     longest = ("test_notebooks.py", "test_browser.py")
     items.sort(key=lambda item: item.path.name not in longest)
-    for item in items if items and items[0].config.pluginmanager.hasplugin("xdist") else ():
-        file = item.path.name
-        notebook = re.search(r"\[(\d\d)-", item.name) if file == longest[0] else None
-        half = f"-{int(notebook[1]) % 2}" if notebook else ""
-        item.add_marker(pytest.mark.xdist_group(file + half))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `--dist loadfile` a file's tests stay on one worker, but of the notebooks every second one."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Halves(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            notebook = re.search(r"test_notebooks\.py.*\[(\d\d)-", nodeid)
+            return super()._split_scope(nodeid) + (f" {int(notebook[1]) % 2}" if notebook else "")
+
+    return Halves(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
 @pytest.fixture(autouse=True)
