@@ -3,8 +3,10 @@ for marked tests.
 """
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import pytest
@@ -98,6 +100,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The two longest files first: else one core waits while the other still runs notebooks."""
     longest = ("test_notebooks.py", "test_browser.py")
     items.sort(key=lambda item: item.path.name not in longest)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `--dist loadfile` a file's tests stay on one worker, but of the notebooks every second one."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Halves(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            notebook = re.search(r"test_notebooks\.py.*\[(\d\d)-", nodeid)
+            return super()._split_scope(nodeid) + (f" {int(notebook[1]) % 2}" if notebook else "")
+
+    return Halves(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
 @pytest.fixture(autouse=True)

@@ -486,6 +486,7 @@ def test_the_quick_profile_has_the_first_and_the_last(lab, planned):
         if isinstance(row.spec.rotation, RefineSpec)
     }
     assert gammas == {1, math.inf}
+    assert {row.spec.bits for row in planned("variants", lab.setting)} == {"16-4-16"}, "of two the first"
     assert {row.labels["clip"] for row in planned("clip-sweep", lab.setting)} == {0.6, 1.0}
 
 

@@ -24,8 +24,7 @@ log = logging.getLogger(__name__)
 GAMMAS = (1.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, float("inf"))  # the paper's, Fig. 5 and 6
 CLIPS = (0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)
 ROW_COUNTS = (48, 32, 24, 16, 8)  # Table 3, in windows; a model of n layers has 2n: more is left out
-SAMPLES = 5
-KEPT = (1, 4, 16, 64)
+SAMPLES, KEPT, BITS = 5, (1, 4, 16, 64), ("16-4-16", "4-4-16")
 SHARE = "share of RO - RH closed"
 
 
@@ -51,8 +50,9 @@ def listing() -> pd.DataFrame:
 
 
 def _trimmed(values: Sequence[Any], setting: Setting) -> list[Any]:
-    """All values; in the quick profile the first and the last."""
-    return [values[0], values[-1]] if setting.quick and len(values) > 2 else list(values)
+    """All values; in the quick profile the first and the last of many, the first of two."""
+    few = values[:: len(values) - 1] if len(values) > 2 else values[:1]
+    return list(few if setting.quick else values)
 
 
 def keep_out(setting: Setting, store: Store) -> pd.DataFrame:
@@ -89,7 +89,7 @@ def gamma_sweep(setting: Setting, store: Store) -> Iterator[Row]:
     """Fig. 5 and 6: perplexity against gamma, from RH and RO, beside QuaRot and its FP16() of that start."""
     some = massive.find(capture(setting.capture, store), setting.rule).any()
     gammas = [gamma for gamma in GAMMAS if some or gamma < float("inf")]  # no massive row to fit alone
-    for bits, seeds in (("16-4-16", setting.seeds), ("4-4-16", 1)):
+    for bits, seeds in _trimmed((("16-4-16", setting.seeds), ("4-4-16", 1)), setting):
         for offset, kind in product(range(seeds), ("RH", "RO")):
             start = setting.rotation(kind, offset)
             plain = setting.row(bits, start)
@@ -113,7 +113,7 @@ def calibration(setting: Setting, store: Store) -> Iterator[Row]:
         own = setting.capture.with_(corpus=specs.CorpusSpec(name=fitted, split="calibration"))
         ways.append(("text", f"{fitted} -> {tested}", setting.with_(corpus=tested), {"capture": own}))
     # the paper's is 4-4-16; the other shows what the rotation does without the noise of GPTQ
-    for bits, (varied, level, where, changes) in product(("16-4-16", "4-4-16"), ways):
+    for bits, (varied, level, where, changes) in product(_trimmed(BITS, setting), ways):
         plain = where.row(bits, where.rotation("RH"))
         yield Row(plain, {"varied": "none", "level": f"RH on {where.corpus}"})
         spec = where.row(bits, setting.refine.with_(**changes))
@@ -159,7 +159,7 @@ def variants(setting: Setting, store: Store) -> pd.DataFrame:
         quantizer = specs.QuantSpec(scheme="symmetric" if name == "as_released" else "asymmetric")
         own = {"init": setting.rotation("RH", offset), "variant": name, "quantizer": quantizer}
         fits[name, offset] = setting.refine.with_(**own)
-    for bits, ((name, offset), spec) in product(("16-4-16", "4-4-16"), fits.items()):
+    for bits, ((name, offset), spec) in product(_trimmed(BITS, setting), fits.items()):
         rh = setting.row(bits, setting.rotation("RH", offset))
         asked.append(Row(rh, {"variant": "not refined"}))
         asked.append(Row(setting.row(bits, spec), {"variant": name}, {"RH": rh}))
