@@ -38,7 +38,8 @@ def run(
 
     What is finished is kept: after Ctrl-C the same command goes on. --out: folder (runs/<date>/)."""
     from dfrot_lab.disk.atomic import cache_dir
-    from dfrot_lab.study import cost, main, shapes
+    from dfrot_lab.model import shapes
+    from dfrot_lab.study import cost, main
 
     setting, name = said.setting(), said.model
     if dry_run:
@@ -46,8 +47,8 @@ def run(
         recipes = [row.spec for row in main.rows(setting)]
         tables = {machine.name: cost.estimate(shape, machine, recipes) for machine in machines}
         rows = [(machine, row) for machine, table in tables.items() for row in table.to_dict("records")]
-        about = cost.describe(name, shape, machines, recipes)
-        return said.show([{"model": name, "machine": machine, **row} for machine, row in rows], about)
+        about, own = cost.describe(name, shape, machines, recipes), {"rotations": cost.hadamards(shape)}
+        return said.show([{"model": name, "machine": machine, **row, **own} for machine, row in rows], about)
     recipes, free = [row.spec for row in main.rows(setting)], shutil.disk_usage(cache_dir()).free
     if not yes and (lack := cost.shortage(shapes.shape(setting.model), recipes, setting.window, free)):
         raise ValueError(f"{lack}: see --dry-run, or go on all the same with --yes")

@@ -66,12 +66,15 @@ class Options:
 
     def rotation(self, name: str, **fields: Any) -> Any:
         """The rotation of a row's name, with those of gamma, rule and `fields` it has, or of a file."""
-        if name not in registry.rows():
-            if Path(name).is_file():
-                return specs.RotationSpec(kind="file", path=name)
-            rule = f"{', '.join(registry.rows())}, or an existing safetensors file"
+        if Path(name).is_file() and name not in registry.rows():
+            return specs.RotationSpec(kind="file", path=name)
+        row, dash, block = name.partition("-b")
+        if row not in registry.rows() or bool(dash) != block.isdecimal():
+            rule = f"{', '.join(registry.rows())}, one in blocks such as RH-b64, or a safetensors file"
             raise ValueError(f"--rotation must be {rule}; got {name!r}")
-        spec = registry.spec_of(name, seed=self.seed, capture=self.capture)
+        spec = registry.spec_of(row, seed=self.seed, capture=self.capture)
+        if block:
+            spec = spec.with_(block=int(block))
         fields = {"gamma": self.gamma, "rule": self.rule, **fields}
         return spec.with_(**{key: value for key, value in fields.items() if key in type(spec).model_fields})
 

@@ -36,6 +36,7 @@ def columns(recipe: Recipe) -> dict[str, Any]:
     model, weights, rotation = recipe.model, recipe.weights, recipe.rotation
     rest = [parameters(rotation), parameters(model, "source device"), parameters(recipe.corpus, "name")]
     rest.append(parameters(weights, "method quantizer corpus windows window"))
+    rest += [f"{name}={getattr(recipe, name)}" for name in recipe.LATER if name not in recipe.unkeyed]
     said: dict[str, Any] = {"model": model.source, "device": model.device, "corpus": recipe.corpus.name}
     said |= {"method": rotation.method, "rotation": rotation.name, "seed": rotation.first_seed}
     said |= {name: getattr(rotation, name, None) for name in ("gamma", "rule")}

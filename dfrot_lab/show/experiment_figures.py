@@ -77,9 +77,9 @@ def figure_clip(table: pd.DataFrame) -> Figure:
 
 def figure_intervene(table: pd.DataFrame) -> Figure:
     """Paired differences of perplexity against how many tokens of a window are kept out, and chosen how."""
-    rows = pd.concat([rows_of(table, f"{PERPLEXITY} - {kind}") for kind in table["rotation"].unique()])
-    own = rows["metric"] == f"{PERPLEXITY} - " + rows["rotation"]
-    rows = rows.assign(chosen=rows["chosen"].str.replace("_", " "))[own]
+    names = [name for name in table["metric"].unique() if name != PERPLEXITY]
+    rows = pd.concat([rows_of(table, name) for name in names])
+    rows = rows.assign(chosen=rows["chosen"].str.replace("_", " "))
     axes = {"xlabel": "tokens of each window kept out"}
     return panels(rows, "metric", _plot_kept, size=(5, 3.8), axes=axes, legend=True)
 
