@@ -179,6 +179,8 @@ def figure_magnitudes(table: pd.DataFrame) -> Figure:
     step = max(1, len(texts) // 12)
     ax.set_xticks(range(0, len(texts), step), [repr(t)[1:-1] for t in texts[::step]], rotation=45, fontsize=7)
     ax.set(xlabel="token", ylabel="channel", zlabel="|residual stream|")
+    if table["magnitude"].max() < least:
+        ax.set_title("No token is massive by Sun et al.'s rule")
     ax.xaxis.labelpad, ax.yaxis.labelpad, ax.zaxis.labelpad = 22, 8, 12
     ax.view_init(elev=24, azim=-58)
     ax.set_box_aspect(None, zoom=0.88)  # else the labels are cut off
