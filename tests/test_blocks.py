@@ -1,4 +1,5 @@
 """A size of which no Hadamard matrix is known: the largest block stands in its place, by name, said once."""
+# ruff: noqa: F811
 
 import json
 import logging
@@ -168,7 +169,7 @@ def test_the_integer_path_and_the_fake_one_agree_in_blocks(
         assert (built.loaded.model(ids).logits - logits[True]).abs().max() > 1e-2, "4 bits show"
 
 
-def test_a_dry_run_says_which_rotations_a_model_can_have(odd: ModelSpec, bench: list[str]):  # noqa: F811
+def test_a_dry_run_says_which_rotations_a_model_can_have(odd: ModelSpec, bench: list[str]):
     said = "Hadamard rotations: R1 (RH) of 54: 27 blocks of 2, R2 and R3 of 6: 3 blocks of 2, R4 of 214: 107 blocks of 2"
     assert said in invoke("run", "--dry-run", "--model", odd.source).stdout
     rows_said = json.loads(invoke("run", "--dry-run", "--json", "--model", odd.source).stdout)
@@ -179,7 +180,7 @@ def test_a_dry_run_says_which_rotations_a_model_can_have(odd: ModelSpec, bench: 
     assert cost.hadamards(odd_width).endswith("R4 of 107: none is known")
 
 
-def test_blocks_can_be_asked_for_by_a_rotations_name(bench: list[str]):  # noqa: F811
+def test_blocks_can_be_asked_for_by_a_rotations_name(bench: list[str]):
     short = [*bench, "--windows", "2", "--weights", "rtn"]
     said = json.loads(invoke("evaluate", *short, "--rotation", "RH-b16", "--json").stdout)
     assert said["rotation"] == "RH-b16"

@@ -107,7 +107,7 @@ def test_errors_writes_the_whole_table(bench, tmp_path):
 
 def test_errors_refuses_an_unknown_ending_and_leaves_nothing(bench, tmp_path):
     shown = invoke("errors", *bench, "--tokens", "50", "--out", str(tmp_path / "t.xls"), code=1)
-    assert "--out must end in .parquet, .csv, .json" in shown.stderr
+    assert "--out must be a file ending in .parquet, .csv, .json" in shown.stderr
     assert not list(tmp_path.glob("*.xls*"))
 
 

@@ -1,4 +1,5 @@
 """What cannot be right is refused before work, in words that are true; what is printed as JSON is JSON."""
+# ruff: noqa: F811
 
 import json
 import math
@@ -31,7 +32,7 @@ def test_json_has_no_nan_and_no_infinity():
     assert strict(strict_json(said)) == {"a": None, "b": ["inf", 1.5, {"c": ["-inf", None, True]}], "3": "x"}
 
 
-def test_one_window_printed_as_json_has_no_interval(bench: list[str], tmp_path: Path):  # noqa: F811
+def test_one_window_printed_as_json_has_no_interval(bench: list[str], tmp_path: Path):
     out = tmp_path / "rows.jsonl"
     short = [*bench, "--windows", "1", "--bits", "16-4-16", "--out", str(out), "--json"]
     assert strict(invoke("evaluate", *short).stdout)["ci95"] is None
@@ -94,11 +95,7 @@ def test_a_rotation_in_another_format_is_called_what_it_is(tmp_path: Path, endin
     ],
 )
 def test_what_cannot_be_written_is_refused_before_work(
-    bench: list[str],
-    tmp_path: Path,
-    command: str,
-    out: str,
-    text: str,  # noqa: F811
+    bench: list[str], tmp_path: Path, command: str, out: str, text: str
 ):
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").write_text("")
@@ -119,7 +116,7 @@ def test_a_text_too_short_for_one_window_says_what_it_lacks(tmp_path: Path, text
         corpus.token_blocks(spec, byte_tokenizer(), blocks=1, window=16)
 
 
-def test_no_hint_names_what_only_python_can_say(bench: list[str]):  # noqa: F811
+def test_no_hint_names_what_only_python_can_say(bench: list[str]):
     said = invoke(
         "evaluate", *bench, "--rotation", "RH-b7", "--windows", "2", "--weights", "rtn", code=1
     ).stderr

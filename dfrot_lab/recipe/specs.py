@@ -28,7 +28,7 @@ DEFAULT_RULE = "ratio_8"  # portable: finds the first token, no plain embeddings
 PAPER_RULE, RELEASED_KEEP_OUT = "nr_error_8.5", "nr_error_9.5"  # the released code's
 REFINE_VARIANTS = ("accelerated", "guarded", "as_paper", "as_released")
 KEEP_OUT_COUNTS = ("most_massive", "worst", "random")  # by largest value, largest error, or any
-BLOCK = "None (the largest there is) or a whole number >= 1"
+BLOCK = "None or a whole number >= 1"  # None: the largest that there is
 KEPT_COUNTED = f"a number with keep_out {', '.join(KEEP_OUT_COUNTS)}, and None with any other"
 
 
