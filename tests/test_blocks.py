@@ -27,7 +27,9 @@ from dfrot_lab.recipe.specs import (
     recipe_of,
 )
 from dfrot_lab.score import build, perplexity, rows
-from dfrot_lab.study import cost
+from dfrot_lab.show import gallery, report
+from dfrot_lab.study import cost, main
+from dfrot_lab.study.setting import Setting
 
 CHANNELS, HEAD, INNER = 54, 6, 2 * 107  # no order of any is known here: each has blocks of 2
 
@@ -198,3 +200,16 @@ def test_a_rotation_of_such_a_size_has_the_blocks_its_name_would_say():
     R = rotations.make(RotationSpec(seed=3), CHANNELS)
     assert torch.equal(R, rotations.make(RotationSpec(seed=3, block=2), CHANNELS))
     assert R.count_nonzero() == 2 * CHANNELS
+
+
+def test_the_main_job_of_such_a_model_runs_to_its_end(
+    odd: ModelSpec, text_file: Path, store: Store, tmp_path: Path
+):
+    sizes = {"windows": 2, "window": 64, "gptq_windows": 2, "steps": 3, "seeds": 1}
+    setting = Setting(model=odd, corpus=str(text_file), **sizes)
+    result = main.run(setting, store)
+    assert len(result.found) == len({row.spec for row in main.rows(setting.resolved())})
+    assert set(result.table["rotation"]) == {"NR", "RO", "RH-b2", "DFRot"}
+    assert "RH-b2, kept out" in gallery.report(result)
+    assert gallery.save(result, tmp_path / "rows.jsonl", tmp_path / "figures")
+    assert "RH-b2" in report.page(report.values(report.collect(setting, store)))
