@@ -109,7 +109,7 @@ def test_r2_to_r4_in_blocks_leave_every_logit_and_need_the_same_blocks_online(bl
     with surgery.online(loaded, r3=True, r4=True, blocks=blocks):
         torch.testing.assert_close(loaded.model(ids).logits, wanted, rtol=1e-6, atol=1e-6)
     with surgery.online(loaded, r3=True, r4=True, blocks=(blocks[0], 16)):
-        assert (loaded.model(ids).logits - wanted).abs().max() > 1e-2
+        assert (loaded.model(ids).logits - wanted).abs().max() > 1e-3
 
 
 def test_the_door_names_the_blocks_that_a_model_has_to_have(odd: ModelSpec, text_file: Path):
