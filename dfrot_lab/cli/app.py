@@ -38,7 +38,7 @@ def run(
 
     What is finished is kept: after Ctrl-C the same command goes on. --out: folder (runs/<date>/)."""
     from dfrot_lab.disk.atomic import cache_dir
-    from dfrot_lab.model import shapes
+    from dfrot_lab.model import loading, shapes
     from dfrot_lab.study import cost, main
 
     setting, name = said.setting(), said.model
@@ -49,6 +49,7 @@ def run(
         rows = [(machine, row) for machine, table in tables.items() for row in table.to_dict("records")]
         about, own = cost.describe(name, shape, machines, recipes), {"rotations": cost.hadamards(shape)}
         return said.show([{"model": name, "machine": machine, **row, **own} for machine, row in rows], about)
+    loading.resolve(setting.model)  # a name that only a dry run takes is refused before anything else
     recipes, free = [row.spec for row in main.rows(setting)], shutil.disk_usage(cache_dir()).free
     if not yes and (lack := cost.shortage(shapes.shape(setting.model), recipes, setting.window, free)):
         raise ValueError(f"{lack}: see --dry-run, or go on all the same with --yes")
@@ -82,7 +83,8 @@ def experiment(
         return said.show_table(experiments.listing(), {})
     setting = said.setting(limit=limit or None).resolved().with_(**QUICK if quick else {})
     out = said.out or Path("runs") / "experiments"
-    out.mkdir(parents=True, exist_ok=True)  # what cannot be written to is refused before hours of work
+    if name in experiments.EXPERIMENTS:
+        out.mkdir(parents=True, exist_ok=True)  # what cannot be written to is refused before hours of work
     table = experiments.run(name, setting)
     written = gallery.save_experiment(name, table, setting, out, out / Path(setting.corpus).stem)
     hidden = ("recipe", "key", "commit", "model", "corpus", "versions", "formulas", "parameters")
