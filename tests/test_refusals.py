@@ -109,9 +109,10 @@ def test_a_text_too_short_for_one_window_says_what_it_lacks(tmp_path: Path, text
     from conftest import byte_tokenizer
 
     (tmp_path / "t.txt").write_text(text)
-    spec = CorpusSpec(name=str(tmp_path / "t.txt"), split="train")
+    spec = CorpusSpec(name=str(tmp_path / "t.txt"), split="calibration")
     with pytest.raises(
-        ValueError, match=r"t\.txt \(train\) must be a text of at least one window of 16 tokens; got \d token"
+        ValueError,
+        match=r"t\.txt \(calibration\) must be a text of at least one window of 16 tokens; got \d token",
     ):
         corpus.token_blocks(spec, byte_tokenizer(), blocks=1, window=16)
 
