@@ -24,7 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from dfrot_lab.maths import rotations
 from dfrot_lab.maths.hadamard import factors
 from dfrot_lab.maths.quantizers import squared_error
-from dfrot_lab.model import families, loading, surgery
+from dfrot_lab.model import families, loading, shapes, surgery
 from dfrot_lab.model.loading import LoadedModel
 from dfrot_lab.observe.capture import record
 from dfrot_lab.recipe.specs import (
@@ -40,7 +40,7 @@ from dfrot_lab.rotate import descent
 from dfrot_lab.rotate.steps import CHECK_EVERY, half_step, row_weights
 from dfrot_lab.rotate.transforms import Transforms
 from dfrot_lab.score.build import Built, is_integer, quantized
-from dfrot_lab.study import cost, main, shapes
+from dfrot_lab.study import cost, main
 from dfrot_lab.study.setting import Setting
 from dfrot_lab.weights import gptq, rtn
 

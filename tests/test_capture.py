@@ -326,7 +326,7 @@ def test_more_tokens_than_the_context(tiny_spec: ModelSpec, text_file: Path, sto
 def test_more_tokens_than_the_text(tiny_spec: ModelSpec, tmp_path: Path, store: Store):
     (tmp_path / "short.txt").write_text("too short\n\nby far")
     with pytest.raises(
-        ValueError, match=r"windows must be at most 0: .*short\.txt \(calibration\) has 11 tokens"
+        ValueError, match=r"short\.txt \(calibration\) must be a text of at least one window.*; got 11 tokens"
     ):
         capture(spec_of(tiny_spec, tmp_path / "short.txt"), store)
 

@@ -107,7 +107,7 @@ def test_errors_writes_the_whole_table(bench, tmp_path):
 
 def test_errors_refuses_an_unknown_ending_and_leaves_nothing(bench, tmp_path):
     shown = invoke("errors", *bench, "--tokens", "50", "--out", str(tmp_path / "t.xls"), code=1)
-    assert "--out must end in .parquet, .csv, .json" in shown.stderr
+    assert "--out must be a file ending in .parquet, .csv, .json" in shown.stderr
     assert not list(tmp_path.glob("*.xls*"))
 
 
@@ -321,7 +321,7 @@ BAD = [
     (["evaluate", "--bits", "4-4-17"], "QuantSpec.bits must be a whole number in 2..16; got 17"),
     (
         ["evaluate", "--rotation", "XX"],
-        "--rotation must be NR, RO, RH, DFRot, or an existing safetensors file; got 'XX'",
+        "--rotation must be NR, RO, RH, DFRot, one in blocks such as RH-b64, or a safetensors file; got 'XX'",
     ),
     (["evaluate", "--windows", "0"], "Recipe.windows must be a whole number >= 1; got 0"),
     (["evaluate", "--windows", "100000", "--bits", "16-4-16"], "windows"),

@@ -17,12 +17,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, LlamaConfig
 
 from dfrot_lab.maths import rotations
-from dfrot_lab.model import loading, surgery
+from dfrot_lab.model import loading, shapes, surgery
+from dfrot_lab.model.shapes import SHAPES, Shape
 from dfrot_lab.recipe.specs import ModelSpec, Recipe, RotationSpec
-from dfrot_lab.study import cost, main, shapes
+from dfrot_lab.study import cost, main
 from dfrot_lab.study.cost import GPU_80GB, Machine, Work, duration
 from dfrot_lab.study.setting import Setting
-from dfrot_lab.study.shapes import SHAPES, Shape
 from dfrot_lab.weights import gptq
 
 
@@ -262,7 +262,7 @@ def test_growths_fit_finds_the_powers_it_was_made_with(monkeypatch):
 
 def test_a_folders_shape_is_kept_so_that_a_second_dry_run_loads_no_transformers(tiny_spec: ModelSpec):
     first = shapes.shape(tiny_spec)
-    code = "import sys; from dfrot_lab.study import shapes; from dfrot_lab.recipe.specs import ModelSpec\n"
+    code = "import sys; from dfrot_lab.model import shapes; from dfrot_lab.recipe.specs import ModelSpec\n"
     code += f"print(shapes.shape(ModelSpec(source={tiny_spec.source!r})), 'transformers' in sys.modules)"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert said.split() == [*str(first).split(), "False"]

@@ -14,12 +14,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.maths import rotations
-from dfrot_lab.model import checkpoint, families, hooks, loading, stream, surgery
+from dfrot_lab.model import checkpoint, families, hooks, loading, shapes, stream, surgery
 from dfrot_lab.model.checkpoint import HEAD
 from dfrot_lab.model.loading import LoadedModel
 from dfrot_lab.recipe.specs import CorpusSpec, ModelSpec, RotationSpec, recipe_of
 from dfrot_lab.score import perplexity
-from dfrot_lab.study import shapes
 
 SIZES: dict[str, Any] = {
     "vocab_size": 256, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,

@@ -199,7 +199,7 @@ def judged(store: Store, *, grid: int = 0, alone: int = 0, large: int = 0, media
 
 
 ODD = [
-    ({}, "sun", "rule sun marks no row: there is no massive token to look at by it"),
+    ({}, "sun", "no token is massive by sun: there is none to look at, and gamma has no effect"),
     ({"large": 4}, "ratio_8", None),
     (
         {"large": 5},

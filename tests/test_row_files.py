@@ -64,5 +64,7 @@ def test_a_table_is_written_whole_or_not_at_all(tmp_path: Path, suffix: str):
             write_table(pd.DataFrame({"a": [1, object()]}), path)
         pd.testing.assert_frame_equal(read(path), table)
     assert [p.name for p in path.parent.iterdir()] == [path.name]
-    with pytest.raises(ValueError, match=r"--out must end in \.parquet, \.csv, \.json; got t\.txt"):
+    with pytest.raises(
+        ValueError, match=r"--out must be a file ending in \.parquet, \.csv, \.json; got t\.txt"
+    ):
         write_table(table, Path("t.txt"))

@@ -190,6 +190,8 @@ OTHER_VALUES = {
         "window": 7,
         "keep_out_tokens": 7,
         "set_massive": "zero",
+        "head_block": 32,
+        "mlp_block": 64,
     },
 }
 DEPENDENT = {
@@ -472,6 +474,8 @@ PLAIN_RECIPES = st.builds(
     values=quantizers("per_group"),
     windows=COUNTS,
     window=st.integers(2, 4096),
+    head_block=st.none() | COUNTS,
+    mlp_block=st.none() | COUNTS,
 )
 RECIPES = st.one_of(
     st.builds(lambda r, rule: r.with_(keep_out=rule), PLAIN_RECIPES, st.sampled_from([None, *ROW_RULES])),

@@ -501,38 +501,6 @@ def test_a_matrix_that_is_no_rotation_of_this_model_is_refused(case: str):
         surgery.rotate_residual(loaded, R)
 
 
-@pytest.mark.parametrize(
-    ("step", "sizes", "number"),
-    [(surgery.rotate_heads, {"head": 6}, 6), (surgery.rotate_down, {"inner": 98}, 98)],
-    ids=["R2", "R4"],
-)
-def test_a_size_without_a_hadamard_matrix_is_refused_before_anything_changes(
-    step: Callable[[LoadedModel], None], sizes: dict[str, int], number: int
-):
-    loaded = other_sizes(**sizes)
-    with (
-        nothing_changes(loaded),
-        pytest.raises(
-            ValueError,
-            match=f"no Hadamard matrix of order {number} is known here, .* evaluate this model with NR only",
-        ),
-    ):
-        step(loaded)
-
-
-def test_r3_of_a_head_size_without_a_hadamard_matrix_is_refused_and_leaves_the_model_working():
-    loaded = other_sizes(head=6)
-    wanted = logits(loaded)
-    with (
-        pytest.raises(
-            ValueError, match="no Hadamard matrix of order 6 is known here, and that is a head's size"
-        ),
-        surgery.online(loaded, r3=True),
-    ):
-        logits(loaded)
-    assert relative(logits(loaded), wanted) <= FLOAT32
-
-
 def centre_embedding(loaded: LoadedModel) -> None:
     weight = linear(loaded.model, loaded.roles.embedding).weight
     weight -= weight.mean(-1, keepdim=True)

@@ -38,7 +38,8 @@ def run(
 
     What is finished is kept: after Ctrl-C the same command goes on. --out: folder (runs/<date>/)."""
     from dfrot_lab.disk.atomic import cache_dir
-    from dfrot_lab.study import cost, main, shapes
+    from dfrot_lab.model import loading, shapes
+    from dfrot_lab.study import cost, main
 
     setting, name = said.setting(), said.model
     if dry_run:
@@ -46,11 +47,9 @@ def run(
         recipes = [row.spec for row in main.rows(setting)]
         tables = {machine.name: cost.estimate(shape, machine, recipes) for machine in machines}
         rows = [(machine, row) for machine, table in tables.items() for row in table.to_dict("records")]
-        about = cost.describe(name, shape, machines, recipes)
-        return said.show([{"model": name, "machine": machine, **row} for machine, row in rows], about)
-    from dfrot_lab.model import loading
-
-    loading.resolve(setting.model)  # a name that only a dry run knows is refused as such
+        about, own = cost.describe(name, shape, machines, recipes), {"rotations": cost.hadamards(shape)}
+        return said.show([{"model": name, "machine": machine, **row, **own} for machine, row in rows], about)
+    loading.resolve(setting.model)  # a name that only a dry run takes is refused before anything else
     recipes, free = [row.spec for row in main.rows(setting)], shutil.disk_usage(cache_dir()).free
     if not yes and (lack := cost.shortage(shapes.shape(setting.model), recipes, setting.window, free)):
         raise ValueError(f"{lack}: see --dry-run, or go on all the same with --yes")
@@ -83,8 +82,10 @@ def experiment(
     if not name:
         return said.show_table(experiments.listing(), {})
     setting = said.setting(limit=limit or None).resolved().with_(**QUICK if quick else {})
-    table = experiments.run(name, setting)
     out = said.out or Path("runs") / "experiments"
+    if name in experiments.EXPERIMENTS:
+        out.mkdir(parents=True, exist_ok=True)  # what cannot be written to is refused before hours of work
+    table = experiments.run(name, setting)
     written = gallery.save_experiment(name, table, setting, out, out / Path(setting.corpus).stem)
     hidden = ("recipe", "key", "commit", "model", "corpus", "versions", "formulas", "parameters")
     shown = [column for column in table if column not in hidden and table[column].notna().any()]
@@ -171,6 +172,7 @@ def capture_command(said: Options) -> None:
     """Record norms' outputs, find massive tokens by all rules. --out: their table, .csv, .parquet, .json."""
     from dfrot_lab.observe import capture, massive
 
+    said.require_table()
     recorded = capture.capture(said.capture)
     massive.warn(recorded, specs.DEFAULT_RULE)
     table = massive.table(recorded).sort_values("residual_max", ascending=False)
@@ -186,6 +188,7 @@ def errors_command(
     """Per-token quantization error under NR, RO and RH at every site: a summary. --out: the whole table."""
     from dfrot_lab.observe import capture, errors
 
+    said.require_table()
     quantizer, recorded = specs.QuantSpec(bits=bits, scheme=scheme), capture.capture(said.capture)
     rotations = errors.default_rotations(recorded.channels, said.seed)
     table = errors.token_errors(recorded, rotations, [quantizer], rule=said.rule)
@@ -227,13 +230,13 @@ def evaluate_command(
     given = {name for name, source in sources.items() if source and source.name == "COMMANDLINE"}
     if recipe and (others := given - {"recipe", "out", "as_json"}):
         raise ValueError(f"--recipe says everything: put {', '.join(sorted(others))} into {recipe} instead")
-    kept = specs.RELEASED_KEEP_OUT if keep_out else None
+    kept, path = specs.RELEASED_KEEP_OUT if keep_out else None, said.out and said.file("rows.jsonl")
     spec = specs.Recipe.from_yaml(recipe) if recipe else said.recipe(rotation, bits).with_(keep_out=kept)
     result = perplexity.evaluate(spec)
     row = rows.row(result)
-    if said.out:
-        row_files.append(said.out, [row])
-        beside = said.out.with_name(f"{said.out.stem}.{row['recipe']}.yaml")
+    if path:
+        row_files.append(path, [row])
+        beside = path.with_name(f"{path.stem}.{row['recipe']}.yaml")
         atomic.write_text(beside, result.spec.to_yaml())
     about = f"{tables.label(row)} {row['bits']} on {row['corpus']}: {tables.cell(row)}"
     said.show(row, f"{about}, {row['windows']} windows")

@@ -5,6 +5,7 @@ import functools
 import inspect
 import json
 import logging
+import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -26,6 +27,20 @@ DTYPES = f"What weights are computed in: {', '.join(specs.DTYPES)}."
 JSON = "Print JSON and nothing else on standard output."
 MALLOC = ((-4, 0), (-1, -1), (-2, 1 << 26))
 """No mapping of its own for a large piece, no trimming, 64 MB at a time: M_MMAP_MAX and so on in malloc.h."""
+
+
+def strict_json(value: Any) -> str:
+    """A value as JSON that any reader takes: NaN is null, infinity the word inf."""
+
+    def plain(part: Any) -> Any:
+        if isinstance(part, Mapping):
+            return {str(name): plain(inner) for name, inner in part.items()}
+        if isinstance(part, list | tuple):
+            return [plain(inner) for inner in part]
+        is_odd = isinstance(part, float) and not math.isfinite(part)
+        return (None if math.isnan(part) else str(part)) if is_odd else part
+
+    return json.dumps(plain(value), indent=1, default=str, allow_nan=False)
 
 
 @dataclass(frozen=True)
@@ -66,12 +81,15 @@ class Options:
 
     def rotation(self, name: str, **fields: Any) -> Any:
         """The rotation of a row's name, with those of gamma, rule and `fields` it has, or of a file."""
-        if name not in registry.rows():
-            if Path(name).is_file():
-                return specs.RotationSpec(kind="file", path=name)
-            rule = f"{', '.join(registry.rows())}, or an existing safetensors file"
+        if Path(name).is_file() and name not in registry.rows():
+            return specs.RotationSpec(kind="file", path=name)
+        row, dash, block = name.partition("-b")
+        if row not in registry.rows() or bool(dash) != block.isdecimal():
+            rule = f"{', '.join(registry.rows())}, one in blocks such as RH-b64, or a safetensors file"
             raise ValueError(f"--rotation must be {rule}; got {name!r}")
-        spec = registry.spec_of(name, seed=self.seed, capture=self.capture)
+        spec = registry.spec_of(row, seed=self.seed, capture=self.capture)
+        if block:
+            spec = spec.with_(block=int(block))
         fields = {"gamma": self.gamma, "rule": self.rule, **fields}
         return spec.with_(**{key: value for key, value in fields.items() if key in type(spec).model_fields})
 
@@ -89,9 +107,16 @@ class Options:
             raise ValueError(f"--out must be a file; {path} is a folder. Say for example {path / default}")
         return path
 
+    def require_table(self) -> None:
+        """Refuse, before work, an --out that no table can be written as; ValueError."""
+        from dfrot_lab.disk import row_files
+
+        if self.out:
+            row_files.require_table(self.out)
+
     def show(self, value: Any, text: str) -> None:
         """On standard output: `value` as indented JSON with --json, else `text`."""
-        typer.echo(json.dumps(value, indent=1, default=str) if self.as_json else text)
+        typer.echo(strict_json(value) if self.as_json else text)
 
     def show_table(self, table: Any, about: Mapping[str, Any], kept: Any = None) -> None:
         """A pandas table and facts about it; the table `kept` goes to --out, if that is said."""
@@ -108,7 +133,7 @@ class Options:
         from dfrot_lab.disk.atomic import write_text
 
         if out:
-            write_text(out, json.dumps(about, indent=1, default=str) + "\n")
+            write_text(out, strict_json(about) + "\n")
         lines = []
         for name, value in about.items():
             parts = [f"  {k}: {v}" for k, v in value.items()] if isinstance(value, Mapping) else []

@@ -14,6 +14,8 @@ from dfrot_lab.maths.rotations import check
 from dfrot_lab.recipe.base import Spec
 
 TENSOR = "R1"
+OTHERS = {b"PK": "torch's own format", b"\x80": "a pickle", b"\x93NUMPY": "a NumPy array"}
+"""Files of other formats by how they begin. Pickles are never read: they can run code."""
 
 
 def save(R: Tensor, path: str | Path, spec: Spec | None, **note: Any) -> None:
@@ -39,6 +41,13 @@ def load(path: str | Path, channels: int | None = None) -> Tensor:
                 raise ValueError(f"rotation.path must {rule}; got {shapes or 'no tensor'} in {path}")
             matrix = file.get_tensor(TENSOR if TENSOR in shapes else square[0])
     except SafetensorError as error:
+        with Path(path).open("rb") as start:
+            begins = start.read(8)
+        for mark, kind in OTHERS.items():
+            if begins.startswith(mark):
+                how = f"save_file({{{TENSOR!r}: R}}, 'R1.safetensors') of safetensors.torch"
+                said = f"{path}, which is {kind}: load it yourself and save it with {how}"
+                raise ValueError(f"rotation.path must be a safetensors file; got {said}") from error
         said = f"got {path} ({error}). Save or copy it again"
         raise ValueError(f"rotation.path must be a complete safetensors file; {said}") from error
     try:

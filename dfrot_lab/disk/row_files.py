@@ -17,6 +17,7 @@ from dfrot_lab.maths.tables import COLUMNS, comparison, markdown, whole
 from dfrot_lab.recipe.base import Spec, require
 
 log = logging.getLogger(__name__)
+TABLES = (".parquet", ".csv", ".json")  # what a table can be written as
 
 
 def append(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -60,11 +61,15 @@ def load(path: Path) -> pd.DataFrame:
     return whole(table.astype(dict.fromkeys(gaps, "Int64")))
 
 
+def require_table(out: Path) -> None:
+    """Refuse a file that `write_table` cannot write; ValueError."""
+    require("--out", out, out.suffix in TABLES and not out.is_dir(), f"a file ending in {', '.join(TABLES)}")
+
+
 def write_table(table: pd.DataFrame, out: Path) -> None:
     """Write a table as .parquet, .csv or .json, whole or not at all."""
-    writers: dict[str, Any] = {".parquet": table.to_parquet, ".csv": table.to_csv, ".json": table.to_json}
-    if out.suffix not in writers:
-        raise ValueError(f"--out must end in {', '.join(writers)}; got {out}")
+    require_table(out)
+    writers: dict[str, Any] = dict(zip(TABLES, (table.to_parquet, table.to_csv, table.to_json), strict=True))
     options: dict[str, Any] = {"orient": "records"} if out.suffix == ".json" else {"index": False}
     with replacing(out) as temporary:
         writers[out.suffix](temporary, **options)

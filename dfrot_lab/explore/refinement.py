@@ -211,7 +211,8 @@ class Refinement(Explorer):
         if self.result is None:
             return "ready: press Start"
         last = self.result.history.iloc[-1]
-        losses = f"ordinary {last['ordinary']:.2f}, massive {last['massive']:.2f}"
+        massive_said = "none massive" if math.isnan(last["massive"]) else f"massive {last['massive']:.2f}"
+        losses = f"ordinary {last['ordinary']:.2f}, {massive_said}"
         return f"done: on all its rows {losses}, distance {last['distance']:.3f}"
 
     def _list_tokens(self) -> None:

@@ -61,11 +61,34 @@ def _required_factors(n: int) -> tuple[int, ...]:
     require("hadamard.n", n, n >= 1, ">= 1")
     if (found := factors(n)) is not None:
         return found
-    block = next(size for size in range(n, 0, -1) if n % size == 0 and factors(size))
-    blocks = f"RH-b{block} (RotationSpec(kind='RH', block={block})), which is block-diagonal, or "
     rule = "a power of two times orders from the table (multiples of 4 up to 256)"
     said = f"hadamard.n must be {rule}; got {n}: no Hadamard matrix of that order is known here"
-    raise ValueError(f"{said}. Use {blocks if block > 1 else ''}RotationSpec(kind='RO')")
+    raise ValueError(f"{said}. The largest block of it that has one is {_largest(n)}")
+
+
+@functools.cache
+def _largest(n: int) -> int:
+    """The largest divisor of n of which a Hadamard matrix is known."""
+    return next(size for size in range(n, 0, -1) if n % size == 0 and factors(size))
+
+
+@functools.cache
+def _say_blocks(n: int, block: int) -> None:
+    what = f"in {n // block} blocks of {block} on the diagonal" if block > 1 else "not at all"
+    log.warning("no Hadamard matrix of order %d is known here: what is %d wide is rotated %s", n, n, what)
+
+
+def block_of(n: int, asked: int | None = None, name: str = "block") -> int:
+    """The order of the Hadamard matrices on the diagonal of a transform of n: `asked`, else the largest there
+    is, which is n where one is known, and once a process said where not. ValueError: `asked` does not fit."""
+    largest = _largest(n)
+    if asked is not None:
+        rule = f"a divisor of {n} of which a Hadamard matrix is known, such as {largest}"
+        require(name, asked, n % asked == 0 and factors(asked), rule)
+        return asked
+    if largest < n:
+        _say_blocks(n, largest)
+    return largest
 
 
 def _kron(orders: tuple[int, ...]) -> Tensor:

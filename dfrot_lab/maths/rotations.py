@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dfrot_lab.maths.hadamard import factors, hadamard_matrix, hadamard_transform
+from dfrot_lab.maths.hadamard import block_of, factors, hadamard_matrix, hadamard_transform
 from dfrot_lab.recipe.base import require
 from dfrot_lab.recipe.specs import RotationSpec
 
@@ -29,11 +29,12 @@ def make(spec: RotationSpec, channels: int) -> Tensor:
     """The rotation R (channels, channels) of `spec`, float64 on the CPU. Same spec, same bytes. NR is the
     identity; RO is uniform (Haar); RH is diag(s) @ H.T / sqrt(channels), its random signs s before H, as
     after it they would only flip output channels (QuaRot, arXiv 2404.00456). `block=b`: independent ones of b
-    channels on the diagonal. ValueError: a block that does not divide channels, RH without an H."""
+    channels on the diagonal; None: one, and of RH the largest that there are (`block_of`, which says so).
+    ValueError: a block that does not divide channels, or of which no H is known."""
     require("rotation.channels", channels, channels >= 1, ">= 1")
     if spec.kind == "file":
         raise ValueError(f"rotations.make: a file is read by rotate.random.matrix; got {spec.path}")
-    block = spec.block or channels
+    block = spec.block or (block_of(channels) if spec.kind == "RH" else channels)
     if channels % block:
         near = [size for size in range(1, channels + 1) if channels % size == 0]
         said = f"the {channels} channels; got {block}. Use one of {near}"

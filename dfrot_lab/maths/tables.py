@@ -14,7 +14,7 @@ COLUMNS = (
     "metric", "value", "ci95", "seconds", "recipe", "key", "versions", "formulas", "commit",
 )  # fmt: skip
 """Columns of every results row, in order. `parameters`: what a method has beside its columns; `ci95`: [low,
-high]; `recipe`: the key of the YAML beside the rows, `key`: of all the value hangs on, bytes for names."""
+high] or None; `recipe`: the key of the YAML beside the rows, `key`: of all the value hangs on, by bytes."""
 WHOLE = ("seed", "w_bits", "a_bits", "kv_bits", "keep_out_tokens", "windows", "window", "formulas")  # whole
 FREE = {"metric", "value", "ci95", "seconds", "recipe", "versions", "commit"}
 """Columns that say what came out and when; the others say of what, and by which formulas."""

@@ -110,7 +110,9 @@ def token_blocks(spec: CorpusSpec, tokenizer: Any, *, blocks: int, window: int =
     require("token_blocks.blocks and window", f"{blocks} and {window}", min(blocks, window) >= 1, ">= 1")
     ids = token_ids(spec, tokenizer, blocks * window)
     whole = len(ids) // window
-    there = f"{spec.name} ({spec.split}) has {len(ids)} tokens, {whole} whole windows of {window}"
+    name = f"{spec.name} ({spec.split})"
+    require(name, f"{len(ids)} tokens", whole, f"a text of at least one window of {window} tokens")
+    there = f"{name} has {len(ids)} tokens, {whole} whole windows of {window}"
     require("windows", blocks, blocks <= whole, f"at most {whole}: {there}. Take a longer text, or fewer")
     return ids[: blocks * window].view(blocks, window)
 

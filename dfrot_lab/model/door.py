@@ -1,24 +1,52 @@
 """The door: where `auto` is replaced by what is here, once, before anything is computed or keyed."""
 
-from typing import TypeVar, cast
+from functools import cache
+from typing import Any, TypeVar, cast
 
 from dfrot_lab.disk.atomic import digest
-from dfrot_lab.model import corpus, loading
+from dfrot_lab.maths.hadamard import block_of
+from dfrot_lab.model import corpus, loading, shapes
 from dfrot_lab.recipe.base import Spec
-from dfrot_lab.recipe.specs import CorpusSpec, ModelSpec
+from dfrot_lab.recipe.specs import CaptureSpec, CorpusSpec, ModelSpec, Recipe, RotationSpec
 
 S = TypeVar("S", bound=Spec)
 
 
-def resolved(spec: S) -> S:
-    """`spec` without an `auto`: every text and device in it named. ValueError for one that is not here."""
+def resolved(spec: S, model: ModelSpec | None = None) -> S:
+    """`spec`, of `model` (its own by default), without an `auto`: every text and device in it is named, and
+    where no Hadamard matrix of a size is known the largest block. ValueError: not here, or no such block."""
     if isinstance(spec, CorpusSpec):
         return cast(S, corpus.resolve(spec))
     if isinstance(spec, ModelSpec):
         return cast(S, loading.placed(spec))
+    looks = (value for _, value in spec if isinstance(value, ModelSpec | CaptureSpec))
+    model = model or next((of if isinstance(of, ModelSpec) else of.model for of in looks), None)
     inner = {name: value for name, value in spec if isinstance(value, Spec)}
-    changed = {name: new for name, value in inner.items() if (new := resolved(value)) is not value}
+    changed: dict[str, Any] = {
+        name: new for name, value in inner.items() if (new := resolved(value, model)) is not value
+    }
+    if model is not None and isinstance(spec, RotationSpec | Recipe):
+        changed |= _blocks(spec, model)
     return spec.with_(**changed) if changed else spec
+
+
+def _blocks(spec: RotationSpec | Recipe, model: ModelSpec) -> dict[str, int | None]:
+    """The blocks of a rotation, or of a recipe's R2 to R4, that are not as `model` has to have them."""
+    if isinstance(spec, RotationSpec) and not (spec.kind == "RH" and spec.block is None):
+        return {}
+    if isinstance(spec, Recipe) and not spec.is_rotated:
+        return {}
+    shape = _shape(model.with_(device="cpu"), loading.fingerprint(model))
+    sizes = {"head_block": shape.head, "mlp_block": shape.mlp, "block": shape.channels}
+    asked = {name: value for name, value in spec if name in sizes}
+    found = {name: block_of(sizes[name], block, f"Recipe.{name}") for name, block in asked.items()}
+    named = {name: None if block == sizes[name] else block for name, block in found.items()}
+    return {name: block for name, block in named.items() if block != asked[name]}
+
+
+@cache
+def _shape(model: ModelSpec, _bytes: str) -> shapes.Shape:
+    return shapes.shape(model)
 
 
 def prints(of: ModelSpec | CorpusSpec | str) -> str:

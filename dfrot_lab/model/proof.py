@@ -14,11 +14,19 @@ MOST_OF_16_BITS = 0.5
 
 
 class Proof:
-    """What leaves the layers of an untouched model for a few tokens (1, tokens), to compare with."""
+    """What leaves the layers of an untouched model for a few tokens (1, tokens), to compare with. ValueError:
+    NaN or Inf."""
 
     def __init__(self, loaded: LoadedModel, ids: Tensor) -> None:
         self.loaded, self.ids = loaded, ids
         self.before = self._look()
+        if not all(bool(x.isfinite().all()) for x in self.before):
+            weights = loaded.model.state_dict() if loaded.checkpoint is None else {}
+            bad = next((name for name, x in weights.items() if not x.isfinite().all()), None)
+            why = f"its weight {bad} has NaN or Inf" if bad else "a broken model, or too small a dtype"
+            raise ValueError(
+                f"what a model computes must be finite; {loaded.spec.source} gives NaN or Inf: {why}"
+            )
 
     @torch.no_grad()
     def _look(self) -> list[Tensor]:
@@ -44,9 +52,6 @@ class Proof:
             if is_stream and R is not None:
                 old = old @ R.to(old)
             where = f"the residual stream after layer {number}" if is_stream else "the logits"
-            if not old.isfinite().all():
-                said = "got NaN or Inf before it was changed: a broken model, or too small a dtype"
-                raise ValueError(f"{where} must be finite; {said}")
             apart = float((new - old).norm() / old.norm())
             if not apart <= most:
                 said = f"{where} must stay within {most:g} (relative) under rotation; got {apart:.2g}"

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dfrot_lab.maths.hadamard import factors, hadamard_transform
+from dfrot_lab.maths.hadamard import block_of, hadamard_transform
 from dfrot_lab.maths.rotations import check, fast_product
 from dfrot_lab.model.checkpoint import EMBEDDING, HEAD
 from dfrot_lab.model.families import GAINS, heads_of
@@ -25,6 +25,7 @@ from dfrot_lab.model.stream import change
 
 log = logging.getLogger(__name__)
 Transform = Callable[[Tensor], Tensor]  # of one activation (..., channels), to another of the same shape
+Blocks = tuple[int | None, int | None]  # of Hadamards of heads (R2, R3) and of R4; None: the largest
 EDIT_ROWS = 1024  # rows of a weight worked on at once
 FUSED = "norms fused"
 LAYER_NORM_EPS = 1e-5  # of a LayerNorm that does not say its own (OLMo)
@@ -223,22 +224,22 @@ def _turned(loaded: LoadedModel, R: Tensor) -> AbstractContextManager[None]:
     return at_sites(loaded, lambda _, x: fast(x) if fast else x @ own, sites)
 
 
-def rotate_heads(loaded: LoadedModel, R2: Tensor | None = None) -> None:
-    """Fuse R2 into each head's values, v -> v @ R2, and let o_proj take it back; default: Hadamard. `R2`:
-    one (head, head) for all, (layers, head, head), or (layers, key-value heads, head, head)."""
+def rotate_heads(loaded: LoadedModel, R2: Tensor | None = None, block: int | None = None) -> None:
+    """Fuse R2 into each head's values, v -> v @ R2, and let o_proj take it back; default: Hadamard, of
+    `block`. `R2`: one (head, head) for all, (layers, head, head), (layers, key-value heads, head, head)."""
     heads, kv_heads, head = heads_of(loaded.config)
     if R2 is None:
-        _require_hadamard(head, "a head's size, so neither R2 nor R3")
+        block = block_of(head, block, "Recipe.head_block")
     each = [None] * len(loaded.layers) if R2 is None else _of_each_head(loaded, R2)
     shared, own = heads // kv_heads, loaded.roles.v_rows
     values = slice(None) if own is None else own(loaded.config)
 
     def rotate(number: int) -> None:
         layer, R = loaded.layers[number], each[number]
-        rows = partial(_rotate_values, head=head, R=R, rows=values)
+        rows = partial(_rotate_values, head=head, R=R, block=block, rows=values)
         _edit(linear(layer, loaded.roles.v), rows, rows)
         R = None if R is None else R.repeat_interleave(shared, 0)
-        _edit(linear(layer, loaded.roles.o), partial(_rotate_inputs, head=head, R=R))
+        _edit(linear(layer, loaded.roles.o), partial(_rotate_inputs, head=head, R=R, block=block))
 
     change(loaded, rotate)
 
@@ -254,56 +255,56 @@ def _of_each_head(loaded: LoadedModel, R2: Tensor) -> Tensor:
     return (R2[:, None] if R2.ndim == 3 else R2).to(loaded.device, torch.float64).expand(full)
 
 
-def _rotate_values(w: Tensor, head: int, R: Tensor | None, rows: slice | list[int]) -> Tensor:
+def _rotate_values(
+    w: Tensor, head: int, R: Tensor | None, block: int | None, rows: slice | list[int]
+) -> Tensor:
     """v's weight (out, in) or bias (out,) with each head's value rows h (of `rows`) as R^T h."""
     values = w[rows]
     heads = values.reshape(-1, head, w[0].numel()).transpose(1, 2)
-    w[rows] = (hadamard(heads) if R is None else heads @ R).transpose(1, 2).reshape(values.shape)
+    w[rows] = (hadamard(heads, block) if R is None else heads @ R).transpose(1, 2).reshape(values.shape)
     return w
 
 
-def _rotate_inputs(w: Tensor, head: int, R: Tensor | None) -> Tensor:
+def _rotate_inputs(w: Tensor, head: int, R: Tensor | None, block: int | None) -> Tensor:
     """o_proj's weight (out, heads * head) with each head's columns h as h R."""
     heads = w.reshape(len(w), -1, head)
-    return (hadamard(heads) if R is None else torch.einsum("ohi,hij->ohj", heads, R)).reshape(w.shape)
+    turned = hadamard(heads, block) if R is None else torch.einsum("ohi,hij->ohj", heads, R)
+    return turned.reshape(w.shape)
 
 
-def rotate_down(loaded: LoadedModel) -> None:
-    """Fuse the offline half of R4 into down_proj, W -> W H^T: right only with `online(..., r4=True)`."""
+def rotate_down(loaded: LoadedModel, block: int | None = None) -> None:
+    """Fuse the offline half of R4 into down_proj, W -> W H^T, in blocks of `block`: right only with the other
+    half, `online(..., r4=True)` of the same blocks."""
     width = linear(loaded.layers[0], loaded.roles.down).weight.shape[1]
-    _require_hadamard(width, "the MLP's width, so no R4")
-    change(loaded, lambda number: _edit_rows(linear(loaded.layers[number], loaded.roles.down), hadamard))
+    turn = partial(hadamard, block=block_of(width, block, "Recipe.mlp_block"))
+    change(loaded, lambda number: _edit_rows(linear(loaded.layers[number], loaded.roles.down), turn))
 
 
 @contextmanager
 def online(
-    loaded: LoadedModel, *, r3: bool = False, r4: bool = False, function: At | None = None,
-    sites: Collection[str] | None = None,
+    loaded: LoadedModel, *, r3: bool = False, r4: bool = False, blocks: Blocks = (None, None),
+    function: At | None = None, sites: Collection[str] | None = None,
 ) -> Iterator[None]:  # fmt: skip
     """While the block runs: R3 on queries and keys, R4 before down_proj, then `function` at `sites` (all)."""
-    if r3:
-        _require_hadamard(heads_of(loaded.config)[2], "a head's size, so neither R2 nor R3")
-    kinds = [*(("q", "k") if r3 else ()), *(("down_proj_in",) if r4 else ())]
-    rotated = at_sites(loaded, lambda _, x: hadamard(x), sites_of(loaded, *kinds))
+    own = dict.fromkeys(("q", "k") if r3 else (), blocks[0]) | ({"down_proj_in": blocks[1]} if r4 else {})
+    at = sites_of(loaded, *own)
+    rotated = at_sites(loaded, lambda site, x: hadamard(x, own[site.rpartition(".")[2]]), at)
     with rotated, at_sites(loaded, function, sites) if function else nullcontext():
         yield
 
 
-def hadamard(x: Tensor) -> Tensor:
-    """x H^T / sqrt(n) for x (..., n): R3 of a head, and R4, which `rotate_down` makes down_proj expect."""
-    return hadamard_transform(x, x.shape[-1] ** -0.5)
+def hadamard(x: Tensor, block: int | None = None) -> Tensor:
+    """x H^T / sqrt(n) for x (..., n), or the same block by block: R3, R2 and the two halves of R4. Default:
+    the largest blocks that there are, one of n where a Hadamard matrix of n is known (`block_of`)."""
+    block = block_of(x.shape[-1], block)
+    parts = x.reshape(*x.shape[:-1], -1, block)
+    return hadamard_transform(parts, block**-0.5).reshape(x.shape)
 
 
 def _require_untied(loaded: LoadedModel) -> None:
     if is_tied(loaded):
         why = "lm_head and the embedding are one tensor and would be changed twice"
         raise ValueError(f"embeddings must be untied (surgery.untie) first: {why}")
-
-
-def _require_hadamard(n: int, what: str) -> None:
-    if factors(n) is None:
-        said = f"no Hadamard matrix of order {n} is known here, and that is {what} can be applied"
-        raise ValueError(f"{said}: evaluate this model with NR only")
 
 
 def _edit_rows(module: nn.Linear, function: Transform) -> None:

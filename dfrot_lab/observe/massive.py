@@ -76,7 +76,7 @@ def doubt(capture: Capture, rule: str) -> str | None:
     mask = find(capture, rule)
     marked = int(mask.sum())
     if not marked:
-        return f"rule {rule} marks no row: there is no massive token to look at by it"
+        return f"no token is massive by {rule}: there is none to look at, and gamma has no effect"
     said = f"rule {rule} marks {marked} rows, "
     if marked > 0.02 * mask.numel():
         return f"{said}{marked / mask.numel():.1%} of all: more than rare tokens; look at the others"

@@ -39,6 +39,8 @@ class Spec(BaseModel):
     """Base of all specs: frozen, keyword-only. An unknown or wrong field is a ValueError that names it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    LATER: ClassVar[tuple[str, ...]] = ()
+    """Fields that came later: while one is None it adds nothing to a key, so what is kept is still found."""
 
     def __init__(self, **fields: Any) -> None:
         try:
@@ -108,9 +110,14 @@ class Spec(BaseModel):
         return value
 
     @property
+    def unkeyed(self) -> set[str]:
+        """The fields that add nothing to its key."""
+        return {name for name in self.LATER if getattr(self, name) is None}
+
+    @property
     def key(self) -> str:
         """Content hash of the spec (32 hex digits)."""
-        return content_key(self.to_dict())
+        return content_key({name: v for name, v in self.to_dict().items() if name not in self.unkeyed})
 
     def with_(self, **changes: Any) -> Self:
         """A copy with some fields changed, validated again."""

@@ -21,7 +21,8 @@ def identity(spec: Spec, prints: Prints) -> Any:
     """What a resolved spec is keyed by: its values, with bytes in place of names."""
     if isinstance(spec, ModelSpec | CorpusSpec):
         return prints(spec)
-    said = {name: identity(value, prints) if isinstance(value, Spec) else value for name, value in spec}
+    fields = {name: value for name, value in spec if name not in spec.unkeyed}
+    said = {name: identity(v, prints) if isinstance(v, Spec) else v for name, v in fields.items()}
     if isinstance(spec, MethodSpec | WeightSpec):
         table = registry.WEIGHTS if isinstance(spec, WeightSpec) else registry.METHODS
         if (code := registry.code(table, spec.method)) != 1:  # a first version adds nothing to a key
@@ -33,7 +34,8 @@ def identity(spec: Spec, prints: Prints) -> Any:
 
 def weights(recipe: Recipe, prints: Prints) -> dict[str, Any]:
     """What quantized weights are keyed by: how, and the rotated model they are of."""
-    return {name: identity(getattr(recipe, name), prints) for name in ("model", "rotation", "weights")}
+    of = {name: identity(getattr(recipe, name), prints) for name in ("model", "rotation", "weights")}
+    return of | {name: getattr(recipe, name) for name in recipe.LATER if name not in recipe.unkeyed}
 
 
 def evaluation(recipe: Recipe, prints: Prints) -> dict[str, Any]:

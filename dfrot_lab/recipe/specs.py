@@ -28,6 +28,7 @@ DEFAULT_RULE = "ratio_8"  # portable: finds the first token, no plain embeddings
 PAPER_RULE, RELEASED_KEEP_OUT = "nr_error_8.5", "nr_error_9.5"  # the released code's
 REFINE_VARIANTS = ("accelerated", "guarded", "as_paper", "as_released")
 KEEP_OUT_COUNTS = ("most_massive", "worst", "random")  # by largest value, largest error, or any
+BLOCK = "None or a whole number >= 1"  # None: the largest that there is
 KEPT_COUNTED = f"a number with keep_out {', '.join(KEEP_OUT_COUNTS)}, and None with any other"
 
 
@@ -56,7 +57,7 @@ class RotationSpec(MethodSpec):
     method: ClassVar[str] = "random"
     kind: str = one_of("RH", ROTATION_KINDS)
     seed: int = ruled(0, "a whole number in 0..2^63", ge=0, lt=1 << 63)
-    block: int | None = ruled(None, "None or a whole number >= 1", ge=1)
+    block: int | None = ruled(None, BLOCK, ge=1)
     path: str | None = None
 
     def _check(self) -> None:
@@ -172,7 +173,10 @@ class WeightSpec(Spec):
 class Recipe(Spec):
     """All that defines a quantized model and the text it is scored on. `keep_out`: the rule by which massive
     tokens pass the q, k, v, gate and up inputs unquantised (`QuaRot.FP16()`), or which `keep_out_tokens` of a
-    window do. `set_massive` overwrites massive values of the residual stream (Sun et al.)."""
+    window do. `set_massive` overwrites massive values of the residual stream (Sun et al.). `head_block` (of
+    R2 and R3) and `mlp_block` (of R4): blocks of the Hadamard matrices where not one is wanted, or known."""
+
+    LATER: ClassVar[tuple[str, ...]] = ("head_block", "mlp_block")
 
     model: ModelSpec = ModelSpec()
     corpus: CorpusSpec = CorpusSpec()
@@ -186,6 +190,8 @@ class Recipe(Spec):
     window: int = ruled(WINDOW, "a whole number >= 2", ge=2)
     keep_out_tokens: int | None = ruled(None, KEPT_COUNTED, ge=1)
     set_massive: str | None = one_of(None, (None, "zero", "mean"))
+    head_block: int | None = ruled(None, BLOCK, ge=1)
+    mlp_block: int | None = ruled(None, BLOCK, ge=1)
 
     def _check(self) -> None:
         self._require("activations", self.activations.granularity == "per_token", "per_token")
@@ -201,6 +207,11 @@ class Recipe(Spec):
     def is_rotated(self) -> bool:
         """Whether R1 to R4 act: NR means no rotation anywhere, as in the paper's tables."""
         return not (isinstance(self.rotation, RotationSpec) and self.rotation.kind == "NR")
+
+    @property
+    def blocks(self) -> tuple[int | None, int | None]:
+        """The blocks of the Hadamard matrices of heads and of R4."""
+        return self.head_block, self.mlp_block
 
     @property
     def bits(self) -> str:
@@ -222,7 +233,7 @@ class Recipe(Spec):
             changes |= {"activations": unrounded, "keep_out": None, "keep_out_tokens": None}
         changes |= {name: KV_CACHE for name in ("keys", "values") if getattr(self, name).bits == 16}
         if not self.is_rotated:
-            changes["rotation"] = RotationSpec(kind="NR")
+            changes |= {"rotation": RotationSpec(kind="NR"), "head_block": None, "mlp_block": None}
         else:  # what a method looks at is of this very model
             rows = {name: of for name, of in self.rotation if isinstance(of, CaptureSpec)}
             own = {name: of.with_(model=self.model) for name, of in rows.items()}

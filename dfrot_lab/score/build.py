@@ -4,6 +4,8 @@ integer products where both sides have codes, all else fake-quantized (rounded t
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,13 +53,14 @@ def build(recipe: Recipe, store: Store, on_part: OnPart = nothing, *, whole: boo
         surgery.rotate_residual(loaded, made.R1)
     surgery.fold_gains(loaded, made.gains)
     if made.R2 is not None:
-        surgery.rotate_heads(loaded, None if isinstance(made.R2, str) else made.R2)
+        surgery.rotate_heads(loaded, None if isinstance(made.R2, str) else made.R2, recipe.head_block)
     if made.r4:
-        surgery.rotate_down(loaded)
-    with surgery.online(loaded, r3=made.r3, r4=made.r4):
+        surgery.rotate_down(loaded, recipe.mlp_block)
+    blocks = recipe.blocks
+    with surgery.online(loaded, r3=made.r3, r4=made.r4, blocks=blocks):
         proof.check(None if loaded.roles.online else made.R1)
-    key = keys.weights(recipe, door.prints)
-    codes = run.quantize_weights(loaded, recipe.weights, key, store, r4=made.r4, on_part=on_part)
+    key, of = keys.weights(recipe, door.prints), recipe.weights
+    codes = run.quantize_weights(loaded, of, key, store, r4=made.r4, blocks=blocks, on_part=on_part)
     R = None if made.R1 is None else made.R1.to(loaded.device, next(loaded.model.parameters()).dtype)
     return Built(loaded, made, R, codes)
 
@@ -114,13 +117,14 @@ def quantized(built: Built, recipe: Recipe, *, fake: bool = False) -> Iterator[N
             ids = windows(recipe.with_(corpus=recipe.corpus.with_(split="calibration")), loaded)
             stack.enter_context(residual.massive_set(loaded, recipe.set_massive, ids))
         if in_integers:
-            r4 = surgery.hadamard if made.r4 else None
+            r4 = partial(surgery.hadamard, block=recipe.mlp_block) if made.r4 else None
             stack.enter_context(integer.integer_linears(loaded, built.codes, act, r4=r4, spare=spare))
         elif act.bits < 16:
             kinds += hooks.LINEAR_INPUTS
         r3, r4_online = made.r3 and recipe.keys.bits < 16, made.r4 and not in_integers
         function, sites = rounded(recipe, made.clips, spare), hooks.sites_of(loaded, *kinds)
-        stack.enter_context(surgery.online(loaded, r3=r3, r4=r4_online, function=function, sites=sites))
+        seen: dict[str, Any] = {"function": function, "sites": sites, "blocks": recipe.blocks}
+        stack.enter_context(surgery.online(loaded, r3=r3, r4=r4_online, **seen))
         yield
 
 

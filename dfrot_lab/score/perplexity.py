@@ -17,11 +17,13 @@ from dfrot_lab.model.checkpoint import HEAD
 from dfrot_lab.model.loading import LoadedModel
 from dfrot_lab.model.stream import Walk
 from dfrot_lab.recipe import keys
+from dfrot_lab.recipe.base import require
 from dfrot_lab.recipe.specs import Recipe
 from dfrot_lab.score.build import Built, build, build_key, quantized, windows
 from dfrot_lab.weights.run import OnPart, nothing
 
 KIND = "evaluation"
+FINITE = "finite (a broken model, or too small a dtype: try --dtype float32)"
 
 
 def perplexity(losses: np.ndarray, axis: int = -1) -> Any:
@@ -120,6 +122,7 @@ def evaluate(
             kept[key] = build(spec, store, on_part)
         loaded = kept[key].loaded
         losses, seconds = _losses(kept[key], spec, writer, on_part)
+        require(f"losses of {loaded.spec.source} at {spec.bits}", losses, np.isfinite(losses).all(), FINITE)
         writer.save_json("losses", losses)
         writer.save_json("recipe", spec.plain())
         writer.note.update(provenance=loaded.provenance, family=loaded.family, scoring_seconds=seconds)

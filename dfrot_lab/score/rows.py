@@ -1,5 +1,6 @@
 """Results as rows with provenance: a column for everything that makes a row different, nothing in a label."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,7 +25,8 @@ def difference_row(result: EvalResult, reference: EvalResult, name: str) -> dict
 
 def statistic_row(result: EvalResult, metric: str, value: float, ci95: Sequence[float]) -> dict[str, Any]:
     """The results row of any number, with its interval, that is said of the evaluation `result`."""
-    said = {"metric": metric, "value": value, "ci95": list(ci95), "seconds": round(result.seconds, 2)}
+    interval = list(ci95) if all(map(math.isfinite, ci95)) else None  # of one window there is none
+    said = {"metric": metric, "value": value, "ci95": interval, "seconds": round(result.seconds, 2)}
     made = {name: result.versions[name] for name in PACKAGES if name in result.versions}
     code = {"recipe": result.spec.key, "key": result.key, "versions": made, "formulas": FORMULAS}
     values = {**columns(result.spec), "family": result.family, **said, **code, "commit": result.commit}
@@ -36,6 +38,7 @@ def columns(recipe: Recipe) -> dict[str, Any]:
     model, weights, rotation = recipe.model, recipe.weights, recipe.rotation
     rest = [parameters(rotation), parameters(model, "source device"), parameters(recipe.corpus, "name")]
     rest.append(parameters(weights, "method quantizer corpus windows window"))
+    rest += [f"{name}={getattr(recipe, name)}" for name in recipe.LATER if name not in recipe.unkeyed]
     said: dict[str, Any] = {"model": model.source, "device": model.device, "corpus": recipe.corpus.name}
     said |= {"method": rotation.method, "rotation": rotation.name, "seed": rotation.first_seed}
     said |= {name: getattr(rotation, name, None) for name in ("gamma", "rule")}

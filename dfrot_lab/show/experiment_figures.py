@@ -77,9 +77,9 @@ def figure_clip(table: pd.DataFrame) -> Figure:
 
 def figure_intervene(table: pd.DataFrame) -> Figure:
     """Paired differences of perplexity against how many tokens of a window are kept out, and chosen how."""
-    rows = pd.concat([rows_of(table, f"{PERPLEXITY} - {kind}") for kind in table["rotation"].unique()])
-    own = rows["metric"] == f"{PERPLEXITY} - " + rows["rotation"]
-    rows = rows.assign(chosen=rows["chosen"].str.replace("_", " "))[own]
+    names = [name for name in table["metric"].unique() if name != PERPLEXITY]
+    rows = pd.concat([rows_of(table, name) for name in names])
+    rows = rows.assign(chosen=rows["chosen"].str.replace("_", " "))
     axes = {"xlabel": "tokens of each window kept out"}
     return panels(rows, "metric", _plot_kept, size=(5, 3.8), axes=axes, legend=True)
 
@@ -179,6 +179,8 @@ def figure_magnitudes(table: pd.DataFrame) -> Figure:
     step = max(1, len(texts) // 12)
     ax.set_xticks(range(0, len(texts), step), [repr(t)[1:-1] for t in texts[::step]], rotation=45, fontsize=7)
     ax.set(xlabel="token", ylabel="channel", zlabel="|residual stream|")
+    if table["magnitude"].max() < least:
+        ax.set_title("No token is massive by Sun et al.'s rule")
     ax.xaxis.labelpad, ax.yaxis.labelpad, ax.zaxis.labelpad = 22, 8, 12
     ax.view_init(elev=24, azim=-58)
     ax.set_box_aspect(None, zoom=0.88)  # else the labels are cut off

@@ -88,6 +88,8 @@ def plot_error_pair(wide: pd.DataFrame, x: str, y: str, *, ax: Axes | None = Non
     ax.collections[-1].set_alpha(np.where(shown["massive"], 1, 0.5).tolist())
     top = wide[[x, y]].max() * 1.05  # not one for both: errors without rotation are ten times the others
     ax.plot([0, top.max()], [0, top.max()], ls="--", lw=1, c=style.INK, label="equal")
+    if not wide["massive"].any():
+        ax.plot([], [], ls="", label="no token is massive here")
     limits = {"xlim": (-top[x] / 50, top[x]), "ylim": (-top[y] / 50, top[y])}  # a marker at 0 is seen whole
     ax.set(xlabel=f"E({x})", ylabel=f"E({y})", title=f"{y} against {x}", **limits)
     ax.legend()
@@ -154,10 +156,13 @@ def plot_residual(maxima: Tensor, median: Tensor, *, ax: Axes | None = None) -> 
 
 def plot_history(history: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """A refinement's mean squared error of `ordinary` and `massive` rows, `step` by step."""
-    table = history.set_index("step")[["ordinary", "massive"]].add_suffix(" rows")
-    markers = ["o", "D"] if len(history) < 30 else None  # an accelerated one looks at all rows now and then
-    ax = sns.lineplot(table, palette=[*TOKENS["palette"].values()], markers=markers, dashes=False, ax=ax)
-    ax.set(xlabel="step", ylabel="mean E(xR)", ylim=(0, None), title="Refining R1")
+    table = history.set_index("step")[["ordinary", "massive"]].add_suffix(" rows").dropna(axis=1, how="all")
+    found = len(table.columns)  # without a massive row, one
+    markers = ["o", "D"][:found] if len(history) < 30 else None  # accelerated, it looks at all rows at times
+    colours = [*TOKENS["palette"].values()][:found]
+    ax = sns.lineplot(table, palette=colours, markers=markers, dashes=False, ax=ax)
+    title = "Refining R1" + (", no row massive" if "massive rows" not in table else "")
+    ax.set(xlabel="step", ylabel="mean E(xR)", ylim=(0, None), title=title)
     return ax
 
 

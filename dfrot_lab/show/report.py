@@ -22,6 +22,7 @@ from plotly.offline import get_plotlyjs
 from dfrot_lab.disk.artefacts import Store, commit
 from dfrot_lab.maths import tables
 from dfrot_lab.model import corpus, loading
+from dfrot_lab.observe.massive import doubt
 from dfrot_lab.recipe import registry
 from dfrot_lab.recipe.specs import DEFAULT_MODEL, MASSIVE_RULES, CorpusSpec, Recipe, RefineSpec
 from dfrot_lab.show import figures, gallery
@@ -96,7 +97,8 @@ def values(findings: Findings) -> dict[str, Any]:
         "site": figure_site(result.capture.sites), "quantizer": setting.refine.quantizer.name,
         "about": about(findings), "command": command(setting),
         "missing": pd.DataFrame(alone, columns=["row", "alone"]),
-        "massive": gallery.most_massive(massive), "tokens": massive_tokens(massive), "shown": 15,
+        "massive": gallery.most_massive(massive), "doubt": doubt(result.capture, setting.rule),
+        "any_massive": bool(findings.errors["massive"].any()), "tokens": massive_tokens(massive), "shown": 15,
         "by_sun": massive.loc[massive["sun"], "token"].nunique(), "library": Markup(get_plotlyjs()),
         "gap": gaps.iloc[-1].to_dict() if len(gaps) else None,  # at the last bits that are stored
         "plot": scatter_figure(findings.errors).to_plotly_json(), "pictures": pictures,

@@ -12,15 +12,16 @@ import pandas as pd
 import torch
 
 from dfrot_lab.disk.artefacts import Store
+from dfrot_lab.maths.hadamard import block_of
 from dfrot_lab.model import integer, stream
 from dfrot_lab.model.checkpoint import FREE_SHARE
+from dfrot_lab.model.shapes import PASS, Shape, shape
 from dfrot_lab.observe import capture as captures
 from dfrot_lab.recipe.specs import WINDOW, Recipe, RefineSpec, WeightSpec
 from dfrot_lab.rotate import descent, dfrot
 from dfrot_lab.rotate.steps import CHECK_EVERY
 from dfrot_lab.score import build, perplexity
 from dfrot_lab.study.setting import Setting
-from dfrot_lab.study.shapes import PASS, Shape, shape
 from dfrot_lab.weights.run import CHUNK_BYTES, MLP_VALUES
 
 log = logging.getLogger(__name__)
@@ -262,6 +263,16 @@ class Progress:
         log.info("[%2d/%d] %s; %s", self.begun, len(self.costs), what, rest)
 
 
+def hadamards(shape: Shape) -> str:
+    """Which Hadamard rotations a shape can have, in words: whole, in blocks, or none."""
+    found = []
+    for name, n in {"R1 (RH)": shape.channels, "R2 and R3": shape.head, "R4": shape.mlp}.items():
+        block = block_of(n)
+        how = "whole" if block == n else f"{n // block} blocks of {block}" if block > 1 else "none is known"
+        found.append(f"{name} of {n}: {how}")
+    return f"Hadamard rotations: {', '.join(found)}"
+
+
 def describe(name: str, shape: Shape, machines: Sequence[Machine], recipes: Sequence[Recipe]) -> str:
     """The estimate as text: the model, each machine's rates, each stage's time and memory on each machine."""
     tables = [estimate(shape, machine, recipes) for machine in machines]
@@ -276,6 +287,7 @@ def describe(name: str, shape: Shape, machines: Sequence[Machine], recipes: Sequ
         single, double, int8, moved, memory = (f"{rate / 1e9:,.0f}" for rate in astuple(m)[1:6])
         said = f"float32 {single}, float64 {double}, int8 {int8} Gop/s, {moved} GB/s read and written"
         lines.append(f"{m.name}: {said}, {memory} GB; {m.source}")
+    lines.append(hadamards(shape))
     streamed = [machine.name for machine in machines if shape.model_bytes > FREE_SHARE * machine.memory]
     if streamed:
         lines.append(

@@ -67,7 +67,7 @@ def keep_out(setting: Setting, store: Store) -> pd.DataFrame:
     for offset, bits in product(range(setting.seeds), settings):
         ro, rh = (setting.row(bits, setting.rotation(kind, offset)) for kind in ("RO", "RH"))
         low, high = perplexity.paired_difference(found[ro], found[rh])[1]
-        if not low <= 0 <= high:  # a gap that may be 0 has no share
+        if low > 0 or high < 0:  # a gap that may be 0, or has no interval, has no share
             ro_kept, rh_kept = (spec.with_(keep_out=specs.RELEASED_KEEP_OUT) for spec in (ro, rh))
             four = [found[spec] for spec in (ro, ro_kept, rh, rh_kept)]
             statistic = perplexity.statistic(perplexity.closed_share, four)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.maths.tables import COLUMNS, whole
+from dfrot_lab.model import shapes
 from dfrot_lab.observe import capture as captures, errors, massive, residual
 from dfrot_lab.recipe.specs import RELEASED_KEEP_OUT, Recipe
 from dfrot_lab.rotate import dfrot
@@ -116,6 +117,7 @@ def run(setting: Setting, store: Store | None = None) -> MainResult:
     """Capture, refine, evaluate every row; what is stored is reused, a stopped run goes on where it was."""
     store, setting = store or Store(), setting.resolved()
     log.info("model %s, corpus %s, device %s", setting.model.source, setting.corpus, setting.model.device)
+    log.info("%s", cost.hadamards(shapes.shape(setting.model)))
     progress = cost.Progress(cost.preparation(setting, store))
     progress.begin("capturing activations")
     recorded = captures.capture(setting.capture, store)

@@ -101,7 +101,8 @@ def spread(both: pd.DataFrame, table: str) -> pd.DataFrame:
 def _perplexities(table: pd.DataFrame, places: Callable[[Row, str], Places]) -> Lines:
     """Perplexity rows where `places`, from a row and the paper's name of its method, says they belong."""
     for row in tables.records(table):
-        method = "FP16" if row["bits"] == "16-16-16" else METHODS[row["rotation"]]
+        if (method := "FP16" if row["bits"] == "16-16-16" else METHODS.get(row["rotation"])) is None:
+            continue  # such as RH in blocks, which the paper has not
         method += ".FP16()" if row["keep_out"] is True else ""
         for where, name, weights, note in places(row, method):
             yield (where, name, weights, str(row["bits"]), "wikitext2_ppl", note), row

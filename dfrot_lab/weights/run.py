@@ -5,7 +5,8 @@ quantized weights in, so each is calibrated on what the quantized model before i
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ log = logging.getLogger(__name__)
 KIND = "weights"
 CHUNK_BYTES, MLP_VALUES = 2e9, 3 * 4  # what the MLP's activations of windows in one pass may fill; each's
 LayerCodes = dict[str, Quantized]  # the quantized weights of one decoder layer by linear name
+Online = Callable[..., AbstractContextManager[None]]  # `surgery.online` of the model
 OnPart = Callable[[str, int, int], None]  # told of finished `layer`s, `window`s: done, total; may raise
 
 
@@ -46,15 +48,16 @@ class Codes(Sequence[LayerCodes]):
 
 def quantize_weights(
     loaded: LoadedModel, spec: WeightSpec, key: Mapping[str, Any], store: Store, *,
-    r4: bool = True, on_part: OnPart = nothing,
+    r4: bool = True, blocks: surgery.Blocks = (None, None), on_part: OnPart = nothing,
 ) -> Sequence[LayerCodes]:  # fmt: skip
-    """Put quantized weights into every linear of `loaded` (rotated as wanted; `r4`: down_proj gets R4) but
-    lm_head and embedding; from the store, under `key` (`keys.weights`), or computed now. Returns the codes,
-    one mapping a layer, memory-mapped; none at 16 bits. `on_part` is told of each layer once it is kept."""
+    """Put quantized weights into every linear of `loaded` (rotated as wanted; `r4`: down_proj gets R4 of
+    `blocks`) but lm_head and embedding; from the store, under `key` (`keys.weights`), or computed now. The
+    codes, one mapping a layer, memory-mapped; none at 16 bits. `on_part` is told of each layer once kept."""
     if spec.quantizer.bits == 16:
         return []
     run = _run_calibrated if registry.load(registry.WEIGHTS, spec.method).CALIBRATED else _run
-    artefact = store.get_or_make(KIND, key, lambda writer: run(loaded, spec, writer, r4, on_part))
+    online = partial(surgery.online, loaded, r4=r4, blocks=blocks)
+    artefact = store.get_or_make(KIND, key, lambda writer: run(loaded, spec, writer, online, on_part))
     codes: Sequence[LayerCodes] = Codes(artefact, loaded.device, len(loaded.layers))
     if loaded.checkpoint is None:
         codes = [codes[number] for number in range(len(codes))]
@@ -94,7 +97,7 @@ def _save(writer: Writer, index: int, done: LayerCodes) -> None:
     writer.save_tensors(_file(index), codes | {f"{name}:scale": q.scale for name, q in done.items()})
 
 
-def _run(loaded: LoadedModel, spec: WeightSpec, writer: Writer, _r4: bool, on_part: OnPart) -> None:
+def _run(loaded: LoadedModel, spec: WeightSpec, writer: Writer, _online: Online, on_part: OnPart) -> None:
     count = len(loaded.layers)
     for number in tqdm(range(count), desc=spec.method.upper(), unit="layer", leave=False):
         if not writer.has(_file(number)):
@@ -137,7 +140,9 @@ class _Layer:
 
 
 @torch.no_grad()
-def _run_calibrated(loaded: LoadedModel, spec: WeightSpec, writer: Writer, r4: bool, on_part: OnPart) -> None:
+def _run_calibrated(
+    loaded: LoadedModel, spec: WeightSpec, writer: Writer, online: Online, on_part: OnPart
+) -> None:
     if spec.corpus is None:
         raise ValueError(f"WeightSpec.corpus must be a text to calibrate {spec.method} on; got None")
     loading.check_tokens(loaded, spec.window)
@@ -152,7 +157,7 @@ def _run_calibrated(loaded: LoadedModel, spec: WeightSpec, writer: Writer, r4: b
         if layer := at.get(int(site.split(".")[1])):
             layer.arrive(site.rpartition(".")[2], x)
 
-    with surgery.online(loaded, r4=r4, function=arrive, sites=hooks.sites_of(loaded, *loaded.roles.groups)):
+    with online(function=arrive, sites=hooks.sites_of(loaded, *loaded.roles.groups)):
         walk = stream.Walk(loaded, ids.split(chunk), name=name, writer=writer)
         for number in walk.layers():
             if writer.has(_file(number)):

@@ -123,7 +123,10 @@ class Errors(Explorer):
 
     def _summary(self) -> str:
         medians = ", ".join(f"{name} {self.shown[name].median():.3g}" for name in self.rows.matrices)
-        tokens = f"{len(self.shown):,} tokens, {self.shown['massive'].sum()} massive (red, larger)"
+        heavy = self.shown["massive"].sum()
+        tokens = (
+            f"{len(self.shown):,} tokens, {f'{heavy} massive (red, larger)' if heavy else 'none massive'}"
+        )
         return f"{self.where}: {tokens}. Median E: {medians}"
 
     def _list(self) -> None:
