@@ -21,7 +21,7 @@ from dfrot_lab.model.checkpoint import Checkpoint, check, memory, quiet, weight_
 from dfrot_lab.model.families import Roles, oddity, roles_of
 from dfrot_lab.recipe.base import content_key, require
 from dfrot_lab.recipe.keys import model_key
-from dfrot_lab.recipe.specs import DEFAULT_MODEL, ModelSpec
+from dfrot_lab.recipe.specs import DEFAULT_MODEL, DTYPES, ModelSpec
 
 log = logging.getLogger(__name__)
 DEVICE = "DFROT_LAB_DEVICE"  # environment variable: what device `auto` is: cpu, cuda, or auto
@@ -101,8 +101,18 @@ def device() -> str:
 
 
 def placed(spec: ModelSpec) -> ModelSpec:
-    """`spec` with its device named: its own, or what `auto` is here."""
-    return spec.with_(device=device()) if spec.device == "auto" else spec
+    """`spec` with its device and dtype named: its own, or what `auto` is here."""
+    spec = spec.with_(device=device()) if spec.device == "auto" else spec
+    return spec.with_(dtype=_own_dtype(spec)) if spec.dtype == "auto" else spec
+
+
+def _own_dtype(spec: ModelSpec) -> str:
+    """On a GPU what the weights are in; on a CPU, where 16 bits are slower and no better, float32."""
+    kind, place = ("", "") if spec.device == "cpu" else resolve(spec)
+    if kind not in ("folder", "hub"):
+        return "float32"
+    own = str(config_of(place, spec).dtype).removeprefix("torch.")
+    return own if own in DTYPES else "float32"
 
 
 def device_name() -> str:
@@ -133,7 +143,8 @@ def resolve(spec: ModelSpec) -> tuple[str, Path | str]:
 
 def fingerprint(spec: ModelSpec) -> str:
     """Key of the model's bytes, dtype and kind of device; files that did not change are not read again."""
-    return model_key(_bytes_key(spec), spec.dtype, placed(spec).device)
+    spec = placed(spec)
+    return model_key(_bytes_key(spec), spec.dtype, spec.device)
 
 
 def _bytes_key(spec: ModelSpec) -> str:
@@ -190,9 +201,10 @@ def load_model(
         kind, place = "gguf", downloads.fetch(downloads.SMOLLM2_GGUF)
     if kind == "gguf":
         place, provenance = gguf_files.folder(Path(place), key, store or Store())
+    config = config_of(place, spec)
     if kind == "hub":
         place = _hub_folder(str(place), spec.revision)
-    place, config = Path(place), config_of(Path(place), spec)
+    place = Path(place)
     size, limit = weight_bytes(place, spec.dtype), memory(spec.device)
     keeps = size <= limit
     if whole and not keeps:
@@ -225,6 +237,9 @@ def config_of(place: Path | str, spec: ModelSpec) -> Any:
         config = AutoConfig.from_pretrained(place, revision=spec.revision)
     causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)  # what from_pretrained will take
     roles_of(causal or str((config.architectures or [type(config).__name__])[0]))
+    if told := getattr(config, "quantization_config", None):
+        method = told.get("quant_method", "a method it does not name")
+        raise ValueError(f"{spec.source} is already quantized, by {method}: use the unquantized model")
     if why := oddity(config):
         raise ValueError(f"this {causal} cannot be rotated here without changing it: {why}")
     return config
