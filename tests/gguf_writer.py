@@ -1,6 +1,6 @@
 """GGUF files as llama.cpp's converter writes them, out of models of the four architectures, for tests."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,10 @@ def write_gguf(
     tensors: Mapping[str, np.ndarray] | None = None,
     split: int = 0,
     pre: str | None = None,
+    pieces: Sequence[str] = (),
 ) -> None:
     """Matrices of a `kinds` (by the end of the name, or one for all), keys added to or, where None, taken from
-    the header, further tensors, at most `split` tensors a part.
+    the header, further tensors, at most `split` tensors a part; the tokenizer is byte-level, or of sentencepiece `pieces`.
     """
     config = loaded.config
     writer = gguf.GGUFWriter(path, config.model_type, split_max_tensors=split)
@@ -50,7 +51,10 @@ def write_gguf(
         add = {str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, list: writer.add_array}  # fmt: skip
         if value is not None:
             add[type(value)](name, value)
-    write_tokenizer(writer, loaded.tokenizer, pre)
+    if pieces:
+        write_pieces(writer, pieces)
+    else:
+        write_tokenizer(writer, loaded.tokenizer, pre)
     arch = next(each for each, name in gguf.MODEL_ARCH_NAMES.items() if name == config.model_type)
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     for name, tensor in loaded.model.state_dict().items():
@@ -82,6 +86,19 @@ def write_tokenizer(writer: gguf.GGUFWriter, tokenizer: Any, pre: str | None) ->
     writer.add_token_merges([f"{tokens[0]} {tokens[1]}"])
     writer.add_bos_token_id(7)
     writer.add_eos_token_id(0)
+
+
+def write_pieces(writer: gguf.GGUFWriter, pieces: Sequence[str]) -> None:
+    """A sentencepiece tokenizer, the later of two pieces the better."""
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(pieces)
+    writer.add_token_scores([float(n) for n in range(len(pieces))])
+    writer.add_token_types(
+        [gguf.TokenType.UNKNOWN, *[gguf.TokenType.CONTROL] * 2, *[gguf.TokenType.NORMAL] * (len(pieces) - 3)]
+    )
+    writer.add_unk_token_id(0)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
 
 
 def add_tensor(writer: gguf.GGUFWriter, name: str, x: np.ndarray, kinds: Mapping[str, Kind] | Kind) -> None:

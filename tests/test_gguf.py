@@ -242,6 +242,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, np.ndarray], str]] = {
     "layers that differ": ({"feed_forward_length": [256, 512]}, {}, r"says llama\.feed_forward_length = \[256, 512\], and every layer must have the same"),
     "another width": ({"feed_forward_length": 512}, {}, r"holds blk\.0\.ffn_\w+\.weight of the shape \(256, 256\), and its header makes it \(\d+, \d+\)"),
     "a layer too few": ({"block_count": 2}, {}, r"lacks 9 tensors of a llama model, the first blk\.1\.attn_k\.weight"),
+    "long factors alone": ({}, {"rope_factors_long.weight": ZEROS[:32] + 1}, r"lacks the tensor rope_factors_short\.weight"),
     "no width": ({"embedding_length": None}, {}, r"does not say llama\.embedding_length"),
 }  # fmt: skip
 """Of a llama file what is changed in its header, further tensors, and what is said to that."""
@@ -366,6 +367,29 @@ def test_a_text_begins_with_bos_where_the_file_says_so(
     (tmp_path / "text.txt").write_text("ab c\n" * 40)
     ids = corpus.token_ids(CorpusSpec(name=str(tmp_path / "text.txt")), tokenizer)
     assert (int(ids[0]) == 7) == begins and 7 not in ids[1:]
+
+
+@pytest.mark.parametrize("flag", [None, True, False])
+def test_a_sentencepiece_text_begins_with_bos_unless_the_file_says_no(
+    flag: bool | None, tmp_path: Path, store: Store
+):
+    """As of Llama 2: merges follow from the scores, and a text without a flag begins with BOS."""
+    path, original = tmp_path / "m.gguf", model_of(vocab_size=8)
+    pieces = ["<unk>", "<s>", "</s>", "\u2581", "a", "b", "\u2581a", "ab"]
+    write_gguf(path, original, said={"tokenizer.ggml.add_bos_token": flag}, pieces=pieces)
+    tokenizer = load_model(spec_of(path), store).tokenizer
+    assert tokenizer("a b").input_ids == [1] * (flag is not False) + [6, 3, 5]
+
+
+def test_a_big_endian_file_is_said_to_be_one(tmp_path: Path, store: Store):
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama", endianess=gguf.GGUFEndian.BIG)
+    writer.add_tensor("token_embd.weight", np.zeros((4, 4), dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ValueError, match=r"m\.gguf is big-endian, which is not read here"):
+        load_model(spec_of(tmp_path / "m.gguf"), store)
 
 
 def test_a_large_file_becomes_several_shards_and_a_killed_conversion_goes_on(

@@ -55,7 +55,7 @@ def config_of(header: Mapping[str, Any], tensors: Mapping[str, Any]) -> Any:
         raise ValueError(f"does not say {kind}.{lacking[0]}")
     values = {name: _same(f"{kind}.{key}", said.pop(key)) for key, name in KEYS.items()}
     size = said.pop("attention.key_length", values["hidden_size"] // values["num_attention_heads"])
-    values |= {"head_dim": size, "vocab_size": _rows(tensors, "token_embd.weight")}
+    values |= {"head_dim": size, "vocab_size": int(_tensor(tensors, "token_embd.weight").shape[1])}
     values |= {f"{each}_token_id": header.get(f"tokenizer.ggml.{each}_token_id") for each in ("bos", "eos")}
     if kind == "phi3":
         values |= {"pad_token_id": None, "sliding_window": said.pop("attention.sliding_window", 0) or None}
@@ -77,10 +77,10 @@ def _same(key: str, value: Any) -> Any:
     return value[0] if isinstance(value, list) else value
 
 
-def _rows(tensors: Mapping[str, Any], name: str) -> int:
+def _tensor(tensors: Mapping[str, Any], name: str) -> Any:
     if name not in tensors:
         raise ValueError(f"lacks the tensor {name}")
-    return int(tensors[name].shape[1])
+    return tensors[name]
 
 
 def _rope(kind: str, said: dict[str, Any], tensors: Mapping[str, Any], values: Mapping[str, Any]) -> Any:
@@ -100,14 +100,14 @@ def _rope(kind: str, said: dict[str, Any], tensors: Mapping[str, Any], values: M
     fast, slow = (
         float(said.pop(f"rope.scaling.yarn_beta_{end}", by)) for end, by in (("fast", 32), ("slow", 1))
     )
-    pair = next((names for names in DIVISORS if names[0] in tensors), None)
+    pair = next((names for names in DIVISORS if tensors.keys() & set(names)), None)
     is_scaled = factor != 1 and scaling != "none"
     if is_scaled and (pair or kind == "phi3" or scaling not in ("linear", "yarn")):
         raise ValueError(
             f"says {kind}.rope.scaling.type = {scaling}, with factor {factor}, which would not be done"
         )
     if pair:
-        short, long = ([float(x) for x in tensors[name].data] for name in pair)
+        short, long = (_tensor(tensors, name).data.astype(float).tolist() for name in pair)
         if not len(short) == len(long) == rotary // 2:
             raise ValueError(
                 f"holds {pair[0]} of {len(short)} values, and RoPE turns {rotary // 2} pairs of channels"

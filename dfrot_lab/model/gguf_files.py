@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 VERSION = 2  # of what is made of a file: raise it when the same file becomes something else
 SHARD = 2 << 30  # bytes of weights after which another file of the folder is begun
+LONG = 4096  # values of one key: no such list, as of tokens, says anything of the model
 PART = re.compile(r"(.+)-\d{5}-of-(\d{5})(\.gguf)", re.IGNORECASE)
 ADDS_BOS = ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "tekken")
 """Pre-tokenizers with which llama.cpp begins a text with BOS, where the file does not say whether to."""
@@ -81,7 +82,8 @@ def key_of(path: Path) -> str:
 def read(path: Path) -> Header:
     """The header of a file with all its parts; no weight is read. ValueError: why it cannot be loaded."""
     readers = [_reader(part) for part in parts(path)]
-    said = {name: field.contents() for name, field in readers[0].fields.items()}
+    fields = readers[0].fields.items()
+    said = {name: field.contents() for name, field in fields if len(field.data) < LONG}
     tensors = {tensor.name: tensor for reader in readers for tensor in reader.tensors}
     try:
         if (count := said.get("split.count", 1)) != len(readers):
@@ -102,11 +104,14 @@ def _reader(path: Path) -> _Reader:
         if (start := file.read(4)) != b"GGUF":
             raise ValueError(f"{path} is not a GGUF file: it begins with {start!r}, not with b'GGUF'")
     try:
-        return _Reader(path)
+        reader = _Reader(path)
     except EOFError as error:
         raise ValueError(f"{path} is truncated: {error}. Copy or download it again.") from error
     except (ValueError, KeyError, OverflowError) as error:
         raise ValueError(f"{path} is damaged, or newer than the package gguf: {error}") from error
+    if reader.endianess != gguf.GGUFEndian.LITTLE:
+        raise ValueError(f"{path} is big-endian, which is not read here: convert it with gguf-convert-endian")
+    return reader
 
 
 def _check_kind(tensor: Any) -> None:
