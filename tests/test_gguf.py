@@ -135,7 +135,7 @@ def test_heads_of_any_size_are_those_of_the_file(family: str, size: int, tmp_pat
     assert_the_same_function(load_model(spec_of(tmp_path / "m.gguf"), store), original)
 
 
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}  # fmt: skip
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}  # fmt: skip
 SCALED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "linear": ({"rope_type": "linear", "factor": 4.0}, {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}),
     "linear, as llama.cpp takes a factor alone": ({"rope_type": "linear", "factor": 4.0}, {"rope.scaling.factor": 4.0}),

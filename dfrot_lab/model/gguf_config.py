@@ -59,7 +59,8 @@ def config_of(header: Mapping[str, Any], tensors: Mapping[str, Any]) -> Any:
     values |= {f"{each}_token_id": header.get(f"tokenizer.ggml.{each}_token_id") for each in ("bos", "eos")}
     if kind == "phi3":
         values |= {"pad_token_id": None, "sliding_window": said.pop("attention.sliding_window", 0) or None}
-        values["original_max_position_embeddings"] = said.get("rope.scaling.original_context_length")
+        original = said.get("rope.scaling.original_context_length", values["max_position_embeddings"])
+        values["original_max_position_embeddings"] = original
     values["rope_parameters"] = _rope(kind, said, tensors, values)
     for key, value in said.items():
         if key not in IDLE and value != {**NEUTRAL, "attention.value_length": size}.get(key):
