@@ -52,7 +52,7 @@ def test_auto_is_float32_on_a_cpu_whatever_the_folder_is_in(dtype: torch.dtype, 
         == fingerprint(spec.with_(dtype="float32"))
         != fingerprint(spec.with_(dtype="bfloat16"))
     )
-    loaded, original = load_model(spec, store), tiny_model().model.to(dtype).state_dict()
+    loaded, original = load_model(spec, store), tiny_model(dtype=dtype).model.state_dict()
     for name, x in loaded.model.state_dict().items():
         assert x.dtype == torch.float32 and torch.equal(x, original[name].float()), name
 
