@@ -1,4 +1,4 @@
-"""A GGUF file is loaded as exactly what it holds, or refused by name before any of its weights is read."""
+"""A GGUF file is loaded as exactly what it holds, or refused by name before any weight is dequantised."""
 
 import logging
 import math
@@ -250,7 +250,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, np.ndarray], str]] = {
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_what_the_model_would_not_do_is_refused_before_any_weight_is_read(
+def test_what_the_model_would_not_do_is_refused_before_work(
     what: str, tmp_path: Path, store: Store, caplog: pytest.LogCaptureFixture
 ):
     said, tensors, rule = REFUSED[what]

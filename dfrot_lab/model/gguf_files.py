@@ -1,5 +1,5 @@
 """A GGUF file, or the parts of a split one, as a folder of float32 weights: exactly the values it holds. What
-cannot be kept of it is refused by name, before any weight is read."""
+cannot be kept of it is refused by name, before any weight is dequantised."""
 
 import json
 import logging
