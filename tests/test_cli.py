@@ -28,7 +28,7 @@ from dfrot_lab.study.experiments import EXPERIMENTS
 DONE = "[0-9a-f]*[0-9a-f]/manifest.json"
 """Finished artefacts only: the folder of one being made ends in .partial."""
 
-COMMON = ("--model", "--corpus", "--seed", "--out", "--json")
+COMMON = ("--model", "--corpus", "--seed", "--out", "--json", "--dtype")
 WITHOUT = {
     "run": (),
     "capture": ("--seed",),
@@ -329,7 +329,10 @@ BAD = [
     (["refine", "--rule", "big"], f"RefineSpec.rule must be one of {', '.join(MASSIVE_RULES)}; got 'big'"),
     (["evaluate", "--rotation", "DFRot", "--rule", "big"], "RefineSpec.rule must be one of ratio_8, "),
     (["evaluate", "--weights", "awq"], "WeightSpec.method must be one of rtn, gptq; got 'awq'"),
-    (["evaluate", "--dtype", "int8"], "ModelSpec.dtype must be one of float32, float64, bfloat16, float16;"),
+    (
+        ["evaluate", "--dtype", "int8"],
+        "ModelSpec.dtype must be one of auto, float32, float64, bfloat16, float16;",
+    ),
     (["errors", "--scheme", "sym"], "QuantSpec.scheme must be one of symmetric, asymmetric, free; got 'sym'"),
     (["capture", "--tokens", "0"], "CaptureSpec.tokens must be a whole number >= 1; got 0"),
     (["capture", "--tokens", "-5"], "CaptureSpec.tokens must be a whole number >= 1; got -5"),

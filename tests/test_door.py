@@ -30,7 +30,7 @@ OPEN = [
     ModelSpec(),
     CorpusSpec(),
 ]
-CLOSED = [QuantSpec(), RotationSpec(), WeightSpec(corpus=None), ModelSpec(device="cpu")]
+CLOSED = [QuantSpec(), RotationSpec(), WeightSpec(corpus=None), ModelSpec(device="cpu", dtype="float32")]
 
 
 @pytest.fixture(autouse=True)
@@ -79,7 +79,9 @@ def test_a_resolved_spec_comes_back_as_it_is_whatever_changes_later(monkeypatch:
 
 def test_what_is_said_stays(monkeypatch: pytest.MonkeyPatch, text_file: Path):
     monkeypatch.setenv(loading.DEVICE, "cuda")
-    spec = CaptureSpec(model=ModelSpec(device="cpu"), corpus=CorpusSpec(name=str(text_file)))
+    spec = CaptureSpec(
+        model=ModelSpec(device="cpu", dtype="bfloat16"), corpus=CorpusSpec(name=str(text_file))
+    )
     assert resolved(spec) is spec
 
 
@@ -105,9 +107,9 @@ def test_a_spec_s_own_device_goes_before_the_environment_s(
 
 
 def test_a_loaded_models_spec_is_resolved(tiny_spec: ModelSpec):
-    assert tiny_spec.device == "auto"
+    assert tiny_spec.device == tiny_spec.dtype == "auto"
     loaded = loading.load_model(tiny_spec)
-    assert loaded.spec == resolved(tiny_spec) == tiny_spec.with_(device="cpu")
+    assert loaded.spec == resolved(tiny_spec) == tiny_spec.with_(device="cpu", dtype="float32")
     assert loaded.fingerprint == door.prints(loaded.spec) == door.prints(tiny_spec)
 
 

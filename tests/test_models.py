@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 from again import assert_near
-from conftest import CHANNELS, CONTEXT, FAMILIES, HEAD_SIZE, INNER, LAYERS, save_tiny, tiny_model
+from conftest import CHANNELS, CONTEXT, FAMILIES, LAYERS, save_tiny, tiny_model
+from gguf_writer import to_interleaved, write_gguf
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
@@ -24,6 +25,7 @@ from dfrot_lab.model import door, families, loading, surgery
 from dfrot_lab.model.families import roles_of
 from dfrot_lab.model.loading import LoadedModel, check_tokens, fingerprint, load_model, resolve
 from dfrot_lab.recipe.specs import DTYPES, ModelSpec, RotationSpec
+from dfrot_lab.study import shapes
 
 SUPPORTED = "Supported: LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM"
 TINY = {
@@ -43,49 +45,6 @@ REFUSED = {
     "bert": (TINY, "BertForMaskedLM has no causal decoder"),
     "stablelm": (TINY, "StableLmForCausalLM is not in the table of roles"),
 }
-
-
-def write_gguf(path: Path, loaded: LoadedModel) -> None:
-    """A tiny Llama as an F32 GGUF file, as llama.cpp's converter writes it: q and k rows permuted to
-    interleaved RoPE, a byte-level tokenizer.
-    """
-    config = loaded.model.config
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(CONTEXT)
-    writer.add_embedding_length(CHANNELS)
-    writer.add_block_count(LAYERS)
-    writer.add_feed_forward_length(INNER)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(HEAD_SIZE)
-    writer.add_vocab_size(config.vocab_size)
-    tokens = sorted(loaded.tokenizer.get_vocab(), key=loaded.tokenizer.get_vocab().get)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([*tokens[:-1], tokens[0] + tokens[1]])
-    writer.add_token_merges(
-        [f"{tokens[0]} {tokens[1]}"]
-    )  # a converter without a single merge is an error in tokenizers
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(0)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, LAYERS)
-    for name, tensor in loaded.model.state_dict().items():
-        x = tensor.numpy()
-        if name.endswith(("q_proj.weight", "k_proj.weight")):
-            x = to_interleaved(x, HEAD_SIZE)
-        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), np.ascontiguousarray(x))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def to_interleaved(weight: np.ndarray, head: int) -> np.ndarray:
-    """Rows of q or k from half-split RoPE (channel i pairs with i + head / 2) to interleaved (2 i pairs with
-    2 i + 1), head by head.
-    """
-    order = np.arange(head).reshape(2, head // 2).T.reshape(-1)
-    return weight.reshape(-1, head, weight.shape[-1])[:, order].reshape(weight.shape)
 
 
 def same_weights(a: LoadedModel, b: LoadedModel) -> bool:
@@ -350,33 +309,12 @@ def test_a_gguf_file_is_dequantised_once_to_the_same_weights(
     assert_near(first.model(ids).logits, original.model(ids).logits)  # the config came over too
 
 
-@pytest.mark.parametrize("size", [0, 4, 40, 3000, 20000, -1000])
-def test_a_gguf_file_cut_short_is_refused_by_name_and_leaves_no_artefact(
-    size: int, tmp_path: Path, store: Store
-):
-    path = tmp_path / "tiny.gguf"
-    write_gguf(path, tiny_model())
-    path.write_bytes(path.read_bytes()[:size])
-    with pytest.raises(
-        ValueError, match=f"^{re.escape(str(path))} is not a whole GGUF file .*Copy or download it again"
-    ):
-        load_model(ModelSpec(source=str(path)), store)
-    assert not store.list()
-
-
-def test_a_file_that_only_has_the_name_of_a_gguf_is_refused(tmp_path: Path, store: Store):
-    path = tmp_path / "text.gguf"
-    path.write_text("a text, and no model " * 10)
-    with pytest.raises(ValueError, match=r"text\.gguf is not a whole GGUF file .*magic invalid"):
-        load_model(ModelSpec(source=str(path)), store)
-
-
 @pytest.mark.model
 @pytest.mark.parametrize("size", [1000, 2_000_000, -4096])
 def test_the_default_model_s_file_cut_short_is_refused(size: int, tmp_path: Path, store: Store):
     path = tmp_path / "short.gguf"
     path.write_bytes(downloads.fetch(downloads.SMOLLM2_GGUF).read_bytes()[:size])
-    with pytest.raises(ValueError, match=r"short\.gguf is not a whole GGUF file"):
+    with pytest.raises(ValueError, match=r"short\.gguf is truncated"):
         load_model(ModelSpec(source=str(path)), store)
     assert not store.list()
 
@@ -430,3 +368,32 @@ def test_the_default_model_s_weights_are_gguf_s_own_values(default_model: Loaded
         weight = state[f"model.layers.29.self_attn.{part}_proj.weight"].numpy()
         assert np.array_equal(to_interleaved(weight, 64), values(f"blk.29.attn_{part}.weight", "Q4_1"))
         assert not np.array_equal(weight, values(f"blk.29.attn_{part}.weight", "Q4_1"))
+
+
+QUANTIZED = {
+    "bitsandbytes": {"quant_method": "bitsandbytes", "load_in_4bit": True},
+    "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 128},
+    "awq": {"quant_method": "awq", "bits": 4, "group_size": 128},
+    "hqq": {"quant_method": "hqq", "quant_config": {}},
+    "torchao": {"quant_method": "torchao", "quant_type": "int4_weight_only"},
+    "auto-round": {"quant_method": "auto-round", "bits": 4},
+    "quark": {"quant_method": "quark"},
+    "compressed-tensors": {"quant_method": "compressed-tensors", "format": "int-quantized"},
+    "fp8": {"quant_method": "fp8", "weight_block_size": [128, 128]},
+    "a method it does not name": {"bits": 4},
+}
+
+
+@pytest.mark.parametrize("method", QUANTIZED)
+def test_a_folder_that_is_already_quantized_is_refused_before_work(method: str, tmp_path: Path, store: Store):
+    """Weights that cannot be read are never reached."""
+    spec = save_tiny(tmp_path / "m")
+    config = tmp_path / "m" / "config.json"
+    config.write_text(
+        json.dumps({**json.loads(config.read_text()), "quantization_config": QUANTIZED[method]})
+    )
+    (tmp_path / "m" / "model.safetensors").write_bytes(b"no weights")
+    rule = rf"^{re.escape(spec.source)} is already quantized, by {method}: use the unquantized model$"
+    for look in (lambda: load_model(spec, store), lambda: shapes.shape(spec)):
+        with pytest.raises(ValueError, match=rule):
+            look()

@@ -270,6 +270,20 @@ def test_the_command_writes_the_file_and_the_commands_it_names_complete_it(tmp_p
 
 
 @pytest.mark.parametrize(
+    ("dtype", "device", "said"),
+    [
+        ("auto", "auto", ""),
+        ("float32", "cpu", ""),
+        ("float64", "cpu", "--dtype float64"),
+        ("float32", "cuda", "--dtype float32"),
+    ],
+)
+def test_the_commands_say_a_dtype_that_is_not_the_default(dtype, device, said):
+    setting = Setting(model=ModelSpec(dtype=dtype, device=device))
+    assert said in report.command(setting) and ("--dtype" in report.command(setting)) == bool(said)
+
+
+@pytest.mark.parametrize(
     ("out", "sentence"), [(".", "is a folder"), ("not/there/report.html", "Make the folder not/there first")]
 )
 def test_a_place_that_cannot_be_written_is_refused_before_any_work(tmp_path, monkeypatch, out, sentence):

@@ -44,7 +44,7 @@ COUNTED = "a number with keep_out most_massive, worst, random, and None with any
 
 BAD = [
     (ModelSpec, {"source": "  "}, "source", "a packaged name"),
-    (ModelSpec, {"dtype": "int4"}, "dtype", "one of float32, float64, bfloat16, float16"),
+    (ModelSpec, {"dtype": "int4"}, "dtype", "one of auto, float32, float64, bfloat16, float16"),
     (CorpusSpec, {"name": ""}, "name", "auto, wikitext2, wikipedia-sample or a text file"),
     (CorpusSpec, {"split": "dev"}, "split", "one of calibration, evaluation, train, valid, test"),
     (RotationSpec, {"kind": "HR"}, "kind", "one of NR, RO, RH, file"),

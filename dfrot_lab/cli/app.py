@@ -68,7 +68,7 @@ def run(
     return said.show(row_files.rows(result.table), text)
 
 
-@command("experiment", "model corpus calibration seed out as_json windows")
+@command("experiment", "model corpus calibration seed out as_json windows dtype")
 def experiment(
     said: Options, name: Annotated[str, typer.Argument(help="Which one; without it they are listed.")] = "",
     limit: Annotated[int, typer.Option(help="Items of each zero-shot task; 0 takes all.", min=0)] = 100,
@@ -92,7 +92,7 @@ def experiment(
     return said.show_table(table if said.as_json else table[shown], {"written": ", ".join(map(str, written))})
 
 
-@command("figures", "model corpus seed out as_json windows")
+@command("figures", "model corpus seed out as_json windows dtype")
 def figures(said: Options) -> None:
     """Rewrite the committed figures/ and data/results/: the main job's and every experiment's.
 
@@ -144,7 +144,7 @@ def models(said: Options) -> None:
     said.show_facts({**about, "refused": families.REFUSED}, said.out)
 
 
-@command("fetch", "model corpus out as_json")
+@command("fetch", "model corpus out as_json dtype")
 def fetch(said: Options) -> None:
     """Fetch and convert the model and the corpus now, so that everything else works without a network."""
     from dfrot_lab.model import corpus, loading
@@ -156,7 +156,7 @@ def fetch(said: Options) -> None:
     said.show_facts(about, said.out)
 
 
-@command("doctor", "model corpus out as_json")
+@command("doctor", "model corpus out as_json dtype")
 def doctor(said: Options) -> None:
     """Versions, cores, memory, what is cached, what is missing; exit code 1 if the main job could not run."""
     from dfrot_lab.cli.doctor import checkup

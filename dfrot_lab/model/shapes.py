@@ -1,7 +1,6 @@
 """The sizes of a model, known without reading its weights: what its cost is counted from."""
 
 import math
-import struct
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 
 from dfrot_lab.disk.artefacts import Store, Writer
 from dfrot_lab.disk.atomic import digest
-from dfrot_lab.model import loading
+from dfrot_lab.model import gguf_files, loading
 from dfrot_lab.model.families import heads_of
 from dfrot_lab.recipe.specs import DEFAULT_MODEL, ModelSpec
 
@@ -94,14 +93,8 @@ def shape(source: ModelSpec) -> Shape:
     if source.source in SHAPES:
         return SHAPES[source.source]
     path = Path(source.source).expanduser()
-    if path.suffix == ".gguf" and path.is_file():
-        from transformers import AutoConfig
-
-        try:
-            return shape_of(AutoConfig.from_pretrained(path.parent, gguf_file=path.name))
-        except (ValueError, OSError, RuntimeError, LookupError, AttributeError, struct.error) as error:
-            said = f"{path} is not a whole GGUF file of a LLaMA-like model ({type(error).__name__}: {error})"
-            raise ValueError(said) from error
+    if gguf_files.is_gguf(path):
+        return shape_of(gguf_files.read(path).config)
     if (file := path / "config.json").is_file():  # kept, since reading it loads transformers
 
         def make(writer: Writer) -> None:

@@ -39,9 +39,10 @@ class Capture:
         self.residual_median = residual["median"].float()
 
     def rows(self, site: str) -> Tensor:
-        """The norm's output at `site` (tokens, channels), memory-mapped."""
+        """The norm's output at `site` (tokens, channels), memory-mapped; what was 16 bits wide as float32."""
         self.place(site)
-        return self.artefact.tensors(site)["x"]
+        x = self.artefact.tensors(site)["x"]
+        return x.to(torch.promote_types(x.dtype, torch.float32))
 
     def place(self, site: str) -> int:
         """Where `site` is in `sites`; KeyError."""

@@ -46,6 +46,7 @@ def rows_rule(x: Tensor, rule: str) -> Tensor:
     """Massive mask (tokens,) of normalised, unrotated rows (tokens, channels), by a rule of ROW_RULES."""
     said = f"{', '.join(ROW_RULES)} for rows alone (the others need the residual stream of a Capture)"
     require("rule", repr(rule), rule in ROW_RULES, f"one of {said}")
+    x = x.to(torch.promote_types(x.dtype, torch.float32))  # the sum of squares of 16 bits would be off by 1%
     error = squared_error(x, SYM4)
     if rule == "ro_vs_nr":
         return squared_error(x @ _reference_ro(x.shape[-1]).to(x), SYM4) >= error

@@ -56,7 +56,7 @@ def magnitudes(spec: CaptureSpec, layer: int, tokens: int = 32, store: Store | N
     """|residual stream| before one layer of a capture's first tokens: token, channel, magnitude, text."""
     loaded = loading.load_model(spec.model, store)
     ids = token_blocks(spec, loaded)[0]
-    x = streams(loaded, ids)[layer][:tokens].abs()
+    x = streams(loaded, ids)[layer][:tokens].abs().float()
     index = pd.MultiIndex.from_product([range(len(x)), range(x.shape[1])], names=["token", "channel"])
     table = pd.DataFrame({"magnitude": x.flatten().numpy()}, index=index).reset_index()
     texts = [loaded.tokenizer.decode([i]) for i in ids[:tokens].tolist()]

@@ -33,10 +33,11 @@ KEPT_COUNTED = f"a number with keep_out {', '.join(KEEP_OUT_COUNTS)}, and None w
 
 
 class ModelSpec(Spec):
-    """Which language model (`hub:owner/name` alone uses the network), in which dtype, on which device."""
+    """Which language model (`hub:owner/name` alone uses the network), on which device, and computed in which
+    dtype: `auto` is float32 on a CPU, the weights' own on a GPU."""
 
     source: str = ruled(DEFAULT_MODEL, MODEL_SOURCES, pattern=r"\S")
-    dtype: str = one_of("float32", DTYPES)
+    dtype: str = one_of("auto", ("auto", *DTYPES))
     revision: str | None = None
     device: str = one_of("auto", DEVICES)
 

@@ -36,7 +36,11 @@ def statistic_row(result: EvalResult, metric: str, value: float, ci95: Sequence[
 def columns(recipe: Recipe) -> dict[str, Any]:
     """What a row says of its recipe, column by column; `parameters` are what else is not the default."""
     model, weights, rotation = recipe.model, recipe.weights, recipe.rotation
-    rest = [parameters(rotation), parameters(model, "source device"), parameters(recipe.corpus, "name")]
+    rest = [
+        parameters(rotation),
+        parameters(model, "source device" + " dtype" * (model.dtype == "float32")),
+        parameters(recipe.corpus, "name"),
+    ]
     rest.append(parameters(weights, "method quantizer corpus windows window"))
     rest += [f"{name}={getattr(recipe, name)}" for name in recipe.LATER if name not in recipe.unkeyed]
     said: dict[str, Any] = {"model": model.source, "device": model.device, "corpus": recipe.corpus.name}

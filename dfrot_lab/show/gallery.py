@@ -82,7 +82,7 @@ def _save_figure(fig: Figure, name: str, folder: Path, setting: Setting, about: 
 def _question(name: str, setting: Setting) -> dict[str, Any]:
     """An experiment's own setting as JSON values, whatever the device: the same question is answered once."""
     own = experiments.setting_of(name, setting)
-    return own.with_(model=own.model.with_(device="auto")).plain()
+    return own.with_(model=loading.placed(own.model).with_(device="auto")).plain()
 
 
 def main_figures(result: MainResult, wide: pd.DataFrame) -> dict[str, tuple[Figure, dict[str, Any]]]:

@@ -179,6 +179,10 @@ def row_command(setting: Setting, spec: Recipe) -> str:
 def _options(setting: Setting, seed: int) -> str:
     model, text = map(shlex.quote, (setting.model.source, setting.corpus))
     own = f" --calibration {shlex.quote(setting.calibration)}" if setting.calibration else ""
+    dtype = setting.model.dtype
+    own += (
+        "" if dtype == "auto" or (dtype, setting.model.device) == ("float32", "cpu") else f" --dtype {dtype}"
+    )
     return f"--model {model} --corpus {text}{own} --seed {seed} --windows {setting.windows}"
 
 

@@ -1,0 +1,211 @@
+"""A GGUF file, or the parts of a split one, as a folder of float32 weights: exactly the values it holds. What
+cannot be kept of it is refused by name, before any weight is dequantised."""
+
+import json
+import logging
+import re
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from torch import Tensor
+
+from dfrot_lab.disk.artefacts import Store, Writer
+from dfrot_lab.disk.atomic import digest
+from dfrot_lab.model import gguf_config
+from dfrot_lab.model.checkpoint import INDEX
+from dfrot_lab.recipe.base import content_key
+
+log = logging.getLogger(__name__)
+
+VERSION = 2  # of what is made of a file: raise it when the same file becomes something else
+SHARD = 2 << 30  # bytes of weights after which another file of the folder is begun
+LONG = 4096  # values of one key: no such list, as of tokens, says anything of the model
+PART = re.compile(r"(.+)-\d{5}-of-(\d{5})(\.gguf)", re.IGNORECASE)
+ADDS_BOS = ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "tekken")
+"""Pre-tokenizers with which llama.cpp begins a text with BOS, where the file does not say whether to."""
+
+
+class _Reader(gguf.GGUFReader):
+    """gguf's reader, for which a file that ends too early is an EOFError."""
+
+    def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
+        end = int(offset) + np.dtype(dtype).itemsize * int(count)
+        if end > len(self.data):
+            raise EOFError(f"it has {len(self.data):,} bytes, and byte {end:,} was to be read")
+        return super()._get(offset, dtype, count, override_order)
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a GGUF file at `path` says under its keys, its tensors by name, the transformers config, and what
+    the model calls a tensor."""
+
+    path: Path
+    said: dict[str, Any]
+    tensors: dict[str, Any]
+    config: Any
+    targets: dict[str, str]
+
+    @property
+    def kinds(self) -> str:
+        """The kinds of its quantized tensors, such as Q4_1/Q8_0."""
+        return "/".join(sorted({x.tensor_type.name for x in self.tensors.values()} - {"F32"})) or "F32"
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether this is the name of a GGUF file that is there."""
+    return path.suffix.lower() == ".gguf" and path.is_file()
+
+
+def parts(path: Path) -> list[Path]:
+    """The files of the model that `path` is, or is a part of: `name-00001-of-00003.gguf`. ValueError."""
+    if not (named := PART.fullmatch(path.name)):
+        return [path]
+    name, count, ending = named.groups()
+    files = [path.with_name(f"{name}-{n:05d}-of-{count}{ending}") for n in range(1, int(count) + 1)]
+    if lost := [file.name for file in files if not file.is_file()]:
+        raise ValueError(f"{path} is one of {int(count)} parts of a model: put {lost[0]} beside it")
+    return files
+
+
+def key_of(path: Path) -> str:
+    """The content key of a file with all its parts, and of what is made of it."""
+    return content_key([VERSION, *[digest(part) for part in parts(path)]])
+
+
+def read(path: Path) -> Header:
+    """The header of a file with all its parts; no weight is read. ValueError: why it cannot be loaded."""
+    readers = [_reader(part) for part in parts(path)]
+    fields = readers[0].fields.items()
+    said = {name: field.contents() for name, field in fields if len(field.data) < LONG}
+    tensors = {tensor.name: tensor for reader in readers for tensor in reader.tensors}
+    try:
+        if (count := said.get("split.count", 1)) != len(readers):
+            named = f"model-00001-of-{count:05d}.gguf"
+            raise ValueError(f"is one of {count} parts of a model: name them as llama.cpp does, {named}")
+        config = gguf_config.config_of(said, tensors)
+        for tensor in {x.tensor_type: x for x in tensors.values()}.values():
+            _check_kind(tensor)
+        targets = _targets(config, tensors)
+    except ValueError as error:
+        raise ValueError(f"{path} {error}") from error
+    return Header(path, said, tensors, config, targets)
+
+
+def _reader(path: Path) -> _Reader:
+    """A file's reader; a ValueError if it is no GGUF file, or ends before what its header announces."""
+    with path.open("rb") as file:
+        if (start := file.read(4)) != b"GGUF":
+            raise ValueError(f"{path} is not a GGUF file: it begins with {start!r}, not with b'GGUF'")
+    try:
+        reader = _Reader(path)
+    except EOFError as error:
+        raise ValueError(f"{path} is truncated: {error}. Copy or download it again.") from error
+    except (ValueError, KeyError, OverflowError) as error:
+        raise ValueError(f"{path} is damaged, or newer than the package gguf: {error}") from error
+    if reader.endianess != gguf.GGUFEndian.LITTLE:
+        raise ValueError(f"{path} is big-endian, which is not read here: convert it with gguf-convert-endian")
+    return reader
+
+
+def _check_kind(tensor: Any) -> None:
+    """Dequantise the first row, to see whether it can be done."""
+    try:
+        gguf.dequantize(tensor.data.reshape(-1, tensor.data.shape[-1])[:1], tensor.tensor_type)
+    except NotImplementedError:
+        kind = f"{tensor.tensor_type.name} ({tensor.name})"
+        raise ValueError(
+            f"holds weights of the kind {kind}, which cannot be read: take another kind"
+        ) from None
+
+
+def _targets(config: Any, tensors: dict[str, Any]) -> dict[str, str]:
+    """The model's name of every tensor of the file. ValueError: one that is missing, strange, misshapen."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(config)
+    arch = next(each for each, name in gguf.MODEL_ARCH_NAMES.items() if name == config.model_type)
+    names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
+    tied = set(model._tied_weights_keys) if config.tie_word_embeddings else set()
+    shapes = {name: tuple(x.shape) for name, x in model.state_dict().items() if name not in tied}
+    targets = {str(names.get_name(name, (".weight", ".bias"))): name for name in shapes}
+    divisors = {name for pair in gguf_config.DIVISORS for name in pair}
+    if lost := targets.keys() - tensors.keys():
+        raise ValueError(f"lacks {len(lost)} tensors of a {config.model_type} model, the first {min(lost)}")
+    if strange := tensors.keys() - targets.keys() - divisors:
+        place = f"that a {config.model_type} model has no place for, the first {min(strange)}"
+        raise ValueError(f"holds {len(strange)} tensors {place}")
+    for name, target in targets.items():
+        if (shape := tuple(map(int, reversed(tensors[name].shape)))) != shapes[target]:
+            raise ValueError(f"holds {name} of the shape {shape}, and its header makes it {shapes[target]}")
+    return targets
+
+
+def _weight(header: Header, name: str) -> Tensor:
+    """A tensor's values in float32; in a llama file the rows of q and k are interleaved, for another RoPE."""
+    stored = header.tensors[name]
+    values = np.array(gguf.dequantize(stored.data, stored.tensor_type), dtype=np.float32)
+    if header.config.model_type == "llama" and name.endswith(("attn_q.weight", "attn_k.weight")):
+        pairs = values.reshape(-1, header.config.head_dim // 2, 2, values.shape[-1])
+        values = np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(values.shape)
+    return torch.from_numpy(values)
+
+
+def _shards(header: Header) -> Iterator[tuple[str, list[str]]]:
+    """The tensors in the file's order, as many together as SHARD holds; of each lot the name to save as."""
+    sizes = {
+        name: 4 * int(header.tensors[name].n_elements) for name in header.tensors if name in header.targets
+    }
+    lots, filled = [list[str]()], 0
+    for name, size in sizes.items():
+        if filled and filled + size > SHARD:
+            lots, filled = [*lots, []], 0
+        lots[-1].append(name)
+        filled += size
+    return ((f"model-{number:05d}", lot) for number, lot in enumerate(lots, 1))
+
+
+def folder(path: Path, key: str, store: Store) -> tuple[Path, str]:
+    """The file as a folder of float32 weights in the store, made once, and words that say what it is."""
+
+    def convert(writer: Writer) -> None:
+        header = read(path)
+        log.info("dequantising %s to float32, once", path.name)
+        places = dict[str, str]()
+        for file, lot in _shards(header):
+            if not writer.has(file):
+                writer.save_tensors(file, {header.targets[name]: _weight(header, name) for name in lot})
+            places |= {header.targets[name]: f"{file}.safetensors" for name in lot}
+        writer.save_json(Path(INDEX).stem, {"metadata": {}, "weight_map": places})
+        with tempfile.TemporaryDirectory() as scratch:
+            header.config.save_pretrained(scratch)
+            _tokenizer(header).save_pretrained(scratch, save_jinja_files=False)
+            for made in Path(scratch).glob("*.json"):
+                writer.save_json(made.stem, json.loads(made.read_text()))
+        writer.note["provenance"] = f"dequantised {header.kinds} of {path.name}"
+
+    artefact = store.get_or_make("model", {"gguf": key}, convert)
+    return artefact.path, str(artefact.manifest["note"]["provenance"])
+
+
+def _tokenizer(header: Header) -> Any:
+    """The tokenizer that the file describes, which begins a text with BOS where llama.cpp would."""
+    from transformers import AutoTokenizer
+
+    first = parts(header.path)[0]
+    tokenizer: Any
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(first.parent, gguf_file=first.name)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{header.path} describes a tokenizer that cannot be made: {error}") from error
+    if header.said.get("tokenizer.ggml.pre") in ADDS_BOS:
+        tokenizer.add_bos_token = header.said.get("tokenizer.ggml.add_bos_token", True)
+    return tokenizer
