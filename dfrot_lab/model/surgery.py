@@ -19,7 +19,7 @@ from dfrot_lab.maths.rotations import check, fast_product
 from dfrot_lab.model.checkpoint import EMBEDDING, HEAD
 from dfrot_lab.model.families import GAINS, heads_of
 from dfrot_lab.model.hooks import NORMS, At, at_sites, sites_of
-from dfrot_lab.model.loading import LoadedModel, linear
+from dfrot_lab.model.loading import LoadedModel, linear, mlp_widths
 from dfrot_lab.model.stream import change
 
 Transform = Callable[[Tensor], Tensor]  # of one activation (..., channels), to another of the same shape
@@ -54,12 +54,18 @@ def _tables(loaded: LoadedModel) -> list[nn.Linear]:
 
 
 def _feeds(loaded: LoadedModel, number: int) -> dict[str, tuple[nn.Linear, list[nn.Linear]]]:
-    """A layer's norms and the linears that alone read each one's output, by site."""
+    """A layer's norms and what alone reads each one's output (linears, routers), by site."""
     layer = loaded.layers[number]
     return {
         f"layers.{number}.{site}": (linear(layer, norm), [linear(layer, name) for name in readers])
-        for site, norm, readers in loaded.roles.feeds
+        for site, (norm, readers) in loaded.roles.readers(layer).items()
     }
+
+
+def _writers(loaded: LoadedModel, number: int) -> list[nn.Linear]:
+    """A layer's linears that write into the residual stream: o, down."""
+    layer = loaded.layers[number]
+    return [linear(layer, name) for name in (loaded.roles.o, *loaded.roles.downs(layer))]
 
 
 def prepare(loaded: LoadedModel) -> None:
@@ -80,8 +86,8 @@ def centre(loaded: LoadedModel) -> None:
             for table in _tables(loaded):
                 _edit_rows(table, lambda w: w - w.mean(-1, keepdim=True))
             return
-        for name in (loaded.roles.o, loaded.roles.down):
-            _edit(linear(loaded.layers[part], name), lambda w: w - w.mean(0), lambda b: b - b.mean())
+        for writer in _writers(loaded, part):
+            _edit(writer, lambda w: w - w.mean(0), lambda b: b - b.mean())
 
     change(loaded, edit, {EMBEDDING, *range(len(loaded.layers))})
     names = [name for _, name, _ in loaded.roles.feeds]
@@ -187,8 +193,8 @@ def rotate_residual(loaded: LoadedModel, R: Tensor) -> None:
         for _, readers in _feeds(loaded, part).values():
             for reader in readers:
                 _edit_rows(reader, times_R)
-        for name in (loaded.roles.o, loaded.roles.down):
-            _edit(linear(loaded.layers[part], name), columns, times_R)
+        for writer in _writers(loaded, part):
+            _edit(writer, columns, times_R)
 
     change(loaded, rotate, {EMBEDDING, *range(len(loaded.layers)), HEAD})
 
@@ -240,9 +246,14 @@ def _rotate_inputs(w: Tensor, head: int, R: Tensor | None) -> Tensor:
 
 def rotate_down(loaded: LoadedModel) -> None:
     """Fuse the offline half of R4 into down_proj, W -> W H^T: right only with `online(..., r4=True)`."""
-    width = linear(loaded.layers[0], loaded.roles.down).weight.shape[1]
-    _require_hadamard(width, "the MLP's width, so no R4")
-    change(loaded, lambda number: _edit_rows(linear(loaded.layers[number], loaded.roles.down), hadamard))
+    for width in mlp_widths(loaded):
+        _require_hadamard(width, "the MLP's width, so no R4")
+
+    def rotate(number: int) -> None:
+        for down in _writers(loaded, number)[1:]:
+            _edit_rows(down, hadamard)
+
+    change(loaded, rotate)
 
 
 @contextmanager
