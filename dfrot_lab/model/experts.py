@@ -27,7 +27,8 @@ class Expert(nn.Module):
 
 
 def _linear(weight: Tensor) -> nn.Linear:
-    linear = nn.Linear(*reversed(weight.shape), bias=False, device="meta")
+    out, into = weight.shape
+    linear = nn.Linear(into, out, bias=False, device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=False)
     return linear
 
@@ -39,6 +40,7 @@ class Mixture(nn.Module):
 
     def __init__(self, block: Any) -> None:
         super().__init__()
+        self.block: Any
         object.__setattr__(self, "block", block)  # not as a submodule: its parts are this one's
         fused = block.experts
         pairs = zip(fused.gate_up_proj.data, fused.down_proj.data, strict=True)

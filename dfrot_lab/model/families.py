@@ -101,6 +101,24 @@ FAMILIES: dict[str, Roles] = {
     "OlmoeForCausalLM": Roles(experts="mlp"),
     "GemmaForCausalLM": Roles(norm="rms_plus_one"),
     "OlmoForCausalLM": Roles(norm="layer"),  # without gain or bias
+    "HeliumForCausalLM": Roles(),
+    "MinistralForCausalLM": Roles(),  # sliding windows in some layers
+    "SeedOssForCausalLM": Roles(),
+    "Ernie4_5ForCausalLM": Roles(),
+    "GlmForCausalLM": Roles(
+        feeds=(
+            ("input_norm", "input_layernorm", QKV),
+            ("post_attention_norm", "post_attention_layernorm", ("mlp.gate_up_proj",)),
+        )
+    ),
+    "Starcoder2ForCausalLM": Roles(
+        down="mlp.c_proj",
+        norm="layer",
+        feeds=(
+            ("input_norm", "input_layernorm", QKV),
+            ("post_attention_norm", "post_attention_layernorm", ("mlp.c_fc",)),
+        ),
+    ),
     "Phi3ForCausalLM": Roles(
         v="self_attn.qkv_proj",
         v_rows=_last_rows,
@@ -142,14 +160,22 @@ FAMILIES: dict[str, Roles] = {
     ),
 }
 """Roles by the class name of the transformers model."""
-REFUSED: dict[str, str] = dict.fromkeys(
-    ("Gemma2ForCausalLM", "Gemma3ForCausalLM", "Gemma3ForConditionalGeneration", "Olmo2ForCausalLM"),
-    "its post-norms sit before the residual add, so no rotation of the residual stream passes through them",
-) | {
-    "GPT2LMHeadModel": "its linears are stored transposed (Conv1D), which no step of surgery edits",
-    "BloomForCausalLM": "its embedding passes a LayerNorm before it enters the residual stream",
-    "PhiForCausalLM": "its attention and its MLP read one norm together, and the table has one for each",
+_WHY: dict[str, str] = {
+    "its post-norms sit before the residual add, so no rotation of the residual stream passes through them": (
+        "Gemma2ForCausalLM Gemma3ForCausalLM Gemma3ForConditionalGeneration Olmo2ForCausalLM "
+        "Olmo3ForCausalLM Glm4ForCausalLM Exaone4ForCausalLM"
+    ),
+    "its attention and its MLP read one norm together, and the table has one for each": (
+        "PhiForCausalLM CohereForCausalLM Cohere2ForCausalLM"
+    ),
+    "its keys and values come from one compressed latent (MLA), which has no entry in the table": (
+        "DeepseekV2ForCausalLM DeepseekV3ForCausalLM"
+    ),
+    "its experts are transposed, with biases, gate and up interleaved and clamped": "GptOssForCausalLM",
+    "its linears are stored transposed (Conv1D), which no step of surgery edits": "GPT2LMHeadModel",
+    "its embedding passes a LayerNorm before it enters the residual stream": "BloomForCausalLM",
 }
+REFUSED = {name: why for why, names in _WHY.items() for name in names.split()}
 """Families that are refused, with the reason."""
 
 
