@@ -97,7 +97,7 @@ def main() -> None:
         * sum(
             loading.linear(layer, name).weight.numel()
             for layer in built.loaded.layers
-            for name in built.loaded.roles.linears
+            for name in built.loaded.roles.linears(layer)
         )
     )
     rates = cost.measure_machine()

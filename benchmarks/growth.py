@@ -124,7 +124,8 @@ def model_works(loaded: LoadedModel, tokens: int) -> Iterator[tuple[str, float, 
         tokens * sum(width**2 for width in shape.inputs),
         lambda: [gptq.hessian_of(inputs[width]) for width in shape.inputs],
     )
-    spec, names, layer = WeightSpec(), loaded.roles.linears, loaded.layers[0]
+    spec, layer = WeightSpec(), loaded.layers[0]
+    names = loaded.roles.linears(layer)
     weights = [loading.linear(layer, name).weight for name in names]
     hessians = {width: gptq.hessian_of(x) for width, x in inputs.items()}
     cubes = 4 * sum(w.shape[1] ** 3 for w in weights)

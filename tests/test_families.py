@@ -27,6 +27,7 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 32}  # fmt: skip
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama 3": ("llama", {"rope_parameters": LLAMA3, "head_dim": 32}),
@@ -37,6 +38,17 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", {"head_dim": 32}),
     "smollm3": ("smollm3", {"no_rope_layer_interval": 2, "tie_word_embeddings": True}),
     "granite": ("granite", {"embedding_multiplier": 3.0, "residual_multiplier": 0.3, "attention_multiplier": 0.2, "logits_scaling": 4.0}),
+    "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "router_jitter_noise": 0.1}),
+    "qwen2_moe": ("qwen2_moe", {**EXPERTS, "shared_expert_intermediate_size": 80, "mlp_only_layers": [1]}),
+    "qwen3_moe": ("qwen3_moe", {**EXPERTS, "head_dim": 32, "decoder_sparse_step": 2, "norm_topk_prob": True}),
+    "qwen3_moe of experts alone": ("qwen3_moe", {**EXPERTS, "tie_word_embeddings": True}),
+    "olmoe": ("olmoe", {"num_experts": 4, "num_experts_per_tok": 2}),
+    "helium": ("helium", {"head_dim": 16}),
+    "ministral": ("ministral", {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2, "head_dim": 16}),
+    "seed_oss": ("seed_oss", {"head_dim": 32, "attention_out_bias": True}),
+    "ernie4_5": ("ernie4_5", {"use_bias": True, "head_dim": 16}),
+    "glm": ("glm", {"head_dim": 16, "attention_bias": True}),
+    "starcoder2": ("starcoder2", {"use_bias": True}),
     "gemma": ("gemma", {"head_dim": 32, "tie_word_embeddings": True}),
     "olmo": ("olmo", {}),
     "gemma2": ("gemma2", {"head_dim": 32, "sliding_window": 8, "query_pre_attn_scalar": 32}),
@@ -174,7 +186,8 @@ def test_it_is_quantized_end_to_end_either_way(case, tmp_path, text_file, monkey
 def test_its_cost_is_counted_from_its_config(case, tmp_path):
     folder = folder_of(case, tmp_path / "m")
     shape = shapes.shape(ModelSpec(source=str(folder)))
-    assert (shape.channels, shape.layers, shape.mlp, shape.heads) == (64, 3, 96, 4)
+    mlp = CASES[case][1].get("moe_intermediate_size", 96)
+    assert (shape.channels, shape.layers, shape.mlp, shape.heads) == (64, 3, mlp, 4)
     assert shape.kv_heads == (4 if CASES[case][0] in ("opt", "gpt_neox") else 2)
 
 
@@ -183,6 +196,10 @@ def test_its_cost_is_counted_from_its_config(case, tmp_path):
     [
         ("opt", {"ffn_dim": 96, "word_embed_proj_dim": 64, "do_layer_norm_before": False}, "its norms sit after the residual add"),
         ("olmo", {"clip_qkv": 8.0}, "it cuts queries, keys and values at a threshold"),
+        ("cohere", {}, "CohereForCausalLM cannot be rotated here without changing it: its attention and its MLP read one norm"),
+        ("gpt_oss", {}, "GptOssForCausalLM cannot be rotated here without changing it: its experts are transposed"),
+        ("deepseek_v3", {}, "DeepseekV3ForCausalLM cannot be rotated here without changing it: its keys and values"),
+        ("glm4", {}, "Glm4ForCausalLM cannot be rotated here without changing it: its post-norms"),
         ("gpt2", {}, "GPT2LMHeadModel cannot be rotated here without changing it"),
     ],
 )  # fmt: skip

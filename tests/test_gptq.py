@@ -202,7 +202,7 @@ def fresh(family: str = "llama", *, rotated: bool = False) -> LoadedModel:
 
 
 def linears(loaded: LoadedModel) -> dict[str, Tensor]:
-    names = [(i, name) for i in range(LAYERS) for name in loaded.roles.linears]
+    names = [(i, name) for i in range(LAYERS) for name in loaded.roles.linears(loaded.layers[i])]
     return {f"{i}.{name}": linear(loaded.layers[i], name).weight for i, name in names}
 
 
@@ -257,7 +257,7 @@ def test_one_pass_equals_a_pass_a_group(text_file, store, rotated):
     spec = weight_spec(text_file)
     quantize_weights(loaded, spec, {"model": "tiny"}, store, r4=rotated)
     ids = corpus.token_blocks(spec.corpus, slow.tokenizer, blocks=3, window=40)
-    q, k, v, o, gate, up, down = slow.roles.linears
+    q, k, v, o, gate, up, down = slow.roles.linears(slow.layers[0])
     for layer in slow.layers:
         for group in ((q, k, v), (o,), (gate, up), (down,)):
             seen: list[Tensor] = []

@@ -156,7 +156,7 @@ def test_a_toy_family_is_evaluated_and_shown_in_its_row(toys, tmp_path, store, t
     assert rows.row(result)["family"] == family.NAME
     assert apart(result.losses, evaluate(full, store).losses) > NOTICED
     [weights] = [each for each in store.list() if each.kind == "weights"]
-    assert {key.split(":")[0] for key in weights.tensors("layer-000")} == set(family.ROLES.linears)
+    assert {key.split(":")[0] for key in weights.tensors("layer-000")} == set(family.ROLES.linears(None))
 
 
 def test_without_its_line_the_family_is_refused_by_name(tmp_path, store, text_file, monkeypatch):

@@ -8,7 +8,7 @@ import os
 from collections import defaultdict
 from collections.abc import Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from dfrot_lab.model.experts import fused
 from dfrot_lab.model.families import Roles
 
 EMBEDDING, HEAD = -1, -2  # the parts that are no layer: all before the layers; final norm and lm_head
@@ -146,7 +147,7 @@ class Checkpoint:
         config = LoadStateDictConfig(**options, dtype=own.dtype)
         coming = self._coming.pop(part, None)
         tensors = coming.result() if coming else self._tensors(part)
-        with quiet():
+        with quiet(), self._fused(part):
             info, _ = core.convert_and_load_state_dict_in_model(own, tensors, config)
         for _, x in self._parameters(part):
             x.requires_grad_(False)
@@ -173,11 +174,17 @@ class Checkpoint:
 
     def drop(self, part: int) -> None:
         """Forget one part's weights."""
-        for name, x in list(self._parameters(part)):
-            owner, _, last = name.rpartition(".")
-            empty = torch.empty(x.shape, dtype=x.dtype, device="meta")
-            module = self.model.get_submodule(owner)
-            module.register_parameter(last, nn.Parameter(empty, requires_grad=False))
+        with self._fused(part):
+            for name, x in list(self._parameters(part)):
+                owner, _, last = name.rpartition(".")
+                empty = torch.empty(x.shape, dtype=x.dtype, device="meta")
+                module = self.model.get_submodule(owner)
+                module.register_parameter(last, nn.Parameter(empty, requires_grad=False))
+
+    def _fused(self, part: int) -> AbstractContextManager[None]:
+        if part < 0:
+            return nullcontext()
+        return fused(self.model.get_submodule(f"{self.roles.layers}.{part}"), self.roles)
 
     def _parameters(self, part: int) -> Iterator[tuple[str, nn.Parameter]]:
         named = self.model.named_parameters(remove_duplicate=False)

@@ -19,7 +19,8 @@ class Roles:
     `positions`: a table added to the embedding; `v_rows`: of a config, which rows of `v` are values, head by
     head, where others lie in the same linear; `norm`: of GAINS. A norm named "" is none: its linears read the
     residual stream itself. `online`: what a layer adds to the residual stream passes a norm first, which no
-    rotation passes, so R1 acts where linears read, a product a site, and not in the stream."""
+    rotation passes, so R1 acts where linears read, a product a site, and not in the stream. `experts`: an MLP
+    that in some layers is a mixture of experts (`model.experts`), each with the linears of the MLP named here."""
 
     embedding: str = "model.embed_tokens"
     positions: str | None = None
@@ -32,21 +33,43 @@ class Roles:
     down: str = "mlp.down_proj"
     norm: str = "rms"
     online: bool = False
+    experts: str = ""
     feeds: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         ("input_norm", "input_layernorm", QKV),
         ("post_attention_norm", "post_attention_layernorm", MLP),
     )
 
-    @property
-    def groups(self) -> dict[str, tuple[str, ...]]:
-        """The linears of one layer by the site they read, in the order a forward pass reaches them."""
-        (norm, _, qkv), (mlp_norm, _, mlp) = self.feeds
-        return {norm: qkv, "o_proj_in": (self.o,), mlp_norm: mlp, "down_proj_in": (self.down,)}
+    def mlps(self, layer: Any) -> dict[str, str]:
+        """The MLPs of a decoder layer by what the names of their sites begin with: one, or its experts."""
+        mixture = layer.get_submodule(self.experts) if self.experts else None
+        inner = getattr(mixture, "mlps", {})
+        return {site: f"{self.experts}.{name}" for site, name in inner.items()} or {"": self.experts}
 
-    @property
-    def linears(self) -> tuple[str, ...]:
-        """The linears of one layer in the order a forward pass reaches them: q, k, v, o, gate, up, down."""
-        return tuple(name for names in self.groups.values() for name in names)
+    def groups(self, layer: Any) -> dict[str, tuple[str, ...]]:
+        """A layer's linears by the site they read, in the order a forward pass reaches them."""
+        (norm, _, qkv), (mlp_norm, _, mlp) = self.feeds
+        groups = {norm: qkv, "o_proj_in": (self.o,)}
+        for site, own in self.mlps(layer).items():
+            *first, down = (own + name.removeprefix(self.experts) for name in (*mlp, self.down))
+            groups |= {f"{site}mlp_in" if site else mlp_norm: (*first,), f"{site}down_proj_in": (down,)}
+        return groups
+
+    def linears(self, layer: Any) -> tuple[str, ...]:
+        """A layer's linears in the order a forward pass reaches them: q, k, v, o, gate, up, down."""
+        return tuple(name for names in self.groups(layer).values() for name in names)
+
+    def downs(self, layer: Any) -> tuple[str, ...]:
+        """A layer's linears that write what its MLPs found into the residual stream."""
+        return tuple(names[0] for site, names in self.groups(layer).items() if site.endswith("down_proj_in"))
+
+    def readers(self, layer: Any) -> dict[str, tuple[str, tuple[str, ...]]]:
+        """A layer's norms by site, each with all that reads it: the linears, and what routes to experts."""
+        (site, norm, qkv), (mlp_site, mlp_norm, _) = self.feeds
+        routers = getattr(layer.get_submodule(self.experts), "routers", ()) if self.experts else ()
+        read = [f"{self.experts}.{name}" for name in routers]
+        for where, names in self.groups(layer).items():
+            read += names if where == mlp_site or where.endswith("mlp_in") else ()
+        return {site: (norm, qkv), mlp_site: (mlp_norm, tuple(read))}
 
 
 def heads_of(config: Any) -> tuple[int, int, int]:
@@ -75,6 +98,10 @@ FAMILIES: dict[str, Roles] = {
     "Qwen3ForCausalLM": Roles(),  # q and k are normalised per head before RoPE: R3 comes after it
     "SmolLM3ForCausalLM": Roles(),  # some layers have no RoPE: R3 acts there all the same
     "GraniteForCausalLM": Roles(),  # its multipliers scale whole tensors, and a rotation commutes with that
+    "MixtralForCausalLM": Roles(experts="mlp"),
+    "Qwen2MoeForCausalLM": Roles(experts="mlp"),  # one more expert, which all tokens share
+    "Qwen3MoeForCausalLM": Roles(experts="mlp"),  # some layers may have a plain MLP
+    "OlmoeForCausalLM": Roles(experts="mlp"),
     "GemmaForCausalLM": Roles(norm="rms_plus_one"),
     "OlmoForCausalLM": Roles(norm="layer"),  # without gain or bias
     **dict.fromkeys(
@@ -89,6 +116,24 @@ FAMILIES: dict[str, Roles] = {
         ),
     ),
     "Olmo2ForCausalLM": Roles(online=True, feeds=(("input_norm", "", QKV), ("post_attention_norm", "", MLP))),
+    "HeliumForCausalLM": Roles(),
+    "MinistralForCausalLM": Roles(),  # sliding windows in some layers
+    "SeedOssForCausalLM": Roles(),
+    "Ernie4_5ForCausalLM": Roles(),
+    "GlmForCausalLM": Roles(
+        feeds=(
+            ("input_norm", "input_layernorm", QKV),
+            ("post_attention_norm", "post_attention_layernorm", ("mlp.gate_up_proj",)),
+        )
+    ),
+    "Starcoder2ForCausalLM": Roles(
+        down="mlp.c_proj",
+        norm="layer",
+        feeds=(
+            ("input_norm", "input_layernorm", QKV),
+            ("post_attention_norm", "post_attention_layernorm", ("mlp.c_fc",)),
+        ),
+    ),
     "Phi3ForCausalLM": Roles(
         v="self_attn.qkv_proj",
         v_rows=_last_rows,
@@ -126,12 +171,22 @@ FAMILIES: dict[str, Roles] = {
     ),
 }
 """Roles by the class name of the transformers model."""
-REFUSED: dict[str, str] = {
-    "Gemma3ForConditionalGeneration": "it sees pictures too: save its language model alone",
-    "GPT2LMHeadModel": "its linears are stored transposed (Conv1D), which no step of surgery edits",
-    "BloomForCausalLM": "its embedding passes a LayerNorm before it enters the residual stream",
-    "PhiForCausalLM": "its attention and its MLP read one norm together, and the table has one for each",
+_WHY: dict[str, str] = {
+    "it sees pictures too: save its language model alone": "Gemma3ForConditionalGeneration",
+    "its post-norms sit before the residual add, and it has no entry in the table": (
+        "Olmo3ForCausalLM Glm4ForCausalLM Exaone4ForCausalLM"
+    ),
+    "its attention and its MLP read one norm together, and the table has one for each": (
+        "PhiForCausalLM CohereForCausalLM Cohere2ForCausalLM"
+    ),
+    "its keys and values come from one compressed latent (MLA), which has no entry in the table": (
+        "DeepseekV2ForCausalLM DeepseekV3ForCausalLM"
+    ),
+    "its experts are transposed, with biases, gate and up interleaved and clamped": "GptOssForCausalLM",
+    "its linears are stored transposed (Conv1D), which no step of surgery edits": "GPT2LMHeadModel",
+    "its embedding passes a LayerNorm before it enters the residual stream": "BloomForCausalLM",
 }
+REFUSED = {name: why for why, names in _WHY.items() for name in names.split()}
 """Families that are refused, with the reason."""
 CAUSAL = ("ForCausalLM", "LMHeadModel")  # how a class ends that predicts the next token
 

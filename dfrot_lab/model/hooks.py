@@ -6,7 +6,11 @@
 | `layers.12.input_norm_in`, `.post_attention_norm_in` | the residual stream as a norm reads it | the same |
 | `layers.12.input_norm`, `.post_attention_norm` | a norm's output, what q, k, v (gate, up) read | the same |
 | `layers.12.q`, `.k`, `.v` | queries and keys after RoPE, values | (batch, heads, tokens, head size) |
-| `layers.12.o_proj_in`, `.down_proj_in` | what o_proj, down_proj read | (batch, tokens, their inputs) |"""
+| `layers.12.o_proj_in`, `.down_proj_in` | what o_proj, down_proj read | (batch, tokens, their inputs) |
+| `layers.12.experts.7.mlp_in`, `.down_proj_in` | the same of one expert, of its tokens | (tokens, inputs) |
+
+In a layer with experts each has a `down_proj_in` of its own (`layers.12.shared.down_proj_in`: of what all
+tokens share), and `post_attention_norm` is what all experts read: the router never sees what is put there."""
 
 import sys
 from collections.abc import Callable, Collection, Iterator
@@ -27,14 +31,19 @@ LINEAR_INPUTS = (*NORMS, "o_proj_in", "down_proj_in")  # the kinds of site that 
 ATTENTION = ("q", "k", "v")
 KINDS = (*LINEAR_INPUTS, *ATTENTION)
 INPUT = "hidden_states"  # what attention calls its input where it is not its first argument
-ALL_KINDS = ("residual", *NORM_INPUTS, *KINDS)
+ALL_KINDS = ("residual", *NORM_INPUTS, *KINDS, "mlp_in")
 
 
 def sites_of(loaded: LoadedModel, *kinds: str) -> tuple[str, ...]:
     """The sites of some kinds, layer by layer; KeyError for a kind that is none."""
     if unknown := set(kinds) - set(ALL_KINDS):
         raise KeyError(f"a site's kind must be one of {', '.join(ALL_KINDS)}; got {sorted(unknown)}")
-    return tuple(f"layers.{i}.{kind}" for i in range(len(loaded.layers)) for kind in kinds)
+    found = list[str]()
+    for number in range(len(loaded.layers)):
+        there = (*_places(loaded, number), *ATTENTION)
+        wanted = [site for kind in kinds for site in there if site.rpartition(".")[2] == kind]
+        found += [f"layers.{number}.{site}" for site in wanted]
+    return tuple(found)
 
 
 @contextmanager
@@ -49,8 +58,8 @@ def at_sites(loaded: LoadedModel, function: At, sites: Collection[str] | None = 
     @contextmanager
     def hooked(number: int) -> Iterator[None]:
         with ExitStack() as stack:
-            for kind, (name, is_output) in _places(loaded).items():
-                if (site := f"layers.{number}.{kind}") in wanted:
+            for place, (name, is_output) in _places(loaded, number).items():
+                if (site := f"layers.{number}.{place}") in wanted:
                     module = loaded.layers[number].get_submodule(name)
                     stack.callback(_hooked(module, site, function, is_output).remove)
             yield
@@ -62,14 +71,18 @@ def at_sites(loaded: LoadedModel, function: At, sites: Collection[str] | None = 
         yield
 
 
-def _places(loaded: LoadedModel) -> dict[str, tuple[str, bool]]:
-    """For each kind of site the part of a layer (empty: the layer itself), and whether it is its output."""
-    places = {"residual": "", "o_proj_in": loaded.roles.o, "down_proj_in": loaded.roles.down}
-    readers = {kind: linears[0].rpartition(".")[0] for kind, _, linears in loaded.roles.feeds}
-    norms = {kind: norm for kind, norm, _ in loaded.roles.feeds}
-    places |= {f"{kind}_in": norm or readers[kind] for kind, norm in norms.items()}
-    outputs = {kind: (norm or readers[kind], bool(norm)) for kind, norm in norms.items()}
-    return {kind: (name, False) for kind, name in places.items()} | outputs
+def _places(loaded: LoadedModel, number: int) -> dict[str, tuple[str, bool]]:
+    """For each site of a layer but attention's its part (empty: the layer itself), whether as its output."""
+    layer, roles = loaded.layers[number], loaded.roles
+    places = {"residual": ("", False), "o_proj_in": (roles.o, False)}
+    for kind, norm, linears in roles.feeds:  # without a norm what the linears read, one part's input
+        part = norm or linears[0].rpartition(".")[0]
+        places |= {f"{kind}_in": (part, False), kind: (part, bool(norm))}
+    for (site, mlp), down in zip(roles.mlps(layer).items(), roles.downs(layer), strict=True):
+        places[f"{site}down_proj_in"] = (down, False)
+        if site:
+            places |= {f"{site}mlp_in": (mlp, False), roles.feeds[1][0]: (f"{roles.experts}.entry", True)}
+    return places
 
 
 def _hooked(module: nn.Module, site: str, function: At, is_output: bool) -> Any:

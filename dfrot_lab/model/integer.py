@@ -98,11 +98,11 @@ def integer_linears(
 
     @contextmanager
     def replaced(number: int) -> Iterator[None]:
-        layer = loaded.layers[number]
+        layer, downs = loaded.layers[number], loaded.roles.downs(loaded.layers[number])
         with ExitStack() as stack:
             stack.callback(setattr, source, "last", None)
             for name, weight in codes[number].items():
-                original, before = linear(layer, name), r4 if name == loaded.roles.down else None
+                original, before = linear(layer, name), r4 if name in downs else None
                 spared = spare if name in after_norm else None
                 layer.set_submodule(name, IntegerLinear(original, weight, source, before, spared))
                 stack.callback(layer.set_submodule, name, original)

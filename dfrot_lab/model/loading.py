@@ -18,6 +18,7 @@ from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.disk.atomic import digest
 from dfrot_lab.model import gguf_files
 from dfrot_lab.model.checkpoint import Checkpoint, check, memory, quiet, weight_bytes
+from dfrot_lab.model.experts import unfuse
 from dfrot_lab.model.families import CAUSAL, Roles, oddity, roles_of
 from dfrot_lab.recipe.base import content_key, require
 from dfrot_lab.recipe.keys import model_key
@@ -82,6 +83,12 @@ class LoadedModel:
 def linear(parent: nn.Module, name: str) -> nn.Linear:
     """The submodule `name`: a linear, embedding or norm, whose weight and bias surgery edits."""
     return cast(nn.Linear, parent.get_submodule(name))
+
+
+def mlp_widths(loaded: LoadedModel) -> set[int]:
+    """The widths of the model's MLPs, experts among them: what their last linears read."""
+    layers, roles = loaded.layers, loaded.roles
+    return {linear(layer, name).weight.shape[1] for layer in layers for name in roles.downs(layer)}
 
 
 def body(loaded: LoadedModel) -> nn.Module:
@@ -218,6 +225,8 @@ def load_model(
     if checkpoint:
         log.info("%s is read layer by layer: it does not fit into %.1f GB", spec.source, limit / 1e9)
     model = model.eval().requires_grad_(False)
+    for layer in model.get_submodule(roles.layers):
+        unfuse(layer, roles)
     return LoadedModel(model, tokenizer, roles, spec, name, provenance, checkpoint)
 
 

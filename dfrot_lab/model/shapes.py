@@ -1,6 +1,7 @@
 """The sizes of a model, known without reading its weights: what its cost is counted from."""
 
 import math
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,7 +19,8 @@ PASS = 4  # bytes of one pass over one float32 value
 @dataclass(frozen=True)
 class Shape:
     """A LLaMA-like model: channels C, layers, MLP width, (key-value) heads, head size, vocabulary, tied; the
-    `room`, bytes, that its weights may fill: one that does not fit is read layer by layer."""
+    `room`, bytes, that its weights may fill: one that does not fit is read layer by layer. Of each layer's
+    MLPs (`experts`) a token passes `active`; one that all share counts by its width."""
 
     channels: int
     layers: int
@@ -29,10 +31,12 @@ class Shape:
     vocabulary: int
     tied: bool = False
     room: float = math.inf
+    experts: float = 1
+    active: float = 1
 
     @property
     def linears(self) -> tuple[tuple[int, int], ...]:
-        """(out, in) of one layer's q, k, v, o, gate, up, down."""
+        """(out, in) of one layer's q, k, v, o, and of one MLP's gate, up, down."""
         C, q, kv = self.channels, self.heads * self.head, self.kv_heads * self.head
         return (q, C), (kv, C), (kv, C), (C, q), (self.mlp, C), (self.mlp, C), (C, self.mlp)
 
@@ -44,7 +48,17 @@ class Shape:
     @property
     def linear_weights(self) -> int:
         """Weights of the linears of all layers."""
-        return self.layers * sum(out * into for out, into in self.linears)
+        return int(self.total(lambda out, into: out * into, self.experts))
+
+    def total(self, value: Callable[[int, int], float], mlps: float) -> float:
+        """The sum of a value of (out, in) over all layers' linears, `mlps` MLPs a layer."""
+        each = [value(out, into) for out, into in self.linears]
+        return self.layers * (sum(each[:4]) + mlps * sum(each[4:]))
+
+    @property
+    def active_weights(self) -> float:
+        """Weights of the linears that a token passes."""
+        return self.total(lambda out, into: out * into, self.active)
 
     @property
     def embedding(self) -> int:
@@ -83,9 +97,14 @@ SHAPES = {
 
 def shape_of(config: Any) -> Shape:
     """The shape of a transformers config of a supported architecture."""
-    mlp = getattr(config, "ffn_dim", None) or config.intermediate_size
+    names = ("ffn_dim", "moe_intermediate_size", "intermediate_size")
+    mlp = next(size for name in names if (size := getattr(config, name, None)))
     layers, tied = config.num_hidden_layers, bool(config.tie_word_embeddings)
-    return Shape(config.hidden_size, layers, mlp, *heads_of(config), config.vocab_size, tied)
+    shape = Shape(config.hidden_size, layers, mlp, *heads_of(config), config.vocab_size, tied)
+    if not (experts := getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)):
+        return shape
+    shared = getattr(config, "shared_expert_intermediate_size", 0) / mlp
+    return replace(shape, experts=experts + shared, active=config.num_experts_per_tok + shared)
 
 
 def shape(source: ModelSpec) -> Shape:

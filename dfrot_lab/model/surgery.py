@@ -20,7 +20,7 @@ from dfrot_lab.maths.rotations import check, fast_product
 from dfrot_lab.model.checkpoint import EMBEDDING, HEAD
 from dfrot_lab.model.families import GAINS, heads_of
 from dfrot_lab.model.hooks import NORMS, At, at_sites, sites_of
-from dfrot_lab.model.loading import LoadedModel, linear
+from dfrot_lab.model.loading import LoadedModel, linear, mlp_widths
 from dfrot_lab.model.stream import change
 
 log = logging.getLogger(__name__)
@@ -57,15 +57,19 @@ def _tables(loaded: LoadedModel) -> list[nn.Linear]:
 
 
 def _feeds(loaded: LoadedModel, number: int) -> dict[str, tuple[nn.Linear | None, list[nn.Linear]]]:
-    """A layer's norms (None: none) and the linears that alone read each one's output, by site."""
-    layer = loaded.layers[number]
-    return {
-        f"layers.{number}.{site}": (
-            linear(layer, norm) if norm else None,
-            [linear(layer, name) for name in readers],
-        )
-        for site, norm, readers in loaded.roles.feeds
+    """A layer's norms (None: none) and what alone reads each one's output (linears, routers), by site."""
+    layer, found = loaded.layers[number], dict[str, tuple[nn.Linear | None, list[nn.Linear]]]()
+    for site, (norm, readers) in loaded.roles.readers(layer).items():
+        own = linear(layer, norm) if norm else None
+        found[f"layers.{number}.{site}"] = own, [linear(layer, name) for name in readers]
+    return found
     }
+
+
+def _writers(loaded: LoadedModel, number: int) -> list[nn.Linear]:
+    """A layer's linears that write into the residual stream: o, down."""
+    layer = loaded.layers[number]
+    return [linear(layer, name) for name in (loaded.roles.o, *loaded.roles.downs(layer))]
 
 
 def prepare(loaded: LoadedModel) -> None:
@@ -86,8 +90,8 @@ def centre(loaded: LoadedModel) -> None:
             for table in _tables(loaded):
                 _edit_rows(table, lambda w: w - w.mean(-1, keepdim=True))
             return
-        for name in (loaded.roles.o, loaded.roles.down):
-            _edit(linear(loaded.layers[part], name), lambda w: w - w.mean(0), lambda b: b - b.mean())
+        for writer in _writers(loaded, part):
+            _edit(writer, lambda w: w - w.mean(0), lambda b: b - b.mean())
 
     change(loaded, edit, {EMBEDDING, *range(len(loaded.layers))})
     names = [name for _, name, _ in loaded.roles.feeds]
@@ -207,8 +211,8 @@ def rotate_residual(loaded: LoadedModel, R: Tensor) -> None:
                 final.bias.data.copy_(times_R(final.bias.double()[None])[0])
             return
         rotate_readers(part)
-        for name in (loaded.roles.o, loaded.roles.down):
-            _edit(linear(loaded.layers[part], name), columns, times_R)
+        for writer in _writers(loaded, part):
+            _edit(writer, columns, times_R)
 
     change(loaded, rotate, {EMBEDDING, *range(len(loaded.layers)), HEAD})
 
@@ -275,9 +279,13 @@ def _rotate_inputs(w: Tensor, head: int, R: Tensor | None, block: int | None) ->
 def rotate_down(loaded: LoadedModel, block: int | None = None) -> None:
     """Fuse the offline half of R4 into down_proj, W -> W H^T, in blocks of `block`: right only with the other
     half, `online(..., r4=True)` of the same blocks."""
-    width = linear(loaded.layers[0], loaded.roles.down).weight.shape[1]
-    turn = partial(hadamard, block=block_of(width, block, "Recipe.mlp_block"))
-    change(loaded, lambda number: _edit_rows(linear(loaded.layers[number], loaded.roles.down), turn))
+    blocks = {width: block_of(width, block, "Recipe.mlp_block") for width in mlp_widths(loaded)}
+
+    def rotate(number: int) -> None:
+        for down in _writers(loaded, number)[1:]:
+            _edit_rows(down, partial(hadamard, block=blocks[down.weight.shape[1]]))
+
+    change(loaded, rotate)
 
 
 @contextmanager

@@ -111,6 +111,7 @@ def quantized(built: Built, recipe: Recipe, *, fake: bool = False) -> Iterator[N
     loaded, made, act = built.loaded, built.transforms, recipe.activations
     spare = keep_out(recipe, built.R) if recipe.keep_out else None
     in_integers = is_integer(recipe) and not made.clips and not fake and loaded.device.type == "cpu"
+    in_integers &= not (spare and loaded.roles.experts)  # a rule needs all tokens, an expert sees its own
     kinds = [kind for kind, grid in (("k", recipe.keys), ("v", recipe.values)) if grid.bits < 16]
     with ExitStack() as stack:
         if recipe.set_massive:  # mean values come from the text's other half

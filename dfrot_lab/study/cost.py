@@ -128,9 +128,9 @@ def load(shape: Shape, loads: int, rotated: int) -> Work:
 def forward(shape: Shape, tokens: int, windows: int = 1) -> Work:
     """The layers, without lm_head, on `windows` windows at once; attention is causal: half of the pairs."""
     rows, attention = tokens * windows, windows * shape.layers * 2 * tokens**2 * shape.heads * shape.head
-    passes = shape.layers * rows * (CHANNEL_PASSES * shape.channels + MLP_PASSES * shape.mlp)
+    passes = shape.layers * rows * (CHANNEL_PASSES * shape.channels + MLP_PASSES * shape.active * shape.mlp)
     memory = shape.held_bytes + rows * (6 * shape.channels + 3 * shape.mlp) * PASS
-    flops = 2 * shape.linear_weights * rows + attention
+    flops = 2 * shape.active_weights * rows + attention
     return Work("forward", flops, moved=PASS * (passes + shape.linear_weights), memory=memory)
 
 
@@ -152,22 +152,24 @@ def refine(shape: Shape, tokens: int) -> Work:
 def gptq(shape: Shape, tokens: int, windows: int = WeightSpec().windows) -> Work:
     """One build's GPTQ: the calibration windows forward at once; half a Hessian for each input; for each
     linear clip search, a factor (2 Cholesky, an inverse: 4/3 in^3), columns' errors passed on (out in^2)."""
-    hessians = sum(windows * tokens * into**2 for into in shape.inputs)
-    columns = sum(out * into**2 for out, into in shape.linears)
-    factors = shape.layers * sum(4 / 3 * into**3 for _, into in shape.linears)
+    read = zip(shape.inputs, (1, 1, shape.active, shape.active), strict=True)
+    hessians = shape.layers * sum(windows * tokens * times * into**2 for into, times in read)
+    columns = shape.total(lambda out, into: out * into**2, shape.experts)
+    factors = shape.total(lambda _, into: 4 / 3 * into**3, shape.experts)
     passes = forward(shape, tokens, windows)
     at_once = max(
         1, int(CHUNK_BYTES / (MLP_VALUES * tokens * shape.mlp))
     )  # windows; of all, what enters layers
     memory = forward(shape, tokens, min(windows, at_once)).memory + PASS * windows * tokens * shape.channels
-    memory += HESSIAN_BYTES * max(shape.inputs) ** 2
+    memory += (HESSIAN_BYTES + PASS * (shape.experts - 1)) * max(shape.inputs) ** 2  # all experts' at once
     moved = shape.linear_weights * (CLIP_BYTES + COLUMN_BYTES)
-    return Work(GPTQ, shape.layers * (hessians + columns), factors, moved=moved, memory=memory) + passes
+    return Work(GPTQ, hessians + columns, factors, moved=moved, memory=memory) + passes
 
 
 def float_window(shape: Shape, tokens: int) -> Work:
     """One window, products in float: inputs quantized, R4, lm_head and loss."""
-    inputs = shape.layers * tokens * (QUANTIZE_PASSES * sum(shape.inputs) + HADAMARD_PASSES * shape.mlp)
+    mlps = (QUANTIZE_PASSES + HADAMARD_PASSES) * shape.active * shape.mlp
+    inputs = shape.layers * tokens * (QUANTIZE_PASSES * sum(shape.inputs[:3]) + mlps)
     moved = PASS * (inputs + shape.embedding + LOGIT_PASSES * tokens * shape.vocabulary)
     memory = shape.held_bytes + 3 * PASS * stream.LOGIT_ROWS * shape.vocabulary
     return Work(FLOAT, 2 * shape.embedding * tokens, moved=moved, memory=memory) + forward(shape, tokens)
@@ -175,8 +177,8 @@ def float_window(shape: Shape, tokens: int) -> Work:
 
 def integer_window(shape: Shape, tokens: int) -> Work:
     """The same with integer linears; attention and lm_head in float, the codes held beside float weights."""
-    floats, linears = float_window(shape, tokens), 2 * shape.linear_weights * tokens
-    results = RESCALE_PASSES * PASS * shape.layers * tokens * sum(out for out, _ in shape.linears)
+    floats, linears = float_window(shape, tokens), 2 * shape.active_weights * tokens
+    results = RESCALE_PASSES * PASS * tokens * shape.total(lambda out, _: out, shape.active)
     flops, moved = floats.float_flops - linears, floats.moved + results
     codes = shape.linear_weights * shape.layers_held / shape.layers
     memory = max(floats.memory, forward(shape, tokens).memory + codes)

@@ -1,10 +1,12 @@
 """Quantize the weights of a whole model by any quantizer of the table, layer by layer, each kept once done. A
 calibrated quantizer (GPTQ) walks the calibration windows through the model: just before a group of linears
 that read the same input (q, k, v; o; gate, up; down) is first used, a hook sums its Hessian and puts the
-quantized weights in, so each is calibrated on what the quantized model before it sends, as QuaRot."""
+quantized weights in, so each is calibrated on what the quantized model before it sends, as QuaRot. An expert
+is calibrated on the tokens that are sent to it; one that sees too few is rounded to nearest, and named."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from functools import partial
 from typing import Any
@@ -24,6 +26,7 @@ from dfrot_lab.weights.gptq import hessian_of
 log = logging.getLogger(__name__)
 KIND = "weights"
 CHUNK_BYTES, MLP_VALUES = 2e9, 3 * 4  # what the MLP's activations of windows in one pass may fill; each's
+LEAST_ROWS = 1 / 8  # calibration tokens an input channel: a Hessian of fewer is worse than none
 LayerCodes = dict[str, Quantized]  # the quantized weights of one decoder layer by linear name
 Online = Callable[..., AbstractContextManager[None]]  # `surgery.online` of the model
 OnPart = Callable[[str, int, int], None]  # told of finished `layer`s, `window`s: done, total; may raise
@@ -103,9 +106,14 @@ def _run(loaded: LoadedModel, spec: WeightSpec, writer: Writer, _online: Online,
         if not writer.has(_file(number)):
             with stream.part(loaded, number):
                 layer = loaded.layers[number]
-                done = {name: _quantize(layer, name, None, spec) for name in loaded.roles.linears}
+                done = {name: _quantize(layer, name, None, spec) for name in loaded.roles.linears(layer)}
                 _save(writer, number, done)
         on_part("layer", number + 1, count)
+
+
+def _kind(site: str) -> str:
+    """What kind of site it is; all inputs of experts are of one."""
+    return site.rpartition(".")[2]
 
 
 class _SeenEnough(Exception):
@@ -113,30 +121,53 @@ class _SeenEnough(Exception):
 
 
 class _Layer:
-    """One layer under calibration: the groups of linears still to quantize, the Hessian of the first of them.
-    `at_once`: whether all windows pass together, so that a group can be quantized before they use it."""
+    """One layer under calibration: the groups of linears still to quantize, by site, and the Hessians (and
+    tokens) of those that are `wanted` now. `at_once`: whether all windows pass together, so that a group can
+    be quantized before they use it; else they pass once a stage, a stage being the groups of one kind."""
 
     def __init__(self, loaded: LoadedModel, number: int, spec: WeightSpec, at_once: bool) -> None:
         self.layer, self.spec, self.at_once = loaded.layers[number], spec, at_once
-        self.left, self.codes = dict(loaded.roles.groups), LayerCodes()
-        self.hessian: Tensor | None = None
+        self.left, self.codes = dict(loaded.roles.groups(self.layer)), LayerCodes()
+        self.wanted, self.hessians, self.rows = set(self.left), dict[str, Tensor](), Counter[str]()
+        self.nearest: list[str] = []
 
-    def arrive(self, kind: str, x: Tensor) -> None:
-        """What a kind of site has (windows, tokens, channels)."""
-        if kind != next(iter(self.left), None):
+    def stages(self) -> Iterator[None]:
+        """Unless windows pass `at_once`: while each stage is the current one, they must pass."""
+        for kind in dict.fromkeys(map(_kind, () if self.at_once else self.left)):
+            self.wanted = {site for site in self.left if _kind(site) == kind}
+            yield
+            self.finish()
+        self.wanted = set(self.left)
+
+    def arrive(self, site: str, x: Tensor) -> None:
+        """What a site of the layer has (..., channels)."""
+        if site not in self.wanted:
             return
-        hessian = hessian_of(x.reshape(-1, x.shape[-1]).float())
-        self.hessian = hessian if self.hessian is None else self.hessian.add_(hessian)
-        if not self.at_once:
+        rows = x.reshape(-1, x.shape[-1]).float()
+        hessian = hessian_of(rows)
+        self.hessians[site] = hessian.add_(self.hessians[site]) if site in self.hessians else hessian
+        self.rows[site] += len(rows)
+        if self.at_once:
+            self.quantize(site)
+        elif len(self.wanted) == 1:
             raise _SeenEnough
-        self.quantize()
 
-    def quantize(self) -> None:
-        """Quantize the linears that come next, which every window has reached."""
-        for name in self.left.pop(next(iter(self.left))):
-            self.codes[name] = _quantize(self.layer, name, self.hessian, self.spec)
+    def finish(self) -> None:
+        """Quantize what is wanted and left: what every window has reached, or none."""
+        for site in [site for site in self.left if site in self.wanted]:
+            self.quantize(site)
+
+    def quantize(self, site: str) -> None:
+        """Quantize the linears that read what a site has."""
+        hessian, names = self.hessians.pop(site, None), self.left.pop(site)
+        width = loading.linear(self.layer, names[0]).weight.shape[1]
+        spec = self.spec
+        if self.rows[site] < LEAST_ROWS * width:
+            spec = spec.with_(method="rtn")
+            self.nearest += names
+        for name in names:
+            self.codes[name] = _quantize(self.layer, name, hessian, spec)
             _put(loading.linear(self.layer, name), self.codes[name])
-        self.hessian = None
 
 
 @torch.no_grad()
@@ -149,15 +180,16 @@ def _run_calibrated(
     ids = corpus.token_blocks(spec.corpus, loaded.tokenizer, blocks=spec.windows, window=spec.window)
     name, count, at = spec.method.upper(), len(loaded.layers), dict[int, _Layer]()
     log.info("%s to %d bits on %d x %d tokens of %s", name, spec.quantizer.bits, *ids.shape, spec.corpus.name)
-    width = loading.linear(loaded.layers[0], loaded.roles.down).weight.shape[1]
-    chunk = max(1, int(CHUNK_BYTES / (MLP_VALUES * spec.window * width)))
+    chunk = max(1, int(CHUNK_BYTES / (MLP_VALUES * spec.window * max(loading.mlp_widths(loaded)))))
 
     def arrive(site: str, x: Tensor) -> None:
         """R4 has acted before: what arrives is what the linears read."""
-        if layer := at.get(int(site.split(".")[1])):
-            layer.arrive(site.rpartition(".")[2], x)
+        _, number, inner = site.split(".", 2)
+        if layer := at.get(int(number)):
+            layer.arrive(inner, x)
 
-    with online(function=arrive, sites=hooks.sites_of(loaded, *loaded.roles.groups)):
+    sites = hooks.sites_of(loaded, *hooks.LINEAR_INPUTS, "mlp_in")
+    with online(function=arrive, sites=sites):
         walk = stream.Walk(loaded, ids.split(chunk), name=name, writer=writer)
         for number in walk.layers():
             if writer.has(_file(number)):
@@ -165,11 +197,20 @@ def _run_calibrated(
                 walk.step(number)
             else:
                 at[number] = layer = _Layer(loaded, number, spec, len(walk.hidden) == 1)
-                while layer.left and not layer.at_once:
+                for _ in layer.stages():
                     for x in walk.hidden:
                         with suppress(_SeenEnough):
                             walk.run(number, x)
-                    layer.quantize()
                 walk.step(number)
+                layer.finish()
+                _say(writer, number, layer.nearest)
                 _save(writer, number, at.pop(number).codes)
             on_part("layer", number + 1, count)
+
+
+def _say(writer: Writer, number: int, nearest: Sequence[str]) -> None:
+    """Name, in the log and in the artefact, the linears of a layer that too few tokens reached."""
+    if nearest:
+        said = "layer %d: %d linears saw fewer than 1 token in %d input channels, rounded to nearest: %s"
+        log.warning(said, number, len(nearest), 1 / LEAST_ROWS, ", ".join(nearest))
+        writer.save_json(f"{_file(number)}-nearest", nearest)

@@ -150,7 +150,7 @@ class Bench:
             loaded.model.load_state_dict(self._pristine, strict=False)
             self._refusals = _residual(loaded, steps)
             # what R2 and R4 change: this copy spares the many products of R1 at the next trial
-            self._tail = self._copy(*(f".{name}." for name in (roles.v, roles.o, roles.down)))
+            self._tail = self._copy(*(f".{name.split('.')[-1]}." for name in (roles.v, roles.o, roles.down)))
             self._base = steps.residual
         if steps.r2:
             surgery.rotate_heads(loaded)
