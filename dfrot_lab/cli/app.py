@@ -136,8 +136,8 @@ def models(said: Options) -> None:
     loaded = loading.load_model(said.model_spec)
     about: dict[str, Any] = {"model": said.model, "family": loaded.family, "provenance": loaded.provenance}
     about |= {"channels": loaded.channels, "layers": len(loaded.layers), "context": loaded.context}
-    about |= {"fingerprint": loaded.fingerprint, "supported": [*families.FAMILIES]}
-    said.show_facts({**about, "refused": families.REFUSED}, said.out)
+    about |= {"fingerprint": loaded.fingerprint, "packaged": specs.PACKAGED}
+    said.show_facts({**about, "supported": [*families.FAMILIES], "refused": families.REFUSED}, said.out)
 
 
 @command("fetch", "model corpus out as_json")

