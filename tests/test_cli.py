@@ -38,6 +38,7 @@ WITHOUT = {
     "recipe": ("--json",),
     "experiment": (),
     "figures": (),
+    "compare": (),
     "report": (),
     "models": ("--corpus", "--seed"),
     "doctor": ("--seed",),

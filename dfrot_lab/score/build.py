@@ -101,11 +101,13 @@ def keep_out(recipe: Recipe, R: Tensor | None) -> Transform:
 
 
 @contextmanager
-def quantized(built: Built, recipe: Recipe, *, fake: bool = False) -> Iterator[None]:
+def quantized(built: Built, recipe: Recipe, *, fake: bool = False, only: str | None = None) -> Iterator[None]:
     """While the block runs the built model has the recipe's online rotations, quantization and keep-out, with
-    integer products where `is_integer`, but for `fake` and on a GPU (there they are slower)."""
+    integer products where `is_integer`, but for `fake` and on a GPU (there they are slower); with `only` a
+    kind of site (of hooks.KINDS), of the activations, keys and values those alone are rounded."""
     loaded, made, act = built.loaded, built.transforms, recipe.activations
     spare = keep_out(recipe, built.R) if recipe.keep_out else None
+    fake = fake or only is not None
     in_integers = is_integer(recipe) and not made.clips and not fake and loaded.device.type == "cpu"
     kinds = [kind for kind, grid in (("k", recipe.keys), ("v", recipe.values)) if grid.bits < 16]
     with ExitStack() as stack:
@@ -117,6 +119,7 @@ def quantized(built: Built, recipe: Recipe, *, fake: bool = False) -> Iterator[N
             stack.enter_context(integer.integer_linears(loaded, built.codes, act, r4=r4, spare=spare))
         elif act.bits < 16:
             kinds += hooks.LINEAR_INPUTS
+        kinds = [kind for kind in kinds if only in (None, kind)]
         r3, r4_online = made.r3 and recipe.keys.bits < 16, made.r4 and not in_integers
         function, sites = rounded(recipe, made.clips, spare), hooks.sites_of(loaded, *kinds)
         stack.enter_context(surgery.online(loaded, r3=r3, r4=r4_online, function=function, sites=sites))
