@@ -177,7 +177,7 @@ def test_what_cannot_be_compared_is_refused_before_any_work(pair, models, said):
 
 
 def test_the_command_prints_rows_and_keeps_table_recipes_and_figure(pair, tmp_path, monkeypatch):
-    names, setting, store = pair
+    _names, setting, store = pair
     monkeypatch.setenv("DFROT_LAB_CACHE", str(store.root.parent))
     Path(setting.corpus).with_name("long.txt").write_text(TEXT * 20)
     text = str(Path(setting.corpus).with_name("long.txt"))
@@ -194,7 +194,7 @@ def test_the_command_prints_rows_and_keeps_table_recipes_and_figure(pair, tmp_pa
 
 
 def test_a_comparison_killed_among_its_sites_goes_on_there(pair, tmp_path):
-    names, setting, _store = pair
+    _names, setting, _store = pair
     code = f"""
 import sys
 from pathlib import Path
