@@ -154,7 +154,7 @@ def models(said: Options) -> None:
     loaded = loading.load_model(said.model_spec)
     about: dict[str, Any] = {"model": said.model, "family": loaded.family, "provenance": loaded.provenance}
     about |= {"channels": loaded.channels, "layers": len(loaded.layers), "context": loaded.context}
-    about |= {"fingerprint": loaded.fingerprint, "packaged": specs.PACKAGED}
+    about |= {"fingerprint": loaded.fingerprint, "packaged": [*specs.PACKAGED]}
     said.show_facts({**about, "supported": [*families.FAMILIES], "refused": families.REFUSED}, said.out)
 
 
