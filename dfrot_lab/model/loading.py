@@ -140,7 +140,7 @@ def fingerprint(spec: ModelSpec) -> str:
 def _bytes_key(spec: ModelSpec) -> str:
     kind, place = resolve(spec)
     if kind == "packaged":
-        return downloads.MODELS[str(place)].member_sha256[:32]
+        return downloads.MODELS[str(place)].sha256[:32]
     if kind == "hub":
         return content_key([place, _hub_commit(str(place), spec.revision)])
     if kind == "gguf":

@@ -18,8 +18,9 @@ from dfrot_lab.recipe import keys
 from dfrot_lab.recipe.base import require
 from dfrot_lab.recipe.specs import MASSIVE_RULES, RELEASED_KEEP_OUT, Recipe
 from dfrot_lab.rotate import dfrot
-from dfrot_lab.score import build, perplexity, rows as score_rows
-from dfrot_lab.study import cost, main
+from dfrot_lab.score import build, perplexity
+from dfrot_lab.study import cost, experiments, main
+from dfrot_lab.study.experiments import SHARE
 from dfrot_lab.study.main import Row
 from dfrot_lab.study.setting import Setting
 
@@ -30,7 +31,7 @@ KEPT: tuple[dict[str, Any], ...] = (
 )  # fmt: skip
 SITES = (*hooks.LINEAR_INPUTS, "k", "v")
 TOKEN, ROWS, ERROR, LEVEL = "most massive token", "massive rows", "mean E(xR)", f"perplexity, {BITS}"
-PAIRED, SHARE, COST = "paired difference", "share of RO - RH closed", "perplexity one site costs"
+PAIRED, COST = "paired difference", "perplexity one site costs"
 PARTS = (TOKEN, ROWS, ERROR, LEVEL, PAIRED, SHARE, COST)
 
 
@@ -70,12 +71,12 @@ def _findings(setting: Setting, store: Store) -> pd.DataFrame:
     progress.begin("refining R1")
     dfrot.refined(setting.refine, store)
     table, found = main.evaluated(list(rows(setting)), store, progress)
+    ro, rh = (setting.row(BITS, setting.rotation(kind)) for kind in ("RO", "RH"))
+    shares = [line for kept in KEPT for line in experiments.closed_shares(found, ro, rh, **kept)]
+    results = _placed(pd.concat([table, pd.DataFrame(shares)], ignore_index=True))
     about = {"model": setting.model.source, "corpus": setting.corpus, "device": setting.model.device}
-    seen = [{**about, **line} for line in (*_massive(recorded), *_errors(setting, recorded))]
-    shares = list(_shares(setting, found))
-    costs = [{**about, **line} for line in _costs(setting, found, store, progress)]
-    tidy = [pd.DataFrame(seen), _placed(table), pd.DataFrame([*shares, *costs])]
-    return pd.concat(tidy, ignore_index=True)
+    seen = [*_massive(recorded), *_errors(setting, recorded), *_costs(setting, found, store, progress)]
+    return pd.concat([pd.DataFrame(seen).assign(**about), results], ignore_index=True)
 
 
 def rows(setting: Setting) -> Iterator[Row]:
@@ -90,11 +91,11 @@ def rows(setting: Setting) -> Iterator[Row]:
 
 
 def _placed(table: pd.DataFrame) -> pd.DataFrame:
-    """Results rows with their part, and what each is: `RO`, `RO - RH`."""
+    """Results rows with their part, and what each is: `RO`, `RO - RH`, `RO, kept out`."""
+    part = table["metric"].map({tables.PERPLEXITY: LEVEL, SHARE: SHARE}).fillna(PAIRED)
     entries: list[Any] = table.to_dict("records")
     said = [tables.label(row) + row["metric"].removeprefix(tables.PERPLEXITY) for row in entries]
-    part = table["metric"].eq(tables.PERPLEXITY).map({True: LEVEL, False: PAIRED})
-    return table.assign(part=part, what=said)
+    return table.assign(part=part, what=[what.removesuffix(SHARE) for what in said])
 
 
 def _massive(recorded: Capture) -> Iterator[dict[str, Any]]:
@@ -121,17 +122,6 @@ def _errors(setting: Setting, recorded: Capture) -> Iterator[dict[str, Any]]:
         what = f"{rotation}, {'massive' if is_massive else 'ordinary'} rows"
         own = {"rotation": rotation, "rule": setting.rule, "activations": quantizer.name}
         yield {"part": ERROR, "what": what, "value": value, **own}
-
-
-def _shares(setting: Setting, found: main.Found) -> Iterator[dict[str, Any]]:
-    """How much of RO - RH is gone when massive tokens are kept out; of a gap that may be 0, nothing."""
-    ro, rh = (setting.row(BITS, setting.rotation(kind)) for kind in ("RO", "RH"))
-    low, high = perplexity.paired_difference(found[ro], found[rh])[1]
-    for kept in KEPT if not low <= 0 <= high else ():
-        four = [found[spec] for spec in (ro, ro.with_(**kept), rh, rh.with_(**kept))]
-        share = perplexity.statistic(perplexity.closed_share, four)
-        line = score_rows.statistic_row(four[1], SHARE, *share)
-        yield {**line, "part": SHARE, "what": tables.label(line).removeprefix("RO, ")}
 
 
 def _costs(
