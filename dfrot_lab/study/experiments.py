@@ -40,7 +40,7 @@ def run(name: str, setting: Setting | None = None, store: Store | None = None) -
 
 
 def setting_of(name: str, setting: Setting) -> Setting:
-    """The setting an experiment runs on: the paper's rule, but for the main job and `compare` the setting's."""
+    """The setting an experiment runs on: the paper's rule; the main job and `compare` keep the setting's."""
     return setting if name in ("main", "compare") else setting.with_(rule=specs.PAPER_RULE)
 
 
@@ -73,8 +73,7 @@ def keep_out(setting: Setting, store: Store) -> pd.DataFrame:
 def closed_shares(
     found: main.Found, ro: specs.Recipe, rh: specs.Recipe, **kept: Any
 ) -> Iterator[dict[str, Any]]:
-    """The results row of the share of RO - RH that is gone with the fields `kept`; of a gap that may be 0,
-    none."""
+    """The row of the share of RO - RH that is gone with the fields `kept`; of a gap that may be 0, none."""
     low, high = perplexity.paired_difference(found[ro], found[rh])[1]
     if not low <= 0 <= high:
         four = [found[spec] for spec in (ro, ro.with_(**kept), rh, rh.with_(**kept))]
