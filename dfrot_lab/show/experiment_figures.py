@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
@@ -190,27 +189,18 @@ def figure_magnitudes(table: pd.DataFrame) -> Figure:
 
 def figure_compare(table: pd.DataFrame) -> Figure:
     """Models side by side, a column each (`study.compare`): a row of panels a part, on one axis."""
-    pairs = zip(table["ci95"], table["value"], strict=True)
-    low, high = zip(*(ci if np.ndim(ci) else (x, x) for ci, x in pairs), strict=True)
-    known = table.assign(label=table["what"], low=low, high=high).fillna(
-        {"rotation": "any", "keep_out": False}
-    )
-    models, groups = list(dict.fromkeys(table["model"])), dict(list(known.groupby("part")))
+    models, groups = list(dict.fromkeys(table["model"])), dict(list(figures.bounded(table).groupby("part")))
     parts = {part: groups[part] for part in compare.PARTS[1:] if part in groups}
     tall = [rows["what"].nunique() + 2 for rows in parts.values()]
     more: dict[str, Any] = {"figsize": (2 + 3.6 * len(models), 0.22 * sum(tall)), "height_ratios": tall}
     more |= {"sharex": "row", "sharey": "row", "squeeze": False}
     fig, axes = plt.subplots(len(parts), len(models), **more)
     for line, (part, rows) in zip(axes, parts.items(), strict=True):
-        line[0].set_xscale("symlog" if part == compare.ROWS else "linear")
-        absent = {"value": np.nan, "low": np.nan, "high": np.nan}  # so that all have the same lines
-        like = rows.drop_duplicates("what").assign(**absent).set_index("what")
         for ax, model in zip(line, models, strict=True):
-            own = rows[rows["model"] == model].set_index("what")
-            plot_rows(own.combine_first(like).loc[like.index], ax=ax)
-            ax.set(xlabel="", title=part)
-    for ax, model in zip(axes[0], models, strict=True):
-        ax.set_title(f"{Path(model).name}\n{ax.get_title()}")
+            own = rows[rows["model"] == model].set_index("what").reindex(rows["what"].unique())
+            own = own.rename_axis("label").reset_index().fillna({"rotation": "any", "keep_out": False})
+            scale, head = ("symlog", f"{Path(model).name}\n") if part == compare.ROWS else ("linear", "")
+            plot_rows(own, ax=ax).set(xlabel="", xscale=scale, title=head + part)
     return fig
 
 

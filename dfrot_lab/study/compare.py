@@ -1,7 +1,6 @@
 """Several models side by side: massive tokens by each rule, 4-bit errors, the gap between RO and RH, how much
 of it keeping massive tokens out closes, and what each kind of site costs."""
 
-import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -12,19 +11,17 @@ from dfrot_lab.disk.artefacts import Store, Writer
 from dfrot_lab.maths import tables
 from dfrot_lab.model import door, hooks, loading
 from dfrot_lab.model.stream import Walk
-from dfrot_lab.observe import errors, massive
-from dfrot_lab.observe.capture import Capture, capture
+from dfrot_lab.observe import massive
+from dfrot_lab.observe.capture import Capture
 from dfrot_lab.recipe import keys
 from dfrot_lab.recipe.base import require
 from dfrot_lab.recipe.specs import MASSIVE_RULES, RELEASED_KEEP_OUT, Recipe
-from dfrot_lab.rotate import dfrot
 from dfrot_lab.score import build, perplexity
 from dfrot_lab.study import cost, experiments, main
 from dfrot_lab.study.experiments import SHARE
 from dfrot_lab.study.main import Row
 from dfrot_lab.study.setting import Setting
 
-log = logging.getLogger(__name__)
 BITS = "16-4-16"  # nothing but activations is rounded
 KEPT: tuple[dict[str, Any], ...] = (
     {"keep_out": RELEASED_KEEP_OUT}, {"keep_out": "most_massive", "keep_out_tokens": 4},
@@ -52,8 +49,8 @@ def compare(
 
 def side_by_side(table: pd.DataFrame) -> pd.DataFrame:
     """The table of `compare` to be read: rows (part, what), a column a model, cells as text."""
-    exact, entries = (LEVEL, PAIRED, SHARE, COST), list[Any](table.to_dict("records"))
-    cells = [tables.cell(row) if row["part"] in exact else f"{row['value']:,.4g}" for row in entries]
+    entries: list[Any] = table.to_dict("records")
+    cells = [tables.cell(row) if np.ndim(row["ci95"]) else f"{row['value']:,.4g}" for row in entries]
     shown = table.assign(cell=cells)
     shown = shown.sort_values("part", key=lambda part: part.map(PARTS.index), kind="stable")
     wide = shown.pivot(index=["part", "what"], columns="model", values="cell")
@@ -63,19 +60,12 @@ def side_by_side(table: pd.DataFrame) -> pd.DataFrame:
 
 def _findings(setting: Setting, store: Store) -> pd.DataFrame:
     """All rows of one model."""
-    log.info("model %s, corpus %s", setting.model.source, setting.corpus)
-    progress = cost.Progress(cost.preparation(setting, store))
-    progress.begin("capturing activations")
-    recorded = capture(setting.capture, store)
-    massive.warn(recorded, setting.rule)
-    progress.begin("refining R1")
-    dfrot.refined(setting.refine, store)
-    table, found = main.evaluated(list(rows(setting)), store, progress)
+    result = main.run(setting, store, rows)
     ro, rh = (setting.row(BITS, setting.rotation(kind)) for kind in ("RO", "RH"))
-    shares = [line for kept in KEPT for line in experiments.closed_shares(found, ro, rh, **kept)]
-    results = _placed(pd.concat([table, pd.DataFrame(shares)], ignore_index=True))
+    shares = [line for kept in KEPT for line in experiments.closed_shares(result.found, ro, rh, **kept)]
+    results = _placed(pd.concat([result.table, pd.DataFrame(shares)], ignore_index=True))
     about = {"model": setting.model.source, "corpus": setting.corpus, "device": setting.model.device}
-    seen = [*_massive(recorded), *_errors(setting, recorded), *_costs(setting, found, store, progress)]
+    seen = [*_massive(result.capture), *_errors(result), *_costs(result, store)]
     return pd.concat([pd.DataFrame(seen).assign(**about), results], ignore_index=True)
 
 
@@ -111,39 +101,36 @@ def _massive(recorded: Capture) -> Iterator[dict[str, Any]]:
             yield {"part": ROWS, "what": what, "value": int(found.sum()), "rule": rule}
 
 
-def _errors(setting: Setting, recorded: Capture) -> Iterator[dict[str, Any]]:
+def _errors(result: main.MainResult) -> Iterator[dict[str, Any]]:
     """The squared error of ordinary and of massive rows by the evaluation's quantizer: means over sites."""
-    rotations = errors.default_rotations(recorded.channels, setting.seed)
-    quantizer = setting.refine.quantizer
-    table = errors.token_errors(recorded, rotations, [quantizer], rule=setting.rule)
-    means = table.groupby(["massive", "rotation", "site"], observed=True, sort=False)["error"].mean()
-    overall: Any = means.groupby(level=[0, 1], observed=True, sort=False).mean()
-    for (is_massive, rotation), value in overall.items():
-        what = f"{rotation}, {'massive' if is_massive else 'ordinary'} rows"
-        own = {"rotation": rotation, "rule": setting.rule, "activations": quantizer.name}
-        yield {"part": ERROR, "what": what, "value": value, **own}
+    quantizer, rule = result.setting.refine.quantizer, result.setting.rule
+    of_sites = result.errors().groupby(["massive", "site"], observed=True)[[*result.matrices]].mean()
+    for rotation, means in of_sites.groupby(level="massive").mean().items():
+        about = {"part": ERROR, "rotation": rotation, "rule": rule, "activations": quantizer.name}
+        for is_massive, value in means.items():
+            what = f"{rotation}, {'massive' if is_massive else 'ordinary'} rows"
+            yield {**about, "what": what, "value": value}
 
 
-def _costs(
-    setting: Setting, found: main.Found, store: Store, progress: cost.Progress
-) -> Iterator[dict[str, Any]]:
+def _costs(result: main.MainResult, store: Store) -> Iterator[dict[str, Any]]:
     """What perplexity rises by when one kind of site alone is rounded to 4 bits, under RH."""
-    full = found[setting.row("16-16-16", setting.rotation("NR"))]
+    setting = result.setting
+    full = result.found[setting.row("16-16-16", setting.rotation("NR"))].losses
     spec = setting.row("16-4-4", setting.rotation("RH"))
     about = {"part": COST, "rotation": "RH", "windows": setting.windows, "window": setting.window}
     about |= {"metric": f"{tables.PERPLEXITY} - full precision", "activations": spec.activations.name}
-    for kind, losses in site_losses(spec, store, progress).items():
-        value = float(perplexity.difference(losses, full.losses, axis=-1))
-        ci95 = perplexity.bootstrap(perplexity.difference, losses, full.losses)
+    for kind, losses in site_losses(spec, store).items():
+        ci95 = perplexity.bootstrap(perplexity.difference, losses, full)
+        value = float(perplexity.difference(losses, full, axis=-1))
         yield {**about, "what": kind, "value": value, "ci95": list(ci95)}
 
 
-def site_losses(recipe: Recipe, store: Store, progress: cost.Progress | None = None) -> dict[str, np.ndarray]:
+def site_losses(recipe: Recipe, store: Store) -> dict[str, np.ndarray]:
     """Each window's loss (windows,) with one kind of SITES alone rounded as `recipe` says; stored."""
-    recipe, progress = door.resolved(recipe).canonical(), progress or cost.Progress()
-    progress.costs += [cost.scoring(recipe).seconds(cost.TWO_CORES)] * len(SITES)
+    recipe = door.resolved(recipe).canonical()
 
     def make(writer: Writer) -> None:
+        progress = cost.Progress([cost.scoring(recipe).seconds(cost.TWO_CORES)] * len(SITES))
         built = build.build(recipe, store)
         ids = build.windows(recipe, built.loaded)
         for kind in SITES:
