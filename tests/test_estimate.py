@@ -67,7 +67,7 @@ def flops(work: Callable[[], object]) -> int:
     ("name", "count"),
     [
         ("smollm2-135m", 134_515_008),
-        ("qwen2.5-coder-0.5b", 494_032_768 - 24 * (896 + 2 * 128)),  # but for the biases of q, k, v
+        ("qwen2.5-coder-0.5b", 494_032_768 - 24 * (896 + 2 * 128) + 896 * 151_936),  # no biases; lm_head
         ("llama-2-7b", 6_738_415_616),
         ("llama-3-70b", 70_553_706_496),
     ],

