@@ -38,6 +38,7 @@ WITHOUT = {
     "recipe": ("--json",),
     "experiment": (),
     "figures": (),
+    "compare": (),
     "report": (),
     "models": ("--corpus", "--seed"),
     "doctor": ("--seed",),
@@ -389,6 +390,8 @@ def test_doctor_says_what_is_here_and_what_is_missing(bench, tmp_path):
     shown = json.loads(invoke("doctor", *bench, "--json").stdout)
     assert shown["missing"] == "nothing"
     assert shown["cache"]["folder"] == str(tmp_path / "cache")
+    asked = "not fetched yet (about 478 MB; dfrot-lab fetch --model qwen2.5-coder-0.5b)"
+    assert shown["cache"]["qwen2.5-coder-0.5b download"] == asked
     broken = invoke("doctor", "--model", "nowhere", "--json", code=1)
     assert json.loads(broken.stdout)["missing"].startswith("ModelSpec.source must be ")
     (tmp_path / "empty.txt").write_text(" \n")

@@ -24,6 +24,7 @@ from dfrot_lab.maths import rotations
 from dfrot_lab.model import door, families, loading, surgery
 from dfrot_lab.model.families import roles_of
 from dfrot_lab.model.loading import LoadedModel, check_tokens, fingerprint, load_model, resolve
+from dfrot_lab.recipe.keys import model_key
 from dfrot_lab.recipe.specs import DTYPES, ModelSpec, RotationSpec
 from dfrot_lab.study import shapes
 
@@ -203,7 +204,7 @@ def test_a_folder_without_a_tokenizer_is_refused_by_name(tmp_path: Path, store: 
 def test_an_unknown_source_is_refused_and_only_a_hub_s_form_is_hinted_at(
     source: str, hint: str | None, store: Store
 ):
-    rule = rf"^ModelSpec\.source must be smollm2-135m, a folder, a \.gguf file or hub:owner/name; got '{source}', which is none of them\."
+    rule = rf"^ModelSpec\.source must be smollm2-135m, qwen2\.5-coder-0\.5b, a folder, a \.gguf file or hub:owner/name; got '{source}', which is none of them\."
     with pytest.raises(ValueError, match=rule + (f" {re.escape(hint)}$" if hint else "$")):
         load_model(ModelSpec(source=source), store)
 
@@ -276,7 +277,9 @@ def test_a_new_family_is_one_entry_in_the_table(
 
 def test_a_folder_and_the_packaged_model_are_told_apart(tiny_spec: ModelSpec):
     assert resolve(tiny_spec)[:2] == ("folder", Path(tiny_spec.source))
-    assert resolve(ModelSpec())[:2] == ("packaged", "smollm2-135m")
+    for name, file in downloads.MODELS.items():  # named by the bytes it has, wherever that is known
+        assert resolve(ModelSpec(source=name)) == ("packaged", name)
+        assert fingerprint(ModelSpec(source=name)) == model_key(file.sha256[:32], "float32", "cpu")
 
 
 @pytest.mark.parametrize("window", [CONTEXT, CONTEXT + 1])

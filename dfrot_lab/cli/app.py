@@ -9,11 +9,12 @@ from typing import Annotated, Any
 
 import typer
 
-from dfrot_lab.cli.options import Options, app, command, keep_freed_memory, log
+from dfrot_lab.cli.options import SOURCES, Options, app, command, keep_freed_memory, log
 from dfrot_lab.recipe import specs
 
 ROTATION = "A row of the rotations listed by --help, or a safetensors file with R1."
 BITS = "Weights-activations-KV, such as 4-4-16."
+MODELS = f"Two or more, with commas between, each: {SOURCES}"
 RECIPE = "A recipe's YAML, in place of all options but --out, --json."
 SCHEME = f"The quantizer's range: {', '.join(specs.SCHEMES)}."
 VARIANT = f"{', '.join(specs.REFINE_VARIANTS)}."
@@ -92,6 +93,23 @@ def experiment(
     return said.show_table(table if said.as_json else table[shown], {"written": ", ".join(map(str, written))})
 
 
+@command("compare", "corpus calibration seed out as_json windows gamma rule dtype")
+def compare_command(said: Options, models: Annotated[str, typer.Option(help=MODELS)]) -> None:
+    """Models side by side: massive tokens, errors, RO - RH, keep-out, what each kind of site costs.
+
+    What is finished is kept: the same command goes on. --out: folder (runs/compare/<models>/)."""
+    from dfrot_lab.disk import row_files
+    from dfrot_lab.show import gallery
+    from dfrot_lab.study import compare
+
+    names, setting = [name.strip() for name in models.split(",")], said.setting().resolved()
+    table = compare.compare(names, setting)
+    out = said.out or Path("runs", "compare", "-".join(Path(name).name for name in names))
+    written = gallery.save_experiment("compare", table, setting, out, out)
+    text = f"{compare.side_by_side(table).to_string()}\n\nwritten: {', '.join(map(str, written))}"
+    said.show({"written": written, "rows": row_files.rows(table)}, text)
+
+
 @command("figures", "model corpus seed out as_json windows dtype")
 def figures(said: Options) -> None:
     """Rewrite the committed figures/ and data/results/: the main job's and every experiment's.
@@ -140,8 +158,8 @@ def models(said: Options) -> None:
     loaded = loading.load_model(said.model_spec)
     about: dict[str, Any] = {"model": said.model, "family": loaded.family, "provenance": loaded.provenance}
     about |= {"channels": loaded.channels, "layers": len(loaded.layers), "context": loaded.context}
-    about |= {"fingerprint": loaded.fingerprint, "supported": [*families.FAMILIES]}
-    said.show_facts({**about, "refused": families.REFUSED}, said.out)
+    about |= {"fingerprint": loaded.fingerprint, "packaged": [*specs.PACKAGED]}
+    said.show_facts({**about, "supported": [*families.FAMILIES], "refused": families.REFUSED}, said.out)
 
 
 @command("fetch", "model corpus out as_json dtype")

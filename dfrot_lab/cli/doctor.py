@@ -16,7 +16,7 @@ from dfrot_lab.disk import downloads
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.disk.atomic import cache_dir
 from dfrot_lab.model import corpus, loading
-from dfrot_lab.recipe.specs import DEFAULT_MODEL, CorpusSpec, ModelSpec
+from dfrot_lab.recipe.specs import CorpusSpec, ModelSpec
 
 MODEL_PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "compressed-tensors", "gguf")
 PACKAGES = ("dfrot-lab", *MODEL_PACKAGES, "numpy", "scipy", "pandas", "jupyterlab")
@@ -30,9 +30,10 @@ def checkup(model: ModelSpec, text: CorpusSpec) -> tuple[dict[str, Any], list[st
     memory, free = psutil.virtual_memory().total, shutil.disk_usage(folder).free
     versions = {name: _version(name) for name in PACKAGES}
     kinds = Counter(artefact.kind for artefact in Store().list())
-    here = downloads.SMOLLM2_GGUF.path().exists()
-    fetched = "fetched" if here else "not fetched yet (about 93 MB; dfrot-lab fetch)"
-    cache = {"folder": str(folder), "free": f"{free / 1e9:.1f} GB", f"{DEFAULT_MODEL} download": fetched}
+    cache = {"folder": str(folder), "free": f"{free / 1e9:.1f} GB"}
+    for name, file in downloads.MODELS.items():
+        asked = f"not fetched yet (about {file.mb:.0f} MB; dfrot-lab fetch --model {name})"
+        cache[f"{name} download"] = "fetched" if file.path().exists() else asked
     cache["artefacts"] = ", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items())) or "none yet"
     cuda = "none: everything runs on the CPU"
     if torch.cuda.is_available():

@@ -19,7 +19,7 @@ from dfrot_lab.recipe import registry, specs
 log = logging.getLogger("dfrot_lab")
 
 OUT = "Where the result goes; the ending says the format."
-SOURCES = "smollm2-135m, a folder, a .gguf file, or hub:owner/name (the network)."
+SOURCES = f"{', '.join(specs.PACKAGED)}, a folder, a .gguf file, or hub:owner/name (the network)."
 CORPORA = "auto, wikitext2, wikipedia-sample, or a text file."
 CALIBRATION = "A text of its own to capture, refine and calibrate on; default: the other half of --corpus."
 RULES = f"What makes a row massive: {', '.join(specs.MASSIVE_RULES)}."

@@ -19,8 +19,8 @@ class Roles:
     `positions`: a table added to the embedding; `v_rows`: of a config, which rows of `v` are values, head by
     head, where others lie in the same linear; `norm`: of GAINS. A norm named "" is none: its linears read the
     residual stream itself. `online`: what a layer adds to the residual stream passes a norm first, which no
-    rotation passes, so R1 acts where linears read, a product a site, and not in the stream. `experts`: an MLP
-    that in some layers is a mixture of experts (`model.experts`), each with the linears of the MLP named here."""
+    rotation passes, so R1 acts where linears read, a product a site, and not in the stream. `experts`: an
+    MLP that in some layers is a mixture (`model.experts`), each expert with the linears of the MLP here."""
 
     embedding: str = "model.embed_tokens"
     positions: str | None = None

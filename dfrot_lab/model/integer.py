@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from dfrot_lab.maths.quantizers import Quantized, centred
 from dfrot_lab.model.loading import LoadedModel, linear
+from dfrot_lab.model.parts import Transform
 from dfrot_lab.model.stream import dressed
-from dfrot_lab.model.surgery import Transform
 from dfrot_lab.recipe.specs import QuantSpec
 
 Maybe = Transform | None

@@ -22,7 +22,7 @@ from dfrot_lab.model.experts import unfuse
 from dfrot_lab.model.families import CAUSAL, Roles, oddity, roles_of
 from dfrot_lab.recipe.base import content_key, require
 from dfrot_lab.recipe.keys import model_key
-from dfrot_lab.recipe.specs import DEFAULT_MODEL, DTYPES, ModelSpec
+from dfrot_lab.recipe.specs import DTYPES, ModelSpec
 
 log = logging.getLogger(__name__)
 DEVICE = "DFROT_LAB_DEVICE"  # environment variable: what device `auto` is: cpu, cuda, or auto
@@ -132,7 +132,7 @@ def device_name() -> str:
 def resolve(spec: ModelSpec) -> tuple[str, Path | str]:
     """(kind, place) of a spec, nothing read: `packaged`, `gguf`, `folder` or `hub`; a ValueError if none."""
     source = spec.source
-    if source == DEFAULT_MODEL:
+    if source in downloads.MODELS:
         return "packaged", source
     if source.startswith("hub:"):
         return "hub", source.removeprefix("hub:")
@@ -146,7 +146,7 @@ def resolve(spec: ModelSpec) -> tuple[str, Path | str]:
         return "gguf", path
     is_hub_name = re.fullmatch(r"[\w.-]+/[\w.-]+", source) and path.suffix.lower() != ".gguf"
     hint = f" For a model on the hub say hub:{source}." if is_hub_name else ""
-    rule = f"{DEFAULT_MODEL}, a folder, a .gguf file or hub:owner/name"
+    rule = f"{', '.join(downloads.MODELS)}, a folder, a .gguf file or hub:owner/name"
     raise ValueError(f"ModelSpec.source must be {rule}; got {source!r}, which is none of them.{hint}")
 
 
@@ -159,7 +159,7 @@ def fingerprint(spec: ModelSpec) -> str:
 def _bytes_key(spec: ModelSpec) -> str:
     kind, place = resolve(spec)
     if kind == "packaged":
-        return downloads.SMOLLM2_GGUF.member_sha256[:32]
+        return downloads.MODELS[str(place)].sha256[:32]
     if kind == "hub":
         return content_key([place, _hub_commit(str(place), spec.revision)])
     if kind == "gguf":
@@ -207,7 +207,7 @@ def load_model(
     kind, place = resolve(spec)
     key, name, provenance = _bytes_key(spec), fingerprint(spec), f"{kind} {place}"
     if kind == "packaged":
-        kind, place = "gguf", downloads.fetch(downloads.SMOLLM2_GGUF)
+        kind, place = "gguf", downloads.fetch(downloads.MODELS[str(place)])
     if kind == "gguf":
         place, provenance = gguf_files.folder(Path(place), key, store or Store())
     config = config_of(place, spec)

@@ -11,7 +11,7 @@ from dfrot_lab.disk.artefacts import Store, Writer
 from dfrot_lab.disk.atomic import digest
 from dfrot_lab.model import gguf_files, loading
 from dfrot_lab.model.families import heads_of
-from dfrot_lab.recipe.specs import DEFAULT_MODEL, ModelSpec
+from dfrot_lab.recipe.specs import DEFAULT_MODEL, SECOND_MODEL, ModelSpec
 
 PASS = 4  # bytes of one pass over one float32 value
 
@@ -90,6 +90,7 @@ class Shape:
 
 SHAPES = {
     DEFAULT_MODEL: Shape(576, 30, 1536, 9, 3, 64, 49152, tied=True),
+    SECOND_MODEL: Shape(896, 24, 4864, 14, 2, 64, 151936),  # the file has an lm_head of its own
     "llama-2-7b": Shape(4096, 32, 11008, 32, 32, 128, 32000),
     "llama-3-70b": Shape(8192, 80, 28672, 64, 8, 128, 128256),
 }  # models known by name: nothing of theirs has to be there to say what they would take

@@ -7,7 +7,7 @@ leaves every logit as it was (QuaRot, arXiv 2404.00456, Sec. 3; DFRot, arXiv 241
 embedding is not centred: RMSNorm does not subtract a mean. Products run in float64 and are cast once."""
 
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -21,12 +21,11 @@ from dfrot_lab.model.checkpoint import EMBEDDING, HEAD
 from dfrot_lab.model.families import GAINS, heads_of
 from dfrot_lab.model.hooks import NORMS, At, at_sites, sites_of
 from dfrot_lab.model.loading import LoadedModel, linear, mlp_widths
+from dfrot_lab.model.parts import Transform, edit, edit_rows, ends, feeds, tables, writers
 from dfrot_lab.model.stream import change
 
 log = logging.getLogger(__name__)
-Transform = Callable[[Tensor], Tensor]  # of one activation (..., channels), to another of the same shape
 Blocks = tuple[int | None, int | None]  # of Hadamards of heads (R2, R3) and of R4; None: the largest
-EDIT_ROWS = 1024  # rows of a weight worked on at once
 FUSED = "norms fused"
 LAYER_NORM_EPS = 1e-5  # of a LayerNorm that does not say its own (OLMo)
 
@@ -34,42 +33,15 @@ LAYER_NORM_EPS = 1e-5  # of a LayerNorm that does not say its own (OLMo)
 def untie(loaded: LoadedModel) -> None:
     """Give lm_head its own copy of a tied embedding: the two are about to be changed differently."""
     if is_tied(loaded):
-        head, embedding = _ends(loaded)
+        head, embedding = ends(loaded)
         head.weight = nn.Parameter(embedding.weight.detach().clone(), requires_grad=False)
     loaded.config.tie_word_embeddings = False
 
 
 def is_tied(loaded: LoadedModel) -> bool:
     """Whether lm_head and the embedding are one tensor."""
-    head, embedding = _ends(loaded)
+    head, embedding = ends(loaded)
     return head.weight is embedding.weight
-
-
-def _ends(loaded: LoadedModel) -> tuple[nn.Linear, nn.Linear]:
-    """lm_head and the embedding."""
-    return linear(loaded.model, loaded.roles.lm_head), linear(loaded.model, loaded.roles.embedding)
-
-
-def _tables(loaded: LoadedModel) -> list[nn.Linear]:
-    """The embedding, and the table of positions where there is one."""
-    names = (loaded.roles.embedding, loaded.roles.positions)
-    return [linear(loaded.model, name) for name in names if name]
-
-
-def _feeds(loaded: LoadedModel, number: int) -> dict[str, tuple[nn.Linear | None, list[nn.Linear]]]:
-    """A layer's norms (None: none) and what alone reads each one's output (linears, routers), by site."""
-    layer, found = loaded.layers[number], dict[str, tuple[nn.Linear | None, list[nn.Linear]]]()
-    for site, (norm, readers) in loaded.roles.readers(layer).items():
-        own = linear(layer, norm) if norm else None
-        found[f"layers.{number}.{site}"] = own, [linear(layer, name) for name in readers]
-    return found
-    }
-
-
-def _writers(loaded: LoadedModel, number: int) -> list[nn.Linear]:
-    """A layer's linears that write into the residual stream: o, down."""
-    layer = loaded.layers[number]
-    return [linear(layer, name) for name in (loaded.roles.o, *loaded.roles.downs(layer))]
 
 
 def prepare(loaded: LoadedModel) -> None:
@@ -85,15 +57,15 @@ def centre(loaded: LoadedModel) -> None:
     if loaded.roles.norm != "layer":
         return
 
-    def edit(part: int) -> None:
+    def centred(part: int) -> None:
         if part == EMBEDDING:
-            for table in _tables(loaded):
-                _edit_rows(table, lambda w: w - w.mean(-1, keepdim=True))
+            for table in tables(loaded):
+                edit_rows(table, lambda w: w - w.mean(-1, keepdim=True))
             return
-        for writer in _writers(loaded, part):
-            _edit(writer, lambda w: w - w.mean(0), lambda b: b - b.mean())
+        for writer in writers(loaded, part):
+            edit(writer, lambda w: w - w.mean(0), lambda b: b - b.mean())
 
-    change(loaded, edit, {EMBEDDING, *range(len(loaded.layers))})
+    change(loaded, centred, {EMBEDDING, *range(len(loaded.layers))})
     names = [name for _, name, _ in loaded.roles.feeds]
     norms = [layer.get_submodule(name) for layer in loaded.layers for name in names]
     for norm in (*norms, loaded.model.get_submodule(loaded.roles.final_norm)):
@@ -114,9 +86,9 @@ def fuse_norms(loaded: LoadedModel) -> None:
 
     def fuse(part: int) -> None:
         if part == HEAD:
-            fuse_norm(linear(loaded.model, loaded.roles.final_norm), [_ends(loaded)[0]], extra)
+            fuse_norm(linear(loaded.model, loaded.roles.final_norm), [ends(loaded)[0]], extra)
             return
-        for norm, readers in _feeds(loaded, part).values():
+        for norm, readers in feeds(loaded, part).values():
             fuse_norm(norm, readers, extra)
 
     change(loaded, fuse, {*range(len(loaded.layers)), HEAD})
@@ -159,13 +131,13 @@ def fold_gains(loaded: LoadedModel, gains: Mapping[str, Tensor]) -> None:
         wanted[site] = gain.to(loaded.device, torch.float64)
 
     def fold(number: int) -> None:
-        for site, (norm, readers) in _feeds(loaded, number).items():
+        for site, (norm, readers) in feeds(loaded, number).items():
             if (gain := wanted.get(site)) is not None:
                 extra = GAINS[loaded.roles.norm]
                 assert norm is not None
                 norm.weight.data.copy_((norm.weight.double() + extra) * gain - extra)
                 for reader in readers:
-                    _edit_rows(reader, partial(torch.div, other=gain))
+                    edit_rows(reader, partial(torch.div, other=gain))
 
     change(loaded, fold, {int(site.split(".")[1]) for site in wanted})
 
@@ -174,7 +146,7 @@ def norms_are_fused(loaded: LoadedModel) -> bool:
     """Whether every norm gain that R1 must pass is 1."""
     if loaded.checkpoint is not None:
         return FUSED in loaded.done
-    feeds = [feed for number in range(len(loaded.layers)) for feed in _feeds(loaded, number).values()]
+    feeds = [feed for number in range(len(loaded.layers)) for feed in feeds(loaded, number).values()]
     norms = [linear(loaded.model, loaded.roles.final_norm), *(norm for norm, _ in feeds)]
     weights = [weight for norm in norms if (weight := getattr(norm, "weight", None)) is not None]
     return all(bool((weight == 1 - GAINS[loaded.roles.norm]).all()) for weight in weights)
@@ -193,9 +165,9 @@ def rotate_residual(loaded: LoadedModel, R: Tensor) -> None:
     columns: Transform = (lambda w: fast(w.T).T) if fast else (lambda w: R.T @ w)
 
     def rotate_readers(part: int) -> None:
-        for _, readers in _feeds(loaded, part).values():
+        for _, readers in feeds(loaded, part).values():
             for reader in readers:
-                _edit_rows(reader, times_R)
+                edit_rows(reader, times_R)
 
     if loaded.roles.online:
         change(loaded, rotate_readers)
@@ -204,15 +176,15 @@ def rotate_residual(loaded: LoadedModel, R: Tensor) -> None:
 
     def rotate(part: int) -> None:
         if part < 0:
-            for table in [_ends(loaded)[0]] if part == HEAD else _tables(loaded):
-                _edit_rows(table, times_R)
+            for table in [ends(loaded)[0]] if part == HEAD else tables(loaded):
+                edit_rows(table, times_R)
             final = linear(loaded.model, loaded.roles.final_norm)
             if part == HEAD and getattr(final, "bias", None) is not None:
                 final.bias.data.copy_(times_R(final.bias.double()[None])[0])
             return
         rotate_readers(part)
-        for writer in _writers(loaded, part):
-            _edit(writer, columns, times_R)
+        for writer in writers(loaded, part):
+            edit(writer, columns, times_R)
 
     change(loaded, rotate, {EMBEDDING, *range(len(loaded.layers)), HEAD})
 
@@ -220,7 +192,7 @@ def rotate_residual(loaded: LoadedModel, R: Tensor) -> None:
 def _turned(loaded: LoadedModel, R: Tensor) -> AbstractContextManager[None]:
     """What the readers of the norms read, times `R`, by the fast transform where there is one."""
     sites = sites_of(loaded, *NORMS)
-    readers = [one for _, linears in _feeds(loaded, 0).values() for one in linears]
+    readers = [one for _, linears in feeds(loaded, 0).values() for one in linears]
     share = len(NORMS) * R.numel() / sum(reader.weight.numel() for reader in readers)
     own, fast = R.to(next(loaded.model.parameters()).dtype), fast_product(R)
     said = "as a fast transform" if fast else f"{share:.0%} more work there"
@@ -241,9 +213,9 @@ def rotate_heads(loaded: LoadedModel, R2: Tensor | None = None, block: int | Non
     def rotate(number: int) -> None:
         layer, R = loaded.layers[number], each[number]
         rows = partial(_rotate_values, head=head, R=R, block=block, rows=values)
-        _edit(linear(layer, loaded.roles.v), rows, rows)
+        edit(linear(layer, loaded.roles.v), rows, rows)
         R = None if R is None else R.repeat_interleave(shared, 0)
-        _edit(linear(layer, loaded.roles.o), partial(_rotate_inputs, head=head, R=R, block=block))
+        edit(linear(layer, loaded.roles.o), partial(_rotate_inputs, head=head, R=R, block=block))
 
     change(loaded, rotate)
 
@@ -282,8 +254,8 @@ def rotate_down(loaded: LoadedModel, block: int | None = None) -> None:
     blocks = {width: block_of(width, block, "Recipe.mlp_block") for width in mlp_widths(loaded)}
 
     def rotate(number: int) -> None:
-        for down in _writers(loaded, number)[1:]:
-            _edit_rows(down, partial(hadamard, block=blocks[down.weight.shape[1]]))
+        for down in writers(loaded, number)[1:]:
+            edit_rows(down, partial(hadamard, block=blocks[down.weight.shape[1]]))
 
     change(loaded, rotate)
 
@@ -313,19 +285,3 @@ def _require_untied(loaded: LoadedModel) -> None:
     if is_tied(loaded):
         why = "lm_head and the embedding are one tensor and would be changed twice"
         raise ValueError(f"embeddings must be untied (surgery.untie) first: {why}")
-
-
-def _edit_rows(module: nn.Linear, function: Transform) -> None:
-    """Replace a weight by a function of its rows, in float64 and cast once, a few at a time."""
-    with torch.no_grad():
-        for part in module.weight.data.split(EDIT_ROWS):
-            part.copy_(function(part.double()))
-
-
-def _edit(module: nn.Linear, weight: Transform, bias: Transform | None = None) -> None:
-    """Replace a module's weight (and bias) by a function of it, computed in float64 and cast once."""
-    with torch.no_grad():
-        module.weight.copy_(weight(module.weight.double()))
-        own = getattr(module, "bias", None)  # an embedding has none
-        if bias is not None and own is not None:
-            own.copy_(bias(own.double()))

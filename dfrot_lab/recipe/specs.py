@@ -12,6 +12,8 @@ from dfrot_lab.recipe.base import MethodSpec, Spec, one_of, ruled
 
 WINDOW = 2048  # tokens in one window: the length DFRot, QuaRot and GPTQ calibrate and evaluate with
 DEFAULT_MODEL = "smollm2-135m"
+SECOND_MODEL = "qwen2.5-coder-0.5b"  # for "does it hold elsewhere": fetched when it is named
+PACKAGED = (DEFAULT_MODEL, SECOND_MODEL)
 MODEL_SOURCES = "a packaged name, a folder, a .gguf file or hub:owner/name"
 ROTATION_KINDS = ("NR", "RO", "RH", "file")
 SPLITS = ("calibration", "evaluation", "train", "valid", "test")

@@ -14,8 +14,8 @@ from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.maths.quantizers import fake_quantize, squared_error
 from dfrot_lab.model import corpus, door, hooks, integer, loading, surgery
 from dfrot_lab.model.loading import LoadedModel
+from dfrot_lab.model.parts import Transform
 from dfrot_lab.model.proof import TOKENS, Proof
-from dfrot_lab.model.surgery import Transform
 from dfrot_lab.observe import massive, residual
 from dfrot_lab.recipe import keys
 from dfrot_lab.recipe.specs import KEEP_OUT_COUNTS, Recipe
@@ -105,11 +105,13 @@ def keep_out(recipe: Recipe, R: Tensor | None) -> Transform:
 
 
 @contextmanager
-def quantized(built: Built, recipe: Recipe, *, fake: bool = False) -> Iterator[None]:
+def quantized(built: Built, recipe: Recipe, *, fake: bool = False, only: str | None = None) -> Iterator[None]:
     """While the block runs the built model has the recipe's online rotations, quantization and keep-out, with
-    integer products where `is_integer`, but for `fake` and on a GPU (there they are slower)."""
+    integer products where `is_integer`, but for `fake` and on a GPU (there they are slower); with `only` a
+    kind of site (of hooks.KINDS), of the activations, keys and values those alone are rounded."""
     loaded, made, act = built.loaded, built.transforms, recipe.activations
     spare = keep_out(recipe, built.R) if recipe.keep_out else None
+    fake = fake or only is not None
     in_integers = is_integer(recipe) and not made.clips and not fake and loaded.device.type == "cpu"
     in_integers &= not (spare and loaded.roles.experts)  # a rule needs all tokens, an expert sees its own
     kinds = [kind for kind, grid in (("k", recipe.keys), ("v", recipe.values)) if grid.bits < 16]
@@ -122,6 +124,7 @@ def quantized(built: Built, recipe: Recipe, *, fake: bool = False) -> Iterator[N
             stack.enter_context(integer.integer_linears(loaded, built.codes, act, r4=r4, spare=spare))
         elif act.bits < 16:
             kinds += hooks.LINEAR_INPUTS
+        kinds = [kind for kind in kinds if only in (None, kind)]
         r3, r4_online = made.r3 and recipe.keys.bits < 16, made.r4 and not in_integers
         function, sites = rounded(recipe, made.clips, spare), hooks.sites_of(loaded, *kinds)
         seen: dict[str, Any] = {"function": function, "sites": sites, "blocks": recipe.blocks}

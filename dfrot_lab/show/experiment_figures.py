@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -15,6 +16,7 @@ from dfrot_lab.observe.massive import SUN_ABSOLUTE, SUN_RATIO
 from dfrot_lab.show import figures
 from dfrot_lab.show.figures import plot_rows, rows_of
 from dfrot_lab.show.theme import INK, MASSIVE_COLOUR, ORDINARY_COLOUR, draw_lines, legend_below, looks, panels
+from dfrot_lab.study import compare
 
 ORDER_COLOURS = {  # of the errors; green, blue and red are the paper's
     "NR > RO > RH": "#117733", "NR > RH > RO": "#56B4E9", "RO > NR > RH": MASSIVE_COLOUR,
@@ -187,12 +189,29 @@ def figure_magnitudes(table: pd.DataFrame) -> Figure:
     return fig
 
 
+def figure_compare(table: pd.DataFrame) -> Figure:
+    """Models side by side, a column each (`study.compare`): a row of panels a part, on one axis."""
+    models, groups = list(dict.fromkeys(table["model"])), dict(list(figures.bounded(table).groupby("part")))
+    parts = {part: groups[part] for part in compare.PARTS[1:] if part in groups}
+    tall = [rows["what"].nunique() + 2 for rows in parts.values()]
+    more: dict[str, Any] = {"figsize": (2 + 3.6 * len(models), 0.22 * sum(tall)), "height_ratios": tall}
+    more |= {"sharex": "row", "sharey": "row", "squeeze": False}
+    fig, axes = plt.subplots(len(parts), len(models), **more)
+    for line, (part, rows) in zip(axes, parts.items(), strict=True):
+        for ax, model in zip(line, models, strict=True):
+            own = rows[rows["model"] == model].set_index("what").reindex(rows["what"].unique())
+            own = own.rename_axis("label").reset_index().fillna({"rotation": "any", "keep_out": False})
+            scale, head = ("symlog", f"{Path(model).name}\n") if part == compare.ROWS else ("linear", "")
+            plot_rows(own, ax=ax).set(xlabel="", xscale=scale, title=head + part)
+    return fig
+
+
 FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {  # by experiment, what draws its table
     "main": figures.figure_perplexity, "token-errors-3d": figure_errors_3d, "token-orders": figure_orders,
     "token-errors-2d": figures.figure_errors, "massive-token": figures.figure_massive_token,
     "gamma-sweep": figure_gamma, "keep-out": figure_keep_out, "clip-sweep": figure_clip,
     "massive-activations": figure_massive_activations, "massive-magnitudes": figure_magnitudes,
-    "zero-shot": figure_zero_shot, "intervene": figure_intervene,
+    "zero-shot": figure_zero_shot, "compare": figure_compare, "intervene": figure_intervene,
     "main-table": partial(figure_differences, label="{rotation} {bits}", panel="weights: {weights}"),
     "calibration": partial(figure_differences, label="{varied} {level}"),
     "symmetric-or-not": partial(figure_differences, label=SCHEME_LABEL, panel="tested {tested_with}, {bits}"),

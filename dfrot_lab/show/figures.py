@@ -29,11 +29,16 @@ LABELS["snr"] = r"signal to noise, $m\,/\,(\sigma\sqrt{C})$"
 
 
 def rows_of(table: pd.DataFrame, metric: str = tables.PERPLEXITY) -> pd.DataFrame:
-    """The rows of one metric with columns label, and low and high: the interval's bounds, or the value."""
-    rows, entries = table[table["metric"] == metric], tables.records(table, metric)
-    bounds = [r["ci95"] if np.ndim(r["ci95"]) else (r["value"], r["value"]) for r in entries]
-    low, high = [low for low, _ in bounds], [high for _, high in bounds]
-    return rows.assign(label=[tables.label(r) for r in entries], low=low, high=high)
+    """The rows of one metric, `bounded`, with a column label."""
+    labels = [tables.label(row) for row in tables.records(table, metric)]
+    return bounded(table[table["metric"] == metric]).assign(label=labels)
+
+
+def bounded(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows with columns low and high: the interval's bounds, or the value."""
+    pairs = zip(rows["ci95"], rows["value"], strict=True)
+    bounds = [ci if np.ndim(ci) else (value, value) for ci, value in pairs]
+    return rows.assign(low=[low for low, _ in bounds], high=[high for _, high in bounds])
 
 
 def plot_rows(rows: pd.DataFrame, *, ax: Axes | None = None) -> Axes:

@@ -36,6 +36,7 @@ def save_experiment(
     row_files.replace(kept, row_files.rows(table)) if is_small else row_files.write_table(table, kept)
     about = {"experiment": name, "quick": setting.quick, "device": loading.device_name(), "rows": len(table)}
     about |= {"setting": _question(name, setting)}
+    about |= {"models": list(dict.fromkeys(table["model"]))} if name == "compare" else {}
     about["recipes"] = sorted(set(table["recipe"].dropna())) if "recipe" in table else []
     written = [kept]
     if about["recipes"]:

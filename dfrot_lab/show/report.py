@@ -24,7 +24,7 @@ from dfrot_lab.maths import tables
 from dfrot_lab.model import corpus, loading
 from dfrot_lab.observe.massive import doubt
 from dfrot_lab.recipe import registry
-from dfrot_lab.recipe.specs import DEFAULT_MODEL, MASSIVE_RULES, CorpusSpec, Recipe, RefineSpec
+from dfrot_lab.recipe.specs import MASSIVE_RULES, PACKAGED, CorpusSpec, Recipe, RefineSpec
 from dfrot_lab.show import figures, gallery
 from dfrot_lab.show.theme import MASSIVE_COLOUR, ORDINARY_COLOUR, safe, visible
 from dfrot_lab.study import cost, main, paper
@@ -92,7 +92,7 @@ def values(findings: Findings) -> dict[str, Any]:
     beside = paper.beside_rows(list(result.found.values()))
     beside.insert(2, "ours", beside.pop("ours").map("{:,.2f}".format))  # before models: always in sight
     return {
-        "model": setting.model.source, "packaged": result.setting.model.source == DEFAULT_MODEL,
+        "model": setting.model.source, "packaged": result.setting.model.source in PACKAGED,
         "corpus": setting.corpus, "windows": setting.windows, "window": result.capture.tokens,
         "site": figure_site(result.capture.sites), "quantizer": setting.refine.quantizer.name,
         "about": about(findings), "command": command(setting),
@@ -120,7 +120,7 @@ def about(findings: Findings) -> pd.DataFrame:
     """What the report is of, as lines: what, value."""
     setting, recorded = findings.result.setting, findings.result.capture
     shown, manifest = public(setting), recorded.artefact.manifest
-    origin, own = str(manifest["note"]["provenance"]), setting.model.source != DEFAULT_MODEL
+    origin, own = str(manifest["note"]["provenance"]), setting.model.source not in PACKAGED
     texts = {split: CorpusSpec(name=setting.corpus, split=split) for split in ("calibration", "evaluation")}
     on = f"on the first {recorded.tokens} calibration tokens"
     lines = {

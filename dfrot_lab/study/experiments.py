@@ -39,8 +39,8 @@ def run(name: str, setting: Setting | None = None, store: Store | None = None) -
 
 
 def setting_of(name: str, setting: Setting) -> Setting:
-    """The setting an experiment runs on: the paper's rule but for the main job, which takes the setting's."""
-    return setting if name == "main" else setting.with_(rule=specs.PAPER_RULE)
+    """The setting an experiment runs on: the paper's rule; the main job and `compare` keep the setting's."""
+    return setting if name in ("main", "compare") else setting.with_(rule=specs.PAPER_RULE)
 
 
 def listing() -> pd.DataFrame:
@@ -63,16 +63,21 @@ def keep_out(setting: Setting, store: Store) -> pd.DataFrame:
         asked.append(Row(plain, against={"RH": rh} if kind == "RO" else {}))
         asked.append(Row(plain.with_(keep_out=specs.RELEASED_KEEP_OUT), against={kind: plain}))
     asked += [Row(setting.row(bits, setting.rotation("NR"))) for bits in settings]
-    (table, found), shares = evaluated(asked, store), []
+    (table, found), shares = evaluated(asked, store), list[dict[str, Any]]()
     for offset, bits in product(range(setting.seeds), settings):
         ro, rh = (setting.row(bits, setting.rotation(kind, offset)) for kind in ("RO", "RH"))
-        low, high = perplexity.paired_difference(found[ro], found[rh])[1]
-        if low > 0 or high < 0:  # a gap that may be 0, or has no interval, has no share
-            ro_kept, rh_kept = (spec.with_(keep_out=specs.RELEASED_KEEP_OUT) for spec in (ro, rh))
-            four = [found[spec] for spec in (ro, ro_kept, rh, rh_kept)]
-            statistic = perplexity.statistic(perplexity.closed_share, four)
-            shares.append(rows.statistic_row(four[1], SHARE, *statistic))
+        shares += closed_shares(found, ro, rh, keep_out=specs.RELEASED_KEEP_OUT)
     return whole(pd.concat([table, pd.DataFrame(shares)], ignore_index=True))
+
+
+def closed_shares(
+    found: main.Found, ro: specs.Recipe, rh: specs.Recipe, **kept: Any
+) -> Iterator[dict[str, Any]]:
+    """The row of the share of RO - RH that is gone with the fields `kept`; of a gap that may be 0, none."""
+    low, high = perplexity.paired_difference(found[ro], found[rh])[1]
+    if low > 0 or high < 0:  # nor of one window, which has no interval
+        four = [found[spec] for spec in (ro, ro.with_(**kept), rh, rh.with_(**kept))]
+        yield rows.statistic_row(four[1], SHARE, *perplexity.statistic(perplexity.closed_share, four))
 
 
 def main_table(setting: Setting, store: Store) -> Iterator[Row]:

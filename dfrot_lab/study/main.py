@@ -1,7 +1,7 @@
 """Rows of recipes in, a table of results out; the main job (`make run`); experiments on single tokens."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -113,7 +113,9 @@ class MainResult:
         return errors.wide(errors.token_errors(self.capture, self.matrices, by, sites=sites, rule=rule))
 
 
-def run(setting: Setting, store: Store | None = None) -> MainResult:
+def run(
+    setting: Setting, store: Store | None = None, asked: Callable[[Setting], Iterator[Row]] = rows
+) -> MainResult:
     """Capture, refine, evaluate every row; what is stored is reused, a stopped run goes on where it was."""
     store, setting = store or Store(), setting.resolved()
     log.info("model %s, corpus %s, device %s", setting.model.source, setting.corpus, setting.model.device)
@@ -123,7 +125,7 @@ def run(setting: Setting, store: Store | None = None) -> MainResult:
     recorded = captures.capture(setting.capture, store)
     progress.begin(f"refining R1 with gamma {setting.gamma:g}")
     refinement = dfrot.refined(setting.refine, store)
-    return MainResult(setting, recorded, refinement, *evaluated(list(rows(setting)), store, progress))
+    return MainResult(setting, recorded, refinement, *evaluated(list(asked(setting)), store, progress))
 
 
 def stored(setting: Setting, store: Store) -> MainResult:

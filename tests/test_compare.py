@@ -1,0 +1,217 @@
+"""Models side by side: each number is the one that its own function gives, a second look costs nothing, a killed
+comparison goes on at its site, and what a model does not have is left empty.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import LAYERS
+from test_cli import invoke
+from test_evaluate import save_lively
+from test_experiments import drawn
+
+from dfrot_lab.disk import row_files
+from dfrot_lab.disk.artefacts import Store
+from dfrot_lab.maths.quantizers import fake_quantize
+from dfrot_lab.model import hooks
+from dfrot_lab.observe import errors, massive
+from dfrot_lab.observe.capture import capture
+from dfrot_lab.recipe.specs import MASSIVE_RULES
+from dfrot_lab.score import build, perplexity
+from dfrot_lab.study import compare
+from dfrot_lab.study.setting import Setting
+
+TEXT = "\n".join(f"{i} sheep and {i * 7 % 13} goats went over hill {i % 5};" for i in range(300))
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Setting, Store]:
+    """A Llama with massive newlines and a Qwen2 without, a text, and a store for all tests of this file."""
+    folder = tmp_path_factory.mktemp("compare")
+    (folder / "text.txt").write_text(TEXT)
+    llama = save_lively(folder / "llama")
+    other = save_lively(folder / "qwen", "qwen2", seed=1, plant=False)
+    sizes = {"windows": 3, "window": 64, "steps": 5}
+    setting = Setting(model=llama, corpus=str(folder / "text.txt"), **sizes)
+    return [llama.source, other.source], setting, Store(folder / "store")
+
+
+@pytest.fixture(scope="module")
+def table(pair: tuple[list[str], Setting, Store]) -> pd.DataFrame:
+    return compare.compare(*pair)
+
+
+def of(table: pd.DataFrame, model: str, part: str) -> pd.Series:
+    """Values of one part by what they are."""
+    return table[(table["model"] == model) & (table["part"] == part)].set_index("what")["value"]
+
+
+def test_massive_tokens_are_counted_by_each_rule(pair, table):
+    names, setting, store = pair
+    for name in names:
+        recorded = capture(setting.with_(model=setting.model.with_(source=name)).capture, store)
+        token = int(of(table, name, compare.TOKEN)["its place"])
+        found = of(table, name, compare.ROWS)
+        for rule in MASSIVE_RULES:
+            mask = massive.find(recorded, rule)
+            assert found[rule] == int(mask.sum())
+            assert found[f"{rule}, of that token"] == int(mask[:, token].sum())
+    assert (of(table, names[0], compare.TOKEN)["times the median token's"] > 8) and found["ratio_8"] == 0
+
+
+def test_errors_are_means_over_sites_of_the_evaluation_s_quantizer(pair, table):
+    names, setting, store = pair
+    recorded = capture(setting.capture, store)
+    own = errors.token_errors(
+        recorded, errors.default_rotations(recorded.channels), [setting.refine.quantizer], rule="ratio_8"
+    )
+    found = of(table, names[0], compare.ERROR)
+    for (rotation, is_massive), part in own.groupby(["rotation", "massive"], observed=True):
+        sites = [each["error"].mean() for _, each in part.groupby("site", observed=True)]
+        assert found[f"{rotation}, {'massive' if is_massive else 'ordinary'} rows"] == pytest.approx(
+            np.mean(sites)
+        )
+    assert found["RO, massive rows"] > 1.5 * found["RH, massive rows"], "what the spike is there for"
+    assert not of(table, names[1], compare.ERROR).index.str.contains("massive").any()
+
+
+def test_perplexities_and_differences_are_those_of_evaluate(pair, table):
+    names, setting, store = pair
+    for name in names:
+        own = setting.with_(model=setting.model.with_(source=name))
+        ro, rh = (perplexity.evaluate(own.row("16-4-16", own.rotation(kind)), store) for kind in ("RO", "RH"))
+        assert of(table, name, compare.LEVEL)["RO"] == ro.perplexity
+        gap, (low, high) = perplexity.paired_difference(ro, rh)
+        assert of(table, name, compare.PAIRED)["RO - RH"] == gap
+        shares = of(table, name, compare.SHARE)
+        assert shares.empty == (low <= 0 <= high), "of a gap that may be 0 there is no share"
+
+
+def test_a_share_is_said_of_a_gap_that_is_one(pair, monkeypatch: pytest.MonkeyPatch):
+    names, setting, store = pair
+    monkeypatch.setattr(perplexity, "bootstrap", lambda *_: (0.5, 1.5))
+    found = compare.compare(names, setting, store)
+    for name in names:
+        levels, shares = of(found, name, compare.LEVEL), of(found, name, compare.SHARE)
+        assert list(shares.index) == ["RO, kept out", "RO, kept out (most_massive 4)"]
+        for what, share in shares.items():
+            kept = levels[what] - levels[what.replace("RO", "RH")]
+            assert share == pytest.approx(1 - kept / (levels["RO"] - levels["RH"]))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("kind", compare.SITES)
+def test_a_site_s_cost_is_that_of_rounding_it_alone(pair, table, kind):
+    """By hooks put on by hand, beside no quantizer at all."""
+    names, setting, store = pair
+    spec = setting.row("16-4-4", setting.rotation("RH")).canonical()
+    built = build.build(spec, store)
+    grid = {"k": spec.keys, "v": spec.values}.get(kind, spec.activations)
+    full = perplexity.evaluate(setting.row("16-16-16", setting.rotation("NR")), store)
+    exact = spec.with_(activations=spec.activations.with_(bits=16), keys=spec.keys, values=spec.values)
+    losses = []
+    with build.quantized(built, exact, only="none"):
+        sites = hooks.sites_of(built.loaded, kind)
+        with hooks.at_sites(built.loaded, lambda _site, x: fake_quantize(x, grid), sites):
+            losses = [perplexity.window_loss(built.loaded, ids) for ids in build.windows(spec, built.loaded)]
+    expected = np.exp(np.mean(losses)) - full.perplexity
+    assert expected != pytest.approx(0, abs=1e-3)
+    assert of(table, names[0], compare.COST)[kind] == pytest.approx(expected, rel=1e-4, abs=1e-4)
+    assert len(sites) == LAYERS
+
+
+def test_a_second_look_computes_nothing(pair, table, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(build, "build", lambda *_: pytest.fail("built a model"))
+    pd.testing.assert_frame_equal(compare.compare(*pair), table)
+
+
+def test_side_by_side_has_a_column_a_model_and_every_number_once(pair, table):
+    names, *_ = pair
+    shown = compare.side_by_side(table)
+    assert list(shown.columns) == names and shown.index.is_unique
+    assert list(dict.fromkeys(shown.index.get_level_values(0))) == [
+        part for part in compare.PARTS if part in set(table["part"])
+    ]
+    assert (shown != "").sum().sum() == len(table)
+    assert shown.loc[(compare.ERROR, "RO, massive rows"), names[1]] == ""
+    assert shown.loc[(compare.ROWS, "ratio_8"), names[1]] == "0"
+
+
+def test_the_figure_has_a_column_a_model_and_the_same_lines_in_both(pair, table):
+    names, *_ = pair
+    figure = drawn("compare", table)
+    assert len(figure.axes) == 2 * (table["part"].nunique() - 1)
+    for left, right in zip(figure.axes[::2], figure.axes[1::2], strict=True):
+        assert left.get_xlim() == right.get_xlim()
+        assert left.get_title().splitlines()[-1] == right.get_title().splitlines()[-1]
+    assert [ax.get_title().splitlines()[0] for ax in figure.axes[:2]] == [Path(n).name for n in names]
+
+
+@pytest.mark.parametrize(
+    ("models", "said"),
+    [
+        (["a"], r"models must be at least two different ones; got \['a'\]"),
+        (["smollm2-135m", "smollm2-135m"], "at least two different ones"),
+        (["smollm2-135m", "nowhere"], "ModelSpec.source must be .*got 'nowhere'"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_before_any_work(pair, models, said):
+    with pytest.raises(ValueError, match=said):
+        compare.compare(models, *pair[1:])
+
+
+def test_the_command_prints_rows_and_keeps_table_recipes_and_figure(pair, tmp_path, monkeypatch):
+    _names, setting, store = pair
+    monkeypatch.setenv("DFROT_LAB_CACHE", str(store.root.parent))
+    Path(setting.corpus).with_name("long.txt").write_text(TEXT * 20)
+    text = str(Path(setting.corpus).with_name("long.txt"))
+    models = [save_lively(tmp_path / name, name, context=4096).source for name in ("llama", "qwen2")]
+    said = ["--models", ",".join(models), "--corpus", text, "--windows", "1", "--out", str(tmp_path / "o")]
+    shown = json.loads(invoke("compare", *said, "--json").stdout)
+    assert {row["model"] for row in shown["rows"]} == {*models}
+    kept = row_files.load(next((tmp_path / "o").glob("compare-*.jsonl")))
+    assert len(kept) == len(shown["rows"])
+    about = json.loads((tmp_path / "o" / "compare.json").read_text())
+    assert about["setting"]["rule"] == "ratio_8", "the setting's, as in the main job"
+    assert about["models"] == models and (tmp_path / "o" / "compare.png").stat().st_size > 10_000
+    plain = invoke("compare", *said).stdout
+    assert "mean E(xR)" in plain and "perplexity one site costs" in plain and "compare.png" in plain
+
+
+def test_a_comparison_killed_among_its_sites_goes_on_there(pair, tmp_path):
+    _names, setting, _store = pair
+    code = f"""
+import sys
+from pathlib import Path
+from dfrot_lab.disk.artefacts import Store
+from dfrot_lab.study import compare
+from dfrot_lab.study.setting import Setting
+setting = Setting.of({setting.plain()!r})
+recipe = setting.row("16-4-4", setting.rotation("RH"))
+compare.site_losses(recipe, Store(Path({str(tmp_path)!r})))
+"""
+    environment = {**os.environ, "DFROT_LAB_DEVICE": "cpu"}
+    running = subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not (found := list(tmp_path.glob("site-losses/*.partial/o_proj_in.json"))):
+        assert time.monotonic() < deadline and running.poll() is None
+        time.sleep(0.001)
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    first = found[0].stat().st_mtime_ns
+    recipe = setting.row("16-4-4", setting.rotation("RH"))
+    losses = compare.site_losses(recipe, Store(tmp_path))
+    assert list(losses) == [*compare.SITES]
+    done = next(tmp_path.glob("site-losses/*/o_proj_in.json"))
+    assert done.stat().st_mtime_ns == first, "what was finished is not computed again"
+    again = compare.site_losses(recipe, pair[2])
+    assert all(np.array_equal(losses[kind], again[kind]) for kind in losses)
