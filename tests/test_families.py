@@ -44,7 +44,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe of experts alone": ("qwen3_moe", {**EXPERTS, "tie_word_embeddings": True}),
     "olmoe": ("olmoe", {"num_experts": 4, "num_experts_per_tok": 2}),
     "helium": ("helium", {"head_dim": 16}),
-    "ministral": ("ministral", {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2, "head_dim": 16}),
+    "ministral": ("ministral", {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "head_dim": 16}),
     "seed_oss": ("seed_oss", {"head_dim": 32, "attention_out_bias": True}),
     "ernie4_5": ("ernie4_5", {"use_bias": True, "head_dim": 16}),
     "glm": ("glm", {"head_dim": 16, "attention_bias": True}),

@@ -2,10 +2,9 @@
 calibrated quantizer (GPTQ) walks the calibration windows through the model: just before a group of linears
 that read the same input (q, k, v; o; gate, up; down) is first used, a hook sums its Hessian and puts the
 quantized weights in, so each is calibrated on what the quantized model before it sends, as QuaRot. An expert
-is calibrated on the tokens that are sent to it; one that sees too few is rounded to nearest, and named."""
+is calibrated on the tokens that are sent to it; one that sees none is rounded to nearest, and named."""
 
 import logging
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from functools import partial
@@ -26,7 +25,6 @@ from dfrot_lab.weights.gptq import hessian_of
 log = logging.getLogger(__name__)
 KIND = "weights"
 CHUNK_BYTES, MLP_VALUES = 2e9, 3 * 4  # what the MLP's activations of windows in one pass may fill; each's
-LEAST_ROWS = 1 / 8  # calibration tokens an input channel: a Hessian of fewer is worse than none
 LayerCodes = dict[str, Quantized]  # the quantized weights of one decoder layer by linear name
 Online = Callable[..., AbstractContextManager[None]]  # `surgery.online` of the model
 OnPart = Callable[[str, int, int], None]  # told of finished `layer`s, `window`s: done, total; may raise
@@ -121,15 +119,15 @@ class _SeenEnough(Exception):
 
 
 class _Layer:
-    """One layer under calibration: the groups of linears still to quantize, by site, and the Hessians (and
-    tokens) of those that are `wanted` now. `at_once`: whether all windows pass together, so that a group can
-    be quantized before they use it; else they pass once a stage, a stage being the groups of one kind."""
+    """One layer under calibration: the groups of linears still to quantize, by site, and the Hessians of those
+    that are `wanted` now. `at_once`: whether all windows pass together, so that a group can be quantized
+    before they use it; else they pass once a stage, a stage being the groups of one kind."""
 
     def __init__(self, loaded: LoadedModel, number: int, spec: WeightSpec, at_once: bool) -> None:
         self.layer, self.spec, self.at_once = loaded.layers[number], spec, at_once
         self.left, self.codes = dict(loaded.roles.groups(self.layer)), LayerCodes()
-        self.wanted, self.hessians, self.rows = set(self.left), dict[str, Tensor](), Counter[str]()
-        self.nearest: list[str] = []
+        self.wanted, self.hessians = set(self.left), dict[str, Tensor]()
+        self.nearest: list[str] = []  # the linears that no token reached
 
     def stages(self) -> Iterator[None]:
         """Unless windows pass `at_once`: while each stage is the current one, they must pass."""
@@ -143,10 +141,8 @@ class _Layer:
         """What a site of the layer has (..., channels)."""
         if site not in self.wanted:
             return
-        rows = x.reshape(-1, x.shape[-1]).float()
-        hessian = hessian_of(rows)
+        hessian = hessian_of(x.reshape(-1, x.shape[-1]).float())
         self.hessians[site] = hessian.add_(self.hessians[site]) if site in self.hessians else hessian
-        self.rows[site] += len(rows)
         if self.at_once:
             self.quantize(site)
         elif len(self.wanted) == 1:
@@ -160,11 +156,8 @@ class _Layer:
     def quantize(self, site: str) -> None:
         """Quantize the linears that read what a site has."""
         hessian, names = self.hessians.pop(site, None), self.left.pop(site)
-        width = loading.linear(self.layer, names[0]).weight.shape[1]
-        spec = self.spec
-        if self.rows[site] < LEAST_ROWS * width:
-            spec = spec.with_(method="rtn")
-            self.nearest += names
+        self.nearest += names if hessian is None else ()
+        spec = self.spec.with_(method="rtn") if hessian is None else self.spec
         for name in names:
             self.codes[name] = _quantize(self.layer, name, hessian, spec)
             _put(loading.linear(self.layer, name), self.codes[name])
@@ -209,8 +202,8 @@ def _run_calibrated(
 
 
 def _say(writer: Writer, number: int, nearest: Sequence[str]) -> None:
-    """Name, in the log and in the artefact, the linears of a layer that too few tokens reached."""
+    """Name, in the log and in the artefact, the linears of a layer that no calibration token reached."""
     if nearest:
-        said = "layer %d: %d linears saw fewer than 1 token in %d input channels, rounded to nearest: %s"
-        log.warning(said, number, len(nearest), 1 / LEAST_ROWS, ", ".join(nearest))
+        said = "layer %d: no calibration token reached %d linears, so they are rounded to nearest: %s"
+        log.warning(said, number, len(nearest), ", ".join(nearest))
         writer.save_json(f"{_file(number)}-nearest", nearest)
