@@ -146,8 +146,8 @@ def norms_are_fused(loaded: LoadedModel) -> bool:
     """Whether every norm gain that R1 must pass is 1."""
     if loaded.checkpoint is not None:
         return FUSED in loaded.done
-    feeds = [feed for number in range(len(loaded.layers)) for feed in feeds(loaded, number).values()]
-    norms = [linear(loaded.model, loaded.roles.final_norm), *(norm for norm, _ in feeds)]
+    inner = [norm for i in range(len(loaded.layers)) for norm, _ in feeds(loaded, i).values()]
+    norms = [linear(loaded.model, loaded.roles.final_norm), *inner]
     weights = [weight for norm in norms if (weight := getattr(norm, "weight", None)) is not None]
     return all(bool((weight == 1 - GAINS[loaded.roles.norm]).all()) for weight in weights)
 
