@@ -116,7 +116,7 @@ class _SeenEnough(Exception):
 
 
 class _Layer:
-    """One layer under calibration: the groups of linears still to quantize, by site, and the Hessians of those
+    """One layer under calibration: the groups of linears still to quantize, by site; the Hessians of those
     that are `wanted` now. `at_once`: whether all windows pass together, so that a group can be quantized
     before they use it; else they pass once a stage, a stage being the groups of one kind."""
 
