@@ -6,7 +6,7 @@ With x the residual stream and R orthogonal, RMSNorm(x R) = RMSNorm(x) R once th
 leaves every logit as it was (QuaRot, arXiv 2404.00456, Sec. 3; DFRot, arXiv 2412.00648, Sec. 3.1). The
 embedding is not centred: RMSNorm does not subtract a mean. Products run in float64 and are cast once."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from dfrot_lab.maths.hadamard import factors, hadamard_transform
 from dfrot_lab.maths.rotations import check, fast_product
 from dfrot_lab.model.checkpoint import EMBEDDING, HEAD
+from dfrot_lab.model.experts import widths
 from dfrot_lab.model.families import GAINS, heads_of
 from dfrot_lab.model.hooks import NORMS, At, at_sites, sites_of
-from dfrot_lab.model.loading import LoadedModel, linear, mlp_widths
+from dfrot_lab.model.loading import LoadedModel, linear
 from dfrot_lab.model.stream import change
 
 Transform = Callable[[Tensor], Tensor]  # of one activation (..., channels), to another of the same shape
@@ -83,8 +84,7 @@ def centre(loaded: LoadedModel) -> None:
 
     def edit(part: int) -> None:
         if part == EMBEDDING:
-            for table in _tables(loaded):
-                _edit_rows(table, lambda w: w - w.mean(-1, keepdim=True))
+            _edit_rows(_tables(loaded), lambda w: w - w.mean(-1, keepdim=True))
             return
         for writer in _writers(loaded, part):
             _edit(writer, lambda w: w - w.mean(0), lambda b: b - b.mean())
@@ -155,8 +155,7 @@ def fold_gains(loaded: LoadedModel, gains: Mapping[str, Tensor]) -> None:
             if (gain := wanted.get(site)) is not None:
                 extra = GAINS[loaded.roles.norm]
                 norm.weight.data.copy_((norm.weight.double() + extra) * gain - extra)
-                for reader in readers:
-                    _edit_rows(reader, partial(torch.div, other=gain))
+                _edit_rows(readers, partial(torch.div, other=gain))
 
     change(loaded, fold, {int(site.split(".")[1]) for site in wanted})
 
@@ -184,15 +183,13 @@ def rotate_residual(loaded: LoadedModel, R: Tensor) -> None:
 
     def rotate(part: int) -> None:
         if part < 0:
-            for table in [_ends(loaded)[0]] if part == HEAD else _tables(loaded):
-                _edit_rows(table, times_R)
+            _edit_rows([_ends(loaded)[0]] if part == HEAD else _tables(loaded), times_R)
             final = linear(loaded.model, loaded.roles.final_norm)
             if part == HEAD and getattr(final, "bias", None) is not None:
                 final.bias.data.copy_(times_R(final.bias.double()[None])[0])
             return
         for _, readers in _feeds(loaded, part).values():
-            for reader in readers:
-                _edit_rows(reader, times_R)
+            _edit_rows(readers, times_R)
         for writer in _writers(loaded, part):
             _edit(writer, columns, times_R)
 
@@ -246,14 +243,9 @@ def _rotate_inputs(w: Tensor, head: int, R: Tensor | None) -> Tensor:
 
 def rotate_down(loaded: LoadedModel) -> None:
     """Fuse the offline half of R4 into down_proj, W -> W H^T: right only with `online(..., r4=True)`."""
-    for width in mlp_widths(loaded):
+    for width in widths(loaded.layers, loaded.roles):
         _require_hadamard(width, "the MLP's width, so no R4")
-
-    def rotate(number: int) -> None:
-        for down in _writers(loaded, number)[1:]:
-            _edit_rows(down, hadamard)
-
-    change(loaded, rotate)
+    change(loaded, lambda number: _edit_rows(_writers(loaded, number)[1:], hadamard))
 
 
 @contextmanager
@@ -287,9 +279,9 @@ def _require_hadamard(n: int, what: str) -> None:
         raise ValueError(f"{said}: evaluate this model with NR only")
 
 
-def _edit_rows(module: nn.Linear, function: Transform) -> None:
-    """Replace a weight by a function of its rows, in float64 and cast once, a few at a time."""
-    with torch.no_grad():
+def _edit_rows(modules: Iterable[nn.Linear], function: Transform) -> None:
+    """Replace weights by a function of their rows, in float64 and cast once, a few at a time."""
+    for module in modules:
         for part in module.weight.data.split(EDIT_ROWS):
             part.copy_(function(part.double()))
 

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from dfrot_lab.disk.artefacts import Artefact, Store, Writer
 from dfrot_lab.maths.quantizers import Quantized, dequantize
 from dfrot_lab.model import corpus, hooks, loading, stream, surgery
+from dfrot_lab.model.experts import widths
 from dfrot_lab.model.loading import LoadedModel
 from dfrot_lab.recipe import registry
 from dfrot_lab.recipe.specs import WeightSpec
@@ -168,7 +169,7 @@ def _run_calibrated(loaded: LoadedModel, spec: WeightSpec, writer: Writer, r4: b
     ids = corpus.token_blocks(spec.corpus, loaded.tokenizer, blocks=spec.windows, window=spec.window)
     name, count, at = spec.method.upper(), len(loaded.layers), dict[int, _Layer]()
     log.info("%s to %d bits on %d x %d tokens of %s", name, spec.quantizer.bits, *ids.shape, spec.corpus.name)
-    chunk = max(1, int(CHUNK_BYTES / (MLP_VALUES * spec.window * max(loading.mlp_widths(loaded)))))
+    chunk = max(1, int(CHUNK_BYTES / (MLP_VALUES * spec.window * max(widths(loaded.layers, loaded.roles)))))
 
     def arrive(site: str, x: Tensor) -> None:
         """R4 has acted before: what arrives is what the linears read."""
