@@ -16,12 +16,11 @@ from gguf_writer import HALVES, to_interleaved, write_gguf
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dfrot_lab.disk.artefacts import Store
-from dfrot_lab.model import checkpoint, corpus, gguf_files, stream
+from dfrot_lab.model import checkpoint, corpus, gguf_files, shapes, stream
 from dfrot_lab.model.checkpoint import HEAD
 from dfrot_lab.model.families import roles_of
 from dfrot_lab.model.loading import LoadedModel, fingerprint, load_model, resolve
 from dfrot_lab.recipe.specs import CorpusSpec, ModelSpec
-from dfrot_lab.study import shapes
 
 SIZES: dict[str, Any] = {
     "vocab_size": 256, "hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1, "num_attention_heads": 4,

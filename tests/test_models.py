@@ -21,12 +21,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 from dfrot_lab.disk import downloads
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.maths import rotations
-from dfrot_lab.model import door, families, loading, surgery
+from dfrot_lab.model import door, families, loading, shapes, surgery
 from dfrot_lab.model.families import roles_of
 from dfrot_lab.model.loading import LoadedModel, check_tokens, fingerprint, load_model, resolve
 from dfrot_lab.recipe.keys import model_key
 from dfrot_lab.recipe.specs import DTYPES, ModelSpec, RotationSpec
-from dfrot_lab.study import shapes
 
 SUPPORTED = "Supported: LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM"
 TINY = {

@@ -9,13 +9,12 @@ import torch
 from dfrot_lab.disk import downloads
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.maths import rotations
-from dfrot_lab.model import loading, surgery
+from dfrot_lab.model import loading, shapes, surgery
 from dfrot_lab.model.loading import LoadedModel
 from dfrot_lab.observe import massive
 from dfrot_lab.observe.capture import Capture, capture
 from dfrot_lab.recipe.specs import SECOND_MODEL, CaptureSpec, CorpusSpec, ModelSpec, RotationSpec
 from dfrot_lab.score.perplexity import EvalResult, evaluate, paired_difference
-from dfrot_lab.study import shapes
 from dfrot_lab.study.setting import Setting
 
 pytestmark = pytest.mark.second_model

@@ -583,7 +583,7 @@ def test_one_site_alone():
         sites_of(loaded, "k", "o_proj")
 
 
-@pytest.mark.parametrize("kind", ALL_KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in ALL_KINDS if kind != "mlp_in"])  # of experts alone
 def test_inner_blocks_see_what_outer_ones_put_there(kind: str):
     loaded = tiny_model(dtype=torch.float64)
     sites, seen = [f"layers.1.{kind}"], {}

@@ -1,7 +1,7 @@
 """Mixtures of experts with plain linears: transformers keeps the experts of a layer in two fused tensors, of
 which each linear here is a part, so that an edit in place is one of those, and takes no memory."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -67,6 +67,11 @@ class Mixture(nn.Module):
         if self.shares:
             out = out + self.shared_expert_gate(routed).sigmoid() * self.shared_expert(rows)
         return out.reshape(x.shape)
+
+
+def widths(layers: Iterable[Any], roles: Roles) -> set[int]:
+    """The widths of the layers' MLPs, experts among them: what their last linears read."""
+    return {layer.get_submodule(name).weight.shape[1] for layer in layers for name in roles.downs(layer)}
 
 
 def unfuse(layer: nn.Module, roles: Roles) -> None:

@@ -85,12 +85,6 @@ def linear(parent: nn.Module, name: str) -> nn.Linear:
     return cast(nn.Linear, parent.get_submodule(name))
 
 
-def mlp_widths(loaded: LoadedModel) -> set[int]:
-    """The widths of the model's MLPs, experts among them: what their last linears read."""
-    layers, roles = loaded.layers, loaded.roles
-    return {linear(layer, name).weight.shape[1] for layer in layers for name in roles.downs(layer)}
-
-
 def body(loaded: LoadedModel) -> nn.Module:
     """The model without its head: token ids in, hidden states out."""
     return loaded.model.get_submodule(loaded.roles.layers.rpartition(".")[0])

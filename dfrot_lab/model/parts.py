@@ -1,6 +1,6 @@
 """Which linears play which role in a model and in a layer, and how one is changed: in float64, cast once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -37,9 +37,9 @@ def writers(loaded: LoadedModel, number: int) -> list[nn.Linear]:
     return [linear(layer, name) for name in (loaded.roles.o, *loaded.roles.downs(layer))]
 
 
-def edit_rows(module: nn.Linear, function: Transform) -> None:
-    """Replace a weight by a function of its rows, in float64 and cast once, a few at a time."""
-    with torch.no_grad():
+def edit_rows(modules: Iterable[nn.Linear], function: Transform) -> None:
+    """Replace weights by a function of their rows, in float64 and cast once, a few at a time."""
+    for module in modules:
         for part in module.weight.data.split(EDIT_ROWS):
             part.copy_(function(part.double()))
 

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from dfrot_lab.maths.hadamard import block_of, hadamard_transform
 from dfrot_lab.maths.rotations import check, fast_product
 from dfrot_lab.model.checkpoint import EMBEDDING, HEAD
+from dfrot_lab.model.experts import widths
 from dfrot_lab.model.families import GAINS, heads_of
 from dfrot_lab.model.hooks import NORMS, At, at_sites, sites_of
-from dfrot_lab.model.loading import LoadedModel, linear, mlp_widths
+from dfrot_lab.model.loading import LoadedModel, linear
 from dfrot_lab.model.parts import Transform, edit, edit_rows, ends, feeds, tables, writers
 from dfrot_lab.model.stream import change
 
@@ -59,8 +60,7 @@ def centre(loaded: LoadedModel) -> None:
 
     def centred(part: int) -> None:
         if part == EMBEDDING:
-            for table in tables(loaded):
-                edit_rows(table, lambda w: w - w.mean(-1, keepdim=True))
+            edit_rows(tables(loaded), lambda w: w - w.mean(-1, keepdim=True))
             return
         for writer in writers(loaded, part):
             edit(writer, lambda w: w - w.mean(0), lambda b: b - b.mean())
@@ -136,8 +136,7 @@ def fold_gains(loaded: LoadedModel, gains: Mapping[str, Tensor]) -> None:
                 extra = GAINS[loaded.roles.norm]
                 assert norm is not None
                 norm.weight.data.copy_((norm.weight.double() + extra) * gain - extra)
-                for reader in readers:
-                    edit_rows(reader, partial(torch.div, other=gain))
+                edit_rows(readers, partial(torch.div, other=gain))
 
     change(loaded, fold, {int(site.split(".")[1]) for site in wanted})
 
@@ -166,8 +165,7 @@ def rotate_residual(loaded: LoadedModel, R: Tensor) -> None:
 
     def rotate_readers(part: int) -> None:
         for _, readers in feeds(loaded, part).values():
-            for reader in readers:
-                edit_rows(reader, times_R)
+            edit_rows(readers, times_R)
 
     if loaded.roles.online:
         change(loaded, rotate_readers)
@@ -176,8 +174,7 @@ def rotate_residual(loaded: LoadedModel, R: Tensor) -> None:
 
     def rotate(part: int) -> None:
         if part < 0:
-            for table in [ends(loaded)[0]] if part == HEAD else tables(loaded):
-                edit_rows(table, times_R)
+            edit_rows([ends(loaded)[0]] if part == HEAD else tables(loaded), times_R)
             final = linear(loaded.model, loaded.roles.final_norm)
             if part == HEAD and getattr(final, "bias", None) is not None:
                 final.bias.data.copy_(times_R(final.bias.double()[None])[0])
@@ -251,11 +248,13 @@ def _rotate_inputs(w: Tensor, head: int, R: Tensor | None, block: int | None) ->
 def rotate_down(loaded: LoadedModel, block: int | None = None) -> None:
     """Fuse the offline half of R4 into down_proj, W -> W H^T, in blocks of `block`: right only with the other
     half, `online(..., r4=True)` of the same blocks."""
-    blocks = {width: block_of(width, block, "Recipe.mlp_block") for width in mlp_widths(loaded)}
+    blocks = {
+        width: block_of(width, block, "Recipe.mlp_block") for width in widths(loaded.layers, loaded.roles)
+    }
 
     def rotate(number: int) -> None:
         for down in writers(loaded, number)[1:]:
-            edit_rows(down, partial(hadamard, block=blocks[down.weight.shape[1]]))
+            edit_rows([down], partial(hadamard, block=blocks[down.weight.shape[1]]))
 
     change(loaded, rotate)
 

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from dfrot_lab.disk.artefacts import Artefact, Store, Writer
 from dfrot_lab.maths.quantizers import Quantized, dequantize
 from dfrot_lab.model import corpus, hooks, loading, stream, surgery
+from dfrot_lab.model.experts import widths
 from dfrot_lab.model.loading import LoadedModel
 from dfrot_lab.recipe import registry
 from dfrot_lab.recipe.specs import WeightSpec
@@ -119,7 +120,7 @@ class _SeenEnough(Exception):
 
 
 class _Layer:
-    """One layer under calibration: the groups of linears still to quantize, by site, and the Hessians of those
+    """One layer under calibration: the groups of linears still to quantize, by site; the Hessians of those
     that are `wanted` now. `at_once`: whether all windows pass together, so that a group can be quantized
     before they use it; else they pass once a stage, a stage being the groups of one kind."""
 
@@ -173,7 +174,7 @@ def _run_calibrated(
     ids = corpus.token_blocks(spec.corpus, loaded.tokenizer, blocks=spec.windows, window=spec.window)
     name, count, at = spec.method.upper(), len(loaded.layers), dict[int, _Layer]()
     log.info("%s to %d bits on %d x %d tokens of %s", name, spec.quantizer.bits, *ids.shape, spec.corpus.name)
-    chunk = max(1, int(CHUNK_BYTES / (MLP_VALUES * spec.window * max(loading.mlp_widths(loaded)))))
+    chunk = max(1, int(CHUNK_BYTES / (MLP_VALUES * spec.window * max(widths(loaded.layers, loaded.roles)))))
 
     def arrive(site: str, x: Tensor) -> None:
         """R4 has acted before: what arrives is what the linears read."""
