@@ -2,7 +2,6 @@
 this package existed, by a separate script (float32, WikiText-2).
 """
 
-import numpy as np
 import pytest
 import torch
 
@@ -84,7 +83,7 @@ def test_a_rotation_leaves_it_alone(second: LoadedModel):
 # ---- massive tokens
 
 
-def test_token_0_is_massive_but_not_by_the_released_rule(recorded: Capture):
+def test_token_0_is_massive_but_not_by_the_released_refinement_s_rule(recorded: Capture):
     """Far from thousands of times the median token's: 663 where that has about 10."""
     first = recorded.residual_max[:, 0]
     assert float(first.max()) == pytest.approx(663, rel=0.02)
@@ -94,7 +93,7 @@ def test_token_0_is_massive_but_not_by_the_released_rule(recorded: Capture):
     for rule in ("ratio_8", "ratio_64", "sun"):
         assert marked[rule][:, 1:].sum() == 0 and marked[rule][:, 0].sum() >= 20
     assert int(marked["ratio_8"].sum()) == pytest.approx(38, abs=2)
-    assert int(marked["nr_error_8.5"][:, 0].sum()) == 0, "the released rule misses it"
+    assert int(marked["nr_error_8.5"][:, 0].sum()) == 0, "it marks rows of two early sites, and never token 0"
     assert int(marked["nr_error_8.5"].sum()) > 500 and marked["nr_error_8.5"].any(1).sum() <= 3
 
 
@@ -117,8 +116,7 @@ def test_perplexities_are_the_ones_measured(scores: dict[str, EvalResult]):
         assert scores[name].perplexity == pytest.approx(measured[name], rel=0.04), name
 
 
-def test_ro_and_rh_hardly_differ_here(scores: dict[str, EvalResult]):
-    """On the default model RO loses twice as much as RH (test_default_model.py)."""
-    full, ro, rh = (scores[name].perplexity for name in ("full precision", "RO", "RH"))
-    assert (ro - full) / (rh - full) < 1.6
-    assert np.isfinite(paired_difference(scores["RO"], scores["RH"])[1]).all()
+def test_ro_is_worse_than_rh_here_too_but_by_far_less(scores: dict[str, EvalResult]):
+    """By a thirteenth of full precision's perplexity; on the default model by half of it."""
+    gap, (low, _high) = paired_difference(scores["RO"], scores["RH"])
+    assert low > 0 and 0.03 < gap / scores["full precision"].perplexity < 0.12
