@@ -401,9 +401,9 @@ def test_calibration_on_one_text_is_tested_on_the_other(lab, tmp_path, monkeypat
     monkeypatch.setattr(experiments, "_texts", lambda _setting: texts)
     few_rows(monkeypatch)
     rows = seen_rows(monkeypatch)
-    table = experiments.run("calibration", lab.setting, lab.store)
+    table = experiments.run("calibration", lab.setting.with_(quick=False), lab.store)
     exchanged = [row for row in rows if row.labels["varied"] == "text"]
-    assert len(exchanged) == 4, "the quick profile has one setting of bits"
+    assert len(exchanged) == 2 * 4
     for row in exchanged:
         fitted, tested = row.labels["level"].split(" -> ")
         assert row.spec.rotation.capture.corpus == CorpusSpec(name=fitted, split="calibration")
@@ -414,8 +414,8 @@ def test_calibration_on_one_text_is_tested_on_the_other(lab, tmp_path, monkeypat
             "RH"
         ].rotation == lab.setting.rotation("RH")
     lines = table[(table["varied"] == "text") & (table["metric"] == "perplexity - RH")]
-    assert lines["level"].tolist() == [f"{a} -> {b}" for a, b in itertools.product(texts, texts)]
-    assert lines["corpus"].tolist() == [b for _, b in itertools.product(texts, texts)]
+    assert lines["level"].tolist() == [f"{a} -> {b}" for a, b in itertools.product(texts, texts)] * 2
+    assert lines["corpus"].tolist() == [b for _, b in itertools.product(texts, texts)] * 2
 
 
 def test_one_text_where_there_is_no_other(lab, monkeypatch):
