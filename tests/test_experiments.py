@@ -401,7 +401,7 @@ def test_calibration_on_one_text_is_tested_on_the_other(lab, tmp_path, monkeypat
     monkeypatch.setattr(experiments, "_texts", lambda _setting: texts)
     few_rows(monkeypatch)
     rows = seen_rows(monkeypatch)
-    table = experiments.run("calibration", lab.setting, lab.store)
+    table = experiments.run("calibration", lab.setting.with_(quick=False), lab.store)
     exchanged = [row for row in rows if row.labels["varied"] == "text"]
     assert len(exchanged) == 2 * 4
     for row in exchanged:
