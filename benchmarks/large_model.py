@@ -1,6 +1,6 @@
 """A random model of a large one's shape, and what each stage takes of memory and time on it when it is read layer
-by layer: `python benchmarks/large_model.py make FOLDER --layers 32`, then `... measure FOLDER STAGE`, a stage a
-process, so that its peak is its own. Bytes for words: any text will do, and its ids fit any vocabulary.
+by layer: `python benchmarks/large_model.py make FOLDER --layers 32`, then `... STAGE FOLDER`, a stage a process,
+so that its peak is its own. Bytes for words: any text will do, and its ids fit any vocabulary.
 """
 
 import argparse

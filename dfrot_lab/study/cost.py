@@ -33,7 +33,7 @@ CHANNEL_PASSES, MLP_PASSES = 40, 8
 """A layer's passes over its C channels (norms 14, rotary embedding 10, adds 6, rest 10), its MLP's width."""
 QUANTIZE_PASSES, HADAMARD_PASSES, RESCALE_PASSES, LOGIT_PASSES = 5, 4, 3, 7
 """To quantize an input, apply R4, scale int8 sums, turn logits into a loss: in cache, so timed on a core."""
-CLIP_BYTES, COLUMN_BYTES, EDIT_BYTES, HESSIAN_BYTES = 450, 700, 40, 32
+CLIP_BYTES, COLUMN_BYTES, EDIT_BYTES, HESSIAN_BYTES = 450, 700, 40, 22
 """Bytes a weight for GPTQ's clip search and columns (timed too), an edit in float64; of a Hessian's entry."""
 STEP_PRODUCTS, STEP_PASSES = 4, 9
 """A refinement step's products of (C, C) matrices (eigenvectors two, turn two), passes over its rows."""

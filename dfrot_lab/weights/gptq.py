@@ -19,12 +19,10 @@ def quantize(weight: Tensor, hessian: Tensor | None, spec: WeightSpec) -> Quanti
     input that is always zero has weight 0. ValueError: a damped Hessian that is not positive definite."""
     if hessian is None:
         raise ValueError("gptq.hessian must be the sum of x x^T of the layer's inputs; got None")
-    weight, hessian = weight.float().clone(), hessian.clone()
-    dead = hessian.diagonal() == 0
-    hessian.diagonal()[dead] = 1
+    weight, dead = weight.float().clone(), hessian.diagonal() == 0
     weight[:, dead] = 0
     scale = scale_of(weight, spec)
-    factor = _inverse_factor(hessian, spec.damping)
+    factor = _inverse_factor(hessian, dead, spec.damping)
     low, high = code_range(spec.quantizer)
     codes = torch.empty_like(weight)
     for start in range(0, weight.shape[1], COLUMNS):
@@ -57,13 +55,16 @@ def hessian_of(x: Tensor) -> Tensor:
     return hessian
 
 
-def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
-    """Upper Cholesky factor of the inverse of the damped Hessian, in float64, returned as float32."""
-    damped = hessian.double()
-    damped.diagonal().add_(damping * float(damped.diagonal().mean()))
+def _inverse_factor(hessian: Tensor, dead: Tensor, damping: float) -> Tensor:
+    """Upper Cholesky factor of the inverse of the damped Hessian (1 for `dead` inputs), in float64 and in one
+    matrix's place, for it is the largest thing there is; returned as float32."""
+    held = hessian.double()
+    held.diagonal()[dead] = 1
+    held.diagonal().add_(damping * float(held.diagonal().mean()))
     try:
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-        return torch.linalg.cholesky(inverse, upper=True).float()
+        torch.linalg.cholesky(held, out=held)
+        torch.cholesky_inverse(held, out=held)
+        return torch.linalg.cholesky(held, upper=True, out=held).float()
     except torch.linalg.LinAlgError as error:
         said = f"it is not ({error}). Look for NaN or Inf in the activations."
         raise ValueError(f"the calibration Hessian must be positive definite; {said}") from error
