@@ -137,7 +137,7 @@ def test_committed_experiments_have_provenance_and_a_figure():
             if file.stem.startswith(f"{name}-w")
         )
         rows = [json.loads(line) for line in file.read_text().splitlines()]
-        scored = [row for row in rows if row.get("metric", "").startswith("perplexity")]
+        scored = [row for row in rows if (row.get("metric") or "").startswith("perplexity")]
         assert all(row["commit"] and row["recipe"] and row["windows"] and row["device"] for row in scored)
         about = json.loads((ROOT / "figures" / corpus / f"{name}.json").read_text())
         assert about["rows"] == len(rows), f"{file.name} and its figure are not of the same table"

@@ -2,6 +2,7 @@
 comes before the layers, what comes after. Names and conversions (experts stacked, prefixes) are
 transformers' own, so a part is what `from_pretrained` would have put there."""
 
+import ctypes
 import json
 import math
 import os
@@ -101,6 +102,12 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+def _trim() -> None:
+    """Give what is free of the heap back to the system: glibc keeps it, half a layer of a 7B each time."""
+    with suppress(OSError, AttributeError, TypeError):  # another C library, another system
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 class Checkpoint:
     """The weights in a `folder` for `model`, a transformers model without weights (on `meta`), of `roles`."""
 
@@ -180,6 +187,7 @@ class Checkpoint:
                 empty = torch.empty(x.shape, dtype=x.dtype, device="meta")
                 module = self.model.get_submodule(owner)
                 module.register_parameter(last, nn.Parameter(empty, requires_grad=False))
+        _trim()
 
     def _fused(self, part: int) -> AbstractContextManager[None]:
         if part < 0:

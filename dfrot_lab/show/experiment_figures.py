@@ -201,7 +201,8 @@ def figure_compare(table: pd.DataFrame) -> Figure:
         for ax, model in zip(line, models, strict=True):
             own = rows[rows["model"] == model].set_index("what").reindex(rows["what"].unique())
             own = own.rename_axis("label").reset_index().fillna({"rotation": "any", "keep_out": False})
-            scale, head = ("symlog", f"{Path(model).name}\n") if part == compare.ROWS else ("linear", "")
+            scale = "symlog" if part in (compare.ROWS, compare.COST) else "linear"
+            head = f"{Path(model).name}\n" if ax in axes[0] else ""
             plot_rows(own, ax=ax).set(xlabel="", xscale=scale, title=head + part)
     return fig
 

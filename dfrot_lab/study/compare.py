@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from dfrot_lab.disk.artefacts import Store, Writer
+from dfrot_lab.disk.artefacts import Artefact, Store, Writer
 from dfrot_lab.maths import tables
 from dfrot_lab.model import door, hooks, loading
 from dfrot_lab.model.stream import Walk
@@ -119,14 +119,17 @@ def _costs(result: main.MainResult, store: Store) -> Iterator[dict[str, Any]]:
     spec = setting.row("16-4-4", setting.rotation("RH"))
     about = {"part": COST, "rotation": "RH", "windows": setting.windows, "window": setting.window}
     about |= {"metric": f"{tables.PERPLEXITY} - full precision", "activations": spec.activations.name}
-    for kind, losses in site_losses(spec, store).items():
+    artefact = site_losses(spec, store)
+    about |= {"recipe": spec.key, "key": artefact.key, "commit": artefact.manifest["commit"]}
+    for kind in SITES:
+        losses = np.array(artefact.json(kind))
         ci95 = perplexity.bootstrap(perplexity.difference, losses, full)
         value = float(perplexity.difference(losses, full, axis=-1))
         yield {**about, "what": kind, "value": value, "ci95": list(ci95)}
 
 
-def site_losses(recipe: Recipe, store: Store) -> dict[str, np.ndarray]:
-    """Each window's loss (windows,) with one kind of SITES alone rounded as `recipe` says; stored."""
+def site_losses(recipe: Recipe, store: Store) -> Artefact:
+    """By each kind of SITES, the windows' losses (windows,) with it alone rounded as `recipe` says."""
     recipe = door.resolved(recipe).canonical()
 
     def make(writer: Writer) -> None:
@@ -141,5 +144,4 @@ def site_losses(recipe: Recipe, store: Store) -> dict[str, np.ndarray]:
                     writer.save_json(kind, perplexity.window_losses(walk))
 
     inputs = keys.evaluation(recipe, door.prints) | {"each alone": SITES}
-    artefact = store.get_or_make("site-losses", inputs, make)
-    return {kind: np.array(artefact.json(kind)) for kind in SITES}
+    return store.get_or_make("site-losses", inputs, make)
