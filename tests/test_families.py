@@ -14,8 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.maths import rotations
-from dfrot_lab.model import checkpoint, families, hooks, loading, shapes, stream, surgery
-from dfrot_lab.model.checkpoint import HEAD
+from dfrot_lab.model import checkpoint, families, hooks, loading, parts, proof, shapes, stream, surgery
+from dfrot_lab.model.checkpoint import EMBEDDING, HEAD
 from dfrot_lab.model.loading import LoadedModel
 from dfrot_lab.recipe.specs import CorpusSpec, ModelSpec, RotationSpec, recipe_of
 from dfrot_lab.score import perplexity
@@ -58,6 +58,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "opt": ("opt", {"ffn_dim": 96, "word_embed_proj_dim": 64}),
     "gpt_neox": ("gpt_neox", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25}}),
     "gpt_neox one after the other": ("gpt_neox", {"use_parallel_residual": False}),
+    "gpt_neox, no biases in attention": ("gpt_neox", {"attention_bias": False}),
+    "starcoder2, biases in norms alone": ("starcoder2", {"use_bias": False}),
+    "opt, biases in norms alone": ("opt", {"ffn_dim": 96, "word_embed_proj_dim": 64, "enable_bias": False}),
 }  # fmt: skip
 """What is tested of each family: its model type, and what differs from the sizes above."""
 
@@ -220,21 +223,49 @@ def test_what_rotation_would_change_is_refused_before_its_weights_are_read(kind,
     [
         ("gemma", {"norm": "rms"}, "the residual stream after layer 0"),
         ("olmo", {"norm": "rms"}, "the residual stream after layer 0"),
-        ("phi3", {"v_rows": None}, "the residual stream after layer 0"),
+        ("phi3", {"v_rows": None}, "the residual stream after layer [01]"),
         ("opt", {"positions": None}, "the residual stream after layer 0"),
-        ("granite", {"down": "self_attn.o_proj"}, "the residual stream after layer 0"),
+        ("granite", {"down": "self_attn.o_proj"}, "the residual stream after layer [01]"),
     ],
 )
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_wrong_entry_is_found_on_the_model_itself(
-    case, wrong, where, memory, tmp_path, text_file, monkeypatch
+    case, wrong, where, memory, dtype, tmp_path, text_file, monkeypatch
 ):
     """Not by a test of the family: whoever adds an entry that is wrong gets no number from it."""
     monkeypatch.setenv(checkpoint.MEMORY, memory)
-    model = ModelSpec(source=str(folder_of(case, tmp_path / "m")))
+    model = ModelSpec(source=str(folder_of(case, tmp_path / "m")), dtype=dtype)
     name = type(random_model(case)).__name__
     monkeypatch.setitem(families.FAMILIES, name, dataclasses.replace(families.FAMILIES[name], **wrong))
     spec = recipe_of("16-4-16", model=model, corpus=CorpusSpec(name=str(text_file)), windows=1, window=32)
     with pytest.raises(
-        ValueError, match=rf"{where} must stay within 0\.01 .* got [0-9.]+: {name} is not what"
+        ValueError, match=rf"{where} must stay within 0\.0(01|3) .* got [0-9.]+: {name} is not what"
     ):
         perplexity.evaluate(spec, Store(tmp_path / "s"))
+
+
+@pytest.mark.parametrize("memory", ["", "0"])
+@pytest.mark.parametrize(("part", "where"), [(HEAD, "the logits"), (0, "the residual stream after layer 0")])
+def test_a_fault_in_ordinary_tokens_is_not_hidden_by_a_massive_one(
+    part, where, memory, tmp_path, monkeypatch
+):
+    """Of one token the stream is 10,000 times larger: of the whole, the others' error is nothing."""
+    folder, ids = folder_of("llama", tmp_path / "m"), torch.arange(16)[None]
+    monkeypatch.setenv(checkpoint.MEMORY, memory)
+    loaded = load(folder, "float32")
+
+    def plant(_part: int) -> None:
+        loaded.model.get_submodule(loaded.roles.embedding).weight.data[0] *= 1e4
+
+    stream.change(loaded, plant, {EMBEDDING})
+    before = proof.Proof(loaded, ids)
+    surgery.prepare(loaded)
+    before.check(None)
+
+    def spoil(_part: int) -> None:
+        for reader in [parts.ends(loaded)[0]] if part == HEAD else parts.writers(loaded, 0):
+            reader.weight.data *= 1.05
+
+    stream.change(loaded, spoil, {part})
+    with pytest.raises(ValueError, match=f"{where} must stay within"):
+        before.check(None)

@@ -133,12 +133,15 @@ def fold_gains(loaded: LoadedModel, gains: Mapping[str, Tensor]) -> None:
     def fold(number: int) -> None:
         for site, (norm, readers) in feeds(loaded, number).items():
             if (gain := wanted.get(site)) is not None:
-                extra = GAINS[loaded.roles.norm]
                 assert norm is not None
-                norm.weight.data.copy_((norm.weight.double() + extra) * gain - extra)
+                edit(norm, partial(_times, gain, GAINS[loaded.roles.norm]), partial(torch.mul, gain))
                 edit_rows(readers, partial(torch.div, other=gain))
 
     change(loaded, fold, {int(site.split(".")[1]) for site in wanted})
+
+
+def _times(gain: Tensor, extra: float, weight: Tensor) -> Tensor:
+    return (weight + extra) * gain - extra
 
 
 def norms_are_fused(loaded: LoadedModel) -> bool:
@@ -163,6 +166,10 @@ def rotate_residual(loaded: LoadedModel, R: Tensor) -> None:
     times_R = fast or (lambda x: x @ R)
     columns: Transform = (lambda w: fast(w.T).T) if fast else (lambda w: R.T @ w)
 
+    def turn_bias(norm: nn.Linear | None) -> None:  # of a norm that keeps one, its readers having none
+        if norm is not None and getattr(norm, "bias", None) is not None:
+            norm.bias.data.copy_(times_R(norm.bias.double()[None])[0])
+
     def rotate_readers(part: int) -> None:
         for _, readers in feeds(loaded, part).values():
             edit_rows(readers, times_R)
@@ -175,10 +182,11 @@ def rotate_residual(loaded: LoadedModel, R: Tensor) -> None:
     def rotate(part: int) -> None:
         if part < 0:
             edit_rows([ends(loaded)[0]] if part == HEAD else tables(loaded), times_R)
-            final = linear(loaded.model, loaded.roles.final_norm)
-            if part == HEAD and getattr(final, "bias", None) is not None:
-                final.bias.data.copy_(times_R(final.bias.double()[None])[0])
+            if part == HEAD:
+                turn_bias(linear(loaded.model, loaded.roles.final_norm))
             return
+        for norm, _ in feeds(loaded, part).values():
+            turn_bias(norm)
         rotate_readers(part)
         for writer in writers(loaded, part):
             edit(writer, columns, times_R)
