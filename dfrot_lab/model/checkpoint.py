@@ -103,7 +103,8 @@ def quiet() -> Iterator[None]:
 
 
 def _trim() -> None:
-    """Give what is free of the heap back to the system: glibc keeps it, half a layer of a 7B each time."""
+    """Give what is free of the heap back to the system: where glibc was told to keep it (`cli.options`), half
+    a layer of a 7B stayed each time."""
     with suppress(OSError, AttributeError, TypeError):  # another C library, another system
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -136,9 +137,7 @@ class Checkpoint:
             self.parts[part_of(target, roles)].append((name, name, path))
             at[target] = (name, path)
         ends = [f"{name}.weight" for name in (roles.embedding, roles.lm_head)]
-        for end, other in zip(
-            ends, reversed(ends), strict=True
-        ):  # each stands for the other, where it is alone
+        for end, other in (ends, ends[::-1]):  # each stands for the other, where it is alone
             if own.config.tie_word_embeddings and end not in filled and other in at:
                 self.parts[part_of(end, roles)].append((end, *at[other]))
                 filled.add(end)

@@ -22,7 +22,7 @@ from dfrot_lab.rotate import descent, dfrot
 from dfrot_lab.rotate.steps import CHECK_EVERY
 from dfrot_lab.score import build, perplexity
 from dfrot_lab.study.setting import Setting
-from dfrot_lab.weights.run import CHUNK_BYTES, MLP_VALUES
+from dfrot_lab.weights.run import windows_at_once
 
 log = logging.getLogger(__name__)
 
@@ -157,10 +157,8 @@ def gptq(shape: Shape, tokens: int, windows: int = WeightSpec().windows) -> Work
     columns = shape.total(lambda out, into: out * into**2, shape.experts)
     factors = shape.total(lambda _, into: 4 / 3 * into**3, shape.experts)
     passes = forward(shape, tokens, windows)
-    at_once = max(
-        1, int(CHUNK_BYTES / (MLP_VALUES * tokens * shape.mlp))
-    )  # windows; of all, what enters layers
-    memory = forward(shape, tokens, min(windows, at_once)).memory + PASS * windows * tokens * shape.channels
+    at_once = min(windows, windows_at_once(tokens, shape.mlp))
+    memory = forward(shape, tokens, at_once).memory + PASS * windows * tokens * shape.channels
     memory += (HESSIAN_BYTES + PASS * (shape.experts - 1)) * max(shape.inputs) ** 2  # all experts' at once
     moved = shape.linear_weights * (CLIP_BYTES + COLUMN_BYTES)
     return Work(GPTQ, hessians + columns, factors, moved=moved, memory=memory) + passes

@@ -35,6 +35,11 @@ def nothing(_part: str, _done: int, _total: int) -> None:
     """The OnPart that listens to nothing."""
 
 
+def windows_at_once(window: int, width: int) -> int:
+    """How many windows of `window` tokens pass a layer together, its MLP's width being `width`."""
+    return max(1, int(CHUNK_BYTES / (MLP_VALUES * window * width)))
+
+
 class Codes(Sequence[LayerCodes]):
     """The quantized weights of each layer, memory-mapped when asked for."""
 
@@ -174,7 +179,7 @@ def _run_calibrated(
     ids = corpus.token_blocks(spec.corpus, loaded.tokenizer, blocks=spec.windows, window=spec.window)
     name, count, at = spec.method.upper(), len(loaded.layers), dict[int, _Layer]()
     log.info("%s to %d bits on %d x %d tokens of %s", name, spec.quantizer.bits, *ids.shape, spec.corpus.name)
-    chunk = max(1, int(CHUNK_BYTES / (MLP_VALUES * spec.window * max(widths(loaded.layers, loaded.roles)))))
+    chunk = windows_at_once(spec.window, max(widths(loaded.layers, loaded.roles)))
 
     def arrive(site: str, x: Tensor) -> None:
         """R4 has acted before: what arrives is what the linears read."""

@@ -124,9 +124,8 @@ class Errors(Explorer):
     def _summary(self) -> str:
         medians = ", ".join(f"{name} {self.shown[name].median():.3g}" for name in self.rows.matrices)
         heavy = self.shown["massive"].sum()
-        tokens = (
-            f"{len(self.shown):,} tokens, {f'{heavy} massive (red, larger)' if heavy else 'none massive'}"
-        )
+        heavy_said = f"{heavy} massive (red, larger)" if heavy else "none massive"
+        tokens = f"{len(self.shown):,} tokens, {heavy_said}"
         return f"{self.where}: {tokens}. Median E: {medians}"
 
     def _list(self) -> None:
