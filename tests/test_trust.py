@@ -434,6 +434,8 @@ BROKEN = {
     "tokenizer null": ("tokenizer.json", b"null", "no tokenizer can be loaded from"),
     "tokenizer cut": ("tokenizer.json", b"{", "no tokenizer can be loaded from"),
     "tokenizer list": ("tokenizer_config.json", b"[1]", "no tokenizer can be loaded from"),
+    "length": ("tokenizer_config.json", b'{"model_max_length": "x"}', "no tokenizer can be loaded from"),
+    "class of lines": ("config.json", b'{"model_type": "llama", "architectures": ["a\\nb"]}', "architectures in"),
     "added list": ("added_tokens.json", b"[1]", "no tokenizer can be loaded from"),
 }  # fmt: skip
 """A file of a folder, what is in it, and what is said to that."""
@@ -566,10 +568,16 @@ def test_any_byte_of_a_gguf_header_may_be_wrong(seed: int, tmp_path: Path):
 # ---- the command line
 
 
-@pytest.mark.parametrize("what", ["null", "deep", "index of nothing", "tokenizer cut", "negative offsets"])
+@pytest.mark.parametrize(
+    "what", ["null", "deep", "index of nothing", "tokenizer cut", "negative offsets", "lacks", "padding"]
+)
 def test_a_hostile_folder_is_one_line_on_the_command_line(what: str, bench: list[str], tmp_path: Path):
-    name, data, _ = BROKEN[what]
-    (tmp_path / "model" / name).write_bytes(data)
+    if what in BROKEN:
+        (tmp_path / "model" / BROKEN[what][0]).write_bytes(BROKEN[what][1])
+    elif what == "padding":
+        say(tmp_path / "model" / "config.json", pad_token_id=10**6)
+    else:  # of which transformers would print a table
+        reweigh(tmp_path / "model", lambda w: w.pop("model.layers.1.mlp.up_proj.weight"))
     said = invoke("evaluate", *bench, "--windows", "2", code=1)
     lines = said.stderr.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("Error: ") and not said.stdout

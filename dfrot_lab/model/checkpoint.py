@@ -72,14 +72,17 @@ def check_finite(source: str, named: Iterable[tuple[str, Tensor]]) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """While the block runs transformers shows no loading bars: ours says what is being done."""
+    """While the block runs transformers shows no loading bars and warns of nothing: what it would is refused
+    by name, or set right."""
     from transformers.utils import logging
 
-    was_on = logging.is_progress_bar_enabled()
+    was_on, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
+        logging.set_verbosity(level)
         if was_on:
             logging.enable_progress_bar()
 

@@ -25,13 +25,13 @@ def config_of(folder: Path, source: str) -> Any:
     known = "a model_type of transformers: code that a model brings along is never run here"
     is_known = isinstance(kind, str) and kind in CONFIG_MAPPING_NAMES
     require(f"model_type in {file}", repr(kind)[:40], is_known, known)
-    is_list = isinstance(names, list) and isinstance(names[0], str)
+    is_list = isinstance(names, list) and isinstance(names[0], str) and f"_{names[0]}".isidentifier()
     require(f"architectures in {file}", repr(names)[:40], is_list, "a list of classes' names")
     if told := said.get("quantization_config"):
         method = told.get("quant_method", "a method it does not name") if isinstance(told, dict) else told
         raise ValueError(f"{source} is already quantized, by {method}: use the unquantized model")
     files.check_numbers(file, said)
-    with files.explained(f"the config in {folder} cannot be used", files.AGAIN):
+    with files.explained(f"the config in {folder} cannot be used", files.AGAIN), quiet():
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, attn_implementation="eager")
     config.fusion_config = None  # it would replace parts of the model
     causal = class_name(config)
@@ -98,6 +98,7 @@ def tokenizer_of(folder: str, rows: int, _bytes: str) -> Any:
         inner = getattr(tokenizer, "backend_tokenizer", None)
         known = inner.get_vocab(with_added_tokens=False) if inner else tokenizer.get_vocab()
         largest = max(known.values(), default=0)
+        tokenizer("a")  # some of what its files say is only looked at now
     rule = f"below vocab_size = {rows}, the rows of its embedding"
     require(f"the largest id of the tokenizer in {folder}", largest, largest < rows, rule)
     return tokenizer
