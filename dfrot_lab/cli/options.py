@@ -174,7 +174,9 @@ app = typer.Typer(cls=Group, no_args_is_help=True, add_completion=False, rich_ma
                   pretty_exceptions_enable=False)  # fmt: skip
 
 
-def command(name: str, options: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def command(
+    name: str, options: str, group: typer.Typer = app
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Add a function as a command: its first argument are shared options, the others options of its own."""
     fields, kind = Options.__dataclass_fields__, inspect.Parameter.POSITIONAL_OR_KEYWORD
     taken = [fields[option] for option in options.split()]
@@ -188,7 +190,7 @@ def command(name: str, options: str) -> Callable[[Callable[..., None]], Callable
         own = list(inspect.signature(function).parameters.values())[1:]
         needed = sorted([*shared, *own], key=lambda each: each.default is not each.empty)
         run.__dict__["__signature__"] = inspect.Signature(needed)
-        return app.command(name)(run)
+        return group.command(name)(run)
 
     return add
 
