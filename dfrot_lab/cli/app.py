@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from dfrot_lab.cli import cache
 from dfrot_lab.cli.options import SOURCES, Options, app, command, keep_freed_memory, log
 from dfrot_lab.recipe import specs
 
@@ -20,6 +21,7 @@ SCHEME = f"The quantizer's range: {', '.join(specs.SCHEMES)}."
 VARIANT = f"{', '.join(specs.REFINE_VARIANTS)}."
 YES = "Go on where the estimate says that memory or disk will not do."
 DRY_RUN = "Only say what it would take; --model may also be llama-2-7b or llama-3-70b."
+app.add_typer(cache.group, name="cache")
 
 
 @app.callback()
