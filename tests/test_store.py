@@ -791,6 +791,24 @@ def test_who_waits_for_a_lock_says_so_and_a_timeout_is_one(
     finished(holder)
 
 
+def test_an_artefact_larger_than_the_disk_is_refused_before_its_work(tmp_path: Path) -> None:
+    free = shutil.disk_usage(tmp_path).free
+
+    def large(writer: Writer) -> None:
+        writer.reserve(1000)
+        writer.save_json("small", 1)
+        writer.reserve(2 * free)
+        pytest.fail("went on")
+
+    with pytest.raises(
+        OSError, match=r"cannot write .*\.partial to .*: [\d,]+ bytes wanted, [\d,]+ free; free"
+    ):
+        Store(tmp_path).get_or_make("k", INPUTS, large)
+    assert Store(tmp_path).get_or_make("k", INPUTS, lambda w: w.save_json("had", w.names)).json("had") == [
+        "small"
+    ]
+
+
 def test_more_than_is_free_is_refused_before_a_byte_is_written(tmp_path: Path) -> None:
     """The disk's own figure, so that no disk need be filled."""
     free = shutil.disk_usage(tmp_path).free

@@ -44,7 +44,7 @@ def model_names(entries: list[Any]) -> dict[str, str]:
     """Names of models by their keys: of the packaged ones, and of those that a recipe or a capture names."""
     from dfrot_lab.disk import downloads, upkeep
 
-    names = {}
+    names = dict[str, str]()
     for name, file in downloads.MODELS.items():
         of = file.sha256[:32]
         both = [model_key(of, dtype, device) for dtype in specs.DTYPES for device in specs.DEVICES[1:]]

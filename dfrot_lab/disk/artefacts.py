@@ -22,7 +22,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dfrot_lab.disk.atomic import cache_dir, digest, locked, make_folder, replacing
+from dfrot_lab.disk.atomic import (
+    cache_dir,
+    digest,
+    locked,
+    make_folder,
+    replacing,
+    require_room,
+    told,
+)  # fmt: skip
 from dfrot_lab.recipe.base import content_key, require
 from dfrot_lab.recipe.keys import FORMULAS
 
@@ -99,6 +107,12 @@ class Writer(Artefact):
     def has(self, name: str) -> bool:
         """Whether `name` is finished, in this run or in an earlier, killed one."""
         return name in self.names
+
+    def reserve(self, size: int) -> None:
+        """Refuse, before the work, an artefact of more bytes than the disk has free for the rest. OSError."""
+        left = size - sum(record["bytes"] for record in self.manifest["files"].values())
+        with told(self.path, left):
+            require_room(self.path, left)
 
     def save_tensors(self, name: str, tensors: "Mapping[str, Tensor]") -> None:
         """Write tensors as `<name>.safetensors`, replacing what was saved so. OSError: a full disk."""

@@ -110,8 +110,10 @@ def write_table(table: pd.DataFrame, out: Path) -> None:
     with replacing(out) as temporary:
         if out.suffix == ".json":
             temporary.write_text(strict_json(rows(table), None), encoding="utf-8")
+        elif out.suffix == ".csv":
+            table.to_csv(temporary, index=False)
         else:
-            {".parquet": table.to_parquet, ".csv": table.to_csv}[out.suffix](temporary, index=False)
+            table.to_parquet(temporary, index=False)
     return None
 
 

@@ -166,7 +166,9 @@ class Refinement(Explorer):
                 raise ValueError("there is no finished refinement to save: press Start, and wait for its end")
             if path.exists():
                 raise ValueError(f"{path.name} is there already: choose another name")
-            rotation_files.save(self.result.R, path, public(self.spec), made_with="explore.refinement")
+            rotation_files.save(
+                self.result.R, path, self.spec and public(self.spec), made_with="explore.refinement"
+            )
 
     def _enabled(self) -> dict[str, bool]:
         running, paused = self.job.running, self.job.paused
