@@ -143,7 +143,7 @@ def test_a_second_look_computes_nothing(pair, table, monkeypatch: pytest.MonkeyP
 def test_side_by_side_has_a_column_a_model_and_every_number_once(pair, table):
     names, *_ = pair
     shown = compare.side_by_side(table)
-    assert list(shown.columns) == names and shown.index.is_unique
+    assert list(shown.columns) == [*map(shown_as, names)] and shown.index.is_unique
     assert list(dict.fromkeys(shown.index.get_level_values(0))) == [
         part for part in compare.PARTS if part in set(table["part"])
     ]
