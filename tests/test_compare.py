@@ -159,7 +159,7 @@ def test_the_figure_has_a_column_a_model_and_the_same_lines_in_both(pair, table)
     for left, right in zip(figure.axes[::2], figure.axes[1::2], strict=True):
         assert left.get_xlim() == right.get_xlim()
         assert left.get_title().splitlines()[-1] == right.get_title().splitlines()[-1]
-    assert [ax.get_title().splitlines()[0] for ax in figure.axes[:2]] == [Path(n).name for n in names]
+    assert [ax.get_title().splitlines()[0] for ax in figure.axes[:2]] == [*map(shown_as, names)]
 
 
 @pytest.mark.parametrize(
