@@ -146,6 +146,10 @@ def test_verify_finds_damage_and_sets_aside_only_when_told(store: Store, damage,
 def test_prune_takes_the_dead_and_leaves_the_rest(store: Store) -> None:
     folder = store.list()[0].path
     folder.rename(f"{folder}.corrupt-1")
+    strange = [folder.parent / "z" / "x", folder.with_name("y" * 32) / "x", folder.with_name("notes.lock")]
+    for path in strange:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("not ours")
     before = states(store)
     assert before["capture lock"] == 2 and before["capture set aside"] == 1
     assert "removed: nothing: a dry run" in said("prune", "--dry-run") and states(store) == before
@@ -159,6 +163,7 @@ def test_prune_takes_the_dead_and_leaves_the_rest(store: Store) -> None:
     assert "see --dry-run" in said("prune", code=1), "nobody knows what it took"
     said("prune", "--yes")
     assert states(store) == {"evaluation artefact": 1}
+    assert all(path.read_text() == "not ours" for path in strange)
 
 
 def test_what_is_dear_needs_a_yes(store: Store) -> None:

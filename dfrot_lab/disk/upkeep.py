@@ -1,6 +1,7 @@
 """Keeping a store: what lies in it, checked and removed. What a process holds the lock of is left alone."""
 
 import json
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -64,7 +65,7 @@ def entries(root: Path) -> Iterator[Entry]:
         states = {"": DONE, "partial": PARTIAL, "lock": LOCK}
         state = ASIDE if end.startswith("corrupt-") else states.get(end, "")
         with suppress(OSError):  # gone since, to its place or by a prune
-            if len(name) == 32 and state and path.is_dir() == (state != LOCK):
+            if re.fullmatch("[0-9a-f]{32}", name) and state and path.is_dir() == (state != LOCK):
                 yield _entry(path, state)
 
 
