@@ -109,7 +109,7 @@ def test_a_kind_that_gguf_does_not_know_is_no_damaged_download(tmp_path: Path, s
         load_model(spec_of(path), store)
 
 
-@pytest.mark.parametrize("family", FAMILIES.keys() - {"mistral"})
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"mistral"}))
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_every_architecture_is_the_model_it_was_made_of(
     family: str, tied: bool, tmp_path: Path, store: Store
