@@ -4,6 +4,7 @@ nothing lost.
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -437,3 +438,27 @@ def test_an_unknown_experiment_is_one_line_that_lists_them(bench, tmp_path):
 
 def test_runs_folder_is_ignored_by_git():
     assert "runs/" in (Path(__file__).parents[1] / ".gitignore").read_text()
+
+
+def test_a_model_with_a_short_context_is_used_with_a_shorter_window(bench, tmp_path):
+    save_tiny(tmp_path / "short", context=64)
+    short = ["--model", str(tmp_path / "short"), *bench[2:]]
+    said = invoke("run", *short, code=1).output
+    assert "window must be at most the model's context of 64 tokens; got 2048" in said
+    assert not list((tmp_path / "cache").glob("store/capture/*")), "before any work"
+    options = ("--rotation", "DFRot", "--bits", "4-4-4", "--windows", "2", "--window", "64", "--json")
+    row = json.loads(invoke("evaluate", *short, *options).stdout)
+    assert (row["windows"], row["window"], row["calibration"]) == (
+        2,
+        64,
+        "text.txt (calibration), 128 x 64",
+    ) or row
+    assert "window=64" not in row["parameters"]
+
+
+def test_a_text_too_short_to_calibrate_on_is_refused_before_any_work(bench, tmp_path):
+    own = tmp_path / "own.txt"
+    own.write_text("few words\n" * 300)
+    said = invoke("run", *bench, "--windows", "1", "--calibration", str(own), code=1).output
+    assert re.search(r"at most 1: .*own.txt \(whole\) has 3000 tokens, 1 whole windows of 2048", said)
+    assert not list((tmp_path / "cache").glob("store/capture/*"))

@@ -32,7 +32,7 @@ def _setup(verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log mo
     keep_freed_memory()
 
 
-@command("run", "model corpus calibration seed out as_json windows gamma rule dtype")
+@command("run", "model corpus calibration seed out as_json windows window gamma rule dtype")
 def run(
     said: Options, dry_run: Annotated[bool, typer.Option("--dry-run", help=DRY_RUN)] = False,
     yes: Annotated[bool, typer.Option("--yes", help=YES)] = False,
@@ -42,7 +42,7 @@ def run(
     What is finished is kept: after Ctrl-C the same command goes on. --out: folder (runs/<date>/)."""
     from dfrot_lab.disk.atomic import cache_dir
     from dfrot_lab.model import loading, shapes
-    from dfrot_lab.study import cost, main
+    from dfrot_lab.study import cost, main, needs
 
     setting, name = said.setting(), said.model
     if dry_run:
@@ -50,11 +50,11 @@ def run(
         recipes = [row.spec for row in main.rows(setting)]
         tables = {machine.name: cost.estimate(shape, machine, recipes) for machine in machines}
         rows = [(machine, row) for machine, table in tables.items() for row in table.to_dict("records")]
-        about, own = cost.describe(name, shape, machines, recipes), {"rotations": cost.hadamards(shape)}
+        about, own = needs.describe(name, shape, machines, recipes), {"rotations": needs.hadamards(shape)}
         return said.show([{"model": name, "machine": machine, **row, **own} for machine, row in rows], about)
     loading.resolve(setting.model)  # a name that only a dry run takes is refused before anything else
     recipes, free = [row.spec for row in main.rows(setting)], shutil.disk_usage(cache_dir()).free
-    if not yes and (lack := cost.shortage(shapes.shape(setting.model), recipes, setting.window, free)):
+    if not yes and (lack := needs.shortage(shapes.shape(setting.model), recipes, setting.window, free)):
         raise ValueError(f"{lack}: see --dry-run, or go on all the same with --yes")
     from dfrot_lab.disk import row_files
     from dfrot_lab.show import gallery  # loads what draws: a dry run needs none of it
@@ -71,7 +71,7 @@ def run(
     return said.show(row_files.rows(result.table), text)
 
 
-@command("experiment", "model corpus calibration seed out as_json windows dtype")
+@command("experiment", "model corpus calibration seed out as_json windows window dtype")
 def experiment(
     said: Options, name: Annotated[str, typer.Argument(help="Which one; without it they are listed.")] = "",
     limit: Annotated[int, typer.Option(help="Items of each zero-shot task; 0 takes all.", min=0)] = 100,
@@ -95,7 +95,7 @@ def experiment(
     return said.show_table(table if said.as_json else table[shown], {"written": ", ".join(map(str, written))})
 
 
-@command("compare", "corpus calibration seed out as_json windows gamma rule dtype")
+@command("compare", "corpus calibration seed out as_json windows window gamma rule dtype")
 def compare_command(said: Options, models: Annotated[str, typer.Option(help=MODELS)]) -> None:
     """Models side by side: massive tokens, errors, RO - RH, keep-out, what each kind of site costs.
 
@@ -131,7 +131,7 @@ def figures(said: Options) -> None:
     said.show(written, "\n".join(map(str, written)))
 
 
-@command("report", "model corpus calibration seed out as_json windows gamma rule dtype")
+@command("report", "model corpus calibration seed out as_json windows window gamma rule dtype")
 def report_command(said: Options) -> None:
     """One HTML file to send to a colleague: the main job's results for --model, nothing from the network.
 
@@ -238,7 +238,7 @@ def refine(
     said.show_table(result.history.iloc[[0, -1]], {"out": path, "spec": spec.key})
 
 
-@command("evaluate", "model corpus calibration seed out as_json windows weights gamma rule dtype")
+@command("evaluate", "model corpus calibration seed out as_json windows window weights gamma rule dtype")
 def evaluate_command(
     said: Options, context: typer.Context, rotation: Annotated[str, typer.Option(help=ROTATION)] = "RH",
     bits: Annotated[str, typer.Option(help=BITS)] = "4-4-16",
@@ -270,7 +270,7 @@ def evaluate_command(
     said.show(row, f"{about}, {row['windows']} windows")
 
 
-@command("recipe", "weights model corpus calibration seed gamma rule dtype windows out")
+@command("recipe", "weights model corpus calibration seed gamma rule dtype windows window out")
 def recipe_command(
     said: Options,
     rotation: Annotated[str, typer.Argument(help="A row such as RO, or a safetensors file with R1.")] = "RH",

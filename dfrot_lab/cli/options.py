@@ -21,7 +21,8 @@ log = logging.getLogger("dfrot_lab")
 OUT = "Where the result goes; the ending says the format."
 SOURCES = f"{', '.join(specs.PACKAGED)}, a folder, a .gguf file, or hub:owner/name (the network)."
 CORPORA = "auto, wikitext2, wikipedia-sample, or a text file."
-CALIBRATION = "A text of its own to capture, refine and calibrate on; default: the other half of --corpus."
+CALIBRATION = "A text file to capture, refine and calibrate on, whole; default: the other half of --corpus."
+TOKENS = "Tokens to record: up to 2048, or a multiple of it; default: a window."
 RULES = f"What makes a row massive: {', '.join(specs.MASSIVE_RULES)}."
 DTYPES = f"What is computed in: {', '.join(specs.DTYPES)}; auto: float32 on a CPU, the weights' own on a GPU."
 JSON = "Print JSON and nothing else on standard output."
@@ -39,8 +40,9 @@ class Options:
     seed: Annotated[int, typer.Option(help="Seed of the random rotations.", min=0)] = 0
     out: Annotated[Path | None, typer.Option(help=OUT)] = None
     as_json: Annotated[bool, typer.Option("--json", help=JSON)] = False
-    tokens: Annotated[int, typer.Option(help="Tokens to record: up to 2048, or a multiple of it.")] = 2048
-    windows: Annotated[int, typer.Option(help="Evaluation windows of 2048 tokens.")] = 6
+    tokens: Annotated[int | None, typer.Option(help=TOKENS)] = None
+    windows: Annotated[int, typer.Option(help="Windows to score.")] = 6
+    window: Annotated[int, typer.Option(help="Tokens of a window, to score and to calibrate on.")] = 2048
     gamma: Annotated[float, typer.Option(help="Weight of massive rows; inf fits them alone.")] = 100.0
     rule: Annotated[str, typer.Option(help=RULES)] = specs.DEFAULT_RULE
     weights: Annotated[str, typer.Option(help="A weight quantizer listed by --help.")] = "gptq"
@@ -53,15 +55,17 @@ class Options:
 
     @property
     def capture(self) -> specs.CaptureSpec:
-        """The capture of the text's calibration half."""
-        text = specs.CorpusSpec(name=self.calibration or self.corpus, split="calibration")
-        return specs.CaptureSpec(model=self.model_spec, corpus=text, tokens=self.tokens)
+        """The capture of the text to calibrate on."""
+        text = specs.calibration_of(self.corpus, self.calibration)
+        return specs.CaptureSpec(
+            model=self.model_spec, corpus=text, tokens=self.tokens or min(self.window, specs.WINDOW)
+        )
 
     def setting(self, **more: Any) -> Any:
         """The setting of the main job and the experiments; `more` are further fields of it."""
         from dfrot_lab.study.setting import Setting
 
-        names = ("corpus", "calibration", "seed", "windows", "gamma", "rule")
+        names = ("corpus", "calibration", "seed", "windows", "window", "gamma", "rule")
         same = {name: getattr(self, name) for name in names}
         return Setting(model=self.model_spec, **same, **more)
 
@@ -83,8 +87,8 @@ class Options:
         """The recipe of a rotation at some bits, weights calibrated on the text's other half."""
         text, method = specs.CorpusSpec(name=self.corpus), self.rotation(rotation)
         parts = {"model": self.model_spec, "corpus": text, "rotation": method, "windows": self.windows}
-        spec = specs.recipe_of(bits, weights=self.weights, **parts)
-        return spec.with_(weights=spec.weights.with_(corpus=self.capture.corpus))
+        spec = specs.recipe_of(bits, weights=self.weights, window=self.window, **parts)
+        return spec.with_(weights=spec.weights.with_(corpus=self.capture.corpus, window=self.window))
 
     def file(self, default: str, *endings: str) -> Path:
         """--out, or `default`, to be written as one file of one of `endings`; ValueError, before any work."""

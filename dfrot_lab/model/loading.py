@@ -91,7 +91,11 @@ def body(loaded: LoadedModel) -> nn.Module:
 
 def check_tokens(loaded: LoadedModel, window: int) -> None:
     """Refuse windows longer than the model's context."""
-    most = loaded.context
+    check_window(window, loaded.context)
+
+
+def check_window(window: int, most: int) -> None:
+    """Refuse windows longer than the `most` tokens that a model was made for."""
     require("window", window, window <= most, f"at most the model's context of {most} tokens")
 
 
@@ -197,6 +201,15 @@ def config_of(place: Path | str, spec: ModelSpec) -> Any:
     """The transformers config in a folder or at the hub; ValueErrors as of `folder.config_of`."""
     at = place if isinstance(place, Path) else _hub_folder(place, spec.revision, whole=False)
     return folder.config_of(at, spec.source)
+
+
+def words_of(spec: ModelSpec, store: Store | None = None) -> tuple[Any, int]:
+    """The tokenizer of a model and its context in tokens, without its weights."""
+    spec = placed(spec)
+    key = _bytes_key(spec)
+    place, _ = _folder(spec, key, store or Store())
+    config = config_of(place, spec)
+    return folder.tokenizer_of(str(place), config.vocab_size, key), int(config.max_position_embeddings)
 
 
 def load_model(

@@ -16,7 +16,8 @@ SECOND_MODEL = "qwen2.5-coder-0.5b"  # for "does it hold elsewhere": fetched whe
 PACKAGED = (DEFAULT_MODEL, SECOND_MODEL)
 MODEL_SOURCES = "a packaged name, a folder, a .gguf file or hub:owner/name"
 ROTATION_KINDS = ("NR", "RO", "RH", "file")
-SPLITS = ("calibration", "evaluation", "train", "valid", "test")
+WHOLE = "whole"  # the part of a text file that is all of it
+SPLITS = ("calibration", "evaluation", "train", "valid", "test", WHOLE)
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
 SCHEMES = {"symmetric": "sym", "asymmetric": "asym", "free": "free"}
@@ -52,6 +53,14 @@ class CorpusSpec(Spec):
 
 
 CALIBRATION = CorpusSpec(split="calibration")
+
+
+def calibration_of(corpus: str, own: str | None) -> CorpusSpec:
+    """What to capture, refine and calibrate on: a text file of its `own`, whole, where it is not the scored
+    `corpus` itself; else the half of a corpus that is not scored."""
+    same = own is None or (Path(corpus).is_file() and Path(own).is_file() and Path(own).samefile(corpus))
+    is_file = own is not None and Path(own).is_file()
+    return CorpusSpec(name=own or corpus, split=WHOLE if is_file and not same else "calibration")
 
 
 class RotationSpec(MethodSpec):

@@ -16,8 +16,8 @@ from dfrot_lab.observe import capture as captures, errors, massive, residual
 from dfrot_lab.recipe.specs import RELEASED_KEEP_OUT, Recipe
 from dfrot_lab.rotate import dfrot
 from dfrot_lab.rotate.steps import Refined
-from dfrot_lab.score import perplexity, rows as score_rows
-from dfrot_lab.study import cost
+from dfrot_lab.score import build, perplexity, rows as score_rows
+from dfrot_lab.study import cost, needs
 from dfrot_lab.study.setting import FIGURE_LAYER, Setting
 
 log = logging.getLogger(__name__)
@@ -121,13 +121,17 @@ def run(
     store, setting = store or Store(), setting.resolved()
     said = public(setting)
     log.info("model %s, corpus %s, device %s", said.model.source, said.corpus, said.model.device)
-    log.info("%s", cost.hadamards(shapes.shape(setting.model)))
+    log.info("%s", needs.hadamards(shapes.shape(setting.model)))
+    rows = list(asked(setting))
+    for spec in {row.spec: None for row in rows}:
+        if not perplexity.stored(spec, store):
+            build.require_texts(spec, store)
     progress = cost.Progress(cost.preparation(setting, store))
     progress.begin("capturing activations")
     recorded = captures.capture(setting.capture, store)
     progress.begin(f"refining R1 with gamma {setting.gamma:g}")
     refinement = dfrot.refined(setting.refine, store)
-    return MainResult(setting, recorded, refinement, *evaluated(list(asked(setting)), store, progress))
+    return MainResult(setting, recorded, refinement, *evaluated(rows, store, progress))
 
 
 def stored(setting: Setting, store: Store) -> MainResult:
