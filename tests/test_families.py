@@ -198,6 +198,8 @@ def test_its_cost_is_counted_from_its_config(case, tmp_path):
     ("kind", "changes", "said"),
     [
         ("opt", {"ffn_dim": 96, "word_embed_proj_dim": 64, "do_layer_norm_before": False}, "its norms sit after the residual add"),
+        ("opt", {"ffn_dim": 96, "word_embed_proj_dim": 32}, "its embedding is narrower than its layers"),
+        ("opt", {"ffn_dim": 96, "word_embed_proj_dim": 64, "_remove_final_layer_norm": True}, "it has no norm after its layers"),
         ("olmo", {"clip_qkv": 8.0}, "it cuts queries, keys and values at a threshold"),
         ("cohere", {}, "CohereForCausalLM cannot be rotated here without changing it: its attention and its MLP read one norm"),
         ("gpt_oss", {}, "GptOssForCausalLM cannot be rotated here without changing it: its experts are transposed"),

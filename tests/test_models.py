@@ -42,7 +42,7 @@ REFUSED = {
         {"vocab_size": 64, "n_embd": 16, "n_layer": 1, "n_head": 2},
         "GPT2LMHeadModel cannot be rotated.*linears are stored transposed",
     ),
-    "bert": (TINY, "BertForMaskedLM has no causal decoder"),
+    "bert": (TINY, "BertForMaskedLM has no head for next tokens"),
     "stablelm": (TINY, "StableLmForCausalLM is not in the table of roles"),
 }
 

@@ -210,7 +210,8 @@ def folder(find: Callable[[], Path], key: str, store: Store) -> tuple[Path, str]
 
 
 def _tokenizer(header: Header) -> Any:
-    """The tokenizer that the file describes, which begins a text with BOS where llama.cpp would."""
+    """The tokenizer that the file describes, with BOS or a space before a text where llama.cpp has one."""
+    from tokenizers.pre_tokenizers import Metaspace
     from transformers import AutoTokenizer
 
     first, what = parts(header.path)[0], f"{header.path} describes a tokenizer that cannot be made"
@@ -221,4 +222,9 @@ def _tokenizer(header: Header) -> Any:
         tokenizer: Any = AutoTokenizer.from_pretrained(alone, gguf_file=first.name, trust_remote_code=False)
     if header.said.get("tokenizer.ggml.pre") in ADDS_BOS:
         tokenizer.add_bos_token = header.said.get("tokenizer.ggml.add_bos_token", True)
+    inner = tokenizer.backend_tokenizer
+    if header.said.get("tokenizer.ggml.add_space_prefix") is False and isinstance(
+        inner.pre_tokenizer, Metaspace
+    ):
+        inner.pre_tokenizer = Metaspace(prepend_scheme="never", split=False)
     return tokenizer
