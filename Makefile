@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lab figures bench lint doctor browser clean
+.PHONY: help run test lab figures bench mutants lint doctor browser clean
 
 BENCHMARKS := refinement evaluation hadamard gptq capture growth explorers
 
@@ -30,6 +30,9 @@ bench: $(VENV)/ready ## measure every claim of speed (about half an hour); data/
 	rm -f data/results/bench.jsonl
 	for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py --out data/results/bench.jsonl || exit 1; done
 	$(BIN)/python benchmarks/page.py
+
+mutants: $(VENV)/ready-dev ## do the tests see it? 136 changes of the core, each shown to them; the table in docs/trust.md
+	$(BIN)/python tests/mutation/run.py --docs
 
 doctor: $(VENV)/ready ## what is installed, cached and missing
 	$(BIN)/dfrot-lab doctor
