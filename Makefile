@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lab figures bench mutants lint doctor browser clean
+.PHONY: help run test lab figures bench mutants attack lint doctor browser clean
 
 BENCHMARKS := refinement evaluation hadamard gptq capture growth explorers
 
@@ -33,6 +33,9 @@ bench: $(VENV)/ready ## measure every claim of speed (about half an hour); data/
 
 mutants: $(VENV)/ready-dev ## do the tests see it? 136 changes of the core, each shown to them; the table in docs/trust.md
 	$(BIN)/python tests/mutation/run.py --docs
+
+attack: $(VENV)/ready-dev ## kills, corruptions, bad inputs, hostile models, crowds of processes; the table in docs/trust.md
+	PYTHONPATH=tests $(BIN)/python -m attack --docs
 
 doctor: $(VENV)/ready ## what is installed, cached and missing
 	$(BIN)/dfrot-lab doctor
