@@ -111,7 +111,8 @@ def unsafe_or_hidden(_: str, tree: ast.AST) -> Iterator[str]:
             yield f"line {node.lineno}: {node.value.id}.{node.attr}"
         if isinstance(node, ast.Attribute) and node.attr == "to_pickle":
             yield f"line {node.lineno}: to_pickle"
-        if isinstance(node, ast.keyword) and node.arg in ("trust_remote_code", "allow_pickle"):
+        is_said = isinstance(node, ast.keyword) and node.arg in ("trust_remote_code", "allow_pickle")
+        if is_said and not (isinstance(node.value, ast.Constant) and node.value.value is False):
             yield f"line {node.value.lineno}: {node.arg}"
 
 

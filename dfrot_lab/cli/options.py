@@ -163,11 +163,21 @@ class Group(typer.core.TyperGroup):
         except KeyboardInterrupt:
             typer.echo("Stopped. What is finished is kept: the same command goes on from here.", err=True)
             raise typer.Exit(130) from None
-        except (ValueError, KeyError, OSError, RuntimeError) as error:
-            if log.isEnabledFor(logging.DEBUG):
+        except Exception as error:
+            if log.isEnabledFor(logging.DEBUG) or hasattr(error, "exit_code"):  # click's own, as of usage
                 raise
-            typer.echo(f"Error: {error.args[0] if isinstance(error, KeyError) else error}", err=True)
+            said = "".join(c if c.isprintable() or c == "\n" else "?" for c in _line(error))
+            typer.echo(f"Error: {said}", err=True)
             raise typer.Exit(1) from None
+
+
+def _line(error: Exception) -> str:
+    """What went wrong, without a traceback: in our own words, else the kind of error with its own."""
+    said = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+    if isinstance(error, ValueError | OSError | RuntimeError | KeyError) and " " in said:
+        return said
+    why = f"{type(error).__name__}: {' '.join(said.split())[:300] or 'no reason given'}"
+    return f"{why}. No rule forbids this, so it is a fault here: dfrot-lab --verbose COMMAND says where"
 
 
 app = typer.Typer(cls=Group, no_args_is_help=True, add_completion=False, rich_markup_mode=None,

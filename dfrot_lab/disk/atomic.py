@@ -24,6 +24,7 @@ LARGE = 1 << 30  # bytes above which reading a file takes long enough to show a 
 SETTLED = 2_000_000_000  # ns: a file changed more recently may change again under the same time
 ENTRIES = 10_000
 _known: dict[str, list[Any]] = {}
+_read_here: dict[str, list[Any]] = {}  # what of it this process has read
 
 
 @contextmanager
@@ -76,18 +77,20 @@ def make_folder(path: Path, to_write: bool = False) -> Path:
     return path
 
 
-def digest(path: Path | str, algorithm: str = "xxh3_128") -> str:
-    """Hex digest of a file's bytes by one of ALGORITHMS; an unchanged file costs a look at its entry."""
+def digest(path: Path | str, algorithm: str = "xxh3_128", *, here: bool = False) -> str:
+    """Hex digest of a file's bytes by one of ALGORITHMS; an unchanged file costs a look at its entry. `here`:
+    what this process has not read itself is read, whatever others found in it."""
     path = Path(path).resolve()
     name, stamp = f"{algorithm}:{path}", _stamp(path)
     settled = time.time_ns() - max(stamp[1:3]) > SETTLED
-    if settled and _known.get(name, [])[:-1] != stamp:
+    if settled and not here and _known.get(name, [])[:-1] != stamp:
         _known.update(_remembered())
-    if settled and _known.get(name, [])[:-1] == stamp:
-        return str(_known[name][-1])
+    known = (_read_here if here else _known).get(name, [])
+    if settled and known[:-1] == stamp:
+        return str(known[-1])
     found = _read(path, stamp[0], algorithm)
     if settled and _stamp(path) == stamp:
-        _known[name] = [*stamp, found]
+        _known[name] = _read_here[name] = [*stamp, found]
         # where the cache cannot be written, the next process reads again
         with suppress(OSError), FileLock((memory := cache_dir() / "digests.json").with_suffix(".json.lock")):
             entries = {**_remembered(), name: _known[name]}

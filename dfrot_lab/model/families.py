@@ -191,6 +191,11 @@ REFUSED = {name: why for why, names in _WHY.items() for name in names.split()}
 CAUSAL = ("ForCausalLM", "LMHeadModel")  # how a class ends that predicts the next token
 
 
+def attention(config: Any) -> str:
+    """How a model with this config computes attention: never by what its file says, which may name code."""
+    return "eager" if config.model_type == "gemma2" else "sdpa"  # Gemma 2 cuts scores, which sdpa does not
+
+
 def oddity(config: Any) -> str | None:
     """Why a model of a supported family with this config cannot be rotated all the same; None if it can."""
     if config.model_type == "opt" and not config.do_layer_norm_before:

@@ -251,11 +251,24 @@ class Recipe(Spec):
     def from_yaml(cls, text: str | Path) -> "Recipe":
         """The recipe in a YAML file (or text); fields left out have their defaults. ValueError."""
         try:
-            found = yaml.safe_load(text.read_text(encoding="utf-8") if isinstance(text, Path) else text)
-        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+            said = text.read_text(encoding="utf-8") if isinstance(text, Path) else text
+            found = yaml.load(said, _Once)
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             why = " ".join(str(error).split())
             raise ValueError(f"a recipe must be YAML; got {str(text)!r} ({why})") from error
         return cls.of(found)
+
+
+class _Once(yaml.SafeLoader):
+    """Plain values alone, no key of a mapping twice: of two lines for one field YAML would take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set[str]()
+        for key, _ in node.value:
+            if (name := str(key.value)) in seen:
+                raise ValueError(f"{name} is said twice{key.start_mark}")
+            seen.add(name)
+        return super().construct_mapping(node, deep)
 
 
 def recipe_of(bits: str, *, weights: str = "gptq", **fields: Any) -> Recipe:
