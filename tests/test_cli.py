@@ -21,6 +21,7 @@ from dfrot_lab.cli.app import app
 from dfrot_lab.disk import rotation_files, row_files
 from dfrot_lab.maths import rotations, tables
 from dfrot_lab.model.families import FAMILIES
+from dfrot_lab.model.public import public
 from dfrot_lab.recipe import registry
 from dfrot_lab.recipe.specs import MASSIVE_RULES, Recipe, RotationSpec
 from dfrot_lab.study.experiments import EXPERIMENTS
@@ -168,7 +169,7 @@ def test_a_recipe_that_was_printed_gives_the_row_of_its_options(bench, tmp_path,
     assert (tmp_path / "written.yaml").read_text() == printed
     (tmp_path / "printed.yaml").write_text(printed)
     assert json.loads(invoke("evaluate", "--recipe", str(tmp_path / "printed.yaml"), "--json").stdout) == row
-    assert row["recipe"] == resolved(Recipe.from_yaml(printed)).key
+    assert row["recipe"] == public(resolved(Recipe.from_yaml(printed))).key
     refused = invoke("evaluate", "--recipe", str(tmp_path / "printed.yaml"), "--windows", "3", code=1).stderr
     assert refused.startswith("Error: --recipe says everything: put windows into ")
     assert len(list((tmp_path / "cache" / "store").glob(f"evaluation/{DONE}"))) == 1

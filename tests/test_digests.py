@@ -31,8 +31,8 @@ def memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the files read from here on."""
     names: list[str] = []
-    read = atomic._read
-    monkeypatch.setattr(atomic, "_read", lambda path, *rest: names.append(path.name) or read(path, *rest))
+    read = atomic.read
+    monkeypatch.setattr(atomic, "read", lambda path, *rest: names.append(path.name) or read(path, *rest))
     return names
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dfrot_lab.model import corpus, door, loading
 from dfrot_lab.model.loading import LoadedModel
+from dfrot_lab.model.public import public
 from dfrot_lab.observe import residual
 from dfrot_lab.observe.residual import before_layers, massive_mask, massive_set, mean_massive
 from dfrot_lab.recipe import keys
@@ -320,7 +321,8 @@ def magnitudes_of(spec: CaptureSpec, text: Path, start: int = 0) -> list[np.ndar
 def test_the_profile_is_the_three_largest_and_the_median_of_each_layer(tiny_spec, text_file, store):
     table = residual.residual_profile(spec_of(tiny_spec, text_file), store)
     assert list(table.columns) == ["model", "corpus", "layer", "metric", "value"]
-    assert set(table["model"]) == {tiny_spec.source} and set(table["corpus"]) == {str(text_file)}
+    assert set(table["model"]) == {public(tiny_spec).source}
+    assert set(table["corpus"]) == {public(CorpusSpec(name=str(text_file))).name}
     lines = []
     for layer, x in enumerate(magnitudes_of(spec_of(tiny_spec, text_file), text_file)):
         ordered = np.sort(x, axis=None)

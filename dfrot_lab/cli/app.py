@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from dfrot_lab.cli import cache
 from dfrot_lab.cli.options import SOURCES, Options, app, command, keep_freed_memory, log
 from dfrot_lab.recipe import specs
 
@@ -20,6 +21,7 @@ SCHEME = f"The quantizer's range: {', '.join(specs.SCHEMES)}."
 VARIANT = f"{', '.join(specs.REFINE_VARIANTS)}."
 YES = "Go on where the estimate says that memory or disk will not do."
 DRY_RUN = "Only say what it would take; --model may also be llama-2-7b or llama-3-70b."
+app.add_typer(cache.group, name="cache")
 
 
 @app.callback()
@@ -103,8 +105,9 @@ def compare_command(said: Options, models: Annotated[str, typer.Option(help=MODE
     from dfrot_lab.study import compare
 
     names, setting = [name.strip() for name in models.split(",")], said.setting().resolved()
-    table = compare.compare(names, setting)
     out = said.out or Path("runs", "compare", "-".join(Path(name).name for name in names))
+    out.mkdir(parents=True, exist_ok=True)
+    table = compare.compare(names, setting)
     written = gallery.save_experiment("compare", table, setting, out, out)
     text = f"{compare.side_by_side(table).to_string()}\n\nwritten: {', '.join(map(str, written))}"
     said.show({"written": written, "rows": row_files.rows(table)}, text)
@@ -153,10 +156,11 @@ def report_command(said: Options) -> None:
 @command("models", "model out as_json dtype")
 def models(said: Options) -> None:
     """What can be loaded: supported and refused families with the reason; then --model itself, described."""
-    from dfrot_lab.model import families, loading
+    from dfrot_lab.model import families, loading, public
 
-    loaded = loading.load_model(said.model_spec)
-    about: dict[str, Any] = {"model": said.model, "family": loaded.family, "provenance": loaded.provenance}
+    loaded, spec = loading.load_model(said.model_spec), said.model_spec
+    about: dict[str, Any] = {"model": public.public(spec).source, "family": loaded.family}
+    about["provenance"] = public.origin(loaded.provenance, spec)
     about |= {"channels": loaded.channels, "layers": len(loaded.layers), "context": loaded.context}
     about |= {"fingerprint": loaded.fingerprint, "packaged": [*specs.PACKAGED]}
     said.show_facts({**about, "supported": [*families.FAMILIES], "refused": families.REFUSED}, said.out)
@@ -165,12 +169,13 @@ def models(said: Options) -> None:
 @command("fetch", "model corpus out as_json dtype")
 def fetch(said: Options) -> None:
     """Fetch and convert the model and the corpus now, so that everything else works without a network."""
-    from dfrot_lab.model import corpus, loading
+    from dfrot_lab.model import corpus, loading, public
 
-    about = {"model": said.model, "provenance": loading.load_model(said.model_spec).provenance}
+    provenance = public.origin(loading.load_model(said.model_spec).provenance, said.model_spec)
+    about = {"model": public.public(said.model_spec).source, "provenance": provenance}
     for split in ("calibration", "evaluation"):
         spec = corpus.resolve(specs.CorpusSpec(name=said.corpus, split=split))
-        about[f"{spec.name} {split}"] = f"{len(corpus.load_text(spec)):,} characters"
+        about[f"{public.public(spec).name} {split}"] = f"{len(corpus.load_text(spec)):,} characters"
     said.show_facts(about, said.out)
 
 
@@ -221,14 +226,15 @@ def refine(
 ) -> None:  # fmt: skip
     """Refine R1 (DFRot) and save it as safetensors with its spec. --out: default R1.safetensors."""
     from dfrot_lab.disk import rotation_files
+    from dfrot_lab.model.public import public
     from dfrot_lab.rotate.dfrot import refined
 
-    path = said.file("R1.safetensors")
+    path = said.file("R1.safetensors", ".safetensors")
     fields: dict[str, Any] = {"init": specs.RotationSpec(kind=init, seed=said.seed), "steps": steps}
     fields |= {"quantizer": specs.QuantSpec()} if variant == "as_released" else {}
     spec = said.rotation("DFRot", variant=variant, **fields)
     result = refined(spec)
-    rotation_files.save(result.R, path, spec)
+    rotation_files.save(result.R, path, public(spec))
     said.show_table(result.history.iloc[[0, -1]], {"out": path, "spec": spec.key})
 
 
@@ -242,20 +248,24 @@ def evaluate_command(
     """Perplexity of a rotation at given bits, or of a recipe. --out: .jsonl to add to; recipe beside it."""
     from dfrot_lab.disk import atomic, row_files
     from dfrot_lab.maths import tables
+    from dfrot_lab.model.public import public
     from dfrot_lab.score import perplexity, rows
 
     sources = {name: context.get_parameter_source(name) for name in context.params}
     given = {name for name, source in sources.items() if source and source.name == "COMMANDLINE"}
     if recipe and (others := given - {"recipe", "out", "as_json"}):
         raise ValueError(f"--recipe says everything: put {', '.join(sorted(others))} into {recipe} instead")
-    kept, path = specs.RELEASED_KEEP_OUT if keep_out else None, said.out and said.file("rows.jsonl")
+    kept, path = (
+        specs.RELEASED_KEEP_OUT if keep_out else None,
+        said.out and said.file("rows.jsonl", row_files.ROWS),
+    )
     spec = specs.Recipe.from_yaml(recipe) if recipe else said.recipe(rotation, bits).with_(keep_out=kept)
     result = perplexity.evaluate(spec)
     row = rows.row(result)
     if path:
         row_files.append(path, [row])
         beside = path.with_name(f"{path.stem}.{row['recipe']}.yaml")
-        atomic.write_text(beside, result.spec.to_yaml())
+        atomic.write_text(beside, public(result.spec).to_yaml())
     about = f"{tables.label(row)} {row['bits']} on {row['corpus']}: {tables.cell(row)}"
     said.show(row, f"{about}, {row['windows']} windows")
 
@@ -269,5 +279,5 @@ def recipe_command(
     """A recipe as YAML, every field said: to keep, to change, to evaluate with `evaluate --recipe`."""
     text = said.recipe(rotation, bits).to_yaml()
     if said.out:
-        said.out.write_text(text, encoding="utf-8")
+        said.file("recipe.yaml").write_text(text, encoding="utf-8")
     typer.echo(f"written: {said.out}" if said.out else text, nl=bool(said.out))

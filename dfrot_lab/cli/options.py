@@ -3,9 +3,8 @@
 import ctypes
 import functools
 import inspect
-import json
 import logging
-import math
+import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from dfrot_lab.recipe import registry, specs
+from dfrot_lab.recipe.base import strict_json
 
 log = logging.getLogger("dfrot_lab")
 
@@ -27,20 +27,6 @@ DTYPES = f"What is computed in: {', '.join(specs.DTYPES)}; auto: float32 on a CP
 JSON = "Print JSON and nothing else on standard output."
 MALLOC = ((-4, 0), (-1, -1), (-2, 1 << 26))
 """No mapping of its own for a large piece, no trimming, 64 MB at a time: M_MMAP_MAX and so on in malloc.h."""
-
-
-def strict_json(value: Any) -> str:
-    """A value as JSON that any reader takes: NaN is null, infinity the word inf."""
-
-    def plain(part: Any) -> Any:
-        if isinstance(part, Mapping):
-            return {str(name): plain(inner) for name, inner in part.items()}
-        if isinstance(part, list | tuple):
-            return [plain(inner) for inner in part]
-        is_odd = isinstance(part, float) and not math.isfinite(part)
-        return (None if math.isnan(part) else str(part)) if is_odd else part
-
-    return json.dumps(plain(value), indent=1, default=str, allow_nan=False)
 
 
 @dataclass(frozen=True)
@@ -100,11 +86,16 @@ class Options:
         spec = specs.recipe_of(bits, weights=self.weights, **parts)
         return spec.with_(weights=spec.weights.with_(corpus=self.capture.corpus))
 
-    def file(self, default: str) -> Path:
-        """--out, or `default`, to be written as one file; ValueError."""
+    def file(self, default: str, *endings: str) -> Path:
+        """--out, or `default`, to be written as one file of one of `endings`; ValueError, before any work."""
         path = self.out or Path(default)
         if path.is_dir():
             raise ValueError(f"--out must be a file; {path} is a folder. Say for example {path / default}")
+        if endings and path.suffix not in endings:
+            raise ValueError(f"--out must be a file ending in {' or '.join(endings)}; got {path}")
+        place = next(folder for folder in path.absolute().parents if folder.exists())
+        if not (place.is_dir() and os.access(place, os.W_OK)):
+            raise ValueError(f"--out must be where files can be written; {place} is not, got {path}")
         return path
 
     def require_table(self) -> None:
@@ -184,7 +175,9 @@ app = typer.Typer(cls=Group, no_args_is_help=True, add_completion=False, rich_ma
                   pretty_exceptions_enable=False)  # fmt: skip
 
 
-def command(name: str, options: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def command(
+    name: str, options: str, group: typer.Typer = app
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Add a function as a command: its first argument are shared options, the others options of its own."""
     fields, kind = Options.__dataclass_fields__, inspect.Parameter.POSITIONAL_OR_KEYWORD
     taken = [fields[option] for option in options.split()]
@@ -198,7 +191,7 @@ def command(name: str, options: str) -> Callable[[Callable[..., None]], Callable
         own = list(inspect.signature(function).parameters.values())[1:]
         needed = sorted([*shared, *own], key=lambda each: each.default is not each.empty)
         run.__dict__["__signature__"] = inspect.Signature(needed)
-        return app.command(name)(run)
+        return group.command(name)(run)
 
     return add
 
