@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from attack import hostile, tools
+from attack import crowd, hostile, tools
 from attack.kills import Job, attack, old_or_new
 
 TESTS = Path(__file__).parent
@@ -129,6 +129,15 @@ def test_a_hang_is_noticed(monkeypatch: pytest.MonkeyPatch):
     report = tools.Report("x")
     report.add("sleep", "30 s", outcome)
     assert report.count("hang") == 1
+
+
+def test_writers_of_one_file_do_not_trip_over_each_other(tmp_path: Path):
+    """Each looks for what a killed writer left beside the file, and finds what others are about to put in place."""
+    report = tools.Report("crowd")
+    scene = next(scene for scene in crowd.SCENES if scene.name.startswith("one rotation"))
+    for number in (0, 2):
+        crowd.attack(scene, tmp_path, number, report, random.Random(0))
+    assert report.total == 2 * crowd.PROCESSES and not report.faults
 
 
 def test_the_canary_sings_where_code_is_run(tmp_path: Path):
