@@ -33,6 +33,7 @@ class Hostile:
     name: str
     change: Callable[[Path], None]
     idle: bool = False
+    other: bool = False  # it may be taken for the other model that it is
 
 
 class Canary:
@@ -189,6 +190,7 @@ def _generate_script(folder: Path) -> None:
     (folder / "custom_generate" / "generate.py").write_text(CODE.format(canary=canary_of(folder)))
 
 
+UNREAD = ("torch_dtype", "dtype")  # what is computed in is said by the spec
 Q, DOWN, EMBED = (
     "model.layers.0.self_attn.q_proj.weight",
     "model.layers.1.mlp.down_proj.weight",
@@ -251,7 +253,7 @@ FOLDERS = (
     *(Hostile(f"a config that is {name}", text("config.json", said)) for name, said in {
         "null": "null", "a list": "[]", "a number": "3", "empty": "", "a word": '"llama"', "nothing": "{}", "binary": bytes(range(256)), "deep": "[" * 100_000,
         "deep mappings": '{"a":' * 50_000, "cut": '{"model_type": "lla', "NaN": '{"model_type": NaN}', "of a vast number": '{"model_type": "llama", "vocab_size": ' + "9" * 5000 + "}"}.items()),
-    *(Hostile(f"a config with {field} {value!r:.20}", edited("config.json", **{field: value})) for field, values in {
+    *(Hostile(f"a config with {field} {value!r:.20}", edited("config.json", **{field: value}), idle=field in UNREAD or value == ["NothingForCausalLM"]) for field, values in {
         "num_hidden_layers": (0, -1, 10**6, 10**9, "2", 2.5, None, 1, 4), "hidden_size": (0, -64, 10**12, "64", None, 65, 128), "vocab_size": (0, -1, 10**12, "x", 255, 300),
         "num_attention_heads": (0, -4, 10**9, "4", 3, 8), "num_key_value_heads": (0, -2, 3, 10**9), "intermediate_size": (0, -96, 10**12, "x", 97), "head_dim": (0, -16, 10**9, 15, 32),
         "max_position_embeddings": (0, -5, "x", 1e400), "rms_norm_eps": ("x", None), "rope_parameters": ("x", {"rope_type": "nothing"}, {"rope_type": "linear", "factor": 0}),
@@ -263,7 +265,7 @@ FOLDERS = (
     *(Hostile(f"a tokenizer config that is {name}", text("tokenizer_config.json", said), idle=True) for name, said in {
         "a list": "[1]", "null": "null", "empty": "", "deep": "[" * 100_000, "of a class": '{"tokenizer_class": "os.system"}', "of a number": '{"tokenizer_class": 3}',
         "of a template": json.dumps({"chat_template": "{{ ''.__class__.__mro__[1].__subclasses__() }}"}), "of a vast length": '{"model_max_length": 1e400}'}.items()),
-    Hostile("a tokenizer with a regular bomb", _tokenizer_bomb, idle=True),
+    Hostile("a tokenizer with a regular bomb", _tokenizer_bomb, other=True),
     Hostile("a tokenizer of ids beyond the vocabulary", lambda folder: _beyond(folder)),
     Hostile("no tokenizer", lambda folder: [path.unlink() for path in folder.glob("tokenizer*")] and None),
     Hostile("a generation config of code", text("generation_config.json", '{"auto_map": {"x": "evil.Evil"}, "custom_generate": "evil"}'), idle=True),
@@ -392,11 +394,11 @@ def attack(kind: str, place: Path, every: tuple[Hostile, ...], report: Report, s
         hostile.change(model)
         outcome = fork(confined(command("evaluate", "--model", model, *options)), typed=b"y\n" * 100)
         faults = refusal_faults(outcome)
-        if hostile.idle and outcome.code == 0:
+        if (hostile.idle or hostile.other) and outcome.code == 0:
             value = json.loads(outcome.out[outcome.out.index("{") :])["value"]
             faults = [
                 *(f for f in faults if f != "accepted"),
-                *(["wrong"] if abs(value - wanted) > 1e-3 * wanted else []),
+                *(["wrong"] if abs(value - wanted) > 1e-3 * wanted and not hostile.other else []),
             ]
         if (own / "canary").exists() or Path("canary").exists():
             faults.append("code run")
