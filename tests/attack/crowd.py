@@ -157,8 +157,7 @@ def attack(scene: Scene, place: Path, number: int, report: Report, chance: rando
     """One round: all start together, a few are killed in every second round."""
     folder = place / f"round-{number}"
     folder.mkdir()
-    if (made := fork(lambda: scene.prepare(folder))).code:
-        raise RuntimeError(made.err)
+    scene.prepare(folder)
     begin = folder / "begin"
 
     def process(n: int) -> Callable[[], object]:

@@ -4,6 +4,7 @@ nothing half is read, and the next run ends with the right value.
 Operations are what the interpreter audits (open, rename, remove, mkdir, ...) on a path below the job's folder,
 and fsync. A kill in the middle of a write leaves half a file: that comes at random times alone."""
 
+import functools
 import json
 import os
 import random
@@ -249,13 +250,17 @@ def _figures_look(folder: Path) -> Value:
     }
 
 
-def _wheels(folder: Path) -> downloads.WheelFile:
-    """A file in two wheels, which lie on a shelf that pip looks at."""
+@functools.cache
+def _shelf(shelf: Path) -> downloads.WheelFile:
     from test_wheels import cut_file
 
-    shelf = folder.parent / "shelf"
-    shelf.mkdir(exist_ok=True)
+    shelf.mkdir()
     return cut_file(shelf, b"first " * 4000, b"second " * 4000)
+
+
+def _wheels(folder: Path) -> downloads.WheelFile:
+    """A file in two wheels, which lie on a shelf that pip looks at; made once, before there are forks."""
+    return _shelf(folder.parent / "shelf")
 
 
 def _wheel_environment(folder: Path) -> None:
@@ -299,7 +304,7 @@ def _gguf_prepare(folder: Path) -> None:
 def _gguf_write(folder: Path) -> None:
     gguf_files.SHARD = 100_000
     path = folder / "tiny.gguf"
-    gguf_files.folder(path, gguf_files.key_of(path), Store(folder / "store"))
+    gguf_files.folder(lambda: path, gguf_files.key_of(path), Store(folder / "store"))
 
 
 def _gguf_look(folder: Path) -> Value:
