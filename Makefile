@@ -33,7 +33,7 @@ bench: $(VENV)/ready ## measure every claim of speed (about half an hour); data/
 	for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py --out data/results/bench.jsonl || exit 1; done
 	$(BIN)/python benchmarks/page.py
 
-mutants: $(VENV)/ready-dev ## do the tests see it? 136 changes of the core, each shown to them; the table in docs/trust.md
+mutants: $(VENV)/ready-dev ## do the tests see it? changes of the core that matter, each shown to them; the table in docs/trust.md
 	$(BIN)/python tests/mutation/run.py --docs
 
 attack: $(VENV)/ready-dev ## kills, corruptions, bad inputs, hostile models, crowds of processes; the table in docs/trust.md

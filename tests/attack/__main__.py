@@ -25,23 +25,27 @@ def counted(report: tools.Report) -> int:
     return sum(count for kind, count in report.cases.items() if not kind.startswith("ended"))
 
 
-def table(reports: list[tools.Report]) -> str:
-    """What each part did and how much of it failed, in Markdown."""
-    lines = [
-        f"| attack | cases | {' | '.join(tools.FAULTS)} | slowest case, s of CPU |",
-        "|---|---|" + "---|" * (len(tools.FAULTS) + 1),
-    ]
-    for report in reports:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in report.cases.items())
-        faults = " | ".join(str(report.count(fault)) for fault in tools.FAULTS)
-        lines.append(f"| {report.name}: {kinds} | {report.total} | {faults} | {report.slowest:.1f} |")
-    return "\n".join(lines)
+HEAD = f"| attack | cases | {' | '.join(tools.FAULTS)} | slowest case, s of CPU |"
 
 
-def write_page(text: str) -> None:
-    """Put the table in its place in `docs/trust.md`."""
+def row(report: tools.Report) -> str:
+    """What a part did and how much of it failed, as a row of a Markdown table."""
+    kinds = ", ".join(f"{count} {kind}" for kind, count in report.cases.items())
+    faults = " | ".join(str(report.count(fault)) for fault in tools.FAULTS)
+    return f"| {report.name}: {kinds} | {report.total} | {faults} | {report.slowest:.1f} |"
+
+
+def table(rows: list[str]) -> str:
+    return "\n".join([HEAD, "|---" * (HEAD.count("|") - 1) + "|", *rows])
+
+
+def write_page(rows: list[str]) -> None:
+    """Put the rows in their place in `docs/trust.md`; those of other parts stay."""
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-    PAGE.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+    old, _, after = rest.partition(END)
+    known = {line.partition(":")[0]: line for line in [*old.splitlines(), *rows] if ": " in line}
+    kept = [known[name] for name in (f"| {name}" for name in AIMS) if name in known]
+    PAGE.write_text(f"{before}{BEGIN}\n{table(kept)}\n{END}{after}", encoding="utf-8")
 
 
 def main() -> int:
@@ -72,12 +76,12 @@ def main() -> int:
     used = os.times()
     cpu = used.user + used.system + used.children_user + used.children_system
     said = f"{sum(r.total for r in reports)} cases, {len(faults)} faults; {time.monotonic() - started:.0f} s, {cpu:.0f} s of CPU."
-    text = f"{said}\n\n{table(reports)}"
-    print(text)
+    rows = [row(report) for report in reports]
+    print(f"{said}\n\n{table(rows)}")
     for fault, case, what in faults:
         print(f"- {fault}: {case}: {what[-200:]}")
     if given.docs:
-        write_page(text)
+        write_page(rows)
     few = [report.name for report in reports if given.share == 1 and counted(report) < AIMS[report.name]]
     if few:
         print(f"too few cases of {', '.join(few)}")

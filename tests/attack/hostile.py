@@ -385,7 +385,7 @@ def attack(kind: str, place: Path, every: tuple[Hostile, ...], report: Report, s
     if right.code:
         raise RuntimeError(right.err)
     wanted = json.loads(right.out)["value"]
-    for number in tools.spread(len(every), max(8, round(share * len(every)))):
+    for number in tools.spread(len(every), max(6, round(share * len(every)))):
         hostile, own = every[number], place / "own"
         shutil.rmtree(own, ignore_errors=True)
         own.mkdir()

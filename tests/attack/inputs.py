@@ -195,7 +195,7 @@ def campaign(share: float = 1.0) -> Report:
         if good.code:
             raise RuntimeError(f"what is right is refused: {good.err}")
         every = list(cases())
-        for number in tools.spread(len(every), max(20, round(share * len(every)))):
+        for number in tools.spread(len(every), max(12, round(share * len(every)))):
             kind, arguments, setting = every[number]
             outcome = fork(with_settings(command(*arguments), setting), typed=b"y\n" * 50)
             faults = refusal_faults(outcome)
