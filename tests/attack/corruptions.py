@@ -113,9 +113,11 @@ def recipe(folder: Path, source: str = "tiny.gguf") -> Any:
         ModelSpec(source=str(folder / source)),
         CorpusSpec(name=str(folder / "text.txt"), split="calibration"),
     )
-    rotation = RefineSpec(capture=CaptureSpec(model=model, corpus=half, tokens=48), steps=20)
+    rotation = RefineSpec(capture=CaptureSpec(model=model, corpus=half, tokens=48), steps=10)
     text = half.with_(split="evaluation")
-    spec = recipe_of("4-4-16", model=model, corpus=text, rotation=rotation, windows=2, window=48)
+    spec = recipe_of(
+        "4-4-16", weights="rtn", model=model, corpus=text, rotation=rotation, windows=1, window=48
+    )
     return spec.with_(weights=spec.weights.with_(corpus=half, windows=2, window=48))
 
 
@@ -183,7 +185,7 @@ def attack_artefacts(place: Path, report: Report, share: float, chance: random.R
         raise RuntimeError(made.err)
     wanted = fork(value(folder)).out.strip()
     shutil.copytree(folder, before)
-    cases = list(artefact_cases(before, 8))
+    cases = list(artefact_cases(before, 12))
     for number in tools.spread(len(cases), max(6, round(share * len(cases)))):
         kind, path, damage = cases[number]
         shutil.rmtree(folder)
@@ -276,7 +278,7 @@ def attack_downloads(place: Path, report: Report, share: float, chance: random.R
     shutil.copytree(before, folder)
     job = next(job for job in kills.JOBS if job.name == "download")
     wanted = fork(kills.written(job, folder)).out.strip()
-    for number in range(max(2, round(share * 40))):
+    for number in range(max(2, round(share * 60))):
         shutil.rmtree(folder)
         shutil.copytree(before, folder)
         if number % 2:
