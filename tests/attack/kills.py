@@ -127,11 +127,13 @@ def attack(job: Job, place: Path, report: Report, share: float, random_source: r
     times = (random_source.uniform(0, whole.seconds) for _ in range(max(1, round(share * job.random_kills))))
     cases += [("at a random time", when) for when in times]
     for kind, where in cases:
-        fresh()
         is_counted = kind == "before an operation"
-        killed = fork(
-            counted(job, folder, int(where) if is_counted else None), kill_after=None if is_counted else where
-        )
+        for sooner in range(5):  # a run that ended first is tried again with half the time
+            fresh()
+            after = None if is_counted else where / 2**sooner
+            killed = fork(counted(job, folder, int(where) if is_counted else None), kill_after=after)
+            if killed.killed:
+                break
         seen, again = fork(looked(job, folder)), fork(written(job, folder))
         faults = []
         if seen.code or not job.fits(value_of(seen), old, new):
