@@ -6,7 +6,7 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 LOCKED := $(PIP) --no-deps --no-build-isolation --require-hashes
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lab figures bench lint doctor lock browser clean
+.PHONY: help run test lab figures bench mutants attack lint doctor lock browser clean
 
 BENCHMARKS := refinement evaluation hadamard gptq capture growth explorers
 
@@ -32,6 +32,12 @@ bench: $(VENV)/ready ## measure every claim of speed (about half an hour); data/
 	rm -f data/results/bench.jsonl
 	for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py --out data/results/bench.jsonl || exit 1; done
 	$(BIN)/python benchmarks/page.py
+
+mutants: $(VENV)/ready-dev ## do the tests see it? changes of the core that matter, each shown to them; the table in docs/trust.md
+	$(BIN)/python tests/mutation/run.py --docs
+
+attack: $(VENV)/ready-dev ## kills, corruptions, bad inputs, hostile models, crowds of processes; the table in docs/trust.md
+	PYTHONPATH=tests $(BIN)/python -m attack --docs
 
 doctor: $(VENV)/ready ## what is installed, cached and missing
 	$(BIN)/dfrot-lab doctor

@@ -147,6 +147,16 @@ def test_the_logits_stay_through_every_step(case, memory, tmp_path, ids, monkeyp
     assert apart(logits_of(loaded, ids), expected) > 1e-3, "half of R4 is another model"
 
 
+@pytest.mark.parametrize("case", ["llama 3", "qwen3_moe", "gemma"])
+def test_heads_may_be_wider_than_their_share_of_the_channels(case, tmp_path, ids):
+    """Halves of 32 in 16 would keep the logits too; any R2 of the whole head does, and is accepted."""
+    loaded = load(folder_of(case, tmp_path / "m"))
+    expected = loaded.model(ids).logits
+    surgery.prepare(loaded)
+    surgery.rotate_heads(loaded, rotations.make(RotationSpec(kind="RO", seed=1), 32))
+    assert apart(logits_of(loaded, ids), expected) < 1e-6
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_a_rotated_residual_stream_is_the_plain_one_times_r(case, tmp_path, ids):
     """What makes R1 more than a change that leaves the logits: every norm's output is x R."""

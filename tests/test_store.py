@@ -232,6 +232,11 @@ def flip_manifest(folder: Path) -> None:
     (folder / "manifest.json").write_text(text.replace('"rows": 10', '"rows": 11'))
 
 
+def a_folder_for_a_manifest(folder: Path) -> None:
+    remove_manifest(folder)
+    (folder / "manifest.json").mkdir()
+
+
 def remove_manifest(folder: Path) -> None:
     (folder / "manifest.json").unlink()
 
@@ -244,6 +249,7 @@ DAMAGES = {
     empty_manifest: "manifest.json cannot be used",
     flip_manifest: "does not match its checksum",
     remove_manifest: "manifest.json cannot be used",
+    a_folder_for_a_manifest: "manifest.json cannot be used",
 }
 
 

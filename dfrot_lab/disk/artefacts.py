@@ -268,7 +268,7 @@ def read_manifest(folder: Path, key: str) -> dict[str, Any]:
         manifest = json.loads((folder / MANIFEST).read_bytes())
         if manifest.pop("check") != content_key(manifest) or manifest["key"] != key:
             raise ValueError("it does not match its checksum or its folder")
-    except (ValueError, KeyError, AttributeError, TypeError, FileNotFoundError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, FileNotFoundError, IsADirectoryError) as error:
         raise CorruptArtefact(f"{folder / MANIFEST} cannot be used: {error!r}") from error
     return manifest
 

@@ -39,8 +39,9 @@ def replacing(path: Path, wanted: int | None = None) -> Iterator[Path]:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-                if time.time() - left.stat().st_mtime > 3600:
-                    left.unlink(missing_ok=True)
+                with suppress(FileNotFoundError):  # it may be another writer's, done meanwhile
+                    if time.time() - left.stat().st_mtime > 3600:
+                        left.unlink()
             require_room(path.parent, wanted or 0)
             yield temp
             temp.replace(path)  # no fsync: what a power cut garbles fails its checksum and is made again

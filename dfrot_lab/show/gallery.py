@@ -72,8 +72,9 @@ def table(name: str, setting: Setting, root: Path) -> pd.DataFrame:
 def _save_figure(fig: Figure, name: str, folder: Path, setting: Setting, about: dict[str, Any]) -> Path:
     """Write and close a figure: `<name>.png` (returned), `.svg`, `.json` (what it is made from, versions)."""
     folder.mkdir(parents=True, exist_ok=True)
-    fig.savefig(folder / f"{name}.png", metadata={"Software": None})
-    fig.savefig(folder / f"{name}.svg", metadata={"Date": None})
+    for ending, unsaid in (("png", "Software"), ("svg", "Date")):
+        with atomic.replacing(folder / f"{name}.{ending}") as temporary:
+            fig.savefig(temporary, format=ending, metadata={unsaid: None})
     figures.plt.close(fig)
     own = {"figure": name, **named(setting), "seed": setting.seed}
     versions = {each: metadata.version(each) for each in ("dfrot-lab", "torch", "transformers", "matplotlib")}
