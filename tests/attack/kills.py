@@ -395,7 +395,7 @@ JOBS = (
     Job("figures", lambda at: _figures_write(at, 1.0), _figures_write, _figures_look, old_or_new),
     Job("download", _download_prepare, _download_write, _download_look, old_or_new),
     Job("converted GGUF", _gguf_prepare, _gguf_write, _gguf_look, old_or_new, random_kills=40),
-    Job("walks", _walk_prepare, _walk_write, _walk_look, old_or_new, kills=60, random_kills=20),
+    Job("walks", _walk_prepare, _walk_write, _walk_look, old_or_new, kills=40, random_kills=16),
     Job("digests", _digest_prepare, _digest_look, _digest_look, old_or_new),
 )
 

@@ -7,6 +7,7 @@ import resource
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -199,6 +200,7 @@ def warm() -> None:
     import transformers.core_model_loading
     import transformers.models.llama.modeling_llama
     import transformers.models.llama.tokenization_llama  # noqa: F401
+    from tqdm import tqdm
 
     import dfrot_lab.cli.app
     import dfrot_lab.cli.doctor
@@ -207,4 +209,7 @@ def warm() -> None:
     import dfrot_lab.show.report
     import dfrot_lab.study.compare  # noqa: F401
 
+    tqdm.set_lock(
+        threading.RLock()
+    )  # its own is shared by forks: one that is killed with it stops all others
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
