@@ -57,9 +57,8 @@ class Options:
     def capture(self) -> specs.CaptureSpec:
         """The capture of the text to calibrate on."""
         text = specs.calibration_of(self.corpus, self.calibration)
-        return specs.CaptureSpec(
-            model=self.model_spec, corpus=text, tokens=self.tokens or min(self.window, specs.WINDOW)
-        )
+        tokens = min(self.window, specs.WINDOW) if self.tokens is None else self.tokens
+        return specs.CaptureSpec(model=self.model_spec, corpus=text, tokens=tokens)
 
     def setting(self, **more: Any) -> Any:
         """The setting of the main job and the experiments; `more` are further fields of it."""
