@@ -2,9 +2,11 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+LOCKED := $(PIP) --no-deps --no-build-isolation --require-hashes
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lab figures bench lint doctor browser clean
+.PHONY: help run test lab figures bench mutants attack lint doctor lock browser clean
 
 BENCHMARKS := refinement evaluation hadamard gptq capture growth explorers
 
@@ -31,13 +33,26 @@ bench: $(VENV)/ready ## measure every claim of speed (about half an hour); data/
 	for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py --out data/results/bench.jsonl || exit 1; done
 	$(BIN)/python benchmarks/page.py
 
+mutants: $(VENV)/ready-dev ## do the tests see it? changes of the core that matter, each shown to them; the table in docs/trust.md
+	$(BIN)/python tests/mutation/run.py --docs
+
+attack: $(VENV)/ready-dev ## kills, corruptions, bad inputs, hostile models, crowds of processes; the table in docs/trust.md
+	PYTHONPATH=tests $(BIN)/python -m attack --docs
+
 doctor: $(VENV)/ready ## what is installed, cached and missing
 	$(BIN)/dfrot-lab doctor
 
-lint: $(VENV)/ready-dev ## ruff and mypy alone
+lint: $(VENV)/ready-dev ## ruff, mypy and pip check alone
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python -m pip check
+
+lock: $(VENV)/ready-dev ## rewrite locks/ and docs/licences.md after a pin has changed (needs the package index)
+	$(PIP) uv==0.13.9
+	$(BIN)/python tools/lock.py
+	$(LOCKED) -r locks/build.txt -r locks/run.txt -r locks/dev.txt
+	$(BIN)/python tools/licences.py
 
 # The browser tests drive the machine's own Chromium. Where there is none, Debian's package is installed if that can be done without asking.
 browser:
@@ -49,12 +64,18 @@ browser:
 clean: ## remove .venv (the cache of models and results stays)
 	rm -rf $(VENV)
 
-$(VENV)/ready: requirements.txt pyproject.toml
+# What is installed is what locks/ names, to the byte: pip compares each file's sha256 before it looks into it. torch without CUDA where pip
+# finds it (locks/cpu.txt), else the index's, whose CUDA packages pip check then misses (locks/cuda.txt).
+$(VENV)/ready: locks/build.txt locks/cpu.txt locks/run.txt locks/cuda.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	$(LOCKED) -r locks/build.txt
+	$(LOCKED) -r locks/cpu.txt 2>/dev/null || true
+	$(LOCKED) -r locks/run.txt
+	$(BIN)/python -m pip check >/dev/null || $(LOCKED) -r locks/cuda.txt
+	$(PIP) --no-deps --no-build-isolation -e .
+	$(BIN)/python -m pip check
 	touch $@
 
-$(VENV)/ready-dev: $(VENV)/ready requirements-dev.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+$(VENV)/ready-dev: $(VENV)/ready locks/dev.txt
+	$(LOCKED) -r locks/dev.txt
 	touch $@

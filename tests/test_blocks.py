@@ -28,7 +28,7 @@ from dfrot_lab.recipe.specs import (
 )
 from dfrot_lab.score import build, perplexity, rows
 from dfrot_lab.show import gallery, report
-from dfrot_lab.study import cost, main
+from dfrot_lab.study import main, needs
 from dfrot_lab.study.setting import Setting
 
 CHANNELS, HEAD, INNER = 54, 6, 2 * 107  # no order of any is known here: each has blocks of 2
@@ -180,9 +180,9 @@ def test_a_dry_run_says_which_rotations_a_model_can_have(odd: ModelSpec, bench: 
     rows_said = json.loads(invoke("run", "--dry-run", "--json", "--model", odd.source).stdout)
     assert {row["rotations"] for row in rows_said} == {said}
     whole = "R1 (RH) of 4096: whole, R2 and R3 of 128: whole, R4 of 11008: whole"
-    assert cost.hadamards(shapes.SHAPES["llama-2-7b"]) == f"Hadamard rotations: {whole}"
+    assert needs.hadamards(shapes.SHAPES["llama-2-7b"]) == f"Hadamard rotations: {whole}"
     odd_width = shapes.Shape(64, 2, 107, 4, 2, 16, 256)
-    assert cost.hadamards(odd_width).endswith("R4 of 107: none is known")
+    assert needs.hadamards(odd_width).endswith("R4 of 107: none is known")
 
 
 def test_blocks_can_be_asked_for_by_a_rotations_name(bench: list[str]):

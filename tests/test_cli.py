@@ -4,6 +4,7 @@ nothing lost.
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from dfrot_lab.cli.app import app
 from dfrot_lab.disk import rotation_files, row_files
 from dfrot_lab.maths import rotations, tables
 from dfrot_lab.model.families import FAMILIES
+from dfrot_lab.model.public import public
 from dfrot_lab.recipe import registry
 from dfrot_lab.recipe.specs import MASSIVE_RULES, Recipe, RotationSpec
 from dfrot_lab.study.experiments import EXPERIMENTS
@@ -168,7 +170,7 @@ def test_a_recipe_that_was_printed_gives_the_row_of_its_options(bench, tmp_path,
     assert (tmp_path / "written.yaml").read_text() == printed
     (tmp_path / "printed.yaml").write_text(printed)
     assert json.loads(invoke("evaluate", "--recipe", str(tmp_path / "printed.yaml"), "--json").stdout) == row
-    assert row["recipe"] == resolved(Recipe.from_yaml(printed)).key
+    assert row["recipe"] == public(resolved(Recipe.from_yaml(printed))).key
     refused = invoke("evaluate", "--recipe", str(tmp_path / "printed.yaml"), "--windows", "3", code=1).stderr
     assert refused.startswith("Error: --recipe says everything: put windows into ")
     assert len(list((tmp_path / "cache" / "store").glob(f"evaluation/{DONE}"))) == 1
@@ -436,3 +438,27 @@ def test_an_unknown_experiment_is_one_line_that_lists_them(bench, tmp_path):
 
 def test_runs_folder_is_ignored_by_git():
     assert "runs/" in (Path(__file__).parents[1] / ".gitignore").read_text()
+
+
+def test_a_model_with_a_short_context_is_used_with_a_shorter_window(bench, tmp_path):
+    save_tiny(tmp_path / "short", context=64)
+    short = ["--model", str(tmp_path / "short"), *bench[2:]]
+    said = invoke("run", *short, code=1).output
+    assert "window must be at most the model's context of 64 tokens; got 2048" in said
+    assert not list((tmp_path / "cache").glob("store/capture/*")), "before any work"
+    options = ("--rotation", "DFRot", "--bits", "4-4-4", "--windows", "2", "--window", "64", "--json")
+    row = json.loads(invoke("evaluate", *short, *options).stdout)
+    assert (row["windows"], row["window"], row["calibration"]) == (
+        2,
+        64,
+        "text.txt (calibration), 128 x 64",
+    ) or row
+    assert "window=64" not in row["parameters"]
+
+
+def test_a_text_too_short_to_calibrate_on_is_refused_before_any_work(bench, tmp_path):
+    own = tmp_path / "own.txt"
+    own.write_text("few words\n" * 300)
+    said = invoke("run", *bench, "--windows", "1", "--calibration", str(own), code=1).output
+    assert re.search(r"at most 1: .*own.txt \(whole\) has 3000 tokens, 1 whole windows of 2048", said)
+    assert not list((tmp_path / "cache").glob("store/capture/*"))

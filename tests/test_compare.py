@@ -23,9 +23,10 @@ from dfrot_lab.disk import row_files
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.maths.quantizers import fake_quantize
 from dfrot_lab.model import hooks
+from dfrot_lab.model.public import public
 from dfrot_lab.observe import errors, massive
 from dfrot_lab.observe.capture import capture
-from dfrot_lab.recipe.specs import MASSIVE_RULES
+from dfrot_lab.recipe.specs import MASSIVE_RULES, ModelSpec
 from dfrot_lab.score import build, perplexity
 from dfrot_lab.study import compare
 from dfrot_lab.study.setting import Setting
@@ -50,9 +51,14 @@ def table(pair: tuple[list[str], Setting, Store]) -> pd.DataFrame:
     return compare.compare(*pair)
 
 
+def shown_as(model: str) -> str:
+    """The name a table gives a model's folder."""
+    return public(ModelSpec(source=model)).source
+
+
 def of(table: pd.DataFrame, model: str, part: str) -> pd.Series:
     """Values of one part by what they are."""
-    return table[(table["model"] == model) & (table["part"] == part)].set_index("what")["value"]
+    return table[(table["model"] == shown_as(model)) & (table["part"] == part)].set_index("what")["value"]
 
 
 def test_massive_tokens_are_counted_by_each_rule(pair, table):
@@ -137,13 +143,13 @@ def test_a_second_look_computes_nothing(pair, table, monkeypatch: pytest.MonkeyP
 def test_side_by_side_has_a_column_a_model_and_every_number_once(pair, table):
     names, *_ = pair
     shown = compare.side_by_side(table)
-    assert list(shown.columns) == names and shown.index.is_unique
+    assert list(shown.columns) == [*map(shown_as, names)] and shown.index.is_unique
     assert list(dict.fromkeys(shown.index.get_level_values(0))) == [
         part for part in compare.PARTS if part in set(table["part"])
     ]
     assert (shown != "").sum().sum() == len(table)
-    assert shown.loc[(compare.ERROR, "RO, massive rows"), names[1]] == ""
-    assert shown.loc[(compare.ROWS, "ratio_8"), names[1]] == "0"
+    assert shown.loc[(compare.ERROR, "RO, massive rows"), shown_as(names[1])] == ""
+    assert shown.loc[(compare.ROWS, "ratio_8"), shown_as(names[1])] == "0"
 
 
 def test_the_figure_has_a_column_a_model_and_the_same_lines_in_both(pair, table):
@@ -153,7 +159,7 @@ def test_the_figure_has_a_column_a_model_and_the_same_lines_in_both(pair, table)
     for left, right in zip(figure.axes[::2], figure.axes[1::2], strict=True):
         assert left.get_xlim() == right.get_xlim()
         assert left.get_title().splitlines()[-1] == right.get_title().splitlines()[-1]
-    assert [ax.get_title().splitlines()[0] for ax in figure.axes[:2]] == [Path(n).name for n in names]
+    assert [ax.get_title().splitlines()[0] for ax in figure.axes[:2]] == [*map(shown_as, names)]
 
 
 @pytest.mark.parametrize(
@@ -177,12 +183,15 @@ def test_the_command_prints_rows_and_keeps_table_recipes_and_figure(pair, tmp_pa
     models = [save_lively(tmp_path / name, name, context=4096).source for name in ("llama", "qwen2")]
     said = ["--models", ",".join(models), "--corpus", text, "--windows", "1", "--out", str(tmp_path / "o")]
     shown = json.loads(invoke("compare", *said, "--json").stdout)
-    assert {row["model"] for row in shown["rows"]} == {*models}
+    assert {row["model"] for row in shown["rows"]} == {shown_as(model) for model in models}
     kept = row_files.load(next((tmp_path / "o").glob("compare-*.jsonl")))
     assert len(kept) == len(shown["rows"])
     about = json.loads((tmp_path / "o" / "compare.json").read_text())
     assert about["setting"]["rule"] == "ratio_8", "the setting's, as in the main job"
-    assert about["models"] == models and (tmp_path / "o" / "compare.png").stat().st_size > 10_000
+    assert (
+        about["models"] == [shown_as(model) for model in models]
+        and (tmp_path / "o" / "compare.png").stat().st_size > 10_000
+    )
     plain = invoke("compare", *said).stdout
     assert "mean E(xR)" in plain and "perplexity one site costs" in plain and "compare.png" in plain
 

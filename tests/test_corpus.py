@@ -19,7 +19,7 @@ from dfrot_lab.disk.downloads import WIKIPEDIA_XML, fetch
 from dfrot_lab.model import corpus
 from dfrot_lab.model.corpus import fingerprint, load_text, resolve, token_blocks, token_ids
 from dfrot_lab.model.wiki import strip_markup
-from dfrot_lab.recipe.specs import WINDOW, CorpusSpec
+from dfrot_lab.recipe.specs import WINDOW, CorpusSpec, calibration_of
 
 BOS = 256
 RAW_FILES = os.environ.get(corpus.DATA_FOLDER)
@@ -295,7 +295,8 @@ def test_text_file_without_paragraphs(text: str, first: str, tmp_path: Path):
 
 def test_text_file_has_two_splits_and_is_utf8(text_file: CorpusSpec):
     with pytest.raises(
-        ValueError, match=r"CorpusSpec.split must be calibration or evaluation for .*notes.txt .*; got 'test'"
+        ValueError,
+        match=r"CorpusSpec.split must be calibration or evaluation or whole for .*notes.txt; got 'test'",
     ):
         load_text(text_file.with_(split="test"))
     Path(text_file.name).write_bytes(b"\xff\xfe\x00")
@@ -387,9 +388,26 @@ def test_of_a_large_text_so_much_is_tokenised_as_is_needed(blocks, default_model
     assert torch.equal(found.flatten(), corpus.token_ids(spec, tokenizer)[: blocks * 2048])
 
 
-def test_a_text_in_one_paragraph_is_read_whole(tmp_path):
+@pytest.mark.parametrize("between", ["\n\n", "\n", " ", ""])
+def test_a_text_is_cut_where_it_can_be_so_that_none_is_tokenised_whole(between, tmp_path, monkeypatch):
+    """And the ids are the first of the whole text's, whatever stands between its words."""
     path = tmp_path / "t.txt"
-    path.write_text("x" * 5000 + " " + "y" * 5000)
+    path.write_text(between.join(f"word{i}" for i in range(40_000)))
+    read, plain = [], corpus._plain_ids
+    monkeypatch.setattr(corpus, "_plain_ids", lambda text, own: read.append(len(text)) or plain(text, own))
     tokenizer, spec = byte_tokenizer(), CorpusSpec(name=str(path), split="calibration")
-    assert corpus.token_blocks(spec, tokenizer, blocks=3, window=16).shape == (3, 16)
-    assert len(corpus.token_ids(spec, tokenizer, 48)) == 5001
+    found = corpus.token_blocks(spec, tokenizer, blocks=3, window=16)
+    assert max(read) < 2000
+    assert torch.equal(found.flatten(), corpus.token_ids(spec, tokenizer)[:48])
+
+
+def test_a_text_file_given_to_calibrate_on_is_taken_whole(tmp_path):
+    own, scored = tmp_path / "own.txt", tmp_path / "scored.txt"
+    own.write_text("one two\nthree four\n"), scored.write_text("five six\nseven\n")
+    assert load_text(calibration_of(str(scored), str(own))) == own.read_text()
+    for half in (calibration_of(str(scored), None), calibration_of(str(scored), str(scored))):
+        assert load_text(half) == "five six\n", "never what is scored"
+    assert calibration_of("wikitext2", "wikipedia-sample").split == "calibration"
+    for name in ("wikitext2", "wikipedia-sample"):
+        with pytest.raises(ValueError, match=rf"CorpusSpec.split must be .* for {name}; got 'whole'"):
+            load_text(CorpusSpec(name=name, split="whole"))

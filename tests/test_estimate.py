@@ -20,7 +20,7 @@ from dfrot_lab.maths import rotations
 from dfrot_lab.model import loading, shapes, surgery
 from dfrot_lab.model.shapes import SHAPES, Shape
 from dfrot_lab.recipe.specs import ModelSpec, Recipe, RotationSpec
-from dfrot_lab.study import cost, main
+from dfrot_lab.study import cost, main, needs
 from dfrot_lab.study.cost import GPU_80GB, Machine, Work, duration
 from dfrot_lab.study.setting import Setting
 from dfrot_lab.weights import gptq
@@ -237,7 +237,7 @@ def test_what_the_package_refuses_has_no_estimate(tmp_path):
 
 
 def test_the_text_names_model_machines_and_how_far_to_trust_it():
-    text = cost.describe("llama-3-70b", SHAPES["llama-3-70b"], [HERE, GPU_80GB], main_job())
+    text = needs.describe("llama-3-70b", SHAPES["llama-3-70b"], [HERE, GPU_80GB], main_job())
     for part in (
         "llama-3-70b: 70,553,706,496 parameters",
         "made up",
@@ -284,12 +284,12 @@ def test_a_model_that_does_not_fit_is_counted_as_it_is_read():
     assert peak < 16 < cost.estimate(shape, replace(HERE, memory=80e9), recipes)["memory_gb"].max()
     deeper = cost.estimate(replace(shape, layers=80), small, recipes)["memory_gb"]
     assert deeper[:2].tolist() == cost.estimate(shape, small, recipes)["memory_gb"][:2].tolist()
-    assert "Read layer by layer on" in cost.describe("7b", shape, [small], recipes)
-    assert "Read layer by layer on" not in cost.describe("7b", SHAPES["smollm2-135m"], [small], recipes)
+    assert "Read layer by layer on" in needs.describe("7b", shape, [small], recipes)
+    assert "Read layer by layer on" not in needs.describe("7b", SHAPES["smollm2-135m"], [small], recipes)
 
 
 def test_what_a_machine_lacks_is_said_before_work():
     shape, recipes = SHAPES["llama-2-7b"], main_job()
-    assert cost.shortage(SHAPES["smollm2-135m"], recipes, 2048, 1e12) is None
-    said = cost.shortage(shape, recipes, 2048, 1e9)
+    assert needs.shortage(SHAPES["smollm2-135m"], recipes, 2048, 1e12) is None
+    said = needs.shortage(shape, recipes, 2048, 1e9)
     assert re.search(r"this would need about .*[0-9]+ GB of disk and has 1$", said)

@@ -205,6 +205,14 @@ def test_ci95_is_the_percentile_bootstrap_of_the_perplexity():
     )
 
 
+def test_the_interval_of_skewed_windows_lies_where_the_draws_do():
+    """Not mirrored about the value, as the basic bootstrap's would: then it would end below what most draws are."""
+    losses = np.array([2.5] * 5 + [4.0])
+    low, high = result_of(losses.tolist()).ci95
+    means = np.random.default_rng(1).choice(losses, (20_000, 6)).mean(1)
+    assert (low, high) == pytest.approx(np.exp(np.quantile(means, [0.025, 0.975])), rel=0.02)
+
+
 def test_equal_windows_have_an_interval_of_no_width():
     assert result_of([3.0, 3.0, 3.0]).ci95 == pytest.approx((math.exp(3), math.exp(3)))
 
@@ -359,6 +367,13 @@ GROUPS = {"granularity": "per_group"}
         ),
         ({"rotation": NR}, {"rotation": RotationSpec(kind="NR", seed=5)}),
         ({"rotation": NR}, {"rotation": RotationSpec(kind="NR", block=8)}),
+        (
+            {"rotation": RefineSpec(), "model": ModelSpec(source="a")},
+            {
+                "rotation": RefineSpec(capture=CaptureSpec(model=ModelSpec(source="a"))),
+                "model": ModelSpec(source="a"),
+            },
+        ),
     ],
     ids=[
         "weights at 16",
@@ -369,6 +384,7 @@ GROUPS = {"granularity": "per_group"}
         "kv at 16",
         "NR's seed",
         "NR's block",
+        "another model's capture",
     ],
 )
 def test_what_has_no_effect_is_not_in_the_key(a, b):
@@ -525,6 +541,28 @@ def test_build_keys_differ_where_models_do(base, text_file, tmp_path):
 
 # ---- keep-out
 # ------------------------------------------------------------------------------------------
+
+
+def test_a_clip_at_every_site_is_the_clip_of_the_activations(base, store):
+    """And a clip at one site is none elsewhere."""
+    recipe = at(base, "4-4-16", rotation=RH)
+    built, ids = build(recipe, store), torch.arange(96).reshape(2, 48) * 5 % 250
+    sites = hooks.sites_of(built.loaded, *hooks.LINEAR_INPUTS)
+
+    def logits(clips: dict[str, float], recipe: Recipe, fake: bool = True) -> torch.Tensor:
+        clipped = dataclasses.replace(built, transforms=dataclasses.replace(built.transforms, clips=clips))
+        with quantized(clipped, recipe, fake=fake), torch.inference_mode():
+            return built.loaded.model(ids).logits
+
+    wanted = logits({}, recipe.with_(activations=recipe.activations.with_(clip_ratio=0.7)))
+    for fake in (True, False):  # integer products know no clips: with some there are none
+        assert_near(logits(dict.fromkeys(sites, 0.7), recipe, fake), wanted)
+    one = rounded(recipe, {sites[1]: 0.7}, None)
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
+    for site in sites:
+        grid = recipe.activations.with_(clip_ratio=0.7 if site == sites[1] else 1.0)
+        assert torch.equal(one(site, x), fake_quantize(x, grid))
+    assert apart(logits({}, recipe), wanted) > NOTICED
 
 
 @pytest.mark.parametrize("rule", [RULE, "ro_vs_nr"])

@@ -29,6 +29,7 @@ from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.maths import tables
 from dfrot_lab.maths.quantizers import fake_quantize, squared_error
 from dfrot_lab.model import corpus
+from dfrot_lab.model.public import public
 from dfrot_lab.observe import capture as capturing, errors, massive
 from dfrot_lab.observe.capture import capture
 from dfrot_lab.recipe.specs import (
@@ -201,11 +202,10 @@ def test_a_table_has_the_results_columns_and_a_line_a_row_and_metric(lab, name):
     assert (
         set(evaluations["recipe"])
         == set(perplexity["recipe"])
-        == {resolved(row.spec).key for row in lab.rows[name]}
+        == {public(resolved(row.spec)).key for row in lab.rows[name]}
     )
-    assert set(evaluations["model"]) == {lab.setting.model.source} and set(evaluations["corpus"]) == {
-        lab.setting.corpus
-    }
+    assert set(evaluations["model"]) == {public(lab.setting).model.source}
+    assert set(evaluations["corpus"]) == {public(lab.setting).corpus}
     assert set(evaluations["windows"]) == {2} and (evaluations["seconds"] >= 0).all()
     assert table["value"].notna().all() and table["metric"].notna().all()
     assert all(table[name].dtype == "Int64" for name in tables.WHOLE), "as in a file that is read back"
@@ -220,10 +220,14 @@ def test_each_line_is_what_its_row_s_losses_say(lab, name):
     expected = []
     for row in lab.distinct(name):
         losses = lab.result(row.spec).losses
-        expected.append((resolved(row.spec).key, dict(row.labels), "perplexity", math.exp(losses.mean())))
+        expected.append(
+            (public(resolved(row.spec)).key, dict(row.labels), "perplexity", math.exp(losses.mean()))
+        )
         for called, reference in row.against.items():
             difference = math.exp(losses.mean()) - math.exp(lab.result(reference).losses.mean())
-            expected.append((resolved(row.spec).key, dict(row.labels), f"perplexity - {called}", difference))
+            expected.append(
+                (public(resolved(row.spec)).key, dict(row.labels), f"perplexity - {called}", difference)
+            )
     lines = table[table["recipe"].notna() & (table["metric"] != SHARE)].to_dict("records")
     assert len(lines) == len(expected)
     for line, (key, labels, metric, value) in zip(lines, expected, strict=True):
@@ -243,7 +247,7 @@ def test_rows_equal_those_evaluated_alone_in_another_store(lab, name, tmp_path):
     other = sharing(lab.store, tmp_path / "alone", "capture", "refine")
     for row in {id(r): r for r in (rows[0], rows[len(rows) // 2], rows[-1])}.values():
         alone = perplexity.evaluate(row.spec, other)
-        lines = table[(table["recipe"] == alone.spec.key) & (table["metric"] == tables.PERPLEXITY)]
+        lines = table[(table["recipe"] == public(alone.spec).key) & (table["metric"] == tables.PERPLEXITY)]
         assert lines["value"].tolist() == [pytest.approx(alone.perplexity, rel=FLIPPED_PERPLEXITY)]
         assert tuple(lines["ci95"].iloc[0]) == pytest.approx(alone.ci95, rel=FLIPPED_PERPLEXITY)
 
@@ -415,7 +419,10 @@ def test_calibration_on_one_text_is_tested_on_the_other(lab, tmp_path, monkeypat
         ].rotation == lab.setting.rotation("RH")
     lines = table[(table["varied"] == "text") & (table["metric"] == "perplexity - RH")]
     assert lines["level"].tolist() == [f"{a} -> {b}" for a, b in itertools.product(texts, texts)] * 2
-    assert lines["corpus"].tolist() == [b for _, b in itertools.product(texts, texts)] * 2
+    assert (
+        lines["corpus"].tolist()
+        == [public(CorpusSpec(name=b)).name for _, b in itertools.product(texts, texts)] * 2
+    )
 
 
 def test_one_text_where_there_is_no_other(lab, monkeypatch):

@@ -147,6 +147,16 @@ def test_the_logits_stay_through_every_step(case, memory, tmp_path, ids, monkeyp
     assert apart(logits_of(loaded, ids), expected) > 1e-3, "half of R4 is another model"
 
 
+@pytest.mark.parametrize("case", ["llama 3", "qwen3_moe", "gemma"])
+def test_heads_may_be_wider_than_their_share_of_the_channels(case, tmp_path, ids):
+    """Halves of 32 in 16 would keep the logits too; any R2 of the whole head does, and is accepted."""
+    loaded = load(folder_of(case, tmp_path / "m"))
+    expected = loaded.model(ids).logits
+    surgery.prepare(loaded)
+    surgery.rotate_heads(loaded, rotations.make(RotationSpec(kind="RO", seed=1), 32))
+    assert apart(logits_of(loaded, ids), expected) < 1e-6
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_a_rotated_residual_stream_is_the_plain_one_times_r(case, tmp_path, ids):
     """What makes R1 more than a change that leaves the logits: every norm's output is x R."""
@@ -198,6 +208,8 @@ def test_its_cost_is_counted_from_its_config(case, tmp_path):
     ("kind", "changes", "said"),
     [
         ("opt", {"ffn_dim": 96, "word_embed_proj_dim": 64, "do_layer_norm_before": False}, "its norms sit after the residual add"),
+        ("opt", {"ffn_dim": 96, "word_embed_proj_dim": 32}, "its embedding is narrower than its layers"),
+        ("opt", {"ffn_dim": 96, "word_embed_proj_dim": 64, "_remove_final_layer_norm": True}, "it has no norm after its layers"),
         ("olmo", {"clip_qkv": 8.0}, "it cuts queries, keys and values at a threshold"),
         ("cohere", {}, "CohereForCausalLM cannot be rotated here without changing it: its attention and its MLP read one norm"),
         ("gpt_oss", {}, "GptOssForCausalLM cannot be rotated here without changing it: its experts are transposed"),

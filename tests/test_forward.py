@@ -17,7 +17,7 @@ from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.maths import rotations
 from dfrot_lab.maths.hadamard import hadamard_matrix
 from dfrot_lab.model import corpus, loading
-from dfrot_lab.recipe.specs import RotationSpec
+from dfrot_lab.recipe.specs import KV_CACHE, RotationSpec
 from dfrot_lab.score.build import build, quantized
 
 BOUND = 0.01
@@ -83,8 +83,9 @@ def forward(
     weight: Weight,
     a_bits: int = 16,
     kv_bits: int = 16,
+    v_bits: int | None = None,
 ) -> Tensor:
-    """Logits (windows, window, vocabulary) of token ids (windows, window)."""
+    """Logits (windows, window, vocabulary) of token ids (windows, window); values in `v_bits` of their own."""
     window, theta, eps = ids.shape[1], config.rope_parameters["rope_theta"], config.rms_norm_eps
     x = w["model.embed_tokens.weight"][ids] @ R1
     for layer in range(LAYERS):
@@ -98,7 +99,8 @@ def forward(
         q, k = rope(q, theta), rope(k, theta)
         if kv_bits < 16:
             q, k = (each @ orthogonal(HEAD_SIZE).T for each in (q, k))
-        k, v = (rounded(each, kv_bits).repeat_interleave(HEADS // KV_HEADS, 1) for each in (k, v))
+        both = (k, kv_bits), (v, kv_bits if v_bits is None else v_bits)
+        k, v = (rounded(*each).repeat_interleave(HEADS // KV_HEADS, 1) for each in both)
         later = torch.ones(window, window, dtype=torch.bool).triu(1)
         scores = (q @ k.transpose(-1, -2) / HEAD_SIZE**0.5).masked_fill(later, -torch.inf)
         heads = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
@@ -153,6 +155,23 @@ def test_a_quantized_model_is_the_one_written_out_by_hand(model, store, text_fil
     with quantized(built, recipe), torch.inference_mode():
         found = built.loaded.model(ids).logits
     assert apart(found.double(), wanted) < (BOUND if bits != "16-16-16" else 1e-6)
+
+
+@pytest.mark.parametrize(("k_bits", "v_bits"), [(4, 16), (16, 4), (3, 4)])
+def test_keys_and_values_have_bits_of_their_own(model, store, text_file, k_bits, v_bits):
+    """And keys alone decide whether R3 acts."""
+    spec, w, config = model
+    recipe = spec_for(spec, text_file, "16-16-16", rotation=RH)
+    recipe = recipe.with_(keys=KV_CACHE.with_(bits=k_bits), values=KV_CACHE.with_(bits=v_bits))
+    ids = (torch.arange(96) * 7 % 250).reshape(2, 48)
+    built = build(recipe, store)
+    with quantized(built, recipe), torch.inference_mode():
+        found = built.loaded.model(ids).logits.double()
+    right, exchanged = (
+        forward(w, config, ids, rotations.make(RH, 64), as_it_is, kv_bits=k, v_bits=v)
+        for k, v in ((k_bits, v_bits), (v_bits, k_bits))
+    )
+    assert apart(found, right) < BOUND < apart(found, exchanged)
 
 
 def test_gptq_is_calibrated_on_what_each_linear_will_read(model, store: Store, text_file):

@@ -381,6 +381,18 @@ def test_a_sentencepiece_text_begins_with_bos_unless_the_file_says_no(
     assert tokenizer("a b").input_ids == [1] * (flag is not False) + [6, 3, 5]
 
 
+@pytest.mark.parametrize(("flag", "ids"), [(None, [6, 3, 5]), (True, [6, 3, 5]), (False, [4, 3, 5])])
+def test_a_sentencepiece_text_begins_with_a_space_unless_the_file_says_no(
+    flag: bool | None, ids: list[int], tmp_path: Path, store: Store
+):
+    """As of Phi-3."""
+    path, original = tmp_path / "m.gguf", model_of(vocab_size=8)
+    pieces = ["<unk>", "<s>", "</s>", "\u2581", "a", "b", "\u2581a", "ab"]
+    said = {"tokenizer.ggml.add_bos_token": False, "tokenizer.ggml.add_space_prefix": flag}
+    write_gguf(path, original, said=said, pieces=pieces)
+    assert load_model(spec_of(path), store).tokenizer("a b").input_ids == ids
+
+
 def test_a_big_endian_file_is_said_to_be_one(tmp_path: Path, store: Store):
     writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama", endianess=gguf.GGUFEndian.BIG)
     writer.add_tensor("token_embd.weight", np.zeros((4, 4), dtype=np.float32))

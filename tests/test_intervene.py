@@ -9,10 +9,12 @@ import pytest
 import torch
 from again import FLIPPED, FLOAT32, NOTICED, apart, assert_near
 from conftest import CHANNELS, FAMILIES, LAYERS, MASSIVE, tiny_model
+from test_evaluate import save_lively
 from torch import Tensor
 
 from dfrot_lab.model import corpus, door, loading
 from dfrot_lab.model.loading import LoadedModel
+from dfrot_lab.model.public import public
 from dfrot_lab.observe import residual
 from dfrot_lab.observe.residual import before_layers, massive_mask, massive_set, mean_massive
 from dfrot_lab.recipe import keys
@@ -249,6 +251,27 @@ def test_an_evaluation_overwrites_in_every_window(tiny_spec, text_file, store, t
         assert apart(found, perplexity.evaluate(plain, store).losses) > NOTICED
 
 
+def test_mean_massive_values_are_the_calibration_half_s_where_the_halves_differ(tmp_path, text_file, store):
+    """A second massive token, a digit that is more frequent in one half than in the other."""
+    model, channel = save_lively(tmp_path / "two"), next(iter(MASSIVE))
+    loaded = loading.load_model(model)
+    [digit] = loaded.tokenizer("2").input_ids
+    loaded.model.get_parameter("model.embed_tokens.weight")[digit, channel] += 900
+    loaded.model.save_pretrained(tmp_path / "two")
+    text, nr = CorpusSpec(name=str(text_file)), RotationSpec(kind="NR")
+    plain = recipe_of("16-16-16", model=model, corpus=text, rotation=nr, windows=3, window=64)
+    calibration, scored = (
+        corpus.token_blocks(text.with_(split=split), loaded.tokenizer, blocks=3, window=64)
+        for split in ("calibration", "evaluation")
+    )
+    losses = {}
+    for name, ids in (("calibration", calibration), ("scored", scored)):
+        with massive_set(loaded, "mean", ids):
+            losses[name] = np.array([perplexity.window_loss(loaded, window) for window in scored])
+    found = perplexity.evaluate(plain.with_(set_massive="mean"), store).losses
+    assert apart(found, losses["calibration"]) < FLOAT32 < NOTICED < apart(found, losses["scored"])
+
+
 def test_means_from_another_calibration_text_are_another_evaluation(tiny_spec, text_file):
     def key(to: str | None) -> dict[str, object]:
         row = recipe_of(
@@ -298,7 +321,8 @@ def magnitudes_of(spec: CaptureSpec, text: Path, start: int = 0) -> list[np.ndar
 def test_the_profile_is_the_three_largest_and_the_median_of_each_layer(tiny_spec, text_file, store):
     table = residual.residual_profile(spec_of(tiny_spec, text_file), store)
     assert list(table.columns) == ["model", "corpus", "layer", "metric", "value"]
-    assert set(table["model"]) == {tiny_spec.source} and set(table["corpus"]) == {str(text_file)}
+    assert set(table["model"]) == {public(tiny_spec).source}
+    assert set(table["corpus"]) == {public(CorpusSpec(name=str(text_file))).name}
     lines = []
     for layer, x in enumerate(magnitudes_of(spec_of(tiny_spec, text_file), text_file)):
         ordered = np.sort(x, axis=None)

@@ -104,9 +104,12 @@ def test_every_field_of_every_part_is_in_the_key():
         recipe.with_(windows=7),
         recipe.with_(window=512),
         recipe.with_(keep_out="ro_vs_nr"),
+        recipe.with_(head_block=8),
+        recipe.with_(mlp_block=8),
     ]
     found = [keys.content_key(keys.evaluation(one, SAID)) for one in (recipe, *changed)]
     assert len(set(found)) == len(found)
+    assert len({one.key for one in (recipe, *changed)}) == len(found)
 
 
 def test_a_method_without_a_version_is_keyed_by_its_code(monkeypatch, tmp_path):
@@ -163,6 +166,22 @@ def test_weights_are_keyed_by_the_rotated_model_and_nothing_that_comes_later():
     for name, value in later.items():
         assert keys.weights(recipe.with_(**{name: value}), SAID) == before, name
     assert keys.weights(recipe.with_(weights=recipe.weights.with_(damping=0.5)), SAID) != before
+
+
+def test_all_that_a_rotated_model_is_of_is_in_the_key_of_its_weights():
+    recipe = named("a")
+    changed = [
+        recipe.with_(model=recipe.model.with_(source="b")),
+        recipe.with_(rotation=recipe.rotation.with_(gamma=5.0)),
+        recipe.with_(rotation=RotationSpec(kind="RO")),
+        recipe.with_(rotation=RotationSpec(kind="RH")),
+        recipe.with_(weights=recipe.weights.with_(method="rtn")),
+        recipe.with_(weights=recipe.weights.with_(windows=3)),
+        recipe.with_(head_block=8),
+        recipe.with_(mlp_block=8),
+    ]
+    found = [keys.content_key(keys.weights(one, SAID)) for one in (recipe, *changed)]
+    assert len(set(found)) == len(found)
 
 
 def test_mean_massive_values_bring_the_calibration_text_into_the_key():

@@ -111,7 +111,8 @@ def unsafe_or_hidden(_: str, tree: ast.AST) -> Iterator[str]:
             yield f"line {node.lineno}: {node.value.id}.{node.attr}"
         if isinstance(node, ast.Attribute) and node.attr == "to_pickle":
             yield f"line {node.lineno}: to_pickle"
-        if isinstance(node, ast.keyword) and node.arg in ("trust_remote_code", "allow_pickle"):
+        is_said = isinstance(node, ast.keyword) and node.arg in ("trust_remote_code", "allow_pickle")
+        if is_said and not (isinstance(node.value, ast.Constant) and node.value.value is False):
             yield f"line {node.value.lineno}: {node.arg}"
 
 
@@ -227,7 +228,9 @@ def test_files_and_functions_are_short(name: str):
 
 def test_the_package_is_small():
     size = {name: len(file.read_text().splitlines()) for name, file in MODULES.items()}
-    assert sum(size.values()) <= 12_000  # 10,000 before large models, 24 families, GGUF kinds, `compare`
+    assert (
+        sum(size.values()) <= 12_900
+    )  # 10,000, then large models, 24 families, GGUF, `compare`; then trust, `cache`
     assert sum(lines for name, lines in size.items() if name.startswith("explore")) <= 3_500
 
 

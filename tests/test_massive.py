@@ -165,6 +165,19 @@ def test_rows_may_have_more_dimensions_and_another_dtype(rule):
     assert torch.equal(massive.rows_rule(x.double(), rule).flatten(), flat)
 
 
+@pytest.mark.parametrize("rule", ROW_RULES)
+def test_rows_of_16_bits_are_judged_as_the_numbers_they_are(rule):
+    """Near the threshold, where a sum of squares in 16 bits would put many on the other side."""
+    x = torch.randn(3000, 64, generator=torch.Generator().manual_seed(0))
+    if rule != "ro_vs_nr":
+        wanted = massive.threshold(rule) * (64 / 4096) ** 0.5
+        x *= (wanted / squared_error(x, SYM4).sqrt() * torch.linspace(0.995, 1.005, 3000))[:, None]
+    for dtype in (torch.float16, torch.bfloat16):
+        short = x.to(dtype)
+        assert torch.equal(massive.rows_rule(short, rule), massive.rows_rule(short.float(), rule))
+    assert 0 < int(massive.rows_rule(x, rule).sum()) < 3000
+
+
 # ---- bad input, table
 
 

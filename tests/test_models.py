@@ -42,7 +42,7 @@ REFUSED = {
         {"vocab_size": 64, "n_embd": 16, "n_layer": 1, "n_head": 2},
         "GPT2LMHeadModel cannot be rotated.*linears are stored transposed",
     ),
-    "bert": (TINY, "BertForMaskedLM has no causal decoder"),
+    "bert": (TINY, "BertForMaskedLM has no head for next tokens"),
     "stablelm": (TINY, "StableLmForCausalLM is not in the table of roles"),
 }
 
@@ -232,8 +232,8 @@ except OSError as error:
 def test_a_model_of_the_hub_loads_from_its_cache_and_is_named_by_its_commit(tmp_path: Path):
     """As a download leaves it: refs say which commit `main` is, snapshots hold a commit's files."""
     cached = tmp_path / "hub" / "models--me--tiny"
-    for commit in ("1" * 40, "2" * 40):
-        save_tiny(cached / "snapshots" / commit)
+    for seed, commit in enumerate(("1" * 40, "2" * 40)):
+        save_tiny(cached / "snapshots" / commit, seed=seed)
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text("1" * 40)
     code = """
@@ -255,7 +255,8 @@ def test_a_new_family_is_one_entry_in_the_table(
 ):
     """Granite is a Llama whose embedding, residual branches and logits have multipliers."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model("granite", **TINY_KV, embedding_multiplier=3.0, residual_multiplier=0.5)
+    sizes = {**TINY_KV, "vocab_size": 256}
+    config = AutoConfig.for_model("granite", **sizes, embedding_multiplier=3.0, residual_multiplier=0.5)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "m")
     tiny_model().tokenizer.save_pretrained(tmp_path / "m")
     spec = ModelSpec(source=str(tmp_path / "m"), dtype="float64")

@@ -46,9 +46,77 @@ def test_all_doors_lead_to_the_same_pins():
     assert "- -e ." in conda
     assert conda.index("\n  - pip\n") < conda.index("- pip:"), "conda needs pip itself before the pip block"
     make = (ROOT / "Makefile").read_text()
-    assert "install --quiet --disable-pip-version-check -r requirements.txt" in make
+    assert all(f"-r locks/{name}.txt" in make for name in ("build", "cpu", "run", "cuda", "dev"))
+    assert "-r requirements" not in make
     minor = re.search(r"python=(\d\.\d+)", conda)[1]
     assert project["project"]["requires-python"] == f">={minor}"
+
+
+def test_every_pin_is_locked_with_the_hashes_of_its_files_and_no_index_is_named():
+    """A pin that moved without `make lock` is found here; what pip may install is compared to the byte."""
+    entries: dict[str, str] = {}
+    for path in sorted((ROOT / "locks").glob("*.txt")):
+        text = path.read_text()
+        assert "://" not in text and not re.search(r"(?m)^ *-(?!-hash=sha256:[0-9a-f]{64}( \\)?$)", text), (
+            path
+        )
+        for block in re.split(r"(?m)^(?=[a-z0-9])", text)[1:]:
+            name, version = re.match(r"([a-z0-9-]+)==([\w.+]+)", block).groups()
+            assert re.search(r"--hash=sha256:[0-9a-f]{64}", block), f"{path.name}: {name} has no hash"
+            entries[f"{name}=={version}"] = path.stem
+    for name, part in (("requirements.txt", "run"), ("requirements-dev.txt", "dev")):
+        for package, version in pins(name).items():
+            assert entries.get(f"{package}=={version}") == part, f"{package}=={version}: run `make lock`"
+    assert entries[f"torch=={pins('requirements.txt')['torch']}+cpu"] == "cpu"
+    assert len(entries) > 150 and all(
+        each.startswith("setuptools") for each in entries if entries[each] == "build"
+    )
+
+
+def test_pip_refuses_a_file_with_another_hash(tmp_path):
+    """A wheel made here, once with its own hash and once with another's: no index is asked."""
+    import hashlib
+    import zipfile
+
+    wheel, info = tmp_path / "tiny_thing-1.0-py3-none-any.whl", "tiny_thing-1.0.dist-info"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: tiny-thing\nVersion: 1.0\n")
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{info}/RECORD", "")
+    options = re.search(r"^LOCKED := \$\(PIP\) (.*)$", (ROOT / "Makefile").read_text(), re.M)[1].split()
+    own = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    for digest, code in ((own, 0), (own[::-1], 1)):
+        (tmp_path / "lock.txt").write_text(f"tiny-thing==1.0 --hash=sha256:{digest}\n")
+        command = [sys.executable, "-m", "pip", "install", "--no-index", "--find-links", str(tmp_path)]
+        command += [*options, "--target", str(tmp_path / digest), "-r", str(tmp_path / "lock.txt")]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == code, done.stderr
+    assert "THESE PACKAGES DO NOT MATCH THE HASHES" in done.stderr
+
+
+def test_every_locked_package_has_its_licence_on_the_page():
+    run = "import licences as l, json; print(json.dumps([l.locked(), l.PAGE.read_text(), l.NOT_HERE, {n: l.licence(n, v) for n, v, _ in l.locked()}]))"
+    done = subprocess.run(
+        [sys.executable, "-c", run], cwd=ROOT / "tools", capture_output=True, text=True, check=True
+    )
+    locked, page, not_here, here = json.loads(done.stdout)
+    rows = [
+        line.strip("| ").split(" | ") for line in page.splitlines() if re.match(r"\| [a-z0-9-]+ \| \d", line)
+    ]
+    assert [row[:3] for row in rows] == locked, "docs/licences.md is not that of locks/: run `make lock`"
+    for name, _, why, said in rows:
+        assert here[name] in (said, not_here) or said == not_here, (
+            f"{name} says {here[name]}, the page {said}"
+        )
+        assert said != "not said" and (
+            said != not_here or why == "with CUDA" or name not in pins("requirements.txt")
+        )
+    assert sum(said == not_here for *_, said in rows) < 40
+
+
+def test_what_is_installed_fits_together():
+    done = subprocess.run([sys.executable, "-m", "pip", "check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
 
 
 def test_installed_versions_are_the_pinned_ones():

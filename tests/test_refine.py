@@ -277,7 +277,7 @@ def test_as_released_may_raise_the_error_and_refuses_it_at_a_large_scale():
 
 def test_as_released_takes_an_asymmetric_quantizer_too():
     """Its steps are then the paper's with QR behind the SVD: the first ends, up to signs, where the paper's
-    does.
+    does, and some signs are other ones, which an asymmetric error hangs on.
     """
     x, mask = bumpy()
     one, paper = (
@@ -285,6 +285,7 @@ def test_as_released_takes_an_asymmetric_quantizer_too():
         for variant in ("as_released", "as_paper")
     )
     torch.testing.assert_close(up_to_signs(one, paper), paper, rtol=0, atol=1e-10)
+    assert ((one * paper).sum(0) < 0).any(), "QR flips columns"
     more = refine(x, RefineSpec(variant="as_released", quantizer=ASYM4, steps=8), mask)
     error = squared_error(x @ more.R, ASYM4) * torch.where(mask, 100.0**2, 1.0)
     assert more.history["objective"].iloc[-1] == pytest.approx(float(error.mean()), rel=1e-5)

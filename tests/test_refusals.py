@@ -12,10 +12,10 @@ from conftest import save_tiny
 from safetensors.torch import load_file, save_file
 from test_cli import bench, invoke  # noqa: F401 a fixture
 
-from dfrot_lab.cli.options import strict_json
 from dfrot_lab.disk import rotation_files
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.model import corpus
+from dfrot_lab.recipe.base import strict_json
 from dfrot_lab.recipe.specs import CorpusSpec, RotationSpec, recipe_of
 from dfrot_lab.score import perplexity
 
@@ -49,7 +49,8 @@ def test_weights_that_are_no_numbers_are_refused_by_name(tmp_path: Path, text_fi
     save_file(weights, file, {"format": "pt"})
     recipe = recipe_of("16-16-16", model=spec, corpus=CorpusSpec(name=str(text_file)), windows=2, window=32)
     with pytest.raises(
-        ValueError, match=r"gives NaN or Inf: its weight model\.layers\.1\.mlp\.down_proj\.weight has"
+        ValueError,
+        match=r"must be finite in float32; model\.layers\.1\.mlp\.down_proj\.weight has NaN or Inf",
     ):
         perplexity.evaluate(recipe, store)
     assert perplexity.stored(recipe, store) is None
@@ -89,8 +90,15 @@ def test_a_rotation_in_another_format_is_called_what_it_is(tmp_path: Path, endin
     [
         ("refine", "folder", "--out must be a file; folder is a folder"),
         ("evaluate", "folder", "--out must be a file; folder is a folder"),
-        ("capture", "folder", "--out must be a file ending in .parquet, .csv, .json; got folder"),
-        ("errors", "table.txt", "--out must be a file ending in .parquet, .csv, .json; got table.txt"),
+        ("evaluate", "rows.csv", "--out must be a file ending in .jsonl; got rows.csv"),
+        ("refine", "R1.bin", "--out must be a file ending in .safetensors; got R1.bin"),
+        ("refine", "file/R1.safetensors", "--out must be where files can be written; "),
+        ("capture", "folder", "--out must be a file ending in .parquet, .csv, .json, .jsonl; got folder"),
+        (
+            "errors",
+            "table.txt",
+            "--out must be a file ending in .parquet, .csv, .json, .jsonl; got table.txt",
+        ),
         ("experiment", "file", "file"),
     ],
 )

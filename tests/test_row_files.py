@@ -1,5 +1,8 @@
 """Tables on disk: rows are added by any number of processes, and a whole table is there or not at all."""
 
+import json
+import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from dfrot_lab.disk.row_files import append, load, write_table
+from dfrot_lab.disk.row_files import append, load, replace, rows, write_table
 
 APPEND = """
 import sys
@@ -65,6 +68,114 @@ def test_a_table_is_written_whole_or_not_at_all(tmp_path: Path, suffix: str):
         pd.testing.assert_frame_equal(read(path), table)
     assert [p.name for p in path.parent.iterdir()] == [path.name]
     with pytest.raises(
-        ValueError, match=r"--out must be a file ending in \.parquet, \.csv, \.json; got t\.txt"
+        ValueError, match=r"--out must be a file ending in \.parquet, \.csv, \.json, \.jsonl; got t\.txt"
     ):
         write_table(table, Path("t.txt"))
+
+
+LARGE = """
+import sys
+from pathlib import Path
+from dfrot_lab.disk.row_files import append
+for row in range(12):
+    append(Path(sys.argv[1]), [{"writer": sys.argv[2], "row": row, "pad": sys.argv[2] * 1_000_000}])
+"""
+
+
+def test_rows_of_a_megabyte_of_two_writers_are_whole(tmp_path: Path):
+    path = tmp_path / "rows.jsonl"
+    writers = [subprocess.Popen([sys.executable, "-c", LARGE, str(path), name]) for name in "ab"]
+    assert [writer.wait(timeout=100) for writer in writers] == [0, 0]
+    found = load(path)
+    assert found.groupby("writer")["row"].apply(list).to_dict() == {name: [*range(12)] for name in "ab"}
+    assert (found["pad"] == found["writer"] * 1_000_000).all()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="kills as POSIX has them")
+def test_a_killed_writer_spoils_neither_the_reading_nor_the_next_row(tmp_path: Path):
+    """Killed between the two halves of a line, as `os.write` of a large row can be."""
+    path = tmp_path / "rows.jsonl"
+    append(path, [{"row": 0}])
+    script = f"""
+import os, signal
+from pathlib import Path
+from dfrot_lab.disk import row_files
+
+def half(text):
+    with Path({str(path)!r}).open("ab") as file:
+        file.write(bytes(text)[: len(text) // 2])
+    os.kill(os.getpid(), signal.SIGKILL)
+
+row_files.memoryview = half
+row_files.append(Path({str(path)!r}), [{{"row": 1, "pad": "x" * 100}}])
+"""
+    assert subprocess.run([sys.executable, "-c", script]).returncode == -9
+    assert not path.read_bytes().endswith(b"\n") and load(path)["row"].tolist() == [0]
+    append(path, [{"row": 2}])
+    assert load(path)["row"].tolist() == [0, 2]
+
+
+def test_a_last_line_that_is_whole_but_for_its_end_is_kept(tmp_path: Path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"row": 1}\n{"row": 2}')
+    append(path, [{"row": 3}])
+    assert path.read_text() == '{"row": 1}\n{"row": 2}\n{"row": 3}\n'
+
+
+def test_a_line_that_others_wrote_may_hold_any_letter(tmp_path: Path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a\u2028b\x85c"}\n', encoding="utf-8")
+    assert load(path)["text"].tolist() == ["a\u2028b\x85c"]
+    path.write_text("")
+    assert load(path).empty
+
+
+@pytest.mark.parametrize("odd", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("write", [append, replace])
+def test_what_is_not_finite_is_refused_by_name_and_the_file_stays(tmp_path: Path, odd: float, write):
+    path = tmp_path / "rows.jsonl"
+    append(path, [{"value": 1.0}])
+    for row in ({"value": odd}, {"value": 1.0, "ci95": [odd, 2.0]}):
+        with pytest.raises(
+            ValueError, match=rf"{[*row][-1]} of a row must be finite, or null .*; got .*{odd}"
+        ):
+            write(path, [row])
+    assert path.read_text() == '{"value": 1.0}\n'
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+def test_json_is_json(tmp_path: Path, suffix: str):
+    """Missing is null; an infinite gamma, a parameter, is the word that a recipe takes too."""
+    table = pd.DataFrame({"gamma": [math.inf, 100.0], "value": [1.5, math.nan]})
+    write_table(table, path := tmp_path / f"t{suffix}")
+    lines = path.read_text().splitlines() if suffix == ".jsonl" else [path.read_text()]
+    read = [json.loads(line, parse_constant=pytest.fail) for line in lines]
+    assert (read if suffix == ".jsonl" else read[0]) == [
+        {"gamma": "inf", "value": 1.5},
+        {"gamma": 100.0, "value": None},
+    ]
+    if suffix == ".jsonl":
+        pd.testing.assert_frame_equal(load(path), table)
+    assert rows(table)[0]["gamma"] == math.inf
+
+
+LIMIT = """
+import resource, signal, sys
+from pathlib import Path
+from dfrot_lab.disk.row_files import append
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
+try:
+    append(Path(sys.argv[1]), [{"row": 2, "pad": "x" * 10_000}])
+except OSError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="limits as POSIX has them")
+def test_a_row_that_the_disk_does_not_take_leaves_no_half_of_it(tmp_path: Path):
+    path = tmp_path / "rows.jsonl"
+    append(path, [{"row": 1}])
+    out = subprocess.run([sys.executable, "-c", LIMIT, str(path)], capture_output=True, text=True).stdout
+    assert "cannot write rows.jsonl to" in out and "free some space or write elsewhere" in out
+    assert path.read_text() == '{"row": 1}\n'

@@ -232,6 +232,11 @@ def flip_manifest(folder: Path) -> None:
     (folder / "manifest.json").write_text(text.replace('"rows": 10', '"rows": 11'))
 
 
+def a_folder_for_a_manifest(folder: Path) -> None:
+    remove_manifest(folder)
+    (folder / "manifest.json").mkdir()
+
+
 def remove_manifest(folder: Path) -> None:
     (folder / "manifest.json").unlink()
 
@@ -244,6 +249,7 @@ DAMAGES = {
     empty_manifest: "manifest.json cannot be used",
     flip_manifest: "does not match its checksum",
     remove_manifest: "manifest.json cannot be used",
+    a_folder_for_a_manifest: "manifest.json cannot be used",
 }
 
 
@@ -278,8 +284,8 @@ def test_a_flipped_bit_is_found_before_use_and_whole_files_are_read_once(
     monkeypatch.setenv("DFROT_LAB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(atomic, "SETTLED", -(10**12))  # so that young files are remembered too
     reads: list[str] = []
-    read = atomic._read
-    monkeypatch.setattr(atomic, "_read", lambda path, *rest: reads.append(path.name) or read(path, *rest))
+    read = atomic.read
+    monkeypatch.setattr(atomic, "read", lambda path, *rest: reads.append(path.name) or read(path, *rest))
     store = Store(tmp_path / "store")
     store.get_or_make("capture", INPUTS, make)
     reads.clear()
@@ -695,3 +701,126 @@ def test_a_large_artefact_opens_at_once(tmp_path: Path) -> None:
     print(  # noqa: T201
         f"made in {made.manifest['seconds']} s, opened in {opened - start:.4f} s, first file in {first:.4f} s"
     )
+
+
+# ---- read-only caches, odd filesystems
+# ----------------------------------------------------------------------------------------------------------
+
+READ_ONLY = """
+import hashlib, os, sys
+from pathlib import Path
+import torch
+from dfrot_lab.disk.artefacts import Store
+from dfrot_lab.disk.atomic import cache_dir
+
+import safetensors.torch  # before the rights to read it may go
+if os.getuid() == 0:
+    os.setgid(65534)
+    os.setuid(65534)
+readers = int(sys.argv[1])
+for _ in range(readers):  # at once, and torch is imported once
+    if not os.fork():
+        break
+else:
+    sys.exit(any(os.wait()[1] for _ in range(readers)))
+root, said = cache_dir() / "store", []
+try:
+    (root / "trial").touch()
+    said.append("can write")
+except OSError:
+    said.append("read only")
+try:
+    artefact = Store().get_or_make("capture", {"spec": "a", "tokens": 8}, None)
+    x = artefact.tensors("layers.0.input_norm")["x"]
+    said += [str(float(x.sum())), artefact.json("table")[2], str(len(Store().list()))]
+    Store().get_or_make("capture", {}, None)
+except OSError as error:
+    said.append(str(error))
+os.write(1, ("; ".join(said) + chr(10)).encode())
+os._exit(0)
+"""
+
+
+def tree(root: Path) -> list[tuple[str, int, int]]:
+    return sorted((str(p), p.stat().st_mtime_ns, p.stat().st_mode) for p in root.rglob("*"))
+
+
+@posix
+@pytest.mark.parametrize("damaged", [False, True])
+def test_many_read_a_cache_that_none_of_them_can_write(tmp_path: Path, damaged: bool) -> None:
+    """As another user where this one is root, whom nothing is refused; else with the rights taken away."""
+    for folder in (tmp_path, *tmp_path.parents[:2]):
+        folder.chmod(0o755)  # pytest's folders are their owner's alone
+    cache = tmp_path / "cache"
+    folder = Store(cache / "store").get_or_make("capture", INPUTS, make).path
+    if damaged:
+        flip(folder)
+    for path in (cache, *cache.rglob("*")):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    before = tree(cache)
+    out, err = start(READ_ONLY, 1 if damaged else 6, DFROT_LAB_CACHE=str(cache)).communicate(timeout=100)
+    refused = f"[Errno 13] cannot write to the folder {cache / 'store' / 'capture'} (Permission denied)"
+    for line in (lines := out.splitlines()):
+        assert line.startswith(f"read only; {'' if damaged else '499500.0; three; 1; '}{refused}"), line
+    assert len(lines) == (1 if damaged else 6), err
+    assert ("is damaged and cannot be set aside: it is not used" in err) == damaged
+    assert tree(cache) == before
+    for path in (cache, *cache.rglob("*")):
+        path.chmod(0o755)  # so that pytest can remove it
+
+
+@posix
+def test_where_no_lock_can_be_made_that_is_said_at_once() -> None:
+    if not Path("/proc/self").is_dir():
+        pytest.skip("no /proc here")
+    started = time.monotonic()
+    refused = pytest.raises(OSError, match=r"cannot make the lock file /proc/x\.lock \(.*\); write elsewhere")
+    with refused, atomic.locked(Path("/proc/x.lock")):
+        pass
+    with pytest.raises(OSError, match="cannot write to the folder /proc/k"):
+        Store(Path("/proc")).get_or_make("k", INPUTS, never)
+    assert time.monotonic() - started < 5
+
+
+def test_who_waits_for_a_lock_says_so_and_a_timeout_is_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(atomic, "PATIENCE", 0.05)
+    script = "import sys; from pathlib import Path; from dfrot_lab.disk.atomic import locked\n"
+    script += "with locked(Path(sys.argv[1])):\n print('held', flush=True); import time; time.sleep(1)"
+    holder = start(script, tmp_path / "a.lock")
+    assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+    with pytest.raises(TimeoutError), atomic.locked(tmp_path / "a.lock", 0):
+        pass
+    with caplog.at_level(logging.INFO), atomic.locked(tmp_path / "a.lock"):
+        assert "waiting for another process, which holds" in caplog.text
+    finished(holder)
+
+
+def test_an_artefact_larger_than_the_disk_is_refused_before_its_work(tmp_path: Path) -> None:
+    free = shutil.disk_usage(tmp_path).free
+
+    def large(writer: Writer) -> None:
+        writer.reserve(1000)
+        writer.save_json("small", 1)
+        writer.reserve(2 * free)
+        pytest.fail("went on")
+
+    with pytest.raises(
+        OSError, match=r"cannot write .*\.partial to .*: [\d,]+ bytes wanted, [\d,]+ free; free"
+    ):
+        Store(tmp_path).get_or_make("k", INPUTS, large)
+    assert Store(tmp_path).get_or_make("k", INPUTS, lambda w: w.save_json("had", w.names)).json("had") == [
+        "small"
+    ]
+
+
+def test_more_than_is_free_is_refused_before_a_byte_is_written(tmp_path: Path) -> None:
+    """The disk's own figure, so that no disk need be filled."""
+    free = shutil.disk_usage(tmp_path).free
+    refused = pytest.raises(
+        OSError, match=r"cannot write x to .*: [\d,]+ bytes wanted, [\d,]+ free; free some"
+    )
+    with refused as caught, atomic.replacing(tmp_path / "x", 2 * free):
+        pytest.fail("the block was entered")
+    assert caught.value.errno == errno.ENOSPC and not list(tmp_path.iterdir())

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.maths import rotations
-from dfrot_lab.model import checkpoint, loading, stream, surgery
+from dfrot_lab.model import checkpoint, files, loading, stream, surgery
 from dfrot_lab.model.checkpoint import EMBEDDING, HEAD
 from dfrot_lab.model.loading import LoadedModel
 from dfrot_lab.observe import residual
@@ -139,10 +139,10 @@ def test_windows_of_several_lengths_walk_together(tmp_path, streamed, ids):
 def changed(folder: Path, name: str, tensor: Tensor | None) -> None:
     """The folder's weights in one file, with one tensor replaced, or without it."""
     tensors: dict[str, Tensor] = {}
-    for path in checkpoint.files_of(folder):
+    for path in files.weights_of(folder):
         tensors |= {key: value.clone() for key, value in load_file(path).items()}
         path.unlink()
-    (folder / checkpoint.INDEX).unlink(missing_ok=True)
+    (folder / files.INDEX).unlink(missing_ok=True)
     tensors = {key: value for key, value in (tensors | {name: tensor}).items() if value is not None}
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
@@ -158,7 +158,7 @@ def changed(folder: Path, name: str, tensor: Tensor | None) -> None:
         (
             "model.layers.2.input_layernorm.weight",
             torch.ones(64),
-            "no place for, the first model.layers.2.input_layernorm.weight",
+            "num_hidden_layers in .* must be as in the weights, 3; got 2",
         ),
         (
             "model.layers.1.mlp.up_proj.weight",
@@ -184,7 +184,7 @@ def test_tied_weights_are_taken_as_transformers_takes_them(held, tmp_path, strea
     folder = folder_of(tmp_path / "m", tied=True)
     embedding = next(
         load_file(path)["model.embed_tokens.weight"]
-        for path in checkpoint.files_of(folder)
+        for path in files.weights_of(folder)
         if "model.embed_tokens.weight" in load_file(path)
     )
     other = embedding.flip(0) if held == "both" else embedding

@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.model import checkpoint, loading
 from dfrot_lab.model.loading import LoadedModel
+from dfrot_lab.model.public import public
 from dfrot_lab.recipe.specs import CorpusSpec, ModelSpec, Recipe, RotationSpec, recipe_of
 from dfrot_lab.score import build, zeroshot
 from dfrot_lab.score.zeroshot import AVERAGE, METRICS, TASKS, local_file, table
@@ -268,7 +269,7 @@ def test_accuracies_are_those_of_a_loop_over_items(tmp_path, store, folder, monk
     assert set(of_tasks["items"]) == {items} and set(found.loc[found["task"] == AVERAGE, "items"]) == {
         4 * items
     }
-    assert set(of_tasks["source"]) == {"local file"} and set(found["model"]) == {model.source}
+    assert set(of_tasks["source"]) == {"local file"} and set(found["model"]) == {public(model).source}
     for row in of_tasks.itertuples():
         assert row.stderr == pytest.approx(
             math.sqrt(row.value * (1 - row.value) / (items - 1))

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from dfrot_lab.cli import cache
 from dfrot_lab.cli.options import SOURCES, Options, app, command, keep_freed_memory, log
 from dfrot_lab.recipe import specs
 
@@ -20,6 +21,7 @@ SCHEME = f"The quantizer's range: {', '.join(specs.SCHEMES)}."
 VARIANT = f"{', '.join(specs.REFINE_VARIANTS)}."
 YES = "Go on where the estimate says that memory or disk will not do."
 DRY_RUN = "Only say what it would take; --model may also be llama-2-7b or llama-3-70b."
+app.add_typer(cache.group, name="cache")
 
 
 @app.callback()
@@ -30,7 +32,7 @@ def _setup(verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log mo
     keep_freed_memory()
 
 
-@command("run", "model corpus calibration seed out as_json windows gamma rule dtype")
+@command("run", "model corpus calibration seed out as_json windows window gamma rule dtype")
 def run(
     said: Options, dry_run: Annotated[bool, typer.Option("--dry-run", help=DRY_RUN)] = False,
     yes: Annotated[bool, typer.Option("--yes", help=YES)] = False,
@@ -40,7 +42,7 @@ def run(
     What is finished is kept: after Ctrl-C the same command goes on. --out: folder (runs/<date>/)."""
     from dfrot_lab.disk.atomic import cache_dir
     from dfrot_lab.model import loading, shapes
-    from dfrot_lab.study import cost, main
+    from dfrot_lab.study import cost, main, needs
 
     setting, name = said.setting(), said.model
     if dry_run:
@@ -48,11 +50,11 @@ def run(
         recipes = [row.spec for row in main.rows(setting)]
         tables = {machine.name: cost.estimate(shape, machine, recipes) for machine in machines}
         rows = [(machine, row) for machine, table in tables.items() for row in table.to_dict("records")]
-        about, own = cost.describe(name, shape, machines, recipes), {"rotations": cost.hadamards(shape)}
+        about, own = needs.describe(name, shape, machines, recipes), {"rotations": needs.hadamards(shape)}
         return said.show([{"model": name, "machine": machine, **row, **own} for machine, row in rows], about)
     loading.resolve(setting.model)  # a name that only a dry run takes is refused before anything else
     recipes, free = [row.spec for row in main.rows(setting)], shutil.disk_usage(cache_dir()).free
-    if not yes and (lack := cost.shortage(shapes.shape(setting.model), recipes, setting.window, free)):
+    if not yes and (lack := needs.shortage(shapes.shape(setting.model), recipes, setting.window, free)):
         raise ValueError(f"{lack}: see --dry-run, or go on all the same with --yes")
     from dfrot_lab.disk import row_files
     from dfrot_lab.show import gallery  # loads what draws: a dry run needs none of it
@@ -69,7 +71,7 @@ def run(
     return said.show(row_files.rows(result.table), text)
 
 
-@command("experiment", "model corpus calibration seed out as_json windows dtype")
+@command("experiment", "model corpus calibration seed out as_json windows window dtype")
 def experiment(
     said: Options, name: Annotated[str, typer.Argument(help="Which one; without it they are listed.")] = "",
     limit: Annotated[int, typer.Option(help="Items of each zero-shot task; 0 takes all.", min=0)] = 100,
@@ -93,7 +95,7 @@ def experiment(
     return said.show_table(table if said.as_json else table[shown], {"written": ", ".join(map(str, written))})
 
 
-@command("compare", "corpus calibration seed out as_json windows gamma rule dtype")
+@command("compare", "corpus calibration seed out as_json windows window gamma rule dtype")
 def compare_command(said: Options, models: Annotated[str, typer.Option(help=MODELS)]) -> None:
     """Models side by side: massive tokens, errors, RO - RH, keep-out, what each kind of site costs.
 
@@ -103,8 +105,9 @@ def compare_command(said: Options, models: Annotated[str, typer.Option(help=MODE
     from dfrot_lab.study import compare
 
     names, setting = [name.strip() for name in models.split(",")], said.setting().resolved()
-    table = compare.compare(names, setting)
     out = said.out or Path("runs", "compare", "-".join(Path(name).name for name in names))
+    out.mkdir(parents=True, exist_ok=True)
+    table = compare.compare(names, setting)
     written = gallery.save_experiment("compare", table, setting, out, out)
     text = f"{compare.side_by_side(table).to_string()}\n\nwritten: {', '.join(map(str, written))}"
     said.show({"written": written, "rows": row_files.rows(table)}, text)
@@ -128,7 +131,7 @@ def figures(said: Options) -> None:
     said.show(written, "\n".join(map(str, written)))
 
 
-@command("report", "model corpus calibration seed out as_json windows gamma rule dtype")
+@command("report", "model corpus calibration seed out as_json windows window gamma rule dtype")
 def report_command(said: Options) -> None:
     """One HTML file to send to a colleague: the main job's results for --model, nothing from the network.
 
@@ -153,10 +156,11 @@ def report_command(said: Options) -> None:
 @command("models", "model out as_json dtype")
 def models(said: Options) -> None:
     """What can be loaded: supported and refused families with the reason; then --model itself, described."""
-    from dfrot_lab.model import families, loading
+    from dfrot_lab.model import families, loading, public
 
-    loaded = loading.load_model(said.model_spec)
-    about: dict[str, Any] = {"model": said.model, "family": loaded.family, "provenance": loaded.provenance}
+    loaded, spec = loading.load_model(said.model_spec), said.model_spec
+    about: dict[str, Any] = {"model": public.public(spec).source, "family": loaded.family}
+    about["provenance"] = public.origin(loaded.provenance, spec)
     about |= {"channels": loaded.channels, "layers": len(loaded.layers), "context": loaded.context}
     about |= {"fingerprint": loaded.fingerprint, "packaged": [*specs.PACKAGED]}
     said.show_facts({**about, "supported": [*families.FAMILIES], "refused": families.REFUSED}, said.out)
@@ -165,12 +169,13 @@ def models(said: Options) -> None:
 @command("fetch", "model corpus out as_json dtype")
 def fetch(said: Options) -> None:
     """Fetch and convert the model and the corpus now, so that everything else works without a network."""
-    from dfrot_lab.model import corpus, loading
+    from dfrot_lab.model import corpus, loading, public
 
-    about = {"model": said.model, "provenance": loading.load_model(said.model_spec).provenance}
+    provenance = public.origin(loading.load_model(said.model_spec).provenance, said.model_spec)
+    about = {"model": public.public(said.model_spec).source, "provenance": provenance}
     for split in ("calibration", "evaluation"):
         spec = corpus.resolve(specs.CorpusSpec(name=said.corpus, split=split))
-        about[f"{spec.name} {split}"] = f"{len(corpus.load_text(spec)):,} characters"
+        about[f"{public.public(spec).name} {split}"] = f"{len(corpus.load_text(spec)):,} characters"
     said.show_facts(about, said.out)
 
 
@@ -221,18 +226,19 @@ def refine(
 ) -> None:  # fmt: skip
     """Refine R1 (DFRot) and save it as safetensors with its spec. --out: default R1.safetensors."""
     from dfrot_lab.disk import rotation_files
+    from dfrot_lab.model.public import public
     from dfrot_lab.rotate.dfrot import refined
 
-    path = said.file("R1.safetensors")
+    path = said.file("R1.safetensors", ".safetensors")
     fields: dict[str, Any] = {"init": specs.RotationSpec(kind=init, seed=said.seed), "steps": steps}
     fields |= {"quantizer": specs.QuantSpec()} if variant == "as_released" else {}
     spec = said.rotation("DFRot", variant=variant, **fields)
     result = refined(spec)
-    rotation_files.save(result.R, path, spec)
+    rotation_files.save(result.R, path, public(spec))
     said.show_table(result.history.iloc[[0, -1]], {"out": path, "spec": spec.key})
 
 
-@command("evaluate", "model corpus calibration seed out as_json windows weights gamma rule dtype")
+@command("evaluate", "model corpus calibration seed out as_json windows window weights gamma rule dtype")
 def evaluate_command(
     said: Options, context: typer.Context, rotation: Annotated[str, typer.Option(help=ROTATION)] = "RH",
     bits: Annotated[str, typer.Option(help=BITS)] = "4-4-16",
@@ -242,25 +248,29 @@ def evaluate_command(
     """Perplexity of a rotation at given bits, or of a recipe. --out: .jsonl to add to; recipe beside it."""
     from dfrot_lab.disk import atomic, row_files
     from dfrot_lab.maths import tables
+    from dfrot_lab.model.public import public
     from dfrot_lab.score import perplexity, rows
 
     sources = {name: context.get_parameter_source(name) for name in context.params}
     given = {name for name, source in sources.items() if source and source.name == "COMMANDLINE"}
     if recipe and (others := given - {"recipe", "out", "as_json"}):
         raise ValueError(f"--recipe says everything: put {', '.join(sorted(others))} into {recipe} instead")
-    kept, path = specs.RELEASED_KEEP_OUT if keep_out else None, said.out and said.file("rows.jsonl")
+    kept, path = (
+        specs.RELEASED_KEEP_OUT if keep_out else None,
+        said.out and said.file("rows.jsonl", row_files.ROWS),
+    )
     spec = specs.Recipe.from_yaml(recipe) if recipe else said.recipe(rotation, bits).with_(keep_out=kept)
     result = perplexity.evaluate(spec)
     row = rows.row(result)
     if path:
         row_files.append(path, [row])
         beside = path.with_name(f"{path.stem}.{row['recipe']}.yaml")
-        atomic.write_text(beside, result.spec.to_yaml())
+        atomic.write_text(beside, public(result.spec).to_yaml())
     about = f"{tables.label(row)} {row['bits']} on {row['corpus']}: {tables.cell(row)}"
     said.show(row, f"{about}, {row['windows']} windows")
 
 
-@command("recipe", "weights model corpus calibration seed gamma rule dtype windows out")
+@command("recipe", "weights model corpus calibration seed gamma rule dtype windows window out")
 def recipe_command(
     said: Options,
     rotation: Annotated[str, typer.Argument(help="A row such as RO, or a safetensors file with R1.")] = "RH",
@@ -269,5 +279,5 @@ def recipe_command(
     """A recipe as YAML, every field said: to keep, to change, to evaluate with `evaluate --recipe`."""
     text = said.recipe(rotation, bits).to_yaml()
     if said.out:
-        said.out.write_text(text, encoding="utf-8")
+        said.file("recipe.yaml").write_text(text, encoding="utf-8")
     typer.echo(f"written: {said.out}" if said.out else text, nl=bool(said.out))

@@ -3,9 +3,8 @@
 import ctypes
 import functools
 import inspect
-import json
 import logging
-import math
+import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,32 +14,20 @@ from typing import Annotated, Any
 import typer
 
 from dfrot_lab.recipe import registry, specs
+from dfrot_lab.recipe.base import strict_json
 
 log = logging.getLogger("dfrot_lab")
 
 OUT = "Where the result goes; the ending says the format."
 SOURCES = f"{', '.join(specs.PACKAGED)}, a folder, a .gguf file, or hub:owner/name (the network)."
 CORPORA = "auto, wikitext2, wikipedia-sample, or a text file."
-CALIBRATION = "A text of its own to capture, refine and calibrate on; default: the other half of --corpus."
+CALIBRATION = "A text file to capture, refine and calibrate on, whole; default: the other half of --corpus."
+TOKENS = "Tokens to record: up to 2048, or a multiple of it; default: a window."
 RULES = f"What makes a row massive: {', '.join(specs.MASSIVE_RULES)}."
 DTYPES = f"What is computed in: {', '.join(specs.DTYPES)}; auto: float32 on a CPU, the weights' own on a GPU."
 JSON = "Print JSON and nothing else on standard output."
 MALLOC = ((-4, 0), (-1, -1), (-2, 1 << 26))
 """No mapping of its own for a large piece, no trimming, 64 MB at a time: M_MMAP_MAX and so on in malloc.h."""
-
-
-def strict_json(value: Any) -> str:
-    """A value as JSON that any reader takes: NaN is null, infinity the word inf."""
-
-    def plain(part: Any) -> Any:
-        if isinstance(part, Mapping):
-            return {str(name): plain(inner) for name, inner in part.items()}
-        if isinstance(part, list | tuple):
-            return [plain(inner) for inner in part]
-        is_odd = isinstance(part, float) and not math.isfinite(part)
-        return (None if math.isnan(part) else str(part)) if is_odd else part
-
-    return json.dumps(plain(value), indent=1, default=str, allow_nan=False)
 
 
 @dataclass(frozen=True)
@@ -53,8 +40,9 @@ class Options:
     seed: Annotated[int, typer.Option(help="Seed of the random rotations.", min=0)] = 0
     out: Annotated[Path | None, typer.Option(help=OUT)] = None
     as_json: Annotated[bool, typer.Option("--json", help=JSON)] = False
-    tokens: Annotated[int, typer.Option(help="Tokens to record: up to 2048, or a multiple of it.")] = 2048
-    windows: Annotated[int, typer.Option(help="Evaluation windows of 2048 tokens.")] = 6
+    tokens: Annotated[int | None, typer.Option(help=TOKENS)] = None
+    windows: Annotated[int, typer.Option(help="Windows to score.")] = 6
+    window: Annotated[int, typer.Option(help="Tokens of a window, to score and to calibrate on.")] = 2048
     gamma: Annotated[float, typer.Option(help="Weight of massive rows; inf fits them alone.")] = 100.0
     rule: Annotated[str, typer.Option(help=RULES)] = specs.DEFAULT_RULE
     weights: Annotated[str, typer.Option(help="A weight quantizer listed by --help.")] = "gptq"
@@ -67,15 +55,16 @@ class Options:
 
     @property
     def capture(self) -> specs.CaptureSpec:
-        """The capture of the text's calibration half."""
-        text = specs.CorpusSpec(name=self.calibration or self.corpus, split="calibration")
-        return specs.CaptureSpec(model=self.model_spec, corpus=text, tokens=self.tokens)
+        """The capture of the text to calibrate on."""
+        text = specs.calibration_of(self.corpus, self.calibration)
+        tokens = min(self.window, specs.WINDOW) if self.tokens is None else self.tokens
+        return specs.CaptureSpec(model=self.model_spec, corpus=text, tokens=tokens)
 
     def setting(self, **more: Any) -> Any:
         """The setting of the main job and the experiments; `more` are further fields of it."""
         from dfrot_lab.study.setting import Setting
 
-        names = ("corpus", "calibration", "seed", "windows", "gamma", "rule")
+        names = ("corpus", "calibration", "seed", "windows", "window", "gamma", "rule")
         same = {name: getattr(self, name) for name in names}
         return Setting(model=self.model_spec, **same, **more)
 
@@ -97,14 +86,19 @@ class Options:
         """The recipe of a rotation at some bits, weights calibrated on the text's other half."""
         text, method = specs.CorpusSpec(name=self.corpus), self.rotation(rotation)
         parts = {"model": self.model_spec, "corpus": text, "rotation": method, "windows": self.windows}
-        spec = specs.recipe_of(bits, weights=self.weights, **parts)
-        return spec.with_(weights=spec.weights.with_(corpus=self.capture.corpus))
+        spec = specs.recipe_of(bits, weights=self.weights, window=self.window, **parts)
+        return spec.with_(weights=spec.weights.with_(corpus=self.capture.corpus, window=self.window))
 
-    def file(self, default: str) -> Path:
-        """--out, or `default`, to be written as one file; ValueError."""
+    def file(self, default: str, *endings: str) -> Path:
+        """--out, or `default`, to be written as one file of one of `endings`; ValueError, before any work."""
         path = self.out or Path(default)
         if path.is_dir():
             raise ValueError(f"--out must be a file; {path} is a folder. Say for example {path / default}")
+        if endings and path.suffix not in endings:
+            raise ValueError(f"--out must be a file ending in {' or '.join(endings)}; got {path}")
+        place = next(folder for folder in path.absolute().parents if folder.exists())
+        if not (place.is_dir() and os.access(place, os.W_OK)):
+            raise ValueError(f"--out must be where files can be written; {place} is not, got {path}")
         return path
 
     def require_table(self) -> None:
@@ -163,18 +157,30 @@ class Group(typer.core.TyperGroup):
         except KeyboardInterrupt:
             typer.echo("Stopped. What is finished is kept: the same command goes on from here.", err=True)
             raise typer.Exit(130) from None
-        except (ValueError, KeyError, OSError, RuntimeError) as error:
-            if log.isEnabledFor(logging.DEBUG):
+        except Exception as error:
+            if log.isEnabledFor(logging.DEBUG) or hasattr(error, "exit_code"):  # click's own, as of usage
                 raise
-            typer.echo(f"Error: {error.args[0] if isinstance(error, KeyError) else error}", err=True)
+            said = "".join(c if c.isprintable() or c == "\n" else "?" for c in _line(error))
+            typer.echo(f"Error: {said}", err=True)
             raise typer.Exit(1) from None
+
+
+def _line(error: Exception) -> str:
+    """What went wrong, without a traceback: in our own words, else the kind of error with its own."""
+    said = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+    if isinstance(error, ValueError | OSError | RuntimeError | KeyError) and " " in said:
+        return said
+    why = f"{type(error).__name__}: {' '.join(said.split())[:300] or 'no reason given'}"
+    return f"{why}. No rule forbids this, so it is a fault here: dfrot-lab --verbose COMMAND says where"
 
 
 app = typer.Typer(cls=Group, no_args_is_help=True, add_completion=False, rich_markup_mode=None,
                   pretty_exceptions_enable=False)  # fmt: skip
 
 
-def command(name: str, options: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def command(
+    name: str, options: str, group: typer.Typer = app
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Add a function as a command: its first argument are shared options, the others options of its own."""
     fields, kind = Options.__dataclass_fields__, inspect.Parameter.POSITIONAL_OR_KEYWORD
     taken = [fields[option] for option in options.split()]
@@ -188,7 +194,7 @@ def command(name: str, options: str) -> Callable[[Callable[..., None]], Callable
         own = list(inspect.signature(function).parameters.values())[1:]
         needed = sorted([*shared, *own], key=lambda each: each.default is not each.empty)
         run.__dict__["__signature__"] = inspect.Signature(needed)
-        return app.command(name)(run)
+        return group.command(name)(run)
 
     return add
 

@@ -22,9 +22,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock
-
-from dfrot_lab.disk.atomic import cache_dir, digest, make_folder, replacing
+from dfrot_lab.disk.atomic import (
+    cache_dir,
+    digest,
+    locked,
+    make_folder,
+    replacing,
+    require_room,
+    told,
+)  # fmt: skip
 from dfrot_lab.recipe.base import content_key, require
 from dfrot_lab.recipe.keys import FORMULAS
 
@@ -32,6 +38,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MANIFEST = "manifest.json"
+READ_ANEW = ("model",)  # kinds that are read in each process before use: not by the store
 COMMIT = "git describe --always --abbrev=12 --dirty=+ --exclude=*"
 _dumps = json.JSONEncoder(sort_keys=True, indent=1).encode
 log = logging.getLogger(__name__)
@@ -102,6 +109,12 @@ class Writer(Artefact):
         """Whether `name` is finished, in this run or in an earlier, killed one."""
         return name in self.names
 
+    def reserve(self, size: int) -> None:
+        """Refuse, before the work, an artefact of more bytes than the disk has free for the rest. OSError."""
+        left = size - sum(record["bytes"] for record in self.manifest["files"].values())
+        with told(self.path, left):
+            require_room(self.path, left)
+
     def save_tensors(self, name: str, tensors: "Mapping[str, Tensor]") -> None:
         """Write tensors as `<name>.safetensors`, replacing what was saved so. OSError: a full disk."""
         from safetensors.torch import save_file
@@ -157,7 +170,7 @@ class Writer(Artefact):
     def _resume(self) -> None:
         """Take over the files of a killed run whose checksums are intact."""
         try:
-            journal = _read_manifest(self.path, self.key)
+            journal = read_manifest(self.path, self.key)
         except CorruptArtefact as error:
             log.warning("%s; starting afresh", error)
             return
@@ -185,13 +198,15 @@ class Store:
         if (found := _open_or_set_aside(folder)) is not None:
             return found
         make_folder(folder.parent, to_write=True)
-        with FileLock(f"{folder}.lock"):
-            if not folder.exists():  # else another process made it while this one waited
+        with locked(folder.with_name(f"{folder.name}.lock")):
+            if folder.exists():  # another process made it while this one waited
+                _open(folder, sizes_only=False)
+            else:
                 writer = Writer(folder.with_name(f"{folder.name}.partial"), content)
                 make(writer)
                 writer._write_manifest()
                 writer.path.replace(folder)
-            return Artefact(folder, _read_manifest(folder, folder.name))
+            return Artefact(folder, read_manifest(folder, folder.name))
 
     def open(self, kind: str, inputs: Mapping[str, Any]) -> Artefact | None:
         """The stored artefact of `inputs`, or None; a corrupt one is set aside with a warning."""
@@ -217,7 +232,7 @@ def _open(folder: Path, sizes_only: bool) -> Artefact | None:
     """The artefact in `folder`, if there is one. CorruptArtefact."""
     if not folder.is_dir():
         return None
-    manifest = _read_manifest(folder, folder.name)
+    manifest = read_manifest(folder, folder.name)
     for filename, record in manifest["files"].items():
         if fault := _fault(folder / filename, record, sizes_only):
             raise CorruptArtefact(f"{folder / filename} {fault}")
@@ -228,23 +243,32 @@ def _open_or_set_aside(folder: Path, sizes_only: bool = False) -> Artefact | Non
     """As `_open`, but a corrupt artefact is renamed, and None."""
     with suppress(CorruptArtefact):
         return _open(folder, sizes_only)
-    with FileLock(f"{folder}.lock"):
-        try:
-            return _open(folder, sizes_only)  # another process may have put a good one in its place
-        except CorruptArtefact as error:
-            aside = next(p for n in itertools.count(1) if not (p := Path(f"{folder}.corrupt-{n}")).exists())
-            folder.rename(aside)
-            log.warning("%s; set aside as %s, it will be recomputed", error, aside.name)
-            return None
+    try:
+        with locked(folder.with_name(f"{folder.name}.lock")):
+            try:
+                return _open(folder, sizes_only)  # another process may have put a good one in its place
+            except CorruptArtefact as error:
+                set_aside(folder, str(error))
+    except OSError as error:
+        log.warning("%s is damaged and cannot be set aside: it is not used. %s", folder, error)
+    return None
 
 
-def _read_manifest(folder: Path, key: str) -> dict[str, Any]:
+def set_aside(folder: Path, why: str) -> Path:
+    """Rename an artefact that is not what was written, by who holds its lock; where it is now. OSError."""
+    aside = next(p for n in itertools.count(1) if not (p := Path(f"{folder}.corrupt-{n}")).exists())
+    folder.rename(aside)
+    log.warning("%s; set aside as %s, it will be recomputed", why, aside.name)
+    return aside
+
+
+def read_manifest(folder: Path, key: str) -> dict[str, Any]:
     """The manifest as it was written to the bit, for this key. CorruptArtefact."""
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
         if manifest.pop("check") != content_key(manifest) or manifest["key"] != key:
             raise ValueError("it does not match its checksum or its folder")
-    except (ValueError, KeyError, AttributeError, TypeError, FileNotFoundError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, FileNotFoundError, IsADirectoryError) as error:
         raise CorruptArtefact(f"{folder / MANIFEST} cannot be used: {error!r}") from error
     return manifest
 
@@ -254,7 +278,8 @@ def _fault(path: Path, record: Mapping[str, Any], sizes_only: bool = False) -> s
     size = path.stat().st_size if path.is_file() else None
     if size != record["bytes"]:
         return "is missing" if size is None else f"has {size:,} bytes instead of {record['bytes']:,}"
-    return "" if sizes_only or digest(path) == record["xxh3_128"] else "has a wrong checksum"
+    anew = path.parent.parent.name in READ_ANEW
+    return "" if sizes_only or digest(path, here=anew) == record["xxh3_128"] else "has a wrong checksum"
 
 
 def _require_name(what: str, name: str) -> None:

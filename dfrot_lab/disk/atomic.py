@@ -5,17 +5,18 @@ import errno
 import glob
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import xxhash
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from platformdirs import user_cache_path
 from tqdm.auto import tqdm
 
@@ -23,33 +24,77 @@ ALGORITHMS: dict[str, Any] = {"xxh3_128": xxhash.xxh3_128, "sha256": hashlib.sha
 LARGE = 1 << 30  # bytes above which reading a file takes long enough to show a bar
 SETTLED = 2_000_000_000  # ns: a file changed more recently may change again under the same time
 ENTRIES = 10_000
+PATIENCE = 2  # seconds to wait for a lock before saying so
 _known: dict[str, list[Any]] = {}
+_read_here: dict[str, list[Any]] = {}  # what of it this process has read
+log = logging.getLogger(__name__)
 
 
 @contextmanager
 def replacing(path: Path, wanted: int | None = None) -> Iterator[Path]:
     """A temporary file beside `path` that takes its place when the block ends, and goes if it fails, as does
-    what a killed writer left. An OSError says the bytes `wanted` and free, and what to do."""
+    what a killed writer left. OSError, before a byte is written where the bytes `wanted` are not free."""
     temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with told(path, wanted):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+                with suppress(FileNotFoundError):  # it may be another writer's, done meanwhile
+                    if time.time() - left.stat().st_mtime > 3600:
+                        left.unlink()
+            require_room(path.parent, wanted or 0)
+            yield temp
+            temp.replace(path)  # no fsync: what a power cut garbles fails its checksum and is made again
+        except BaseException:
+            with suppress(OSError):
+                temp.unlink()
+            raise
+
+
+@contextmanager
+def told(path: Path, wanted: int | None = None) -> Iterator[None]:
+    """An OSError of the block in one line: what cannot be written where, how much is free, what to do."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-            if time.time() - left.stat().st_mtime > 3600:
-                left.unlink(missing_ok=True)
-        yield temp
-        temp.replace(path)  # no fsync: what a power cut garbles fails its checksum and is made again
-    except BaseException as error:
-        with suppress(OSError):
-            temp.unlink()
+        yield
+    except Exception as error:
         hidden = re.search(r"os error (\d+)", str(error))  # safetensors raises an error of its own
         code = int(hidden[1]) if hidden else getattr(error, "errno", None)
         if code is None:
             raise
-        free = shutil.disk_usage(next(folder for folder in path.parents if folder.exists())).free
+        free = shutil.disk_usage(next(folder for folder in path.absolute().parents if folder.exists())).free
         room = f"{free:,} bytes free" if wanted is None else f"{wanted:,} bytes wanted, {free:,} free"
         said = f"cannot write {path.name} to {path.parent} ({os.strerror(code)}): {room}"
         full = "free some space or " if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else ""
         raise OSError(code, f"{said}; {full}write elsewhere (DFROT_LAB_CACHE moves the cache)") from error
+
+
+def require_room(folder: Path, wanted: int) -> None:
+    """Refuse to write more bytes than are free where `folder` is; OSError. Some systems do not say."""
+    disk = shutil.disk_usage(folder)
+    if wanted > disk.free and disk.total:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@contextmanager
+def locked(path: Path, wait: float = -1) -> Iterator[None]:
+    """Hold the lock file `path`, once its holder is done; `wait` sets seconds after which it is a Timeout.
+    OSError, at once: no lock can be made there, where FileLock alone would try for ever."""
+    lock = FileLock(path)
+    try:
+        path.open("ab").close()
+        lock.acquire(timeout=PATIENCE if wait < 0 else wait)
+    except Timeout:
+        if wait >= 0:
+            raise
+        log.info("waiting for another process, which holds %s", path)
+        lock.acquire()
+    except OSError as error:
+        said = f"cannot make the lock file {path} ({error.strerror or error})"
+        raise OSError(error.errno, f"{said}; write elsewhere (DFROT_LAB_CACHE moves the cache)") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -61,13 +106,14 @@ def write_text(path: Path, text: str) -> None:
 def cache_dir() -> Path:
     """The cache folder, made if missing: $DFROT_LAB_CACHE, else the user's. OSError if it cannot be made."""
     chosen = os.environ.get("DFROT_LAB_CACHE")
-    return make_folder(Path(chosen).expanduser() if chosen else user_cache_path("dfrot-lab"))
+    return make_folder(Path(chosen).expanduser() if chosen else user_cache_path("dfrot-lab"), mode=0o700)
 
 
-def make_folder(path: Path, to_write: bool = False) -> Path:
-    """The folder, made if missing: a cache that was made may be read where nothing can be written."""
+def make_folder(path: Path, to_write: bool = False, mode: int = 0o777) -> Path:
+    """The folder, made if missing, for whom `mode` and the umask say: one that is there may be read where
+    nothing can be written. The cache folder is its owner's alone: the texts one studies lie in it."""
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        path.mkdir(mode, parents=True, exist_ok=True)
         if to_write and not os.access(path, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
@@ -76,20 +122,22 @@ def make_folder(path: Path, to_write: bool = False) -> Path:
     return path
 
 
-def digest(path: Path | str, algorithm: str = "xxh3_128") -> str:
-    """Hex digest of a file's bytes by one of ALGORITHMS; an unchanged file costs a look at its entry."""
+def digest(path: Path | str, algorithm: str = "xxh3_128", *, here: bool = False) -> str:
+    """Hex digest of a file's bytes by one of ALGORITHMS; an unchanged file costs a look at its entry. `here`:
+    what this process has not read itself is read, whatever others found in it."""
     path = Path(path).resolve()
     name, stamp = f"{algorithm}:{path}", _stamp(path)
     settled = time.time_ns() - max(stamp[1:3]) > SETTLED
-    if settled and _known.get(name, [])[:-1] != stamp:
+    if settled and not here and _known.get(name, [])[:-1] != stamp:
         _known.update(_remembered())
-    if settled and _known.get(name, [])[:-1] == stamp:
-        return str(_known[name][-1])
-    found = _read(path, stamp[0], algorithm)
+    known = (_read_here if here else _known).get(name, [])
+    if settled and known[:-1] == stamp:
+        return str(known[-1])
+    found = read(path, stamp[0], algorithm)
     if settled and _stamp(path) == stamp:
-        _known[name] = [*stamp, found]
+        _known[name] = _read_here[name] = [*stamp, found]
         # where the cache cannot be written, the next process reads again
-        with suppress(OSError), FileLock((memory := cache_dir() / "digests.json").with_suffix(".json.lock")):
+        with suppress(OSError), locked((memory := cache_dir() / "digests.json").with_suffix(".json.lock")):
             entries = {**_remembered(), name: _known[name]}
             write_text(memory, json.dumps(dict(list(entries.items())[-ENTRIES:])))
     return found
@@ -101,14 +149,17 @@ def _stamp(path: Path) -> list[int]:
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
 
 
-def _read(path: Path, size: int, algorithm: str) -> str:
+def read(path: Path, size: int, algorithm: str = "xxh3_128", seen: Callable[[int], object] = int) -> str:
+    """Hex digest of the bytes, all read now, of a file of `size`; `seen` is told how many, part by part."""
     found = ALGORITHMS[algorithm]()
-    options: dict[str, Any] = {"unit": "B", "unit_scale": True, "disable": size < LARGE, "leave": False}
+    options: dict[str, Any] = {"unit": "B", "unit_scale": True, "leave": False}
+    options["disable"] = size < LARGE or seen is not int
     bar = tqdm(total=size, desc=f"Reading {path.name}, once", **options)
     with path.open("rb") as file, bar:
         while block := file.read(1 << 20):
             found.update(block)
             bar.update(len(block))
+            seen(len(block))
     return found.hexdigest()
 
 

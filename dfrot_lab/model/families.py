@@ -191,10 +191,20 @@ REFUSED = {name: why for why, names in _WHY.items() for name in names.split()}
 CAUSAL = ("ForCausalLM", "LMHeadModel")  # how a class ends that predicts the next token
 
 
+def attention(config: Any) -> str:
+    """How a model with this config computes attention: never by what its file says, which may name code."""
+    return "eager" if config.model_type == "gemma2" else "sdpa"  # Gemma 2 cuts scores, which sdpa does not
+
+
 def oddity(config: Any) -> str | None:
     """Why a model of a supported family with this config cannot be rotated all the same; None if it can."""
-    if config.model_type == "opt" and not config.do_layer_norm_before:
-        return "its norms sit after the residual add (as in OPT-350M)"
+    if config.model_type == "opt":
+        if not config.do_layer_norm_before:
+            return "its norms sit after the residual add (as in OPT-350M)"
+        if config.word_embed_proj_dim != config.hidden_size:
+            return "its embedding is narrower than its layers (word_embed_proj_dim)"
+        if config._remove_final_layer_norm:
+            return "it has no norm after its layers (_remove_final_layer_norm)"
     if getattr(config, "clip_qkv", None) is not None:
         return "it cuts queries, keys and values at a threshold (clip_qkv), and R2 would move them there"
     return None
@@ -207,7 +217,7 @@ def roles_of(architecture: str) -> Roles:
     if architecture in REFUSED:
         reason = f"cannot be rotated here without changing it: {REFUSED[architecture]}"
     elif not architecture.endswith(CAUSAL):
-        reason = "has no causal decoder, and DFRot is about decoders"
+        reason = "has no head for next tokens: save the model by AutoModelForCausalLM, if it is a decoder"
     else:
         reason = "is not in the table of roles (dfrot_lab.model.families.FAMILIES)"
     raise ValueError(f"{architecture} {reason}. Supported: {', '.join(FAMILIES)}.")

@@ -4,6 +4,9 @@ means is llama.cpp's word; one that the model would not obey is refused by name,
 from collections.abc import Mapping
 from typing import Any
 
+from dfrot_lab.model.files import check_numbers
+from dfrot_lab.recipe.base import require
+
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "phi3": "Phi3ForCausalLM",
@@ -21,6 +24,7 @@ KEYS = {
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
 }
 """What every file says, behind its architecture's name, and what a transformers config calls it."""
+HEADS = ("attention.head_count", "attention.head_count_kv")
 IDLE = ("vocab_size", "tensor_data_layout", "rope.scaling.finetuned")  # keys that change no number
 NEUTRAL = {
     "expert_count": 0,
@@ -54,8 +58,17 @@ def config_of(header: Mapping[str, Any], tensors: Mapping[str, Any]) -> Any:
     if lacking := [key for key in KEYS if said.get(key) is None]:
         raise ValueError(f"does not say {kind}.{lacking[0]}")
     values = {name: _same(f"{kind}.{key}", said.pop(key)) for key, name in KEYS.items()}
+    check_numbers("its header", values, {*KEYS.values()} - {"rms_norm_eps"})
+    layers, heads, kv_heads = (values[KEYS[key]] for key in ("block_count", *HEADS))
+    require(
+        "block_count in its header", layers, layers <= len(tensors), f"at most its {len(tensors)} tensors"
+    )
+    require(
+        "head_count_kv in its header", kv_heads, heads % kv_heads == 0, f"a divisor of head_count, {heads}"
+    )
     size = said.pop("attention.key_length", values["hidden_size"] // values["num_attention_heads"])
     values |= {"head_dim": size, "vocab_size": int(_tensor(tensors, "token_embd.weight").shape[1])}
+    check_numbers("its header", values)
     values |= {f"{each}_token_id": header.get(f"tokenizer.ggml.{each}_token_id") for each in ("bos", "eos")}
     if kind == "phi3":
         values |= {"pad_token_id": None, "sliding_window": said.pop("attention.sliding_window", 0) or None}

@@ -5,7 +5,7 @@ import json
 import logging
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dfrot_lab.disk.artefacts import Store, Writer
+from dfrot_lab.disk.artefacts import MANIFEST, Store, Writer
 from dfrot_lab.disk.atomic import digest
 from dfrot_lab.model import gguf_config
-from dfrot_lab.model.checkpoint import INDEX
+from dfrot_lab.model.checkpoint import check_finite
+from dfrot_lab.model.families import attention
+from dfrot_lab.model.files import AGAIN, INDEX, explained
 from dfrot_lab.recipe.base import content_key
 
 log = logging.getLogger(__name__)
@@ -83,7 +85,8 @@ def read(path: Path) -> Header:
     """The header of a file with all its parts; no weight is read. ValueError: why it cannot be loaded."""
     readers = [_reader(part) for part in parts(path)]
     fields = readers[0].fields.items()
-    said = {name: field.contents() for name, field in fields if len(field.data) < LONG}
+    with explained(f"the header of {path} is damaged", AGAIN):
+        said = {name: field.contents() for name, field in fields if len(field.data) < LONG}
     tensors = {tensor.name: tensor for reader in readers for tensor in reader.tensors}
     try:
         if (count := said.get("split.count", 1)) != len(readers):
@@ -93,8 +96,9 @@ def read(path: Path) -> Header:
         for tensor in {x.tensor_type: x for x in tensors.values()}.values():
             _check_kind(tensor)
         targets = _targets(config, tensors)
-    except ValueError as error:
-        raise ValueError(f"{path} {error}") from error
+    except Exception as error:
+        why = "" if isinstance(error, ValueError) else f"is damaged: {type(error).__name__} "
+        raise ValueError(f"{path} {why}{' '.join(str(error).split())}") from error
     return Header(path, said, tensors, config, targets)
 
 
@@ -107,8 +111,9 @@ def _reader(path: Path) -> _Reader:
         reader = _Reader(path)
     except EOFError as error:
         raise ValueError(f"{path} is truncated: {error}. Copy or download it again.") from error
-    except (ValueError, KeyError, OverflowError) as error:
-        raise ValueError(f"{path} is damaged, or newer than the package gguf: {error}") from error
+    except Exception as error:
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{path} is damaged, or newer than the package gguf: {said}") from error
     if reader.endianess != gguf.GGUFEndian.LITTLE:
         raise ValueError(f"{path} is big-endian, which is not read here: convert it with gguf-convert-endian")
     return reader
@@ -131,7 +136,9 @@ def _targets(config: Any, tensors: dict[str, Any]) -> dict[str, str]:
     from transformers import AutoModelForCausalLM
 
     with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(
+            config, trust_remote_code=False, attn_implementation=attention(config)
+        )
     arch = next(each for each, name in gguf.MODEL_ARCH_NAMES.items() if name == config.model_type)
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     tied = set(model._tied_weights_keys) if config.tie_word_embeddings else set()
@@ -156,6 +163,7 @@ def _weight(header: Header, name: str) -> Tensor:
     if header.config.model_type == "llama" and name.endswith(("attn_q.weight", "attn_k.weight")):
         pairs = values.reshape(-1, header.config.head_dim // 2, 2, values.shape[-1])
         values = np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(values.shape)
+    check_finite(str(header.path), [(name, torch.from_numpy(values))])
     return torch.from_numpy(values)
 
 
@@ -173,11 +181,14 @@ def _shards(header: Header) -> Iterator[tuple[str, list[str]]]:
     return ((f"model-{number:05d}", lot) for number, lot in enumerate(lots, 1))
 
 
-def folder(path: Path, key: str, store: Store) -> tuple[Path, str]:
-    """The file as a folder of float32 weights in the store, made once, and words that say what it is."""
+def folder(find: Callable[[], Path], key: str, store: Store) -> tuple[Path, str]:
+    """The file with this key, which `find` looks for if it has to be read, as a folder of float32 weights in
+    the store, made once, and words that say what it is."""
 
     def convert(writer: Writer) -> None:
+        path = find()
         header = read(path)
+        tokenizer = _tokenizer(header)
         log.info("dequantising %s to float32, once", path.name)
         places = dict[str, str]()
         for file, lot in _shards(header):
@@ -187,25 +198,33 @@ def folder(path: Path, key: str, store: Store) -> tuple[Path, str]:
         writer.save_json(Path(INDEX).stem, {"metadata": {}, "weight_map": places})
         with tempfile.TemporaryDirectory() as scratch:
             header.config.save_pretrained(scratch)
-            _tokenizer(header).save_pretrained(scratch, save_jinja_files=False)
+            tokenizer.save_pretrained(scratch, save_jinja_files=False)
             for made in Path(scratch).glob("*.json"):
                 writer.save_json(made.stem, json.loads(made.read_text()))
         writer.note["provenance"] = f"dequantised {header.kinds} of {path.name}"
 
     artefact = store.get_or_make("model", {"gguf": key}, convert)
+    if strange := {file.name for file in artefact.path.iterdir()} - {*artefact.manifest["files"], MANIFEST}:
+        raise ValueError(f"{artefact.path} holds {min(strange)}, which was not written there: take it away")
     return artefact.path, str(artefact.manifest["note"]["provenance"])
 
 
 def _tokenizer(header: Header) -> Any:
-    """The tokenizer that the file describes, which begins a text with BOS where llama.cpp would."""
+    """The tokenizer that the file describes, with BOS or a space before a text where llama.cpp has one."""
+    from tokenizers.pre_tokenizers import Metaspace
     from transformers import AutoTokenizer
 
-    first = parts(header.path)[0]
-    tokenizer: Any
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(first.parent, gguf_file=first.name)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{header.path} describes a tokenizer that cannot be made: {error}") from error
+    first, what = parts(header.path)[0], f"{header.path} describes a tokenizer that cannot be made"
+    with tempfile.TemporaryDirectory() as alone, explained(what, AGAIN):
+        (Path(alone) / first.name).symlink_to(
+            first.resolve()
+        )  # a tokenizer's files beside it are not its own
+        tokenizer: Any = AutoTokenizer.from_pretrained(alone, gguf_file=first.name, trust_remote_code=False)
     if header.said.get("tokenizer.ggml.pre") in ADDS_BOS:
         tokenizer.add_bos_token = header.said.get("tokenizer.ggml.add_bos_token", True)
+    inner = tokenizer.backend_tokenizer
+    if header.said.get("tokenizer.ggml.add_space_prefix") is False and isinstance(
+        inner.pre_tokenizer, Metaspace
+    ):
+        inner.pre_tokenizer = Metaspace(prepend_scheme="never", split=False)
     return tokenizer

@@ -4,7 +4,7 @@ import logging
 import os
 import re
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -15,18 +15,17 @@ from torch import nn
 
 from dfrot_lab.disk import downloads
 from dfrot_lab.disk.artefacts import Store
-from dfrot_lab.disk.atomic import digest
-from dfrot_lab.model import gguf_files
-from dfrot_lab.model.checkpoint import Checkpoint, check, memory, quiet, weight_bytes
+from dfrot_lab.model import files, folder, gguf_files
+from dfrot_lab.model.checkpoint import Checkpoint, check_finite, memory
 from dfrot_lab.model.experts import unfuse
-from dfrot_lab.model.families import CAUSAL, Roles, oddity, roles_of
-from dfrot_lab.recipe.base import content_key, require
+from dfrot_lab.model.families import Roles, roles_of
+from dfrot_lab.recipe.base import require
 from dfrot_lab.recipe.keys import model_key
 from dfrot_lab.recipe.specs import DTYPES, ModelSpec
 
 log = logging.getLogger(__name__)
 DEVICE = "DFROT_LAB_DEVICE"  # environment variable: what device `auto` is: cpu, cuda, or auto
-MODEL_FILES = (".json", ".safetensors", ".model", ".txt", ".jinja")  # what makes a model, its tokenizer too
+_finite = set[str]()  # fingerprints of the models that were found without NaN and Inf in this process
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,11 @@ def body(loaded: LoadedModel) -> nn.Module:
 
 def check_tokens(loaded: LoadedModel, window: int) -> None:
     """Refuse windows longer than the model's context."""
-    most = loaded.context
+    check_window(window, loaded.context)
+
+
+def check_window(window: int, most: int) -> None:
+    """Refuse windows longer than the `most` tokens that a model was made for."""
     require("window", window, window <= most, f"at most the model's context of {most} tokens")
 
 
@@ -132,10 +135,12 @@ def resolve(spec: ModelSpec) -> tuple[str, Path | str]:
         return "hub", source.removeprefix("hub:")
     path = Path(source).expanduser()
     if path.is_dir():
-        if (path / "config.json").exists() and list(path.glob("*.safetensors")):
+        if files.is_model(path):
             return "folder", path
         rule = "a folder with config.json and *.safetensors weights"
-        raise ValueError(f"ModelSpec.source must be {rule}; got {path} without them")
+        other = next((f.name for f in path.iterdir() if f.suffix in (".bin", ".pt", ".pth")), "")
+        how = f". Convert {other}: save the model anew with transformers' save_pretrained" if other else ""
+        raise ValueError(f"ModelSpec.source must be {rule}; got {path} without them{how}")
     if gguf_files.is_gguf(path):
         return "gguf", path
     is_hub_name = re.fullmatch(r"[\w.-]+/[\w.-]+", source) and path.suffix.lower() != ".gguf"
@@ -154,29 +159,21 @@ def _bytes_key(spec: ModelSpec) -> str:
     kind, place = resolve(spec)
     if kind == "packaged":
         return downloads.MODELS[str(place)].sha256[:32]
-    if kind == "hub":
-        return content_key([place, _hub_commit(str(place), spec.revision)])
     if kind == "gguf":
         return gguf_files.key_of(Path(place))
-    files = sorted(f for f in Path(place).iterdir() if f.suffix in MODEL_FILES)
-    return content_key([[f.name, digest(f)] for f in files])
+    return files.key_of(Path(place) if kind == "folder" else _hub_folder(str(place), spec.revision))
 
 
 @cache
-def _hub_commit(name: str, revision: str | None) -> str | None:
-    """The commit of a hub model, which the path of its cached config holds; one for a whole process."""
-    from transformers.utils.hub import cached_file, extract_commit_hash
-
-    with _hub_errors(f"hub:{name}"):
-        return extract_commit_hash(cached_file(name, "config.json", revision=revision), None)
-
-
-def _hub_folder(name: str, revision: str | None) -> Path:
-    """A hub model's folder in the local cache: fetched, or as it is there."""
+def _hub_folder(name: str, revision: str | None, *, whole: bool = True) -> Path:
+    """The folder of a hub model's commit in the local cache, fetched if it is not there: all that is read to
+    load it, or its config alone. The commit is the same for a whole process."""
     from huggingface_hub import snapshot_download
 
+    if whole:
+        revision = _hub_folder(name, revision, whole=False).name
+    wanted = [f"*{ending}" for ending in (*files.TEXTS, ".safetensors")] if whole else ["config.json"]
     with _hub_errors(f"hub:{name}"):
-        wanted = [f"*{suffix}" for suffix in MODEL_FILES]
         return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
 
 
@@ -189,6 +186,32 @@ def _hub_errors(source: str) -> Iterator[None]:
         raise OSError(f"cannot read {source} from the hub ({error}). {advice}") from error
 
 
+def _folder(spec: ModelSpec, key: str, store: Store) -> tuple[Path, str]:
+    """The folder of a model whose bytes have this key, and words that say where it is from."""
+    kind, place = resolve(spec)
+    if kind == "packaged":
+        return gguf_files.folder(lambda: downloads.fetch(downloads.MODELS[str(place)]), key, store)
+    if kind == "gguf":
+        return gguf_files.folder(lambda: Path(place), key, store)
+    found = Path(place) if kind == "folder" else _hub_folder(str(place), spec.revision)
+    return found, f"{kind} {place}"
+
+
+def config_of(place: Path | str, spec: ModelSpec) -> Any:
+    """The transformers config in a folder or at the hub; ValueErrors as of `folder.config_of`."""
+    at = place if isinstance(place, Path) else _hub_folder(place, spec.revision, whole=False)
+    return folder.config_of(at, spec.source)
+
+
+def words_of(spec: ModelSpec, store: Store | None = None) -> tuple[Any, int]:
+    """The tokenizer of a model and its context in tokens, without its weights."""
+    spec = placed(spec)
+    key = _bytes_key(spec)
+    place, _ = _folder(spec, key, store or Store())
+    config = config_of(place, spec)
+    return folder.tokenizer_of(str(place), config.vocab_size, key), int(config.max_position_embeddings)
+
+
 def load_model(
     spec: ModelSpec | None = None, store: Store | None = None, *, whole: bool = False
 ) -> LoadedModel:
@@ -198,87 +221,28 @@ def load_model(
     if spec.device == "cuda" and not torch.cuda.is_available():
         rule = f"ModelSpec.device and {DEVICE} must be cpu or auto where torch sees no GPU; got cuda"
         raise ValueError(f"{rule}. Results stored with it can be read, but nothing computed")
-    kind, place = resolve(spec)
-    key, name, provenance = _bytes_key(spec), fingerprint(spec), f"{kind} {place}"
-    if kind == "packaged":
-        kind, place = "gguf", downloads.fetch(downloads.MODELS[str(place)])
-    if kind == "gguf":
-        place, provenance = gguf_files.folder(Path(place), key, store or Store())
-    config = config_of(place, spec)
-    if kind == "hub":
-        place = _hub_folder(str(place), spec.revision)
-    place = Path(place)
-    size, limit = weight_bytes(place, spec.dtype), memory(spec.device)
+    key, name = _bytes_key(spec), fingerprint(spec)
+    place, provenance = _folder(spec, key, store or Store())
+    config, found = config_of(place, spec), files.headers(place)
+    roles, shapes = roles_of(folder.class_name(config)), {each: shape for each, (_, shape) in found.items()}
+    files.check_sizes(place / "config.json", config, roles, shapes)
+    size, limit = files.weight_bytes(found, spec.dtype), memory(spec.device)
     keeps = size <= limit
     if whole and not keeps:
         said = f"{size / 1e9:.1f} GB of weights, and room for {limit / 1e9:.1f}"
         raise ValueError(f"a model must fit into memory as a whole for this; got {said}: take a smaller one")
-    model = _from_pretrained(place, spec).to(spec.device) if keeps else _without_weights(config, spec)
-    tokenizer, roles = _tokenizer(str(place), spec.revision, key), roles_of(type(model).__name__)
+    tokenizer = folder.tokenizer_of(str(place), config.vocab_size, key)
+    model = folder.model_of(config, spec.dtype, place, keeps=keeps)
+    model = model.to(spec.device) if keeps else model
+    if keeps and name not in _finite:
+        check_finite(spec.source, model.named_parameters())
+        _finite.add(name)
     checkpoint = None if keeps else Checkpoint(place, model, roles, spec.device)
     if checkpoint:
         log.info("%s is read layer by layer: it does not fit into %.1f GB", spec.source, limit / 1e9)
     model = model.eval().requires_grad_(False)
     for layer in model.get_submodule(roles.layers):
         unfuse(layer, roles)
+    if key != _bytes_key(spec):
+        raise ValueError(f"{spec.source} was changed while it was read: run the same command again")
     return LoadedModel(model, tokenizer, roles, spec, name, provenance, checkpoint)
-
-
-def _without_weights(config: Any, spec: ModelSpec) -> Any:
-    """The model of a config, its parameters on `meta`: there is nothing in them."""
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
-
-    with init_empty_weights(include_buffers=False):
-        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, spec.dtype))
-
-
-def config_of(place: Path | str, spec: ModelSpec) -> Any:
-    """The transformers config in a folder or at the hub; a ValueError if its family cannot be rotated."""
-    from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    with nullcontext() if isinstance(place, Path) else _hub_errors(spec.source):
-        config = AutoConfig.from_pretrained(place, revision=spec.revision)
-    causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)  # what from_pretrained will take
-    said = str((config.architectures or [causal or type(config).__name__])[0])
-    roles_of(causal if causal and said.endswith(CAUSAL) else said)
-    if told := getattr(config, "quantization_config", None):
-        method = told.get("quant_method", "a method it does not name")
-        raise ValueError(f"{spec.source} is already quantized, by {method}: use the unquantized model")
-    if why := oddity(config):
-        raise ValueError(f"this {causal} cannot be rotated here without changing it: {why}")
-    return config
-
-
-def _from_pretrained(place: Path, spec: ModelSpec) -> Any:
-    from safetensors import SafetensorError
-
-    options = {"revision": spec.revision, "output_loading_info": True}
-    try:
-        model, found = _quietly(place, dtype=getattr(torch, spec.dtype), **options)
-    except (SafetensorError, RuntimeError) as error:
-        fault = f"are damaged or not this model's ({error}). Copy or download them again."
-        raise ValueError(f"the weights in {place} {fault}") from error
-    check(place, found["missing_keys"], found["unexpected_keys"])
-    return model
-
-
-@cache
-def _tokenizer(place: str, revision: str | None, _bytes: str) -> Any:
-    """The tokenizer of a model with these bytes; loaded once, so that a text is tokenised once."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(place, revision=revision)
-    except (ValueError, OSError, KeyError) as error:
-        said = f"no tokenizer can be loaded from {place} ({error}). Put its tokenizer.json there."
-        raise ValueError(said) from error
-
-
-def _quietly(place: Path | str, **options: Any) -> Any:
-    """transformers' model without its own loading bars."""
-    from transformers import AutoModelForCausalLM
-
-    with quiet():
-        return AutoModelForCausalLM.from_pretrained(place, **options)

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dfrot_lab.disk.artefacts import Store, Writer
 from dfrot_lab.disk.atomic import digest
 from dfrot_lab.model import gguf_files, loading
@@ -19,8 +21,8 @@ PASS = 4  # bytes of one pass over one float32 value
 @dataclass(frozen=True)
 class Shape:
     """A LLaMA-like model: channels C, layers, MLP width, (key-value) heads, head size, vocabulary, tied; the
-    `room`, bytes, that its weights may fill: one that does not fit is read layer by layer. Of each layer's
-    MLPs (`experts`) a token passes `active`; one that all share counts by its width."""
+    `room`, bytes, that its weights of `item` bytes may fill: one that does not fit is read layer by layer.
+    Of each layer's MLPs (`experts`) a token passes `active`; one that all share counts by its width."""
 
     channels: int
     layers: int
@@ -33,6 +35,7 @@ class Shape:
     room: float = math.inf
     experts: float = 1
     active: float = 1
+    item: int = PASS
 
     @property
     def linears(self) -> tuple[tuple[int, int], ...]:
@@ -73,8 +76,8 @@ class Shape:
 
     @property
     def model_bytes(self) -> float:
-        """Memory of the float32 weights once lm_head is untied."""
-        return PASS * replace(self, tied=False).parameters
+        """Memory of the weights once lm_head is untied."""
+        return self.item * replace(self, tied=False).parameters
 
     @property
     def layers_held(self) -> int:
@@ -85,7 +88,7 @@ class Shape:
     def held_bytes(self) -> float:
         """Memory of the weights there at once: all, or of a model that does not fit the largest part."""
         part = max(self.linear_weights / self.layers, self.embedding)
-        return self.model_bytes if self.model_bytes <= self.room else PASS * part
+        return self.model_bytes if self.model_bytes <= self.room else self.item * part
 
 
 SHAPES = {
@@ -110,8 +113,14 @@ def shape_of(config: Any) -> Shape:
 
 def shape(source: ModelSpec) -> Shape:
     """The shape of a name in `SHAPES`, a config in a folder or at the hub, a .gguf file; ValueError."""
-    if source.source in SHAPES:
-        return SHAPES[source.source]
+    found = SHAPES.get(source.source) or _shape(source)
+    dtype = source.dtype if source.dtype != "auto" else "float32"
+    if source.dtype == "auto" and source.source not in SHAPES:
+        dtype = loading.placed(source).dtype
+    return replace(found, item=getattr(torch, dtype).itemsize)
+
+
+def _shape(source: ModelSpec) -> Shape:
     path = Path(source.source).expanduser()
     if gguf_files.is_gguf(path):
         return shape_of(gguf_files.read(path).config)

@@ -66,8 +66,9 @@ def capture(spec: CaptureSpec | None = None, store: Store | None = None) -> Capt
         surgery.prepare(ready)
         proof.check(None)
         count = len(hooks.sites_of(ready, *hooks.NORMS))
-        size = count * ids.numel() * ready.channels * 4 / 1e9
-        log.info("capturing %d sites of %d tokens (%.2f GB)", count, ids.numel(), size)
+        each = getattr(torch, ready.spec.dtype).itemsize
+        writer.reserve(size := count * ids.numel() * ready.channels * each)
+        log.info("capturing %d sites of %d tokens (%.2f GB)", count, ids.numel(), size / 1e9)
         started = time.perf_counter()
         sites, residual = record(ready, ids, lambda site, x: writer.save_tensors(site, {"x": x}), writer)
         writer.save_tensors("residual", residual)

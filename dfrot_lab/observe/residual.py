@@ -11,6 +11,7 @@ from torch import Tensor
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.model import hooks, loading
 from dfrot_lab.model.loading import LoadedModel
+from dfrot_lab.model.public import public
 from dfrot_lab.model.stream import through
 from dfrot_lab.observe import massive
 from dfrot_lab.observe.capture import token_blocks
@@ -46,9 +47,9 @@ def profile(x: Tensor) -> dict[str, float]:
 
 def residual_profile(spec: CaptureSpec, store: Store | None = None) -> pd.DataFrame:
     """The largest three |values| and the median before each layer: model, corpus, layer, metric, value."""
-    loaded, lines = loading.load_model(spec.model, store), []
+    loaded, lines, said = loading.load_model(spec.model, store), [], public(spec)
     for layer, x in enumerate(streams(loaded, token_blocks(spec, loaded)[0])):
-        lines += [(spec.model.source, spec.corpus.name, layer, *metric) for metric in profile(x).items()]
+        lines += [(said.model.source, said.corpus.name, layer, *metric) for metric in profile(x).items()]
     return pd.DataFrame(lines, columns=["model", "corpus", "layer", "metric", "value"])
 
 

@@ -3,6 +3,7 @@ A field carries its rule in words, and an error is that rule: `RefineSpec.gamma 
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, ClassVar, Self, get_args
@@ -16,6 +17,20 @@ def content_key(value: Any) -> str:
     """The first 32 hex digits of the sha256 of a JSON-able value: the same in any process."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def strict_json(value: Any, indent: int | None = 1) -> str:
+    """A value as JSON that any reader takes: NaN is null, infinity the word inf."""
+
+    def plain(part: Any) -> Any:
+        if isinstance(part, Mapping):
+            return {str(name): plain(inner) for name, inner in part.items()}
+        if isinstance(part, list | tuple):
+            return [plain(inner) for inner in part]
+        is_odd = isinstance(part, float) and not math.isfinite(part)
+        return (None if math.isnan(part) else str(part)) if is_odd else part
+
+    return json.dumps(plain(value), indent=indent, default=str, allow_nan=False)
 
 
 def require(name: str, value: object, ok: object, rule: str) -> None:

@@ -16,7 +16,8 @@ SECOND_MODEL = "qwen2.5-coder-0.5b"  # for "does it hold elsewhere": fetched whe
 PACKAGED = (DEFAULT_MODEL, SECOND_MODEL)
 MODEL_SOURCES = "a packaged name, a folder, a .gguf file or hub:owner/name"
 ROTATION_KINDS = ("NR", "RO", "RH", "file")
-SPLITS = ("calibration", "evaluation", "train", "valid", "test")
+WHOLE = "whole"  # the part of a text file that is all of it
+SPLITS = ("calibration", "evaluation", "train", "valid", "test", WHOLE)
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
 SCHEMES = {"symmetric": "sym", "asymmetric": "asym", "free": "free"}
@@ -52,6 +53,14 @@ class CorpusSpec(Spec):
 
 
 CALIBRATION = CorpusSpec(split="calibration")
+
+
+def calibration_of(corpus: str, own: str | None) -> CorpusSpec:
+    """What to capture, refine and calibrate on: a text file of its `own`, whole, where it is not the scored
+    `corpus` itself; else the half of a corpus that is not scored."""
+    same = own is None or (Path(corpus).is_file() and Path(own).is_file() and Path(own).samefile(corpus))
+    is_file = own is not None and Path(own).is_file()
+    return CorpusSpec(name=own or corpus, split=WHOLE if is_file and not same else "calibration")
 
 
 class RotationSpec(MethodSpec):
@@ -251,11 +260,24 @@ class Recipe(Spec):
     def from_yaml(cls, text: str | Path) -> "Recipe":
         """The recipe in a YAML file (or text); fields left out have their defaults. ValueError."""
         try:
-            found = yaml.safe_load(text.read_text(encoding="utf-8") if isinstance(text, Path) else text)
-        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+            said = text.read_text(encoding="utf-8") if isinstance(text, Path) else text
+            found = yaml.load(said, _Once)
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             why = " ".join(str(error).split())
             raise ValueError(f"a recipe must be YAML; got {str(text)!r} ({why})") from error
         return cls.of(found)
+
+
+class _Once(yaml.SafeLoader):
+    """Plain values alone, no key of a mapping twice: of two lines for one field YAML would take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set[str]()
+        for key, _ in node.value:
+            if (name := str(key.value)) in seen:
+                raise ValueError(f"{name} is said twice{key.start_mark}")
+            seen.add(name)
+        return super().construct_mapping(node, deep)
 
 
 def recipe_of(bits: str, *, weights: str = "gptq", **fields: Any) -> Recipe:

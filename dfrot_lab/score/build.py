@@ -78,6 +78,18 @@ def windows(recipe: Recipe, loaded: LoadedModel) -> Tensor:
     return corpus.token_blocks(recipe.corpus, loaded.tokenizer, blocks=recipe.windows, window=recipe.window)
 
 
+def require_texts(recipe: Recipe, store: Store) -> None:
+    """Refuse, before any work, windows longer than the model's context, and texts that are too short for what
+    a recipe scores or calibrates its weights on; ValueError."""
+    tokenizer, context = loading.words_of(recipe.model, store)
+    of = recipe.canonical().weights
+    needed = [(recipe.corpus, recipe.windows, recipe.window)]
+    needed += [(of.corpus, of.windows, of.window)] if of.corpus is not None else []
+    for text, count, window in needed:
+        loading.check_window(window, context)
+        corpus.token_blocks(text, tokenizer, blocks=count, window=window)
+
+
 def is_integer(recipe: Recipe) -> bool:
     """Whether both sides of every linear are codes that fit int8: then it is an integer product."""
     return recipe.weights.quantizer.bits <= 8 and integer.fits(recipe.activations)

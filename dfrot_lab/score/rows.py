@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dfrot_lab.maths.tables import COLUMNS, PERPLEXITY
+from dfrot_lab.model.public import public
 from dfrot_lab.recipe.base import Spec
 from dfrot_lab.recipe.keys import FORMULAS
 from dfrot_lab.recipe.specs import CorpusSpec, Recipe
@@ -28,13 +29,14 @@ def statistic_row(result: EvalResult, metric: str, value: float, ci95: Sequence[
     interval = list(ci95) if all(map(math.isfinite, ci95)) else None  # of one window there is none
     said = {"metric": metric, "value": value, "ci95": interval, "seconds": round(result.seconds, 2)}
     made = {name: result.versions[name] for name in PACKAGES if name in result.versions}
-    code = {"recipe": result.spec.key, "key": result.key, "versions": made, "formulas": FORMULAS}
+    code = {"recipe": public(result.spec).key, "key": result.key, "versions": made, "formulas": FORMULAS}
     values = {**columns(result.spec), "family": result.family, **said, **code, "commit": result.commit}
     return {name: values[name] for name in COLUMNS}
 
 
 def columns(recipe: Recipe) -> dict[str, Any]:
     """What a row says of its recipe, column by column; `parameters` are what else is not the default."""
+    name, recipe = recipe.rotation.name, public(recipe)
     model, weights, rotation = recipe.model, recipe.weights, recipe.rotation
     rest = [
         parameters(rotation),
@@ -44,7 +46,7 @@ def columns(recipe: Recipe) -> dict[str, Any]:
     rest.append(parameters(weights, "method quantizer corpus windows window"))
     rest += [f"{name}={getattr(recipe, name)}" for name in recipe.LATER if name not in recipe.unkeyed]
     said: dict[str, Any] = {"model": model.source, "device": model.device, "corpus": recipe.corpus.name}
-    said |= {"method": rotation.method, "rotation": rotation.name, "seed": rotation.first_seed}
+    said |= {"method": rotation.method, "rotation": name, "seed": rotation.first_seed}
     said |= {name: getattr(rotation, name, None) for name in ("gamma", "rule")}
     said |= {"parameters": ", ".join(filter(None, rest)), "weight_quantizer": weights.quantizer.name}
     said["weights"] = weights.method if weights.quantizer.bits < 16 else None

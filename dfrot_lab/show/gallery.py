@@ -12,14 +12,16 @@ from matplotlib.figure import Figure
 from dfrot_lab.disk import artefacts, atomic, row_files
 from dfrot_lab.maths import tables
 from dfrot_lab.model import loading
+from dfrot_lab.model.public import public
 from dfrot_lab.observe import errors, massive
+from dfrot_lab.recipe.base import strict_json
 from dfrot_lab.recipe.specs import DEFAULT_MODEL, Recipe
 from dfrot_lab.score import perplexity
 from dfrot_lab.show import figures
 from dfrot_lab.show.experiment_figures import FIGURES
 from dfrot_lab.show.theme import visible
 from dfrot_lab.study import experiments
-from dfrot_lab.study.main import MainResult
+from dfrot_lab.study.main import MainResult, named
 from dfrot_lab.study.setting import Setting, figure_site
 
 log = logging.getLogger(__name__)
@@ -42,7 +44,7 @@ def save_experiment(
     if about["recipes"]:
         store = store or artefacts.Store()
         made = [store.at(perplexity.KIND, key) for key in table["key"].dropna().unique()]
-        recipes = (Recipe.of(artefact.json("recipe")) for artefact in made if artefact)
+        recipes = (public(Recipe.of(artefact.json("recipe"))) for artefact in made if artefact)
         written.append(row_files.save_recipes(kept, recipes))
     with figures.theme():
         return [*written, _save_figure(FIGURES[name](table), name, pictures, setting, about)]
@@ -70,20 +72,21 @@ def table(name: str, setting: Setting, root: Path) -> pd.DataFrame:
 def _save_figure(fig: Figure, name: str, folder: Path, setting: Setting, about: dict[str, Any]) -> Path:
     """Write and close a figure: `<name>.png` (returned), `.svg`, `.json` (what it is made from, versions)."""
     folder.mkdir(parents=True, exist_ok=True)
-    fig.savefig(folder / f"{name}.png", metadata={"Software": None})
-    fig.savefig(folder / f"{name}.svg", metadata={"Date": None})
+    for ending, unsaid in (("png", "Software"), ("svg", "Date")):
+        with atomic.replacing(folder / f"{name}.{ending}") as temporary:
+            fig.savefig(temporary, format=ending, metadata={unsaid: None})
     figures.plt.close(fig)
-    own = {"figure": name, "model": setting.model.source, "corpus": setting.corpus, "seed": setting.seed}
+    own = {"figure": name, **named(setting), "seed": setting.seed}
     versions = {each: metadata.version(each) for each in ("dfrot-lab", "torch", "transformers", "matplotlib")}
     said = {**own, **about, "versions": versions, "commit": artefacts.commit()}
-    atomic.write_text(folder / f"{name}.json", json.dumps(said, indent=1, default=str) + "\n")
+    atomic.write_text(folder / f"{name}.json", strict_json(said) + "\n")
     return folder / f"{name}.png"
 
 
 def _question(name: str, setting: Setting) -> dict[str, Any]:
     """An experiment's own setting as JSON values, whatever the device: the same question is answered once."""
     own = experiments.setting_of(name, setting)
-    return own.with_(model=loading.placed(own.model).with_(device="auto")).plain()
+    return public(own.with_(model=loading.placed(own.model).with_(device="auto"))).plain()
 
 
 def main_figures(result: MainResult, wide: pd.DataFrame) -> dict[str, tuple[Figure, dict[str, Any]]]:
@@ -97,7 +100,7 @@ def main_figures(result: MainResult, wide: pd.DataFrame) -> dict[str, tuple[Figu
     if result.refinement:
         figures.plot_history(result.refinement.history, ax=axes[0, 1])
     drawn: dict[str, tuple[Figure, dict[str, Any]]] = {
-        "residual-and-refinement": (residual, {"refine": refine.to_dict()}),
+        "residual-and-refinement": (residual, {"refine": public(refine).to_dict()}),
         "token-errors": (figures.figure_errors(wide), {"site": site, "rows": len(wide)}),
         "massive-token-values": (figures.figure_massive_token(values), {"site": site, "token": token}),
     }
@@ -109,7 +112,8 @@ def main_figures(result: MainResult, wide: pd.DataFrame) -> dict[str, tuple[Figu
 
 def save(result: MainResult, table: Path, pictures: Path) -> list[Path]:
     """Write the main job's rows to `table`, recipes and comparison beside it, its figures to `pictures`."""
-    written = row_files.save(table, result.table, [found.spec for found in result.found.values()])
+    recipes = [public(found.spec) for found in result.found.values()]
+    written = row_files.save(table, result.table, recipes)
     about = {"capture": result.capture.key, "quantizer": result.setting.refine.quantizer.name}
     with figures.theme():
         drawn = main_figures(result, result.errors([figure_site(result.capture.sites)]))

@@ -159,9 +159,11 @@ def command(setting: Setting) -> str:
 
 def public(setting: Setting) -> Setting:
     """`setting` with a model's or text's own path cut to its name: what a page that is sent away may say."""
-    both = (setting.model.source, setting.corpus)
-    model, text = (Path(each).name if Path(each).expanduser().exists() else each for each in both)
-    return setting.with_(model=setting.model.with_(source=model), corpus=text)
+    both = (setting.model.source, setting.corpus, setting.calibration)
+    model, text, own = (
+        each and Path(each).name if Path(each or "").expanduser().exists() else each for each in both
+    )
+    return setting.with_(model=setting.model.with_(source=model), corpus=text, calibration=own)
 
 
 def row_command(setting: Setting, spec: Recipe) -> str:

@@ -64,7 +64,7 @@ def _findings(setting: Setting, store: Store) -> pd.DataFrame:
     ro, rh = (setting.row(BITS, setting.rotation(kind)) for kind in ("RO", "RH"))
     shares = [line for kept in KEPT for line in experiments.closed_shares(result.found, ro, rh, **kept)]
     results = _placed(tables.whole(pd.concat([result.table, pd.DataFrame(shares)], ignore_index=True)))
-    about = {"model": setting.model.source, "corpus": setting.corpus, "device": setting.model.device}
+    about = {**main.named(setting), "device": setting.model.device}
     seen = [*_massive(result.capture), *_errors(result), *_costs(result, store)]
     return pd.concat([pd.DataFrame(seen).assign(**about), results], ignore_index=True)
 

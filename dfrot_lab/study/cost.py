@@ -12,8 +12,7 @@ import pandas as pd
 import torch
 
 from dfrot_lab.disk.artefacts import Store
-from dfrot_lab.maths.hadamard import block_of
-from dfrot_lab.model import integer, stream
+from dfrot_lab.model import checkpoint, integer, stream
 from dfrot_lab.model.checkpoint import FREE_SHARE
 from dfrot_lab.model.shapes import PASS, Shape, shape
 from dfrot_lab.observe import capture as captures
@@ -41,7 +40,8 @@ STEP_PRODUCTS, STEP_PASSES = 4, 9
 
 @dataclass(frozen=True)
 class Machine:
-    """Float32 and float64 flops, int8 operations, bytes moved in a second; bytes of memory; rates' source."""
+    """Float32 and float64 flops, int8 operations, bytes moved in a second; bytes of memory; rates' source;
+    bytes that weights may fill (None: what is usually free)."""
 
     name: str
     float_rate: float
@@ -50,6 +50,12 @@ class Machine:
     byte_rate: float
     memory: float
     source: str
+    for_weights: float | None = None
+
+    @property
+    def room(self) -> float:
+        """Bytes that weights may fill; a larger model is read layer by layer."""
+        return FREE_SHARE * self.memory if self.for_weights is None else self.for_weights
 
 
 GPU_80GB = Machine("one 80 GB GPU", 9.75e12, 4.85e12, 312e12, 1e12, 80e9, "half its sheet's, not measured")
@@ -73,9 +79,10 @@ def measure_machine() -> Machine:
     int8 = rate(2 * 1024**3, lambda: integer.product(a8, a8))
     rates = (*flops, int8, rate(2 * large.nbytes, lambda: copy.copy_(large)))
     source = f"measured now, {torch.get_num_threads()} threads of torch"
-    return Machine("this machine", *rates, psutil.virtual_memory().total, source)
+    return Machine("this machine", *rates, psutil.virtual_memory().total, source, checkpoint.memory("cpu"))
 
 
+RUNTIME = 0.35e9  # bytes of Python, torch and transformers themselves
 AMOUNTS = slice(1, 5)  # of a Work or a Machine: float32 and float64 flops, int8 operations, bytes moved
 
 
@@ -185,24 +192,12 @@ def integer_window(shape: Shape, tokens: int) -> Work:
 
 def estimate(shape: Shape, machine: Machine, recipes: Sequence[Recipe], tokens: int = WINDOW) -> pd.DataFrame:
     """Seconds, peak memory (GB) and whether the machine has that much, a row a stage; then `total`."""
-    shape = replace(shape, room=FREE_SHARE * machine.memory)
-    lines = [(w.stage, w.seconds(machine), w.memory / 1e9) for w in stages(shape, recipes, tokens)]
+    shape = replace(shape, room=machine.room)
+    works = stages(shape, recipes, tokens)
+    lines = [(work.stage, work.seconds(machine), (work.memory + RUNTIME) / 1e9) for work in works]
     table = pd.DataFrame(lines, columns=["stage", "seconds", "memory_gb"])
     table.loc[len(table)] = [TOTAL, table["seconds"].sum(), table["memory_gb"].max()]
     return table.assign(fits=table["memory_gb"] * 1e9 <= machine.memory)
-
-
-def shortage(shape: Shape, recipes: Sequence[Recipe], tokens: int, free: float) -> str | None:
-    """What this machine lacks for a main job, in words, with `free` bytes of disk for its cache; or None."""
-    import psutil
-
-    memory = psutil.virtual_memory().total
-    works = stages(replace(shape, room=FREE_SHARE * memory), recipes, tokens)
-    builds = {(spec.rotation, spec.weights) for spec in recipes if spec.weights.quantizer.bits < 16}
-    disk = 2 * shape.layers * tokens * shape.channels * PASS + len(builds) * shape.linear_weights
-    needs = {"memory": (max(work.memory for work in works), memory), "disk": (disk, free)}
-    lacks = [f"{a / 1e9:.0f} GB of {what} and has {b / 1e9:.0f}" for what, (a, b) in needs.items() if a > b]
-    return f"this would need about {' and '.join(lacks)}" if lacks else None
 
 
 def preparation(setting: Setting, store: Store) -> list[float]:
@@ -261,37 +256,3 @@ class Progress:
         self.begun, self.at = self.begun + 1, now
         rest = f"about {duration(left)} left" if left > 1 else "stored"
         log.info("[%2d/%d] %s; %s", self.begun, len(self.costs), what, rest)
-
-
-def hadamards(shape: Shape) -> str:
-    """Which Hadamard rotations a shape can have, in words: whole, in blocks, or none."""
-    found = []
-    for name, n in {"R1 (RH)": shape.channels, "R2 and R3": shape.head, "R4": shape.mlp}.items():
-        block = block_of(n)
-        how = "whole" if block == n else f"{n // block} blocks of {block}" if block > 1 else "none is known"
-        found.append(f"{name} of {n}: {how}")
-    return f"Hadamard rotations: {', '.join(found)}"
-
-
-def describe(name: str, shape: Shape, machines: Sequence[Machine], recipes: Sequence[Recipe]) -> str:
-    """The estimate as text: the model, each machine's rates, each stage's time and memory on each machine."""
-    tables = [estimate(shape, machine, recipes) for machine in machines]
-    columns = {"stage": tables[0]["stage"], "memory": tables[0]["memory_gb"].map("{:,.1f} GB".format)}
-    for machine, table in zip(machines, tables, strict=True):
-        fits = table["fits"].map({True: "", False: " (does not fit)"})
-        columns[machine.name] = table["seconds"].map(duration) + fits
-    heads = f"{shape.heads} heads of {shape.head}, {shape.kv_heads} for keys, vocabulary {shape.vocabulary}"
-    sizes = f"{shape.layers} layers, C = {shape.channels}, MLP {shape.mlp}, {heads}"
-    lines = [f"{name}: {shape.parameters:,} parameters, float32; {sizes}"]
-    for m in machines:
-        single, double, int8, moved, memory = (f"{rate / 1e9:,.0f}" for rate in astuple(m)[1:6])
-        said = f"float32 {single}, float64 {double}, int8 {int8} Gop/s, {moved} GB/s read and written"
-        lines.append(f"{m.name}: {said}, {memory} GB; {m.source}")
-    lines.append(hadamards(shape))
-    streamed = [machine.name for machine in machines if shape.model_bytes > FREE_SHARE * machine.memory]
-    if streamed:
-        lines.append(
-            f"Read layer by layer on {', '.join(streamed)}: its weights do not fit there as a whole."
-        )
-    trust = "Arithmetic at these rates, nothing run: expect the truth within a factor of about 2."
-    return "\n".join([*lines, "", pd.DataFrame(columns).to_string(index=False), "", trust])

@@ -16,7 +16,7 @@ from dfrot_lab.recipe import specs
 from dfrot_lab.rotate import dfrot, steps
 from dfrot_lab.score import perplexity, rows, zeroshot
 from dfrot_lab.study import main
-from dfrot_lab.study.main import Row, evaluated
+from dfrot_lab.study.main import Row, evaluated, named
 from dfrot_lab.study.setting import Setting
 
 log = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ def run(name: str, setting: Setting | None = None, store: Store | None = None) -
     if name not in EXPERIMENTS:
         raise KeyError(f"no experiment {name!r}; there are {', '.join(EXPERIMENTS)}")
     setting, store = setting_of(name, (setting or Setting.of_profile()).resolved()), store or Store()
-    log.info("experiment %s: model %s, corpus %s", name, setting.model.source, setting.corpus)
+    log.info("experiment %s: model %s, corpus %s", name, *named(setting).values())
     made = EXPERIMENTS[name][-1](setting, store)
     return made if isinstance(made, pd.DataFrame) else evaluated(list(made), store)[0]
 
@@ -120,7 +120,7 @@ def calibration(setting: Setting, store: Store) -> Iterator[Row]:
     # the paper's is 4-4-16; the other shows what the rotation does without the noise of GPTQ
     for bits, (varied, level, where, changes) in product(_trimmed(BITS, setting), ways):
         plain = where.row(bits, where.rotation("RH"))
-        yield Row(plain, {"varied": "none", "level": f"RH on {where.corpus}"})
+        yield Row(plain, {"varied": "none", "level": f"RH on {named(where)['corpus']}"})
         spec = where.row(bits, setting.refine.with_(**changes))
         yield Row(spec, {"varied": varied, "level": level}, {"RH": plain})
 
@@ -178,7 +178,7 @@ def _final_losses(name: str, spec: specs.RefineSpec, setting: Setting, store: St
     mask = massive.find(recorded, spec.rule).flatten()
     weights, quantizer = steps.row_weights(mask, spec.gamma), setting.refine.quantizer
     losses = steps.losses_of(recorded.all_rows(), result.R, weights, mask, quantizer)
-    about: dict[str, Any] = {"variant": name, "model": setting.model.source, "corpus": setting.corpus}
+    about: dict[str, Any] = {"variant": name, **named(setting)}
     about |= {"rotation": spec.name, "gamma": spec.gamma, "rule": spec.rule, "seed": spec.first_seed}
     losses["seconds of refinement"] = result.seconds
     return [{**about, "metric": metric, "value": value} for metric, value in losses.items()]

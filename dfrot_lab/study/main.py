@@ -11,12 +11,13 @@ from torch import Tensor
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.maths.tables import COLUMNS, whole
 from dfrot_lab.model import shapes
+from dfrot_lab.model.public import public
 from dfrot_lab.observe import capture as captures, errors, massive, residual
 from dfrot_lab.recipe.specs import RELEASED_KEEP_OUT, Recipe
 from dfrot_lab.rotate import dfrot
 from dfrot_lab.rotate.steps import Refined
-from dfrot_lab.score import perplexity, rows as score_rows
-from dfrot_lab.study import cost
+from dfrot_lab.score import build, perplexity, rows as score_rows
+from dfrot_lab.study import cost, needs
 from dfrot_lab.study.setting import FIGURE_LAYER, Setting
 
 log = logging.getLogger(__name__)
@@ -118,14 +119,19 @@ def run(
 ) -> MainResult:
     """Capture, refine, evaluate every row; what is stored is reused, a stopped run goes on where it was."""
     store, setting = store or Store(), setting.resolved()
-    log.info("model %s, corpus %s, device %s", setting.model.source, setting.corpus, setting.model.device)
-    log.info("%s", cost.hadamards(shapes.shape(setting.model)))
+    said = public(setting)
+    log.info("model %s, corpus %s, device %s", said.model.source, said.corpus, said.model.device)
+    log.info("%s", needs.hadamards(shapes.shape(setting.model)))
+    rows = list(asked(setting))
+    for spec in {row.spec: None for row in rows}:
+        if not perplexity.stored(spec, store):
+            build.require_texts(spec, store)
     progress = cost.Progress(cost.preparation(setting, store))
     progress.begin("capturing activations")
     recorded = captures.capture(setting.capture, store)
     progress.begin(f"refining R1 with gamma {setting.gamma:g}")
     refinement = dfrot.refined(setting.refine, store)
-    return MainResult(setting, recorded, refinement, *evaluated(list(asked(setting)), store, progress))
+    return MainResult(setting, recorded, refinement, *evaluated(rows, store, progress))
 
 
 def stored(setting: Setting, store: Store) -> MainResult:
@@ -152,8 +158,13 @@ def token_orders(setting: Setting, store: Store) -> pd.DataFrame:
     """How many tokens of each site have which order, and their mean errors: Fig. 2, 13 to 24 in numbers."""
     groups = token_errors(setting, store).groupby(["site", "order"], observed=True, sort=False)
     counts = groups[["NR", "RO", "RH", "DFRot"]].mean().assign(tokens=groups.size()).reset_index()
-    about = {"model": setting.model.source, "corpus": setting.corpus}
-    return counts.astype({"site": str, "order": str}).assign(**about)
+    return counts.astype({"site": str, "order": str}).assign(**named(setting))
+
+
+def named(setting: Setting) -> dict[str, str]:
+    """What a table says it is of: the model and the text, as `public` names them."""
+    said = public(setting)
+    return {"model": said.model.source, "corpus": said.corpus}
 
 
 def massive_magnitudes(setting: Setting, store: Store) -> pd.DataFrame:
@@ -172,5 +183,5 @@ def massive_token(setting: Setting, store: Store) -> pd.DataFrame:
     largest = recorded.sites[int(recorded.residual_max[:, token].argmax())]  # where no rule calls it massive
     sites = [site for site, heavy in pairs if heavy and site.endswith(first)] or [largest]
     values = [errors.massive_values(recorded, at, token, made, quantizer).assign(site=at) for at in sites]
-    about = {"text": recorded.texts[token], "model": setting.model.source, "corpus": setting.corpus}
+    about = {"text": recorded.texts[token], **named(setting)}
     return pd.concat(values, ignore_index=True).assign(token=token, **about)

@@ -48,12 +48,13 @@ class Setting(Spec):
     @property
     def calibration_text(self) -> specs.CorpusSpec:
         """What to capture, refine and calibrate on: a text of its own, or the scored one's other half."""
-        return specs.CorpusSpec(name=self.calibration or self.corpus, split="calibration")
+        return specs.calibration_of(self.corpus, self.calibration)
 
     @property
     def capture(self) -> specs.CaptureSpec:
-        """The first window of calibration tokens."""
-        return specs.CaptureSpec(model=self.model, corpus=self.calibration_text, tokens=self.window)
+        """The first window of calibration tokens, or as much of it as a capture takes at once."""
+        tokens = min(self.window, specs.WINDOW)
+        return specs.CaptureSpec(model=self.model, corpus=self.calibration_text, tokens=tokens)
 
     @property
     def refine(self) -> specs.RefineSpec:

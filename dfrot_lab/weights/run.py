@@ -64,7 +64,14 @@ def quantize_weights(
         return []
     run = _run_calibrated if registry.load(registry.WEIGHTS, spec.method).CALIBRATED else _run
     online = partial(surgery.online, loaded, r4=r4, blocks=blocks)
-    artefact = store.get_or_make(KIND, key, lambda writer: run(loaded, spec, writer, online, on_part))
+    linears = ((layer, name) for layer in loaded.layers for name in loaded.roles.linears(layer))
+    size = sum(loading.linear(*place).weight.numel() for place in linears)  # a byte a code
+
+    def make(writer: Writer) -> None:
+        writer.reserve(size)
+        run(loaded, spec, writer, online, on_part)
+
+    artefact = store.get_or_make(KIND, key, make)
     codes: Sequence[LayerCodes] = Codes(artefact, loaded.device, len(loaded.layers))
     if loaded.checkpoint is None:
         codes = [codes[number] for number in range(len(codes))]

@@ -1,0 +1,104 @@
+"""What transformers makes of a model's folder: config, model, tokenizer. No code of the folder runs, no one
+is asked whether it may, and what cannot be made is a ValueError of one line."""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dfrot_lab.model import files
+from dfrot_lab.model.checkpoint import check, check_shape, quiet
+from dfrot_lab.model.families import CAUSAL, attention, oddity, roles_of
+from dfrot_lab.recipe.base import require
+
+
+def config_of(folder: Path, source: str) -> Any:
+    """The transformers config in a folder, the model's name being `source`. ValueError: it cannot be used, or
+    its family cannot be rotated."""
+    from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    said = files.read_object(file := folder / "config.json")
+    kind, names = said.get("model_type"), said.get("architectures") or [""]
+    known = "a model_type of transformers: code that a model brings along is never run here"
+    is_known = isinstance(kind, str) and kind in CONFIG_MAPPING_NAMES
+    require(f"model_type in {file}", repr(kind)[:40], is_known, known)
+    is_list = isinstance(names, list) and isinstance(names[0], str) and f"_{names[0]}".isidentifier()
+    require(f"architectures in {file}", repr(names)[:40], is_list, "a list of classes' names")
+    if told := said.get("quantization_config"):
+        method = told.get("quant_method", "a method it does not name") if isinstance(told, dict) else told
+        raise ValueError(f"{source} is already quantized, by {method}: use the unquantized model")
+    files.check_numbers(file, said)
+    with files.explained(f"the config in {folder} cannot be used", files.AGAIN), quiet():
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, attn_implementation="eager")
+    config.fusion_config = None  # it would replace parts of the model
+    causal = class_name(config)
+    roles_of(causal)
+    if why := oddity(config):
+        raise ValueError(f"this {causal} cannot be rotated here without changing it: {why}")
+    return config
+
+
+def class_name(config: Any) -> str:
+    """The class that transformers takes for a causal model of this config, or what the config names."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    said = str((config.architectures or [causal or type(config).__name__])[0])
+    return causal if causal and said.endswith(CAUSAL) else said
+
+
+def model_of(config: Any, dtype: str, folder: Path, *, keeps: bool) -> Any:
+    """The model of a config with the weights in its folder, which must be exactly its own; where it `keeps`
+    none its parameters are on `meta`, and there is nothing in them. ValueError."""
+    import transformers
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    options = {"dtype": getattr(torch, dtype), "experts_implementation": "eager"}
+    fault = files.explained(f"no model can be made of the config and the weights in {folder}", files.AGAIN)
+    if not keeps:
+        with fault, init_empty_weights(include_buffers=False):
+            return AutoModelForCausalLM.from_config(
+                config, trust_remote_code=False, attn_implementation=attention(config), **options
+            )
+    with fault, quiet():
+        model, found = getattr(transformers, class_name(config)).from_pretrained(
+            None, config=config, state_dict=_tensors(folder), output_loading_info=True,
+            trust_remote_code=False, attn_implementation=attention(config), ignore_mismatched_sizes=True,
+            **options,
+        )  # fmt: skip
+    for name, shape, wanted in found["mismatched_keys"]:
+        check_shape(folder, name, shape, wanted)
+    check(folder, found["missing_keys"], found["unexpected_keys"])
+    return model
+
+
+def _tensors(folder: Path) -> dict[str, Tensor]:
+    """The tensors in a folder's weight files, mapped: what is read of them is read when it is used."""
+    from safetensors import safe_open
+
+    found = dict[str, Tensor]()
+    for path in files.weights_of(folder):
+        with safe_open(path, framework="pt") as file:
+            found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 it is no dict
+    return found
+
+
+@cache
+def tokenizer_of(folder: str, rows: int, _bytes: str) -> Any:
+    """The tokenizer of a model with these bytes, its ids below `rows`; loaded once, so that a text is
+    tokenised once. Tokens that were added to its vocabulary may lie above. ValueError."""
+    from transformers import AutoTokenizer
+
+    with files.explained(f"no tokenizer can be loaded from {folder}", "Put its own, whole files there."):
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        inner = getattr(tokenizer, "backend_tokenizer", None)
+        known = inner.get_vocab(with_added_tokens=False) if inner else tokenizer.get_vocab()
+        largest = max(known.values(), default=0)
+        tokenizer("a")  # some of what its files say is only looked at now
+    rule = f"below vocab_size = {rows}, the rows of its embedding"
+    require(f"the largest id of the tokenizer in {folder}", largest, largest < rows, rule)
+    return tokenizer

@@ -1,0 +1,1 @@
+"""An attack that can be run again: kills, corruptions, bad inputs, hostile models, crowds of processes."""
