@@ -17,6 +17,7 @@ from dfrot_lab.explore.refinement import WATCHED, Refinement, choices, watched
 from dfrot_lab.maths import rotations
 from dfrot_lab.maths.quantizers import squared_error
 from dfrot_lab.model import door
+from dfrot_lab.model.public import public
 from dfrot_lab.observe import massive
 from dfrot_lab.observe.capture import Capture, capture
 from dfrot_lab.recipe.specs import (
@@ -230,7 +231,7 @@ def test_a_saved_r1_loads_with_its_spec_and_is_not_overwritten(view, tmp_path):
     view.controls["save"].click()
     path = tmp_path / "R1.safetensors"
     with safe_open(path, "pt") as file:
-        assert json.loads(file.metadata()["spec"]) == view.spec.to_dict()
+        assert json.loads(file.metadata()["spec"]) == public(view.spec).to_dict()
     assert torch.equal(rotation_files.load(path), view.result.R)
     assert "saved as" in view.status.text
     before = path.read_bytes()

@@ -229,15 +229,21 @@ def test_what_rotation_would_change_is_refused_before_its_weights_are_read(kind,
         load(tmp_path / "m")
 
 
+def first_rows(config: Any) -> list[int]:
+    """Where Phi-3 has its queries."""
+    _, kv_heads, size = families.heads_of(config)
+    return list(range(kv_heads * size))
+
+
 @pytest.mark.parametrize("memory", ["", "0"])
 @pytest.mark.parametrize(
     ("case", "wrong", "where"),
     [
         ("gemma", {"norm": "rms"}, "the residual stream after layer 0"),
         ("olmo", {"norm": "rms"}, "the residual stream after layer 0"),
-        ("phi3", {"v_rows": None}, "the residual stream after layer [01]"),
+        ("phi3", {"v_rows": first_rows}, "the residual stream after layer [01]"),
         ("opt", {"positions": None}, "the residual stream after layer 0"),
-        ("granite", {"down": "self_attn.o_proj"}, "the residual stream after layer [01]"),
+        ("granite", {"o": "self_attn.q_proj"}, "the residual stream after layer [01]"),
     ],
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -254,6 +260,20 @@ def test_a_wrong_entry_is_found_on_the_model_itself(
         ValueError, match=rf"{where} must stay within 0\.0(01|3) .* got [0-9.]+: {name} is not what"
     ):
         perplexity.evaluate(spec, Store(tmp_path / "s"))
+
+
+@pytest.mark.parametrize(
+    ("case", "wrong"), [("phi3", {"v_rows": None}), ("granite", {"down": "self_attn.o_proj"})]
+)
+def test_a_wrong_entry_of_another_shape_is_refused_before_a_model_is_built(
+    case, wrong, tmp_path, monkeypatch
+):
+    folder, name = folder_of(case, tmp_path / "m"), type(random_model(case)).__name__
+    monkeypatch.setitem(families.FAMILIES, name, dataclasses.replace(families.FAMILIES[name], **wrong))
+    with pytest.raises(
+        ValueError, match=r"config\.json must be as in the weights, \d+; got \d+: model\.layers\.0"
+    ):
+        load(folder)
 
 
 @pytest.mark.parametrize("memory", ["", "0"])
