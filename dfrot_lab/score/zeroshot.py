@@ -18,6 +18,7 @@ from dfrot_lab.disk.artefacts import Store, Writer
 from dfrot_lab.model import door, loading, stream
 from dfrot_lab.model.checkpoint import HEAD
 from dfrot_lab.model.loading import LoadedModel
+from dfrot_lab.model.public import public
 from dfrot_lab.recipe import keys
 from dfrot_lab.recipe.specs import ModelSpec, Recipe
 from dfrot_lab.score import build
@@ -72,7 +73,7 @@ def table(name: str, spec: Recipe | None, model: ModelSpec, limit: int | None, s
                     writer.save_json(task, _score(loaded, task, path, limit))
 
     artefact = store.get_or_make(KIND, inputs, make)
-    about = {"model": model.source, "device": model.device}
+    about = {"model": public(model).source, "device": model.device}
     about |= {"bits": spec.bits, "rotation": spec.rotation.name} if spec else {}
     lines = [{"row": name, "task": task, **line, **about} for task in tasks for line in artefact.json(task)]
     return pd.DataFrame([*lines, *_averages(lines)])
