@@ -200,6 +200,21 @@ def test_two_blocks_are_two_separate_windows(tmp_path: Path, store: Store):
         capture(spec_of(model, text, 3000), store)
 
 
+@pytest.mark.parametrize(
+    "places",
+    [[], [0], [63, 64, 65, 255], [64, 128, 192], list(range(256))],
+    ids=["none", "first", "edges", "starts", "all"],
+)
+def test_chosen_rows_are_those_of_all_sites(
+    tiny_spec: ModelSpec, text_file: Path, store: Store, places: list[int]
+):
+    spec = CaptureSpec(model=tiny_spec, corpus=CorpusSpec(name=str(text_file)), tokens=64)
+    found = capture(spec, store)
+    assert len(found.sites) == 4
+    chosen = torch.tensor(places, dtype=torch.int64)
+    assert torch.equal(found.all_rows(chosen), found.all_rows()[chosen])
+
+
 @pytest.mark.parametrize("skip", [1, 2])
 def test_skip_records_a_later_window(tiny_spec: ModelSpec, text_file: Path, store: Store, skip: int):
     spec = spec_of(tiny_spec, text_file, 100)

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -631,10 +632,14 @@ def test_refined_goes_on_after_kill_9(lively, text_file, store, tmp_path, caplog
 # ---- a sample of the rows
 
 
+def places_of(x: Tensor) -> Callable[[Tensor | None], Tensor]:
+    return lambda places: x if places is None else x[places]
+
+
 @pytest.mark.parametrize("count", [1, 7, 50, 400])
 def test_a_sample_is_that_many_of_the_rows_in_their_order(count):
     x, mask = planted()
-    rows, chosen = module.sample_rows(x, mask, RefineSpec(rows=count))
+    rows, chosen = module.sample_rows(places_of(x), mask, RefineSpec(rows=count))
     assert rows.shape == (count, x.shape[1]) and chosen.shape == (count,)
     places = [int((x == row).all(1).nonzero().item()) for row in rows]  # every row of x occurs once
     assert places == sorted(set(places))
@@ -646,23 +651,25 @@ def test_a_sample_is_that_many_of_the_rows_in_their_order(count):
 def test_a_sample_depends_on_the_seed_of_the_start_alone():
     x, mask = planted()
     torch.manual_seed(5)
-    first, _ = module.sample_rows(x, mask, RefineSpec(rows=50, init=RotationSpec(seed=3)))
+    first, _ = module.sample_rows(places_of(x), mask, RefineSpec(rows=50, init=RotationSpec(seed=3)))
     torch.manual_seed(6)
-    same, _ = module.sample_rows(x, mask, RefineSpec(rows=50, init=RotationSpec(kind="RO", seed=3), gamma=5))
-    other, _ = module.sample_rows(x, mask, RefineSpec(rows=50, init=RotationSpec(seed=4)))
+    same, _ = module.sample_rows(
+        places_of(x), mask, RefineSpec(rows=50, init=RotationSpec(kind="RO", seed=3), gamma=5)
+    )
+    other, _ = module.sample_rows(places_of(x), mask, RefineSpec(rows=50, init=RotationSpec(seed=4)))
     assert torch.equal(first, same) and not torch.equal(first, other)
 
 
 def test_without_a_number_all_rows_are_taken():
     x, mask = planted()
-    rows, chosen = module.sample_rows(x, mask, RefineSpec())
+    rows, chosen = module.sample_rows(places_of(x), mask, RefineSpec())
     assert rows is x and chosen is mask
 
 
 def test_refined_on_a_sample_is_the_refinement_of_that_sample(lively, text_file, store):
     spec = spec_of(lively, text_file, steps=5, rows=100)
     recorded = capture(spec.capture, store)
-    rows, mask = module.sample_rows(recorded.all_rows(), massive.find(recorded, spec.rule).flatten(), spec)
+    rows, mask = module.sample_rows(recorded.all_rows, massive.find(recorded, spec.rule).flatten(), spec)
     found = refined(spec, store)
     assert_same_refinement(found, refine(rows, spec, mask))
     assert rotations.distance(found.R, refined(spec.with_(rows=None), store).R) > 0.01

@@ -182,9 +182,12 @@ class Refinement(Explorer):
         self.controls["site"].options = self.recorded.sites
         self.state.site = self.recorded.sites[len(self.recorded.sites) // 2]
 
+    def _chosen(self, places: Tensor | None) -> Tensor:
+        return self._rows() if places is None else self._rows()[places]
+
     def _refine(self, job: Job, spec: specs.RefineSpec) -> None:
         """The refinement, paused and cancelled at its steps; rows are chosen as `dfrot.refined` does."""
-        rows, mask = dfrot.sample_rows(self._rows(), massive.find(self.recorded, spec.rule).flatten(), spec)
+        rows, mask = dfrot.sample_rows(self._chosen, massive.find(self.recorded, spec.rule).flatten(), spec)
         start = rotations.make(spec.init, rows.shape[1])
         some, heavy = watched(rows, mask)
         weights = steps.row_weights(heavy, spec.gamma)

@@ -50,9 +50,14 @@ class Capture:
             raise KeyError(f"no site {site!r} in this capture; it has {self.sites[0]} .. {self.sites[-1]}")
         return self.sites.index(site)
 
-    def all_rows(self) -> Tensor:
-        """Every site's rows below one another (sites * tokens, channels), float32: what R1 is refined on."""
-        return torch.cat([self.rows(site).float() for site in self.sites])
+    def all_rows(self, chosen: Tensor | None = None) -> Tensor:
+        """Every site's rows below one another (sites * tokens, channels), float32: what R1 is refined on.
+        With `chosen` (rows,), in rising order, those at these places alone, which is all the memory taken."""
+        if chosen is None:
+            return torch.cat([self.rows(site).float() for site in self.sites])
+        ends = torch.arange(1, len(self.sites)) * self.tokens
+        parts = zip(self.sites, chosen.tensor_split(torch.searchsorted(chosen, ends)), strict=True)
+        return torch.cat([self.rows(site)[own % self.tokens].float() for site, own in parts])
 
 
 def capture(spec: CaptureSpec | None = None, store: Store | None = None) -> Capture:

@@ -4,6 +4,7 @@
 import logging
 import math
 import time
+from collections.abc import Callable
 
 import pandas as pd
 import torch
@@ -50,7 +51,7 @@ def refined(spec: RefineSpec, store: Store | None = None, checkpoint: Watch | No
 
     def make(writer: Writer) -> None:
         massive.warn(recorded, spec.rule)
-        rows, mask = sample_rows(recorded.all_rows(), massive.find(recorded, spec.rule).flatten(), spec)
+        rows, mask = sample_rows(recorded.all_rows, massive.find(recorded, spec.rule).flatten(), spec)
         log.info("refining on %d rows, %d of them massive (%s)", len(rows), int(mask.sum()), spec.rule)
         started = time.perf_counter()
 
@@ -75,15 +76,18 @@ def _result(artefact: Artefact) -> Refined:
     return Refined(artefact.tensors("R1")["R1"], history, seconds)
 
 
-def sample_rows(rows: Tensor, mask: Tensor, spec: RefineSpec) -> tuple[Tensor, Tensor]:
-    """The rows to refine on and their mask: all, or as many as the spec says, drawn with its start's seed."""
+def sample_rows(
+    rows: Callable[[Tensor | None], Tensor], mask: Tensor, spec: RefineSpec
+) -> tuple[Tensor, Tensor]:
+    """The rows to refine on and their mask: all, or as many as the spec says, drawn with its start's seed.
+    `rows` gives those at some places in rising order, or with None all, as `Capture.all_rows`."""
     if spec.rows is None:
-        return rows, mask
-    most = f"at most the {len(rows)} rows of the capture"
-    require("RefineSpec.rows", spec.rows, spec.rows <= len(rows), most)
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(spec.init.seed))
+        return rows(None), mask
+    most = f"at most the {len(mask)} rows of the capture"
+    require("RefineSpec.rows", spec.rows, spec.rows <= len(mask), most)
+    order = torch.randperm(len(mask), generator=torch.Generator().manual_seed(spec.init.seed))
     chosen = order[: spec.rows].sort().values
-    return rows[chosen], mask[chosen]
+    return rows(chosen), mask[chosen]
 
 
 def _save_state(writer: Writer, state: State) -> None:
