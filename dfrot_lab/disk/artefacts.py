@@ -12,6 +12,7 @@ import json
 import logging
 import platform
 import re
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -90,6 +91,27 @@ class Artefact:
                 _open_or_set_aside(self.path)
             raise CorruptArtefact(f"{path} {fault}; run the same command again to recompute it")
         return path
+
+
+Asked = Callable[[], Mapping[str, Any]]
+Inputs = Mapping[str, Any] | Asked
+
+
+class Changed(ValueError):
+    """Files were changed while they were used: what was read is of nobody knows which."""
+
+
+def still(inputs: Asked) -> Asked:
+    """`inputs`, that are hashes of files, asked for now; whoever asks again gets the same, or Changed."""
+    first = inputs()
+
+    def again() -> Mapping[str, Any]:
+        if inputs() != first:
+            said = "a model's files, a text or a rotation were changed while they were used"
+            raise Changed(f"{said}: nothing made from them was kept, run the same command again")
+        return first
+
+    return again
 
 
 class Writer(Artefact):
@@ -191,10 +213,12 @@ class Store:
     def __init__(self, root: Path | None = None) -> None:
         self.root = cache_dir() / "store" if root is None else Path(root)
 
-    def get_or_make(self, kind: str, inputs: Mapping[str, Any], make: Callable[[Writer], None]) -> Artefact:
+    def get_or_make(self, kind: str, inputs: Inputs, make: Callable[[Writer], None]) -> Artefact:
         """The artefact of `inputs` (plain JSON values): opened if it is stored, else made by `make`, once: a
-        second process waits, then opens. What a killed `make` finished stays for the next call. OSError."""
-        folder, content = self._place(kind, inputs)
+        second process waits, then opens. What a killed `make` finished stays for the next call. OSError. As a
+        function `inputs` are asked for again once it is made: as `still` says. ValueError."""
+        ask = still(inputs) if callable(inputs) else lambda: inputs
+        folder, content = self._place(kind, ask())
         if (found := _open_or_set_aside(folder)) is not None:
             return found
         make_folder(folder.parent, to_write=True)
@@ -203,7 +227,12 @@ class Store:
                 _open(folder, sizes_only=False)
             else:
                 writer = Writer(folder.with_name(f"{folder.name}.partial"), content)
-                make(writer)
+                try:
+                    make(writer)
+                    ask()
+                except Changed:
+                    shutil.rmtree(writer.path)
+                    raise
                 writer._write_manifest()
                 writer.path.replace(folder)
             return Artefact(folder, read_manifest(folder, folder.name))

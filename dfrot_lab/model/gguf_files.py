@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dfrot_lab.disk.artefacts import MANIFEST, Store, Writer
+from dfrot_lab.disk.artefacts import MANIFEST, Changed, Store, Writer
 from dfrot_lab.disk.atomic import digest
 from dfrot_lab.model import gguf_config
 from dfrot_lab.model.checkpoint import check_finite
@@ -202,6 +202,8 @@ def folder(find: Callable[[], Path], key: str, store: Store) -> tuple[Path, str]
             for made in Path(scratch).glob("*.json"):
                 writer.save_json(made.stem, json.loads(made.read_text()))
         writer.note["provenance"] = f"dequantised {header.kinds} of {path.name}"
+        if key_of(path) != key:
+            raise Changed(f"{path} was changed while it was read: run the same command again")
 
     artefact = store.get_or_make("model", {"gguf": key}, convert)
     if strange := {file.name for file in artefact.path.iterdir()} - {*artefact.manifest["files"], MANIFEST}:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from dfrot_lab.disk import downloads
-from dfrot_lab.disk.artefacts import Store
+from dfrot_lab.disk.artefacts import Changed, Store
 from dfrot_lab.model import files, folder, gguf_files
 from dfrot_lab.model.checkpoint import Checkpoint, check_finite, memory
 from dfrot_lab.model.experts import unfuse
@@ -234,6 +234,8 @@ def load_model(
     tokenizer = folder.tokenizer_of(str(place), config.vocab_size, key)
     model = folder.model_of(config, spec.dtype, place, keeps=keeps)
     model = model.to(spec.device) if keeps else model
+    for weight in model.parameters() if keeps else ():
+        weight.data = weight.data.clone()  # else the file's own pages, which change with the file
     if keeps and name not in _finite:
         check_finite(spec.source, model.named_parameters())
         _finite.add(name)
@@ -244,5 +246,5 @@ def load_model(
     for layer in model.get_submodule(roles.layers):
         unfuse(layer, roles)
     if key != _bytes_key(spec):
-        raise ValueError(f"{spec.source} was changed while it was read: run the same command again")
+        raise Changed(f"{spec.source} was changed while it was read: run the same command again")
     return LoadedModel(model, tokenizer, roles, spec, name, provenance, checkpoint)

@@ -83,7 +83,7 @@ def capture(spec: CaptureSpec | None = None, store: Store | None = None) -> Capt
         seconds = time.perf_counter() - started
         writer.note.update(provenance=ready.provenance, family=ready.family, forward_seconds=seconds)
 
-    return Capture(store.get_or_make("capture", keys.identity(spec, door.prints) | HOLDS, make))
+    return Capture(store.get_or_make("capture", lambda: keys.identity(spec, door.prints) | HOLDS, make))
 
 
 def stored(spec: CaptureSpec, store: Store) -> Capture | None:

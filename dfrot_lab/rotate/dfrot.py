@@ -67,7 +67,7 @@ def refined(spec: RefineSpec, store: Store | None = None, checkpoint: Watch | No
         writer.note.update(seconds=time.perf_counter() - started)
         writer.drop("state")
 
-    return _result(store.get_or_make(KIND, keys.identity(spec, door.prints), make))
+    return _result(store.get_or_make(KIND, lambda: keys.identity(spec, door.prints), make))
 
 
 def _result(artefact: Artefact) -> Refined:

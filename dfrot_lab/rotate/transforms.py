@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -62,7 +62,9 @@ class Context:
         def make(writer: Writer) -> None:
             writer.save_tensors("squares", _squared_gradients(self.model, self.text(spec)))
 
-        inputs = {"of": keys.identity(self._own(spec), door.prints)}
+        def inputs() -> dict[str, Any]:
+            return {"of": keys.identity(self._own(spec), door.prints)}
+
         return self.store.get_or_make("sensitivity", inputs, make).tensors("squares")
 
 

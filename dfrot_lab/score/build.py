@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dfrot_lab.disk.artefacts import Store
+from dfrot_lab.disk.artefacts import Store, still
 from dfrot_lab.maths.quantizers import fake_quantize, squared_error
 from dfrot_lab.model import corpus, door, hooks, integer, loading, surgery
 from dfrot_lab.model.loading import LoadedModel
@@ -44,6 +44,7 @@ def build(recipe: Recipe, store: Store, on_part: OnPart = nothing, *, whole: boo
     """Load, untie, fuse norms, fit and fuse the transforms, quantize the weights: the model of `recipe`.
     ValueError: `whole` (all layers at once, as generating needs), and it does not fit into memory."""
     recipe = door.resolved(recipe).canonical()
+    key = still(lambda: keys.weights(recipe, door.prints))
     loaded = loading.load_model(recipe.model, store, whole=whole)
     ids = windows(recipe, loaded)  # before minutes of work on weights: is there so much text? does it fit?
     proof = Proof(loaded, ids[:1, :TOKENS])
@@ -59,8 +60,9 @@ def build(recipe: Recipe, store: Store, on_part: OnPart = nothing, *, whole: boo
     blocks = recipe.blocks
     with surgery.online(loaded, r3=made.r3, r4=made.r4, blocks=blocks):
         proof.check(None if loaded.roles.online else made.R1)
-    key, of = keys.weights(recipe, door.prints), recipe.weights
-    codes = run.quantize_weights(loaded, of, key, store, r4=made.r4, blocks=blocks, on_part=on_part)
+    codes = run.quantize_weights(
+        loaded, recipe.weights, key, store, r4=made.r4, blocks=blocks, on_part=on_part
+    )
     R = None if made.R1 is None else made.R1.to(loaded.device, next(loaded.model.parameters()).dtype)
     return Built(loaded, made, R, codes)
 

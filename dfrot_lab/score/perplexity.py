@@ -127,7 +127,7 @@ def evaluate(
         writer.save_json("recipe", spec.plain())
         writer.note.update(provenance=loaded.provenance, family=loaded.family, scoring_seconds=seconds)
 
-    return _result(spec, store.get_or_make(KIND, keys.evaluation(spec, door.prints), make))
+    return _result(spec, store.get_or_make(KIND, lambda: keys.evaluation(spec, door.prints), make))
 
 
 def stored(spec: Recipe, store: Store) -> EvalResult | None:

@@ -56,8 +56,10 @@ def table(name: str, spec: Recipe | None, model: ModelSpec, limit: int | None, s
         absent = ", ".join(task for task in TASKS if task not in local)
         log.info("tasks without a file in $DFROT_LAB_DATA/zero_shot are left out: %s", absent)
     tasks: dict[str, Path | None] = {**local} or dict.fromkeys(TASKS)
-    digests = {task: door.prints(str(path)) if path else "hub" for task, path in tasks.items()}
-    inputs = keys.tasks(recipe or model, door.prints, digests, limit, metadata.version("lm-eval"))
+
+    def inputs() -> Any:
+        digests = {task: door.prints(str(path)) if path else "hub" for task, path in tasks.items()}
+        return keys.tasks(recipe or model, door.prints, digests, limit, metadata.version("lm-eval"))
 
     def make(writer: Writer) -> None:
         with ExitStack() as stack:

@@ -143,5 +143,7 @@ def site_losses(recipe: Recipe, store: Store) -> Artefact:
                     walk = Walk(built.loaded, ids.split(1), name=kind, writer=writer)
                     writer.save_json(kind, perplexity.window_losses(walk))
 
-    inputs = keys.evaluation(recipe, door.prints) | {"each alone": SITES}
+    def inputs() -> dict[str, Any]:
+        return keys.evaluation(recipe, door.prints) | {"each alone": SITES}
+
     return store.get_or_make("site-losses", inputs, make)

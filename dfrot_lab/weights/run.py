@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from dfrot_lab.disk.artefacts import Artefact, Store, Writer
+from dfrot_lab.disk.artefacts import Artefact, Inputs, Store, Writer
 from dfrot_lab.maths.quantizers import Quantized, dequantize
 from dfrot_lab.model import corpus, hooks, loading, stream, surgery
 from dfrot_lab.model.experts import widths
@@ -54,7 +54,7 @@ class Codes(Sequence[LayerCodes]):
 
 
 def quantize_weights(
-    loaded: LoadedModel, spec: WeightSpec, key: Mapping[str, Any], store: Store, *,
+    loaded: LoadedModel, spec: WeightSpec, key: Inputs, store: Store, *,
     r4: bool = True, blocks: surgery.Blocks = (None, None), on_part: OnPart = nothing,
 ) -> Sequence[LayerCodes]:  # fmt: skip
     """Put quantized weights into every linear of `loaded` (rotated as wanted; `r4`: down_proj gets R4 of
