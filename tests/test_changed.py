@@ -10,7 +10,8 @@ import torch
 from conftest import save_tiny, tiny_model
 from gguf_writer import write_gguf
 
-from dfrot_lab.disk.artefacts import Store, still
+from dfrot_lab.disk.artefacts import Store
+from dfrot_lab.disk.atomic import still
 from dfrot_lab.model import checkpoint, gguf_files
 from dfrot_lab.model.loading import load_model
 from dfrot_lab.recipe.specs import CorpusSpec, ModelSpec, Recipe, recipe_of

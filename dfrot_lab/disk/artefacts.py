@@ -24,12 +24,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dfrot_lab.disk.atomic import (
+    Changed,
+    Inputs,
     cache_dir,
     digest,
     locked,
     make_folder,
     replacing,
     require_room,
+    still,
     told,
 )  # fmt: skip
 from dfrot_lab.recipe.base import content_key, require
@@ -91,27 +94,6 @@ class Artefact:
                 _open_or_set_aside(self.path)
             raise CorruptArtefact(f"{path} {fault}; run the same command again to recompute it")
         return path
-
-
-Asked = Callable[[], Mapping[str, Any]]
-Inputs = Mapping[str, Any] | Asked
-
-
-class Changed(ValueError):
-    """Files were changed while they were used: what was read is of nobody knows which."""
-
-
-def still(inputs: Asked) -> Asked:
-    """`inputs`, that are hashes of files, asked for now; whoever asks again gets the same, or Changed."""
-    first = inputs()
-
-    def again() -> Mapping[str, Any]:
-        if inputs() != first:
-            said = "a model's files, a text or a rotation were changed while they were used"
-            raise Changed(f"{said}: nothing made from them was kept, run the same command again")
-        return first
-
-    return again
 
 
 class Writer(Artefact):

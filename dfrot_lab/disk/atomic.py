@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,8 @@ PATIENCE = 2  # seconds to wait for a lock before saying so
 _known: dict[str, list[Any]] = {}
 _read_here: dict[str, list[Any]] = {}  # what of it this process has read
 log = logging.getLogger(__name__)
+Asked = Callable[[], Mapping[str, Any]]
+Inputs = Mapping[str, Any] | Asked  # what an artefact is named by, or what says so anew
 
 
 @contextmanager
@@ -169,3 +171,20 @@ def _remembered() -> dict[str, list[Any]]:
         entries = json.loads((cache_dir() / "digests.json").read_bytes())
         return {name: entry for name, entry in entries.items() if isinstance(entry, list)}
     return {}
+
+
+class Changed(ValueError):
+    """Files were changed while they were used: what was read is of nobody knows which."""
+
+
+def still(inputs: Asked) -> Asked:
+    """`inputs`, that are hashes of files, asked for now; whoever asks again gets the same, or Changed."""
+    first = inputs()
+
+    def again() -> Mapping[str, Any]:
+        if inputs() != first:
+            said = "a model's files, a text or a rotation were changed while they were used"
+            raise Changed(f"{said}: nothing made from them was kept, run the same command again")
+        return first
+
+    return again

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dfrot_lab.disk.artefacts import MANIFEST, Changed, Store, Writer
-from dfrot_lab.disk.atomic import digest
+from dfrot_lab.disk.artefacts import MANIFEST, Store, Writer
+from dfrot_lab.disk.atomic import Changed, digest
 from dfrot_lab.model import gguf_config
 from dfrot_lab.model.checkpoint import check_finite
 from dfrot_lab.model.families import attention

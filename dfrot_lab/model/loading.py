@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from dfrot_lab.disk import downloads
-from dfrot_lab.disk.artefacts import Changed, Store
+from dfrot_lab.disk.artefacts import Store
+from dfrot_lab.disk.atomic import Changed
 from dfrot_lab.model import files, folder, gguf_files
 from dfrot_lab.model.checkpoint import Checkpoint, check_finite, memory
 from dfrot_lab.model.experts import unfuse

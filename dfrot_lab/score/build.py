@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dfrot_lab.disk.artefacts import Store, still
+from dfrot_lab.disk.artefacts import Store
+from dfrot_lab.disk.atomic import still
 from dfrot_lab.maths.quantizers import fake_quantize, squared_error
 from dfrot_lab.model import corpus, door, hooks, integer, loading, surgery
 from dfrot_lab.model.loading import LoadedModel

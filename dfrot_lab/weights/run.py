@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from dfrot_lab.disk.artefacts import Artefact, Inputs, Store, Writer
+from dfrot_lab.disk.artefacts import Artefact, Store, Writer
+from dfrot_lab.disk.atomic import Inputs
 from dfrot_lab.maths.quantizers import Quantized, dequantize
 from dfrot_lab.model import corpus, hooks, loading, stream, surgery
 from dfrot_lab.model.experts import widths
