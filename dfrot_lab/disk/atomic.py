@@ -43,6 +43,7 @@ def replacing(path: Path, wanted: int | None = None) -> Iterator[Path]:
                     if time.time() - left.stat().st_mtime > 3600:
                         left.unlink()
             require_room(path.parent, wanted or 0)
+            temp.unlink(missing_ok=True)  # were it a link, what it leads to would be written
             yield temp
             temp.replace(path)  # no fsync: what a power cut garbles fails its checksum and is made again
         except BaseException:
@@ -81,6 +82,8 @@ def locked(path: Path, wait: float = -1) -> Iterator[None]:
     OSError, at once: no lock can be made there, where FileLock alone would try for ever."""
     lock = FileLock(path)
     try:
+        if path.is_symlink() or is_odd(path):
+            raise OSError(errno.EEXIST, "a link, a pipe or a device has its name: take that away")
         path.open("ab").close()
         lock.acquire(timeout=PATIENCE if wait < 0 else wait)
     except Timeout:
@@ -95,6 +98,11 @@ def locked(path: Path, wait: float = -1) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def is_odd(path: Path) -> bool:
+    """Whether a pipe or a device is there, or a link to one: it may have no end, or none to wait for."""
+    return path.exists() and not (path.is_file() or path.is_dir())
 
 
 def write_text(path: Path, text: str) -> None:
