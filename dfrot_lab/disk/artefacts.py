@@ -23,16 +23,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dfrot_lab.disk.atomic import (
-    cache_dir,
-    digest,
-    is_odd,
-    locked,
-    make_folder,
-    replacing,
-    require_room,
-    told,
-)  # fmt: skip
+from dfrot_lab.disk.atomic import cache_dir, digest, locked, make_folder, replacing, require_room, told
 from dfrot_lab.recipe.base import content_key, require
 from dfrot_lab.recipe.keys import FORMULAS
 
@@ -101,7 +92,7 @@ class Writer(Artefact):
         super().__init__(path, {**content, "key": path.stem, "files": {}})
         self.note: dict[str, Any] = {}
         self._start = time.monotonic()
-        if path.is_symlink() or (path.exists() and not path.is_dir()):
+        if path.is_symlink() or (os.path.lexists(path) and not path.is_dir()):
             set_aside(path, f"{path} is a link or a file, not a folder of this store")
         path.mkdir(exist_ok=True)
         if (path / MANIFEST).exists():
@@ -275,19 +266,11 @@ def set_aside(folder: Path, why: str) -> Path:
 def read_manifest(folder: Path, key: str) -> dict[str, Any]:
     """The manifest as it was written to the bit, for this key. CorruptArtefact."""
     try:
-        require(MANIFEST, "a pipe or a device", not is_odd(folder / MANIFEST), "a file")
+        require("it", "none, a folder or a pipe", (folder / MANIFEST).is_file(), "a file")
         manifest = json.loads((folder / MANIFEST).read_bytes())
         if manifest.pop("check") != content_key(manifest) or manifest["key"] != key:
             raise ValueError("it does not match its checksum or its folder")
-    except (
-        ValueError,
-        KeyError,
-        AttributeError,
-        TypeError,
-        RecursionError,
-        FileNotFoundError,
-        IsADirectoryError,
-    ) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError, FileNotFoundError) as error:
         raise CorruptArtefact(f"{folder / MANIFEST} cannot be used: {error!r}") from error
     return manifest
 

@@ -82,8 +82,8 @@ def locked(path: Path, wait: float = -1) -> Iterator[None]:
     OSError, at once: no lock can be made there, where FileLock alone would try for ever."""
     lock = FileLock(path)
     try:
-        if path.is_symlink() or is_odd(path):
-            raise OSError(errno.EEXIST, "a link, a pipe or a device has its name: take that away")
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            raise OSError(errno.EEXIST, "a link or a folder, no file, has its name: take that away")
         path.open("ab").close()
         lock.acquire(timeout=PATIENCE if wait < 0 else wait)
     except Timeout:
