@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from dfrot_lab.recipe import registry, specs
-from dfrot_lab.recipe.base import strict_json
+from dfrot_lab.recipe.base import require_file, strict_json
 
 log = logging.getLogger("dfrot_lab")
 
@@ -94,6 +94,7 @@ class Options:
         path = self.out or Path(default)
         if path.is_dir():
             raise ValueError(f"--out must be a file; {path} is a folder. Say for example {path / default}")
+        require_file("--out", path, or_none=True)
         if endings and path.suffix not in endings:
             raise ValueError(f"--out must be a file ending in {' or '.join(endings)}; got {path}")
         place = next(folder for folder in path.absolute().parents if folder.exists())

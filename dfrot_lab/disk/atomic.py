@@ -20,6 +20,8 @@ from filelock import FileLock, Timeout
 from platformdirs import user_cache_path
 from tqdm.auto import tqdm
 
+from dfrot_lab.recipe.base import require_file
+
 ALGORITHMS: dict[str, Any] = {"xxh3_128": xxhash.xxh3_128, "sha256": hashlib.sha256}
 LARGE = 1 << 30  # bytes above which reading a file takes long enough to show a bar
 SETTLED = 2_000_000_000  # ns: a file changed more recently may change again under the same time
@@ -100,11 +102,6 @@ def locked(path: Path, wait: float = -1) -> Iterator[None]:
         lock.release()
 
 
-def is_odd(path: Path) -> bool:
-    """Whether a pipe or a device is there, or a link to one: it may have no end, or none to wait for."""
-    return path.exists() and not (path.is_file() or path.is_dir())
-
-
 def write_text(path: Path, text: str) -> None:
     """Put `text` into `path`, whole or not at all: until it is complete, what was there stays. OSError."""
     with replacing(path) as temporary:
@@ -134,6 +131,7 @@ def digest(path: Path | str, algorithm: str = "xxh3_128", *, here: bool = False)
     """Hex digest of a file's bytes by one of ALGORITHMS; an unchanged file costs a look at its entry. `here`:
     what this process has not read itself is read, whatever others found in it."""
     path = Path(path).resolve()
+    require_file("what is read", path, or_none=True)
     name, stamp = f"{algorithm}:{path}", _stamp(path)
     settled = time.time_ns() - max(stamp[1:3]) > SETTLED
     if settled and not here and _known.get(name, [])[:-1] != stamp:
@@ -173,7 +171,8 @@ def read(path: Path, size: int, algorithm: str = "xxh3_128", seen: Callable[[int
 
 def _remembered() -> dict[str, list[Any]]:
     """The entries of all processes; none where the memory is missing, damaged or out of reach."""
-    with suppress(OSError, ValueError, AttributeError):
-        entries = json.loads((cache_dir() / "digests.json").read_bytes())
+    with suppress(OSError, ValueError, AttributeError, RecursionError):
+        require_file("the memory", memory := cache_dir() / "digests.json")
+        entries = json.loads(memory.read_bytes())
         return {name: entry for name, entry in entries.items() if isinstance(entry, list)}
     return {}
