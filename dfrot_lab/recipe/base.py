@@ -83,6 +83,7 @@ class Spec(BaseModel):
             return f"{cls.__name__} has no field {name!r}; it has {', '.join(cls.model_fields)}"
         kinds = [kind.__name__ for kind in cls._kinds(name) if kind is not type(None)]
         rule = cls.model_fields[name].description or f"a {' or '.join(kinds)}"
+        rule = "text in UTF-8: rename what it names" if first["type"] == "string_unicode" else rule
         return f"{cls.__name__}.{name} must be {rule}; got {first['input']!r}"
 
     @classmethod
