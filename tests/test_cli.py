@@ -389,6 +389,21 @@ def test_what_is_no_regular_file_is_neither_read_nor_written(bench, tmp_path, wo
     assert {path.name for path in (tmp_path / "cache" / "store").glob("*")} <= {"shape"}, "before any work"
 
 
+@pytest.mark.skipif(os.name != "posix", reason="elsewhere no folder goes that is in use")
+@pytest.mark.parametrize("words", [["doctor"], ["cache", "list"]])
+def test_a_current_folder_that_is_gone_is_one_line(tmp_path, words):
+    (gone := tmp_path / "gone").mkdir()
+    script = "import os, sys; from dfrot_lab.cli.app import app; os.rmdir(os.getcwd()); app(sys.argv[1:])"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(
+        [sys.executable, "-c", script, *words], cwd=gone, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(
+        "Error: [Errno 2] the current folder is not there any more: cd to one that is"
+    )
+
+
 def test_a_recipe_as_long_as_a_book_is_not_read(tmp_path):
     (tmp_path / "r.yaml").touch()
     os.truncate(tmp_path / "r.yaml", 1 << 33)

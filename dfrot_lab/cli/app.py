@@ -28,6 +28,10 @@ app.add_typer(cache.group, name="cache")
 @app.callback()
 def _setup(verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log more.")] = False) -> None:
     """See, prove and use what rotation does to 4-bit language models (DFRot, arXiv 2412.00648)."""
+    try:
+        Path.cwd()
+    except OSError as error:  # torch would end the process
+        raise OSError(error.errno, "the current folder is not there any more: cd to one that is") from None
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     log.setLevel(logging.DEBUG if verbose else logging.INFO)
     keep_freed_memory()
