@@ -188,6 +188,62 @@ def test_a_partial_that_was_pruned_is_begun_again_and_a_kept_one_goes_on(store: 
     assert store.get_or_make("capture", {"model": OWN, "tokens": 9}, resumed).names == ["table", "x"]
 
 
+@posix
+def test_prune_of_a_link_removes_the_link_and_says_so(store: Store, tmp_path: Path) -> None:
+    folder = store.list()[0].path
+    folder.rename(moved := tmp_path / "moved")
+    folder.symlink_to(moved)
+    old = folder.with_name(f"{folder.name}.corrupt-0")
+    old.symlink_to(moved)  # of a prune that failed at it
+    held = {path.name: path.read_bytes() for path in moved.iterdir()}
+    assert json.loads(said("verify", "--json"))["checked"] == 2
+    out = said("prune", "--kind", "capture", "--yes")
+    assert "artefact, a link" in out and "links among them, whose folders stay where they are: 2" in out
+    assert not folder.is_symlink() and not old.is_symlink()
+    assert {path.name: path.read_bytes() for path in moved.iterdir()} == held
+    said("prune")
+
+
+@posix
+def test_a_link_to_nothing_is_damage_that_all_tools_show(store: Store) -> None:
+    folder = next(found.path for found in store.list() if found.kind == "evaluation")
+    (folder / "table.json").unlink()
+    (folder / "table.json").symlink_to("nowhere")
+    assert "table.json is missing" in said("verify", code=1) and "evaluation" in said("list")
+    assert json.loads(said("show", folder.name, "--json"))["kind"] == "evaluation"
+    folder.rename(folder.with_name("moved"))
+    folder.symlink_to("nothing")
+    assert "manifest.json is missing" in said("verify", code=1)
+    assert ("evaluation", "of no model", "artefact, damaged, a link") in rows("list")
+    assert "set aside" in said("verify", "--repair", code=1)
+    said("prune")
+    assert not folder.parent.joinpath(f"{folder.name}.corrupt-1").is_symlink()
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", '{"model": "x"}', '{"model": {"source": 5}}', '{"spec": "x"}', "5", "[" * 100_000, "{"]
+)
+@pytest.mark.parametrize("name", ["recipe", "about"])
+def test_a_damaged_recipe_costs_a_name_alone(store: Store, name: str, text: str) -> None:
+    kind = {"recipe": "evaluation", "about": "capture"}[name]
+    store.get_or_make(kind, {"model": "e" * 32}, lambda writer: writer.save_json(name, {"model": {}}))
+    for path in store.root.glob(f"{kind}/*/{name}.json"):
+        path.write_text(text)
+    assert (kind, "e" * 12, "artefact") in rows("list")
+    assert "removed: nothing: a dry run" in said("prune", "--dry-run")
+
+
+@posix
+def test_what_cannot_be_removed_stays_and_the_rest_goes(store: Store) -> None:
+    folder = store.list()[0].path
+    folder.rename(f"{folder}.corrupt-1")
+    lock = next(store.root.glob("evaluation/*.lock"))
+    lock.unlink()
+    lock.mkdir()
+    assert "stays: " in said("prune") and lock.is_dir()
+    assert states(store) == {"capture partial": 1, "evaluation artefact": 1, "evaluation lock": 1}
+
+
 HOLD = """
 import sys, time
 from pathlib import Path

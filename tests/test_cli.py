@@ -358,6 +358,66 @@ def test_bad_input_is_one_clear_line(bench, arguments, message):
     assert shown.stderr.rstrip().splitlines()[-1].startswith("Error: ")
 
 
+ODD = [
+    ["evaluate", "--recipe", "PIPE"],
+    ["evaluate", "--recipe", "/dev/zero"],
+    ["evaluate", "--recipe", "none.yaml"],
+    ["evaluate", "--recipe", "FOLDER"],
+    ["evaluate", "--out", "PIPE.jsonl"],
+    ["evaluate", "--out", "full.jsonl"],
+    ["evaluate", "--rotation", "PIPE"],
+    ["evaluate", "--corpus", "PIPE"],
+    ["evaluate", "--calibration", "PIPE"],
+    ["capture", "--out", "PIPE.csv"],
+    ["recipe", "--out", "PIPE"],
+    ["report", "--out", "PIPE"],
+    ["refine", "--out", "PIPE.safetensors"],
+]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes and devices as POSIX has them")
+@pytest.mark.parametrize("words", ODD, ids=" ".join)
+def test_what_is_no_regular_file_is_neither_read_nor_written(bench, tmp_path, words):
+    for name in ("PIPE", "PIPE.jsonl", "PIPE.csv", "PIPE.safetensors"):
+        os.mkfifo(name)
+    Path("full.jsonl").symlink_to("/dev/full")
+    Path("FOLDER").mkdir()
+    shown = invoke(words[0], *([] if "--recipe" in words else bench), *words[1:], code=1).stderr
+    assert (
+        shown.startswith("Error: ") and shown.count("\n") == 1 and words[2] in shown and "must be " in shown
+    )
+    assert {path.name for path in (tmp_path / "cache" / "store").glob("*")} <= {"shape"}, "before any work"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="elsewhere no folder goes that is in use")
+@pytest.mark.parametrize("words", [["doctor"], ["cache", "list"]])
+def test_a_current_folder_that_is_gone_is_one_line(tmp_path, words):
+    (gone := tmp_path / "gone").mkdir()
+    script = "import os, sys; from dfrot_lab.cli.app import app; os.rmdir(os.getcwd()); app(sys.argv[1:])"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(
+        [sys.executable, "-c", script, *words], cwd=gone, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(
+        "Error: [Errno 2] the current folder is not there any more: cd to one that is"
+    )
+
+
+def test_a_recipe_as_long_as_a_book_is_not_read(tmp_path):
+    (tmp_path / "r.yaml").touch()
+    os.truncate(tmp_path / "r.yaml", 1 << 33)
+    shown = invoke("evaluate", "--recipe", str(tmp_path / "r.yaml"), code=1).stderr
+    assert "a recipe must have at most 1,048,576 bytes; got " in shown
+
+
+def test_an_out_that_holds_something_else_is_refused_before_work_and_stays(bench, tmp_path):
+    (tmp_path / "pretty.jsonl").write_text(text := '{\n "mine": 1\n}')
+    shown = invoke("evaluate", *bench, "--windows", "1", "--out", "pretty.jsonl", code=1).stderr
+    assert "pretty.jsonl line 1 must be one JSON object" in shown and shown.count("\n") == 1
+    assert (tmp_path / "pretty.jsonl").read_text() == text and not (tmp_path / "cache" / "store").exists()
+
+
 @pytest.mark.parametrize("kind", ["size", "skewed", "garbage"])
 def test_a_wrong_rotation_file_is_refused(bench, tmp_path, kind):
     path = tmp_path / "R.safetensors"

@@ -113,6 +113,18 @@ def test_a_damaged_memory_is_an_empty_one_and_heals(
     assert json.loads(memory.read_bytes())[f"xxh3_128:{file}"][-1] == first
 
 
+@pytest.mark.skipif(os.name != "posix", reason="pipes as POSIX has them")
+def test_no_pipe_is_waited_for_as_memory_or_as_file(file: Path, memory: Path, monkeypatch):
+    memory.parent.mkdir()
+    os.mkfifo(memory)
+    before = digest(file)
+    forget_this_process(monkeypatch)
+    assert digest(file) == before and memory.is_file(), "it heals"
+    os.mkfifo(file.with_name("pipe"))
+    with pytest.raises(ValueError, match=r"must be a regular file.*; got .*pipe"):
+        digest(file.with_name("pipe"))
+
+
 def test_a_memory_that_cannot_be_written_costs_only_the_reading(file: Path, tmp_path: Path, monkeypatch):
     (tmp_path / "blocked").write_text("no folder")
     monkeypatch.setenv("DFROT_LAB_CACHE", str(tmp_path / "blocked" / "cache"))

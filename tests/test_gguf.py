@@ -342,6 +342,14 @@ def test_a_part_that_is_not_there_is_named(tmp_path: Path, store: Store):
         load_model(spec_of(files[0]), store)
 
 
+@pytest.mark.parametrize("name", ["m-00001-of-00000.gguf", "m-00004-of-00003.gguf", "m-00000-of-00003.gguf"])
+def test_a_part_beyond_their_number_is_refused(name: str, tmp_path: Path, store: Store):
+    odd = split_file(tmp_path, model_of())[0].rename(tmp_path / name)
+    for look in (lambda: load_model(spec_of(odd), store), lambda: fingerprint(spec_of(odd))):
+        with pytest.raises(ValueError, match=rf"{name} must be one of parts 1 to \d, as its name says"):
+            look()
+
+
 def test_a_part_under_another_name_is_no_whole_model(tmp_path: Path, store: Store):
     renamed = split_file(tmp_path, model_of())[0].rename(tmp_path / "first.gguf")
     rule = (

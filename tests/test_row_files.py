@@ -10,6 +10,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from dfrot_lab.disk import row_files
 from dfrot_lab.disk.row_files import append, load, replace, rows, write_table
 
 APPEND = """
@@ -120,6 +121,44 @@ def test_a_last_line_that_is_whole_but_for_its_end_is_kept(tmp_path: Path):
     path.write_text('{"row": 1}\n{"row": 2}')
     append(path, [{"row": 3}])
     assert path.read_text() == '{"row": 1}\n{"row": 2}\n{"row": 3}\n'
+
+
+PRETTY = '{\n "mine": 1\n}'
+
+
+@pytest.mark.parametrize("end", ["", "\n"])
+@pytest.mark.parametrize(
+    "text", [PRETTY, "[1, 2]", "a note", '{"row": 1}\nnotes', '[\n{"a": 1}', "5", "[" * 10**5]
+)
+def test_a_file_that_is_no_rows_is_refused_and_stays(tmp_path: Path, text: str, end: str):
+    path = tmp_path / "pretty.jsonl"
+    path.write_text(text + end)
+    for refused in (lambda: append(path, [{"row": 3}]), lambda: row_files.require_rows(path)):
+        with pytest.raises(ValueError, match=r"pretty\.jsonl line \d must be one JSON object, .*; got "):
+            refused()
+    assert path.read_text() == text + end
+
+
+@pytest.mark.parametrize("torn", ["{", '{"', '{"row": 2, "pad": "x', '{"row": {"a": 2}'])
+def test_a_line_that_a_killed_writer_cut_goes_wherever_it_was_cut(tmp_path: Path, torn: str):
+    path = tmp_path / "rows.jsonl"
+    for before in ("", '{"row": 1}\n'):
+        path.write_text(before + torn)
+        row_files.require_rows(path)
+        append(path, [{"row": 3}])
+        assert path.read_text() == before + '{"row": 3}\n'
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes and devices as POSIX has them")
+@pytest.mark.parametrize("what", ["a pipe", "a link to a device"])
+def test_only_a_regular_file_is_added_to(tmp_path: Path, what: str):
+    path = tmp_path / "rows.jsonl"
+    os.mkfifo(path) if what == "a pipe" else path.symlink_to("/dev/full")
+    for refused in (lambda: append(path, [{"row": 3}]), lambda: row_files.require_table(path)):
+        with pytest.raises(
+            ValueError, match=r"must be a regular file, or a name that is free; got .*rows\.jsonl"
+        ):
+            refused()
 
 
 def test_a_line_that_others_wrote_may_hold_any_letter(tmp_path: Path):

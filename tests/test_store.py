@@ -388,6 +388,77 @@ def test_a_damaged_partial_folder_is_used_as_far_as_it_is_good(
     assert artefact.tensors("layers.0.input_norm")["x"].sum() == 499500
 
 
+def precious(folder: Path) -> Path:
+    """A folder of the user's own, outside the store."""
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("precious")
+    (folder / "manifest.json").write_text("{}")
+    return folder
+
+
+@posix
+@pytest.mark.parametrize("end", ["", ".partial"])
+@pytest.mark.parametrize("what", ["a link", "a link to nothing", "a link to a file", "a file", "a pipe"])
+def test_what_is_no_folder_in_an_artefact_s_place_is_set_aside_and_nothing_behind_a_link_is_touched(
+    tmp_path: Path, end: str, what: str
+) -> None:
+    own, place = precious(tmp_path / "own"), tmp_path / "store" / "capture" / f"{KEY}{end}"
+    before = {path: path.read_text() for path in own.iterdir()}
+    place.parent.mkdir(parents=True)
+    if what.startswith("a link"):
+        place.symlink_to({"a link": own, "a link to a file": own / "thesis.txt"}.get(what, own / "nothing"))
+    elif what == "a pipe":
+        os.mkfifo(place)
+    else:
+        place.write_text("precious")
+    store = Store(tmp_path / "store")
+    made = store.get_or_make("capture", INPUTS, make)
+    assert (
+        made.path.is_dir() and not made.path.is_symlink() and made.names == ["layers.0.input_norm", "table"]
+    )
+    assert {path: path.read_text() for path in own.iterdir()} == before
+    (aside,) = place.parent.glob("*.corrupt-1")
+    assert aside.is_symlink() == what.startswith("a link") and not place.with_name(f"{KEY}.partial").exists()
+    assert [found.key for found in store.list()] == [KEY]
+
+
+def test_a_folder_in_one_being_made_is_refused_by_name_and_nothing_is_removed(tmp_path: Path) -> None:
+    (inside := tmp_path / "capture" / f"{KEY}.partial" / "sub").mkdir(parents=True)
+    (inside.parent / "a.txt").write_text("precious")
+    with pytest.raises(
+        ValueError, match=r"\.partial must be .* files alone; got the folder \['sub'\]: take it"
+    ):
+        Store(tmp_path).get_or_make("capture", INPUTS, make)
+    assert inside.is_dir() and (inside.parent / "a.txt").read_text() == "precious"
+
+
+@posix
+def test_a_link_where_a_temporary_file_goes_is_not_written_through(tmp_path: Path) -> None:
+    (mine := tmp_path / "mine").write_text("precious")
+    (tmp_path / f".x.json.{os.getpid()}.tmp").symlink_to(mine)
+    atomic.write_text(tmp_path / "x.json", "new")
+    assert mine.read_text() == "precious" and (tmp_path / "x.json").read_text() == "new"
+
+
+@posix
+@pytest.mark.parametrize("what", ["a link", "a pipe"])
+def test_a_lock_that_is_no_file_is_refused_at_once(tmp_path: Path, what: str) -> None:
+    (mine := tmp_path / "mine").write_text("precious")
+    lock = tmp_path / "a.lock"
+    lock.symlink_to(mine) if what == "a link" else os.mkfifo(lock)
+    with pytest.raises(OSError, match=r"lock file .*a\.lock \(a link .* take that away"), atomic.locked(lock):
+        pytest.fail("held")
+    assert mine.read_text() == "precious"
+
+
+@posix
+def test_a_pipe_for_a_manifest_is_damage(tmp_path: Path) -> None:
+    folder = Store(tmp_path).get_or_make("capture", INPUTS, make).path
+    (folder / "manifest.json").unlink()
+    os.mkfifo(folder / "manifest.json")
+    assert Store(tmp_path).list() == [] and folder.with_name(f"{KEY}.corrupt-1").is_dir()
+
+
 # Writes files 0..n-1 and a checkpoint after each; the log says what was begun and what `save` returned from.
 WORK = """
 import logging, sys, time

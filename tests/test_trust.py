@@ -599,6 +599,42 @@ def test_any_error_is_a_line_that_can_be_read(error: Exception, said: str):
     assert _line(error).startswith(said) and "\n" not in _line(error)
 
 
+FORGED = "a\nError: all fine\r\x1b[2K\u202eb"
+
+
+@pytest.mark.parametrize("where", ["tensor", "folder", "option", "surrogate"])
+def test_no_name_makes_an_error_more_than_its_line(where: str, bench: list[str], tmp_path: Path):
+    words = ["models", *bench[:2]]
+    if where == "tensor":
+        reweigh(tmp_path / "model", lambda w: w.update({FORGED: torch.ones(2)}))
+    elif where == "folder":
+        (at := tmp_path / FORGED).mkdir()
+        words = ["models", "--model", str(at)]
+    elif where == "surrogate":
+        (at := tmp_path / os.fsdecode(b"a\xff b")).mkdir()
+        words = ["models", "--model", str(at)]
+    else:
+        words = ["errors", *bench, "--rule", FORGED]
+    said = invoke(*words, code=1).stderr
+    assert "\\nError: all fine\\r\\x1b[2K\\u202eb" in said or where == "surrogate"
+    lines = [line for line in said.splitlines() if line.startswith("Error: ")]
+    assert len(lines) == 1 and "\x1b" not in said and said.count("\n") == 1
+    assert where != "surrogate" or ("UTF-8" in said and "\\udcff" in said)
+
+
+@pytest.mark.parametrize("where", ["tensor", "rotation", "usage"])
+def test_a_long_value_is_cut_in_its_middle(where: str, bench: list[str], tmp_path: Path):
+    words = ["models", *bench[:2]]
+    if where == "tensor":
+        reweigh(tmp_path / "model", lambda w: w.update({"x" * 10**6: torch.ones(2)}))
+    elif where == "rotation":
+        words = ["evaluate", *bench, "--rotation", f"RH-b{'9' * 5000}"]
+    else:
+        words = ["evaluate", *bench, f"--{'9' * 5000}"]
+    said = invoke(*words, code=2 if where == "usage" else 1).stderr
+    assert "[... " in said and " characters ...]" in said and len(said) < 900
+
+
 def test_an_error_that_no_rule_foresaw_is_a_line_and_verbose_shows_where(
     bench: list[str], monkeypatch: pytest.MonkeyPatch
 ):

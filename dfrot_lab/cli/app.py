@@ -12,6 +12,7 @@ import typer
 from dfrot_lab.cli import cache
 from dfrot_lab.cli.options import SOURCES, Options, app, command, keep_freed_memory, log
 from dfrot_lab.recipe import specs
+from dfrot_lab.recipe.base import require_file
 
 ROTATION = "A row of the rotations listed by --help, or a safetensors file with R1."
 BITS = "Weights-activations-KV, such as 4-4-16."
@@ -27,6 +28,10 @@ app.add_typer(cache.group, name="cache")
 @app.callback()
 def _setup(verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log more.")] = False) -> None:
     """See, prove and use what rotation does to 4-bit language models (DFRot, arXiv 2412.00648)."""
+    try:
+        Path.cwd()
+    except OSError as error:  # torch would end the process
+        raise OSError(error.errno, "the current folder is not there any more: cd to one that is") from None
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     log.setLevel(logging.DEBUG if verbose else logging.INFO)
     keep_freed_memory()
@@ -61,6 +66,7 @@ def run(
 
     folder = said.out or Path("runs") / f"{datetime.now():%Y-%m-%d}"
     folder.mkdir(parents=True, exist_ok=True)
+    require_file("the log", folder / "log.txt", or_none=True)
     handler = logging.FileHandler(folder / "log.txt", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     log.addHandler(handler)
@@ -259,6 +265,8 @@ def evaluate_command(
         specs.RELEASED_KEEP_OUT if keep_out else None,
         said.out and said.file("rows.jsonl", row_files.ROWS),
     )
+    if path:
+        row_files.require_rows(path)
     spec = specs.Recipe.from_yaml(recipe) if recipe else said.recipe(rotation, bits).with_(keep_out=kept)
     result = perplexity.evaluate(spec)
     row = rows.row(result)

@@ -54,9 +54,16 @@ def model_names(entries: list[Any]) -> dict[str, str]:
         said = {"evaluation": "recipe", "capture": "about"}.get(entry.kind)
         if entry.state == upkeep.DONE and key and key not in names and said:
             about = upkeep.note(entry, said)
-            source = about.get("spec", about).get("model", {}).get("source", "")
-            names |= {key: PureWindowsPath(source).name} if source else {}
+            source = _at(about, "spec", "model", "source") or _at(about, "model", "source")
+            names |= {key: PureWindowsPath(source).name} if source and isinstance(source, str) else {}
     return names
+
+
+def _at(value: Any, *names: str) -> Any:
+    """What lies under names in mappings in one another; None where there is no such place."""
+    for name in names:
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return value
 
 
 def _name(entry: Any, names: Mapping[str, str]) -> str:
@@ -88,7 +95,7 @@ def list_command(said: Options, keys: Annotated[bool, typer.Option("--keys", hel
     found = _found()
     names, groups = model_names(found), dict[tuple[str, ...], list[Any]]()
     for entry in [entry for entry in found if entry.state != "lock"]:
-        place = (entry.kind, _name(entry, names), entry.state)
+        place = (entry.kind, _name(entry, names), entry.words)
         groups.setdefault((*place, entry.key) if keys else place, []).append(entry)
     columns = ("kind", "model", "state", "key")
     rows = [_facts(same, **dict(zip(columns, place, strict=False))) for place, same in groups.items()]
@@ -112,7 +119,7 @@ def show_command(said: Options, key: Annotated[str, typer.Argument(help=KEY)]) -
             f"KEY must be the start of one key that `cache list --keys` shows; got {key!r}, {some}"
         )
     for entry in own:
-        about = {"kind": entry.kind, "state": entry.state, "model": _name(entry, model_names(found))}
+        about = {"kind": entry.kind, "state": entry.words, "model": _name(entry, model_names(found))}
         about |= {"folder": entry.path, "MB": entry.bytes / 1e6, "took": _took([entry])}
         said.show_facts(about | {name: entry.manifest[name] for name in SHOWN if name in entry.manifest})
 
@@ -164,16 +171,18 @@ def prune_command(
         what = f"{len(made)} artefacts, which would take about {cost} to make again"
         raise ValueError(f"--yes must be said to remove {what}; see --dry-run")
     groups, locks = dict[tuple[str, ...], list[Any]](), 0
-    for entry, gone in [(entry, True) for entry in going] if dry_run else upkeep.remove(going):
-        locks += entry.state == upkeep.LOCK and gone
-        if entry.state != upkeep.LOCK:
-            state = entry.state if gone else f"{entry.state}, in use: stays"
+    for entry, stays in [(entry, "") for entry in going] if dry_run else upkeep.remove(going):
+        locks += entry.state == upkeep.LOCK and not stays
+        if entry.state != upkeep.LOCK or (stays and stays != upkeep.HELD):
+            state = f"{entry.words}, {stays}" if stays else entry.words
             groups.setdefault((entry.kind, _name(entry, names), state), []).append(entry)
     columns = ("kind", "model", "state")
     rows = [_facts(same, **dict(zip(columns, place, strict=True))) for place, same in groups.items()]
     waits = [entry for entry in found if entry.state == upkeep.PARTIAL and entry not in going]
     about = {"to make them again": cost, "lock files": locks}
     about["partial artefacts kept, to go on from"] = len(waits)
+    if links := sum(entry.is_link for entry in going):
+        about["links among them, whose folders stay where they are"] = links
     _show(said, rows, {"removed": "nothing: a dry run"} | about if dry_run else about)
 
 

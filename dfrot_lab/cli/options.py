@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from dfrot_lab.recipe import registry, specs
-from dfrot_lab.recipe.base import strict_json
+from dfrot_lab.recipe.base import require_file, strict_json
 
 log = logging.getLogger("dfrot_lab")
 
@@ -26,6 +26,7 @@ TOKENS = "Tokens to record: up to 2048, or a multiple of it; default: a window."
 RULES = f"What makes a row massive: {', '.join(specs.MASSIVE_RULES)}."
 DTYPES = f"What is computed in: {', '.join(specs.DTYPES)}; auto: float32 on a CPU, the weights' own on a GPU."
 JSON = "Print JSON and nothing else on standard output."
+LONGEST = 500  # characters of an error that are shown
 MALLOC = ((-4, 0), (-1, -1), (-2, 1 << 26))
 """No mapping of its own for a large piece, no trimming, 64 MB at a time: M_MMAP_MAX and so on in malloc.h."""
 
@@ -94,6 +95,7 @@ class Options:
         path = self.out or Path(default)
         if path.is_dir():
             raise ValueError(f"--out must be a file; {path} is a folder. Say for example {path / default}")
+        require_file("--out", path, or_none=True)
         if endings and path.suffix not in endings:
             raise ValueError(f"--out must be a file ending in {' or '.join(endings)}; got {path}")
         place = next(folder for folder in path.absolute().parents if folder.exists())
@@ -158,11 +160,21 @@ class Group(typer.core.TyperGroup):
             typer.echo("Stopped. What is finished is kept: the same command goes on from here.", err=True)
             raise typer.Exit(130) from None
         except Exception as error:
-            if log.isEnabledFor(logging.DEBUG) or hasattr(error, "exit_code"):  # click's own, as of usage
+            if hasattr(error, "exit_code"):  # click's own, as of usage
+                error.__dict__["message"] = one_line(str(getattr(error, "message", "")))
                 raise
-            said = "".join(c if c.isprintable() or c == "\n" else "?" for c in _line(error))
-            typer.echo(f"Error: {said}", err=True)
+            if log.isEnabledFor(logging.DEBUG):
+                raise
+            typer.echo(f"Error: {one_line(_line(error))}", err=True)
             raise typer.Exit(1) from None
+
+
+def one_line(text: str) -> str:
+    """Text as one line: what cannot be printed as its escape, and the middle cut out of what is too long."""
+    half = LONGEST // 2
+    if len(text) > LONGEST:
+        text = f"{text[:half]} [... {len(text) - 2 * half:,} characters ...] {text[-half:]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _line(error: Exception) -> str:

@@ -10,6 +10,7 @@ Checked at every open: the manifest's own checksum, and every file's size and ch
 import itertools
 import json
 import logging
+import os
 import platform
 import re
 import shutil
@@ -24,16 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dfrot_lab.disk.atomic import (
-    Changed,
-    Inputs,
-    cache_dir,
-    digest,
-    locked,
-    make_folder,
-    replacing,
-    require_room,
-    still,
-    told,
+    Changed, Inputs, cache_dir, digest, locked, make_folder, replacing, require_room, still, told,
 )  # fmt: skip
 from dfrot_lab.recipe.base import content_key, require
 from dfrot_lab.recipe.keys import FORMULAS
@@ -103,11 +95,16 @@ class Writer(Artefact):
         super().__init__(path, {**content, "key": path.stem, "files": {}})
         self.note: dict[str, Any] = {}
         self._start = time.monotonic()
+        if path.is_symlink() or (os.path.lexists(path) and not path.is_dir()):
+            set_aside(path, f"{path} is a link or a file, not a folder of this store")
         path.mkdir(exist_ok=True)
         if (path / MANIFEST).exists():
             self._resume()
-        for stray in {p.name for p in path.iterdir()} - {*self.manifest["files"], MANIFEST}:
-            (path / stray).unlink()
+        strays = [p for p in path.iterdir() if p.name not in (*self.manifest["files"], MANIFEST)]
+        folders = [p.name for p in strays if p.is_dir() and not p.is_symlink()]
+        require(str(path), f"the folder {folders[:1]}: take it away", not folders, "a folder of files alone")
+        for stray in strays:
+            stray.unlink()
 
     def has(self, name: str) -> bool:
         """Whether `name` is finished, in this run or in an earlier, killed one."""
@@ -242,6 +239,8 @@ class Store:
 def _open(folder: Path, sizes_only: bool) -> Artefact | None:
     """The artefact in `folder`, if there is one. CorruptArtefact."""
     if not folder.is_dir():
+        if os.path.lexists(folder):
+            raise CorruptArtefact(f"{folder} is no folder")
         return None
     manifest = read_manifest(folder, folder.name)
     for filename, record in manifest["files"].items():
@@ -266,8 +265,9 @@ def _open_or_set_aside(folder: Path, sizes_only: bool = False) -> Artefact | Non
 
 
 def set_aside(folder: Path, why: str) -> Path:
-    """Rename an artefact that is not what was written, by who holds its lock; where it is now. OSError."""
-    aside = next(p for n in itertools.count(1) if not (p := Path(f"{folder}.corrupt-{n}")).exists())
+    """Rename what is not what was written, by who holds its lock; where it is now. OSError."""
+    names = (folder.with_name(f"{folder.stem}.corrupt-{n}") for n in itertools.count(1))
+    aside = next(path for path in names if not os.path.lexists(path))
     folder.rename(aside)
     log.warning("%s; set aside as %s, it will be recomputed", why, aside.name)
     return aside
@@ -276,10 +276,11 @@ def set_aside(folder: Path, why: str) -> Path:
 def read_manifest(folder: Path, key: str) -> dict[str, Any]:
     """The manifest as it was written to the bit, for this key. CorruptArtefact."""
     try:
+        require("it", "none, a folder or a pipe", (folder / MANIFEST).is_file(), "a file")
         manifest = json.loads((folder / MANIFEST).read_bytes())
         if manifest.pop("check") != content_key(manifest) or manifest["key"] != key:
             raise ValueError("it does not match its checksum or its folder")
-    except (ValueError, KeyError, AttributeError, TypeError, FileNotFoundError, IsADirectoryError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError, FileNotFoundError) as error:
         raise CorruptArtefact(f"{folder / MANIFEST} cannot be used: {error!r}") from error
     return manifest
 

