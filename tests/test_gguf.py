@@ -306,6 +306,32 @@ def test_a_file_that_only_has_the_name_of_a_gguf_is_refused(content: bytes, tmp_
         load_model(spec_of(tmp_path / "m.gguf"), store)
 
 
+PLACES: dict[str, tuple[int | None, str]] = {
+    "another's place": (None, r"the first byte of \S+ must be at least \d+, where \S+ ends; got \d+"),
+    "an odd place": (7, r"the offset of blk\.0\.attn_q\.weight must be a multiple of 32; got 7"),
+    "behind the file": (1 << 40, r"is truncated: it has [\d,]+ bytes, and byte 1,099,511,\d+,\d+ was to be read"),
+    "before the data": (2**64 - 64, r"is truncated: it has [\d,]+ bytes, and byte 18,446,744,073,\d+,\d+,\d+ was"),
+}  # fmt: skip
+"""An offset of one tensor in the data section, and what is said to that."""
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("what", PLACES)
+def test_tensors_lie_apart_and_in_the_data_section(what: str, tmp_path: Path, store: Store):
+    place, rule = PLACES[what]
+    write_gguf(path := tmp_path / "m.gguf", model_of())
+    starts = {each.name: int(each.field.parts[-1][0]) for each in gguf.GGUFReader(path).tensors}
+    place = starts["blk.0.attn_k.weight"] if place is None else place
+    data, name = bytearray(path.read_bytes()), b"blk.0.attn_q.weight"
+    at = data.index(name) + len(name) + 4 + 16 + 4  # behind its dimensions and its kind
+    assert int.from_bytes(data[at : at + 8], "little") == starts[name.decode()]
+    data[at : at + 8] = place.to_bytes(8, "little")
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(path))} is .*{rule.removeprefix('is ')}"):
+        load_model(spec_of(path), store)
+    assert not store.list()
+
+
 def test_the_ending_may_be_in_capitals(tmp_path: Path, store: Store):
     original = model_of()
     write_gguf(tmp_path / "m.GGUF", original)

@@ -5,8 +5,9 @@ import json
 import logging
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from dfrot_lab.model import gguf_config
 from dfrot_lab.model.checkpoint import check_finite
 from dfrot_lab.model.families import attention
 from dfrot_lab.model.files import AGAIN, INDEX, explained
-from dfrot_lab.recipe.base import content_key
+from dfrot_lab.recipe.base import content_key, require
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +42,22 @@ class _Reader(gguf.GGUFReader):
         if end > len(self.data):
             raise EOFError(f"it has {len(self.data):,} bytes, and byte {end:,} was to be read")
         return super()._get(offset, dtype, count, override_order)
+
+    def _build_tensors(self, start_offs: int, fields: list[Any]) -> None:
+        """ValueError: tensors that do not begin where an aligned file has them, or that share bytes."""
+        for field in fields:
+            start, step = int(field.parts[-1][0]), int(self.alignment)
+            self._get(int(start_offs) + start, np.uint8, 0)  # before an offset near 2^64 wraps
+            require(f"the offset of {field.name}", start, start % step == 0, f"a multiple of {step}")
+        super()._build_tensors(start_offs, fields)
+        check_apart({each.name: (int(each.data_offset), int(each.data.nbytes)) for each in self.tensors})
+
+
+def check_apart(places: Mapping[str, tuple[int, int]]) -> None:
+    """Refuse tensors, by name the first byte and how many, of which two share one."""
+    for (name, (first, size)), (other, (start, _)) in pairwise(sorted(places.items(), key=lambda x: x[1])):
+        end = first + size
+        require(f"the first byte of {other}", start, start >= end, f"at least {end}, where {name} ends")
 
 
 @dataclass(frozen=True)
