@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ from dfrot_lab.disk import atomic, downloads
 from dfrot_lab.disk.artefacts import MANIFEST, Store
 from dfrot_lab.model import checkpoint, files, folder, gguf_files, stream
 from dfrot_lab.model.families import FAMILIES, attention
-from dfrot_lab.model.loading import fingerprint, load_model
+from dfrot_lab.model.loading import fingerprint, load_model, words_of
 from dfrot_lab.recipe.specs import CorpusSpec, ModelSpec, Recipe, recipe_of
 from dfrot_lab.score import perplexity
 
@@ -121,6 +122,27 @@ def test_no_field_of_a_config_names_other_weights_or_code(
     loaded = load_model(spec, store)
     assert torch.equal(stream.through(loaded, [torch.arange(40)[None]])[0], expected)
     assert loaded.config._attn_implementation == "sdpa" and "evil" not in str(loaded.config)
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "name"),
+    [
+        ("config.json", "configuration_files", "config.4.0.0.json"),
+        ("config.json", "configuration_files", "config.d/../../other/config.json"),
+        ("tokenizer_config.json", "fast_tokenizer_files", "../other/tokenizer.4.0.0.json"),
+        ("tokenizer_config.json", "fast_tokenizer_files", "tokenizer.4.0.0.json"),
+    ],
+)
+def test_no_file_names_another_to_read_in_its_place(
+    file: str, key: str, name: str, tmp_path: Path, store: Store
+):
+    spec = save_tiny(at := tmp_path / "m")
+    say(at / file, **{key: [usual := file.replace("_config", "")]})
+    load_model(spec, store)
+    say(at / file, **{key: [usual, name]})
+    for look in (load_model, words_of):
+        with pytest.raises(ValueError, match=rf"{key} in .*{file} must be \['{usual}'\], .* got .*{name}"):
+            look(spec, store)
 
 
 def test_an_adapter_beside_the_weights_is_not_loaded(tmp_path: Path, store: Store):
@@ -433,7 +455,7 @@ BROKEN = {
     "lost shard": (files.INDEX, b'{"weight_map": {"a": "a.safetensors"}}', r"lack a\.safetensors"),
     "tokenizer null": ("tokenizer.json", b"null", "no tokenizer can be loaded from"),
     "tokenizer cut": ("tokenizer.json", b"{", "no tokenizer can be loaded from"),
-    "tokenizer list": ("tokenizer_config.json", b"[1]", "no tokenizer can be loaded from"),
+    "tokenizer list": ("tokenizer_config.json", b"[1]", r"must be a JSON object; got \[1\]"),
     "length": ("tokenizer_config.json", b'{"model_max_length": "x"}', "no tokenizer can be loaded from"),
     "class of lines": ("config.json", b'{"model_type": "llama", "architectures": ["a\\nb"]}', "architectures in"),
     "added list": ("added_tokens.json", b"[1]", "no tokenizer can be loaded from"),
@@ -512,6 +534,59 @@ def test_a_tokenizer_with_more_ids_than_the_embedding_has_rows_is_refused(tmp_pa
         ValueError, match=r"the largest id of the tokenizer in .* must be below vocab_size = 256.*; got 256"
     ):
         load_model(spec, store)
+
+
+PLAIN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+ADDED: dict[str, tuple[str, dict, str]] = {
+    "tokenizer.json": ("tokenizer.json", {"added_tokens": [{"id": 256, "content": "sheep", **PLAIN}]}, "256 of 'sheep'"),
+    "added_tokens.json": ("added_tokens.json", {"goats": 256}, "256 of 'goats'"),
+    "a special token": ("tokenizer_config.json", {"bos_token": "<s>"}, "256 of '<s>'"),
+    "a decoder": ("tokenizer_config.json", {"added_tokens_decoder": {"900": {"content": "hill", **PLAIN}}}, r"\d+ of 'hill'"),
+    "a template": (
+        "tokenizer.json",
+        {"post_processor": {
+            "type": "TemplateProcessing", "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+            "single": [{"SpecialToken": {"id": "a", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "special_tokens": {"a": {"id": "a", "ids": [256], "tokens": ["a"]}}}},
+        "256 put around a text",
+    ),
+}  # fmt: skip
+"""How a tokenizer comes to an id beyond the vocabulary: the file, what it says, what is said to that."""
+
+
+@pytest.mark.usefixtures("unbuilt")
+@pytest.mark.parametrize("what", ADDED)
+def test_a_token_that_was_added_beyond_the_embedding_is_refused(what: str, tmp_path: Path, store: Store):
+    name, said, rule = ADDED[what]
+    spec = save_tiny(at := tmp_path / "m")
+    if not (at / name).exists():
+        (at / name).write_text("{}")
+    say(at / name, **said)
+    with pytest.raises(ValueError, match=rf"must be below vocab_size = 256, .* got {rule}$") as error:
+        load_model(spec, store)
+    one_line(error)
+
+
+@pytest.mark.parametrize("dropout", [0.0, None, 0.5, 1.0])
+def test_a_tokenizer_that_draws_ids_is_refused(dropout: float | None, tmp_path: Path, store: Store):
+    spec = save_tiny(at := tmp_path / "m")
+    model = json.loads((at / "tokenizer.json").read_text())["model"]
+    say(at / "tokenizer.json", model={**model, "dropout": dropout})
+    if not dropout:
+        load_model(spec, store)
+        return
+    for look in (load_model, words_of):
+        with pytest.raises(
+            ValueError, match=rf"model\.dropout of the tokenizer in .* 0 or null.* got {dropout}"
+        ):
+            look(spec, store)
+
+
+@pytest.mark.parametrize("said", [{}, {"enable_sampling": True}], ids=str)
+def test_what_of_a_tokenizer_is_drawn_has_a_name(said: dict):
+    """A sentencepiece model that samples pieces says so in another file."""
+    tokenizer = SimpleNamespace(sp_model_kwargs=said)
+    assert any(folder.chances(tokenizer).values()) == bool(said)
 
 
 @pytest.mark.usefixtures("unbuilt")

@@ -52,6 +52,12 @@ def read_object(path: Path) -> dict[str, Any]:
     return dict(found)
 
 
+def check_pointer(path: Path, key: str, name: str) -> None:
+    """Refuse a JSON file, if it is there, whose `key` has transformers read another file than `name`."""
+    said = read_object(path).get(key, [name]) if path.is_file() else [name]
+    require(f"{key} in {path}", repr(said)[:80], said in ([name], []), f"[{name!r}], the file that is read")
+
+
 def weights_of(folder: Path) -> list[Path]:
     """The weight files of a folder: those its index names, else model.safetensors. ValueError: an index
     that names anything but files beside it, or one that is not there."""
