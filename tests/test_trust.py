@@ -6,6 +6,7 @@ anything is built or computed.
 import ast
 import json
 import os
+import resource
 import shutil
 import struct
 import subprocess
@@ -13,16 +14,18 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import transformers
-from conftest import save_tiny, tiny_model
+from conftest import byte_tokenizer, save_tiny, tiny_model
 from gguf_writer import write_gguf
 from safetensors.torch import load_file, save_file
 from test_cli import bench, invoke  # noqa: F401 a fixture
 from test_layers import FILES, PACKAGE
 from test_wheels import CONTENT, index, tiny  # noqa: F401 fixtures
+from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from dfrot_lab.cli.app import app
@@ -488,12 +491,15 @@ def test_a_broken_file_is_one_line_before_work(what: str, tmp_path: Path, store:
     assert str(at) in one_line(error)
 
 
+QUERY = "model.layers.0.self_attn.q_proj.weight"
 TENSORS = {
     "whole numbers": (lambda w: w.update({"model.norm.weight": torch.ones(64, dtype=torch.int64)}), r"model\.norm\.weight in .* must be of F64, F32, F16, BF16; got I64"),
     "NaN": (lambda w: w["model.layers.1.mlp.down_proj.weight"].fill_(torch.nan), r"finite in float32; model\.layers\.1\.mlp\.down_proj\.weight has NaN"),
     "Inf": (lambda w: w["lm_head.weight"][3, 4].fill_(-torch.inf), r"finite in float32; lm_head\.weight has NaN or Inf"),
     "missing": (lambda w: w.pop("model.layers.1.mlp.up_proj.weight"), r"lack 1 tensors, the first model\.layers\.1\.mlp\.up_proj\.weight"),
     "extra": (lambda w: w.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(64)}), r"no place for, the first model\.layers\.0\.self_attn\.q_proj\.bias"),
+    "twice, without a prefix": (lambda w: w.update({QUERY.removeprefix("model."): 3 * w[QUERY]}), rf"hold 1 tensors that its config has no place for, the first {QUERY.removeprefix('model.')}\."),
+    "twice, with two prefixes": (lambda w: w.update({f"model.{QUERY}": 3 * w[QUERY]}), rf"hold 1 tensors that its config has no place for, the first model\.{QUERY}\."),
     "shape of q": (lambda w: w.update({"model.layers.1.self_attn.q_proj.weight": torch.ones(32, 64)}), r"model\.layers\.1\.self_attn\.q_proj\.weight of the weights in .* must be of the shape \(64, 64\), as its config says; got \(32, 64\)"),
     "shape of a norm": (lambda w: w.update({"model.norm.weight": torch.ones(32)}), r"model\.norm\.weight of the weights in .* must be of the shape \(64,\)"),
     "a layer too many": (lambda w: w.update({"model.layers.7.input_layernorm.weight": torch.ones(64)}), r"num_hidden_layers in .* must be as in the weights, 8; got 2"),
@@ -514,6 +520,55 @@ def test_tensors_that_are_not_the_model_s_are_refused_by_name(
         with stream.part(loaded, checkpoint.HEAD):
             pass
     assert str(at) in one_line(error)
+
+
+VAST = {"vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 128,
+        "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}  # fmt: skip
+MOE = {**VAST, "num_key_value_heads": 2, "intermediate_size": 96, "num_experts_per_tok": 2}
+LARGE = {
+    "positions": ("opt", {**VAST, "ffn_dim": 96, "word_embed_proj_dim": 64}, {"max_position_embeddings": 1 << 28}, r"embed_positions\.weight of the weights in .* must be of the shape \(268435458, 64\)"),
+    "experts": ("mixtral", {**MOE, "num_local_experts": 4}, {"num_local_experts": 8192}, r"gate\.weight of the weights in .* must be of the shape \(8192, 64\)"),
+    "wide experts": ("qwen3_moe", {**MOE, "num_experts": 4, "moe_intermediate_size": 32}, {"moe_intermediate_size": 1 << 20}, r"the tensors of .*experts\.\w+_proj of the weights in .* must be of [\d,]+ values together, as its config says; got [\d,]+"),
+    "wide experts all": ("qwen3_moe", {**MOE, "num_experts": 4, "moe_intermediate_size": 32}, {"moe_intermediate_size": 1 << 20, "num_experts": 8192}, r"as its config says; got"),
+    "a shared expert": ("qwen2_moe", {**MOE, "num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}, {"shared_expert_intermediate_size": 1 << 20}, r"shared_expert\.\w+\.weight of the weights in .* must be of the shape"),
+}  # fmt: skip
+"""A family, its sizes, what its config says instead, and what is said to that."""
+
+
+@pytest.mark.parametrize("what", LARGE)
+def test_nothing_is_allocated_for_sizes_that_the_weights_have_not(
+    what: str, tmp_path: Path, store: Store, way: str
+):
+    kind, sizes, said, rule = LARGE[what]
+    made: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes))
+    made.save_pretrained(at := tmp_path / "m")
+    byte_tokenizer().save_pretrained(at)
+    load_model(spec := ModelSpec(source=str(at)), store)
+    say(at / "config.json", **said)
+    bound = resource.getrlimit(resource.RLIMIT_AS)
+    held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (held + (2 << 30), bound[1]))
+    try:
+        with pytest.raises(ValueError, match=rule) as error:
+            load_model(spec, store)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, bound)
+    one_line(error)
+
+
+def test_a_weight_file_that_lacks_most_of_a_model_allocates_nothing(
+    tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+):
+    spec = save_tiny(at := tmp_path / "m")
+    say(at / "config.json", intermediate_size=1 << 20)
+    reweigh(at, lambda w: [w.pop(name) for name in list(w) if "mlp" in name])
+    monkeypatch.setattr(
+        transformers.LlamaForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("built")
+    )
+    with pytest.raises(
+        ValueError, match=r"lack 6 tensors, the first model\.layers\.0\.mlp\.down_proj\.weight"
+    ):
+        load_model(spec, store)
 
 
 def test_a_dtype_too_small_for_the_weights_is_said_so(tmp_path: Path, store: Store):

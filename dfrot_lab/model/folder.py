@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dfrot_lab.model import files
-from dfrot_lab.model.checkpoint import check, check_shape, quiet
+from dfrot_lab.model.checkpoint import check, check_shape, places_of, quiet
 from dfrot_lab.model.families import CAUSAL, attention, oddity, roles_of
 from dfrot_lab.recipe.base import require
 
@@ -59,12 +59,19 @@ def model_of(config: Any, dtype: str, folder: Path, *, keeps: bool) -> Any:
     from transformers import AutoModelForCausalLM
 
     options = {"dtype": getattr(torch, dtype), "experts_implementation": "eager"}
-    fault = files.explained(f"no model can be made of the config and the weights in {folder}", files.AGAIN)
+
+    @files.explained(f"no model can be made of the config and the weights in {folder}", files.AGAIN)
+    def empty() -> Any:
+        return AutoModelForCausalLM.from_config(
+            config, trust_remote_code=False, attn_implementation=attention(config), **options
+        )
+
+    with torch.device("meta"):  # nothing is allocated before the parameters are those in the weights
+        places_of(folder, empty(), roles_of(class_name(config)))
     if not keeps:
-        with fault, init_empty_weights(include_buffers=False):
-            return AutoModelForCausalLM.from_config(
-                config, trust_remote_code=False, attn_implementation=attention(config), **options
-            )
+        with init_empty_weights(include_buffers=False):
+            return empty()
+    fault = files.explained(f"no model can be made of the config and the weights in {folder}", files.AGAIN)
     with fault, quiet():
         model, found = getattr(transformers, class_name(config)).from_pretrained(
             None, config=config, state_dict=_tensors(folder), output_loading_info=True,
