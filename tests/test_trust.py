@@ -5,6 +5,7 @@ anything is built or computed.
 
 import ast
 import json
+import math
 import os
 import resource
 import shutil
@@ -440,6 +441,61 @@ def test_a_size_that_no_model_has_is_named(field: str, value: object, tmp_path: 
         folder.config_of(at, "m")
 
 
+BOUNDS = {
+    "llama": ({"rms_norm_eps": 1e30}, {"rms_norm_eps": -1e-6}, {"rms_norm_eps": True}, {"original_max_position_embeddings": 0},
+              {"rope_parameters": {"rope_type": "default", "rope_theta": math.inf}}, {"rope_parameters": {"rope_type": "default", "rope_theta": 0.0}},
+              {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": -2.0}}, {"rope_theta": -1.0},
+              {"rope_scaling": {"rope_type": "linear", "factor": 0}}),
+    "mistral": ({"sliding_window": 0}, {"sliding_window": -3}, {"sliding_window": "x"}),
+    "gemma2": ({"query_pre_attn_scalar": -4}, {"query_pre_attn_scalar": 0}, {"query_pre_attn_scalar": math.nan}, {"sliding_window": 0},
+               {"attn_logit_softcapping": 0}, {"final_logit_softcapping": -1}),
+    "gemma3_text": ({"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": -1.0}, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}},),
+    "phi3": ({"partial_rotary_factor": 7}, {"sliding_window": 0}),
+    "granite": ({"logits_scaling": 0}, {"attention_multiplier": math.inf}, {"residual_multiplier": -1.0}),
+    "mixtral": ({"num_experts_per_tok": 0}, {"num_experts_per_tok": -1}, {"num_experts_per_tok": 9}, {"sliding_window": -3}),
+    "qwen3_moe": ({"num_experts_per_tok": 200}, {"decoder_sparse_step": -1}),
+}  # fmt: skip
+"""Numbers that no config of a family has."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"), [(kind, each) for kind, all in BOUNDS.items() for each in all], ids=str
+)
+def test_a_number_that_no_model_has_is_named(kind: str, said: dict, tmp_path: Path):
+    AutoConfig.for_model(kind).save_pretrained(at := tmp_path / "m")
+    folder.config_of(at, "m")
+    kept = json.loads((at / "config.json").read_text())
+    (at / "config.json").write_text(
+        json.dumps({k: v for k, v in kept.items() if k != "rope_parameters"} | said)
+    )
+    names = "|".join(["rope_parameters", *said])
+    with pytest.raises(ValueError, match=rf"^({names})\S* in .*config\.json must be .*; got ") as error:
+        folder.config_of(at, "m")
+    one_line(error)
+
+
+def test_the_class_that_is_loaded_is_the_one_that_is_named(tmp_path: Path, store: Store):
+    spec = save_tiny(at := tmp_path / "m")
+    say(at / "config.json", model_type="gemma")
+    with pytest.raises(
+        ValueError, match=r"architectures in .* must be GemmaForCausalLM, .* gemma, is; got LlamaForCausalLM$"
+    ):
+        load_model(spec, store)
+
+
+@pytest.mark.parametrize(
+    "said", [{"return_dict": False}, {"output_hidden_states": True}, {"output_attentions": True}]
+)
+def test_what_a_model_returns_is_not_the_config_s_to_say(said: dict, tmp_path: Path, store: Store, way: str):
+    spec = save_tiny(at := tmp_path / "m")
+    expected = stream.through(load_model(spec, store), [torch.arange(40)[None]])[0]
+    say(at / "config.json", **said)
+    loaded = load_model(spec, store)
+    assert torch.equal(stream.through(loaded, [torch.arange(40)[None]])[0], expected)
+    if way == "kept":
+        assert loaded.model(torch.arange(40)[None]).hidden_states is None
+
+
 DEEP = b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
 BROKEN = {
     "null": ("config.json", b"null", "must be a JSON object; got null"),
@@ -657,6 +713,17 @@ def test_what_of_a_tokenizer_is_drawn_has_a_name(said: dict):
         ({"context_length": -1.5}, "max_position_embeddings in its header must be a whole number"),
         ({"context_length": True}, "max_position_embeddings in its header must be a whole number"),
         ({"attention.key_length": 0}, "head_dim in its header must be a whole number"),
+        ({"attention.layer_norm_rms_epsilon": 1e30}, "rms_norm_eps in its header must be a number above 0 and at most 1; got 1"),
+        ({"attention.layer_norm_rms_epsilon": True}, "rms_norm_eps in its header must be a number above 0"),
+        ({"rope.freq_base": math.inf}, "rope_parameters.rope_theta in its header must be a number above 0 and at most .* got inf"),
+        ({"rope.freq_base": -1.0}, "rope_parameters.rope_theta in its header must be .* got -1"),
+        ({"rope.scaling.factor": -2.0}, "rope_parameters.factor in its header must be a number above 0 .* got -2.0"),
+        ({"rope.scaling.factor": math.nan}, "rope_parameters.factor in its header must be a number above 0 .* got nan"),
+        ({"rope.scaling.type": 5}, "rope.scaling.type in its header must be a word; got 5"),
+        ({"tokenizer.ggml.add_bos_token": "x"}, "tokenizer.ggml.add_bos_token in its header must be true or false; got 'x'"),
+        ({"tokenizer.ggml.add_space_prefix": 7}, "tokenizer.ggml.add_space_prefix in its header must be true or false; got 7"),
+        ({"tokenizer.ggml.unknown_token_id": 256}, "tokenizer.ggml.unknown_token_id in its header must be an id below .* 256; got 256"),
+        ({"vocab_size": 999}, "vocab_size in its header must be the rows of token_embd.weight, 256; got 999"),
     ],
     ids=str,
 )  # fmt: skip
@@ -755,7 +822,7 @@ def test_a_recipe_says_each_field_once(text: str):
 def test_a_config_that_makes_no_numbers_gives_no_result(tmp_path: Path, text_file: Path, store: Store):
     """Every weight is finite, and what is computed is not."""
     spec = save_tiny(at := tmp_path / "m")
-    say(at / "config.json", rope_parameters={"rope_type": "default", "rope_theta": 0.0})
+    reweigh(at, lambda w: w["lm_head.weight"].fill_(3e38))
     recipe = recipe_of("16-16-16", model=spec, corpus=CorpusSpec(name=str(text_file)), windows=2, window=32)
     with pytest.raises(ValueError, match=r"must be finite; .*m gives NaN or Inf: a broken model"):
         perplexity.evaluate(recipe, store)

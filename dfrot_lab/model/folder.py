@@ -35,8 +35,12 @@ def config_of(folder: Path, source: str) -> Any:
     with files.explained(f"the config in {folder} cannot be used", files.AGAIN), quiet():
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, attn_implementation="eager")
     config.fusion_config = None  # it would replace parts of the model
+    config.return_dict, config.output_attentions, config.output_hidden_states = True, False, False
     causal = class_name(config)
+    is_named = names[0] in ("", causal)
+    require(f"architectures in {file}", names[0], is_named, f"{causal}, as its model_type, {kind}, is")
     roles_of(causal)
+    files.check_config(file, config)
     if why := oddity(config):
         raise ValueError(f"this {causal} cannot be rotated here without changing it: {why}")
     return config
