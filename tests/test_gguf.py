@@ -3,6 +3,8 @@
 import logging
 import math
 import re
+import struct
+import time
 from pathlib import Path
 from typing import Any
 
@@ -330,6 +332,34 @@ def test_tensors_lie_apart_and_in_the_data_section(what: str, tmp_path: Path, st
     with pytest.raises(ValueError, match=rf"^{re.escape(str(path))} is .*{rule.removeprefix('is ')}"):
         load_model(spec_of(path), store)
     assert not store.list()
+
+
+def key(name: bytes, kind: int, *values: tuple[str, Any]) -> bytes:
+    """A key of a header, as bytes."""
+    said = b"".join(struct.pack(f"<{form}", value) for form, value in values)
+    return struct.pack("<Q", len(name)) + name + struct.pack("<I", kind) + said
+
+
+LISTS: dict[str, tuple[int, bytes, str]] = {
+    "a list of 5 million bytes": (1, key(b"x.y", 9, ("I", 0), ("Q", 5_000_000)) + bytes(5_000_000), "number of values in its lists must be at most 1,048,576; got 5,"),
+    "a list of 2^40": (1, key(b"x.y", 9, ("I", 0), ("Q", 1 << 40)), "number of values in its lists must be at most 1,048,576; got 1,099"),
+    "lists in a list": (1, key(b"x.y", 9, ("I", 9), ("Q", 2)) + 2 * (struct.pack("<IQ", 0, 1 << 20) + bytes(1 << 20)), "number of values in its lists must be at most 1,048,576"),
+    "many keys": (70_000, b"".join(key(b"x.%d" % n, 0, ("B", 0)) for n in range(70_000)), r"number of its keys must be at most 65,536; got 70,\d+"),
+}  # fmt: skip
+"""Further keys of a header, how many, and what is said to that."""
+
+
+@pytest.mark.parametrize("what", LISTS)
+def test_a_header_that_takes_long_to_read_is_refused_before(what: str, tmp_path: Path):
+    count, more, rule = LISTS[what]
+    write_gguf(path := tmp_path / "m.gguf", model_of())
+    data = path.read_bytes()
+    keys = int.from_bytes(data[16:24], "little") + count
+    path.write_bytes(data[:16] + keys.to_bytes(8, "little") + more + data[24:])
+    began = time.process_time()
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(path))} is .*(the )?{rule}"):
+        gguf_files.read(path)
+    assert time.process_time() - began < 1
 
 
 def test_the_ending_may_be_in_capitals(tmp_path: Path, store: Store):
