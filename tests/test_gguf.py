@@ -3,6 +3,8 @@
 import logging
 import math
 import re
+import struct
+import time
 from pathlib import Path
 from typing import Any
 
@@ -304,6 +306,60 @@ def test_a_file_that_only_has_the_name_of_a_gguf_is_refused(content: bytes, tmp_
         ValueError, match=r"m\.gguf is not a GGUF file: it begins with b'.*', not with b'GGUF'"
     ):
         load_model(spec_of(tmp_path / "m.gguf"), store)
+
+
+PLACES: dict[str, tuple[int | None, str]] = {
+    "another's place": (None, r"the first byte of \S+ must be at least \d+, where \S+ ends; got \d+"),
+    "an odd place": (7, r"the offset of blk\.0\.attn_q\.weight must be a multiple of 32; got 7"),
+    "behind the file": (1 << 40, r"is truncated: it has [\d,]+ bytes, and byte 1,099,511,\d+,\d+ was to be read"),
+    "before the data": (2**64 - 64, r"is truncated: it has [\d,]+ bytes, and byte 18,446,744,073,\d+,\d+,\d+ was"),
+}  # fmt: skip
+"""An offset of one tensor in the data section, and what is said to that."""
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("what", PLACES)
+def test_tensors_lie_apart_and_in_the_data_section(what: str, tmp_path: Path, store: Store):
+    place, rule = PLACES[what]
+    write_gguf(path := tmp_path / "m.gguf", model_of())
+    starts = {each.name: int(each.field.parts[-1][0]) for each in gguf.GGUFReader(path).tensors}
+    place = starts["blk.0.attn_k.weight"] if place is None else place
+    data, name = bytearray(path.read_bytes()), b"blk.0.attn_q.weight"
+    at = data.index(name) + len(name) + 4 + 16 + 4  # behind its dimensions and its kind
+    assert int.from_bytes(data[at : at + 8], "little") == starts[name.decode()]
+    data[at : at + 8] = place.to_bytes(8, "little")
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(path))} is .*{rule.removeprefix('is ')}"):
+        load_model(spec_of(path), store)
+    assert not store.list()
+
+
+def key(name: bytes, kind: int, *values: tuple[str, Any]) -> bytes:
+    """A key of a header, as bytes."""
+    said = b"".join(struct.pack(f"<{form}", value) for form, value in values)
+    return struct.pack("<Q", len(name)) + name + struct.pack("<I", kind) + said
+
+
+LISTS: dict[str, tuple[int, bytes, str]] = {
+    "a list of 5 million bytes": (1, key(b"x.y", 9, ("I", 0), ("Q", 5_000_000)) + bytes(5_000_000), "number of values in its lists must be at most 1,048,576; got 5,"),
+    "a list of 2^40": (1, key(b"x.y", 9, ("I", 0), ("Q", 1 << 40)), "number of values in its lists must be at most 1,048,576; got 1,099"),
+    "lists in a list": (1, key(b"x.y", 9, ("I", 9), ("Q", 2)) + 2 * (struct.pack("<IQ", 0, 1 << 20) + bytes(1 << 20)), "number of values in its lists must be at most 1,048,576"),
+    "many keys": (70_000, b"".join(key(b"x.%d" % n, 0, ("B", 0)) for n in range(70_000)), r"number of its keys must be at most 65,536; got 70,\d+"),
+}  # fmt: skip
+"""Further keys of a header, how many, and what is said to that."""
+
+
+@pytest.mark.parametrize("what", LISTS)
+def test_a_header_that_takes_long_to_read_is_refused_before(what: str, tmp_path: Path):
+    count, more, rule = LISTS[what]
+    write_gguf(path := tmp_path / "m.gguf", model_of())
+    data = path.read_bytes()
+    keys = int.from_bytes(data[16:24], "little") + count
+    path.write_bytes(data[:16] + keys.to_bytes(8, "little") + more + data[24:])
+    began = time.process_time()
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(path))} is .*(the )?{rule}"):
+        gguf_files.read(path)
+    assert time.process_time() - began < 1
 
 
 def test_the_ending_may_be_in_capitals(tmp_path: Path, store: Store):

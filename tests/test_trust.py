@@ -5,23 +5,28 @@ anything is built or computed.
 
 import ast
 import json
+import math
 import os
+import resource
 import shutil
 import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import transformers
-from conftest import save_tiny, tiny_model
+from conftest import byte_tokenizer, save_tiny, tiny_model
 from gguf_writer import write_gguf
 from safetensors.torch import load_file, save_file
 from test_cli import bench, invoke  # noqa: F401 a fixture
 from test_layers import FILES, PACKAGE
 from test_wheels import CONTENT, index, tiny  # noqa: F401 fixtures
+from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from dfrot_lab.cli.app import app
@@ -30,7 +35,7 @@ from dfrot_lab.disk import atomic, downloads
 from dfrot_lab.disk.artefacts import MANIFEST, Store
 from dfrot_lab.model import checkpoint, files, folder, gguf_files, stream
 from dfrot_lab.model.families import FAMILIES, attention
-from dfrot_lab.model.loading import fingerprint, load_model
+from dfrot_lab.model.loading import fingerprint, load_model, words_of
 from dfrot_lab.recipe.specs import CorpusSpec, ModelSpec, Recipe, recipe_of
 from dfrot_lab.score import perplexity
 
@@ -121,6 +126,27 @@ def test_no_field_of_a_config_names_other_weights_or_code(
     loaded = load_model(spec, store)
     assert torch.equal(stream.through(loaded, [torch.arange(40)[None]])[0], expected)
     assert loaded.config._attn_implementation == "sdpa" and "evil" not in str(loaded.config)
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "name"),
+    [
+        ("config.json", "configuration_files", "config.4.0.0.json"),
+        ("config.json", "configuration_files", "config.d/../../other/config.json"),
+        ("tokenizer_config.json", "fast_tokenizer_files", "../other/tokenizer.4.0.0.json"),
+        ("tokenizer_config.json", "fast_tokenizer_files", "tokenizer.4.0.0.json"),
+    ],
+)
+def test_no_file_names_another_to_read_in_its_place(
+    file: str, key: str, name: str, tmp_path: Path, store: Store
+):
+    spec = save_tiny(at := tmp_path / "m")
+    say(at / file, **{key: [usual := file.replace("_config", "")]})
+    load_model(spec, store)
+    say(at / file, **{key: [usual, name]})
+    for look in (load_model, words_of):
+        with pytest.raises(ValueError, match=rf"{key} in .*{file} must be \['{usual}'\], .* got .*{name}"):
+            look(spec, store)
 
 
 def test_an_adapter_beside_the_weights_is_not_loaded(tmp_path: Path, store: Store):
@@ -415,6 +441,61 @@ def test_a_size_that_no_model_has_is_named(field: str, value: object, tmp_path: 
         folder.config_of(at, "m")
 
 
+BOUNDS = {
+    "llama": ({"rms_norm_eps": 1e30}, {"rms_norm_eps": -1e-6}, {"rms_norm_eps": True}, {"original_max_position_embeddings": 0},
+              {"rope_parameters": {"rope_type": "default", "rope_theta": math.inf}}, {"rope_parameters": {"rope_type": "default", "rope_theta": 0.0}},
+              {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": -2.0}}, {"rope_theta": -1.0},
+              {"rope_scaling": {"rope_type": "linear", "factor": 0}}),
+    "mistral": ({"sliding_window": 0}, {"sliding_window": -3}, {"sliding_window": "x"}),
+    "gemma2": ({"query_pre_attn_scalar": -4}, {"query_pre_attn_scalar": 0}, {"query_pre_attn_scalar": math.nan}, {"sliding_window": 0},
+               {"attn_logit_softcapping": 0}, {"final_logit_softcapping": -1}),
+    "gemma3_text": ({"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": -1.0}, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}},),
+    "phi3": ({"partial_rotary_factor": 7}, {"sliding_window": 0}),
+    "granite": ({"logits_scaling": 0}, {"attention_multiplier": math.inf}, {"residual_multiplier": -1.0}),
+    "mixtral": ({"num_experts_per_tok": 0}, {"num_experts_per_tok": -1}, {"num_experts_per_tok": 9}, {"sliding_window": -3}),
+    "qwen3_moe": ({"num_experts_per_tok": 200}, {"decoder_sparse_step": -1}),
+}  # fmt: skip
+"""Numbers that no config of a family has."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"), [(kind, each) for kind, all in BOUNDS.items() for each in all], ids=str
+)
+def test_a_number_that_no_model_has_is_named(kind: str, said: dict, tmp_path: Path):
+    AutoConfig.for_model(kind).save_pretrained(at := tmp_path / "m")
+    folder.config_of(at, "m")
+    kept = json.loads((at / "config.json").read_text())
+    (at / "config.json").write_text(
+        json.dumps({k: v for k, v in kept.items() if k != "rope_parameters"} | said)
+    )
+    names = "|".join(["rope_parameters", *said])
+    with pytest.raises(ValueError, match=rf"^({names})\S* in .*config\.json must be .*; got ") as error:
+        folder.config_of(at, "m")
+    one_line(error)
+
+
+def test_the_class_that_is_loaded_is_the_one_that_is_named(tmp_path: Path, store: Store):
+    spec = save_tiny(at := tmp_path / "m")
+    say(at / "config.json", model_type="gemma")
+    with pytest.raises(
+        ValueError, match=r"architectures in .* must be GemmaForCausalLM, .* gemma, is; got LlamaForCausalLM$"
+    ):
+        load_model(spec, store)
+
+
+@pytest.mark.parametrize(
+    "said", [{"return_dict": False}, {"output_hidden_states": True}, {"output_attentions": True}]
+)
+def test_what_a_model_returns_is_not_the_config_s_to_say(said: dict, tmp_path: Path, store: Store, way: str):
+    spec = save_tiny(at := tmp_path / "m")
+    expected = stream.through(load_model(spec, store), [torch.arange(40)[None]])[0]
+    say(at / "config.json", **said)
+    loaded = load_model(spec, store)
+    assert torch.equal(stream.through(loaded, [torch.arange(40)[None]])[0], expected)
+    if way == "kept":
+        assert loaded.model(torch.arange(40)[None]).hidden_states is None
+
+
 DEEP = b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
 BROKEN = {
     "null": ("config.json", b"null", "must be a JSON object; got null"),
@@ -433,7 +514,7 @@ BROKEN = {
     "lost shard": (files.INDEX, b'{"weight_map": {"a": "a.safetensors"}}', r"lack a\.safetensors"),
     "tokenizer null": ("tokenizer.json", b"null", "no tokenizer can be loaded from"),
     "tokenizer cut": ("tokenizer.json", b"{", "no tokenizer can be loaded from"),
-    "tokenizer list": ("tokenizer_config.json", b"[1]", "no tokenizer can be loaded from"),
+    "tokenizer list": ("tokenizer_config.json", b"[1]", r"must be a JSON object; got \[1\]"),
     "length": ("tokenizer_config.json", b'{"model_max_length": "x"}', "no tokenizer can be loaded from"),
     "class of lines": ("config.json", b'{"model_type": "llama", "architectures": ["a\\nb"]}', "architectures in"),
     "added list": ("added_tokens.json", b"[1]", "no tokenizer can be loaded from"),
@@ -466,12 +547,15 @@ def test_a_broken_file_is_one_line_before_work(what: str, tmp_path: Path, store:
     assert str(at) in one_line(error)
 
 
+QUERY = "model.layers.0.self_attn.q_proj.weight"
 TENSORS = {
     "whole numbers": (lambda w: w.update({"model.norm.weight": torch.ones(64, dtype=torch.int64)}), r"model\.norm\.weight in .* must be of F64, F32, F16, BF16; got I64"),
     "NaN": (lambda w: w["model.layers.1.mlp.down_proj.weight"].fill_(torch.nan), r"finite in float32; model\.layers\.1\.mlp\.down_proj\.weight has NaN"),
     "Inf": (lambda w: w["lm_head.weight"][3, 4].fill_(-torch.inf), r"finite in float32; lm_head\.weight has NaN or Inf"),
     "missing": (lambda w: w.pop("model.layers.1.mlp.up_proj.weight"), r"lack 1 tensors, the first model\.layers\.1\.mlp\.up_proj\.weight"),
     "extra": (lambda w: w.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(64)}), r"no place for, the first model\.layers\.0\.self_attn\.q_proj\.bias"),
+    "twice, without a prefix": (lambda w: w.update({QUERY.removeprefix("model."): 3 * w[QUERY]}), rf"hold 1 tensors that its config has no place for, the first {QUERY.removeprefix('model.')}\."),
+    "twice, with two prefixes": (lambda w: w.update({f"model.{QUERY}": 3 * w[QUERY]}), rf"hold 1 tensors that its config has no place for, the first model\.{QUERY}\."),
     "shape of q": (lambda w: w.update({"model.layers.1.self_attn.q_proj.weight": torch.ones(32, 64)}), r"model\.layers\.1\.self_attn\.q_proj\.weight of the weights in .* must be of the shape \(64, 64\), as its config says; got \(32, 64\)"),
     "shape of a norm": (lambda w: w.update({"model.norm.weight": torch.ones(32)}), r"model\.norm\.weight of the weights in .* must be of the shape \(64,\)"),
     "a layer too many": (lambda w: w.update({"model.layers.7.input_layernorm.weight": torch.ones(64)}), r"num_hidden_layers in .* must be as in the weights, 8; got 2"),
@@ -494,6 +578,55 @@ def test_tensors_that_are_not_the_model_s_are_refused_by_name(
     assert str(at) in one_line(error)
 
 
+VAST = {"vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 128,
+        "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}  # fmt: skip
+MOE = {**VAST, "num_key_value_heads": 2, "intermediate_size": 96, "num_experts_per_tok": 2}
+LARGE = {
+    "positions": ("opt", {**VAST, "ffn_dim": 96, "word_embed_proj_dim": 64}, {"max_position_embeddings": 1 << 28}, r"embed_positions\.weight of the weights in .* must be of the shape \(268435458, 64\)"),
+    "experts": ("mixtral", {**MOE, "num_local_experts": 4}, {"num_local_experts": 8192}, r"gate\.weight of the weights in .* must be of the shape \(8192, 64\)"),
+    "wide experts": ("qwen3_moe", {**MOE, "num_experts": 4, "moe_intermediate_size": 32}, {"moe_intermediate_size": 1 << 20}, r"the tensors of .*experts\.\w+_proj of the weights in .* must be of [\d,]+ values together, as its config says; got [\d,]+"),
+    "wide experts all": ("qwen3_moe", {**MOE, "num_experts": 4, "moe_intermediate_size": 32}, {"moe_intermediate_size": 1 << 20, "num_experts": 8192}, r"as its config says; got"),
+    "a shared expert": ("qwen2_moe", {**MOE, "num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}, {"shared_expert_intermediate_size": 1 << 20}, r"shared_expert\.\w+\.weight of the weights in .* must be of the shape"),
+}  # fmt: skip
+"""A family, its sizes, what its config says instead, and what is said to that."""
+
+
+@pytest.mark.parametrize("what", LARGE)
+def test_nothing_is_allocated_for_sizes_that_the_weights_have_not(
+    what: str, tmp_path: Path, store: Store, way: str
+):
+    kind, sizes, said, rule = LARGE[what]
+    made: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes))
+    made.save_pretrained(at := tmp_path / "m")
+    byte_tokenizer().save_pretrained(at)
+    load_model(spec := ModelSpec(source=str(at)), store)
+    say(at / "config.json", **said)
+    bound = resource.getrlimit(resource.RLIMIT_AS)
+    held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (held + (2 << 30), bound[1]))
+    try:
+        with pytest.raises(ValueError, match=rule) as error:
+            load_model(spec, store)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, bound)
+    one_line(error)
+
+
+def test_a_weight_file_that_lacks_most_of_a_model_allocates_nothing(
+    tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+):
+    spec = save_tiny(at := tmp_path / "m")
+    say(at / "config.json", intermediate_size=1 << 20)
+    reweigh(at, lambda w: [w.pop(name) for name in list(w) if "mlp" in name])
+    monkeypatch.setattr(
+        transformers.LlamaForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("built")
+    )
+    with pytest.raises(
+        ValueError, match=r"lack 6 tensors, the first model\.layers\.0\.mlp\.down_proj\.weight"
+    ):
+        load_model(spec, store)
+
+
 def test_a_dtype_too_small_for_the_weights_is_said_so(tmp_path: Path, store: Store):
     spec = save_tiny(at := tmp_path / "m")
     reweigh(at, lambda w: w["lm_head.weight"][0, 0].fill_(1e30))
@@ -514,6 +647,59 @@ def test_a_tokenizer_with_more_ids_than_the_embedding_has_rows_is_refused(tmp_pa
         load_model(spec, store)
 
 
+PLAIN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+ADDED: dict[str, tuple[str, dict, str]] = {
+    "tokenizer.json": ("tokenizer.json", {"added_tokens": [{"id": 256, "content": "sheep", **PLAIN}]}, "256 of 'sheep'"),
+    "added_tokens.json": ("added_tokens.json", {"goats": 256}, "256 of 'goats'"),
+    "a special token": ("tokenizer_config.json", {"bos_token": "<s>"}, "256 of '<s>'"),
+    "a decoder": ("tokenizer_config.json", {"added_tokens_decoder": {"900": {"content": "hill", **PLAIN}}}, r"\d+ of 'hill'"),
+    "a template": (
+        "tokenizer.json",
+        {"post_processor": {
+            "type": "TemplateProcessing", "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+            "single": [{"SpecialToken": {"id": "a", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "special_tokens": {"a": {"id": "a", "ids": [256], "tokens": ["a"]}}}},
+        "256 put around a text",
+    ),
+}  # fmt: skip
+"""How a tokenizer comes to an id beyond the vocabulary: the file, what it says, what is said to that."""
+
+
+@pytest.mark.usefixtures("unbuilt")
+@pytest.mark.parametrize("what", ADDED)
+def test_a_token_that_was_added_beyond_the_embedding_is_refused(what: str, tmp_path: Path, store: Store):
+    name, said, rule = ADDED[what]
+    spec = save_tiny(at := tmp_path / "m")
+    if not (at / name).exists():
+        (at / name).write_text("{}")
+    say(at / name, **said)
+    with pytest.raises(ValueError, match=rf"must be below vocab_size = 256, .* got {rule}$") as error:
+        load_model(spec, store)
+    one_line(error)
+
+
+@pytest.mark.parametrize("dropout", [0.0, None, 0.5, 1.0])
+def test_a_tokenizer_that_draws_ids_is_refused(dropout: float | None, tmp_path: Path, store: Store):
+    spec = save_tiny(at := tmp_path / "m")
+    model = json.loads((at / "tokenizer.json").read_text())["model"]
+    say(at / "tokenizer.json", model={**model, "dropout": dropout})
+    if not dropout:
+        load_model(spec, store)
+        return
+    for look in (load_model, words_of):
+        with pytest.raises(
+            ValueError, match=rf"model\.dropout of the tokenizer in .* 0 or null.* got {dropout}"
+        ):
+            look(spec, store)
+
+
+@pytest.mark.parametrize("said", [{}, {"enable_sampling": True}], ids=str)
+def test_what_of_a_tokenizer_is_drawn_has_a_name(said: dict):
+    """A sentencepiece model that samples pieces says so in another file."""
+    tokenizer = SimpleNamespace(sp_model_kwargs=said)
+    assert any(folder.chances(tokenizer).values()) == bool(said)
+
+
 @pytest.mark.usefixtures("unbuilt")
 @pytest.mark.parametrize(
     ("said", "rule"),
@@ -527,6 +713,17 @@ def test_a_tokenizer_with_more_ids_than_the_embedding_has_rows_is_refused(tmp_pa
         ({"context_length": -1.5}, "max_position_embeddings in its header must be a whole number"),
         ({"context_length": True}, "max_position_embeddings in its header must be a whole number"),
         ({"attention.key_length": 0}, "head_dim in its header must be a whole number"),
+        ({"attention.layer_norm_rms_epsilon": 1e30}, "rms_norm_eps in its header must be a number above 0 and at most 1; got 1"),
+        ({"attention.layer_norm_rms_epsilon": True}, "rms_norm_eps in its header must be a number above 0"),
+        ({"rope.freq_base": math.inf}, "rope_parameters.rope_theta in its header must be a number above 0 and at most .* got inf"),
+        ({"rope.freq_base": -1.0}, "rope_parameters.rope_theta in its header must be .* got -1"),
+        ({"rope.scaling.factor": -2.0}, "rope_parameters.factor in its header must be a number above 0 .* got -2.0"),
+        ({"rope.scaling.factor": math.nan}, "rope_parameters.factor in its header must be a number above 0 .* got nan"),
+        ({"rope.scaling.type": 5}, "rope.scaling.type in its header must be a word; got 5"),
+        ({"tokenizer.ggml.add_bos_token": "x"}, "tokenizer.ggml.add_bos_token in its header must be true or false; got 'x'"),
+        ({"tokenizer.ggml.add_space_prefix": 7}, "tokenizer.ggml.add_space_prefix in its header must be true or false; got 7"),
+        ({"tokenizer.ggml.unknown_token_id": 256}, "tokenizer.ggml.unknown_token_id in its header must be an id below .* 256; got 256"),
+        ({"vocab_size": 999}, "vocab_size in its header must be the rows of token_embd.weight, 256; got 999"),
     ],
     ids=str,
 )  # fmt: skip
@@ -661,7 +858,7 @@ def test_a_recipe_says_each_field_once(text: str):
 def test_a_config_that_makes_no_numbers_gives_no_result(tmp_path: Path, text_file: Path, store: Store):
     """Every weight is finite, and what is computed is not."""
     spec = save_tiny(at := tmp_path / "m")
-    say(at / "config.json", rope_parameters={"rope_type": "default", "rope_theta": 0.0})
+    reweigh(at, lambda w: w["lm_head.weight"].fill_(3e38))
     recipe = recipe_of("16-16-16", model=spec, corpus=CorpusSpec(name=str(text_file)), windows=2, window=32)
     with pytest.raises(ValueError, match=r"must be finite; .*m gives NaN or Inf: a broken model"):
         perplexity.evaluate(recipe, store)

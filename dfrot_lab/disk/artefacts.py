@@ -25,7 +25,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dfrot_lab.disk.atomic import (
-    Changed, Inputs, cache_dir, digest, locked, make_folder, replacing, require_room, still, told,
+    Changed,
+    Inputs,
+    cache_dir,
+    digest,
+    locked,
+    make_folder,
+    replacing,
+    require_room,
+    still,
+    told,
 )  # fmt: skip
 from dfrot_lab.recipe.base import content_key, require
 from dfrot_lab.recipe.keys import FORMULAS

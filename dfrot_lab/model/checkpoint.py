@@ -3,6 +3,7 @@ comes before the layers, what comes after. Names and conversions (experts stacke
 transformers' own, so a part is what `from_pretrained` would have put there."""
 
 import ctypes
+import math
 import os
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator
@@ -20,6 +21,7 @@ from dfrot_lab.model.families import Roles
 from dfrot_lab.model.files import HARMLESS, headers
 from dfrot_lab.recipe.base import require
 
+Parts = dict[int, list[tuple[str, str, Path]]]  # of each part its tensors: name to load as, own name, file
 EMBEDDING, HEAD = -1, -2  # the parts that are no layer: all before the layers; final norm and lm_head
 MEMORY = "DFROT_LAB_MEMORY"  # environment variable: GB that weights may fill; a larger model is streamed
 FREE_SHARE = 0.6  # of the memory that is free, what weights may fill by default: the rest is for the work
@@ -95,42 +97,55 @@ def _trim() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+def places_of(folder: Path, model: nn.Module, roles: Roles) -> tuple[Any, Parts]:
+    """transformers' conversions for `model`, which has no weights (on `meta`), and of each of its parts the
+    tensors in a `folder`. ValueError: one that is missing, strange, there twice, or of another size."""
+    from transformers import conversion_mapping, core_model_loading as core
+
+    own: Any = model
+    mapping: Any = conversion_mapping.get_model_conversion_mapping(own)
+    renamings = [each for each in mapping if isinstance(each, core.WeightRenaming)]
+    converters = [each for each in mapping if isinstance(each, core.WeightConverter)]
+    wanted, found = dict(model.state_dict()), headers(folder)
+    parts: Parts = defaultdict(list)
+    patterns = {source: each for each in converters for source in each.source_patterns}
+    strange, at = list[str](), dict[str, tuple[str, Path]]()
+    held, filled = defaultdict[tuple[str, ...], int](int), set[str]()
+    for name, (path, shape) in found.items():
+        target, pattern = core.rename_source_key(name, renamings, converters, own.base_model_prefix, wanted)
+        ends = patterns[pattern].target_patterns if pattern else [""]
+        made = tuple(target.replace(ends[0], end) for end in ends) if pattern else (target,)
+        if target not in wanted or (target in at and not pattern):  # or it is there under another name
+            strange.append(at[target][0] if name == target and target in at else name)
+            continue
+        if not pattern:
+            check_shape(folder, name, shape, wanted[target].shape)
+        parts[part_of(target, roles)].append((name, name, path))
+        at[target] = (name, path)
+        held[made] += math.prod(shape)
+        filled |= {*made}
+    ends = [f"{name}.weight" for name in (roles.embedding, roles.lm_head)]
+    for end, other in (ends, ends[::-1]):  # each stands for the other, where it is alone
+        if own.config.tie_word_embeddings and end not in filled and other in at:
+            parts[part_of(end, roles)].append((end, *at[other]))
+            filled.add(end)
+    check(folder, set(wanted) - filled, strange)
+    for made, size in held.items():
+        room = sum(wanted[name].numel() for name in made)
+        what = f"the tensors of {made[0]} of the weights in {folder}"
+        require(what, f"{size:,}", size == room, f"of {room:,} values together, as its config says")
+    return mapping, parts
+
+
 class Checkpoint:
     """The weights in a `folder` for `model`, a transformers model without weights (on `meta`), of `roles`."""
 
     def __init__(self, folder: Path, model: nn.Module, roles: Roles, device: str) -> None:
-        from transformers import conversion_mapping, core_model_loading as core
-
         self.model, self.roles, self.device, self.folder = model, roles, device, folder
         self._finite = set[int]()
         self._reader = ThreadPoolExecutor(1)
         self._coming: dict[int, Future[dict[str, Tensor]]] = {}
-        own: Any = model
-        self.mapping: Any = conversion_mapping.get_model_conversion_mapping(own)
-        renamings = [each for each in self.mapping if isinstance(each, core.WeightRenaming)]
-        converters = [each for each in self.mapping if isinstance(each, core.WeightConverter)]
-        wanted, found = dict(model.state_dict()), headers(folder)
-        self.parts: dict[int, list[tuple[str, str, Path]]] = defaultdict(list)  # name to load as, its name
-        patterns = {source: each for each in converters for source in each.source_patterns}
-        filled, strange, at = set[str](), list[str](), dict[str, tuple[str, Path]]()
-        for name, (path, shape) in found.items():
-            prefix = own.base_model_prefix
-            target, pattern = core.rename_source_key(name, renamings, converters, prefix, wanted)
-            ends = patterns[pattern].target_patterns if pattern else [""]
-            filled |= {target.replace(ends[0], end) for end in ends} if pattern else {target}
-            if target not in wanted:
-                strange.append(name)
-                continue
-            if not pattern:
-                check_shape(folder, name, shape, wanted[target].shape)
-            self.parts[part_of(target, roles)].append((name, name, path))
-            at[target] = (name, path)
-        ends = [f"{name}.weight" for name in (roles.embedding, roles.lm_head)]
-        for end, other in (ends, ends[::-1]):  # each stands for the other, where it is alone
-            if own.config.tie_word_embeddings and end not in filled and other in at:
-                self.parts[part_of(end, roles)].append((end, *at[other]))
-                filled.add(end)
-        check(folder, set(wanted) - filled, strange)
+        self.mapping, self.parts = places_of(folder, model, roles)
 
     def read(self, part: int) -> None:
         """Fill one part of the model with its weights. ValueError: a tensor missing, or of another shape."""

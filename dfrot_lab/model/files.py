@@ -27,8 +27,19 @@ MOST = {
     "num_key_value_heads": 1 << 13, "num_experts": 1 << 13, "num_local_experts": 1 << 13,
     "hidden_size": 1 << 18, "intermediate_size": 1 << 20, "ffn_dim": 1 << 20, "word_embed_proj_dim": 1 << 18,
     "moe_intermediate_size": 1 << 20, "vocab_size": 1 << 24, "max_position_embeddings": 1 << 28,
+    "shared_expert_intermediate_size": 1 << 20, "num_experts_per_tok": 1 << 13, "sliding_window": 1 << 28,
+    "original_max_position_embeddings": 1 << 28, "decoder_sparse_step": 1000,
 }  # fmt: skip
 """Sizes that a config may say, and the largest that is believed: far above any model there is."""
+LARGEST = {
+    **dict.fromkeys(("rms_norm_eps", "layer_norm_eps", "norm_epsilon"), 1.0),
+    **dict.fromkeys(("partial_rotary_factor", "rotary_pct"), 1.0),
+    **dict.fromkeys(("query_pre_attn_scalar", "final_logit_softcapping", "attn_logit_softcapping"), 1e9),
+    **dict.fromkeys(("embedding_multiplier", "residual_multiplier", "attention_multiplier"), 1e9),
+    "logits_scaling": 1e9,
+}
+"""Numbers above 0 that a config may say, and the largest that is believed."""
+ROPE = 1e12  # the largest of RoPE's parameters that is believed
 
 
 @contextmanager
@@ -50,6 +61,12 @@ def read_object(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_bytes())
     require(f"{path}", json.dumps(found)[:40], isinstance(found, dict), "a JSON object")
     return dict(found)
+
+
+def check_pointer(path: Path, key: str, name: str) -> None:
+    """Refuse a JSON file, if it is there, whose `key` has transformers read another file than `name`."""
+    said = read_object(path).get(key, [name]) if path.is_file() else [name]
+    require(f"{key} in {path}", repr(said)[:80], said in ([name], []), f"[{name!r}], the file that is read")
 
 
 def weights_of(folder: Path) -> list[Path]:
@@ -116,11 +133,39 @@ def check_numbers(where: Path | str, said: Mapping[str, Any], needed: Collection
         value = said.get(name)
         is_size = (type(value) is int and 1 <= value <= most) or (value is None and name not in needed)
         require(f"{name} in {where}", repr(value)[:40], is_size, f"a whole number from 1 to {most:,}")
+    for name, largest in LARGEST.items():
+        check_real(f"{name} in {where}", said.get(name), largest)
+
+
+def check_real(name: str, value: Any, largest: float) -> None:
+    """Refuse what is said to be a number, if anything is, and is none above 0, or too large."""
+    is_real = value is None or (type(value) in (int, float) and 0 < value <= largest)
+    require(name, repr(value)[:40], is_real, f"a number above 0 and at most {largest:g}")
+
+
+def check_rope(where: Path | str, said: Mapping[str, Any], field: str = "rope_parameters") -> None:
+    """Refuse RoPE's parameters, of each kind of layer or of all, with a number that no model has."""
+    check_numbers(where, said)
+    for name, value in said.items():
+        if isinstance(value, Mapping):
+            check_rope(where, value, f"{field}.{name}")
+        for each in value if isinstance(value, list) else [value]:
+            if type(each) in (int, float):
+                check_real(f"{field}.{name} in {where}", each, ROPE)
+
+
+def check_config(where: Path, config: Any) -> None:
+    """Refuse a transformers config with a number that no model has, its defaults too."""
+    said = {name: getattr(config, name, None) for name in (*MOST, *LARGEST)}
+    check_numbers(where, said, NEEDED)
+    check_rope(where, getattr(config, "rope_parameters", None) or {})
+    each, experts = said["num_experts_per_tok"], said["num_local_experts"] or said["num_experts"]
+    is_known = not (each and experts) or each <= experts
+    require(f"num_experts_per_tok in {where}", each, is_known, f"at most the number of experts, {experts}")
 
 
 def check_sizes(where: Path, config: Any, roles: Roles, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Compare what a config says with the shapes of the weights, by name. ValueError: where they part."""
-    check_numbers(where, {name: getattr(config, name, None) for name in MOST}, NEEDED)
     heads, kv_heads, size = heads_of(config)
     rule = f"a divisor of num_attention_heads = {heads}"
     require(f"num_key_value_heads in {where}", kv_heads, heads % kv_heads == 0, rule)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dfrot_lab.model import files
-from dfrot_lab.model.checkpoint import check, check_shape, quiet
+from dfrot_lab.model.checkpoint import check, check_shape, places_of, quiet
 from dfrot_lab.model.families import CAUSAL, attention, oddity, roles_of
 from dfrot_lab.recipe.base import require
 
@@ -30,12 +30,17 @@ def config_of(folder: Path, source: str) -> Any:
     if told := said.get("quantization_config"):
         method = told.get("quant_method", "a method it does not name") if isinstance(told, dict) else told
         raise ValueError(f"{source} is already quantized, by {method}: use the unquantized model")
+    files.check_pointer(file, "configuration_files", file.name)
     files.check_numbers(file, said)
     with files.explained(f"the config in {folder} cannot be used", files.AGAIN), quiet():
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, attn_implementation="eager")
     config.fusion_config = None  # it would replace parts of the model
+    config.return_dict, config.output_attentions, config.output_hidden_states = True, False, False
     causal = class_name(config)
+    is_named = names[0] in ("", causal)
+    require(f"architectures in {file}", names[0], is_named, f"{causal}, as its model_type, {kind}, is")
     roles_of(causal)
+    files.check_config(file, config)
     if why := oddity(config):
         raise ValueError(f"this {causal} cannot be rotated here without changing it: {why}")
     return config
@@ -58,12 +63,19 @@ def model_of(config: Any, dtype: str, folder: Path, *, keeps: bool) -> Any:
     from transformers import AutoModelForCausalLM
 
     options = {"dtype": getattr(torch, dtype), "experts_implementation": "eager"}
-    fault = files.explained(f"no model can be made of the config and the weights in {folder}", files.AGAIN)
+
+    @files.explained(f"no model can be made of the config and the weights in {folder}", files.AGAIN)
+    def empty() -> Any:
+        return AutoModelForCausalLM.from_config(
+            config, trust_remote_code=False, attn_implementation=attention(config), **options
+        )
+
+    with torch.device("meta"):  # nothing is allocated before the parameters are those in the weights
+        places_of(folder, empty(), roles_of(class_name(config)))
     if not keeps:
-        with fault, init_empty_weights(include_buffers=False):
-            return AutoModelForCausalLM.from_config(
-                config, trust_remote_code=False, attn_implementation=attention(config), **options
-            )
+        with init_empty_weights(include_buffers=False):
+            return empty()
+    fault = files.explained(f"no model can be made of the config and the weights in {folder}", files.AGAIN)
     with fault, quiet():
         model, found = getattr(transformers, class_name(config)).from_pretrained(
             None, config=config, state_dict=_tensors(folder), output_loading_info=True,
@@ -90,15 +102,25 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
 @cache
 def tokenizer_of(folder: str, rows: int, _bytes: str) -> Any:
     """The tokenizer of a model with these bytes, its ids below `rows`; loaded once, so that a text is
-    tokenised once. Tokens that were added to its vocabulary may lie above. ValueError."""
+    tokenised once. ValueError: also where a token that was added to it has a larger id, or ids are drawn."""
     from transformers import AutoTokenizer
 
+    files.check_pointer(Path(folder) / "tokenizer_config.json", "fast_tokenizer_files", "tokenizer.json")
     with files.explained(f"no tokenizer can be loaded from {folder}", "Put its own, whole files there."):
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        inner = getattr(tokenizer, "backend_tokenizer", None)
-        known = inner.get_vocab(with_added_tokens=False) if inner else tokenizer.get_vocab()
-        largest = max(known.values(), default=0)
-        tokenizer("a")  # some of what its files say is only looked at now
+        ids = {f"of {token!r:.60}": number for token, number in tokenizer.get_vocab().items()}
+        ids |= {"put around a text": max(tokenizer("a").input_ids, default=0)}
+        token, largest = max(ids.items(), key=lambda item: item[1])
     rule = f"below vocab_size = {rows}, the rows of its embedding"
-    require(f"the largest id of the tokenizer in {folder}", largest, largest < rows, rule)
+    require(f"the largest id of the tokenizer in {folder}", f"{largest} {token}", largest < rows, rule)
+    for name, drawn in chances(tokenizer).items():
+        require(f"{name} of the tokenizer in {folder}", drawn, not drawn, "0 or null: else ids are drawn")
     return tokenizer
+
+
+def chances(tokenizer: Any) -> dict[str, Any]:
+    """What of a tokenizer has it draw other ids for the same text at every call, by the files' names."""
+    model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    sentencepiece = getattr(tokenizer, "sp_model_kwargs", None) or {}
+    sampling = sentencepiece.get("enable_sampling")
+    return {"model.dropout": getattr(model, "dropout", None), "sp_model_kwargs.enable_sampling": sampling}

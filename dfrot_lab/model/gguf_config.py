@@ -4,7 +4,7 @@ means is llama.cpp's word; one that the model would not obey is refused by name,
 from collections.abc import Mapping
 from typing import Any
 
-from dfrot_lab.model.files import check_numbers
+from dfrot_lab.model.files import check_numbers, check_rope
 from dfrot_lab.recipe.base import require
 
 ARCHITECTURES = {
@@ -25,7 +25,7 @@ KEYS = {
 }
 """What every file says, behind its architecture's name, and what a transformers config calls it."""
 HEADS = ("attention.head_count", "attention.head_count_kv")
-IDLE = ("vocab_size", "tensor_data_layout", "rope.scaling.finetuned")  # keys that change no number
+IDLE = ("tensor_data_layout", "rope.scaling.finetuned")  # keys that change no number
 NEUTRAL = {
     "expert_count": 0,
     "expert_used_count": 0,
@@ -68,13 +68,20 @@ def config_of(header: Mapping[str, Any], tensors: Mapping[str, Any]) -> Any:
     )
     size = said.pop("attention.key_length", values["hidden_size"] // values["num_attention_heads"])
     values |= {"head_dim": size, "vocab_size": int(_tensor(tensors, "token_embd.weight").shape[1])}
-    check_numbers("its header", values)
+    rows = values["vocab_size"]
+    require(
+        "vocab_size in its header", (told := said.pop("vocab_size", rows)), told == rows,
+        f"the rows of token_embd.weight, {rows}",
+    )  # fmt: skip
+    _check_tokens(header, rows)
     values |= {f"{each}_token_id": header.get(f"tokenizer.ggml.{each}_token_id") for each in ("bos", "eos")}
     if kind == "phi3":
         values |= {"pad_token_id": None, "sliding_window": said.pop("attention.sliding_window", 0) or None}
         original = said.get("rope.scaling.original_context_length", values["max_position_embeddings"])
         values["original_max_position_embeddings"] = original
+    check_numbers("its header", values)
     values["rope_parameters"] = _rope(kind, said, tensors, values)
+    check_rope("its header", values["rope_parameters"])
     for key, value in said.items():
         if key not in IDLE and value != {**NEUTRAL, "attention.value_length": size}.get(key):
             raise ValueError(f"says {kind}.{key} = {value}, which would not be done")
@@ -82,6 +89,16 @@ def config_of(header: Mapping[str, Any], tensors: Mapping[str, Any]) -> Any:
     return AutoConfig.for_model(
         kind, **values, tie_word_embeddings=tied, architectures=[ARCHITECTURES[kind]], dtype="float32"
     )
+
+
+def _check_tokens(header: Mapping[str, Any], rows: int) -> None:
+    """Refuse ids of tokens that have no row of the embedding, and answers that are no yes or no."""
+    for key, value in header.items():
+        is_id = type(value) is int and 0 <= value < rows
+        if key.startswith("tokenizer.") and key.endswith("_token_id"):
+            require(f"{key} in its header", value, is_id, f"an id below the vocabulary's size, {rows}")
+        if key.startswith("tokenizer.ggml.add_"):
+            require(f"{key} in its header", repr(value)[:40], type(value) is bool, "true or false")
 
 
 def _same(key: str, value: Any) -> Any:
@@ -108,7 +125,8 @@ def _rope(kind: str, said: dict[str, Any], tensors: Mapping[str, Any], values: M
         raise ValueError(
             f"says {kind}.rope.dimension_count = {rotary}, and heads of {size} would be rotated whole"
         )
-    scaling = str(said.pop("rope.scaling.type", "linear"))  # without a type llama.cpp takes it as linear
+    scaling = said.pop("rope.scaling.type", "linear")  # without a type llama.cpp takes it as linear
+    require("rope.scaling.type in its header", repr(scaling)[:40], isinstance(scaling, str), "a word")
     factor = float(said.pop("rope.scaling.factor", said.pop("rope.scale_linear", 0)) or 1)
     original = int(said.pop("rope.scaling.original_context_length", context))
     fast, slow = (

@@ -5,8 +5,9 @@ import json
 import logging
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,15 @@ from dfrot_lab.model import gguf_config
 from dfrot_lab.model.checkpoint import check_finite
 from dfrot_lab.model.families import attention
 from dfrot_lab.model.files import AGAIN, INDEX, explained
-from dfrot_lab.recipe.base import content_key
+from dfrot_lab.recipe.base import content_key, require
 
 log = logging.getLogger(__name__)
 
 VERSION = 2  # of what is made of a file: raise it when the same file becomes something else
 SHARD = 2 << 30  # bytes of weights after which another file of the folder is begun
 LONG = 4096  # values of one key: no such list, as of tokens, says anything of the model
+VALUES = 1 << 20  # values in all lists of a header: 200,000 tokens with their kinds and merges are 600,000
+COUNT = 1 << 16  # keys of a file, or tensors
 PART = re.compile(r"(.+)-\d{5}-of-(\d{5})(\.gguf)", re.IGNORECASE)
 ADDS_BOS = ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "tekken")
 """Pre-tokenizers with which llama.cpp begins a text with BOS, where the file does not say whether to."""
@@ -36,11 +39,43 @@ ADDS_BOS = ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral"
 class _Reader(gguf.GGUFReader):
     """gguf's reader, for which a file that ends too early is an EOFError."""
 
+    listed = 0  # values in all lists of the header so far
+
     def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
         end = int(offset) + np.dtype(dtype).itemsize * int(count)
         if end > len(self.data):
             raise EOFError(f"it has {len(self.data):,} bytes, and byte {end:,} was to be read")
         return super()._get(offset, dtype, count, override_order)
+
+    def _build_fields(self, offs: int, count: int) -> int:
+        counts = {"keys": int(count), "tensors": int(self.fields["GGUF.tensor_count"].parts[0][0])}
+        for name, number in counts.items():
+            require(f"the number of its {name}", f"{number:,}", number <= COUNT, f"at most {COUNT:,}")
+        return int(super()._build_fields(offs, count))
+
+    def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+        """ValueError: lists so long, all together, that to read them takes minutes, before one is read."""
+        if raw_type == gguf.GGUFValueType.ARRAY:
+            self.listed += int(self._get(orig_offs + 4, np.uint64)[0])
+            rule = f"at most {VALUES:,}"
+            require("the number of values in its lists", f"{self.listed:,}", self.listed <= VALUES, rule)
+        return super()._get_field_parts(orig_offs, raw_type)
+
+    def _build_tensors(self, start_offs: int, fields: list[Any]) -> None:
+        """ValueError: tensors that do not begin where an aligned file has them, or that share bytes."""
+        for field in fields:
+            start, step = int(field.parts[-1][0]), int(self.alignment)
+            self._get(int(start_offs) + start, np.uint8, 0)  # before an offset near 2^64 wraps
+            require(f"the offset of {field.name}", start, start % step == 0, f"a multiple of {step}")
+        super()._build_tensors(start_offs, fields)
+        check_apart({each.name: (int(each.data_offset), int(each.data.nbytes)) for each in self.tensors})
+
+
+def check_apart(places: Mapping[str, tuple[int, int]]) -> None:
+    """Refuse tensors, by name the first byte and how many, of which two share one."""
+    for (name, (first, size)), (other, (start, _)) in pairwise(sorted(places.items(), key=lambda x: x[1])):
+        end = first + size
+        require(f"the first byte of {other}", start, start >= end, f"at least {end}, where {name} ends")
 
 
 @dataclass(frozen=True)
