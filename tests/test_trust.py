@@ -453,6 +453,7 @@ BOUNDS = {
     "phi3": ({"partial_rotary_factor": 7}, {"sliding_window": 0}),
     "granite": ({"logits_scaling": 0}, {"attention_multiplier": math.inf}, {"residual_multiplier": -1.0}),
     "mixtral": ({"num_experts_per_tok": 0}, {"num_experts_per_tok": -1}, {"num_experts_per_tok": 9}, {"sliding_window": -3}),
+    "qwen2_moe": ({"use_sliding_window": True, "sliding_window": -1},),
     "qwen3_moe": ({"num_experts_per_tok": 200}, {"decoder_sparse_step": -1}),
 }  # fmt: skip
 """Numbers that no config of a family has."""

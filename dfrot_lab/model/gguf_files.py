@@ -26,7 +26,7 @@ from dfrot_lab.recipe.base import content_key, require
 
 log = logging.getLogger(__name__)
 
-VERSION = 2  # of what is made of a file: raise it when the same file becomes something else
+VERSION = 3  # of what is made of a file: raise it when the same file becomes something else
 SHARD = 2 << 30  # bytes of weights after which another file of the folder is begun
 LONG = 4096  # values of one key: no such list, as of tokens, says anything of the model
 VALUES = 1 << 20  # values in all lists of a header: 200,000 tokens with their kinds and merges are 600,000
@@ -235,7 +235,10 @@ def folder(find: Callable[[], Path], key: str, store: Store) -> tuple[Path, str]
             header.config.save_pretrained(scratch)
             tokenizer.save_pretrained(scratch, save_jinja_files=False)
             for made in Path(scratch).glob("*.json"):
-                writer.save_json(made.stem, json.loads(made.read_text()))
+                said = json.loads(made.read_text())
+                if own := said.get("added_tokens"):  # transformers adds <|endoftext|>, be there a row or not
+                    said["added_tokens"] = [each for each in own if each["id"] < header.config.vocab_size]
+                writer.save_json(made.stem, said)
         writer.note["provenance"] = f"dequantised {header.kinds} of {path.name}"
 
     artefact = store.get_or_make("model", {"gguf": key}, convert)

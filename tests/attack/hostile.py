@@ -301,7 +301,7 @@ def written(**changes: Any) -> Callable[[Path], None]:
         from gguf_writer import write_gguf
 
         path.unlink()
-        write_gguf(path, tiny_model(), **changes)
+        write_gguf(path, tiny_model(context=4096), **changes)
 
     return change
 
@@ -310,7 +310,7 @@ def _nan(path: Path) -> None:
     from conftest import tiny_model
     from gguf_writer import write_gguf
 
-    loaded = tiny_model()
+    loaded = tiny_model(context=4096)
     loaded.model.get_parameter(Q)[2, 3] = torch.nan
     path.unlink()
     write_gguf(path, loaded)
