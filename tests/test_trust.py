@@ -724,6 +724,8 @@ def test_what_of_a_tokenizer_is_drawn_has_a_name(said: dict):
         ({"tokenizer.ggml.add_bos_token": "x"}, "tokenizer.ggml.add_bos_token in its header must be true or false; got 'x'"),
         ({"tokenizer.ggml.add_space_prefix": 7}, "tokenizer.ggml.add_space_prefix in its header must be true or false; got 7"),
         ({"tokenizer.ggml.unknown_token_id": 256}, "tokenizer.ggml.unknown_token_id in its header must be an id below .* 256; got 256"),
+        ({"tokenizer.ggml.model": "nothing"}, "tokenizer.ggml.model in its header must be gpt2 or llama; got 'nothing'"),
+        ({"tokenizer.ggml.tokens": ["a", "b"]}, "the tokens in its header must be as many as token_embd.weight has rows, 256; got 2"),
         ({"vocab_size": 999}, "vocab_size in its header must be the rows of token_embd.weight, 256; got 999"),
     ],
     ids=str,

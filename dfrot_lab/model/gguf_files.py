@@ -128,6 +128,10 @@ def read(path: Path) -> Header:
             named = f"model-00001-of-{count:05d}.gguf"
             raise ValueError(f"is one of {count} parts of a model: name them as llama.cpp does, {named}")
         config = gguf_config.config_of(said, tensors)
+        if tokens := readers[0].fields.get("tokenizer.ggml.tokens"):
+            rows, count = config.vocab_size, len(tokens.data)
+            rule = f"as many as token_embd.weight has rows, {rows}"
+            require("the tokens in its header", count, count == rows, rule)
         for tensor in {x.tensor_type: x for x in tensors.values()}.values():
             _check_kind(tensor)
         targets = _targets(config, tensors)
