@@ -46,15 +46,17 @@ def write_gguf(
         "rope.dimension_count": int(size * config.rope_parameters.get("partial_rotary_factor", 1)),
         **(said or {}),
     }
-    for key, value in keys.items():
-        name = key if key.startswith("tokenizer.") else f"{config.model_type}.{key}"
-        add = {str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, list: writer.add_array}  # fmt: skip
-        if value is not None:
-            add[type(value)](name, value)
     if pieces:
         write_pieces(writer, pieces)
     else:
         write_tokenizer(writer, loaded.tokenizer, pre)
+    for key, value in keys.items():
+        name = key if key.startswith("tokenizer.") else f"{config.model_type}.{key}"
+        add = {str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, list: writer.add_array}  # fmt: skip
+        for part in writer.kv_data:  # what is said takes the place of what a tokenizer has
+            part.pop(name, None)
+        if value is not None:
+            add[type(value)](name, value)
     arch = next(each for each, name in gguf.MODEL_ARCH_NAMES.items() if name == config.model_type)
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     for name, tensor in loaded.model.state_dict().items():

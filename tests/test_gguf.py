@@ -433,6 +433,14 @@ def test_a_text_begins_with_bos_where_the_file_says_so(
     assert (int(ids[0]) == 7) == begins and 7 not in ids[1:]
 
 
+def test_no_token_is_added_that_the_file_has_no_row_for(tmp_path: Path, store: Store):
+    """transformers adds one to every byte-level tokenizer of a GGUF file."""
+    write_gguf(tmp_path / "m.gguf", model_of())
+    loaded = load_model(spec_of(tmp_path / "m.gguf"), store)
+    assert max(loaded.tokenizer("a <|endoftext|> b").input_ids) < loaded.config.vocab_size
+    assert loaded.tokenizer("a b").input_ids == byte_tokenizer()("a b").input_ids
+
+
 @pytest.mark.parametrize("flag", [None, True, False])
 def test_a_sentencepiece_text_begins_with_bos_unless_the_file_says_no(
     flag: bool | None, tmp_path: Path, store: Store

@@ -453,6 +453,7 @@ BOUNDS = {
     "phi3": ({"partial_rotary_factor": 7}, {"sliding_window": 0}),
     "granite": ({"logits_scaling": 0}, {"attention_multiplier": math.inf}, {"residual_multiplier": -1.0}),
     "mixtral": ({"num_experts_per_tok": 0}, {"num_experts_per_tok": -1}, {"num_experts_per_tok": 9}, {"sliding_window": -3}),
+    "qwen2_moe": ({"use_sliding_window": True, "sliding_window": -1},),
     "qwen3_moe": ({"num_experts_per_tok": 200}, {"decoder_sparse_step": -1}),
 }  # fmt: skip
 """Numbers that no config of a family has."""
@@ -723,6 +724,8 @@ def test_what_of_a_tokenizer_is_drawn_has_a_name(said: dict):
         ({"tokenizer.ggml.add_bos_token": "x"}, "tokenizer.ggml.add_bos_token in its header must be true or false; got 'x'"),
         ({"tokenizer.ggml.add_space_prefix": 7}, "tokenizer.ggml.add_space_prefix in its header must be true or false; got 7"),
         ({"tokenizer.ggml.unknown_token_id": 256}, "tokenizer.ggml.unknown_token_id in its header must be an id below .* 256; got 256"),
+        ({"tokenizer.ggml.model": "nothing"}, "tokenizer.ggml.model in its header must be gpt2 or llama; got 'nothing'"),
+        ({"tokenizer.ggml.tokens": ["a", "b"]}, "the tokens in its header must be as many as token_embd.weight has rows, 256; got 2"),
         ({"vocab_size": 999}, "vocab_size in its header must be the rows of token_embd.weight, 256; got 999"),
     ],
     ids=str,

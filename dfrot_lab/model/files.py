@@ -129,8 +129,9 @@ def weight_bytes(found: Mapping[str, tuple[Path, tuple[int, ...]]], dtype: str) 
 
 def check_numbers(where: Path | str, said: Mapping[str, Any], needed: Collection[str] = ()) -> None:
     """Refuse sizes of a config that are none, or that no model has, before anything is made of them."""
+    unused = () if said.get("use_sliding_window", True) else ("sliding_window",)
     for name, most in MOST.items():
-        value = said.get(name)
+        value = said.get(name) if name not in unused else None
         is_size = (type(value) is int and 1 <= value <= most) or (value is None and name not in needed)
         require(f"{name} in {where}", repr(value)[:40], is_size, f"a whole number from 1 to {most:,}")
     for name, largest in LARGEST.items():
@@ -157,7 +158,8 @@ def check_rope(where: Path | str, said: Mapping[str, Any], field: str = "rope_pa
 def check_config(where: Path, config: Any) -> None:
     """Refuse a transformers config with a number that no model has, its defaults too."""
     said = {name: getattr(config, name, None) for name in (*MOST, *LARGEST)}
-    check_numbers(where, said, NEEDED)
+    uses = {"use_sliding_window": getattr(config, "use_sliding_window", True)}
+    check_numbers(where, {**said, **uses}, NEEDED)
     check_rope(where, getattr(config, "rope_parameters", None) or {})
     each, experts = said["num_experts_per_tok"], said["num_local_experts"] or said["num_experts"]
     is_known = not (each and experts) or each <= experts

@@ -2,6 +2,7 @@
 is asked whether it may, and what cannot be made is a ValueError of one line."""
 
 from functools import cache
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,9 @@ def tokenizer_of(folder: str, rows: int, _bytes: str) -> Any:
     files.check_pointer(Path(folder) / "tokenizer_config.json", "fast_tokenizer_files", "tokenizer.json")
     with files.explained(f"no tokenizer can be loaded from {folder}", "Put its own, whole files there."):
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        ids = {f"of {token!r:.60}": number for token, number in tokenizer.get_vocab().items()}
+        defaults = {each.default for each in signature(type(tokenizer).__init__).parameters.values()}
+        known = tokenizer.get_vocab().items()  # a class adds its default tokens, be there a row or not
+        ids = {f"of {token!r:.60}": number for token, number in known if token not in defaults}
         ids |= {"put around a text": max(tokenizer("a").input_ids, default=0)}
         token, largest = max(ids.items(), key=lambda item: item[1])
     rule = f"below vocab_size = {rows}, the rows of its embedding"

@@ -93,6 +93,10 @@ def config_of(header: Mapping[str, Any], tensors: Mapping[str, Any]) -> Any:
 
 def _check_tokens(header: Mapping[str, Any], rows: int) -> None:
     """Refuse ids of tokens that have no row of the embedding, and answers that are no yes or no."""
+    model = header.get("tokenizer.ggml.model", "gpt2")
+    require(
+        "tokenizer.ggml.model in its header", repr(model)[:40], model in ("gpt2", "llama"), "gpt2 or llama"
+    )
     for key, value in header.items():
         is_id = type(value) is int and 0 <= value < rows
         if key.startswith("tokenizer.") and key.endswith("_token_id"):

@@ -26,7 +26,7 @@ from dfrot_lab.recipe.base import content_key, require
 
 log = logging.getLogger(__name__)
 
-VERSION = 2  # of what is made of a file: raise it when the same file becomes something else
+VERSION = 3  # of what is made of a file: raise it when the same file becomes something else
 SHARD = 2 << 30  # bytes of weights after which another file of the folder is begun
 LONG = 4096  # values of one key: no such list, as of tokens, says anything of the model
 VALUES = 1 << 20  # values in all lists of a header: 200,000 tokens with their kinds and merges are 600,000
@@ -132,6 +132,10 @@ def read(path: Path) -> Header:
             named = f"model-00001-of-{count:05d}.gguf"
             raise ValueError(f"is one of {count} parts of a model: name them as llama.cpp does, {named}")
         config = gguf_config.config_of(said, tensors)
+        if tokens := readers[0].fields.get("tokenizer.ggml.tokens"):
+            rows, count = config.vocab_size, len(tokens.data)
+            rule = f"as many as token_embd.weight has rows, {rows}"
+            require("the tokens in its header", count, count == rows, rule)
         for tensor in {x.tensor_type: x for x in tensors.values()}.values():
             _check_kind(tensor)
         targets = _targets(config, tensors)
@@ -239,7 +243,10 @@ def folder(find: Callable[[], Path], key: str, store: Store) -> tuple[Path, str]
             header.config.save_pretrained(scratch)
             tokenizer.save_pretrained(scratch, save_jinja_files=False)
             for made in Path(scratch).glob("*.json"):
-                writer.save_json(made.stem, json.loads(made.read_text()))
+                said = json.loads(made.read_text())
+                if own := said.get("added_tokens"):  # transformers adds <|endoftext|>, be there a row or not
+                    said["added_tokens"] = [each for each in own if each["id"] < header.config.vocab_size]
+                writer.save_json(made.stem, said)
         writer.note["provenance"] = f"dequantised {header.kinds} of {path.name}"
         if key_of(path) != key:
             raise Changed(f"{path} was changed while it was read: run the same command again")

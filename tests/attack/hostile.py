@@ -301,7 +301,7 @@ def written(**changes: Any) -> Callable[[Path], None]:
         from gguf_writer import write_gguf
 
         path.unlink()
-        write_gguf(path, tiny_model(), **changes)
+        write_gguf(path, tiny_model(context=4096), **changes)
 
     return change
 
@@ -310,7 +310,7 @@ def _nan(path: Path) -> None:
     from conftest import tiny_model
     from gguf_writer import write_gguf
 
-    loaded = tiny_model()
+    loaded = tiny_model(context=4096)
     loaded.model.get_parameter(Q)[2, 3] = torch.nan
     path.unlink()
     write_gguf(path, loaded)
@@ -345,10 +345,11 @@ FILES = (
     *(Hostile(f"{key} {value!r:.20}", written(said={key: value})) for key, values in {
         "attention.head_count": (0, 3, 2**31, "x", [4, 2], []), "attention.head_count_kv": (0, 3, 2**31), "block_count": (0, 1, 10**9, "x"), "embedding_length": (0, 65, 2**31),
         "feed_forward_length": (0, 97, 2**31), "context_length": (0, "x"), "attention.key_length": (0, 15, 2**31), "rope.freq_base": (float("nan"), "x", 0.0),
-        "rope.dimension_count": (0, 8, 2**31), "attention.layer_norm_rms_epsilon": ("x", float("nan")), "rope.scaling.factor": (float("nan"), 8.0), "expert_count": (8,),
+        "rope.dimension_count": (0, 8, 2**31), "attention.layer_norm_rms_epsilon": ("x", float("nan")), "rope.scaling.factor": (float("nan"), -2.0), "expert_count": (8,),
         "attention.sliding_window": (5,), "split.count": (3,), "logit_scale": (2.0,), "tokenizer.ggml.model": ("nothing", 3)}.items() for value in values),
     Hostile("a tensor of another shape", written(tensors={"blk.0.evil.weight": np.ones((3, 3), np.float32)})),
     Hostile("frequencies of another length", written(tensors={"rope_freqs.weight": np.ones(3, np.float32)})),
+    Hostile("positions scaled", written(said={"rope.scaling.factor": 8.0}), other=True),
     Hostile("pieces too few", written(pieces=["<unk>", "<s>", "</s>", "a"])),
 )  # fmt: skip
 
