@@ -24,18 +24,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dfrot_lab.disk.atomic import (
-    Changed,
-    Inputs,
-    cache_dir,
-    digest,
-    locked,
-    make_folder,
-    replacing,
-    require_room,
-    still,
-    told,
-)  # fmt: skip
+from dfrot_lab.disk import atomic
+from dfrot_lab.disk.atomic import digest, locked, make_folder, replacing
 from dfrot_lab.recipe.base import content_key, require
 from dfrot_lab.recipe.keys import FORMULAS
 
@@ -122,8 +112,8 @@ class Writer(Artefact):
     def reserve(self, size: int) -> None:
         """Refuse, before the work, an artefact of more bytes than the disk has free for the rest. OSError."""
         left = size - sum(record["bytes"] for record in self.manifest["files"].values())
-        with told(self.path, left):
-            require_room(self.path, left)
+        with atomic.told(self.path, left):
+            atomic.require_room(self.path, left)
 
     def save_tensors(self, name: str, tensors: "Mapping[str, Tensor]") -> None:
         """Write tensors as `<name>.safetensors`, replacing what was saved so. OSError: a full disk."""
@@ -199,13 +189,13 @@ class Store:
     """A folder of artefacts (default: `store` in the cache folder), shared safely by many processes."""
 
     def __init__(self, root: Path | None = None) -> None:
-        self.root = cache_dir() / "store" if root is None else Path(root)
+        self.root = atomic.cache_dir() / "store" if root is None else Path(root)
 
-    def get_or_make(self, kind: str, inputs: Inputs, make: Callable[[Writer], None]) -> Artefact:
+    def get_or_make(self, kind: str, inputs: atomic.Inputs, make: Callable[[Writer], None]) -> Artefact:
         """The artefact of `inputs` (plain JSON values): opened if it is stored, else made by `make`, once: a
         second process waits, then opens. What a killed `make` finished stays for the next call. OSError. As a
         function `inputs` are asked for again once it is made: as `still` says. ValueError."""
-        ask = still(inputs) if callable(inputs) else lambda: inputs
+        ask = atomic.still(inputs) if callable(inputs) else lambda: inputs
         folder, content = self._place(kind, ask())
         if (found := _open_or_set_aside(folder)) is not None:
             return found
@@ -218,7 +208,7 @@ class Store:
                 try:
                     make(writer)
                     ask()
-                except Changed:
+                except atomic.Changed:
                     shutil.rmtree(writer.path)
                     raise
                 writer._write_manifest()

@@ -1,7 +1,7 @@
 """What the header of a GGUF file says, as a transformers config that computes the same. What a key or tensor
 means is llama.cpp's word; one that the model would not obey is refused by name, never left out."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dfrot_lab.model.files import check_numbers, check_rope
@@ -59,13 +59,7 @@ def config_of(header: Mapping[str, Any], tensors: Mapping[str, Any]) -> Any:
         raise ValueError(f"does not say {kind}.{lacking[0]}")
     values = {name: _same(f"{kind}.{key}", said.pop(key)) for key, name in KEYS.items()}
     check_numbers("its header", values, {*KEYS.values()} - {"rms_norm_eps"})
-    layers, heads, kv_heads = (values[KEYS[key]] for key in ("block_count", *HEADS))
-    require(
-        "block_count in its header", layers, layers <= len(tensors), f"at most its {len(tensors)} tensors"
-    )
-    require(
-        "head_count_kv in its header", kv_heads, heads % kv_heads == 0, f"a divisor of head_count, {heads}"
-    )
+    _check_counts(values, len(tensors))
     size = said.pop("attention.key_length", values["hidden_size"] // values["num_attention_heads"])
     values |= {"head_dim": size, "vocab_size": int(_tensor(tensors, "token_embd.weight").shape[1])}
     rows = values["vocab_size"]
@@ -89,6 +83,13 @@ def config_of(header: Mapping[str, Any], tensors: Mapping[str, Any]) -> Any:
     return AutoConfig.for_model(
         kind, **values, tie_word_embeddings=tied, architectures=[ARCHITECTURES[kind]], dtype="float32"
     )
+
+
+def _check_counts(values: Mapping[str, Any], tensors: int) -> None:
+    layers, heads, kv_heads = (values[KEYS[key]] for key in ("block_count", *HEADS))
+    require("block_count in its header", layers, layers <= tensors, f"at most its {tensors} tensors")
+    rule = f"a divisor of head_count, {heads}"
+    require("head_count_kv in its header", kv_heads, heads % kv_heads == 0, rule)
 
 
 def _check_tokens(header: Mapping[str, Any], rows: int) -> None:
@@ -143,19 +144,22 @@ def _rope(kind: str, said: dict[str, Any], tensors: Mapping[str, Any], values: M
             f"says {kind}.rope.scaling.type = {scaling}, with factor {factor}, which would not be done"
         )
     if pair:
-        short, long = (_tensor(tensors, name).data.astype(float).tolist() for name in pair)
-        if not len(short) == len(long) == rotary // 2:
-            raise ValueError(
-                f"holds {pair[0]} of {len(short)} values, and RoPE turns {rotary // 2} pairs of channels"
-            )
         by = float(said.pop("rope.scaling.attn_factor", 1))
         rope |= {
-            "short_factor": short,
-            "long_factor": long,
             "attention_factor": by,
             "factor": context / original,
+            **_divisors(pair, tensors, rotary // 2),
         }
         return rope | {"rope_type": "longrope", "original_max_position_embeddings": original}
     if is_scaled and scaling == "yarn":
         rope |= {"beta_fast": fast, "beta_slow": slow, "original_max_position_embeddings": original}
     return rope | ({"rope_type": scaling, "factor": factor} if is_scaled else {"rope_type": "default"})
+
+
+def _divisors(names: Sequence[str], tensors: Mapping[str, Any], pairs: int) -> dict[str, list[float]]:
+    """LongRoPE's divisors of short and of long texts, one for each pair of channels that RoPE turns."""
+    short, long = (_tensor(tensors, name).data.astype(float).tolist() for name in names)
+    if not len(short) == len(long) == pairs:
+        said = f"holds {names[0]} of {len(short)} values, and RoPE turns {pairs} pairs of channels"
+        raise ValueError(said)
+    return {"short_factor": short, "long_factor": long}
