@@ -68,12 +68,7 @@ def config_of(header: Mapping[str, Any], tensors: Mapping[str, Any]) -> Any:
     )
     size = said.pop("attention.key_length", values["hidden_size"] // values["num_attention_heads"])
     values |= {"head_dim": size, "vocab_size": int(_tensor(tensors, "token_embd.weight").shape[1])}
-    rows = values["vocab_size"]
-    require(
-        "vocab_size in its header", (told := said.pop("vocab_size", rows)), told == rows,
-        f"the rows of token_embd.weight, {rows}",
-    )  # fmt: skip
-    _check_tokens(header, rows)
+    _check_tokens(header, said.pop("vocab_size", None), values["vocab_size"])
     values |= {f"{each}_token_id": header.get(f"tokenizer.ggml.{each}_token_id") for each in ("bos", "eos")}
     if kind == "phi3":
         values |= {"pad_token_id": None, "sliding_window": said.pop("attention.sliding_window", 0) or None}
@@ -85,14 +80,14 @@ def config_of(header: Mapping[str, Any], tensors: Mapping[str, Any]) -> Any:
     for key, value in said.items():
         if key not in IDLE and value != {**NEUTRAL, "attention.value_length": size}.get(key):
             raise ValueError(f"says {kind}.{key} = {value}, which would not be done")
-    tied = "output.weight" not in tensors
-    return AutoConfig.for_model(
-        kind, **values, tie_word_embeddings=tied, architectures=[ARCHITECTURES[kind]], dtype="float32"
-    )
+    values["tie_word_embeddings"] = "output.weight" not in tensors
+    return AutoConfig.for_model(kind, **values, architectures=[ARCHITECTURES[kind]], dtype="float32")
 
 
-def _check_tokens(header: Mapping[str, Any], rows: int) -> None:
+def _check_tokens(header: Mapping[str, Any], told: Any, rows: int) -> None:
     """Refuse ids of tokens that have no row of the embedding, and answers that are no yes or no."""
+    rule = f"the rows of token_embd.weight, {rows}"
+    require("vocab_size in its header", told, told in (None, rows), rule)
     model = header.get("tokenizer.ggml.model", "gpt2")
     require(
         "tokenizer.ggml.model in its header", repr(model)[:40], model in ("gpt2", "llama"), "gpt2 or llama"
@@ -148,11 +143,10 @@ def _rope(kind: str, said: dict[str, Any], tensors: Mapping[str, Any], values: M
             raise ValueError(
                 f"holds {pair[0]} of {len(short)} values, and RoPE turns {rotary // 2} pairs of channels"
             )
-        by = float(said.pop("rope.scaling.attn_factor", 1))
         rope |= {
             "short_factor": short,
             "long_factor": long,
-            "attention_factor": by,
+            "attention_factor": float(said.pop("rope.scaling.attn_factor", 1)),
             "factor": context / original,
         }
         return rope | {"rope_type": "longrope", "original_max_position_embeddings": original}
