@@ -224,9 +224,9 @@ def _shards(header: Header) -> Iterator[tuple[str, list[str]]]:
     return ((f"model-{number:05d}", lot) for number, lot in enumerate(lots, 1))
 
 
-def folder(find: Callable[[], Path], key: str, store: Store) -> tuple[Path, str]:
+def folder(find: Callable[[], Path], key: str, key_now: Callable[[], str], store: Store) -> tuple[Path, str]:
     """The file with this key, which `find` looks for if it has to be read, as a folder of float32 weights in
-    the store, made once, and words that say what it is."""
+    the store, made once, and words that say what it is. Changed: `key_now` is another one afterwards."""
 
     def convert(writer: Writer) -> None:
         path = find()
@@ -248,7 +248,7 @@ def folder(find: Callable[[], Path], key: str, store: Store) -> tuple[Path, str]
                     said["added_tokens"] = [each for each in own if each["id"] < header.config.vocab_size]
                 writer.save_json(made.stem, said)
         writer.note["provenance"] = f"dequantised {header.kinds} of {path.name}"
-        if key_of(path) != key:
+        if key_now() != key:
             raise Changed(f"{path} was changed while it was read: run the same command again")
 
     artefact = store.get_or_make("model", {"gguf": key}, convert)

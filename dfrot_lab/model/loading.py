@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +15,7 @@ from torch import nn
 
 from dfrot_lab.disk import downloads
 from dfrot_lab.disk.artefacts import Store
-from dfrot_lab.disk.atomic import Changed
+from dfrot_lab.disk.atomic import Changed, digest
 from dfrot_lab.model import files, folder, gguf_files
 from dfrot_lab.model.checkpoint import Checkpoint, check_finite, memory
 from dfrot_lab.model.experts import unfuse
@@ -156,6 +156,10 @@ def fingerprint(spec: ModelSpec) -> str:
     return model_key(_bytes_key(spec), spec.dtype, spec.device)
 
 
+def _sha256_key(file: downloads.WheelFile) -> str:
+    return digest(file.path(), "sha256")[:32]
+
+
 def _bytes_key(spec: ModelSpec) -> str:
     kind, place = resolve(spec)
     if kind == "packaged":
@@ -191,9 +195,11 @@ def _folder(spec: ModelSpec, key: str, store: Store) -> tuple[Path, str]:
     """The folder of a model whose bytes have this key, and words that say where it is from."""
     kind, place = resolve(spec)
     if kind == "packaged":
-        return gguf_files.folder(lambda: downloads.fetch(downloads.MODELS[str(place)]), key, store)
+        file = downloads.MODELS[str(place)]
+        key_now = partial(_sha256_key, file)
+        return gguf_files.folder(partial(downloads.fetch, file), key, key_now, store)
     if kind == "gguf":
-        return gguf_files.folder(lambda: Path(place), key, store)
+        return gguf_files.folder(lambda: Path(place), key, partial(_bytes_key, spec), store)
     found = Path(place) if kind == "folder" else _hub_folder(str(place), spec.revision)
     return found, f"{kind} {place}"
 

@@ -306,7 +306,8 @@ def _gguf_prepare(folder: Path) -> None:
 def _gguf_write(folder: Path) -> None:
     gguf_files.SHARD = 100_000
     path = folder / "tiny.gguf"
-    gguf_files.folder(lambda: path, gguf_files.key_of(path), Store(folder / "store"))
+    key = gguf_files.key_of(path)
+    gguf_files.folder(lambda: path, key, lambda: gguf_files.key_of(path), Store(folder / "store"))
 
 
 def _gguf_look(folder: Path) -> Value:
