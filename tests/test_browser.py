@@ -294,7 +294,7 @@ def test_a_reloaded_page_shows_its_plots(book):
     shown = massive.root.locator(".js-plotly-plot:visible")  # the 3-D view may be there, hidden
     wait_until(lambda: [plot.evaluate(place) <= 2 for plot in shown.all()] == [True, True])
     # the widget manager says so of an output drawn before the kernel has answered, and draws it again then
-    faults = book.page.watch.faults
+    faults = book.watch.faults
     faults[:] = [fault for fault in faults if "Error: widget model not found" not in fault]
 
 
