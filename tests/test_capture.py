@@ -213,6 +213,8 @@ def test_chosen_rows_are_those_of_all_sites(
     assert len(found.sites) == 4
     chosen = torch.tensor(places, dtype=torch.int64)
     assert torch.equal(found.all_rows(chosen), found.all_rows()[chosen])
+    strided = chosen.repeat_interleave(2)[::2]
+    assert torch.equal(found.all_rows(strided), found.all_rows()[chosen]), "a view that is not contiguous"
 
 
 @pytest.mark.parametrize("skip", [1, 2])

@@ -218,3 +218,10 @@ def test_a_row_that_the_disk_does_not_take_leaves_no_half_of_it(tmp_path: Path):
     out = subprocess.run([sys.executable, "-c", LIMIT, str(path)], capture_output=True, text=True).stdout
     assert "cannot write rows.jsonl to" in out and "free some space or write elsewhere" in out
     assert path.read_text() == '{"row": 1}\n'
+
+
+@pytest.mark.parametrize("value", [1.6463217825322214e-05, -3.1e-9, 12345.678901234567])
+def test_a_number_keeps_its_digits_however_small(value: float):
+    """Ten decimals, pandas' own, are three digits of a difference of 1e-7 nats."""
+    [row] = rows(pd.DataFrame({"value": [value]}))
+    assert row["value"] == pytest.approx(value, rel=1e-6)

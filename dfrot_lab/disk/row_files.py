@@ -141,7 +141,7 @@ def write_table(table: pd.DataFrame, out: Path) -> None:
 
 def rows(table: pd.DataFrame) -> list[dict[str, Any]]:
     """A table as JSON values, NaN as null, infinity (a gamma) as itself."""
-    found: list[dict[str, Any]] = json.loads(table.to_json(orient="records"))
+    found: list[dict[str, Any]] = json.loads(table.to_json(orient="records", double_precision=15))
     for name, values in table.select_dtypes("float").items():
         for number in np.isinf(values.to_numpy()).nonzero()[0].tolist():
             found[number][str(name)] = float(values.iloc[number])

@@ -56,7 +56,8 @@ class Capture:
         if chosen is None:
             return torch.cat([self.rows(site).float() for site in self.sites])
         ends = torch.arange(1, len(self.sites)) * self.tokens
-        parts = zip(self.sites, chosen.tensor_split(torch.searchsorted(chosen, ends)), strict=True)
+        cuts = torch.searchsorted(chosen.contiguous(), ends)
+        parts = zip(self.sites, chosen.tensor_split(cuts), strict=True)
         return torch.cat([self.rows(site)[own % self.tokens].float() for site, own in parts])
 
 
