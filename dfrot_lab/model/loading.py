@@ -241,7 +241,7 @@ def load_model(
     tokenizer = folder.tokenizer_of(str(place), config.vocab_size, key)
     model = folder.model_of(config, spec.dtype, place, keeps=keeps)
     model = model.to(spec.device) if keeps else model
-    for weight in model.parameters() if keeps else ():
+    for weight in model.parameters() if keeps and spec.device == "cpu" else ():  # a GPU has its own copy
         weight.data = weight.data.clone()  # else the file's own pages, which change with the file
     if keeps and name not in _finite:
         check_finite(spec.source, model.named_parameters())
