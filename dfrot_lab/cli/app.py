@@ -37,7 +37,7 @@ def _setup(verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log mo
     keep_freed_memory()
 
 
-@command("run", "model corpus calibration seed out as_json windows window gamma rule dtype")
+@command("run", "model corpus calibration seed out as_json windows builds window gamma rule dtype")
 def run(
     said: Options, dry_run: Annotated[bool, typer.Option("--dry-run", help=DRY_RUN)] = False,
     yes: Annotated[bool, typer.Option("--yes", help=YES)] = False,
@@ -52,13 +52,13 @@ def run(
     setting, name = said.setting(), said.model
     if dry_run:
         shape, machines = shapes.shape(setting.model), [cost.measure_machine(), cost.GPU_80GB]
-        recipes = [row.spec for row in main.rows(setting)]
+        recipes = main.recipes(main.rows_by_build(main.rows, setting))
         tables = {machine.name: cost.estimate(shape, machine, recipes) for machine in machines}
         rows = [(machine, row) for machine, table in tables.items() for row in table.to_dict("records")]
         about, own = needs.describe(name, shape, machines, recipes), {"rotations": needs.hadamards(shape)}
         return said.show([{"model": name, "machine": machine, **row, **own} for machine, row in rows], about)
     loading.resolve(setting.model)  # a name that only a dry run takes is refused before anything else
-    recipes, free = [row.spec for row in main.rows(setting)], shutil.disk_usage(cache_dir()).free
+    recipes, free = main.recipes(main.rows_by_build(main.rows, setting)), shutil.disk_usage(cache_dir()).free
     if not yes and (lack := needs.shortage(shapes.shape(setting.model), recipes, setting.window, free)):
         raise ValueError(f"{lack}: see --dry-run, or go on all the same with --yes")
     from dfrot_lab.disk import row_files
@@ -70,14 +70,17 @@ def run(
     handler = logging.FileHandler(folder / "log.txt", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     log.addHandler(handler)
+    first = main.prepared(setting)
+    row_files.write_table(gallery.massive_table(first), folder / "massive-tokens.csv")
+    pictures = gallery.save_pictures(first, folder / "figures")
+    log.info("first pictures: %s", ", ".join(map(str, pictures)))
     result = main.run(setting)
-    row_files.write_table(gallery.massive_table(result), folder / "massive-tokens.csv")
     gallery.save(result, folder / "rows.jsonl", folder / "figures")
     text = f"\n{gallery.report(result)}\nRows, recipes, table, figures and log: {folder}/"
     return said.show(row_files.rows(result.table), text)
 
 
-@command("experiment", "model corpus calibration seed out as_json windows window dtype")
+@command("experiment", "model corpus calibration seed out as_json windows builds window dtype")
 def experiment(
     said: Options, name: Annotated[str, typer.Argument(help="Which one; without it they are listed.")] = "",
     limit: Annotated[int, typer.Option(help="Items of each zero-shot task; 0 takes all.", min=0)] = 100,
@@ -101,7 +104,7 @@ def experiment(
     return said.show_table(table if said.as_json else table[shown], {"written": ", ".join(map(str, written))})
 
 
-@command("compare", "corpus calibration seed out as_json windows window gamma rule dtype")
+@command("compare", "corpus calibration seed out as_json windows builds window gamma rule dtype")
 def compare_command(said: Options, models: Annotated[str, typer.Option(help=MODELS)]) -> None:
     """Models side by side: massive tokens, errors, RO - RH, keep-out, what each kind of site costs.
 
@@ -119,7 +122,7 @@ def compare_command(said: Options, models: Annotated[str, typer.Option(help=MODE
     said.show({"written": written, "rows": row_files.rows(table)}, text)
 
 
-@command("figures", "model corpus seed out as_json windows dtype")
+@command("figures", "model corpus seed out as_json windows builds dtype")
 def figures(said: Options) -> None:
     """Rewrite the committed figures/ and data/results/: the main job's and every experiment's.
 
@@ -137,7 +140,7 @@ def figures(said: Options) -> None:
     said.show(written, "\n".join(map(str, written)))
 
 
-@command("report", "model corpus calibration seed out as_json windows window gamma rule dtype")
+@command("report", "model corpus calibration seed out as_json windows builds window gamma rule dtype")
 def report_command(said: Options) -> None:
     """One HTML file to send to a colleague: the main job's results for --model, nothing from the network.
 
@@ -269,13 +272,18 @@ def evaluate_command(
         row_files.require_rows(path)
     spec = specs.Recipe.from_yaml(recipe) if recipe else said.recipe(rotation, bits).with_(keep_out=kept)
     result = perplexity.evaluate(spec)
-    row = rows.row(result)
+    found = rows.rows([result])
+    row = found[0]
     if path:
-        row_files.append(path, [row])
+        row_files.append(path, found)
         beside = path.with_name(f"{path.stem}.{row['recipe']}.yaml")
         atomic.write_text(beside, public(result.spec).to_yaml())
-    about = f"{tables.label(row)} {row['bits']} on {row['corpus']}: {tables.cell(row)}"
-    said.show(row, f"{about}, {row['windows']} windows")
+    about = f"{tables.label(row)} {row['bits']} on {row['corpus']}: perplexity {tables.cell(row)}"
+    more = ", ".join(f"{each['metric']} {tables.cell(each)}" for each in found[1:])
+    said.show(
+        row | {each["metric"]: each["value"] for each in found[1:]},
+        f"{about}, {more}; {row['windows']} windows",
+    )
 
 
 @command("recipe", "weights model corpus calibration seed gamma rule dtype windows window out")

@@ -25,6 +25,7 @@ CALIBRATION = "A text file to capture, refine and calibrate on, whole; default: 
 TOKENS = "Tokens to record: up to 2048, or a multiple of it; default: a window."
 RULES = f"What makes a row massive: {', '.join(specs.MASSIVE_RULES)}."
 DTYPES = f"What is computed in: {', '.join(specs.DTYPES)}; auto: float32 on a CPU, the weights' own on a GPU."
+BUILDS = "Builds a comparison is made of (seed, sample, jitter, windows); default: 6, sweeps fewer."
 JSON = "Print JSON and nothing else on standard output."
 LONGEST = 500  # characters of an error that are shown
 MALLOC = ((-4, 0), (-1, -1), (-2, 1 << 26))
@@ -42,7 +43,8 @@ class Options:
     out: Annotated[Path | None, typer.Option(help=OUT)] = None
     as_json: Annotated[bool, typer.Option("--json", help=JSON)] = False
     tokens: Annotated[int | None, typer.Option(help=TOKENS)] = None
-    windows: Annotated[int, typer.Option(help="Windows to score.")] = 6
+    windows: Annotated[int, typer.Option(help="Windows to score, in each build.")] = specs.WINDOWS
+    builds: Annotated[int | None, typer.Option(help=BUILDS, min=1)] = None
     window: Annotated[int, typer.Option(help="Tokens of a window, to score and to calibrate on.")] = 2048
     gamma: Annotated[float, typer.Option(help="Weight of massive rows; inf fits them alone.")] = 100.0
     rule: Annotated[str, typer.Option(help=RULES)] = specs.DEFAULT_RULE
@@ -67,6 +69,7 @@ class Options:
 
         names = ("corpus", "calibration", "seed", "windows", "window", "gamma", "rule")
         same = {name: getattr(self, name) for name in names}
+        same |= {"builds": self.builds} if self.builds else {}
         return Setting(model=self.model_spec, **same, **more)
 
     def rotation(self, name: str, **fields: Any) -> Any:

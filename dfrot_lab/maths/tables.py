@@ -1,7 +1,6 @@
 """Tables of results as the paper prints them; one that would have to merge rows that differ is an error."""
 
 from collections.abc import Iterable, Mapping
-from operator import itemgetter
 from typing import Any
 
 import pandas as pd
@@ -11,14 +10,32 @@ COLUMNS = (
     "weights", "weight_quantizer", "calibration", "activations", "keys", "values",
     "w_bits", "a_bits", "kv_bits", "bits", "keep_out", "keep_out_rule", "keep_out_tokens",
     "set_massive", "windows", "window", "device",
-    "metric", "value", "ci95", "seconds", "recipe", "key", "versions", "formulas", "commit",
+    "builds", "metric", "value", "ci95", "verdict", "smallest", "by_build",
+    "seconds", "recipe", "key", "versions", "formulas", "commit",
 )  # fmt: skip
-"""Columns of every results row, in order. `parameters`: what a method has beside its columns; `ci95`: [low,
-high] or None; `recipe`: the key of the YAML beside the rows, `key`: of all the value hangs on, by bytes."""
-WHOLE = ("seed", "w_bits", "a_bits", "kv_bits", "keep_out_tokens", "windows", "window", "formulas")  # whole
-FREE = {"metric", "value", "ci95", "seconds", "recipe", "versions", "commit"}
+"""Columns of every results row, in order. `parameters`: what a method has beside its columns; `builds`: of
+how many the `value` is the mean, `by_build` each one's; `seed`, `parameters`, `recipe`: the first's. `ci95`:
+[low, high] or None, over builds; `verdict` and the `smallest` difference the design would have found: of
+comparisons; `recipe`: the key of the YAML beside the rows, `key`: of all the value hangs on, by bytes."""
+WHOLE = ("seed", "w_bits", "a_bits", "kv_bits", "keep_out_tokens", "windows", "window", "builds", "formulas")
+FREE = {"metric", "value", "ci95", "verdict", "smallest", "by_build"}
+FREE |= {"seconds", "recipe", "versions", "commit"}
 """Columns that say what came out and when; the others say of what, and by which formulas."""
-PERPLEXITY = "perplexity"
+PERPLEXITY, DIVERGENCE, AGREEMENT = "perplexity", "KL divergence", "top-1 agreement"
+LEVELS = (PERPLEXITY, DIVERGENCE, AGREEMENT)
+"""Measures of one row: exp of the mean next-token loss; the mean divergence, in nats, of the full-precision
+model's next-token distribution to the quantized one's; how often both have the same first choice."""
+SHARE = "share of RO - RH closed"
+
+
+def change(name: str) -> str:
+    """The metric of a change in perplexity, in percent, against the row called `name`."""
+    return f"change of {PERPLEXITY} against {name}, %"
+
+
+def further(name: str) -> str:
+    """The metric of the difference in KL divergence, in nats, to the row called `name`."""
+    return f"{DIVERGENCE} - {name}"
 
 
 def table(entries: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
@@ -29,12 +46,6 @@ def table(entries: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
 def whole(table: pd.DataFrame) -> pd.DataFrame:
     """The table with whole numbers whole or missing, in those of the columns WHOLE that it has."""
     return table.astype(dict.fromkeys((name for name in WHOLE if name in table), "Int64"))
-
-
-def first_seed(entries: pd.DataFrame) -> pd.DataFrame:
-    """The rows of the first seed, and those in which nothing is random."""
-    seeds = entries["seed"]
-    return entries[seeds.isna() | seeds.isin(seeds.dropna().head(1))]
 
 
 def label(entry: Mapping[str, Any]) -> str:
@@ -77,23 +88,26 @@ def _wide(rows: list[dict[str, Any]], down: Mapping[str, Any], across: Mapping[s
 
 
 def comparison(table: pd.DataFrame, metric: str = PERPLEXITY) -> pd.DataFrame:
-    """One metric as the paper prints it: a row a rotation, a column for each setting of the bits, cells
-    `value [low, high]`; first seed only. ValueError: rows of one place that differ in another column."""
-    rows = records(first_seed(table), metric)
-    return _wide(rows, {"row": label}, {"bits": itemgetter("bits")}).fillna("")
+    """One metric as the paper prints it: a row a rotation, a column for each setting of the bits, cells as
+    `cell` says. ValueError: rows of one place that differ in another column."""
+    return _wide(records(table, metric), {"row": label}, {"bits": bits_of}).fillna("")
 
 
-def by_seed(table: pd.DataFrame, metric: str = f"{PERPLEXITY} - RH", rotation: str = "RO") -> pd.DataFrame:
-    """One rotation's rows of a metric at the bits that were run with several seeds: bits by seed."""
-    rows = [r for r in records(table, metric) if r["rotation"] == rotation and not r["keep_out"]]
-    return _wide(rows, {"bits": itemgetter("bits")}, {"seed": lambda r: f"seed {r['seed']}"}).dropna()
+def bits_of(entry: Mapping[str, Any]) -> str:
+    """The bits of a row; with the weight quantizer where it is not GPTQ: `4-4-4 (rtn)`."""
+    by = entry["weights"]
+    return str(entry["bits"]) + (f" ({by})" if isinstance(by, str) and by != "gptq" else "")
 
 
 def cell(entry: Mapping[str, Any]) -> str:
-    """`36.11 [31.20, 40.80]`; without an interval where there is none."""
-    value, ci95 = f"{entry['value']:.2f}", entry["ci95"]
+    """`36.11 [31.20, 40.80]`, `+4.3% [1.8, 6.8] worse`; without an interval where there is none."""
+    metric, value, ci95 = entry["metric"], entry["value"], entry["ci95"]
+    is_change, is_small = metric.endswith("%"), metric.startswith((DIVERGENCE, AGREEMENT))
+    digits, sign = 1 if is_change else 3 if is_small else 2, "+" if " - " in metric or is_change else ""
+    text = f"{value:{sign}.{digits}f}" + "%" * is_change
     known = isinstance(ci95, list | tuple) and all(bound == bound for bound in ci95)
-    return f"{value} [{ci95[0]:.2f}, {ci95[1]:.2f}]" if known else value
+    text += f" [{ci95[0]:.{digits}f}, {ci95[1]:.{digits}f}]" if known else ""
+    return f"{text} {entry['verdict']}" if isinstance(entry.get("verdict"), str) else text
 
 
 def markdown(table: pd.DataFrame) -> str:

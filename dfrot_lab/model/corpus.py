@@ -4,6 +4,7 @@ import functools
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 from importlib.metadata import version
@@ -22,6 +23,7 @@ from dfrot_lab.recipe.specs import WHOLE, WINDOW, CorpusSpec
 
 log = logging.getLogger(__name__)
 BREAKS = ("\n\n", "\n", " ")
+SPAN, GOLDEN = 1 << 19, (math.sqrt(5) - 1) / 2  # tokens that samples are taken from; a walk's step
 CHARACTERS, SPARE = 8, 64  # of a text read for each token wanted, at first; tokens read beyond those
 WIKITEXT2 = "wikitext2"
 SAMPLE = "wikipedia-sample"
@@ -128,6 +130,30 @@ def token_blocks(spec: CorpusSpec, tokenizer: Any, *, blocks: int, window: int =
     there = f"{name} has {len(ids)} tokens, {whole} whole windows of {window}"
     require("windows", blocks, blocks <= whole, f"at most {whole}: {there}. Take a longer text, or fewer")
     return ids[: blocks * window].view(blocks, window)
+
+
+def sampled_blocks(
+    spec: CorpusSpec, tokenizer: Any, *, blocks: int, sample: int | None, window: int = WINDOW
+) -> Tensor:
+    """The windows (blocks, window) of a `sample`: of the text's whole windows (of a long text's first half a
+    million tokens) those at `places`. Without a sample the first ones, as `token_blocks`. ValueError."""
+    if sample is None:
+        return token_blocks(spec, tokenizer, blocks=blocks, window=window)
+    token_blocks(spec, tokenizer, blocks=blocks, window=window)  # refuses what is too short
+    ids = token_ids(spec, tokenizer, SPAN)[:SPAN]
+    count = max(blocks, len(ids) // window)
+    whole = token_blocks(spec, tokenizer, blocks=count, window=window)
+    return whole[places(count, blocks, sample)]
+
+
+def places(count: int, windows: int, sample: int) -> list[int]:
+    """Which `windows` of a text's `count` whole windows are a sample's: the next ones of a walk over the text
+    in steps of the golden ratio of it. Any number of samples are spread evenly, none shares a window with
+    another before all windows are used, and a sample hangs on no other."""
+    step = max(1, round(GOLDEN * count))
+    while math.gcd(step, count) > 1:
+        step += 1
+    return [(sample * windows + i) * step % count for i in range(windows)]
 
 
 def _raw_file(split: str) -> Path | None:

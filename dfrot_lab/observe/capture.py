@@ -100,6 +100,9 @@ def token_blocks(spec: CaptureSpec, loaded: LoadedModel) -> Tensor:
     require("CaptureSpec.tokens", spec.tokens, spec.tokens % window == 0, rule)
     loading.check_tokens(loaded, window)
     blocks = spec.skip + spec.tokens // window
+    if spec.sample is not None:
+        of = {"blocks": blocks, "sample": spec.sample, "window": window}
+        return corpus.sampled_blocks(spec.corpus, loaded.tokenizer, **of)
     return corpus.token_blocks(spec.corpus, loaded.tokenizer, blocks=blocks, window=window)[spec.skip :]
 
 

@@ -35,7 +35,14 @@ def identity(spec: Spec, prints: Prints) -> Any:
 def weights(recipe: Recipe, prints: Prints) -> dict[str, Any]:
     """What quantized weights are keyed by: how, and the rotated model they are of."""
     of = {name: identity(getattr(recipe, name), prints) for name in ("model", "rotation", "weights")}
-    return of | {name: getattr(recipe, name) for name in recipe.LATER if name not in recipe.unkeyed}
+    calibrated = registry.load(registry.WEIGHTS, recipe.weights.method).CALIBRATED
+    names = (*recipe.SHAPES, "jitter") if calibrated else recipe.SHAPES  # jitter moves what is calibrated on
+    return of | {name: getattr(recipe, name) for name in names if name not in recipe.unkeyed}
+
+
+def built(recipe: Recipe, prints: Prints) -> dict[str, Any]:
+    """What the whole model of a recipe is keyed by: its weights, and its embedding."""
+    return weights(recipe, prints) | {"jitter": recipe.jitter}
 
 
 def evaluation(recipe: Recipe, prints: Prints) -> dict[str, Any]:

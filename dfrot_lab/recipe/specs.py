@@ -11,6 +11,7 @@ from dfrot_lab.recipe import registry
 from dfrot_lab.recipe.base import MethodSpec, Spec, one_of, require_file, ruled
 
 WINDOW = 2048  # tokens in one window: the length DFRot, QuaRot and GPTQ calibrate and evaluate with
+WINDOWS = 3  # scored in one build: more builds tell more than more windows (docs/measuring.md)
 DEFAULT_MODEL = "smollm2-135m"
 SECOND_MODEL = "qwen2.5-coder-0.5b"  # for "does it hold elsewhere": fetched when it is named
 PACKAGED = (DEFAULT_MODEL, SECOND_MODEL)
@@ -32,6 +33,7 @@ PAPER_RULE, RELEASED_KEEP_OUT = "nr_error_8.5", "nr_error_9.5"  # the released c
 REFINE_VARIANTS = ("accelerated", "guarded", "as_paper", "as_released")
 KEEP_OUT_COUNTS = ("most_massive", "worst", "random")  # by largest value, largest error, or any
 BLOCK = "None or a whole number >= 1"  # None: the largest that there is
+SAMPLED = "None or a whole number >= 0"
 KEPT_COUNTED = f"a number with keep_out {', '.join(KEEP_OUT_COUNTS)}, and None with any other"
 
 
@@ -123,12 +125,19 @@ KV_CACHE = QuantSpec(bits=16, scheme="asymmetric", granularity="per_group")  # a
 
 
 class CaptureSpec(Spec):
-    """Which activations: all norm outputs, norms fused, of `tokens` tokens after the first `skip` windows."""
+    """Which activations: all norm outputs, norms fused, of `tokens` tokens after the first `skip` windows; or
+    of the windows of a `sample`, as Recipe has it."""
+
+    LATER: ClassVar[tuple[str, ...]] = ("sample",)
 
     model: ModelSpec = ModelSpec()
     corpus: CorpusSpec = CALIBRATION
     tokens: int = ruled(WINDOW, "a whole number >= 1", ge=1)
     skip: int = ruled(0, "a whole number >= 0", ge=0)
+    sample: int | None = ruled(None, SAMPLED, ge=0)
+
+    def _check(self) -> None:
+        self._require("skip", self.skip == 0 or self.sample is None, "0 with a sample, which says where")
 
 
 class RefineSpec(MethodSpec):
@@ -166,7 +175,10 @@ class RefineSpec(MethodSpec):
 
 
 class WeightSpec(Spec):
-    """How the linears' weights are quantized: by `method`, if calibrated on `windows` of `corpus`."""
+    """How the linears' weights are quantized: by `method`, if calibrated on `windows` of `corpus`, the first
+    or those of a `sample`, as Recipe has it."""
+
+    LATER: ClassVar[tuple[str, ...]] = ("sample",)
 
     method: str = "gptq"
     quantizer: QuantSpec = QuantSpec(granularity="per_channel")
@@ -175,6 +187,7 @@ class WeightSpec(Spec):
     corpus: CorpusSpec | None = CALIBRATION
     windows: int = ruled(16, "a whole number >= 1", ge=1)
     window: int = ruled(WINDOW, "a whole number >= 2", ge=2)
+    sample: int | None = ruled(None, SAMPLED, ge=0)
 
     def _check(self) -> None:
         self._require("method", self.method in registry.WEIGHTS, f"one of {', '.join(registry.WEIGHTS)}")
@@ -186,9 +199,13 @@ class Recipe(Spec):
     """All that defines a quantized model and the text it is scored on. `keep_out`: the rule by which massive
     tokens pass the q, k, v, gate and up inputs unquantised (`QuaRot.FP16()`), or which `keep_out_tokens` of a
     window do. `set_massive` overwrites massive values of the residual stream (Sun et al.). `head_block` (of
-    R2 and R3) and `mlp_block` (of R4): blocks of the Hadamard matrices where not one is wanted, or known."""
+    R2 and R3) and `mlp_block` (of R4): blocks of the Hadamard matrices where not one is wanted, or known.
+    `sample`: which of the samples of `windows` windows, spread over the text, is scored; None: the first
+    windows, as published. `jitter`: the seed of a change in the last bit of the embedding, which shows what
+    rounding alone does; None: no change."""
 
-    LATER: ClassVar[tuple[str, ...]] = ("head_block", "mlp_block")
+    LATER: ClassVar[tuple[str, ...]] = ("head_block", "mlp_block", "sample", "jitter")
+    SHAPES: ClassVar[tuple[str, ...]] = ("head_block", "mlp_block")  # of those, what weights hang on
 
     model: ModelSpec = ModelSpec()
     corpus: CorpusSpec = CorpusSpec()
@@ -198,12 +215,14 @@ class Recipe(Spec):
     keys: QuantSpec = KV_CACHE
     values: QuantSpec = KV_CACHE
     keep_out: str | None = one_of(None, (None, *ROW_RULES, *KEEP_OUT_COUNTS))
-    windows: int = ruled(6, "a whole number >= 1", ge=1)
+    windows: int = ruled(WINDOWS, "a whole number >= 1", ge=1)
     window: int = ruled(WINDOW, "a whole number >= 2", ge=2)
     keep_out_tokens: int | None = ruled(None, KEPT_COUNTED, ge=1)
     set_massive: str | None = one_of(None, (None, "zero", "mean"))
     head_block: int | None = ruled(None, BLOCK, ge=1)
     mlp_block: int | None = ruled(None, BLOCK, ge=1)
+    sample: int | None = ruled(None, SAMPLED, ge=0)
+    jitter: int | None = ruled(None, SAMPLED, ge=0)
 
     def _check(self) -> None:
         self._require("activations", self.activations.granularity == "per_token", "per_token")
@@ -244,6 +263,8 @@ class Recipe(Spec):
             unrounded = ACTIVATIONS.with_(bits=16)
             changes |= {"activations": unrounded, "keep_out": None, "keep_out_tokens": None}
         changes |= {name: KV_CACHE for name in ("keys", "values") if getattr(self, name).bits == 16}
+        if self.bits == "16-16-16":  # nothing is rounded
+            changes["jitter"] = None
         if not self.is_rotated:
             changes |= {"rotation": RotationSpec(kind="NR"), "head_block": None, "mlp_block": None}
         else:  # what a method looks at is of this very model

@@ -38,7 +38,7 @@ class Built:
 
 def build_key(recipe: Recipe) -> str:
     """Key of the model `build` would return: rows that share it can share the built model."""
-    return keys.content_key(keys.weights(door.resolved(recipe).canonical(), door.prints))
+    return keys.content_key(keys.built(door.resolved(recipe).canonical(), door.prints))
 
 
 def build(recipe: Recipe, store: Store, on_part: OnPart = nothing, *, whole: bool = False) -> Built:
@@ -50,6 +50,8 @@ def build(recipe: Recipe, store: Store, on_part: OnPart = nothing, *, whole: boo
     ids = windows(recipe, loaded)  # before minutes of work on weights: is there so much text? does it fit?
     proof = Proof(loaded, ids[:1, :TOKENS])
     surgery.prepare(loaded)
+    if recipe.jitter is not None:
+        surgery.jitter(loaded, recipe.jitter)
     made = transforms.fit(recipe, transforms.Context(recipe, store, loaded))
     if made.R1 is not None:
         surgery.rotate_residual(loaded, made.R1)
@@ -78,7 +80,8 @@ def weights_stored(recipe: Recipe, store: Store) -> bool:
 def windows(recipe: Recipe, loaded: LoadedModel) -> Tensor:
     """The token ids (windows, window) a recipe is scored on; ValueError if text or context is too short."""
     loading.check_tokens(loaded, recipe.window)
-    return corpus.token_blocks(recipe.corpus, loaded.tokenizer, blocks=recipe.windows, window=recipe.window)
+    of: dict[str, Any] = {"blocks": recipe.windows, "window": recipe.window, "sample": recipe.sample}
+    return corpus.sampled_blocks(recipe.corpus, loaded.tokenizer, **of)
 
 
 def require_texts(recipe: Recipe, store: Store) -> None:

@@ -31,27 +31,6 @@ def perplexity(losses: np.ndarray, axis: int = -1) -> Any:
     return np.exp(losses.mean(axis))
 
 
-def bootstrap(statistic: Callable[..., Any], *samples: np.ndarray) -> tuple[float, float]:
-    """Percentile bootstrap 95% interval of a statistic of paired samples (windows,); nan for fewer than 2."""
-    from scipy import stats  # half a second, which a dry run need not wait
-
-    if len(samples[0]) < 2:
-        return float("nan"), float("nan")
-    options: dict[str, Any] = {"paired": True, "vectorized": True, "method": "percentile", "rng": 0}
-    interval = stats.bootstrap(samples, statistic, n_resamples=9999, **options).confidence_interval
-    return float(interval.low), float(interval.high)
-
-
-def difference(a: np.ndarray, b: np.ndarray, axis: int) -> Any:
-    """Perplexity of losses `a` minus that of `b`."""
-    return perplexity(a, axis) - perplexity(b, axis)
-
-
-def closed_share(ro: np.ndarray, ro_kept: np.ndarray, rh: np.ndarray, rh_kept: np.ndarray, axis: int) -> Any:
-    """The share of the perplexity gap between RO and RH that keeping massive tokens out closes: 1 is all."""
-    return 1 - difference(ro_kept, rh_kept, axis) / difference(ro, rh, axis)
-
-
 @dataclass(frozen=True)
 class EvalResult:
     """Mean next-token loss of each window (windows,) in nats, how long, by which code; its inputs' `key`."""
@@ -69,27 +48,6 @@ class EvalResult:
     def perplexity(self) -> float:
         """exp of the mean loss."""
         return float(perplexity(self.losses))
-
-    @property
-    def ci95(self) -> tuple[float, float]:
-        """Bootstrap 95% interval of the perplexity over windows."""
-        return bootstrap(perplexity, self.losses)
-
-
-def statistic(function: Callable[..., Any], found: Sequence[EvalResult]) -> tuple[float, tuple[float, float]]:
-    """`function(*losses, axis=)` of several evaluations and its bootstrap 95% interval, resampling the
-    windows that all were scored on. ValueError where they are not the same windows, on the same device."""
-    places = [(r.spec.corpus, len(r.losses), r.spec.window, r.spec.model.device) for r in found]
-    if others := [place for place in places if place != places[0]]:
-        said = f"got {places[0]} and {others[0]}"
-        raise ValueError(f"paired results must share corpus, windows, window and device; {said}")
-    losses = [result.losses for result in found]
-    return float(function(*losses, axis=-1)), bootstrap(function, *losses)
-
-
-def paired_difference(a: EvalResult, b: EvalResult) -> tuple[float, tuple[float, float]]:
-    """Perplexity of `a` minus that of `b` and its paired 95% interval."""
-    return statistic(difference, [a, b])
 
 
 def window_loss(loaded: LoadedModel, ids: Tensor) -> float:

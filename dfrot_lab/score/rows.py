@@ -1,37 +1,100 @@
 """Results as rows with provenance: a column for everything that makes a row different, nothing in a label."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from dfrot_lab.maths.tables import COLUMNS, PERPLEXITY
+import numpy as np
+
+from dfrot_lab.maths import statistics, tables
+from dfrot_lab.maths.statistics import Estimate
+from dfrot_lab.maths.tables import AGREEMENT, COLUMNS, DIVERGENCE, PERPLEXITY
 from dfrot_lab.model.public import public
-from dfrot_lab.recipe.base import Spec
+from dfrot_lab.recipe.base import Spec, content_key
 from dfrot_lab.recipe.keys import FORMULAS
 from dfrot_lab.recipe.specs import CorpusSpec, Recipe
-from dfrot_lab.score.perplexity import EvalResult, paired_difference
+from dfrot_lab.score.perplexity import EvalResult
 
 PACKAGES = ("dfrot_lab", "torch", "transformers")
 
 
-def row(result: EvalResult) -> dict[str, Any]:
-    """The results row of one evaluation: its perplexity with the bootstrap interval over windows."""
-    return statistic_row(result, PERPLEXITY, result.perplexity, result.ci95)
+def rows(results: Sequence[EvalResult]) -> list[dict[str, Any]]:
+    """The results rows of one recipe's evaluations, one a build: perplexity (exp of the mean loss), KL
+    divergence, top-1 agreement, each with its 95% interval over builds."""
+    losses, *others = (statistics.estimate(values) for values in _measures(results))
+    found = [line(results, PERPLEXITY, math.exp(losses.mean), losses, np.exp)]
+    pairs = zip((DIVERGENCE, AGREEMENT), others, strict=True)
+    return found + [line(results, name, each.mean, each) for name, each in pairs]
 
 
-def difference_row(result: EvalResult, reference: EvalResult, name: str) -> dict[str, Any]:
-    """The row of the paired difference in perplexity of `result` and `reference`, called `name`."""
-    return statistic_row(result, f"{PERPLEXITY} - {name}", *paired_difference(result, reference))
+def compared(
+    results: Sequence[EvalResult], references: Sequence[EvalResult], name: str
+) -> list[dict[str, Any]]:
+    """The results rows of the builds' `results` against `references`, the row called `name`, build by build
+    on the same windows: the change of perplexity in percent, the difference in KL divergence; each with its
+    interval, verdict, and the smallest that would have been found. ValueError: other windows or device."""
+    _require_pairs(results, references)
+    pairs = zip(_measures(results)[:2], _measures(references)[:2], strict=True)
+    loss, divergence = (statistics.estimate(own - other) for own, other in pairs)
+    found = line(results, tables.change(name), percent(loss.mean), loss, percent)
+    further = line(results, tables.further(name), divergence.mean, divergence)
+    return [found | _told(loss, percent(loss.smallest)), further | _told(divergence, divergence.smallest)]
 
 
-def statistic_row(result: EvalResult, metric: str, value: float, ci95: Sequence[float]) -> dict[str, Any]:
-    """The results row of any number, with its interval, that is said of the evaluation `result`."""
-    interval = list(ci95) if all(map(math.isfinite, ci95)) else None  # of one window there is none
-    said = {"metric": metric, "value": value, "ci95": interval, "seconds": round(result.seconds, 2)}
-    made = {name: result.versions[name] for name in PACKAGES if name in result.versions}
-    code = {"recipe": public(result.spec).key, "key": result.key, "versions": made, "formulas": FORMULAS}
-    values = {**columns(result.spec), "family": result.family, **said, **code, "commit": result.commit}
+def percent(loss: Any) -> Any:
+    """A difference of losses in nats as a change of perplexity in percent."""
+    return 100 * np.expm1(loss)
+
+
+def _measures(results: Sequence[EvalResult]) -> list[np.ndarray]:
+    """Of each build the mean loss, KL divergence and top-1 agreement."""
+    found = [(r.losses.mean(), r.divergences.mean(), r.agreements.mean()) for r in results]
+    return list(np.array(found).T)
+
+
+def _told(found: Estimate, smallest: float) -> dict[str, Any]:
+    """A comparison's verdict, where there is an interval, and what it would have found."""
+    if found.builds < 2:
+        return {}
+    return {"verdict": found.verdict, "smallest": float(smallest)}
+
+
+def _require_pairs(results: Sequence[EvalResult], references: Sequence[EvalResult]) -> None:
+    """Refuse to compare what was not scored on the same windows, on the same device; ValueError."""
+    for own, other in zip(results, references, strict=True):
+        places = [(r.spec.corpus, r.spec.windows, r.spec.sample, r.spec.window) for r in (own, other)]
+        devices = [result.spec.model.device for result in (own, other)]
+        if places[0] != places[1] or devices[0] != devices[1]:
+            said = f"got {places[0]} on {devices[0]} and {places[1]} on {devices[1]}"
+            raise ValueError(f"compared results must share corpus, windows, window and device; {said}")
+
+
+def line(
+    results: Sequence[EvalResult], metric: str, value: float, found: Estimate,
+    scale: Callable[[Any], Any] = lambda x: x,
+) -> dict[str, Any]:  # fmt: skip
+    """The results row of any number said of the builds' `results`: `found`, before it is `scale`d."""
+    first, interval = results[0], [float(scale(bound)) for bound in found.ci95]
+    said = {"builds": len(results), "metric": metric, "value": float(value)}
+    said["ci95"] = interval if all(map(math.isfinite, interval)) else None  # of one build there is none
+    said |= {"verdict": None, "smallest": None, "by_build": _by_build(results, metric)}
+    said["seconds"] = round(sum(result.seconds for result in results), 2)
+    made = {name: first.versions[name] for name in PACKAGES if name in first.versions}
+    keys = [result.key for result in results]
+    said |= {"recipe": public(first.spec).key, "key": keys[0] if len(keys) == 1 else content_key(keys)}
+    said |= {"versions": made, "formulas": FORMULAS, "commit": first.commit}
+    values = {**columns(first.spec), "family": first.family, **said}
     return {name: values[name] for name in COLUMNS}
+
+
+def _by_build(results: Sequence[EvalResult], metric: str) -> list[float] | None:
+    """Each build's value of a level; of a comparison none, for it follows from those."""
+    by = {
+        PERPLEXITY: lambda r: r.perplexity,
+        DIVERGENCE: lambda r: r.divergence,
+        AGREEMENT: lambda r: r.agreement,
+    }
+    return [float(f"{by[metric](result):.7g}") for result in results] if metric in by else None
 
 
 def columns(recipe: Recipe) -> dict[str, Any]:

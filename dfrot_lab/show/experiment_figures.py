@@ -11,7 +11,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dfrot_lab.maths.tables import PERPLEXITY
+from dfrot_lab.maths.tables import PERPLEXITY, change
 from dfrot_lab.observe.massive import SUN_ABSOLUTE, SUN_RATIO
 from dfrot_lab.show import figures
 from dfrot_lab.show.figures import plot_rows, rows_of
@@ -27,7 +27,7 @@ ORDER_MARKERS = dict(zip(ORDER_COLOURS, "ovDsPX", strict=True))
 
 
 def plot_sweep(rows: pd.DataFrame, x: str, line: str, *, ax: Axes) -> None:
-    """`rows_of` a metric against `x`, a `line` through seeds' means; intervals of paired differences only."""
+    """`rows_of` a metric against `x`, a `line` a kind; intervals of comparisons only."""
     places, levels = pd.factorize(rows[x])
     kinds, names = pd.factorize(rows[line])
     colour = rows[line].map(looks(names)["palette"])
@@ -43,8 +43,7 @@ def plot_sweep(rows: pd.DataFrame, x: str, line: str, *, ax: Axes) -> None:
 def figure_gamma(table: pd.DataFrame) -> Figure:
     """The paper's Fig. 5 and 6: perplexity against gamma by start and bits, with QuaRot's lines."""
     rows = rows_of(table)
-    seeds = rows.groupby(["bits", "init"])["seed"].transform("nunique").astype(str)
-    title = rows["bits"] + ", start " + rows["init"] + ", seeds: " + seeds
+    title = rows["bits"] + ", start " + rows["init"] + ", builds: " + rows["builds"].astype(str)
     return panels(rows.assign(title=title), "title", _plot_gamma, legend=True)
 
 
@@ -61,7 +60,7 @@ def _plot_gamma(part: pd.DataFrame, *, ax: Axes) -> None:
 
 
 def figure_keep_out(table: pd.DataFrame) -> Figure:
-    """Table 1: perplexity with all tokens quantized and massive ones kept out (hollow), a marker a seed."""
+    """Table 1: perplexity with all tokens quantized and massive ones kept out (hollow)."""
     rows = rows_of(table[table["rotation"] != "NR"])
     rows = rows.sort_values(["rotation", "keep_out"], ascending=[False, True])
     alone = rows.assign(low=rows["value"], high=rows["value"])  # only paired intervals would count here
@@ -70,16 +69,16 @@ def figure_keep_out(table: pd.DataFrame) -> Figure:
 
 
 def figure_clip(table: pd.DataFrame) -> Figure:
-    """Perplexity against the activation clip ratio under RO, RH and DFRot; and, paired, against no clip."""
-    rows = pd.concat([rows_of(table), rows_of(table, f"{PERPLEXITY} - clip 1")])
+    """Perplexity against the activation clip ratio under RO, RH and DFRot; and its change against no clip."""
+    rows = pd.concat([rows_of(table), rows_of(table, change("clip 1"))])
     draw = partial(plot_sweep, x="clip", line="rotation")
     axes = {"title": "16-4-16", "xlabel": "activation clip ratio"}
     return panels(rows, "metric", draw, size=(5.4, 3.8), axes=axes, legend=True)
 
 
 def figure_intervene(table: pd.DataFrame) -> Figure:
-    """Paired differences of perplexity against how many tokens of a window are kept out, and chosen how."""
-    names = [name for name in table["metric"].unique() if name != PERPLEXITY]
+    """Changes of perplexity against how many tokens of a window are kept out, and chosen how."""
+    names = [name for name in table["metric"].unique() if name.endswith("%")]
     rows = pd.concat([rows_of(table, name) for name in names])
     rows = rows.assign(chosen=rows["chosen"].str.replace("_", " "))
     axes = {"xlabel": "tokens of each window kept out"}
@@ -94,12 +93,12 @@ def _plot_kept(part: pd.DataFrame, *, ax: Axes) -> None:
 
 
 def figure_differences(table: pd.DataFrame, label: str, panel: str = "{bits}") -> Figure:
-    """Paired differences of perplexity to RH; `label` and `panel` are formats, filled by a row's columns."""
-    rows = rows_of(table[table["rotation"] != "NR"], f"{PERPLEXITY} - RH")
+    """Changes of perplexity against RH; `label` and `panel` are formats, filled by a row's columns."""
+    rows = rows_of(table[table["rotation"] != "NR"], change("RH"))
     labels = [label.format_map(row).replace("_", " ") for row in rows.to_dict("records")]
     rows = rows.assign(label=labels, panel=[panel.format_map(row) for row in rows.to_dict("records")])
     size = (4.2, 1.4 + 0.32 * len(set(labels)))
-    fig = panels(rows, "panel", plot_rows, size=size, axes={"xlabel": "perplexity - RH's"}, sharey=True)
+    fig = panels(rows, "panel", plot_rows, size=size, axes={"xlabel": change("RH")}, sharey=True)
     for ax in fig.axes:
         ax.axvline(0, ls="--", lw=1, c=INK)
     return fig
@@ -217,4 +216,5 @@ FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {  # by experiment, what 
     "calibration": partial(figure_differences, label="{varied} {level}"),
     "symmetric-or-not": partial(figure_differences, label=SCHEME_LABEL, panel="tested {tested_with}, {bits}"),
     "variants": partial(figure_differences, label="{variant}"),
+    "gain": partial(figure_differences, label="{rotation}"),
 }  # fmt: skip

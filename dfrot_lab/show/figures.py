@@ -60,7 +60,7 @@ def plot_rows(rows: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 def plot_perplexity(table: pd.DataFrame, bits: str, *, ax: Axes | None = None) -> Axes:
     """Perplexity and interval of every rotation at these bits of a results table; dotted: full precision."""
-    rows = rows_of(tables.first_seed(table))
+    rows = rows_of(table)
     exact = rows["label"] == "full precision"
     shown = rows[~exact & (rows["bits"] == bits)]
     near = shown["value"] <= FAR * shown["value"].min()

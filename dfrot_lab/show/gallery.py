@@ -104,7 +104,7 @@ def main_figures(result: MainResult, wide: pd.DataFrame) -> dict[str, tuple[Figu
         "token-errors": (figures.figure_errors(wide), {"site": site, "rows": len(wide)}),
         "massive-token-values": (figures.figure_massive_token(values), {"site": site, "token": token}),
     }
-    if set(result.table["bits"]) - {"16-16-16"}:
+    if "bits" in result.table and set(result.table["bits"]) - {"16-16-16"}:
         made_from = {"rows": sorted(set(result.table["recipe"]))}
         drawn["perplexity"] = (figures.figure_perplexity(result.table), made_from)
     return drawn
@@ -113,7 +113,12 @@ def main_figures(result: MainResult, wide: pd.DataFrame) -> dict[str, tuple[Figu
 def save(result: MainResult, table: Path, pictures: Path) -> list[Path]:
     """Write the main job's rows to `table`, recipes and comparison beside it, its figures to `pictures`."""
     recipes = [public(found.spec) for found in result.found.values()]
-    written = row_files.save(table, result.table, recipes)
+    return row_files.save(table, result.table, recipes) + save_pictures(result, pictures)
+
+
+def save_pictures(result: MainResult, pictures: Path) -> list[Path]:
+    """Write the figures that can be drawn of the main job, as far as it has come, to `pictures`."""
+    written = list[Path]()
     about = {"capture": result.capture.key, "quantizer": result.setting.refine.quantizer.name}
     with figures.theme():
         drawn = main_figures(result, result.errors([figure_site(result.capture.sites)]))
@@ -138,18 +143,38 @@ def most_massive(table: pd.DataFrame) -> str:
 
 
 def differences(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
-    """Captions and tables of the paired differences, and of RO - RH seed by seed, where there are any."""
-    said = "{} on the same windows, with the paired 95% interval"
-    names = [name for name in table["metric"].unique() if name != tables.PERPLEXITY]
-    shown = {said.format(name): tables.comparison(table, name) for name in names}
-    shown["RO - RH, each random seed on its own"] = tables.by_seed(table).rename_axis("bits")
-    return [(caption, frame) for caption, frame in shown.items() if not frame.empty]
+    """Captions and tables of KL divergence, and of the comparisons: with interval and verdict."""
+    names = [name for name in table["metric"].unique() if name not in (tables.PERPLEXITY, tables.AGREEMENT)]
+    shown = [(name, tables.comparison(table, name)) for name in names]
+    return [(caption[0].upper() + caption[1:], frame) for caption, frame in shown if not frame.empty]
+
+
+def resolution(table: pd.DataFrame) -> str:
+    """What the comparisons of a table would have found, in a sentence; empty where there is no interval."""
+    rows = table[table["metric"].str.endswith("%") & table["smallest"].notna()] if len(table) else table
+    if rows.empty:
+        return ""
+    entries: list[Any] = rows.to_dict("records")
+    said = [
+        f"{tables.label(row)} {_against(row['metric'])} at {tables.bits_of(row)} {row['smallest']:.1f}%"
+        for row in entries
+    ]
+    start = f"The smallest change that these {rows['builds'].max()} builds find four times of five"
+    return f"{start}: {'; '.join(said)}."
+
+
+def _against(metric: str) -> str:
+    return metric.removeprefix(f"change of {tables.PERPLEXITY} ").removesuffix(", %")
 
 
 def report(result: MainResult) -> str:
-    """The main job's findings as text: the most massive token, the table, paired differences, seeds."""
+    """The main job's findings as text: the most massive token, the table, comparisons, what they can see."""
     setting, bits = result.setting, "bits are weights-activations-KV cache"
-    text = f"{setting.corpus}, {setting.windows} windows of {setting.window} tokens, with the 95% interval"
+    text = (
+        f"{setting.corpus}, {setting.builds} builds of {setting.windows} windows of {setting.window} tokens"
+    )
+    text += ", with the 95% interval"
     shown = [(f"Perplexity on {text}; {bits}", tables.comparison(result.table)), *differences(result.table)]
     parts = [f"{caption}:\n{frame.to_string()}" for caption, frame in shown]
-    return "\n\n".join([most_massive(massive_table(result)), *parts]) + "\n"
+    parts = [most_massive(massive_table(result)), *parts, resolution(result.table)]
+    return "\n\n".join(filter(None, parts)) + "\n"

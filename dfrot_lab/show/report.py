@@ -4,6 +4,7 @@ import hashlib
 import io
 import shlex
 from base64 import b64encode
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -24,7 +25,7 @@ from dfrot_lab.maths import tables
 from dfrot_lab.model import corpus, loading
 from dfrot_lab.observe.massive import doubt
 from dfrot_lab.recipe import registry
-from dfrot_lab.recipe.specs import MASSIVE_RULES, PACKAGED, CorpusSpec, Recipe, RefineSpec
+from dfrot_lab.recipe.specs import MASSIVE_RULES, PACKAGED, CorpusSpec, Recipe
 from dfrot_lab.show import figures, gallery
 from dfrot_lab.show.theme import MASSIVE_COLOUR, ORDINARY_COLOUR, safe, visible
 from dfrot_lab.study import cost, main, paper
@@ -58,7 +59,9 @@ def collect(setting: Setting, store: Store | None = None) -> Findings:
     progress = cost.Progress([cost.preparation(setting, store)[0], 2, 2, 6])  # measured on 2 cores
     progress.begin("activations of the first calibration window")
     result = main.stored(setting, store)
-    missing = list(dict.fromkeys(row.spec for row in main.rows(setting) if row.spec not in result.found))
+    missing = [
+        spec for spec in main.recipes(main.rows_by_build(main.rows, setting)) if spec not in result.found
+    ]
     progress.begin("massive tokens")
     massive = gallery.massive_table(result)
     progress.begin("errors of every token")
@@ -85,26 +88,28 @@ def values(findings: Findings) -> dict[str, Any]:
         pictures = {name: _svg(figure) for name, (figure, _) in drawn.items()}
     last = len(refined.history) - 1 if refined else 0
     lines = np.unique(np.linspace(0, last, 12).round().astype(int))  # of a history, first and last with them
-    alone = [(main.row_name(spec), row_command(setting, spec)) for spec in findings.missing]
-    gaps = figures.rows_of(table, f"{tables.PERPLEXITY} - RH")
-    kept_out, seed = gaps["keep_out"].astype(bool), gaps["seed"].eq(setting.seed)
-    gaps = gaps[gaps["rotation"].eq("RO") & ~kept_out & seed]
-    beside = paper.beside_rows(list(result.found.values()))
+    alone = Counter(f"{main.row_label(spec)} {spec.bits}" for spec in findings.missing)
+    gaps = table[
+        table["metric"].eq(tables.change("RH")) & table["rotation"].eq("RO") & ~table["keep_out"].eq(True)
+    ]
+    gap: Any = None if gaps.empty else gaps.iloc[0].to_dict()
+    beside = paper.beside_rows(table)
     beside.insert(2, "ours", beside.pop("ours").map("{:,.2f}".format))  # before models: always in sight
     return {
         "model": setting.model.source, "packaged": result.setting.model.source in PACKAGED,
         "corpus": setting.corpus, "windows": setting.windows, "window": result.capture.tokens,
         "site": figure_site(result.capture.sites), "quantizer": setting.refine.quantizer.name,
         "about": about(findings), "command": command(setting),
-        "missing": pd.DataFrame(alone, columns=["row", "alone"]),
+        "missing": pd.DataFrame([*alone.items()], columns=["row", "builds that are missing"]),
         "massive": gallery.most_massive(massive), "doubt": doubt(result.capture, setting.rule),
         "any_massive": bool(findings.errors["massive"].any()), "tokens": massive_tokens(massive), "shown": 15,
         "by_sun": massive.loc[massive["sun"], "token"].nunique(), "library": Markup(get_plotlyjs()),
-        "gap": gaps.iloc[-1].to_dict() if len(gaps) else None,  # at the last bits that are stored
+        "gap": gap and {"bits": gap["bits"], "cell": tables.cell(gap)},
         "plot": scatter_figure(findings.errors).to_plotly_json(), "pictures": pictures,
         "history": refined and refined.history.iloc[lines].round(4), "paper": beside.fillna(""),
         "comparison": tables.comparison(table) if result.found else None,
-        "differences": gallery.differences(table),
+        "differences": gallery.differences(table), "builds": setting.builds,
+        "resolution": gallery.resolution(table),
     }  # fmt: skip
 
 
@@ -128,8 +133,8 @@ def about(findings: Findings) -> pd.DataFrame:
         "made from": f"{origin.split(' ', 1)[0]} {shown.model.source}" if own else origin,
         "model's content hash": loading.fingerprint(setting.model), "text": shown.corpus,
         **{f"{split} text, sha256": corpus.fingerprint(spec) for split, spec in texts.items()},
-        "evaluation": f"{setting.windows} windows of {setting.window} tokens",
-        "seed of the rotations": setting.seed,
+        "evaluation": f"{setting.builds} builds of {setting.windows} windows of {setting.window} tokens",
+        "seeds of the rotations": f"from {setting.seed}, one a build",
         "refinement": f"gamma {setting.gamma:g}, rule {setting.rule}, {setting.steps} steps, {on}",
         "rotations and weights": f"{', '.join(registry.rows())}; {', '.join(registry.WEIGHTS)}",
         "family, device": f"{manifest['note']['family']}, {setting.model.device}",
@@ -154,7 +159,8 @@ def massive_tokens(table: pd.DataFrame) -> pd.DataFrame:
 
 def command(setting: Setting) -> str:
     """The command that computes every row a report of `setting` shows."""
-    return f"dfrot-lab run {_options(setting, setting.seed)} --gamma {setting.gamma:g} --rule {setting.rule}"
+    own = f"--builds {setting.builds} --gamma {setting.gamma:g} --rule {setting.rule}"
+    return f"dfrot-lab run {_options(setting, setting.seed)} {own}"
 
 
 def public(setting: Setting) -> Setting:
@@ -164,18 +170,6 @@ def public(setting: Setting) -> Setting:
         each and Path(each).name if Path(each or "").expanduser().exists() else each for each in both
     )
     return setting.with_(model=setting.model.with_(source=model), corpus=text, calibration=own)
-
-
-def row_command(setting: Setting, spec: Recipe) -> str:
-    """The command that computes one row."""
-    rotation, seed = spec.rotation, spec.rotation.first_seed
-    options = _options(setting, setting.seed if seed is None else seed)
-    said = f"dfrot-lab evaluate {options} --rotation {rotation.name} --bits {spec.bits}"
-    said += f" --weights {spec.weights.method}" if spec.weights.quantizer.bits < 16 else ""
-    said += " --keep-out" if spec.keep_out else ""
-    if isinstance(rotation, RefineSpec):
-        said += f" --gamma {rotation.gamma:g} --rule {rotation.rule}"
-    return said
 
 
 def _options(setting: Setting, seed: int) -> str:

@@ -1,6 +1,7 @@
 """Several models side by side: massive tokens by each rule, 4-bit errors, the gap between RO and RH, how much
 of it keeping massive tokens out closes, and what each kind of site costs."""
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -8,7 +9,8 @@ import numpy as np
 import pandas as pd
 
 from dfrot_lab.disk.artefacts import Artefact, Store, Writer
-from dfrot_lab.maths import tables
+from dfrot_lab.maths import statistics, tables
+from dfrot_lab.maths.tables import SHARE
 from dfrot_lab.model import door, hooks, loading
 from dfrot_lab.model.stream import Walk
 from dfrot_lab.observe import massive
@@ -16,9 +18,8 @@ from dfrot_lab.observe.capture import Capture
 from dfrot_lab.recipe import keys
 from dfrot_lab.recipe.base import require
 from dfrot_lab.recipe.specs import MASSIVE_RULES, RELEASED_KEEP_OUT, Recipe
-from dfrot_lab.score import build, perplexity
-from dfrot_lab.study import cost, experiments, main
-from dfrot_lab.study.experiments import SHARE
+from dfrot_lab.score import build, perplexity, rows as rows_of
+from dfrot_lab.study import cost, keepout, main
 from dfrot_lab.study.main import Row
 from dfrot_lab.study.setting import Setting
 
@@ -28,8 +29,13 @@ KEPT: tuple[dict[str, Any], ...] = (
 )  # fmt: skip
 SITES = (*hooks.LINEAR_INPUTS, "k", "v")
 TOKEN, ROWS, ERROR, LEVEL = "most massive token", "massive rows", "mean E(xR)", f"perplexity, {BITS}"
-PAIRED, COST = "paired difference", "perplexity one site costs"
-PARTS = (TOKEN, ROWS, ERROR, LEVEL, PAIRED, SHARE, COST)
+DIVERGENCE, CHANGE, FURTHER = (
+    f"KL divergence, {BITS}",
+    "change of perplexity, %",
+    "difference in KL divergence",
+)
+COST = "change of perplexity one site costs, %"
+PARTS = (TOKEN, ROWS, ERROR, LEVEL, DIVERGENCE, CHANGE, FURTHER, SHARE, COST)
 
 
 def compare(
@@ -61,8 +67,13 @@ def side_by_side(table: pd.DataFrame) -> pd.DataFrame:
 def _findings(setting: Setting, store: Store) -> pd.DataFrame:
     """All rows of one model."""
     result = main.run(setting, store, rows)
-    ro, rh = (setting.row(BITS, setting.rotation(kind)) for kind in ("RO", "RH"))
-    shares = [line for kept in KEPT for line in experiments.closed_shares(result.found, ro, rh, **kept)]
+    shares = list[dict[str, Any]]()
+    for kept in KEPT:
+        ro, rh = (keepout.found_of(result.found, setting, BITS, kind) for kind in ("RO", "RH"))
+        ro_kept, rh_kept = (
+            keepout.found_of(result.found, setting, BITS, kind, **kept) for kind in ("RO", "RH")
+        )
+        shares += keepout.closed_share(ro, ro_kept, rh, rh_kept)
     results = _placed(tables.whole(pd.concat([result.table, pd.DataFrame(shares)], ignore_index=True)))
     about = {**main.named(setting), "device": setting.model.device}
     seen = [*_massive(result.capture), *_errors(result), *_costs(result, store)]
@@ -72,20 +83,30 @@ def _findings(setting: Setting, store: Store) -> pd.DataFrame:
 def rows(setting: Setting) -> Iterator[Row]:
     """Full precision, RO, RH and DFRot, each against RH; RO and RH with massive tokens kept out."""
     yield Row(setting.row("16-16-16", setting.rotation("NR")))
-    rh = setting.row(BITS, setting.rotation("RH"))
+    rh = setting.row(BITS, setting.rotation("RH"), weights="rtn")
     for name in ("RO", "RH", "DFRot"):
-        plain = setting.row(BITS, setting.method(name))
+        plain = setting.row(BITS, setting.method(name), weights="rtn")
         yield Row(plain, against={} if name == "RH" else {"RH": rh})
         for kept in KEPT if name != "DFRot" else ():
             yield Row(plain.with_(**kept), against={name: plain})
 
 
 def _placed(table: pd.DataFrame) -> pd.DataFrame:
-    """Results rows with their part, and what each is: `RO`, `RO - RH`, `RO, kept out`."""
-    part = table["metric"].map({tables.PERPLEXITY: LEVEL, SHARE: SHARE}).fillna(PAIRED)
+    """Results rows with their part, and what each is: `RO`, `RO against RH`, `RO, kept out`."""
+    table = table[table["metric"] != tables.AGREEMENT]
+    parts = {tables.PERPLEXITY: LEVEL, SHARE: SHARE, tables.DIVERGENCE: DIVERGENCE}
+    other = table["metric"].str.endswith("%").map({True: CHANGE, False: FURTHER})
     entries: list[Any] = table.to_dict("records")
-    said = [tables.label(row) + row["metric"].removeprefix(tables.PERPLEXITY) for row in entries]
-    return table.assign(part=part, what=[what.removesuffix(SHARE) for what in said])
+    said = [tables.label(row) + _against(row["metric"]) for row in entries]
+    return table.assign(part=table["metric"].map(parts).fillna(other), what=said)
+
+
+def _against(metric: str) -> str:
+    """What a metric compares with, in words behind a row's name; nothing for a level."""
+    for start, end in (("change of perplexity against ", ", %"), (f"{tables.DIVERGENCE} - ", "")):
+        if metric.startswith(start):
+            return f" against {metric.removeprefix(start).removesuffix(end)}"
+    return ""
 
 
 def _massive(recorded: Capture) -> Iterator[dict[str, Any]]:
@@ -113,19 +134,27 @@ def _errors(result: main.MainResult) -> Iterator[dict[str, Any]]:
 
 
 def _costs(result: main.MainResult, store: Store) -> Iterator[dict[str, Any]]:
-    """What perplexity rises by when one kind of site alone is rounded to 4 bits, under RH."""
-    setting = result.setting
-    full = result.found[setting.row("16-16-16", setting.rotation("NR"))].losses
-    spec = setting.row("16-4-4", setting.rotation("RH"))
-    about = {"part": COST, "rotation": "RH", "windows": setting.windows, "window": setting.window}
-    about |= {"metric": f"{tables.PERPLEXITY} - full precision", "activations": spec.activations.name}
-    artefact = site_losses(spec, store)
-    about |= {"recipe": spec.key, "key": artefact.key, "commit": artefact.manifest["commit"]}
+    """By how many percent perplexity rises when one kind of site alone is rounded to 4 bits, under RH."""
+    each = result.setting.each()
+    full = [result.found[own.row("16-16-16", own.rotation("NR"))].losses.mean() for own in each]
+    recipes = [own.row("16-4-4", own.rotation("RH")) for own in each]
+    artefacts = [site_losses(recipe, store) for recipe in recipes]
+    about = {
+        "part": COST,
+        "rotation": "RH",
+        "windows": result.setting.windows,
+        "window": result.setting.window,
+    }
+    about |= {"metric": tables.change("full precision"), "activations": recipes[0].activations.name}
+    about |= {"recipe": recipes[0].key, "key": artefacts[0].key, "commit": artefacts[0].manifest["commit"]}
     for kind in SITES:
-        losses = np.array(artefact.json(kind))
-        ci95 = perplexity.bootstrap(perplexity.difference, losses, full)
-        value = float(perplexity.difference(losses, full, axis=-1))
-        yield {**about, "what": kind, "value": value, "ci95": list(ci95)}
+        rises = [
+            np.mean(artefact.json(kind)) - exact for artefact, exact in zip(artefacts, full, strict=True)
+        ]
+        found = statistics.estimate(rises)
+        interval = None if math.isnan(found.error) else [float(rows_of.percent(end)) for end in found.ci95]
+        value = float(rows_of.percent(found.mean))
+        yield {**about, "what": kind, "value": value, "ci95": interval, "builds": len(each)}
 
 
 def site_losses(recipe: Recipe, store: Store) -> Artefact:

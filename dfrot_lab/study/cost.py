@@ -30,7 +30,7 @@ FLOAT, INTEGER, TOTAL = "evaluate, 16-bit weights", "evaluate, integer", "total"
 
 CHANNEL_PASSES, MLP_PASSES = 40, 8
 """A layer's passes over its C channels (norms 14, rotary embedding 10, adds 6, rest 10), its MLP's width."""
-QUANTIZE_PASSES, HADAMARD_PASSES, RESCALE_PASSES, LOGIT_PASSES = 5, 4, 3, 7
+QUANTIZE_PASSES, HADAMARD_PASSES, RESCALE_PASSES, LOGIT_PASSES = 5, 4, 3, 14
 """To quantize an input, apply R4, scale int8 sums, turn logits into a loss: in cache, so timed on a core."""
 CLIP_BYTES, COLUMN_BYTES, EDIT_BYTES, HESSIAN_BYTES = 450, 700, 40, 22
 """Bytes a weight for GPTQ's clip search and columns (timed too), an edit in float64; of a Hessian's entry."""
@@ -113,15 +113,17 @@ class Work:
 
 
 def stages(shape: Shape, recipes: Sequence[Recipe], tokens: int = WINDOW) -> list[Work]:
-    """A main job's stages, in order: loads of all models built, capture, refinement, GPTQ, windows."""
-    builds = {(spec.rotation, spec.weights): spec for spec in recipes}.values()
+    """A main job's stages, in order: loads of all models built and captured, captures, refinements, GPTQ,
+    windows."""
+    builds = {(spec.rotation, spec.weights, spec.jitter): spec for spec in recipes}.values()
     rotated = sum(spec.is_rotated for spec in builds)
-    quantized = sum(spec.weights.quantizer.bits < 16 for spec in builds)
+    quantized = sum(spec.canonical().weights.corpus is not None for spec in builds)
+    refined = max(1, len({spec.rotation for spec in recipes if isinstance(spec.rotation, RefineSpec)}))
     integers = sum(spec.windows for spec in recipes if build.is_integer(spec))
     floats = sum(spec.windows for spec in recipes) - integers
-    made = load(shape, len(builds) + 1, rotated), capture(shape, tokens)  # capture loads the model once more
+    made = load(shape, len(builds) + refined, rotated), capture(shape, tokens).times(refined)
     windows = float_window(shape, tokens).times(floats), integer_window(shape, tokens).times(integers)
-    return [*made, refine(shape, tokens), gptq(shape, tokens).times(quantized), *windows]
+    return [*made, refine(shape, tokens).times(refined), gptq(shape, tokens).times(quantized), *windows]
 
 
 def load(shape: Shape, loads: int, rotated: int) -> Work:
@@ -177,7 +179,8 @@ def float_window(shape: Shape, tokens: int) -> Work:
     inputs = shape.layers * tokens * (QUANTIZE_PASSES * sum(shape.inputs[:3]) + mlps)
     moved = PASS * (inputs + shape.embedding + LOGIT_PASSES * tokens * shape.vocabulary)
     memory = shape.held_bytes + 3 * PASS * stream.LOGIT_ROWS * shape.vocabulary
-    return Work(FLOAT, 2 * shape.embedding * tokens, moved=moved, memory=memory) + forward(shape, tokens)
+    heads = 2 * 2 * shape.embedding * tokens  # its own logits, and full precision's
+    return Work(FLOAT, heads, moved=moved, memory=memory) + forward(shape, tokens)
 
 
 def integer_window(shape: Shape, tokens: int) -> Work:
@@ -220,6 +223,7 @@ def seconds(specs: Sequence[Recipe], store: Store) -> list[float]:
             if spec.canonical().weights.corpus and not build.weights_stored(spec, store):
                 work += gptq(sizes, spec.weights.window, spec.weights.windows)
         if isinstance(rotation, RefineSpec) and not (rotation.key in ready or dfrot.stored(rotation, store)):
+            work += load(sizes, 1, 0) + capture(sizes, rotation.capture.tokens)
             work += refine(sizes, rotation.capture.tokens)
         ready |= {key, rotation.key}
         found[place] = work.seconds(TWO_CORES)

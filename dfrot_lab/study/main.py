@@ -1,8 +1,8 @@
 """Rows of recipes in, a table of results out; the main job (`make run`); experiments on single tokens."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pandas as pd
@@ -22,18 +22,23 @@ from dfrot_lab.study.setting import FIGURE_LAYER, Setting
 
 log = logging.getLogger(__name__)
 
-BITS = ("16-4-16", "4-4-16", "4-4-4")
+BITS = ("16-4-16", "4-4-4")  # of the main job, weights rounded to nearest
 Found = dict[Recipe, perplexity.EvalResult]  # evaluations by the recipe that was asked for
 Evaluated = tuple[pd.DataFrame, Found]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One evaluation of an experiment: its own columns; recipes, by name, to take paired differences to."""
+    """One evaluation of an experiment in one build: its own columns; recipes, by name, to compare it with;
+    `once`: the first build is enough."""
 
     spec: Recipe
     labels: Mapping[str, Any] = field(default_factory=dict)
     against: Mapping[str, Recipe] = field(default_factory=dict)
+    once: bool = False
+
+
+Asks = Callable[[Setting], Iterable[Row]]  # the rows of one build
 
 
 def row_label(spec: Recipe, more: str = "") -> str:
@@ -49,9 +54,25 @@ def row_name(spec: Recipe) -> str:
     return row_label(spec, ("" if seed is None else f" (seed {seed})") + f" {spec.bits}")
 
 
-def evaluated(asked: Sequence[Row], store: Store, progress: cost.Progress | None = None) -> Evaluated:
-    """Evaluate rows in order: their table (`table_of`) and evaluations. What is stored is reused."""
-    specs = list(dict.fromkeys(row.spec for row in asked))
+def rows_by_build(asks: Asks, setting: Setting) -> list[list[Row]]:
+    """What `asks` has for each build of a setting: the same rows in the same order, each once."""
+    found = [list(asks(own)) for own in setting.each()]
+    firsts = [n for n, row in enumerate(found[0]) if row not in found[0][:n]]
+    return [[build[n] for n in firsts] for build in found]
+
+
+def recipes(asked: Sequence[Sequence[Row]]) -> list[Recipe]:
+    """The recipes of all builds' rows in the order in which they are evaluated, build by build."""
+    chosen = (row for number, rows in enumerate(asked) for row in rows if number == 0 or not row.once)
+    return list(dict.fromkeys(row.spec for row in chosen))
+
+
+def evaluated(asks: Asks, setting: Setting, store: Store, progress: cost.Progress | None = None) -> Evaluated:
+    """Evaluate the rows that `asks` has for each build of a setting: their table (`table_of`), evaluations.
+    What is stored is reused. ValueError: a text that is too short, before any work."""
+    asked = rows_by_build(asks, setting)
+    specs = recipes(asked)
+    _require_texts(specs, store)
     progress = progress or cost.Progress()
     progress.costs += cost.seconds(specs, store)
     names = map(row_name, specs)
@@ -65,31 +86,38 @@ def evaluated(asked: Sequence[Row], store: Store, progress: cost.Progress | None
     return table_of(asked, found), found
 
 
-def table_of(asked: Sequence[Row], found: Found) -> pd.DataFrame:
-    """The table of the rows that were found: a line for each perplexity, and for each paired difference."""
+def _require_texts(specs: Sequence[Recipe], store: Store) -> None:
+    """Refuse texts that are too short for what is not stored, before any work; ValueError."""
+    for spec in specs:
+        if not perplexity.stored(spec, store):
+            build.require_texts(spec, store)
+
+
+def table_of(asked: Sequence[Sequence[Row]], found: Found) -> pd.DataFrame:
+    """The table of rows, build by build, that were found: lines for each row's levels and its comparisons,
+    each over the builds in which all of it was found."""
     lines: list[dict[str, Any]] = []
-    for n, row in enumerate(asked):
-        if row.spec in found and row not in asked[:n]:
-            own = found[row.spec]
-            lines.append({**row.labels, **score_rows.row(own)})
-            pairs = [(found[other], name) for name, other in row.against.items() if other in found]
-            lines += [{**row.labels, **score_rows.difference_row(own, *pair)} for pair in pairs]
+    for builds in zip(*asked, strict=True):
+        own = [row for row in builds if row.spec in found]
+        labels = builds[0].labels
+        lines += [labels | line for line in score_rows.rows([found[row.spec] for row in own])] if own else []
+        for name in builds[0].against:
+            both = [row for row in own if row.against[name] in found]
+            pairs = [found[row.spec] for row in both], [found[row.against[name]] for row in both]
+            lines += [labels | line for line in score_rows.compared(*pairs, name)] if both else []
     return whole(pd.DataFrame(lines, columns=None if lines else list(COLUMNS)))
 
 
 def rows(setting: Setting) -> Iterator[Row]:
-    """Full precision; all rotations at all bits, each against RH; RO and RH with massive tokens kept out,
-    against themselves, and at 16-4-16 with more seeds. Rows that share a built model stand side by side."""
+    """Full precision; the rotations at all BITS, weights to nearest, each against RH; at the first of them
+    with massive tokens kept out, against themselves. Rows that share a built model stand side by side."""
     yield Row(setting.row("16-16-16", setting.rotation("NR")))
-    for name in ("NR", "RO", "RH", "DFRot"):
-        for bits in BITS:
-            plain, rh = (setting.row(bits, setting.method(method)) for method in (name, "RH"))
-            yield Row(plain, against={} if name == "RH" else {"RH": rh})
-            if name in ("RO", "RH"):
-                yield Row(plain.with_(keep_out=RELEASED_KEEP_OUT), against={name: plain})
-    for offset in range(1, setting.seeds):
-        ro, rh = (setting.row(BITS[0], setting.rotation(kind, offset)) for kind in ("RO", "RH"))
-        yield from (Row(ro, against={"RH": rh}), Row(rh))
+    for bits in BITS:
+        for name in ("NR", "RO", "RH", "DFRot"):
+            plain, rh = (setting.row(bits, setting.method(row), weights="rtn") for row in (name, "RH"))
+            yield Row(plain, {}, {} if name == "RH" else {"RH": rh}, once=name == "NR")
+            if name in ("RO", "RH") and bits == BITS[0]:
+                yield Row(plain.with_(keep_out=RELEASED_KEEP_OUT), {}, {name: plain})
 
 
 @dataclass(frozen=True)
@@ -114,43 +142,43 @@ class MainResult:
         return errors.wide(errors.token_errors(self.capture, self.matrices, by, sites=sites, rule=rule))
 
 
-def run(
-    setting: Setting, store: Store | None = None, asked: Callable[[Setting], Iterator[Row]] = rows
+def prepared(
+    setting: Setting, store: Store | None = None, progress: cost.Progress | None = None
 ) -> MainResult:
-    """Capture, refine, evaluate every row; what is stored is reused, a stopped run goes on where it was."""
+    """The first build's capture and refinement, and no row."""
+    store, setting = store or Store(), setting.resolved()
+    progress = progress or cost.Progress(cost.preparation(setting, store))
+    progress.begin("capturing activations")
+    recorded = captures.capture(setting.capture, store)
+    progress.begin(f"refining R1 with gamma {setting.gamma:g}")
+    return MainResult(setting, recorded, dfrot.refined(setting.refine, store))
+
+
+def run(setting: Setting, store: Store | None = None, asks: Asks = rows) -> MainResult:
+    """Capture, refine, evaluate every row of every build; what is stored is reused, a stopped run goes on."""
     store, setting = store or Store(), setting.resolved()
     said = public(setting)
     log.info("model %s, corpus %s, device %s", said.model.source, said.corpus, said.model.device)
     log.info("%s", needs.hadamards(shapes.shape(setting.model)))
-    rows = list(asked(setting))
-    for spec in {row.spec: None for row in rows}:
-        if not perplexity.stored(spec, store):
-            build.require_texts(spec, store)
+    _require_texts(recipes(rows_by_build(asks, setting)), store)
     progress = cost.Progress(cost.preparation(setting, store))
-    progress.begin("capturing activations")
-    recorded = captures.capture(setting.capture, store)
-    progress.begin(f"refining R1 with gamma {setting.gamma:g}")
-    refinement = dfrot.refined(setting.refine, store)
-    return MainResult(setting, recorded, refinement, *evaluated(rows, store, progress))
+    ready = prepared(setting, store, progress)
+    table, found = evaluated(asks, setting, store, progress)
+    return replace(ready, table=table, found=found)
 
 
 def stored(setting: Setting, store: Store) -> MainResult:
     """As `run`, of what is stored; the capture alone is recorded if it is missing."""
     setting = setting.resolved()
     recorded, refinement = captures.capture(setting.capture, store), dfrot.stored(setting.refine, store)
-    asked = list(rows(setting))
-    found = {row.spec: done for row in asked if (done := perplexity.stored(row.spec, store))}
+    asked = rows_by_build(rows, setting)
+    found = {spec: done for spec in recipes(asked) if (done := perplexity.stored(spec, store))}
     return MainResult(setting, recorded, refinement, table_of(asked, found), found)
-
-
-def _prepared(setting: Setting, store: Store) -> MainResult:
-    """The capture and the refinement, and no row."""
-    return MainResult(setting, captures.capture(setting.capture, store), dfrot.refined(setting.refine, store))
 
 
 def token_errors(setting: Setting, store: Store) -> pd.DataFrame:
     """Each token's squared error at every site, a column a rotation; NR, RO and RH's order (Fig. 2 and 3)."""
-    table = _prepared(setting, store).errors()
+    table = prepared(setting, store).errors()
     return table.assign(order=errors.orders(table))
 
 
@@ -175,8 +203,8 @@ def massive_magnitudes(setting: Setting, store: Store) -> pd.DataFrame:
 
 def massive_token(setting: Setting, store: Store) -> pd.DataFrame:
     """The most massive token's values before and after quantization, where it is massive (Fig. 4)."""
-    prepared = _prepared(setting, store)
-    recorded, made, quantizer = prepared.capture, prepared.matrices, setting.refine.quantizer
+    ready = prepared(setting, store)
+    recorded, made, quantizer = ready.capture, ready.matrices, setting.refine.quantizer
     token = int(recorded.residual_max.amax(0).argmax())
     first = recorded.sites[0].rsplit(".", 1)[-1]
     pairs = zip(recorded.sites, massive.find(recorded, "sun")[:, token].tolist(), strict=True)

@@ -1,7 +1,7 @@
 """The paper's published numbers beside ours: what we measured in each one's place, or why there is none."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -9,9 +9,7 @@ from typing import Any
 import pandas as pd
 
 from dfrot_lab.maths import tables
-from dfrot_lab.score import rows, zeroshot
-from dfrot_lab.score.perplexity import EvalResult
-from dfrot_lab.study.main import row_label
+from dfrot_lab.score import zeroshot
 from dfrot_lab.study.setting import figure_site
 
 PLACE = ("table", "method", "weight_quantizer", "w_a_kv_bits", "metric", "note")
@@ -22,8 +20,9 @@ METHODS = {"NR": "GPTQ", "RO": "QuaRot-RO", "RH": "QuaRot-RH", "DFRot": "DFRot"}
 NINE = "an average of nine tasks, three of which are not among the local six: see the zero-shot rows"
 RIVALS = "copied by the authors from another paper: the rivals are not run here yet"
 NOT_YET = "not measured yet: run the experiment"
-ABSENT = {  # metrics, and methods, that have none of our numbers beside them, and why
+ABSENT = {  # metrics, methods and tables that have none of our numbers beside them, and why
     "mmlu": "MMLU's questions are not among the local tasks: `lm_eval` with the hub runs them",
+    "T1": "with weights by GPTQ; here they are rounded to nearest, or not at all: see keep-out",
     "acc_average9": NINE, "c4_ppl": "C4 is not here", "SpinQuant": RIVALS, "OSTQuant": RIVALS,
 }  # fmt: skip
 AS_PRINTED: dict[str, Any] = {"columns": "model", "values": "printed", "aggfunc": "first", "sort": False}
@@ -45,31 +44,32 @@ def published(path: Path) -> pd.DataFrame:
 
 
 def ours(found: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """What the experiments' tables say in the paper's places: PLACE, model, value (mean), seeds, command."""
+    """What the experiments' tables say in the paper's places: PLACE, model, value, builds, command."""
     lines = []
     for name, table in found.items():
         for place, row in _READERS[name](table) if name in _READERS else ():
             own = "" if row["model"] == "smollm2-135m" else f" --model {row['model']}"
-            lines.append((*place, row["model"], row["value"], f"dfrot-lab experiment {name}{own}"))
-    all_lines = pd.DataFrame(lines, columns=[*PLACE, "model", "value", "command"])
-    groups = all_lines.groupby([*PLACE, "model", "command"], sort=False)["value"]
-    return groups.agg(value="mean", seeds="size").reset_index()
+            command = f"dfrot-lab experiment {name}{own}"
+            lines.append((*place, row["model"], row["value"], row.get("builds"), command))
+    return pd.DataFrame(lines, columns=[*PLACE, "model", "value", "builds", "command"])
 
 
 def beside(numbers: pd.DataFrame, measured: pd.DataFrame) -> pd.DataFrame:
     """Every published number with ours in its place: the columns of both, and why where there is none."""
     mine = measured.rename(columns={"value": "ours", "model": "our_model"})
     both = numbers.merge(mine, on=list(PLACE), how="left", validate="many_to_one")
-    why = both["metric"].map(ABSENT).fillna(both["method"].map(ABSENT)).fillna(NOT_YET)
+    why = both["metric"].map(ABSENT).fillna(both["method"].map(ABSENT)).fillna(both["table"].map(ABSENT))
+    why = why.fillna(NOT_YET)
     return both.assign(why=why.where(both["command"].isna(), ""))
 
 
-def beside_rows(found: Sequence[EvalResult]) -> pd.DataFrame:
-    """The paper's perplexities in the evaluations' places: row, bits, a column a model (as printed), ours."""
+def beside_rows(table: pd.DataFrame) -> pd.DataFrame:
+    """The paper's perplexities in the places of a results table's: row, bits, a column a model (as printed),
+    ours."""
     nothing = pd.DataFrame(columns=["row", "bits", "ours"])
-    if not PUBLISHED.exists() or not found:
+    if not PUBLISHED.exists() or not tables.records(table):
         return nothing
-    table = tables.table(rows.row(result) for result in found).assign(extra_minutes=math.nan)
+    table = table.assign(extra_minutes=math.nan)
     numbers = published(PUBLISHED)
     measured = ours({"main-table": table, "keep-out": table[table["weights"] == "gptq"]})
     both = beside(numbers[numbers["metric"] == "wikitext2_ppl"], measured).dropna(subset="command")
@@ -79,9 +79,15 @@ def beside_rows(found: Sequence[EvalResult]) -> pd.DataFrame:
     newest = newest.assign(row=newest["method"].map(_row_label), bits=newest["w_a_kv_bits"])
     wide = newest.pivot_table(index=["row", "bits"], **AS_PRINTED)[list(dict.fromkeys(newest["model"]))]
     mine = newest.groupby(["row", "bits"], sort=False)["ours"].first()
-    places = dict.fromkeys((row_label(result.spec), result.spec.bits) for result in found)
+    places = dict.fromkeys((_shown(row), row["bits"]) for row in tables.records(table))
     shown = [place for place in places if place in wide.index]
     return wide.assign(ours=mine).loc[shown].reset_index().rename_axis(columns=None)
+
+
+def _shown(row: Row) -> str:
+    """A results row's name without its parameters: `RO`, `RO, kept out`, `full precision`."""
+    name = str(row["rotation"]) + (", kept out" if row["keep_out"] is True else "")
+    return "full precision" if row["bits"] == "16-16-16" else name
 
 
 def _row_label(method: str) -> str:
@@ -108,8 +114,8 @@ def _perplexities(table: pd.DataFrame, places: Callable[[Row, str], Places]) -> 
             yield (where, name, weights, str(row["bits"]), "wikitext2_ppl", note), row
 
 
-def _keep_out(_row: Row, method: str) -> Places:
-    return [] if method == "FP16" else [("T1", method, "gptq", "")]
+def _keep_out(row: Row, method: str) -> Places:
+    return [("T1", method, "gptq", "")] if row["weights"] == "gptq" else []
 
 
 def _weights(row: Row, method: str) -> Places:

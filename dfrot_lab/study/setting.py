@@ -10,21 +10,24 @@ from dfrot_lab.recipe.base import MethodSpec, Spec, one_of, ruled
 
 FIGURE_LAYER = 15  # in the middle of the stretch where the default model's token 0 is massive (12 to 28)
 PROFILE = "DFROT_LAB_PROFILE"  # environment variable: notebooks, experiments `quick` (minutes) or `full`
+BUILDS = 6  # that a comparison is made of: the fewest that tell RO from RH surely (docs/measuring.md)
 QUICK: dict[str, Any] = {"windows": 2, "window": 512, "gptq_windows": 4, "weights": "rtn"}
-QUICK |= {"seeds": 1, "limit": 2, "steps": 20, "quick": True}  # what the quick profile changes
+QUICK |= {"builds": 2, "limit": 2, "steps": 20, "quick": True}  # what the quick profile changes
 
 
 class Setting(Spec):
-    """A model, a text, seeds, sizes; `rule`: the rows weighted by `gamma`; `quick`: sweeps cut to a few."""
+    """A model, a text, sizes; `builds` of all that is random, the rotations' seeds rising from `seed`, of
+    which this setting's rows are the `build`th; `rule`: the rows weighted by `gamma`; `quick`: sweeps cut."""
 
     model: specs.ModelSpec = specs.ModelSpec()
     corpus: str = "auto"
     calibration: str | None = None
     seed: int = ruled(0, "a whole number >= 0", ge=0)
-    windows: int = ruled(6, "a whole number >= 1", ge=1)
+    windows: int = ruled(specs.WINDOWS, "a whole number >= 1", ge=1)
     gamma: float = 100.0
     rule: str = one_of(specs.DEFAULT_RULE, specs.MASSIVE_RULES)
-    seeds: int = ruled(3, "a whole number >= 1", ge=1)
+    builds: int = ruled(BUILDS, "a whole number >= 1", ge=1)
+    build: int = ruled(0, "a whole number >= 0", ge=0)
     window: int = specs.WINDOW
     gptq_windows: int = 16
     limit: int | None = 100
@@ -45,6 +48,15 @@ class Setting(Spec):
         text = door.resolved(specs.CorpusSpec(name=self.corpus)).name
         return self.with_(corpus=text, model=door.resolved(self.model))
 
+    def few(self, values: Sequence[Any]) -> list[Any]:
+        """All values of a sweep; in the quick profile the first and the last of many, the first of two."""
+        chosen = values[:: len(values) - 1] if len(values) > 2 else values[:1]
+        return list(chosen if self.quick else values)
+
+    def each(self) -> list["Setting"]:
+        """The setting of each of its builds."""
+        return [self.with_(build=number) for number in range(self.builds)]
+
     @property
     def calibration_text(self) -> specs.CorpusSpec:
         """What to capture, refine and calibrate on: a text of its own, or the scored one's other half."""
@@ -52,31 +64,36 @@ class Setting(Spec):
 
     @property
     def capture(self) -> specs.CaptureSpec:
-        """The first window of calibration tokens, or as much of it as a capture takes at once."""
-        tokens = min(self.window, specs.WINDOW)
-        return specs.CaptureSpec(model=self.model, corpus=self.calibration_text, tokens=tokens)
+        """A window of calibration tokens, or as much of it as a capture takes at once: the first window, and
+        for the next builds others, spread over the text."""
+        of: dict[str, Any] = {"model": self.model, "corpus": self.calibration_text}
+        of |= {"sample": self.build} if self.build else {}
+        return specs.CaptureSpec(**of, tokens=min(self.window, specs.WINDOW))
 
     @property
     def refine(self) -> specs.RefineSpec:
         """DFRot from RH on the rows of `capture`, with the evaluation's own asymmetric quantizer."""
         return cast(specs.RefineSpec, self.method("DFRot"))
 
-    def rotation(self, kind: str, offset: int = 0) -> specs.RotationSpec:
-        """NR, RO or RH with the setting's seed, or one of the `seeds` that follow it."""
-        return specs.RotationSpec(kind=kind, seed=self.seed + offset)
+    def rotation(self, kind: str) -> specs.RotationSpec:
+        """NR, RO or RH with the build's seed."""
+        return specs.RotationSpec(kind=kind, seed=self.seed + self.build)
 
-    def method(self, row: str, offset: int = 0) -> MethodSpec:
-        """A row of the table of methods; the setting's seed, capture, those it has of gamma, rule, steps."""
-        spec: MethodSpec = registry.spec_of(row, seed=self.seed + offset, capture=self.capture)
+    def method(self, row: str) -> MethodSpec:
+        """A row of the table of methods; the build's seed, capture, those it has of gamma, rule, steps."""
+        spec: MethodSpec = registry.spec_of(row, seed=self.seed + self.build, capture=self.capture)
         own = {"gamma", "rule", "steps"} & set(type(spec).model_fields)
         return spec.with_(**{name: getattr(self, name) for name in own})
 
     def row(self, bits: str, rotation: MethodSpec, *, weights: str = "", **fields: Any) -> specs.Recipe:
-        """The recipe of one row: this setting's model, text and windows, weights by the text's other half."""
+        """The recipe of one row: this setting's model and text, weights by the text's other half; windows,
+        calibration sample and jitter are the build's."""
         text = specs.CorpusSpec(name=self.corpus, split="evaluation")
         own = {"model": self.model, "corpus": text, "windows": self.windows, "window": self.window}
+        own |= {"sample": self.build, "jitter": self.build or None}
         spec = specs.recipe_of(bits, rotation=rotation, **{**own, **fields})
         by = {"method": weights or self.weights, "windows": self.gptq_windows, "window": self.window}
+        by |= {"sample": self.build} if self.build else {}
         return spec.with_(weights=spec.weights.with_(corpus=self.calibration_text, **by))
 
 

@@ -184,7 +184,8 @@ def _run_calibrated(
     if spec.corpus is None:
         raise ValueError(f"WeightSpec.corpus must be a text to calibrate {spec.method} on; got None")
     loading.check_tokens(loaded, spec.window)
-    ids = corpus.token_blocks(spec.corpus, loaded.tokenizer, blocks=spec.windows, window=spec.window)
+    of: dict[str, Any] = {"blocks": spec.windows, "window": spec.window, "sample": spec.sample}
+    ids = corpus.sampled_blocks(spec.corpus, loaded.tokenizer, **of)
     name, count, at = spec.method.upper(), len(loaded.layers), dict[int, _Layer]()
     log.info("%s to %d bits on %d x %d tokens of %s", name, spec.quantizer.bits, *ids.shape, spec.corpus.name)
     chunk = windows_at_once(spec.window, max(widths(loaded.layers, loaded.roles)))

@@ -9,14 +9,17 @@ import pandas as pd
 
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.explore.page import TABLE
+from dfrot_lab.maths.statistics import estimate
+from dfrot_lab.maths.tables import PERPLEXITY, table
 from dfrot_lab.recipe.specs import RELEASED_KEEP_OUT, Recipe
-from dfrot_lab.score.perplexity import EvalResult, paired_difference
+from dfrot_lab.score import rows
+from dfrot_lab.score.perplexity import EvalResult
 from dfrot_lab.show.theme import safe
 from dfrot_lab.study import cost, main, paper
 from dfrot_lab.study.setting import Setting
 
 FULL = "16-16-16"
-BITS = (FULL, "16-4-16", "4-8-16", *main.BITS[1:])
+BITS = (FULL, "16-4-16", "4-8-16", "4-4-16", "4-4-4")
 KEPT = {"none": None, RELEASED_KEEP_OUT: RELEASED_KEEP_OUT}  # whose tokens pass unquantized: a rule's, if any
 DIFFERENCE = ["minus_rh", "minus_rh_low", "minus_rh_high"]
 FOUND = ["perplexity", "low", "high"]
@@ -73,24 +76,34 @@ def said(missing: Sequence[Recipe], store: Store) -> str:
 
 
 def rows_table(specs: Sequence[Recipe], lookup: Lookup, references: References) -> pd.DataFrame:
-    """COLUMNS, a line a row: with its 95% interval, and its paired difference to RH, `references` by bits."""
+    """COLUMNS, a line a row: one build's perplexity, its change against RH (`references`, by bits) in
+    percent, each with the 95% interval over the windows of this build, which holds no other seed."""
     lines = []
     for spec in specs:
         result, reference = lookup(spec), references.get(spec.bits)
         about = (spec.rotation.name, spec.keep_out is not None, main.row_label(spec), spec.bits)
         weights = spec.weights.method if spec.weights.quantizer.bits < 16 else None
-        found, difference = [result.perplexity, *result.ci95] if result else [math.nan] * 3, [math.nan] * 3
+        found = _interval(result.losses, np.exp) if result else [math.nan] * 3
+        difference = [math.nan] * 3
         if result and reference and result.spec != reference.spec and spec.bits != FULL:
-            value, ends = paired_difference(result, reference)
-            difference = [value, *ends]
+            difference = _interval(result.losses - reference.losses, rows.percent)
         lines.append((*about, weights, *found, *difference, spec.windows, result is not None))
     return pd.DataFrame(lines, columns=COLUMNS)
 
 
+def _interval(losses: np.ndarray, scale: Callable[[float], float]) -> list[float]:
+    """The mean over windows and its interval's ends, each `scale`d."""
+    found = estimate(losses)
+    return [float(scale(value)) for value in (found.mean, *found.ci95)]
+
+
 def paper_table(specs: Sequence[Recipe], lookup: Lookup) -> pd.DataFrame:
     """The paper's perplexities in the rows' places: row, bits, a column a model (as printed), ours last."""
-    missing = np.array([math.nan])
-    return paper.beside_rows([lookup(spec) or EvalResult(spec, missing, math.nan, "", {}) for spec in specs])
+    lines = []
+    for spec in specs:
+        result, about = lookup(spec), {"metric": PERPLEXITY, "value": math.nan, "family": ""}
+        lines.append(rows.rows([result])[0] if result else rows.columns(spec) | about)
+    return paper.beside_rows(table(lines))
 
 
 def paper_rows(beside: pd.DataFrame, model: str) -> pd.DataFrame:
@@ -111,7 +124,10 @@ def interval(value: float, low: float, high: float) -> str:
 def shown(table: pd.DataFrame) -> str:
     """The rows as an HTML table."""
     view = pd.DataFrame({"row": table["row"], "bits": table["bits"], "weights": table["weights"].fillna("")})
-    for title, names in (("perplexity [95%]", FOUND), ("minus RH [95%]", DIFFERENCE)):
+    for title, names in (
+        ("perplexity [95%, windows]", FOUND),
+        ("change against RH, % [95%, windows]", DIFFERENCE),
+    ):
         view[title] = [interval(*values) for values in table[names].itertuples(index=False)]
     stored = table["stored"].map({True: "yes", False: "no"})
     return view.assign(windows=table["windows"], stored=stored).to_html(**TABLE)

@@ -20,7 +20,7 @@ from dfrot_lab.explore.worth.numbers import BITS, DIFFERENCE, FULL, KEPT, Tally,
 from dfrot_lab.maths import tables
 from dfrot_lab.model import corpus
 from dfrot_lab.recipe import registry
-from dfrot_lab.recipe.specs import Recipe
+from dfrot_lab.recipe.specs import WINDOWS, Recipe
 from dfrot_lab.score import perplexity, rows
 from dfrot_lab.show import figures, theme
 from dfrot_lab.study import cost, main
@@ -78,17 +78,19 @@ def _hover(row: Mapping[Any, Any]) -> str:
     found = interval(row["perplexity"], row["low"], row["high"])
     lines = [f"{plain(row['row'])} at {row['bits']}: {found}"]
     if difference := interval(*(row[name] for name in DIFFERENCE)):
-        lines.append(f"minus RH: {difference}")
+        lines.append(f"against RH, %: {difference}")
     return "<br>".join([*lines, f"{row['windows']} windows"] if row["windows"] else lines)
 
 
 class _State(HasTraits):
     rotations = control(Tuple(), SelectMultiple, "Rotations", 210, **SEVERAL)
-    bits = control(Tuple((FULL, *main.BITS)), SelectMultiple, "Bits W-A-KV", 210, options=BITS, **SEVERAL)
+    bits = control(
+        Tuple((FULL, "16-4-16", "4-4-4")), SelectMultiple, "Bits W-A-KV", 210, options=BITS, **SEVERAL
+    )
     keep_out = control(Tuple(("none",)), SelectMultiple, "Kept out", 210, options=list(KEPT), **SEVERAL)
-    weights = control(Unicode("gptq"), ToggleButtons, "Weights", 70)
+    weights = control(Unicode("rtn"), ToggleButtons, "Weights", 70)
     corpus = control(Unicode("auto"), Dropdown, "Text")
-    windows = control(Int(6), BoundedIntText, "Windows", 180, min=1, max=200)
+    windows = control(Int(WINDOWS), BoundedIntText, "Windows", 180, min=1, max=200)
     paper_model = control(Enum(PAPER_MODELS, "LLaMA2-7B"), Dropdown, "Paper's")
 
 
@@ -134,7 +136,7 @@ class Worth(Explorer):
         return self.found.get(spec.key)
 
     def table(self) -> pd.DataFrame:
-        """The rows that are picked: perplexity, 95% interval, paired difference to RH, stored or not."""
+        """The rows that are picked: perplexity, change against RH, intervals, stored or not."""
         row, rh, weights = self.chosen.row, self.chosen.method("RH"), self.state.weights
         reference = {b: self.lookup(row(b, rh, weights=weights)) for b in self.state.bits}
         return numbers.rows_table(self.specs(), self.lookup, reference)
@@ -145,7 +147,7 @@ class Worth(Explorer):
         if all(result.spec.bits == FULL for result in found):
             raise ValueError("nothing to draw: none of the rows that are picked is stored yet")
         with figures.theme():
-            drawn = figures.figure_perplexity(tables.table(map(rows.row, found)))
+            drawn = figures.figure_perplexity(tables.table(rows.rows([result])[0] for result in found))
         figures.plt.close(drawn)  # whoever asked for it shows it, once
         return drawn
 
