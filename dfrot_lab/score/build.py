@@ -77,8 +77,17 @@ def weights_stored(recipe: Recipe, store: Store) -> bool:
 
 def windows(recipe: Recipe, loaded: LoadedModel) -> Tensor:
     """The token ids (windows, window) a recipe is scored on; ValueError if text or context is too short."""
-    loading.check_tokens(loaded, recipe.window)
-    return corpus.token_blocks(recipe.corpus, loaded.tokenizer, blocks=recipe.windows, window=recipe.window)
+    return _windows(recipe, loaded.tokenizer, loaded.context)
+
+
+def windows_of(recipe: Recipe, store: Store) -> Tensor:
+    """`windows` before the model is loaded."""
+    return _windows(recipe, *loading.words_of(recipe.model, store))
+
+
+def _windows(recipe: Recipe, tokenizer: Any, context: int) -> Tensor:
+    loading.check_window(recipe.window, context)
+    return corpus.token_blocks(recipe.corpus, tokenizer, blocks=recipe.windows, window=recipe.window)
 
 
 def require_texts(recipe: Recipe, store: Store) -> None:
