@@ -459,42 +459,42 @@ def test_a_stored_evaluation_builds_nothing(base, store, monkeypatch):
 def test_a_stopped_evaluation_goes_on_at_its_window(base, store, tmp_path, monkeypatch):
     spec = at(base, "16-4-16")
     scored: list[int] = []
-    score = module.window_loss
+    score = module.window_measures
 
-    def score_two_then_stop(loaded, ids):
+    def score_two_then_stop(built, ids, *of):
         if len(scored) == 2:
             raise KeyboardInterrupt
         scored.append(int(ids[0]))
-        return score(loaded, ids)
+        return score(built, ids, *of)
 
-    monkeypatch.setattr(module, "window_loss", score_two_then_stop)
+    monkeypatch.setattr(module, "window_measures", score_two_then_stop)
     with pytest.raises(KeyboardInterrupt):
         evaluate(spec, store)
     monkeypatch.undo()
     assert stored(spec, store) is None
     again: list[int] = []
     monkeypatch.setattr(
-        module, "window_loss", lambda loaded, ids: again.append(int(ids[0])) or score(loaded, ids)
+        module, "window_measures", lambda built, ids, *of: again.append(int(ids[0])) or score(built, ids, *of)
     )
     resumed = evaluate(spec, store)
     monkeypatch.undo()
     assert (len(scored), len(again)) == (2, 1)
     assert_near(resumed.losses, evaluate(spec, Store(tmp_path / "one go")).losses, FLIPPED)
     [artefact] = [a for a in store.list() if a.kind == "evaluation"]
-    assert sorted(artefact.names) == ["losses", "recipe"]
+    assert sorted(artefact.names) == ["losses", "means", "recipe", "tokens"]
 
 
 def test_seconds_of_a_stopped_evaluation_count_all_its_windows(base, store, monkeypatch):
-    score, clock = module.window_loss, {"now": 0.0, "left": 2}
+    score, clock = module.window_measures, {"now": 0.0, "left": 2}
 
-    def ten_seconds(loaded, ids):
+    def ten_seconds(built, ids, *of):
         if not clock["left"]:
             raise KeyboardInterrupt
         clock["left"] -= 1
         clock["now"] += 10
-        return score(loaded, ids)
+        return score(built, ids, *of)
 
-    monkeypatch.setattr(module, "window_loss", ten_seconds)
+    monkeypatch.setattr(module, "window_measures", ten_seconds)
     monkeypatch.setattr(module.time, "perf_counter", lambda: clock["now"])
     with pytest.raises(KeyboardInterrupt):
         evaluate(base, store)

@@ -262,7 +262,7 @@ def test_a_second_run_computes_nothing_and_gives_an_equal_table(lab, name, monke
     few_rows(monkeypatch)
     for module, function in [
         (building, "build"),
-        (perplexity, "window_loss"),
+        (perplexity, "window_measures"),
         (dfrot, "refine"),
         (weighing, "quantize_weights"),
         (capturing, "record"),
@@ -278,8 +278,8 @@ def test_rows_that_experiments_share_are_evaluated_once(lab, tmp_path, monkeypat
     }
     assert len(shared) >= 2
     calls: list[int] = []
-    score = perplexity.window_loss
-    monkeypatch.setattr(perplexity, "window_loss", lambda loaded, ids: calls.append(1) or score(loaded, ids))
+    score = perplexity.window_measures
+    monkeypatch.setattr(perplexity, "window_measures", lambda *of: calls.append(1) or score(*of))
     few_rows(monkeypatch)
     store = Store(tmp_path / "both")
     for name in ("clip-sweep", "intervene"):
@@ -583,16 +583,16 @@ def test_massive_magnitudes_are_of_the_middle_layer(lab):
 def test_a_run_stopped_again_and_again_ends_with_the_same_table(lab, name, stop, tmp_path, monkeypatch):
     """Seven windows at a time: each window is scored once in all, and no row is lost or doubled."""
     whole = lab.table(name)
-    score, scored, left = perplexity.window_loss, [], [0]
+    score, scored, left = perplexity.window_measures, [], [0]
 
-    def until_stopped(loaded, ids):
+    def until_stopped(*of):
         if not left[0]:
             raise stop
         left[0] -= 1
         scored.append(1)
-        return score(loaded, ids)
+        return score(*of)
 
-    monkeypatch.setattr(perplexity, "window_loss", until_stopped)
+    monkeypatch.setattr(perplexity, "window_measures", until_stopped)
     stops, store = 0, sharing(lab.store, tmp_path / "store", "capture", "refine")
     while True:
         left[0] = 7
@@ -641,13 +641,13 @@ from dfrot_lab.recipe.specs import ModelSpec
 from dfrot_lab.disk.artefacts import Store
 root, model, text, windows = sys.argv[1:]
 torch.set_num_threads(1)
-score, left = perplexity.window_loss, [int(windows)]
-def and_die(loaded, ids):
+score, left = perplexity.window_measures, [int(windows)]
+def and_die(*of):
     if not left[0]:
         os.kill(os.getpid(), signal.SIGKILL)
     left[0] -= 1
-    return score(loaded, ids)
-perplexity.window_loss = and_die
+    return score(*of)
+perplexity.window_measures = and_die
 sizes = dict(windows=2, window=64, gptq_windows=2, seeds=2, quick=True)
 setting = Setting(model=ModelSpec(source=model), corpus=text, **sizes)
 experiments.run("keep-out", setting, Store(Path(root)))
@@ -672,8 +672,8 @@ def test_a_run_killed_in_the_middle_of_a_row_loses_nothing_it_had(lab, tmp_path,
     kept = [perplexity.stored(row.spec, store) is not None for row in lab.distinct("keep-out")]
     assert kept == [True] * 4 + [False] * (len(kept) - 4), "nine windows are four rows of two and half a row"
     assert len(list(store.root.glob("evaluation/*.partial"))) == 1
-    score, scored = perplexity.window_loss, []
-    monkeypatch.setattr(perplexity, "window_loss", lambda loaded, ids: scored.append(1) or score(loaded, ids))
+    score, scored = perplexity.window_measures, []
+    monkeypatch.setattr(perplexity, "window_measures", lambda *of: scored.append(1) or score(*of))
     found = experiments.run("keep-out", lab.setting, store)
     assert len(scored) == 2 * len(kept) - 9
     assert not list(store.root.glob("*/*.partial"))

@@ -116,16 +116,16 @@ def test_a_cancelled_evaluation_keeps_its_windows_and_the_widget_goes_on(setting
     """The first window is let through, then cancel is pressed while the second is on its way."""
     widget = Worth(setting, store)
     widget.controls["rotations"].value, widget.controls["bits"].value = ("RH",), ("16-4-16",)
-    real, scored, reached, go = perplexity.window_loss, [], threading.Event(), threading.Event()
+    real, scored, reached, go = perplexity.window_measures, [], threading.Event(), threading.Event()
 
-    def slow(loaded, ids):
+    def slow(*of):
         scored.append(len(scored))
         if len(scored) == 2:
             reached.set()
             assert go.wait(PATIENCE)
-        return real(loaded, ids)
+        return real(*of)
 
-    monkeypatch.setattr(perplexity, "window_loss", slow)
+    monkeypatch.setattr(perplexity, "window_measures", slow)
     widget.controls["compute"].click()
     assert reached.wait(PATIENCE)
     widget.controls["cancel"].click()
@@ -133,7 +133,7 @@ def test_a_cancelled_evaluation_keeps_its_windows_and_the_widget_goes_on(setting
     widget.job.wait(PATIENCE)
     assert "Stopped. What is finished is kept" in widget.status.text and widget.status.state == "ready"
     partial = [name for name in keys(store) if name.endswith(".partial")]
-    assert len(partial) == 1 and len(list((store.root / partial[0]).glob("window-*.json"))) == 2
+    assert len(partial) == 1 and len(list((store.root / partial[0]).glob("window-*"))) == 2
     assert len(widget.missing) == 1 and not widget.controls["compute"].disabled
     computed(widget)
     assert len(scored) == 3, "windows that were finished are not scored again"

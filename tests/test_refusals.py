@@ -62,10 +62,16 @@ def test_a_loss_that_is_no_number_is_not_kept(
     """As of a model whose later layers are broken, which the few tokens of its proof may not reach."""
     spec = save_tiny(tmp_path / "m")
     recipe = recipe_of("16-16-16", model=spec, corpus=CorpusSpec(name=str(text_file)), windows=2, window=32)
-    monkeypatch.setattr(perplexity.stream, "loss", lambda *_: torch.tensor(math.nan))
+    whole = math.nan * torch.ones(31, 3)
+    monkeypatch.setattr(perplexity, "window_measures", lambda *_: whole)
     with pytest.raises(ValueError, match=r"losses of .*m at 16-16-16 must be finite .*; got \[nan, nan\]"):
         perplexity.evaluate(recipe, store)
     assert perplexity.stored(recipe, store) is None
+    monkeypatch.setattr(perplexity.stream, "loss", lambda *_: torch.tensor(math.nan))
+    fresh = Store(tmp_path / "fresh")
+    with pytest.raises(ValueError, match=r"loss of .*m in full precision must be finite .*; got nan"):
+        perplexity.evaluate(recipe, fresh)
+    assert not list(fresh.list())
     monkeypatch.undo()
     assert math.isfinite(perplexity.evaluate(recipe, store).perplexity)
 

@@ -113,8 +113,8 @@ class Walk:
         self.next, self.seconds, self._saved = 0, 0.0, time.monotonic()
         with torch.no_grad(), part(loaded, EMBEDDING):
             self.hidden = [self._enter(each) for each in ids]
-        if writer and writer.has(STATE):
-            saved = writer.load_tensors(STATE)
+        saved = writer.load_tensors(STATE) if writer and writer.has(STATE) else {}
+        if saved and torch.equal(saved["ids"], self._text()):
             self.next, self.seconds = int(saved["next"]), float(saved["seconds"])
             self.hidden = [saved[f"{i}"].to(self.home) for i in range(len(ids))]
             log.info("%s goes on at layer %d of %d", name, self.next, len(loaded.layers))
@@ -156,10 +156,18 @@ class Walk:
         if self.writer:
             self.writer.drop(STATE)
 
+    def _text(self) -> Tensor:
+        """All its token ids in a row: what a saved state is of."""
+        return torch.cat([each.flatten().cpu() for each in self.ids])
+
     def _save(self) -> None:
         if self.writer:
             saved = {f"{i}": x for i, x in enumerate(self.hidden)}
-            saved |= {"next": torch.tensor(self.next), "seconds": torch.tensor(self.seconds).double()}
+            saved |= {
+                "ids": self._text(),
+                "next": torch.tensor(self.next),
+                "seconds": torch.tensor(self.seconds).double(),
+            }
             self.writer.save_tensors(STATE, saved)
         self._saved = time.monotonic()
 
@@ -174,14 +182,19 @@ class Walk:
         for i, x in enumerate(self.hidden):
             self.hidden[i] = self.run(number, x).to(self.home)
 
+    @torch.inference_mode()
+    def through(self, on_layer: Callable[[int, int], object] = lambda *_: None) -> list[Tensor]:
+        """Pass all windows through the layers that are left; `on_layer` is told how many are done, of how
+        many. What leaves the last for each of `ids`: (windows, tokens, channels)."""
+        for number in self.layers():
+            self.step(number)
+            on_layer(number + 1, len(self.loaded.layers))
+        return self.hidden
 
-@torch.inference_mode()
+
 def through(loaded: LoadedModel, ids: Sequence[Tensor], name: str = "") -> list[Tensor]:
     """What leaves the last layer for each of `ids` (windows, tokens): (windows, tokens, channels)."""
-    walk = Walk(loaded, ids, name=name)
-    for number in walk.layers():
-        walk.step(number)
-    return walk.hidden
+    return Walk(loaded, ids, name=name).through()
 
 
 def logits(loaded: LoadedModel, hidden: Tensor) -> Tensor:

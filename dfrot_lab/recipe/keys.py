@@ -9,6 +9,7 @@ from dfrot_lab.recipe.base import MethodSpec, Spec, content_key
 from dfrot_lab.recipe.specs import CorpusSpec, ModelSpec, Recipe, WeightSpec
 
 FORMULAS = 3  # version of what artefacts hold and how it is computed; raise it with any change of a formula
+SCORING = 1  # version of what an evaluation keeps of a window; raise it with any change to that alone
 Prints = Callable[[ModelSpec | CorpusSpec | str], str]  # a model's, a text's, a path's hash
 
 
@@ -46,11 +47,16 @@ def built(recipe: Recipe, prints: Prints) -> dict[str, Any]:
 
 
 def evaluation(recipe: Recipe, prints: Prints) -> dict[str, Any]:
-    """What the losses of a canonical recipe are keyed by."""
-    found = {"recipe": identity(recipe, prints)}
+    """What the measures of a canonical recipe are keyed by."""
+    found = {"recipe": identity(recipe, prints), "scoring": SCORING}
     if recipe.set_massive == "mean":  # the values it sets come from the text's other half
         found["means"] = prints(recipe.corpus.with_(split="calibration"))
     return found
+
+
+def reference(model: ModelSpec, ids: list[int], prints: Prints) -> dict[str, Any]:
+    """What the full-precision model makes of one window of token ids is keyed by: the two."""
+    return {"model": prints(model), "ids": content_key(ids)}
 
 
 def tasks(of: Spec, prints: Prints, digests: dict[str, str], limit: int | None, version: str) -> Any:

@@ -79,9 +79,18 @@ def weights_stored(recipe: Recipe, store: Store) -> bool:
 
 def windows(recipe: Recipe, loaded: LoadedModel) -> Tensor:
     """The token ids (windows, window) a recipe is scored on; ValueError if text or context is too short."""
-    loading.check_tokens(loaded, recipe.window)
+    return _windows(recipe, loaded.tokenizer, loaded.context)
+
+
+def windows_of(recipe: Recipe, store: Store) -> Tensor:
+    """`windows` before the model is loaded."""
+    return _windows(recipe, *loading.words_of(recipe.model, store))
+
+
+def _windows(recipe: Recipe, tokenizer: Any, context: int) -> Tensor:
+    loading.check_window(recipe.window, context)
     of: dict[str, Any] = {"blocks": recipe.windows, "window": recipe.window, "sample": recipe.sample}
-    return corpus.sampled_blocks(recipe.corpus, loaded.tokenizer, **of)
+    return corpus.sampled_blocks(recipe.corpus, tokenizer, **of)
 
 
 def require_texts(recipe: Recipe, store: Store) -> None:

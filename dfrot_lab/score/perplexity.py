@@ -3,8 +3,8 @@ DFRot: the text tokenised whole, cut into windows, exp(mean over windows of the 
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,11 +19,16 @@ from dfrot_lab.model.stream import Walk
 from dfrot_lab.recipe import keys
 from dfrot_lab.recipe.base import require
 from dfrot_lab.recipe.specs import Recipe
-from dfrot_lab.score.build import Built, build, build_key, quantized, windows
+from dfrot_lab.score import divergence
+from dfrot_lab.score.build import Built, build, build_key, quantized, windows_of
+from dfrot_lab.score.divergence import FINITE, window_measures
 from dfrot_lab.weights.run import OnPart, nothing
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 KIND = "evaluation"
-FINITE = "finite (a broken model, or too small a dtype: try --dtype float32)"
+TOKENS = "tokens"
 
 
 def perplexity(losses: np.ndarray, axis: int = -1) -> Any:
@@ -31,9 +36,16 @@ def perplexity(losses: np.ndarray, axis: int = -1) -> Any:
     return np.exp(losses.mean(axis))
 
 
+def _unknown() -> np.ndarray:
+    return np.full(1, np.nan)
+
+
 @dataclass(frozen=True)
 class EvalResult:
-    """Mean next-token loss of each window (windows,) in nats, how long, by which code; its inputs' `key`."""
+    """Mean next-token loss of each window (windows,) in nats, how long, by which code; its inputs' `key`. And
+    against full precision, as means over a window's tokens (windows,): `divergences`, KL(full precision ||
+    quantized) of the next-token distributions in nats; `agreements`, the share of tokens with the same most
+    likely next token, 0 to 1; `reference_losses`, the full-precision model's losses in nats."""
 
     spec: Recipe
     losses: np.ndarray
@@ -43,6 +55,24 @@ class EvalResult:
     family: str = ""
     commit: str | None = None
     key: str | None = None
+    divergences: np.ndarray = field(default_factory=_unknown)
+    agreements: np.ndarray = field(default_factory=_unknown)
+    reference_losses: np.ndarray = field(default_factory=_unknown)
+
+    @property
+    def divergence(self) -> float:
+        """Mean KL divergence from the full-precision model in nats; nan where it was not measured."""
+        return float(self.divergences.mean())
+
+    @property
+    def agreement(self) -> float:
+        """Share of tokens whose most likely next token is the full-precision model's, 0 to 1; or nan."""
+        return float(self.agreements.mean())
+
+    @property
+    def reference_loss(self) -> float:
+        """The full-precision model's mean loss in nats; or nan."""
+        return float(self.reference_losses.mean())
 
     @property
     def perplexity(self) -> float:
@@ -56,32 +86,36 @@ def window_loss(loaded: LoadedModel, ids: Tensor) -> float:
 
 
 @torch.inference_mode()
-def window_losses(walk: Walk, on_part: OnPart = nothing) -> list[float]:
+def window_losses(walk: Walk) -> list[float]:
     """The mean next-token loss of each window of a walk, all windows passed through layer after layer."""
-    loaded = walk.loaded
-    for number in walk.layers():
-        walk.step(number)
-        on_part("layer", number + 1, len(loaded.layers))
-    with stream.part(loaded, HEAD):
-        pairs = zip(walk.hidden, walk.ids, strict=True)
-        return [float(stream.loss(loaded, x[0], ids[0])) for x, ids in pairs]
+    states = walk.through()
+    with stream.part(walk.loaded, HEAD):
+        pairs = zip(states, walk.ids, strict=True)
+        return [float(stream.loss(walk.loaded, x[0], ids[0])) for x, ids in pairs]
 
 
 def evaluate(
     spec: Recipe, store: Store | None = None, on_part: OnPart = nothing, kept: dict[str, Built] | None = None
 ) -> EvalResult:
-    """The losses of a recipe, stored or computed now, from the window on that was reached before. `on_part`
+    """The measures of a recipe, stored or computed now, from the window on that was reached before. `on_part`
     is told of each window kept; `kept` holds the model built last, by `build_key`, for the next recipe."""
     store, spec, kept = store or Store(), door.resolved(spec).canonical(), {} if kept is None else kept
 
     def make(writer: Writer) -> None:
+        ids = windows_of(spec, store)
+        found = divergence.references(spec, ids, store, on_part)  # before another model fills the memory
         if (key := build_key(spec)) not in kept:
             kept.clear()  # frees that model before the next one is built
             kept[key] = build(spec, store, on_part)
         loaded = kept[key].loaded
-        losses, seconds = _losses(kept[key], spec, writer, on_part)
+        tokens, seconds = _measured(kept[key], spec, ids, found, writer, on_part)
+        losses, divergences, agreements = tokens.double().mean(1).T.tolist()
         require(f"losses of {loaded.spec.source} at {spec.bits}", losses, np.isfinite(losses).all(), FINITE)
+        before = [each.manifest["note"]["loss"] for each in found]
+        means = {"divergences": divergences, "agreements": agreements, "reference_losses": before}
         writer.save_json("losses", losses)
+        writer.save_json("means", means)
+        writer.save_tensors(TOKENS, {"ids": ids, "measures": tokens})
         writer.save_json("recipe", spec.plain())
         writer.note.update(provenance=loaded.provenance, family=loaded.family, scoring_seconds=seconds)
 
@@ -98,29 +132,56 @@ def stored(spec: Recipe, store: Store) -> EvalResult | None:
 def _result(spec: Recipe, artefact: Artefact) -> EvalResult:
     note, losses = artefact.manifest["note"], np.array(artefact.json("losses"))
     said = (note["scoring_seconds"], note["provenance"], dict(artefact.manifest["versions"]), note["family"])
-    return EvalResult(spec, losses, *said, artefact.manifest.get("commit"), artefact.key)
+    means: dict[str, Any] = {name: np.array(values) for name, values in artefact.json("means").items()}
+    return EvalResult(spec, losses, *said, artefact.manifest.get("commit"), artefact.key, **means)
 
 
-def _losses(built: Built, spec: Recipe, writer: Writer, on_part: OnPart) -> tuple[list[float], float]:
-    """Each window's loss and the seconds of all, those of a run that was stopped included: window by window,
-    or, where the model does not fit into memory, all windows layer by layer."""
-    ids, row = windows(spec, built.loaded), f"{spec.rotation.name} {spec.bits}"
+def by_token(result: EvalResult, store: Store) -> "pd.DataFrame":
+    """A row for each token of a result's windows but the last: its `window` and `position` from 0, its id and
+    that of the `next`, and what is measured there: `loss` and `divergence` in nats, `agreement`, 0 or 1.
+    KeyError: a result that is not in the store."""
+    import pandas as pd
+
+    if (artefact := store.at(KIND, str(result.key))) is None:
+        rule = f"EvalResult.key must be that of an evaluation in the store {store.root}"
+        raise KeyError(f"{rule}; got {result.key}: evaluate it again")
+    kept = artefact.tensors(TOKENS)
+    ids, found = kept["ids"], kept["measures"].flatten(0, 1)
+    window, position = np.indices((len(ids), ids.shape[1] - 1)).reshape(2, -1)
+    own = {"window": window, "position": position, "token": ids[:, :-1].flatten().numpy()}
+    table = pd.DataFrame(own | {"next": ids[:, 1:].flatten().numpy()})
+    return table.assign(**dict(zip(divergence.MEASURES, found.T.numpy(), strict=True)))
+
+
+def _measured(
+    built: Built, spec: Recipe, ids: Tensor, found: Sequence[Artefact], writer: Writer, on_part: OnPart
+) -> tuple[Tensor, float]:
+    """What is measured of each window beside its reference, (windows, tokens - 1, 3), and the seconds of all,
+    those of a run that was stopped included: window by window, or, where the model does not fit into memory,
+    all windows layer by layer. A model that is its own reference has passed the layers already."""
+    row, own = f"{spec.rotation.name} {spec.bits}", divergence.is_full_precision(spec)
     names = [f"window-{i:03d}" for i in range(len(ids))]
+    passed = sum(each.manifest["note"]["seconds"] for each in found) if own else 0.0
+    states: list[Tensor | None] = [divergence.states_of(each) if own else None for each in found]
     with quantized(built, spec):
-        if built.loaded.checkpoint is not None:
+        if built.loaded.checkpoint is not None and not own:
             walk = Walk(built.loaded, ids.split(1), name=row, writer=writer)
-            return window_losses(walk, on_part), walk.seconds
+            states = [x[0] for x in walk.through(lambda done, of: on_part("layer", done, of))]
+            passed = walk.seconds
         bar = tqdm(names, desc=row, unit="window", leave=False)
-        for done, (name, window) in enumerate(zip(bar, ids, strict=True), 1):
-            if not writer.has(name):
-                started = time.perf_counter()
-                loss = window_loss(built.loaded, window)
-                writer.save_json(name, [loss, time.perf_counter() - started])
-            on_part("window", done, len(ids))
-    losses, seconds = zip(*(writer.json(name) for name in names), strict=True)
+        with stream.part(built.loaded, HEAD):
+            for done, (name, *of) in enumerate(zip(bar, ids, found, states, strict=True), 1):
+                if not writer.has(name):
+                    started = time.perf_counter()
+                    measured = window_measures(built, *of)
+                    seconds = torch.tensor(time.perf_counter() - started, dtype=torch.float64)
+                    writer.save_tensors(name, {"measures": measured, "seconds": seconds})
+                on_part("window", done, len(ids))
+    kept = [writer.load_tensors(name) for name in names]
     for name in names:
         writer.drop(name)
-    return list(losses), sum(seconds)
+    passed += sum(float(each["seconds"]) for each in kept)
+    return torch.stack([each["measures"] for each in kept]), passed
 
 
 def evaluate_all(
