@@ -230,9 +230,7 @@ def test_sign_flips_leave_the_symmetric_error_unchanged(signs, seed):
 
 
 def test_sign_flips_change_the_asymmetric_error():
-    """Why the released code's QR after the SVD is harmless for its symmetric quantizer and not for the
-    paper's.
-    """
+    """Why a QR of a rotation, which flips some columns, is harmless for a symmetric quantizer alone."""
     x, signs = rows(200, 16), torch.tensor([1.0, -1.0]).repeat(8)
     changed = ~torch.isclose(squared_error(x * signs, ASYM), squared_error(x, ASYM))
     assert changed.float().mean() > 0.5  # all but the rows whose two extremes met the same sign

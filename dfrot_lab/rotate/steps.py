@@ -193,8 +193,9 @@ def _accelerate(run: _Run) -> None:
 
 
 def _as_released(run: _Run) -> None:
-    """The released optimiser: SVD then QR (which flips column signs), and its accept test on the weighted
-    Frobenius error. A rejected step would be tried again with the same outcome: the loop ends there."""
+    """The released optimiser: SVD, then the QR of the turn since the start (which flips columns, of a small
+    turn all of them), and its accept test on the weighted Frobenius error. A rejected step would be tried
+    again with the same outcome: the loop ends there."""
     state, R, bound = run.state, run.state.R, math.inf
     for step in run.bar(range(run.spec.steps + 1)):
         product, losses = half_step(run.rows, R, run.weights, run.mask, run.spec.quantizer)
@@ -205,5 +206,5 @@ def _as_released(run: _Run) -> None:
         run.note(step, losses)
         if run.on_step is not None:
             run.on_step(step, lambda: state.R)
-        R = torch.linalg.qr(polar(product))[0]
+        R = run.start @ torch.linalg.qr(run.start.T @ polar(product))[0]
         run.checkpoint(state)
