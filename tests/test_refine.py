@@ -146,6 +146,23 @@ def test_scaling_massive_rows_by_gamma_is_weighting_them_by_its_square():
     assert losses["objective"] == pytest.approx(scaled_losses["objective"], rel=1e-9)
 
 
+@pytest.mark.parametrize("scheme", ["symmetric", "asymmetric", "free"])
+def test_rows_that_share_one_scale_share_it_over_all_parts(scheme):
+    x, mask = planted(tokens=2 * steps.ROWS_AT_ONCE, channels=8, massive=50)
+    x[:50] *= 9  # in the first part alone: its range is the whole's
+    R, weights, quantizer = (
+        orthogonal(8),
+        row_weights(mask, 7.0),
+        QuantSpec(scheme=scheme, granularity="per_tensor"),
+    )
+    eta = fake_quantize(x @ R, quantizer)
+    product, losses = half_step(x, R, weights, mask, quantizer)
+    torch.testing.assert_close(product, x.T @ (eta * weights[:, None]), rtol=1e-10, atol=1e-9)
+    error = (x @ R - eta).square().sum(1)
+    assert losses["ordinary"] == pytest.approx(float(error[~mask].mean()), rel=1e-10)
+    assert losses_of(x, R, weights, mask, quantizer) == pytest.approx(losses, rel=1e-12)
+
+
 @pytest.mark.parametrize("quantizer", [SYM4, ASYM4, QuantSpec(scheme="free")], ids=lambda q: q.name)
 def test_losses_are_those_of_a_half_step(quantizer):
     x, mask = planted(tokens=steps.ROWS_AT_ONCE + 300, channels=8, massive=50)
