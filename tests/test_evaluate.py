@@ -20,6 +20,7 @@ from dfrot_lab.maths.quantizers import fake_quantize
 from dfrot_lab.model import door, hooks, loading, surgery
 from dfrot_lab.observe import massive
 from dfrot_lab.recipe.specs import (
+    ROW_RULES,
     CaptureSpec,
     CorpusSpec,
     ModelSpec,
@@ -568,20 +569,59 @@ def test_a_clip_at_every_site_is_the_clip_of_the_activations(base, store):
 @pytest.mark.parametrize("rule", [RULE, "ro_vs_nr"])
 @pytest.mark.parametrize("rotation", [None, RO, RH], ids=["NR", "RO", "RH"])
 def test_keep_out_judges_the_row_as_it_was_before_the_rotation(rule, rotation):
-    x = torch.randn(1, 60, 64, generator=torch.Generator().manual_seed(0))
+    x = 1.6 * torch.randn(1, 60, 64, generator=torch.Generator().manual_seed(0))
     x[:, ::9] *= 0.02
     x[:, ::9, 5] = 8
     R = None if rotation is None else rotations.make(rotation, 64).float()
     turned = x if R is None else x @ R
-    mask = massive.rows_rule(x, rule)
+    mask = massive.rows_rule(x, rule, QuantSpec(scheme="asymmetric"))
     assert bool(mask[0, ::9].all()) and 0 < int(mask.sum()) < 60
     assert torch.equal(keep_out(Recipe(keep_out=rule), R)(turned), mask)
+
+
+def own_error(row: list[float], spec: QuantSpec) -> float:
+    """The sum of squares that a 4-bit quantizer leaves of a row, from its formula."""
+    top, low, high = 2**spec.bits - 1, min(0.0, *row) * spec.clip_ratio, max(0.0, *row) * spec.clip_ratio
+    if spec.scheme == "symmetric":
+        step, start, end = max(map(abs, row)) * spec.clip_ratio / (top // 2), -(top // 2) - 1, top // 2
+    else:
+        step = (high - low) / top
+        start, end = round(low / step), top + round(low / step)
+    return sum((value - step * min(max(round(value / step), start), end)) ** 2 for value in row)
+
+
+@pytest.mark.parametrize(
+    "act",
+    [QuantSpec(scheme="asymmetric"), QuantSpec(scheme="asymmetric", clip_ratio=0.7), QuantSpec()],
+    ids=lambda act: act.name,
+)
+@pytest.mark.parametrize("rule", [*ROW_RULES, "worst"])
+def test_keep_out_judges_with_the_quantizer_of_the_activations(rule, act):
+    """As `QuaRot.FP16()`, whose threshold is of the error under whatever quantizer is configured."""
+    x = torch.randn(80, 64, generator=torch.Generator().manual_seed(0)).double()
+    x += torch.linspace(-2, 2, 80)[:, None]  # rows on one side of 0 have half the asymmetric step
+    reference = rotations.make(RotationSpec(kind="RO", seed=0), 64).float().double()
+    turned = x @ reference
+    errors = [own_error(row, act) for row in x.tolist()]
+    if rule == "ro_vs_nr":
+        wanted = [own_error(row, act) >= error for row, error in zip(turned.tolist(), errors, strict=True)]
+    elif rule == "worst":
+        wanted = [error >= sorted(errors)[-9] for error in errors]
+    else:
+        middle = sum(sorted(errors)[39:41]) / 2  # half of the rows are below it: the threshold, once scaled
+        x, wanted = x * float(rule[-3:]) / 8 / middle**0.5, [error < middle for error in errors]
+    counted = 9 if rule == "worst" else None
+    found = keep_out(Recipe(keep_out=rule, keep_out_tokens=counted, activations=act), None)(x)
+    assert 0 < sum(wanted) < 80
+    assert found.tolist() == wanted
 
 
 @pytest.mark.parametrize("rotation", [RO, RH], ids=["RO", "RH"])
 def test_keep_out_brings_the_hidden_states_of_massive_tokens_nearer(base, store, rotation):
     """At the norms alone: what is kept out is exact, and every other row is quantized as without it."""
-    spec = at(base, "16-4-16", rotation=rotation)
+    spec = at(
+        base, "16-3-16", rotation=rotation
+    )  # where ordinary rows are above the threshold at 64 channels
     built = build(resolved(spec), store)
     ids = torch.tensor(built.loaded.tokenizer("one sheep\ntwo goats\nthree hills\n" * 2).input_ids)[None]
     newline = ids[0] == built.loaded.tokenizer("\n").input_ids[0]

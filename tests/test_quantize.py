@@ -90,10 +90,7 @@ def test_codes_scales_and_values_equal_a_slow_loop(spec, granularity):
         [[scale * (code - zero) for code in codes] for codes, scale, zero in expected], dtype=torch.float64
     ).reshape(x.shape)
     torch.testing.assert_close(fake_quantize(x, spec), values, rtol=1e-12, atol=1e-14)
-    if spec.granularity != "per_tensor":
-        torch.testing.assert_close(
-            squared_error(x, spec), (x - values).square().sum(-1), rtol=1e-10, atol=1e-14
-        )
+    torch.testing.assert_close(squared_error(x, spec), (x - values).square().sum(-1), rtol=1e-10, atol=1e-14)
 
 
 @pytest.mark.parametrize("scheme", ["asymmetric", "free"])
@@ -230,9 +227,7 @@ def test_sign_flips_leave_the_symmetric_error_unchanged(signs, seed):
 
 
 def test_sign_flips_change_the_asymmetric_error():
-    """Why the released code's QR after the SVD is harmless for its symmetric quantizer and not for the
-    paper's.
-    """
+    """Why a QR of a rotation, which flips some columns, is harmless for a symmetric quantizer alone."""
     x, signs = rows(200, 16), torch.tensor([1.0, -1.0]).repeat(8)
     changed = ~torch.isclose(squared_error(x * signs, ASYM), squared_error(x, ASYM))
     assert changed.float().mean() > 0.5  # all but the rows whose two extremes met the same sign
@@ -377,6 +372,17 @@ def test_chunks_do_not_matter(scheme, shape):
     torch.testing.assert_close(
         squared_error(x, spec).flatten(), torch.cat([squared_error(row[None], spec) for row in flat])
     )
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES, ids=lambda g: "-".join(map(str, g.values())))
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_error_is_that_of_the_whole_tensor_s_codes_however_many_rows_there_are(scheme, granularity):
+    """One long row among a thousand: where a scale is shared by all, every row is on its coarse grid."""
+    spec, x = QuantSpec(scheme=scheme, **granularity), rows(1000, 576, dtype=torch.float32)
+    x[700] *= 50
+    assert x.numel() > module._CHUNK, "one chunk would do: the test is vacuous"
+    values = dequantize(quantize(x, spec), x.shape)
+    torch.testing.assert_close(squared_error(x, spec), (x - values).square().sum(-1))
 
 
 def test_clip_search_in_chunks_equals_row_by_row():

@@ -105,12 +105,18 @@ def fake_quantize(x: Tensor, spec: QuantSpec) -> Tensor:
     return out.reshape(x.shape)
 
 
+def rows_at_once(rows: Tensor, spec: QuantSpec, most: int) -> int:
+    """How many `rows` (tokens, channels) to quantize together: `most`, but all where they share one scale."""
+    return max(1, len(rows)) if spec.granularity == "per_tensor" else most
+
+
 def squared_error(x: Tensor, spec: QuantSpec) -> Tensor:
     """E(x) = sum over channels of (x - Q(x))^2, one a token: (..., channels) to (...) (DFRot, Eq. 1)."""
     if spec.bits == 16 or not x.numel():
         return x.new_zeros(x.shape[:-1])
-    rows = x.reshape(-1, x.shape[-1]).split(max(1, _CHUNK // x.shape[-1]))
-    errors = [(part - fake_quantize(part, spec)).square_().sum(-1) for part in rows]
+    rows = x.reshape(-1, x.shape[-1])
+    parts = rows.split(rows_at_once(rows, spec, max(1, _CHUNK // x.shape[-1])))
+    errors = [(part - fake_quantize(part, spec)).square_().sum(-1) for part in parts]
     return torch.cat(errors).reshape(x.shape[:-1])
 
 

@@ -10,7 +10,8 @@
 | ro_vs_nr | E(RO) >= E(NR) of its row, symmetric 4-bit | DFRot's code, for Mistral |
 
 Values are absolute ones. The first three rules need a Capture's residual stream, the others the row alone: a
-massive one lies on a symmetric grid already, by its one large entry, so its unrotated error is *small*."""
+massive one lies on a symmetric grid already, by its one large entry, so its unrotated error is *small*. For
+keeping tokens out, the activations' own quantizer takes the symmetric one's place, as in DFRot's code."""
 
 import logging
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ from dfrot_lab.maths import rotations
 from dfrot_lab.maths.quantizers import squared_error
 from dfrot_lab.observe.capture import Capture
 from dfrot_lab.recipe.base import require
-from dfrot_lab.recipe.specs import MASSIVE_RULES, ROW_RULES, SYM4, RotationSpec
+from dfrot_lab.recipe.specs import MASSIVE_RULES, ROW_RULES, SYM4, QuantSpec, RotationSpec
 
 log = logging.getLogger(__name__)
 SUN_ABSOLUTE, SUN_RATIO = 100.0, 1000.0
@@ -42,14 +43,15 @@ def threshold(rule: str) -> float:
     return float(rule.rsplit("_", 1)[-1])
 
 
-def rows_rule(x: Tensor, rule: str) -> Tensor:
-    """Massive mask (tokens,) of normalised, unrotated rows (tokens, channels), by a rule of ROW_RULES."""
+def rows_rule(x: Tensor, rule: str, quantizer: QuantSpec = SYM4) -> Tensor:
+    """Massive mask (tokens,) of normalised, unrotated rows (tokens, channels), by a rule of ROW_RULES with
+    errors of `quantizer`: the released optimiser's, or that of the activations whose tokens are kept out."""
     said = f"{', '.join(ROW_RULES)} for rows alone (the others need the residual stream of a Capture)"
     require("rule", repr(rule), rule in ROW_RULES, f"one of {said}")
     x = x.to(torch.promote_types(x.dtype, torch.float32))  # the sum of squares of 16 bits would be off by 1%
-    error = squared_error(x, SYM4)
+    error = squared_error(x, quantizer)
     if rule == "ro_vs_nr":
-        return squared_error(x @ _reference_ro(x.shape[-1]).to(x), SYM4) >= error
+        return squared_error(x @ _reference_ro(x.shape[-1]).to(x), quantizer) >= error
     return error.sqrt() < threshold(rule) * (x.shape[-1] / NR_ERROR_CHANNELS) ** 0.5
 
 

@@ -8,8 +8,7 @@ from dfrot_lab.recipe import registry
 from dfrot_lab.recipe.base import MethodSpec, Spec, content_key
 from dfrot_lab.recipe.specs import CorpusSpec, ModelSpec, Recipe, WeightSpec
 
-FORMULAS = 3  # version of what artefacts hold and how it is computed; raise it with any change of a formula
-SCORING = 1  # version of what an evaluation keeps of a window; raise it with any change to that alone
+FORMULAS = 4  # version of what artefacts hold and how it is computed; raise it with any change of a formula
 Prints = Callable[[ModelSpec | CorpusSpec | str], str]  # a model's, a text's, a path's hash
 
 
@@ -48,7 +47,7 @@ def built(recipe: Recipe, prints: Prints) -> dict[str, Any]:
 
 def evaluation(recipe: Recipe, prints: Prints) -> dict[str, Any]:
     """What the measures of a canonical recipe are keyed by."""
-    found = {"recipe": identity(recipe, prints), "scoring": SCORING}
+    found = {"recipe": identity(recipe, prints)}
     if recipe.set_massive == "mean":  # the values it sets come from the text's other half
         found["means"] = prints(recipe.corpus.with_(split="calibration"))
     return found

@@ -144,7 +144,7 @@ class RefineSpec(MethodSpec):
     """How to refine R1 (DFRot, Eq. 2-8): on all rows or a sample of `rows`; weight `gamma` of those `rule`
     calls massive (gamma^2 in the squared loss; inf: them alone). `as_paper` runs the paper's steps and
     returns the last R, `guarded` the best by the weighted objective, `accelerated` minimises that in a sixth
-    of the time, `as_released` is the released code, with its QR (which flips signs) and its accept test."""
+    of the time, `as_released` is the released code, with its QR (of the turn) and its accept test."""
 
     method: ClassVar[str] = "dfrot"
     capture: CaptureSpec = CaptureSpec()

@@ -23,7 +23,7 @@ from dfrot_lab.rotate.transforms import Context, Transforms
 log = logging.getLogger(__name__)
 SPEC = RefineSpec
 KIND = "refine"
-VERSION = 1
+VERSION = 2  # as_released: the QR is the turn's, not the whole R's
 
 
 def spec(_row: str, *, seed: int = 0, capture: CaptureSpec | None = None) -> RefineSpec:

@@ -98,7 +98,8 @@ def half_step(
 ) -> tuple[Tensor, Losses]:
     """One pass over rows (tokens, channels), Eq. 7: the sum of w^2 x^T Q(x R) float64; the losses of R."""
     product, R, errors = rows.new_zeros(rows.shape[1], rows.shape[1], dtype=torch.float64), R.to(rows), []
-    for x, weight in zip(rows.split(ROWS_AT_ONCE), weights.split(ROWS_AT_ONCE), strict=True):
+    size = quantizers.rows_at_once(rows, quantizer, ROWS_AT_ONCE)
+    for x, weight in zip(rows.split(size), weights.split(size), strict=True):
         rotated = x @ R
         eta = quantizers.fake_quantize(rotated, quantizer)
         errors.append(rotated.sub_(eta).square_().sum(1))
@@ -111,7 +112,8 @@ def half_step(
 def losses_of(rows: Tensor, R: Tensor, weights: Tensor, mask: Tensor, quantizer: QuantSpec) -> Losses:
     """The losses of R over all rows (tokens, channels): objective, ordinary, massive."""
     R = R.to(rows)
-    errors = [quantizers.squared_error(part @ R, quantizer) for part in rows.split(ROWS_AT_ONCE)]
+    parts = rows.split(quantizers.rows_at_once(rows, quantizer, ROWS_AT_ONCE))
+    errors = [quantizers.squared_error(part @ R, quantizer) for part in parts]
     return _losses(torch.cat(errors).double(), weights, mask)
 
 
@@ -193,8 +195,9 @@ def _accelerate(run: _Run) -> None:
 
 
 def _as_released(run: _Run) -> None:
-    """The released optimiser: SVD then QR (which flips column signs), and its accept test on the weighted
-    Frobenius error. A rejected step would be tried again with the same outcome: the loop ends there."""
+    """The released optimiser: SVD, then the QR of the turn since the start (which flips columns, of a small
+    turn all of them), and its accept test on the weighted Frobenius error. A rejected step would be tried
+    again with the same outcome: the loop ends there."""
     state, R, bound = run.state, run.state.R, math.inf
     for step in run.bar(range(run.spec.steps + 1)):
         product, losses = half_step(run.rows, R, run.weights, run.mask, run.spec.quantizer)
@@ -205,5 +208,5 @@ def _as_released(run: _Run) -> None:
         run.note(step, losses)
         if run.on_step is not None:
             run.on_step(step, lambda: state.R)
-        R = torch.linalg.qr(polar(product))[0]
+        R = run.start @ torch.linalg.qr(run.start.T @ polar(product))[0]
         run.checkpoint(state)

@@ -111,8 +111,9 @@ def is_integer(recipe: Recipe) -> bool:
 
 
 def keep_out(recipe: Recipe, R: Tensor | None) -> Transform:
-    """From a norm's output (..., tokens, channels), which tokens (..., tokens) pass unquantised."""
-    rule, count = str(recipe.keep_out), recipe.keep_out_tokens
+    """From a norm's output (..., tokens, channels), which tokens (..., tokens) pass unquantised: errors are
+    those of the recipe's own activations, as in `QuaRot.FP16()`."""
+    rule, count, act = str(recipe.keep_out), recipe.keep_out_tokens, recipe.activations
 
     def unrotated(x: Tensor) -> Tensor:
         return x if R is None else x @ R.T
@@ -120,15 +121,16 @@ def keep_out(recipe: Recipe, R: Tensor | None) -> Transform:
     def counted(x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         if rule == "random":  # the same at every site
-            chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:count]
+            source = torch.Generator().manual_seed(recipe.sample or 0)
+            chosen = torch.randperm(len(rows), generator=source)[:count]
         else:
             worst = rule == "worst"
-            measure = squared_error(rows, recipe.activations) if worst else unrotated(rows).abs().amax(1)
+            measure = squared_error(rows, act) if worst else unrotated(rows).abs().amax(1)
             chosen = measure.topk(min(int(count or 0), len(rows))).indices
         mask = torch.zeros(len(rows), dtype=torch.bool, device=x.device)
         return mask.index_fill_(0, chosen.to(x.device), True).reshape(x.shape[:-1])
 
-    return counted if rule in KEEP_OUT_COUNTS else lambda x: massive.rows_rule(unrotated(x), rule)
+    return counted if rule in KEEP_OUT_COUNTS else lambda x: massive.rows_rule(unrotated(x), rule, act)
 
 
 @contextmanager
