@@ -3,6 +3,7 @@ killed and lose or double no row. Every experiment has a figure, which draws its
 figure are kept together, and a stopped write leaves what was there.
 """
 
+import dataclasses
 import itertools
 import json
 import math
@@ -48,7 +49,7 @@ from dfrot_lab.score import build as building, perplexity
 from dfrot_lab.show import figures, gallery
 from dfrot_lab.show.experiment_figures import ORDER_COLOURS, ORDER_MARKERS
 from dfrot_lab.study import cost, experiments, main
-from dfrot_lab.study.experiments import EXPERIMENTS, SHARE
+from dfrot_lab.study.experiments import CALIBRATED, CHOSEN, EXPERIMENTS, SHARE
 from dfrot_lab.study.main import Row
 from dfrot_lab.study.setting import PROFILE, Setting
 from dfrot_lab.weights import run as weighing
@@ -197,7 +198,7 @@ def test_a_table_has_the_results_columns_and_a_line_a_row_and_metric(lab, name):
     assert [column for column in table.columns if column in tables.COLUMNS] == list(tables.COLUMNS)
     evaluations = table[table["recipe"].notna()]
     assert not evaluations.duplicated([*labels_of(table), "recipe", "metric"]).any()
-    perplexity = evaluations[evaluations["metric"] == tables.PERPLEXITY]
+    perplexity = evaluations[evaluations["metric"].isin([tables.PERPLEXITY, CALIBRATED])]
     assert not perplexity["recipe"].duplicated().any()
     assert (
         set(evaluations["recipe"])
@@ -220,15 +221,14 @@ def test_each_line_is_what_its_row_s_losses_say(lab, name):
     expected = []
     for row in lab.distinct(name):
         losses = lab.result(row.spec).losses
-        expected.append(
-            (public(resolved(row.spec)).key, dict(row.labels), "perplexity", math.exp(losses.mean()))
-        )
+        metric = "perplexity" if row.spec.corpus.split == "evaluation" else CALIBRATED
+        expected.append((public(resolved(row.spec)).key, dict(row.labels), metric, math.exp(losses.mean())))
         for called, reference in row.against.items():
             difference = math.exp(losses.mean()) - math.exp(lab.result(reference).losses.mean())
             expected.append(
                 (public(resolved(row.spec)).key, dict(row.labels), f"perplexity - {called}", difference)
             )
-    lines = table[table["recipe"].notna() & (table["metric"] != SHARE)].to_dict("records")
+    lines = table[table["recipe"].notna() & ~table["metric"].isin([SHARE, CHOSEN])].to_dict("records")
     assert len(lines) == len(expected)
     for line, (key, labels, metric, value) in zip(lines, expected, strict=True):
         assert (line["recipe"], line["metric"]) == (key, metric)
@@ -247,7 +247,8 @@ def test_rows_equal_those_evaluated_alone_in_another_store(lab, name, tmp_path):
     other = sharing(lab.store, tmp_path / "alone", "capture", "refine")
     for row in {id(r): r for r in (rows[0], rows[len(rows) // 2], rows[-1])}.values():
         alone = perplexity.evaluate(row.spec, other)
-        lines = table[(table["recipe"] == public(alone.spec).key) & (table["metric"] == tables.PERPLEXITY)]
+        perplexities = table[table["metric"].isin([tables.PERPLEXITY, CALIBRATED])]
+        lines = perplexities[perplexities["recipe"] == public(alone.spec).key]
         assert lines["value"].tolist() == [pytest.approx(alone.perplexity, rel=FLIPPED_PERPLEXITY)]
         assert tuple(lines["ci95"].iloc[0]) == pytest.approx(alone.ci95, rel=FLIPPED_PERPLEXITY)
 
@@ -502,6 +503,38 @@ def test_a_clipped_rotation_is_refined_with_the_clip_it_is_tested_with(lab, plan
         assert row.spec.activations == QuantSpec(scheme="asymmetric", clip_ratio=row.labels["clip"])
         if isinstance(row.spec.rotation, RefineSpec):
             assert row.spec.rotation.quantizer == row.spec.activations
+
+
+@pytest.mark.parametrize("best", [0.6, 1.0])
+def test_a_clip_is_chosen_on_the_calibration_text_and_told_on_the_other(lab, monkeypatch, best):
+    """The losses are scripted: the text that is scored likes another clip than the one it is chosen on."""
+    lab.table("clip-sweep")
+    evaluate_all = perplexity.evaluate_all
+
+    def scripted(specs: Sequence[Recipe], *others: object, **options: object) -> list[perplexity.EvalResult]:
+        likes = [
+            (spec.activations.clip_ratio == best) == (spec.corpus.split == "calibration") for spec in specs
+        ]
+        done = evaluate_all(specs, *others, **options)
+        return [
+            dataclasses.replace(result, losses=np.full(len(result.losses), 1.0 if liked else 2.0))
+            for result, liked in zip(done, likes, strict=True)
+        ]
+
+    monkeypatch.setattr(perplexity, "evaluate_all", scripted)
+    table = experiments.run("clip-sweep", lab.setting, lab.store)
+    told, chosen_by, chosen = (
+        table[table["metric"] == metric].set_index(["rotation", "clip"])
+        for metric in (tables.PERPLEXITY, CALIBRATED, CHOSEN)
+    )
+    names = ["RO", "RH", "DFRot"]
+    assert list(chosen.index) == [(name, best) for name in names]
+    assert set(told.index) == set(chosen_by.index) == set(itertools.product(names, (0.6, 1.0)))
+    assert chosen["value"].tolist() == pytest.approx([math.exp(2)] * 3), "told as it is, not as chosen"
+    assert (chosen["key"] == told.loc[chosen.index, "key"]).all()
+    assert set(chosen_by["parameters"].str.contains("split=calibration")) == {True}
+    assert not told["parameters"].str.contains("split").any()
+    assert not set(chosen_by["key"]) & set(told["key"])
 
 
 # ---- errors, token by token

@@ -416,13 +416,31 @@ def test_clip_search_finds_what_a_slow_search_finds(bits):
     weight[::4, 3] *= 6  # an outlier in some rows, for which clipping pays
     spec = QuantSpec(bits=bits, granularity="per_channel")
     widest = weight.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1)
-    candidates = [widest * (1 - 0.6 * i / 29) for i in range(30)]
+    step, count = (0.6 / 29, 30) if bits > 3 else (0.02, 50)  # to 0.4, and to 0.02
+    candidates = [widest * (1 - step * i) for i in range(count)]
     least = torch.stack([weight_error(weight, scale, bits) for scale in candidates]).amin(0)
     found = clip_search(weight, spec)
     assert found.shape == (40, 1)
     torch.testing.assert_close(weight_error(weight, found, bits), least, rtol=1e-6, atol=1e-12)
-    steps = (1 - found / widest) / (0.6 / 29)
+    steps = (1 - found / widest) / step
     torch.testing.assert_close(steps, steps.round(), rtol=0, atol=1e-3)  # one of the candidates
+
+
+@pytest.mark.parametrize("tail", ["normal", "few large"])
+@pytest.mark.parametrize("bits", [2, 3])
+def test_no_row_of_few_bits_lies_on_the_edge_of_the_search(bits, tail):
+    """The step that loses least is near sigma at 2 bits, so its clip is near sigma over the largest value."""
+    weight = rows(100, 576, seed=bits)
+    if tail == "few large":
+        weight[:, :3] *= 8
+    spec = QuantSpec(bits=bits, granularity="per_channel")
+    widest = weight.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1)
+    found = clip_search(weight, spec)
+    if (bits, tail) != (3, "normal"):
+        assert (found / widest < 0.39).double().mean() > 0.5, "most are lower than where 4 bits end"
+    assert (found / widest > 0.03).all()
+    dense = torch.stack([weight_error(weight, widest * i / 500, bits) for i in range(1, 501)]).amin(0)
+    assert float(weight_error(weight, found, bits).sum() / dense.sum()) < 1.01
 
 
 @given(seed=st.integers(0, 10_000), bits=st.integers(2, 8))

@@ -120,14 +120,19 @@ def squared_error(x: Tensor, spec: QuantSpec) -> Tensor:
     return torch.cat(errors).reshape(x.shape[:-1])
 
 
+def clip_ratios(bits: int) -> list[float]:
+    """The clip ratios to search, from 1 down: 30 to 0.4; of coarse grids, whose best is lower, 50 to 0.02."""
+    return torch.linspace(1, 0.4, 30).tolist() if bits > 3 else torch.linspace(1, 0.02, 50).tolist()
+
+
 def clip_search(weight: Tensor, spec: QuantSpec) -> Tensor:
     """The scale (rows, 1) of each row of a symmetric per-channel `weight` (rows, n) with least squared error
-    over 30 clip ratios from 1 to 0.4: the search of GPTQ's and QuaRot's code, which take |error|^2.4."""
+    over the `clip_ratios` of its bits: the search of GPTQ's and QuaRot's code, which take |error|^2.4."""
     widest, step = scale_zero(weight, spec)[0], max(1, _CHUNK // weight.shape[-1])
     found = widest.clone()
     for part, wide, best in zip(weight.split(step), widest.split(step), found.split(step), strict=True):
         least = torch.full_like(wide, torch.inf)
-        for ratio in torch.linspace(1, 0.4, 30).tolist():
+        for ratio in clip_ratios(spec.bits):
             scale = wide * ratio
             rounded = _rounded(part, scale, torch.zeros_like(scale), spec).mul_(scale)
             error = rounded.sub_(part).square_().sum(-1, keepdim=True)

@@ -3,7 +3,7 @@
 | rule | a token is massive at a site when | source |
 |---|---|---|
 | ratio_8 | its largest residual value is > 8 x the median token's largest | here: the portable one |
-| ratio_64 | the same with 64 | PrefixQuant, arXiv 2410.05265 (at linear inputs) |
+| ratio_64 | the same with 64 | PrefixQuant's 64, arXiv 2410.05265; it looks at inputs of linears |
 | sun | a residual value > 100 is >= 1000 x the median value there | Sun et al., arXiv 2402.17762 |
 | nr_error_8.5 | root E(NR) of its row, symmetric 4-bit, is < 8.5 sqrt(C / 4096) | DFRot's code, to refine |
 | nr_error_9.5 | the same with 9.5 | DFRot's code, to keep tokens out |

@@ -14,7 +14,7 @@ from dfrot_lab.observe import massive, residual
 from dfrot_lab.observe.capture import capture
 from dfrot_lab.recipe import specs
 from dfrot_lab.rotate import dfrot, steps
-from dfrot_lab.score import zeroshot
+from dfrot_lab.score import rows as score_rows, zeroshot
 from dfrot_lab.study import keepout, main
 from dfrot_lab.study.main import Row, evaluated, named
 from dfrot_lab.study.setting import BUILDS, Setting
@@ -28,6 +28,8 @@ SAMPLES, BITS = 5, ("16-4-16", "4-4-16")
 BUILDS_OF = {"gain": 24, **dict.fromkeys(("gamma-sweep", "calibration", "clip-sweep", "intervene"), 3)}
 """Builds of an experiment where it has not as many as the main job: the one that is to see least has most,
 sweeps, where a curve is what is looked at, fewer."""
+CALIBRATED = "calibration text"
+CHOSEN = "perplexity at the clip chosen on the calibration text"
 
 
 def run(name: str, setting: Setting | None = None, store: Store | None = None) -> pd.DataFrame:
@@ -79,8 +81,9 @@ def gain(setting: Setting, _store: Store) -> Iterator[Row]:
 
 
 def gamma_sweep(setting: Setting, store: Store) -> Iterator[Row]:
-    """Fig. 5 and 6: perplexity against gamma, from RH and RO, beside QuaRot and its FP16() of that start. Its
-    QuaRot is DFRot's: asymmetric, clip 1, no online Hadamard at o_proj."""
+    """Fig. 5 and 6: perplexity against gamma, from RH and RO, beside QuaRot and its FP16() of that start. The
+    paper's QuaRot has asymmetric activations, clip 1, no Hadamard at o_proj online (QuaRot's own: symmetric,
+    clip 0.9, one across heads)."""
     some = massive.find(capture(setting.with_(build=0).capture, store), setting.rule).any()
     gammas = [gamma for gamma in GAMMAS if some or gamma < float("inf")]  # no massive row to fit alone
     for bits, kind in product(setting.few(BITS), ("RH", "RO")):
@@ -123,8 +126,34 @@ def _texts(setting: Setting) -> list[str]:
     return ["wikitext2", "wikipedia-sample"]
 
 
-def clip_sweep(setting: Setting, _store: Store) -> Iterator[Row]:
-    """The activation clip ratio under RO, RH and DFRot, refined with the same clip."""
+def clip_sweep(setting: Setting, store: Store) -> pd.DataFrame:
+    """The activation clip ratio under RO, RH and DFRot, refined with the same clip, on the scored text and on
+    the calibration text; and what each rotation scores at the clip that is best on the latter."""
+
+    def asks(own: Setting) -> Iterator[Row]:
+        for row in _clipped(own):
+            yield replace(row, labels={**row.labels, "scored_on": "evaluation text"})
+            yield Row(row.spec.with_(corpus=own.calibration_text), {**row.labels, "scored_on": CALIBRATED})
+
+    table, found = evaluated(asks, setting, store)
+    other = table["scored_on"] == CALIBRATED
+    table.loc[other, "metric"] = table.loc[other, "metric"] + f" of the {CALIBRATED}"
+    lines = list[dict[str, Any]]()
+    each = [list(_clipped(own)) for own in setting.each()]
+
+    def calibrated(row: Row) -> specs.Recipe:
+        return row.spec.with_(corpus=setting.calibration_text)
+
+    for name in ("RO", "RH", "DFRot"):
+        own = [rows for rows in zip(*each, strict=True) if rows[0].spec.rotation.name == name]
+        best = min(own, key=lambda rows: sum(found[calibrated(row)].losses.mean() for row in rows))
+        chosen = score_rows.rows([found[row.spec] for row in best])[0]
+        lines.append({**best[0].labels, **chosen, "metric": CHOSEN})
+    return whole(pd.concat([table, pd.DataFrame(lines)], ignore_index=True))
+
+
+def _clipped(setting: Setting) -> Iterator[Row]:
+    """A row a rotation and clip, against the rotation without one."""
     for name, clip in product(("RO", "RH", "DFRot"), setting.few(CLIPS)):
         unclipped = setting.row("16-4-16", setting.method(name))
         quantizer = unclipped.activations.with_(clip_ratio=clip)
@@ -229,6 +258,6 @@ EXPERIMENTS: dict[str, tuple[str, str, Callable[[Setting, Store], Any]]] = {
 }  # by name, in the paper's order: what it reproduces, its question, what makes its table or a build's rows
 WHOLE = {
     "main", "token-errors-3d", "token-errors-2d", "token-orders", "massive-token", "keep-out", "main-table",
-    "zero-shot", "variants", "massive-activations", "massive-magnitudes", "intervene",
+    "zero-shot", "variants", "clip-sweep", "massive-activations", "massive-magnitudes", "intervene",
 }  # fmt: skip
 """The experiments that make a table; the others make one build's rows, and are run for every build."""

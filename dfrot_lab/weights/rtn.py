@@ -7,7 +7,7 @@ from dfrot_lab.maths.quantizers import Quantized, clip_search, code_range, scale
 from dfrot_lab.recipe.specs import WeightSpec
 
 CALIBRATED = False  # it looks at the weight alone
-VERSION = 1
+VERSION = 2  # clips of 2 and 3 bits are searched down to 0.02, not 0.4
 
 
 def quantize(weight: Tensor, _hessian: Tensor | None, spec: WeightSpec) -> Quantized:
