@@ -206,6 +206,21 @@ def figure_compare(table: pd.DataFrame) -> Figure:
     return fig
 
 
+def figure_measuring(table: pd.DataFrame) -> Figure:
+    """Minutes on two cores against the smallest change of perplexity that a 95% interval can tell."""
+    rows = table[table["target"].notna()]
+    rows = rows.assign(panel=rows["bits"] + ", weights: " + rows["weights"])
+    draw = partial(_plot_price, x="target", y="minutes on 2 cores")
+    return panels(rows, "panel", draw, size=(3.4, 3.2), legend=True, sharey=True)
+
+
+def _plot_price(part: pd.DataFrame, x: str, y: str, *, ax: Axes) -> None:
+    draw_lines(part, x, y, "pair", ax=ax)
+    ax.set(xscale="log", yscale="log", xlabel="told apart: % of perplexity", ylabel=y)
+    ax.set_xticks(part[x].unique(), [f"{value:g}" for value in part[x].unique()])
+    ax.minorticks_off()
+
+
 FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {  # by experiment, what draws its table
     "main": figures.figure_perplexity, "token-errors-3d": figure_errors_3d, "token-orders": figure_orders,
     "token-errors-2d": figures.figure_errors, "massive-token": figures.figure_massive_token,
@@ -216,5 +231,5 @@ FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {  # by experiment, what 
     "calibration": partial(figure_differences, label="{varied} {level}"),
     "symmetric-or-not": partial(figure_differences, label=SCHEME_LABEL, panel="tested {tested_with}, {bits}"),
     "variants": partial(figure_differences, label="{variant}"),
-    "gain": partial(figure_differences, label="{rotation}"),
+    "measuring": figure_measuring, "gain": partial(figure_differences, label="{rotation}"),
 }  # fmt: skip

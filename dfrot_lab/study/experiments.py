@@ -18,6 +18,7 @@ from dfrot_lab.rotate import dfrot, steps
 from dfrot_lab.score import rows as score_rows, zeroshot
 from dfrot_lab.study import keepout, main
 from dfrot_lab.study.main import Row, evaluated, named
+from dfrot_lab.study.measuring import measuring
 from dfrot_lab.study.setting import BUILDS, Setting
 
 log = logging.getLogger(__name__)
@@ -249,6 +250,7 @@ EXPERIMENTS: dict[str, tuple[str, str, Callable[[Setting, Store], Any]]] = {
     "main-table": ("Table 2, README", "What is each rotation worth, by RTN and GPTQ?", main_table),
     "calibration": ("Table 3", "Does it matter what R1 is refined on?", calibration),
     "gain": ("asked by reviewers", "How much does DFRot gain, and could less be seen?", gain),
+    "measuring": ("asked here", "How small a difference can be told, and what would less cost?", measuring),
     "zero-shot": ("Table 5, README", "Does what holds for perplexity hold for tasks?", zero_shot),
     "clip-sweep": ("asked by a reviewer", "Is it the rotation, or would a clip do?", clip_sweep),
     "symmetric-or-not": ("Eq. 5, released code", "Which quantizer to refine R1 with?", either_scheme),
@@ -259,6 +261,7 @@ EXPERIMENTS: dict[str, tuple[str, str, Callable[[Setting, Store], Any]]] = {
 }  # by name, in the paper's order: what it reproduces, its question, what makes its table or a build's rows
 WHOLE = {
     "main", "token-errors-3d", "token-errors-2d", "token-orders", "massive-token", "keep-out", "main-table",
-    "zero-shot", "variants", "clip-sweep", "massive-activations", "massive-magnitudes", "intervene",
+    "measuring", "zero-shot", "variants", "clip-sweep",
+    "massive-activations", "massive-magnitudes", "intervene",
 }  # fmt: skip
 """The experiments that make a table; the others make one build's rows, and are run for every build."""
