@@ -1,12 +1,12 @@
 """What is kept of an experiment and of the main job: tables, figures, findings in words."""
 
-import json
 import logging
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import yaml
 from matplotlib.figure import Figure
 
 from dfrot_lab.disk import artefacts, atomic, row_files
@@ -15,6 +15,7 @@ from dfrot_lab.model import loading
 from dfrot_lab.model.public import public
 from dfrot_lab.observe import errors, massive
 from dfrot_lab.recipe.base import strict_json
+from dfrot_lab.recipe.keys import FORMULAS
 from dfrot_lab.recipe.specs import DEFAULT_MODEL, Recipe
 from dfrot_lab.score import perplexity
 from dfrot_lab.show import figures
@@ -25,6 +26,7 @@ from dfrot_lab.study.main import MainResult, named
 from dfrot_lab.study.setting import Setting, figure_site
 
 log = logging.getLogger(__name__)
+QUESTION = ".setting.yaml"  # the ending of what says, beside a table, which question it answers
 SMALL = 5000  # rows up to which an experiment's table is kept as JSON lines, to be compared; above: Parquet
 
 
@@ -37,10 +39,9 @@ def save_experiment(
     kept = at / f"{_stem(name, setting)}.{'jsonl' if is_small else 'parquet'}"
     row_files.replace(kept, row_files.rows(table)) if is_small else row_files.write_table(table, kept)
     about = {"experiment": name, "quick": setting.quick, "device": loading.device_name(), "rows": len(table)}
-    about |= {"setting": _question(name, setting)}
     about |= {"models": list(dict.fromkeys(table["model"]))} if name == "compare" else {}
     about["recipes"] = sorted(set(table["recipe"].dropna())) if "recipe" in table else []
-    written = [kept]
+    written = [kept, _save_question(name, setting, kept)]
     if about["recipes"]:
         store = store or artefacts.Store()
         made = [store.at(perplexity.KIND, key) for key in table["key"].dropna().unique()]
@@ -59,14 +60,21 @@ def _stem(name: str, setting: Setting) -> str:
 
 
 def table(name: str, setting: Setting, root: Path) -> pd.DataFrame:
-    """The experiment's table: the one kept under `root` if it was made with this setting, else computed."""
-    beside = root / f"figures/{Path(setting.corpus).stem}/{name}.json"
+    """The experiment's table: the one kept under `root` if it answers this very question, else computed."""
     kept = root / f"data/results/{_stem(name, setting)}.jsonl"
-    about = json.loads(beside.read_text(encoding="utf-8")) if kept.is_file() and beside.is_file() else {}
-    if "setting" not in about or Setting.of(about["setting"]).plain() != _question(name, setting):
+    beside = kept.with_suffix(QUESTION)
+    said = yaml.safe_load(beside.read_text(encoding="utf-8")) if beside.is_file() and kept.is_file() else {}
+    if {part: said.get(part) for part in _question(name, setting)} != _question(name, setting):
         return experiments.run(name, setting)
-    log.info("%s: read from %s, computed on %s", name, kept.name, about["device"])
+    log.info("%s: read from %s, computed on %s", name, kept.name, said["device"])
     return row_files.load(kept)
+
+
+def _save_question(name: str, setting: Setting, kept: Path) -> Path:
+    """Write beside a table what it answers, and where it was computed: as YAML."""
+    said = _question(name, setting) | {"device": loading.device_name()}
+    atomic.write_text(beside := kept.with_suffix(QUESTION), yaml.safe_dump(said, sort_keys=False))
+    return beside
 
 
 def _save_figure(fig: Figure, name: str, folder: Path, setting: Setting, about: dict[str, Any]) -> Path:
@@ -84,9 +92,11 @@ def _save_figure(fig: Figure, name: str, folder: Path, setting: Setting, about: 
 
 
 def _question(name: str, setting: Setting) -> dict[str, Any]:
-    """An experiment's own setting as JSON values, whatever the device: the same question is answered once."""
+    """The experiment, the formulas, its own setting as plain values, whatever the device: a question that was
+    answered is not asked again."""
     own = experiments.setting_of(name, setting)
-    return public(own.with_(model=loading.placed(own.model).with_(device="auto"))).plain()
+    said = public(own.with_(model=loading.placed(own.model).with_(device="auto"))).plain()
+    return {"experiment": name, "formulas": FORMULAS, "setting": said}
 
 
 def main_figures(result: MainResult, wide: pd.DataFrame) -> dict[str, tuple[Figure, dict[str, Any]]]:
@@ -113,7 +123,8 @@ def main_figures(result: MainResult, wide: pd.DataFrame) -> dict[str, tuple[Figu
 def save(result: MainResult, table: Path, pictures: Path) -> list[Path]:
     """Write the main job's rows to `table`, recipes and comparison beside it, its figures to `pictures`."""
     recipes = [public(found.spec) for found in result.found.values()]
-    return row_files.save(table, result.table, recipes) + save_pictures(result, pictures)
+    written = [*row_files.save(table, result.table, recipes), _save_question("main", result.setting, table)]
+    return written + save_pictures(result, pictures)
 
 
 def save_pictures(result: MainResult, pictures: Path) -> list[Path]:
