@@ -1,0 +1,135 @@
+"""Write the results that the README tells, and the tables of docs/measuring.md, from data/results/: no number of
+theirs is typed. `python tools/results.py`; a test holds the pages to it."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+
+from dfrot_lab.disk import row_files
+from dfrot_lab.maths import tables
+from dfrot_lab.show import gallery
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "data" / "results"
+TEXTS = {"wikitext2": "WikiText-2", "wikipedia-sample": "the Wikipedia sample"}
+
+
+def load(name: str) -> pd.DataFrame:
+    """A committed table."""
+    return row_files.load(RESULTS / f"{name}.jsonl")
+
+
+def cell(table: pd.DataFrame, metric: str, rotation: str, bits: str, *, kept_out: bool = False) -> str:
+    """One row's number of a metric, with its interval and verdict."""
+    rows = table[(table["metric"] == metric) & (table["rotation"] == rotation) & (table["bits"] == bits)]
+    (row,) = rows[rows["keep_out"].eq(True) == kept_out].to_dict("records")
+    return tables.cell(row)
+
+
+def compared(name: str, against: str, *, kept_out: bool = False, at: tuple[str, ...] = ()) -> str:
+    """A row's change against another, at each of the bits, on each text, in words."""
+    said = []
+    for corpus, text in TEXTS.items():
+        table = load(f"main-{corpus}")
+        shown = at or tuple(bits for bits in dict.fromkeys(table["bits"]) if bits != "16-16-16")
+        cells = [
+            f"{cell(table, tables.change(against), name, bits, kept_out=kept_out)} at {bits}"
+            for bits in shown
+        ]
+        said.append(f"on {text} {', '.join(cells)}")
+    return "; ".join(said)
+
+
+def results() -> str:
+    """The README's results."""
+    table = load("main-wikitext2")
+    builds, windows = (int(table[name].max()) for name in ("builds", "windows"))
+    parts = [
+        f"SmolLM2-135M-Instruct on WikiText-2's test text, the mean of {builds} builds with its 95% interval. A *build* is one draw of all\n"
+        f"that is random: the rotation's seed, the calibration sample, a change in the last bit of the embedding, and {windows} windows of 2048 tokens,\n"
+        "spread over the text. Bits are weights-activations-KV cache; weights are rounded to nearest. Every number is a row of\n"
+        "[`data/results/`](data/README.md). Perplexity:",
+        tables.markdown(tables.comparison(table)),
+        "KL divergence of full precision's next-token distribution to the quantized model's, in nats:",
+        tables.markdown(tables.comparison(table, tables.DIVERGENCE)),
+        "Change of perplexity against RH, build by build on the same windows, with the verdict of its interval:",
+        tables.markdown(tables.comparison(table, tables.change("RH"))),
+        gallery.resolution(table),
+        "What this says, and what it does not:\n" + "\n".join(claims()),
+        "The same job on the packaged Wikipedia sample, which is what `make run` gives where WikiText-2 is not at hand:",
+        tables.markdown(tables.comparison(load("main-wikipedia-sample"))),
+    ]
+    return "\n\n".join(parts)
+
+
+def claims() -> list[str]:
+    """What the tables say, a line each."""
+    return [
+        f"- **The paper's claim holds on this model.** RO against RH: {compared('RO', 'RH')}.",
+        f"- **Massive tokens make most of that gap.** Kept in full precision they change RO against itself by: {compared('RO', 'RO', kept_out=True, at=('16-4-16',))};"
+        f" and RH by: {compared('RH', 'RH', kept_out=True, at=('16-4-16',))}. In the paper's models they make all of it.",
+        f"- **DFRot against RH**: {compared('DFRot', 'RH')}.",
+    ]
+
+
+def measuring() -> str:
+    """The tables of docs/measuring.md."""
+    parts = []
+    for corpus, text in TEXTS.items():
+        if not (RESULTS / f"measuring-{corpus}.jsonl").exists():
+            continue
+        table = load(f"measuring-{corpus}")
+        losses = table[table["measure"].eq("loss") & table["target"].notna()]
+        index = ["bits", "weights", "pair", "sd between builds", "sd between windows"]
+        wide = losses.assign(
+            cell=[_design(row) for row in losses.to_dict("records")], at=losses["target"].map("{:g}%".format)
+        )
+        wide = wide.pivot(index=index, columns="at", values="cell")[["2%", "1%", "0.5%"]].reset_index()
+        wide[index[3:]] = wide[index[3:]].map("{:.3f}".format)
+        parts.append(f"On {text}:\n\n" + _markdown(wide))
+        alone = table[table["pair"].str.endswith("jitter alone")]
+        shown = alone[["pair", "measure", "mean", "sd between builds", "sd of a window"]].copy()
+        shown[["mean", "sd between builds", "sd of a window"]] = shown[
+            ["mean", "sd between builds", "sd of a window"]
+        ].map("{:.4f}".format)
+        parts.append(
+            f"Jitter alone, on {text}, {int(alone['builds'].max())} jitters of one build:\n\n"
+            + _markdown(shown)
+        )
+    return "\n\n".join(parts)
+
+
+def _design(row: dict) -> str:
+    minutes = row["minutes on 2 cores"]
+    took = f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+    return f"{row['builds needed']:.0f} builds x {row['windows in each']:.0f}, {took}"
+
+
+def _markdown(table: pd.DataFrame) -> str:
+    return tables.markdown(table.set_index(table.columns[0]))
+
+
+def put(page: str, name: str, text: str) -> str:
+    """A page with `text` between its marks."""
+    marks = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    if not all(mark in page for mark in marks):
+        raise ValueError(f"the page must have the marks {' and '.join(marks)}")
+    return re.sub(f"(?s){marks[0]}.*{marks[1]}", lambda _: f"{marks[0]}\n{text}\n{marks[1]}", page)
+
+
+PAGES: dict[str, tuple[str, Callable[[], str]]] = {
+    "README.md": ("results", results), "docs/measuring.md": ("measuring", measuring),
+}  # fmt: skip
+
+
+def main() -> None:
+    """Write the pages."""
+    for name, (mark, made) in PAGES.items():
+        path = ROOT / name
+        path.write_text(put(path.read_text(encoding="utf-8"), mark, made()), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
