@@ -126,12 +126,17 @@ def compare_command(said: Options, models: Annotated[str, typer.Option(help=MODE
 def figures(said: Options) -> None:
     """Rewrite the committed figures/ and data/results/: the main job's and every experiment's.
 
-    What is not stored is computed: hours, resumable. --out: another folder for both."""
+    What is neither stored nor in data/results/evaluations.jsonl is computed: hours, resumable. --out: another
+    folder for both."""
+    from dfrot_lab.disk.artefacts import Store
+    from dfrot_lab.score import exchange
     from dfrot_lab.show import gallery
     from dfrot_lab.study import experiments, main
 
     root, setting = said.out or Path(), said.setting().resolved()
     tables, pictures = root / "data" / "results", root / "figures" / setting.corpus
+    if (kept := tables / "evaluations.jsonl").exists():
+        log.info("%d evaluations taken from %s", exchange.read(kept, Store()), kept)
     written = gallery.save(main.run(setting), tables / f"main-{setting.corpus}.jsonl", pictures)
     for name in experiments.EXPERIMENTS:
         if name != "main":

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Mapping
-from pathlib import PureWindowsPath
+from pathlib import Path, PureWindowsPath
 from typing import Annotated, Any
 
 import typer
@@ -23,6 +23,8 @@ REPAIR = "Set aside what is damaged: the next command that needs it makes it aga
 OLDER = f"What was last changed more days ago; of what a stopped run left {KEEP_DAYS:g}, unless said."
 KIND = "Artefacts of this kind."
 KEEP_RESULTS = "All artefacts but evaluations, zero-shot accuracies and site losses."
+EXPORT = "A file of JSON lines to write."
+IMPORT = "A file that `cache export` wrote."
 DRY_RUN, YES = "Only say what would go.", "Go on though it took long to make."
 
 
@@ -207,3 +209,23 @@ def _show(said: Options, rows: list[dict[str, Any]], about: Mapping[str, Any]) -
     ]
     table = pd.DataFrame(rows).to_string(index=False) if rows else "nothing"
     said.show({**about, "rows": rows}, "\n".join([table, "", *facts]))
+
+
+@command("export", "as_json", group)
+def export_command(said: Options, file: Annotated[Path, typer.Argument(help=EXPORT)]) -> None:
+    """Write all evaluations of the store into one file, to be read into another machine's store."""
+    from dfrot_lab.disk import upkeep
+    from dfrot_lab.disk.artefacts import Store
+    from dfrot_lab.score import exchange, perplexity
+
+    keys = [entry.key for entry in _found() if entry.kind == perplexity.KIND and entry.state == upkeep.DONE]
+    said.show_facts({"file": file, "evaluations": exchange.write(file, keys, Store())})
+
+
+@command("import", "as_json", group)
+def import_command(said: Options, file: Annotated[Path, typer.Argument(help=IMPORT)]) -> None:
+    """Read the evaluations of a file that `cache export` wrote into this store; what it has stays."""
+    from dfrot_lab.disk.artefacts import Store
+    from dfrot_lab.score import exchange
+
+    said.show_facts({"file": file, "new evaluations": exchange.read(file, Store())})

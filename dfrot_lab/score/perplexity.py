@@ -131,9 +131,10 @@ def stored(spec: Recipe, store: Store) -> EvalResult | None:
 
 def _result(spec: Recipe, artefact: Artefact) -> EvalResult:
     note, losses = artefact.manifest["note"], np.array(artefact.json("losses"))
-    said = (note["scoring_seconds"], note["provenance"], dict(artefact.manifest["versions"]), note["family"])
+    made = note.get("made") or artefact.manifest  # elsewhere, or here
+    said = (note["scoring_seconds"], note["provenance"], dict(made["versions"]), note["family"])
     means: dict[str, Any] = {name: np.array(values) for name, values in artefact.json("means").items()}
-    return EvalResult(spec, losses, *said, artefact.manifest.get("commit"), artefact.key, **means)
+    return EvalResult(spec, losses, *said, made.get("commit"), artefact.key, **means)
 
 
 def by_token(result: EvalResult, store: Store) -> "pd.DataFrame":
@@ -145,6 +146,8 @@ def by_token(result: EvalResult, store: Store) -> "pd.DataFrame":
     if (artefact := store.at(KIND, str(result.key))) is None:
         rule = f"EvalResult.key must be that of an evaluation in the store {store.root}"
         raise KeyError(f"{rule}; got {result.key}: evaluate it again")
+    if TOKENS not in artefact.names:
+        raise KeyError(f"evaluation {result.key} was made elsewhere: its tokens are not kept here")
     kept = artefact.tensors(TOKENS)
     ids, found = kept["ids"], kept["measures"].flatten(0, 1)
     window, position = np.indices((len(ids), ids.shape[1] - 1)).reshape(2, -1)
