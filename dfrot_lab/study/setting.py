@@ -10,7 +10,7 @@ from dfrot_lab.recipe.base import MethodSpec, Spec, one_of, ruled
 
 FIGURE_LAYER = 15  # in the middle of the stretch where the default model's token 0 is massive (12 to 28)
 PROFILE = "DFROT_LAB_PROFILE"  # environment variable: notebooks, experiments `quick` (minutes) or `full`
-BUILDS = 6  # that a comparison is made of: the fewest that tell RO from RH surely (docs/measuring.md)
+BUILDS = 5  # that a comparison is made of: the fewest that tell RO from RH surely (docs/measuring.md)
 QUICK: dict[str, Any] = {"windows": 2, "window": 512, "gptq_windows": 4, "weights": "rtn"}
 QUICK |= {"builds": 2, "limit": 2, "steps": 20, "quick": True}  # what the quick profile changes
 
