@@ -118,12 +118,17 @@ def stages(shape: Shape, recipes: Sequence[Recipe], tokens: int = WINDOW) -> lis
     builds = {(spec.rotation, spec.weights, spec.jitter): spec for spec in recipes}.values()
     rotated = sum(spec.is_rotated for spec in builds)
     quantized = sum(spec.canonical().weights.corpus is not None for spec in builds)
-    refined = max(1, len({spec.rotation for spec in recipes if isinstance(spec.rotation, RefineSpec)}))
+    refined = refinements(recipes)
     integers = sum(spec.windows for spec in recipes if build.is_integer(spec))
     floats = sum(spec.windows for spec in recipes) - integers
     made = load(shape, len(builds) + refined, rotated), capture(shape, tokens).times(refined)
     windows = float_window(shape, tokens).times(floats), integer_window(shape, tokens).times(integers)
     return [*made, refine(shape, tokens).times(refined), gptq(shape, tokens).times(quantized), *windows]
+
+
+def refinements(recipes: Sequence[Recipe]) -> int:
+    """How many refinements recipes ask for, each of a capture of its own; one at least."""
+    return max(1, len({spec.rotation for spec in recipes if isinstance(spec.rotation, RefineSpec)}))
 
 
 def load(shape: Shape, loads: int, rotated: int) -> Work:

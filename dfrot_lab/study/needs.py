@@ -10,7 +10,7 @@ from dfrot_lab.maths.hadamard import block_of
 from dfrot_lab.model import checkpoint
 from dfrot_lab.model.shapes import PASS, Shape
 from dfrot_lab.recipe.specs import WINDOW, Recipe
-from dfrot_lab.study.cost import RUNTIME, Machine, duration, estimate, stages
+from dfrot_lab.study.cost import RUNTIME, Machine, duration, estimate, refinements, stages
 
 
 def shortage(shape: Shape, recipes: Sequence[Recipe], tokens: int, free: float) -> str | None:
@@ -26,9 +26,14 @@ def shortage(shape: Shape, recipes: Sequence[Recipe], tokens: int, free: float) 
 
 
 def disk(shape: Shape, recipes: Sequence[Recipe], tokens: int = WINDOW) -> float:
-    """Bytes that a main job keeps: its capture, and a byte a weight for each build that quantizes them."""
-    builds = {(spec.rotation, spec.weights) for spec in recipes if spec.weights.quantizer.bits < 16}
-    return 2 * shape.layers * tokens * shape.channels * PASS + len(builds) * shape.linear_weights
+    """Bytes that a main job keeps: its captures, a byte a weight for each model whose weights it quantizes,
+    of each window what full precision makes of it."""
+    builds = {
+        (spec.rotation, spec.canonical().weights) for spec in recipes if spec.weights.quantizer.bits < 16
+    }
+    captures, windows = refinements(recipes), {(spec.sample, spec.windows) for spec in recipes}
+    rows = 2 * shape.layers * captures + sum(count for _, count in windows)
+    return rows * tokens * shape.channels * PASS + len(builds) * shape.linear_weights
 
 
 def hadamards(shape: Shape) -> str:
