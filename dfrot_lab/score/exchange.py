@@ -1,5 +1,5 @@
-"""Evaluations on their way from one store to another: computed on a cluster or a GPU, or last week, and brought
-home. A file of JSON lines; each names all that its numbers hang on, and is taken in under that name alone."""
+"""Evaluations on their way from one store to another: computed on a cluster or a GPU, or last week. A file of
+JSON lines; each names all that its numbers hang on, and is taken in under that name alone."""
 
 import json
 import logging
