@@ -192,26 +192,15 @@ def test_committed_results_have_provenance():
 
 
 def test_committed_experiments_have_provenance_and_a_figure():
-    files = [
-        path
-        for path in sorted((ROOT / "data" / "results").glob("*.jsonl"))
-        if not path.name.startswith(("main-w", "bench"))
-    ]
-    assert len(files) >= 3
-    for file in files:
-        name, corpus = next(
-            (name, file.stem.removeprefix(f"{name}-"))
-            for name in (*EXPERIMENTS, "compare")
-            if file.stem.startswith(f"{name}-w")
-        )
+    for file in [path for path in COMMITTED if not path.name.startswith("main-w")]:
+        name = experiment_of(file)
+        corpus = file.stem.removeprefix(f"{name}-")
         rows = [json.loads(line) for line in file.read_text().splitlines()]
-        scored = [row for row in rows if (row.get("metric") or "").startswith("perplexity")]
+        scored = [row for row in rows if row.get("recipe")]
         assert all(row["commit"] and row["recipe"] and row["windows"] and row["device"] for row in scored)
         about = json.loads((ROOT / "figures" / corpus / f"{name}.json").read_text())
         assert about["rows"] == len(rows), f"{file.name} and its figure are not of the same table"
-        assert set(about.get("recipes") or about["specs"]) == {
-            row["recipe"] for row in rows if row.get("recipe")
-        }
+        assert set(about["recipes"]) == {row["recipe"] for row in rows if row.get("recipe")}
         assert not about["quick"]
 
 
@@ -219,16 +208,20 @@ OWN = {
     "main": (),
     "gamma-sweep": ("init", "line"),
     "keep-out": (),
+    "gain": (),
+    "offset": (),
     "main-table": ("extra_minutes",),
     "calibration": ("varied", "level"),
-    "clip-sweep": ("clip",),
+    "clip-sweep": ("clip", "scored_on"),
     "symmetric-or-not": ("refined_with", "sign_flips", "tested_with"),
     "variants": ("variant",),
     "massive-activations": ("layer",),
     "intervene": ("chosen", "k"),
 }
 """Columns an experiment of evaluations has beside those of every results row."""
-COMMITTED = [path for path in sorted((ROOT / "data" / "results").glob("*.jsonl")) if path.stem != "bench"]
+APART = ("bench", "evaluations")
+COMMITTED = [path for path in sorted((ROOT / "data" / "results").glob("*.jsonl")) if path.stem not in APART]
+ONE_BUILD = sorted((ROOT / "data" / "one-build").glob("*.jsonl"))
 
 
 def experiment_of(path: Path) -> str:
@@ -241,13 +234,14 @@ def test_a_committed_row_has_every_column_and_those_of_its_experiment(path):
     name, rows = experiment_of(path), [json.loads(line) for line in path.read_text().splitlines()]
     assert len({tuple(row) for row in rows}) == 1
     if name not in OWN:
-        assert name in ("zero-shot", "token-orders", "compare"), "a table of something else than evaluations"
+        others = ("zero-shot", "token-orders", "compare", "measuring")
+        assert name in others, "a table of something else than evaluations"
         return
     assert {*rows[0]} - {*tables.COLUMNS} == {*OWN[name]} and [c for c in rows[0] if c not in OWN[name]] == [
         *tables.COLUMNS
     ]
     for row in (row for row in rows if row["recipe"]):
-        assert row["formulas"] <= FORMULAS and row["versions"]["torch"] and row["family"] and row["method"]
+        assert row["formulas"] == FORMULAS and row["versions"]["torch"] and row["family"] and row["method"]
         assert row["bits"] == f"{row['w_bits']}-{row['a_bits']}-{row['kv_bits']}"
         assert row["weight_quantizer"].startswith("none" if row["w_bits"] == 16 else f"sym{row['w_bits']}")
         assert (row["keep_out_rule"] is not None) == row["keep_out"]
@@ -255,6 +249,15 @@ def test_a_committed_row_has_every_column_and_those_of_its_experiment(path):
         assert (row["calibration"] is not None) == (row["weights"] == "gptq")
     table = row_files.load(path)
     assert all(table[name].dtype == "Int64" for name in tables.WHOLE)
+
+
+@pytest.mark.parametrize("path", ONE_BUILD, ids=lambda path: path.stem)
+def test_a_table_of_one_build_is_of_older_formulas_and_has_not_been_measured_again(path):
+    """What is measured again leaves that folder: no number has two tables."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert all(row["formulas"] < FORMULAS for row in rows if row.get("formulas"))
+    assert not (ROOT / "data" / "results" / path.name).exists()
+    assert "one-build/" in (ROOT / "data" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
