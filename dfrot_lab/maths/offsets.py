@@ -104,3 +104,16 @@ def plane(mean: Tensor, spike: Tensor, mixture: float) -> Tensor:
     rest = other - (other @ first) * first
     length = float(rest.norm())
     return torch.stack([first, rest / length] if length > ALONG else [first])
+
+
+def spread(rows: Tensor, weights: Tensor) -> tuple[float, Tensor]:
+    """The sum of weights (tokens,) times the squared centred 8-norm of `rows` (tokens, channels), and its
+    gradient there: with m a row's mean, (sum over channels of (x - m)^8)^(1/4). Smooth, and nearly the
+    squared range, which sets an asymmetric grid's step (plain norms also punish the offset, which costs
+    nothing)."""
+    centred = rows - rows.mean(1, keepdim=True)
+    square = centred * centred
+    fourth = square * square
+    total = (fourth * fourth).sum(1).clamp(min=torch.finfo(rows.dtype).tiny)
+    slope = centred.mul_(square).mul_(fourth).mul_((2 * weights.to(rows) * total**-0.75)[:, None])
+    return float((weights * total.double() ** 0.25).sum()), slope.sub_(slope.mean(1, keepdim=True))
