@@ -24,7 +24,6 @@ from dfrot_lab.recipe.specs import QuantSpec
 
 ASYM4 = QuantSpec(scheme="asymmetric")
 _FAR = 12.0  # standard deviations beyond which no Gaussian number is taken to lie
-NOTHING = 1e-30  # squared length below which there is nothing to reflect
 ALONG = 1e-3  # length of what is left of a unit vector that lies along another
 
 
@@ -77,17 +76,16 @@ def flat_rows(channels: int) -> Tensor:
 
 def carried(rows: Tensor, before: Tensor, after: Tensor) -> Tensor:
     """`rows` (n, channels) after the rotation that takes each of the orthonormal rows `before` (k, channels)
-    to that of `after`: k reflections, so lengths and angles stay. What is orthogonal to both is left
-    alone."""
-    rows, before = rows.clone(), before.clone()
-    for place, goal in enumerate(after):
-        normal = before[place] - goal
-        length = float(normal.square().sum())
-        if length > NOTHING:
-            before -= torch.outer(before @ normal, normal * (2 / length))
-            normal = normal.to(rows)
-            rows -= torch.outer(rows @ normal, normal * (2 / length))
-    return rows
+    to that of `after`, by one or two reflections each: lengths and angles stay, and so does what is
+    orthogonal to both. Where a row is near its goal it goes to the opposite first: their difference would be
+    rounding."""
+    both = torch.cat([before.double(), rows.double()])
+    for place, goal in enumerate(after.double()):
+        near = float(both[place] @ goal) > 0
+        for normal in (both[place] + goal, goal) if near else (both[place] - goal,):
+            unit = normal / normal.norm()
+            both = both - 2 * torch.outer(both @ unit, unit)
+    return both[len(before) :].to(rows)
 
 
 def plane(mean: Tensor, spike: Tensor, mixture: float) -> Tensor:

@@ -132,17 +132,20 @@ def point(rows: Tensor, mask: Tensor, mean: Tensor, spec: OffsetSpec) -> Pointed
     length = float(rows.double().square().sum(1).mean().sqrt())
     mean = mean.double() if float(mean.norm()) > NO_MEAN * length else torch.zeros_like(mean)
     heavy = spike(rows[mask])
-    if not (mean.any() or heavy.any()):
-        log.warning("rows share no mean and none is massive by %s: Offset is RH here", spec.rule)
     rotated, flat = rows @ start.to(rows), offsets.flat_rows(len(start))
     tried = [{"mixture": math.nan, **losses(rotated, mask, spec.quantizer)}]
-    for mixture in MIXTURES if mean.any() and heavy.any() else (0.0,):
+    found = int(mean.any()) + int(heavy.any())  # directions there are: both can be mixed
+    for mixture in MIXTURES[: (0, 1, len(MIXTURES))[found]]:
         before = offsets.plane(mean, heavy, mixture)
         moved = offsets.carried(rotated, before @ start, flat[: len(before)])
         tried.append({"mixture": mixture, **losses(moved, mask, spec.quantizer)})
     best = min(tried, key=lambda line: line["objective"])["mixture"]
     if math.isnan(best):
-        log.warning("no offset lowers the error on the grid %s: Offset is RH here", spec.quantizer.name)
+        grid = spec.quantizer.name
+        why = (
+            f"no offset lowers the error on the grid {grid}" if len(tried) > 1 else "rows share no direction"
+        )
+        log.warning("%s: Offset is RH here", why)
         return Pointed(start, pd.DataFrame(tried))
     before = offsets.plane(mean, heavy, best)
     R = offsets.carried(start, before @ start, flat[: len(before)])

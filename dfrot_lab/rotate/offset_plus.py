@@ -1,8 +1,9 @@
 """Offset+: from Offset downhill. The loss is a smooth stand-in for the error on an asymmetric grid, the
 squared centred 8-norm of rows (`maths.offsets.spread`; InfoQuant, arXiv 2605.26175, also takes out the mean),
 each weighted by the squared gradient of the full-precision model's loss at that row: how much an error there
-matters, so there is no gamma. Steps are Adam's on the rotations, R <- Cayley(-length A) R with A made of the
-skew part of G R^T (G the gradient), on a part of the rows each. The best R of looks at all rows is kept."""
+matters, so there is no gamma. Steps are Adam's on the rotations, R <- R Cayley(-A) with A made of the skew
+part of y^T g (y the rotated rows, g the loss's slope there), on a part of the rows each. The best R of looks
+at all rows is kept."""
 
 import logging
 import math
@@ -33,7 +34,7 @@ VERSION = offset.VERSION  # of its start: raise it with any change of either
 WINDOWS = 4  # of calibration text: on one it fits rows that another window does not have
 PARTS = 32  # a step sees all massive rows and one of so many parts of the others, in turn
 CHECK_EVERY = 25  # steps between two looks at all rows
-LENGTH = 1.0  # of the first step: about the angle that it turns by; it falls to 0 in a line
+LENGTH = 0.1  # of the first step: about the angle it turns by, falling to 0 in a line; from 0.5 on it climbs
 BETAS = (0.9, 0.999)  # Adam's, arXiv 1412.6980
 
 
@@ -188,8 +189,8 @@ def descend(
 
 def _step(state: State, rows: Tensor, weights: Tensor, step: int, length: float) -> None:
     """One step of Adam on the rotations, of an angle of about `length`."""
-    gradient = rows.T @ offsets.spread(rows @ state.R, weights)[1]
-    skew = gradient @ state.R.T
+    rotated = rows @ state.R
+    skew = rotated.T @ offsets.spread(rotated, weights)[1]
     skew = skew - skew.T
     state.first.lerp_(skew, 1 - BETAS[0])
     state.second.lerp_(skew.square(), 1 - BETAS[1])
@@ -198,7 +199,8 @@ def _step(state: State, rows: Tensor, weights: Tensor, step: int, length: float)
     )
     least = 1e-8 * second.max().sqrt() + torch.finfo(skew.dtype).tiny
     half = first.div_(second.sqrt_().add_(least)).mul_(length / (2 * math.sqrt(len(skew))))
-    state.R = torch.linalg.solve(torch.eye(len(half)).to(half) + half, state.R - half @ state.R)
+    turned = torch.linalg.solve(torch.eye(len(half)).to(half) - half, state.R.T + half @ state.R.T)
+    state.R = turned.T.contiguous()
 
 
 def _look(state: State, sample: Sample, start: Tensor, step: int, spec: OffsetPlusSpec) -> None:
