@@ -228,7 +228,7 @@ def test_files_and_functions_are_short(name: str):
 
 def test_the_package_is_small():
     size = {name: len(file.read_text().splitlines()) for name, file in MODULES.items()}
-    assert sum(size.values()) <= 13_250, "10,000, then large models, 24 families, GGUF, `compare`; then trust"
+    assert sum(size.values()) <= 13_800, "10,000, then large models, 24 families, GGUF, `compare`; trust; the offset"
     assert sum(lines for name, lines in size.items() if name.startswith("explore")) <= 3_500
 
 
