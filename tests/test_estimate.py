@@ -46,14 +46,20 @@ STAGES = [
 
 
 def main_job(**fields: int) -> list[Recipe]:
-    """The main job's recipes, each once."""
-    return [row.spec for row in main.rows(Setting(**fields))]
+    """The main job's recipes in all builds, each once."""
+    return main.recipes(main.rows_by_build(main.rows, Setting(**fields)))
+
+
+def calibrated_job(**fields: int) -> list[Recipe]:
+    """The main job's and, beside them, one whose weights are calibrated: then every stage has work."""
+    setting = Setting(**fields)
+    return [*main_job(**fields), setting.row("4-4-16", setting.rotation("RH"), weights="gptq")]
 
 
 def seconds(
     shape: Shape, machine: Machine = HERE, recipes: Sequence[Recipe] | None = None, **sizes: int
 ) -> list[float]:
-    return list(cost.estimate(shape, machine, recipes or main_job(), **sizes)["seconds"])
+    return list(cost.estimate(shape, machine, recipes or calibrated_job(), **sizes)["seconds"])
 
 
 def flops(work: Callable[[], object]) -> int:
@@ -136,20 +142,55 @@ def test_integer_windows_move_the_linears_flops_to_int8_and_nothing_else():
 
 
 def test_the_main_job_is_counted_from_its_recipes():
-    """12 models are built, 10 of them rotated, 4 by GPTQ; 11 rows have 16-bit weights, 12 run in integers."""
+    """In each of 5 builds full precision, and RO, RH and DFRot with weights of 16 and of 4 bits; NR with both
+    in one: 37 models, 30 of them rotated. 5 captures load the model too. 31 rows have 16-bit weights.
+    """
     works = {work.stage: work for work in cost.stages(SMALL, main_job(), tokens=32)}
-    assert len(dict.fromkeys(main_job())) == 23
-    assert works["load and rotate"] == cost.load(SMALL, loads=13, rotated=10)  # and one for the capture
-    assert works["GPTQ"] == cost.gptq(SMALL, 32).times(4)
-    assert works["evaluate, 16-bit weights"] == cost.float_window(SMALL, 32).times(11 * 6)
-    assert works["evaluate, integer"] == cost.integer_window(SMALL, 32).times(12 * 6)
+    assert len(dict.fromkeys(main_job())) == len(main_job()) == 47
+    assert works["load and rotate"] == cost.load(SMALL, loads=37 + 5, rotated=30)
+    assert works["capture"] == cost.capture(SMALL, 32).times(5)
+    assert works["refine"] == cost.refine(SMALL, 32).times(5)
+    assert works["evaluate, 16-bit weights"] == cost.float_window(SMALL, 32).times(31 * 3)
+    assert works["evaluate, integer"] == cost.integer_window(SMALL, 32).times(16 * 3)
     one = {work.stage: work for work in cost.stages(SMALL, main_job()[:1], tokens=32)}
     assert one["load and rotate"] == cost.load(SMALL, loads=2, rotated=0)
-    assert one["GPTQ"].seconds(HERE) == one["evaluate, integer"].seconds(HERE) == 0
+    assert one["capture"] == cost.capture(SMALL, 32), "the main job looks inside whatever is scored"
+
+
+def test_a_build_more_is_counted_in_every_stage():
+    one, five = (seconds(SMALL, recipes=main_job(builds=builds)) for builds in (1, 5))
+    assert all(4 < after / before <= 5 for before, after in zip(one, five, strict=True)), "NR is there once"
+
+
+def test_what_is_not_run_is_no_stage_and_takes_no_memory():
+    """No weight of the main job is calibrated: GPTQ's Hessians are not what a machine lacks."""
+    assert [work.stage for work in cost.stages(SMALL, main_job())] == [
+        name for name in STAGES[:-1] if name != "GPTQ"
+    ]
+    assert "evaluate, integer" not in {work.stage for work in cost.stages(SMALL, main_job()[:1])}
+    works = {work.stage: work for work in cost.stages(SMALL, calibrated_job(), tokens=32)}
+    assert works["GPTQ"] == cost.gptq(SMALL, 32)
+    shape, machine = SHAPES["llama-3-70b"], replace(GPU_80GB, memory=24e9)
+    peaks = [
+        cost.estimate(shape, machine, recipes)["memory_gb"].max() for recipes in (main_job(), calibrated_job())
+    ]
+    assert peaks[0] < 24 < peaks[1]
+
+
+def test_disk_holds_captures_references_and_a_byte_a_weight():
+    """Captures of 2 sites a layer, one a build, and the last hidden states of 3 windows a build, in float32;
+    weights of 4 bits of NR, and of RO, RH and DFRot in each build.
+    """
+    for builds, models in ((1, 4), (5, 16)):
+        floats = (2 * LAYERS + 3) * builds * 32 * 64
+        kept = needs.disk(SMALL, main_job(builds=builds), 32)
+        assert kept == 4 * floats + models * SMALL.linear_weights
+    more = needs.disk(SMALL, main_job(builds=1, windows=7), 32) - needs.disk(SMALL, main_job(builds=1), 32)
+    assert more == 4 * 4 * 32 * 64, "four references more"
 
 
 def test_the_table_has_every_stage_and_a_total():
-    table = cost.estimate(SMALL, HERE, main_job())
+    table = cost.estimate(SMALL, HERE, calibrated_job())
     assert list(table.columns) == ["stage", "seconds", "memory_gb", "fits"]
     assert list(table["stage"]) == STAGES
     assert table["seconds"].iloc[-1] == pytest.approx(table["seconds"].iloc[:-1].sum())
@@ -169,7 +210,7 @@ def test_a_larger_model_costs_more_at_every_stage(bigger):
 
 def test_more_windows_cost_evaluations_only_and_more_tokens_all_but_loading():
     base = seconds(SMALL)
-    assert [a > b for a, b in zip(seconds(SMALL, recipes=main_job(windows=7)), base, strict=True)] == [
+    assert [a > b for a, b in zip(seconds(SMALL, recipes=calibrated_job(windows=7)), base, strict=True)] == [
         False
     ] * 4 + [True] * 3
     assert [a > b for a, b in zip(seconds(SMALL, tokens=4096), base, strict=True)] == [False] + [True] * 6
@@ -192,10 +233,10 @@ def test_seconds_are_inverse_to_the_rates():
 
 
 def test_what_fits_into_80_gb():
-    fits = {name: cost.estimate(SHAPES[name], GPU_80GB, main_job())["fits"].iloc[-1] for name in SHAPES}
+    fits = {name: cost.estimate(SHAPES[name], GPU_80GB, calibrated_job())["fits"].iloc[-1] for name in SHAPES}
     assert set(fits.values()) == {True}, "what does not fit as a whole is read layer by layer"
     small = replace(GPU_80GB, memory=24e9)  # a walk does not hold 70B there either, but its Hessians
-    fits = {name: cost.estimate(SHAPES[name], small, main_job())["fits"].iloc[-1] for name in SHAPES}
+    fits = {name: cost.estimate(SHAPES[name], small, calibrated_job())["fits"].iloc[-1] for name in SHAPES}
     assert fits == {name: name != "llama-3-70b" for name in SHAPES}
 
 
@@ -237,7 +278,7 @@ def test_what_the_package_refuses_has_no_estimate(tmp_path):
 
 
 def test_the_text_names_model_machines_and_how_far_to_trust_it():
-    text = needs.describe("llama-3-70b", SHAPES["llama-3-70b"], [HERE, GPU_80GB], main_job())
+    text = needs.describe("llama-3-70b", SHAPES["llama-3-70b"], [HERE, GPU_80GB], calibrated_job())
     for part in (
         "llama-3-70b: 70,553,706,496 parameters",
         "made up",

@@ -31,7 +31,7 @@ def setting(tmp_path: Path, text_file: Path) -> Setting:
         windows=3,
         window=64,
         gptq_windows=2,
-        seeds=1,
+        builds=1,
         weights="rtn",
         steps=3,
     )

@@ -42,7 +42,7 @@ def run(
     said: Options, dry_run: Annotated[bool, typer.Option("--dry-run", help=DRY_RUN)] = False,
     yes: Annotated[bool, typer.Option("--yes", help=YES)] = False,
 ) -> None:  # fmt: skip
-    """The main job: capture, refine, GPTQ, a table of NR, RO, RH, DFRot with keep-out rows, and figures.
+    """The main job: capture, refine, a table of NR, RO, RH, DFRot with keep-out rows, and figures.
 
     What is finished is kept: after Ctrl-C the same command goes on. --out: folder (runs/<date>/)."""
     from dfrot_lab.disk.atomic import cache_dir
@@ -70,11 +70,12 @@ def run(
     handler = logging.FileHandler(folder / "log.txt", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     log.addHandler(handler)
-    first = main.prepared(setting)
-    row_files.write_table(gallery.massive_table(first), folder / "massive-tokens.csv")
-    pictures = gallery.save_pictures(first, folder / "figures")
-    log.info("first pictures: %s", ", ".join(map(str, pictures)))
-    result = main.run(setting)
+
+    def show_first(ready: main.MainResult) -> None:
+        row_files.write_table(gallery.massive_table(ready), folder / "massive-tokens.csv")
+        log.info("first pictures: %s", ", ".join(map(str, gallery.save_pictures(ready, folder / "figures"))))
+
+    result = main.run(setting, on_ready=show_first)
     gallery.save(result, folder / "rows.jsonl", folder / "figures")
     text = f"\n{gallery.report(result)}\nRows, recipes, table, figures and log: {folder}/"
     return said.show(row_files.rows(result.table), text)

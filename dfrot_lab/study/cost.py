@@ -114,7 +114,7 @@ class Work:
 
 def stages(shape: Shape, recipes: Sequence[Recipe], tokens: int = WINDOW) -> list[Work]:
     """A main job's stages, in order: loads of all models built and captured, captures, refinements, GPTQ,
-    windows."""
+    windows; those that have no work are left out."""
     builds = {(spec.rotation, spec.weights, spec.jitter): spec for spec in recipes}.values()
     rotated = sum(spec.is_rotated for spec in builds)
     quantized = sum(spec.canonical().weights.corpus is not None for spec in builds)
@@ -123,7 +123,8 @@ def stages(shape: Shape, recipes: Sequence[Recipe], tokens: int = WINDOW) -> lis
     floats = sum(spec.windows for spec in recipes) - integers
     made = load(shape, len(builds) + refined, rotated), capture(shape, tokens).times(refined)
     windows = float_window(shape, tokens).times(floats), integer_window(shape, tokens).times(integers)
-    return [*made, refine(shape, tokens).times(refined), gptq(shape, tokens).times(quantized), *windows]
+    fitted = refine(shape, tokens).times(refined), gptq(shape, tokens).times(quantized)
+    return [work for work in (*made, *fitted, *windows) if any(astuple(work)[AMOUNTS])]
 
 
 def refinements(recipes: Sequence[Recipe]) -> int:

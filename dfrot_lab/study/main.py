@@ -154,8 +154,12 @@ def prepared(
     return MainResult(setting, recorded, dfrot.refined(setting.refine, store))
 
 
-def run(setting: Setting, store: Store | None = None, asks: Asks = rows) -> MainResult:
-    """Capture, refine, evaluate every row of every build; what is stored is reused, a stopped run goes on."""
+def run(
+    setting: Setting, store: Store | None = None, asks: Asks = rows,
+    on_ready: Callable[[MainResult], None] | None = None,
+) -> MainResult:  # fmt: skip
+    """Capture, refine, evaluate every row of every build; what is stored is reused, a stopped run goes on.
+    `on_ready` is told of what is `prepared`, before any row. ValueError: a text that is too short."""
     store, setting = store or Store(), setting.resolved()
     said = public(setting)
     log.info("model %s, corpus %s, device %s", said.model.source, said.corpus, said.model.device)
@@ -163,6 +167,8 @@ def run(setting: Setting, store: Store | None = None, asks: Asks = rows) -> Main
     _require_texts(recipes(rows_by_build(asks, setting)), store)
     progress = cost.Progress(cost.preparation(setting, store))
     ready = prepared(setting, store, progress)
+    if on_ready:
+        on_ready(ready)
     table, found = evaluated(asks, setting, store, progress)
     return replace(ready, table=table, found=found)
 
