@@ -47,13 +47,19 @@ STAGES = [
 
 def main_job(**fields: int) -> list[Recipe]:
     """The main job's recipes, each once."""
-    return [row.spec for row in main.rows(Setting(**fields))]
+    return main.recipes(main.rows_by_build(main.rows, Setting(**fields)))
+
+
+def every_stage(**fields: int) -> list[Recipe]:
+    """The main job's recipes and one with weights by GPTQ, which it has not."""
+    setting = Setting(**fields)
+    return [*main_job(**fields), setting.row("4-4-4", setting.rotation("RH"))]
 
 
 def seconds(
     shape: Shape, machine: Machine = HERE, recipes: Sequence[Recipe] | None = None, **sizes: int
 ) -> list[float]:
-    return list(cost.estimate(shape, machine, recipes or main_job(), **sizes)["seconds"])
+    return list(cost.estimate(shape, machine, recipes or every_stage(), **sizes)["seconds"])
 
 
 def flops(work: Callable[[], object]) -> int:
@@ -136,20 +142,26 @@ def test_integer_windows_move_the_linears_flops_to_int8_and_nothing_else():
 
 
 def test_the_main_job_is_counted_from_its_recipes():
-    """12 models are built, 10 of them rotated, 4 by GPTQ; 11 rows have 16-bit weights, 12 run in integers."""
+    """In the first of 6 builds 9 models, 6 of them rotated, for 11 rows, 4 of which run in integers; in each
+    of the others no NR: 7 models for 9 rows, 3 in integers. Every build refines an R1 of its own.
+    """
     works = {work.stage: work for work in cost.stages(SMALL, main_job(), tokens=32)}
-    assert len(dict.fromkeys(main_job())) == 23
-    assert works["load and rotate"] == cost.load(SMALL, loads=13, rotated=10)  # and one for the capture
-    assert works["GPTQ"] == cost.gptq(SMALL, 32).times(4)
-    assert works["evaluate, 16-bit weights"] == cost.float_window(SMALL, 32).times(11 * 6)
-    assert works["evaluate, integer"] == cost.integer_window(SMALL, 32).times(12 * 6)
+    assert len(main_job()) == len({*main_job()}) == 11 + 5 * 9
+    assert works["load and rotate"] == cost.load(SMALL, loads=9 + 5 * 7 + 6, rotated=6 * 6)
+    assert works["capture"] == cost.capture(SMALL, 32).times(6)
+    assert works["refine"] == cost.refine(SMALL, 32).times(6)
+    assert works["GPTQ"].seconds(HERE) == 0
+    assert works["evaluate, 16-bit weights"] == cost.float_window(SMALL, 32).times((7 + 5 * 6) * 3)
+    assert works["evaluate, integer"] == cost.integer_window(SMALL, 32).times((4 + 5 * 3) * 3)
     one = {work.stage: work for work in cost.stages(SMALL, main_job()[:1], tokens=32)}
-    assert one["load and rotate"] == cost.load(SMALL, loads=2, rotated=0)
+    assert one["load and rotate"] == cost.load(SMALL, loads=2, rotated=0)  # and one for the capture
     assert one["GPTQ"].seconds(HERE) == one["evaluate, integer"].seconds(HERE) == 0
+    by_gptq = {work.stage: work for work in cost.stages(SMALL, every_stage(), tokens=32)}
+    assert by_gptq["GPTQ"] == cost.gptq(SMALL, 32)
 
 
 def test_the_table_has_every_stage_and_a_total():
-    table = cost.estimate(SMALL, HERE, main_job())
+    table = cost.estimate(SMALL, HERE, every_stage())
     assert list(table.columns) == ["stage", "seconds", "memory_gb", "fits"]
     assert list(table["stage"]) == STAGES
     assert table["seconds"].iloc[-1] == pytest.approx(table["seconds"].iloc[:-1].sum())
@@ -169,7 +181,7 @@ def test_a_larger_model_costs_more_at_every_stage(bigger):
 
 def test_more_windows_cost_evaluations_only_and_more_tokens_all_but_loading():
     base = seconds(SMALL)
-    assert [a > b for a, b in zip(seconds(SMALL, recipes=main_job(windows=7)), base, strict=True)] == [
+    assert [a > b for a, b in zip(seconds(SMALL, recipes=every_stage(windows=7)), base, strict=True)] == [
         False
     ] * 4 + [True] * 3
     assert [a > b for a, b in zip(seconds(SMALL, tokens=4096), base, strict=True)] == [False] + [True] * 6
