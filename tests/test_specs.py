@@ -67,6 +67,8 @@ BAD = [
     (CaptureSpec, {"tokens": -2048}, "tokens", "a whole number >= 1"),
     (CaptureSpec, {"skip": -1}, "skip", "a whole number >= 0"),
     (CaptureSpec, {"skip": 0.5}, "skip", "a whole number >= 0"),
+    (CaptureSpec, {"sample": -1}, "sample", "None or a whole number >= 0"),
+    (CaptureSpec, {"skip": 1, "sample": 0}, "skip", "0 with a sample, which says where"),
     (RefineSpec, {"gamma": 0.0}, "gamma", "> 0"),
     (RefineSpec, {"gamma": -3}, "gamma", "> 0"),
     (RefineSpec, {"gamma": math.nan}, "gamma", "> 0"),
@@ -101,6 +103,9 @@ BAD = [
         "quantizer",
         "per_channel and symmetric",
     ),
+    (WeightSpec, {"sample": -1}, "sample", "None or a whole number >= 0"),
+    (Recipe, {"sample": -1}, "sample", "None or a whole number >= 0"),
+    (Recipe, {"jitter": 0.5}, "jitter", "None or a whole number >= 0"),
     (Recipe, {"windows": 0}, "windows", "a whole number >= 1"),
     (Recipe, {"window": 1}, "window", "a whole number >= 2"),
     (Recipe, {"activations": QuantSpec(granularity="per_tensor")}, "activations", "per_token"),
@@ -157,7 +162,13 @@ OTHER_VALUES = {
         "granularity": "per_group",
         "group_size": None,
     },
-    CaptureSpec: {"model": ModelSpec(dtype="float64"), "corpus": CorpusSpec(), "tokens": 7, "skip": 1},
+    CaptureSpec: {
+        "model": ModelSpec(dtype="float64"),
+        "corpus": CorpusSpec(),
+        "tokens": 7,
+        "skip": 1,
+        "sample": 0,
+    },
     RefineSpec: {
         "capture": CaptureSpec(tokens=7),
         "init": RotationSpec(seed=1),
@@ -176,6 +187,7 @@ OTHER_VALUES = {
         "corpus": CorpusSpec(),
         "windows": 7,
         "window": 7,
+        "sample": 0,
     },
     Recipe: {
         "model": ModelSpec(dtype="float64"),
@@ -192,6 +204,8 @@ OTHER_VALUES = {
         "set_massive": "zero",
         "head_block": 32,
         "mlp_block": 64,
+        "sample": 0,
+        "jitter": 0,
     },
 }
 DEPENDENT = {
@@ -476,6 +490,8 @@ PLAIN_RECIPES = st.builds(
     window=st.integers(2, 4096),
     head_block=st.none() | COUNTS,
     mlp_block=st.none() | COUNTS,
+    sample=st.none() | COUNTS,
+    jitter=st.none() | COUNTS,
 )
 RECIPES = st.one_of(
     st.builds(lambda r, rule: r.with_(keep_out=rule), PLAIN_RECIPES, st.sampled_from([None, *ROW_RULES])),
@@ -530,10 +546,12 @@ def test_canonical_drops_what_has_no_effect():
         values=PER_HEAD.with_(bits=16, scheme="free"),
         rotation=RotationSpec(kind="NR", seed=5),
         keep_out="ro_vs_nr",
+        jitter=5,
     )
     assert noise != bare and noise.canonical() == bare.canonical()
     rtn = recipe_of("4-4-4", weights="rtn")
-    other = rtn.with_(weights=rtn.weights.with_(damping=0.5, windows=3, corpus=CorpusSpec(name="x")))
+    changes = {"damping": 0.5, "windows": 3, "corpus": CorpusSpec(name="x"), "sample": 2}
+    other = rtn.with_(weights=rtn.weights.with_(**changes))
     assert other.canonical() == rtn.canonical()
     assert rtn.with_(weights=rtn.weights.with_(clip_search=False)).canonical() != rtn.canonical()
     gptq = recipe_of("4-4-4")
