@@ -52,19 +52,6 @@ def prepare(loaded: LoadedModel) -> None:
     fuse_norms(loaded)
 
 
-def jitter(loaded: LoadedModel, seed: int) -> None:
-    """Change what embeds tokens in its last bit, each value by about the precision of its dtype: what a 4-bit
-    model then loses or gains is rounding alone."""
-
-    size = torch.finfo(next(loaded.model.parameters()).dtype).eps
-
-    def change_it(_part: int) -> None:
-        source = torch.Generator().manual_seed(seed)
-        edit_rows(tables(loaded), lambda w: w * (1 + size * torch.randn(w.shape, generator=source).to(w)))
-
-    change(loaded, change_it, {EMBEDDING})
-
-
 def centre(loaded: LoadedModel) -> None:
     """Make RMSNorms of LayerNorms: what writes into the residual stream is centred over channels, so that
     there is no mean to subtract, and the norms stop to do it (SliceGPT, arXiv 2401.15024, Sec. 3.2)."""

@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar, Self, get_args
 
+import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dfrot_lab.recipe import registry
@@ -32,6 +33,19 @@ def strict_json(value: Any, indent: int | None = 1) -> str:
         return (None if math.isnan(part) else str(part)) if is_odd else part
 
     return json.dumps(plain(value), indent=indent, default=str, allow_nan=False)
+
+
+class Once(yaml.SafeLoader):
+    """Plain values alone, no key of a mapping twice: of two lines for one field YAML would take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """The mapping of a YAML node. ValueError: a key that is there twice."""
+        seen = set[str]()
+        for key, _ in node.value:
+            if (name := str(key.value)) in seen:
+                raise ValueError(f"{name} is said twice{key.start_mark}")
+            seen.add(name)
+        return super().construct_mapping(node, deep)
 
 
 def require(name: str, value: object, ok: object, rule: str) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.disk.atomic import still
 from dfrot_lab.maths.quantizers import fake_quantize, squared_error
-from dfrot_lab.model import corpus, door, hooks, integer, loading, surgery
+from dfrot_lab.model import corpus, door, hooks, integer, loading, noise, surgery
 from dfrot_lab.model.loading import LoadedModel
 from dfrot_lab.model.parts import Transform
 from dfrot_lab.model.proof import TOKENS, Proof
@@ -51,7 +51,7 @@ def build(recipe: Recipe, store: Store, on_part: OnPart = nothing, *, whole: boo
     proof = Proof(loaded, ids[:1, :TOKENS])
     surgery.prepare(loaded)
     if recipe.jitter is not None:
-        surgery.jitter(loaded, recipe.jitter)
+        noise.jitter(loaded, recipe.jitter)
     made = transforms.fit(recipe, transforms.Context(recipe, store, loaded))
     if made.R1 is not None:
         surgery.rotate_residual(loaded, made.R1)
