@@ -14,8 +14,9 @@ from dfrot_lab.disk import row_files
 from dfrot_lab.disk.artefacts import commit
 from dfrot_lab.disk.row_files import append, load
 from dfrot_lab.maths import tables
-from dfrot_lab.maths.tables import COLUMNS, by_seed, comparison, markdown
-from dfrot_lab.recipe.base import Spec
+from dfrot_lab.maths.statistics import estimate
+from dfrot_lab.maths.tables import COLUMNS, change, comparison, further, markdown
+from dfrot_lab.recipe.base import Spec, content_key
 from dfrot_lab.recipe.keys import FORMULAS
 from dfrot_lab.recipe.specs import (
     KV_CACHE,
@@ -31,7 +32,7 @@ from dfrot_lab.recipe.specs import (
 )
 from dfrot_lab.score import rows as score_rows
 from dfrot_lab.score.perplexity import EvalResult
-from dfrot_lab.score.rows import difference_row, row
+from dfrot_lab.score.rows import compared
 from dfrot_lab.study import main
 
 COMMIT = commit()
@@ -41,12 +42,33 @@ def result(
     bits: str = "4-4-16",
     losses: tuple[float, ...] = (3.0, 3.2, 3.1),
     seconds: float = 12.345,
+    key: str = "0123",
     **fields: object,
 ) -> EvalResult:
+    """An evaluation with divergences and agreements made of its losses."""
     spec: Recipe = recipe_of(bits, **fields)
     versions = {"dfrot_lab": "0.2", "torch": "2.13", "transformers": "5.23", "numpy": "2.4"}
-    told = (versions, "LlamaForCausalLM", COMMIT, "0123")
-    return EvalResult(spec, np.array(losses), seconds, "made here", *told)
+    told = (versions, "LlamaForCausalLM", COMMIT, key)
+    found = np.array(losses)
+    measures = {"divergences": found - 2.5, "agreements": 1 - found / 10, "reference_losses": found - 0.5}
+    return EvalResult(spec, found, seconds, "made here", *told, **measures)
+
+
+def builds(losses: tuple[tuple[float, ...], ...], bits: str = "4-4-16", **fields: object) -> list[EvalResult]:
+    """Evaluations of one recipe, a build each: other windows and another seed for each."""
+    kind = fields.pop("kind", "RH")
+    return [
+        result(bits, each, key=f"key {n}", rotation=RotationSpec(kind=kind, seed=n), sample=n, **fields)
+        for n, each in enumerate(losses)
+    ]
+
+
+def row(made: EvalResult) -> dict[str, object]:
+    """The perplexity row of one build."""
+    return score_rows.rows([made])[0]
+
+
+THREE = ((3.0, 3.2), (3.3, 3.5), (2.9, 3.1))
 
 
 # ---- rows
@@ -58,23 +80,48 @@ def test_a_row_has_the_columns_in_order_and_their_values():
     found = row(made)
     assert tuple(found) == COLUMNS
     assert found["value"] == pytest.approx(math.exp(3.1))
-    assert (
-        found["ci95"] == pytest.approx(made.ci95, rel=1e-9)
-        and found["ci95"][0] < found["value"] < found["ci95"][1]
-    )
     expected = {
         "model": "smollm2-135m", "family": "LlamaForCausalLM", "corpus": "auto", "method": "random",
         "rotation": "RO", "gamma": None, "rule": None, "parameters": "", "seed": 7, "weights": "gptq",
         "weight_quantizer": "sym4-channel", "calibration": "auto (calibration), 16 x 2048",
         "activations": "asym4", "keys": "none", "values": "none", "w_bits": 4, "a_bits": 4, "kv_bits": 16,
         "bits": "4-4-16", "keep_out": True, "keep_out_rule": "nr_error_9.5",
-        "keep_out_tokens": None, "set_massive": None, "windows": 6, "window": 2048, "device": "auto",
-        "metric": "perplexity", "seconds": 12.35, "recipe": made.spec.key, "formulas": FORMULAS,
-        "commit": COMMIT, "key": "0123",
+        "keep_out_tokens": None, "set_massive": None, "windows": 3, "window": 2048, "device": "auto",
+        "builds": 1, "metric": "perplexity", "ci95": None, "verdict": None, "smallest": None,
+        "seconds": 12.35, "recipe": made.spec.key, "formulas": FORMULAS, "commit": COMMIT, "key": "0123",
     }  # fmt: skip
     assert {name: found[name] for name in expected} == expected
+    assert found["by_build"] == pytest.approx([math.exp(3.1)])
     assert found["versions"] == {"dfrot_lab": "0.2", "torch": "2.13", "transformers": "5.23"}
-    assert {*expected, "value", "ci95", "versions"} == set(COLUMNS)
+    assert {*expected, "value", "by_build", "versions"} == set(COLUMNS)
+
+
+def test_builds_have_a_row_a_measure_with_the_interval_over_builds():
+    """Perplexity is exp of the mean loss over builds, its interval that of the loss: not of the windows."""
+    made = builds(THREE)
+    perplexity, divergence, agreement = found = score_rows.rows(made)
+    assert [each["metric"] for each in found] == list(tables.LEVELS)
+    loss = estimate([3.1, 3.4, 3.0])
+    assert perplexity["value"] == pytest.approx(math.exp(9.5 / 3))
+    assert perplexity["ci95"] == pytest.approx([math.exp(end) for end in loss.ci95])
+    assert perplexity["by_build"] == pytest.approx([math.exp(each) for each in (3.1, 3.4, 3.0)], rel=1e-6)
+    assert divergence["value"] == pytest.approx(9.5 / 3 - 2.5)
+    assert divergence["ci95"] == pytest.approx([end - 2.5 for end in loss.ci95])
+    assert divergence["by_build"] == pytest.approx([0.6, 0.9, 0.5])
+    assert agreement["value"] == pytest.approx(1 - 9.5 / 30)
+    assert agreement["by_build"] == pytest.approx([0.69, 0.66, 0.70])
+    for each in found:
+        assert tuple(each) == COLUMNS and each["builds"] == 3
+        assert each["ci95"][0] < each["value"] < each["ci95"][1]
+        assert (each["seed"], each["recipe"]) == (0, made[0].spec.key), "the first build's"
+        assert (each["verdict"], each["smallest"]) == (None, None)
+        assert each["seconds"] == pytest.approx(3 * 12.345, abs=0.01)
+        assert each["key"] == content_key(["key 0", "key 1", "key 2"])
+
+
+def test_rows_of_other_builds_have_another_key():
+    every, fewer = score_rows.rows(builds(THREE))[0], score_rows.rows(builds(THREE[:2]))[0]
+    assert every["recipe"] == fewer["recipe"] and every["key"] != fewer["key"]
 
 
 OTHERS: dict[str, dict[str, object]] = {
@@ -116,7 +163,8 @@ def test_what_makes_a_recipe_another_shows_in_its_column(name):
 def test_every_column_that_a_recipe_decides_on_is_tested():
     """So a column that is added must be said here, and one that is lost is missed."""
     assert set(OTHERS) == set(score_rows.columns(Recipe()))
-    told = {"family", "metric", "value", "ci95", "seconds", "recipe", "key", "versions", "formulas", "commit"}
+    told = {"family", "builds", "metric", "value", "ci95", "verdict", "smallest", "by_build"}
+    told |= {"seconds", "recipe", "key", "versions", "formulas", "commit"}
     assert set(OTHERS) | told == set(COLUMNS) and len(COLUMNS) == len(set(COLUMNS))
 
 
@@ -142,6 +190,10 @@ def test_every_column_that_a_recipe_decides_on_is_tested():
         {"rotation": RefineSpec(init=RotationSpec(kind="RO"))},
         {"rotation": RefineSpec(init=RotationSpec(block=8))},
         {"rotation": RefineSpec(variant="as_paper")},
+        {"rotation": RefineSpec(capture=CaptureSpec(sample=1))},
+        {"weights": WeightSpec(sample=1)},
+        {"sample": 1},
+        {"jitter": 1},
     ],
     ids=str,
 )
@@ -177,17 +229,64 @@ def test_the_commit_is_a_hash_or_none():
     assert COMMIT is None or len(COMMIT.rstrip("+")) == 12
 
 
-def test_a_difference_is_result_minus_reference():
-    worse, better = (
-        result(losses=(3.0, 3.2, 3.1), rotation=RotationSpec(kind="RO")),
-        result(losses=(2.9, 3.0, 3.0)),
-    )
-    found = difference_row(worse, better, "RH")
-    assert tuple(found) == COLUMNS
-    assert found["metric"] == "perplexity - RH" and found["rotation"] == "RO"
-    assert found["value"] == pytest.approx(math.exp(3.1) - math.exp(8.9 / 3)) and found["value"] > 0
-    assert 0 < found["ci95"][0] < found["value"] < found["ci95"][1]
-    assert difference_row(better, worse, "RO")["value"] == pytest.approx(-found["value"])
+def test_a_comparison_is_of_builds_side_by_side():
+    """In percent of the reference's perplexity: exp of the mean difference in loss; and in KL divergence."""
+    worse = builds(((3.0, 3.2), (3.3, 3.5), (2.9, 3.1)), kind="RO")
+    better = builds(((2.8, 3.0), (3.2, 3.4), (2.8, 2.8)))
+    difference = estimate([0.2, 0.1, 0.2])
+    percent, further_row = found = compared(worse, better, "RH")
+    assert [each["metric"] for each in found] == [change("RH"), further("RH")]
+    assert all(tuple(each) == COLUMNS and each["builds"] == 3 for each in found)
+    assert percent["rotation"] == "RO" and percent["recipe"] == worse[0].spec.key
+    assert percent["value"] == pytest.approx(100 * (math.exp(0.5 / 3) - 1))
+    assert percent["ci95"] == pytest.approx([100 * (math.exp(end) - 1) for end in difference.ci95])
+    assert percent["smallest"] == pytest.approx(100 * (math.exp(difference.smallest) - 1))
+    assert further_row["value"] == pytest.approx(0.5 / 3)
+    assert further_row["ci95"] == pytest.approx(difference.ci95)
+    assert further_row["smallest"] == pytest.approx(difference.smallest)
+    assert {each["verdict"] for each in found} == {"worse"}
+    assert {each["by_build"] for each in found} == {None}, "it follows from the levels'"
+    turned = compared(better, worse, "RO")
+    assert {each["verdict"] for each in turned} == {"better"}
+    assert turned[0]["value"] == pytest.approx(100 * (math.exp(-0.5 / 3) - 1))
+
+
+def test_builds_that_lie_far_apart_are_compared_as_surely_as_others():
+    """What builds share, such as their windows, is not in the interval of a comparison."""
+    far = compared(builds(((9.1,), (1.2,), (4.1,)), kind="RO"), builds(((9.0,), (1.0,), (4.0,))), "RH")[0]
+    near = compared(builds(((3.1,), (3.2,), (3.1,)), kind="RO"), builds(((3.0,), (3.0,), (3.0,))), "RH")[0]
+    assert far["ci95"] == pytest.approx(near["ci95"]) and far["value"] == pytest.approx(near["value"])
+
+
+def test_a_comparison_of_one_build_has_a_value_and_no_verdict():
+    for found in compared(builds(THREE[:1], kind="RO"), builds(((2.0, 2.1),)), "RH"):
+        assert found["value"] > 0 and found["builds"] == 1
+        assert found["ci95"] is found["verdict"] is found["smallest"] is None
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"sample": 5},
+        {"windows": 2},
+        {"window": 64},
+        {"corpus": CorpusSpec(name="wikitext2")},
+        {"model": ModelSpec(device="cuda")},
+    ],
+    ids=str,
+)
+def test_what_shares_no_windows_or_device_is_not_compared(other):
+    one, two = result(), result(**other)
+    rule = "compared results must share corpus, windows, window and device; got "
+    with pytest.raises(ValueError, match=rule):
+        compared([one], [two], "RH")
+
+
+def test_builds_that_have_no_partner_are_not_compared():
+    with pytest.raises(ValueError, match="shorter"):
+        compared(builds(THREE, kind="RO"), builds(THREE[:2]), "RH")
+    with pytest.raises(ValueError, match="must share corpus"):
+        compared(builds(THREE, kind="RO"), builds(THREE)[::-1], "RH")
 
 
 # ---- the file
@@ -265,13 +364,15 @@ def test_an_empty_file_is_a_table_without_rows(tmp_path: Path):
 
 @pytest.fixture
 def table(tmp_path: Path) -> pd.DataFrame:
+    ro = {bits: builds(((3.5,), (3.6,)), bits, kind="RO") for bits in ("16-4-16", "4-4-16")}
     made = [
-        result("16-16-16", (3.0, 3.1), rotation=RotationSpec(kind="NR")),
-        *(result(bits, (3.5, 3.6), rotation=RotationSpec(kind="RO")) for bits in ("16-4-16", "4-4-16")),
-        result("16-4-16", (3.4, 3.5), rotation=RotationSpec(kind="RO"), keep_out="nr_error_9.5"),
-        *(result(bits, (3.3,), rotation=RefineSpec(gamma=100)) for bits in ("16-4-16", "4-4-16")),
+        builds(((3.0,), (3.1,)), "16-16-16", kind="NR"),
+        *ro.values(),
+        builds(((3.4,), (3.5,)), "16-4-16", kind="RO", keep_out="nr_error_9.5"),
+        *([result(bits, (3.3,), rotation=RefineSpec(gamma=100), sample=0)] for bits in ("16-4-16", "4-4-16")),
     ]
-    append(tmp_path / "rows.jsonl", [*map(row, made), difference_row(made[1], made[0], "NR")])
+    against = compared(ro["16-4-16"], builds(((3.0,), (3.0,)), "16-4-16", kind="NR"), "NR")
+    append(tmp_path / "rows.jsonl", [line for each in made for line in score_rows.rows(each)] + against)
     return load(tmp_path / "rows.jsonl")
 
 
@@ -279,18 +380,44 @@ def test_comparison_has_a_row_a_rotation_and_a_column_a_setting(table: pd.DataFr
     found = comparison(table)
     assert found.index.tolist() == ["full precision", "RO", "RO, kept out", "DFRot gamma=100"]
     assert found.columns.tolist() == ["16-16-16", "16-4-16", "4-4-16"]
-    value, (low, high) = math.exp(3.55), next(iter(table[table["rotation"] == "RO"]["ci95"]))
+    value, (low, high) = math.exp(3.55), map(math.exp, estimate([3.5, 3.6]).ci95)
     assert found.loc["RO", "16-4-16"] == f"{value:.2f} [{low:.2f}, {high:.2f}]"
-    assert found.loc["DFRot gamma=100", "4-4-16"] == f"{math.exp(3.3):.2f}"  # one window: no interval
+    assert found.loc["DFRot gamma=100", "4-4-16"] == f"{math.exp(3.3):.2f}"  # one build: no interval
     assert found.loc["RO, kept out", "4-4-16"] == ""
 
 
 def test_comparison_takes_one_metric_and_the_last_of_equal_rows(table: pd.DataFrame):
-    differences = comparison(table, "perplexity - NR")
-    assert differences.shape == (1, 1)
-    assert differences.iloc[0, 0].startswith(f"{math.exp(3.55) - math.exp(3.05):.2f} [")
+    changes = comparison(table, change("NR"))
+    low, high = (100 * math.expm1(end) for end in estimate([0.5, 0.6]).ci95)
+    assert changes.shape == (1, 1)
+    said = f"{100 * math.expm1(0.55):+.1f}% [{low:.1f}, {high:.1f}] cannot tell"
+    assert changes.iloc[0, 0] == said
+    assert comparison(table, further("NR")).iloc[0, 0].startswith("+0.550 [")
+    assert comparison(table, tables.DIVERGENCE).loc["RO", "16-4-16"].startswith("1.050 [")
     later = table[table["metric"] == "perplexity"].iloc[[1]].assign(value=99.0, ci95=[None])
     assert comparison(pd.concat([table, later])).loc["RO", "16-4-16"] == "99.00"
+
+
+@pytest.mark.parametrize(
+    ("metric", "value", "ci95", "verdict", "text"),
+    [
+        ("perplexity", 36.107, [31.2, 40.8], None, "36.11 [31.20, 40.80]"),
+        ("perplexity", 36.107, None, None, "36.11"),
+        ("perplexity", 36.107, float("nan"), float("nan"), "36.11"),
+        (change("RH"), 4.31, [1.8, 6.8], "worse", "+4.3% [1.8, 6.8] worse"),
+        (change("RH"), -0.31, [-1.8, 0.8], "cannot tell", "-0.3% [-1.8, 0.8] cannot tell"),
+        ("KL divergence", 0.4567, [0.45, 0.46], None, "0.457 [0.450, 0.460]"),
+        (further("RH"), 0.4567, [0.45, 0.46], "worse", "+0.457 [0.450, 0.460] worse"),
+        ("top-1 agreement", 0.75, None, None, "0.750"),
+    ],
+)
+def test_a_cell_has_the_digits_that_its_metric_needs(metric, value, ci95, verdict, text):
+    assert tables.cell({"metric": metric, "value": value, "ci95": ci95, "verdict": verdict}) == text
+
+
+def test_bits_say_the_weight_quantizer_that_is_not_gptq():
+    bits = [row(result("4-4-4", weights=by)) for by in ("gptq", "rtn")] + [row(result("16-4-16"))]
+    assert [tables.bits_of(each) for each in bits] == ["4-4-4", "4-4-4 (rtn)", "16-4-16"]
 
 
 def test_markdown_is_a_table_that_github_reads(table: pd.DataFrame):
@@ -311,7 +438,7 @@ def test_a_table_of_nothing_has_all_columns_and_no_row():
     """As of a report before anything is stored."""
     for nothing in (tables.table([]), main.table_of([], {})):
         assert tuple(nothing.columns) == COLUMNS and len(nothing) == 0
-        assert comparison(nothing).empty and by_seed(nothing).empty and tables.records(nothing) == []
+        assert comparison(nothing).empty and tables.records(nothing) == []
 
 
 # ---- rows that a table would merge
@@ -320,7 +447,6 @@ def test_a_table_of_nothing_has_all_columns_and_no_row():
 
 RO = RotationSpec(kind="RO")
 TWO = {
-    "weights": ({"weights": "gptq"}, {"weights": "rtn"}),
     "device": ({"model": ModelSpec(device="cpu")}, {"model": ModelSpec(device="cuda")}),
     "rule": ({"rotation": RefineSpec(rule="sun")}, {"rotation": RefineSpec(rule="ratio_8")}),
     "keep_out_rule": ({"keep_out": "nr_error_8.5"}, {"keep_out": "nr_error_9.5"}),
@@ -332,12 +458,12 @@ TWO = {
 
 
 @pytest.mark.parametrize("name", TWO)
-@pytest.mark.parametrize("metric", ["perplexity", "perplexity - RH"])
+@pytest.mark.parametrize("metric", ["perplexity", change("RH")])
 def test_a_comparison_refuses_rows_that_it_would_merge(name, metric):
     first, second = (result(**fields) for fields in TWO[name])
     lines = [row(first), row(second)]
     if metric != "perplexity":
-        lines = [difference_row(each, each, "RH") for each in (first, second)]
+        lines = [compared([each], [each], "RH")[0] for each in (first, second)]
     with pytest.raises(
         ValueError, match=rf"rows of row .*, bits 4-4-16 differ in column '{name}' \(.+, .+\)"
     ):
@@ -345,9 +471,14 @@ def test_a_comparison_refuses_rows_that_it_would_merge(name, metric):
     assert comparison(pd.DataFrame([lines[0]]), metric).shape == (1, 1)
 
 
+def test_weights_by_two_quantizers_are_two_columns():
+    lines = [row(result("4-4-4", weights=by)) for by in ("gptq", "rtn")]
+    assert comparison(pd.DataFrame(lines)).columns.tolist() == ["4-4-4", "4-4-4 (rtn)"]
+
+
 def test_a_comparison_refuses_rows_of_two_versions_of_the_formulas():
     lines = [row(result()), row(result()) | {"formulas": 2}]
-    with pytest.raises(ValueError, match=r"differ in column 'formulas' \(3, 2\)"):
+    with pytest.raises(ValueError, match=rf"differ in column 'formulas' \({FORMULAS}, 2\)"):
         comparison(pd.DataFrame(lines))
 
 
@@ -374,20 +505,10 @@ def test_missing_is_missing_however_a_table_holds_it(tmp_path: Path):
     assert comparison(both).shape == (1, 1)
 
 
-def test_by_seed_has_a_row_for_each_bits_and_refuses_rows_that_it_would_merge():
-    seeds = [2, 10, 1]
-    lines = [
-        difference_row(result(bits, rotation=RO.with_(seed=seed)), result(bits), "RH")
-        for bits in ("16-4-16", "4-4-16")
-        for seed in seeds[: 3 if bits == "16-4-16" else 1]
-    ]
-    found = by_seed(pd.DataFrame(lines))
-    assert found.index.tolist() == ["16-4-16"] and found.columns.tolist() == ["seed 2", "seed 10", "seed 1"]
-    lines.append(difference_row(result("4-4-16", rotation=RO.with_(seed=2), weights="rtn"), result(), "RH"))
-    with pytest.raises(
-        ValueError, match=r"rows of bits 4-4-16, seed seed 2 differ in column 'weights' \(gptq, rtn\)"
-    ):
-        by_seed(pd.DataFrame(lines))
+def test_a_comparison_refuses_rows_of_other_numbers_of_builds():
+    lines = [score_rows.rows(builds(THREE[:count]))[0] for count in (3, 2)]
+    with pytest.raises(ValueError, match=r"differ in column 'builds' \(3, 2\)"):
+        comparison(pd.DataFrame(lines))
 
 
 # ---- recipes beside rows
