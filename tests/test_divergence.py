@@ -103,9 +103,7 @@ def test_without_quantization_there_is_no_divergence_in_any_family(case, tmp_pat
     assert found.agreement > 0.98
     np.testing.assert_allclose(found.losses, found.reference_losses, rtol=2e-6)
     rough = evaluate(spec.with_(activations=spec.activations.with_(bits=4)), store)
-    assert rough.divergence > max(1e-7, 10 * abs(found.divergence)), (
-        "little in a model that is sure of itself"
-    )
+    assert rough.divergence > 10 * abs(found.divergence), "little where a model is sure of itself"
     assert rough.reference_losses.tolist() == found.reference_losses.tolist()
 
 
