@@ -67,6 +67,8 @@ BAD = [
     (CaptureSpec, {"tokens": -2048}, "tokens", "a whole number >= 1"),
     (CaptureSpec, {"skip": -1}, "skip", "a whole number >= 0"),
     (CaptureSpec, {"skip": 0.5}, "skip", "a whole number >= 0"),
+    (CaptureSpec, {"sample": -1}, "sample", "None or a whole number >= 0"),
+    (CaptureSpec, {"sample": 0, "skip": 1}, "skip", "0 with a sample, which says where"),
     (RefineSpec, {"gamma": 0.0}, "gamma", "> 0"),
     (RefineSpec, {"gamma": -3}, "gamma", "> 0"),
     (RefineSpec, {"gamma": math.nan}, "gamma", "> 0"),
@@ -94,6 +96,7 @@ BAD = [
     (WeightSpec, {"damping": 0.0}, "damping", "> 0"),
     (WeightSpec, {"windows": 0}, "windows", "a whole number >= 1"),
     (WeightSpec, {"window": 1}, "window", "a whole number >= 2"),
+    (WeightSpec, {"sample": -1}, "sample", "None or a whole number >= 0"),
     (WeightSpec, {"quantizer": SYMMETRIC}, "quantizer", "per_channel and symmetric"),
     (
         WeightSpec,
@@ -103,6 +106,8 @@ BAD = [
     ),
     (Recipe, {"windows": 0}, "windows", "a whole number >= 1"),
     (Recipe, {"window": 1}, "window", "a whole number >= 2"),
+    (Recipe, {"sample": -1}, "sample", "None or a whole number >= 0"),
+    (Recipe, {"jitter": -1}, "jitter", "None or a whole number >= 0"),
     (Recipe, {"activations": QuantSpec(granularity="per_tensor")}, "activations", "per_token"),
     (Recipe, {"keys": SYMMETRIC}, "keys", "per_group"),
     (Recipe, {"values": SYMMETRIC}, "values", "per_group"),
@@ -135,6 +140,7 @@ WRONG_TYPES = [
     (RefineSpec, {"init": RefineSpec()}, "a RotationSpec"),
     (RefineSpec, {"gamma": "inf"}, "> 0"),
     (RefineSpec, {"gamma": [1, 2]}, "> 0"),
+    (CaptureSpec, {"sample": True}, "None or a whole number >= 0"),
     (WeightSpec, {"quantizer": 4}, "a QuantSpec"),
     (WeightSpec, {"method": None}, "a str"),
     (WeightSpec, {"clip_search": 1}, "a bool"),
@@ -143,6 +149,8 @@ WRONG_TYPES = [
     (Recipe, {"rotation": QuantSpec()}, "a MethodSpec"),
     (Recipe, {"activations": 4}, "a QuantSpec"),
     (Recipe, {"keep_out": True}, "one of None, "),
+    (Recipe, {"sample": 1.0}, "None or a whole number >= 0"),
+    (Recipe, {"jitter": "1"}, "None or a whole number >= 0"),
 ]
 
 OTHER_VALUES = {
@@ -157,7 +165,13 @@ OTHER_VALUES = {
         "granularity": "per_group",
         "group_size": None,
     },
-    CaptureSpec: {"model": ModelSpec(dtype="float64"), "corpus": CorpusSpec(), "tokens": 7, "skip": 1},
+    CaptureSpec: {
+        "model": ModelSpec(dtype="float64"),
+        "corpus": CorpusSpec(),
+        "tokens": 7,
+        "skip": 1,
+        "sample": 0,
+    },
     RefineSpec: {
         "capture": CaptureSpec(tokens=7),
         "init": RotationSpec(seed=1),
@@ -176,6 +190,7 @@ OTHER_VALUES = {
         "corpus": CorpusSpec(),
         "windows": 7,
         "window": 7,
+        "sample": 0,
     },
     Recipe: {
         "model": ModelSpec(dtype="float64"),
@@ -192,6 +207,8 @@ OTHER_VALUES = {
         "set_massive": "zero",
         "head_block": 32,
         "mlp_block": 64,
+        "sample": 0,
+        "jitter": 0,
     },
 }
 DEPENDENT = {
@@ -278,6 +295,20 @@ def test_the_key_differs_in_the_fields_that_need_another():
     }
     assert len(keys) == 6
     assert len({Recipe(rotation=UNROTATED, set_massive=to).key for to in (None, "zero", "mean")}) == 3
+
+
+@pytest.mark.parametrize(
+    ("spec", "names"),
+    [(CaptureSpec, ["sample"]), (WeightSpec, ["sample"]), (Recipe, ["sample", "jitter"])],
+    ids=lambda value: value.__name__ if isinstance(value, type) else None,
+)
+def test_each_sample_and_jitter_has_a_key_and_none_has_that_of_before(spec, names):
+    """What is not sampled and not jittered is what it was before there were samples: its key hangs on none."""
+    assert set(names) <= spec().unkeyed
+    for name in names:
+        found = [spec(**{name: value}) for value in (None, 0, 1, 2**40)]
+        assert len({one.key for one in found}) == 4 and found[0] == spec()
+        assert all(spec.of(one.plain()) == one for one in found)
 
 
 def test_specs_of_two_classes_with_equal_fields_differ():
@@ -422,7 +453,10 @@ ROTATIONS = st.builds(
     seed=st.integers(0, 2**40),
     block=st.none() | COUNTS,
 ) | st.builds(RotationSpec, kind=st.just("file"), path=WORDS)
-CAPTURES = st.builds(CaptureSpec, model=MODELS, corpus=CORPORA, tokens=COUNTS, skip=st.integers(0, 99))
+SAMPLES = st.none() | st.integers(0, 99)
+CAPTURES = st.builds(
+    CaptureSpec, model=MODELS, corpus=CORPORA, tokens=COUNTS, skip=st.integers(0, 99)
+) | st.builds(CaptureSpec, model=MODELS, tokens=COUNTS, sample=SAMPLES)
 
 
 def quantizers(*granularities: str, schemes: tuple[str, ...] = tuple(SCHEMES), most: int = 16):
@@ -462,6 +496,7 @@ WEIGHTS = st.builds(
     corpus=st.none() | CORPORA,
     windows=COUNTS,
     window=st.integers(2, 4096),
+    sample=SAMPLES,
 )
 PLAIN_RECIPES = st.builds(
     Recipe,
@@ -476,6 +511,8 @@ PLAIN_RECIPES = st.builds(
     window=st.integers(2, 4096),
     head_block=st.none() | COUNTS,
     mlp_block=st.none() | COUNTS,
+    sample=SAMPLES,
+    jitter=SAMPLES,
 )
 RECIPES = st.one_of(
     st.builds(lambda r, rule: r.with_(keep_out=rule), PLAIN_RECIPES, st.sampled_from([None, *ROW_RULES])),
@@ -530,6 +567,7 @@ def test_canonical_drops_what_has_no_effect():
         values=PER_HEAD.with_(bits=16, scheme="free"),
         rotation=RotationSpec(kind="NR", seed=5),
         keep_out="ro_vs_nr",
+        jitter=3,
     )
     assert noise != bare and noise.canonical() == bare.canonical()
     rtn = recipe_of("4-4-4", weights="rtn")
@@ -539,6 +577,11 @@ def test_canonical_drops_what_has_no_effect():
     gptq = recipe_of("4-4-4")
     assert gptq.with_(weights=gptq.weights.with_(damping=0.5)).canonical() != gptq.canonical()
     assert gptq.canonical() == gptq
+    for recipe in (bare, rtn, gptq):
+        assert recipe.with_(sample=0).canonical() != recipe.canonical(), "other windows are scored"
+    assert rtn.with_(jitter=0).canonical() != rtn.canonical(), "where something is rounded, jitter shows"
+    assert rtn.with_(weights=rtn.weights.with_(sample=1)).canonical() == rtn.canonical()
+    assert gptq.with_(weights=gptq.weights.with_(sample=1)).canonical() != gptq.canonical()
 
 
 def test_a_recipe_file_says_only_what_is_not_the_default(tmp_path: Path):
