@@ -334,7 +334,7 @@ BAD = [
     (["evaluate", "--bits", "4-4-17"], "QuantSpec.bits must be a whole number in 2..16; got 17"),
     (
         ["evaluate", "--rotation", "XX"],
-        "--rotation must be NR, RO, RH, DFRot, one in blocks such as RH-b64, or a safetensors file; got 'XX'",
+        "--rotation must be NR, RO, RH, DFRot, Offset, Offset+, one in blocks such as RH-b64, or a safetensors file; got 'XX'",
     ),
     (["evaluate", "--windows", "0"], "Recipe.windows must be a whole number >= 1; got 0"),
     (["evaluate", "--windows", "100000", "--bits", "16-4-16"], "windows"),

@@ -17,7 +17,15 @@ from transformers import PreTrainedTokenizerFast
 
 from dfrot_lab.disk.downloads import WIKIPEDIA_XML, fetch
 from dfrot_lab.model import corpus
-from dfrot_lab.model.corpus import fingerprint, load_text, resolve, token_blocks, token_ids
+from dfrot_lab.model.corpus import (
+    fingerprint,
+    load_text,
+    places,
+    resolve,
+    sampled_blocks,
+    token_blocks,
+    token_ids,
+)
 from dfrot_lab.model.wiki import strip_markup
 from dfrot_lab.recipe.specs import WINDOW, CorpusSpec, calibration_of
 
@@ -411,3 +419,107 @@ def test_a_text_file_given_to_calibrate_on_is_taken_whole(tmp_path):
     for name in ("wikitext2", "wikipedia-sample"):
         with pytest.raises(ValueError, match=rf"CorpusSpec.split must be .* for {name}; got 'whole'"):
             load_text(CorpusSpec(name=name, split="whole"))
+
+
+# ---- samples of windows
+# ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("windows", [1, 3, 16])
+@pytest.mark.parametrize("count", [16, 17, 21, 24, 60, 89, 148, 256, 1000])
+def test_samples_share_no_window_before_all_are_used(count, windows):
+    """And after that once more, in the same order: no window is scored twice as often as another."""
+    walk = [place for sample in range(3 * count // windows + 1) for place in places(count, windows, sample)]
+    assert set(walk) == set(range(count))
+    assert all(sorted(walk[i : i + count]) == [*range(count)] for i in (0, 1, count, 2 * count))
+    assert walk[count : 2 * count] == walk[:count]
+
+
+@pytest.mark.parametrize("count", [60, 89, 100, 148, 256, 1000])
+@pytest.mark.parametrize("windows", [6, 18, 48])
+def test_samples_are_spread_evenly_over_the_text(count, windows):
+    """Of the gaps between the windows that are used so far none is much larger than the even one."""
+    used = sorted(places(count, windows, 0))
+    gaps = [after - before for before, after in zip(used, [*used[1:], used[0] + count], strict=True)]
+    assert max(gaps) <= 2.7 * count / windows + 1
+    for half in (range(count // 2), range(count // 2, count)):
+        assert abs(sum(place in half for place in used) - windows / 2) <= 1
+
+
+def test_a_sample_hangs_on_no_other_and_the_next_goes_on_where_it_ends():
+    assert places(148, 12, 0) == [place for sample in range(4) for place in places(148, 3, sample)]
+    assert places(148, 3, 1000) == places(148, 1, 3000) + places(148, 1, 3001) + places(148, 1, 3002)
+    assert places(1, 1, 5) == [0] and places(2, 1, 3) == [1] and places(2, 3, 1) == [1, 0, 1]
+
+
+def windows_text(folder: Path, count: int, window: int = 16) -> CorpusSpec:
+    """A text of `count` whole windows of bytes and half a one, each of its own letter."""
+    path = folder / "windows.txt"
+    letters = "".join(chr(ord("A") + i) * window for i in range(count))
+    path.write_text(letters + "." * (window // 2), encoding="utf-8")
+    return CorpusSpec(name=str(path), split="whole")
+
+
+def letters_of(blocks: torch.Tensor) -> list[int]:
+    """Which window of `windows_text` each block is; it must be whole."""
+    assert all(len(set(block.tolist())) == 1 for block in blocks)
+    return [ord(byte_tokenizer().decode(block[:1])) - ord("A") for block in blocks]
+
+
+def test_a_sample_s_blocks_are_the_windows_at_its_places(tmp_path):
+    spec = windows_text(tmp_path, 23)
+    for sample in (0, 1, 5, 9):
+        found = sampled_blocks(spec, byte_tokenizer(), blocks=3, sample=sample, window=16)
+        assert found.shape == (3, 16) and found.dtype == torch.int64
+        assert letters_of(found) == places(23, 3, sample)
+
+
+def test_without_a_sample_the_first_windows_are_taken(tmp_path):
+    spec, of = windows_text(tmp_path, 23), {"blocks": 3, "window": 16}
+    plain = sampled_blocks(spec, byte_tokenizer(), sample=None, **of)
+    assert torch.equal(plain, token_blocks(spec, byte_tokenizer(), **of))
+    assert letters_of(plain) == [0, 1, 2]
+    assert letters_of(sampled_blocks(spec, byte_tokenizer(), sample=0, **of)) == [0, 14, 5]
+
+
+def test_a_bos_is_before_the_first_window_of_the_text_alone(tmp_path):
+    """As in the published protocol, whichever windows are taken."""
+    spec, tokenizer = windows_text(tmp_path, 7), byte_tokenizer(bos=True, adds_bos=True)
+    found = [sampled_blocks(spec, tokenizer, blocks=1, sample=i, window=16) for i in range(7)]
+    assert sorted(int((block == BOS).sum()) for block in found) == [0] * 6 + [1]
+    assert int(found[0][0, 0]) == BOS
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_a_short_text_s_windows_are_taken_again(count, tmp_path):
+    spec = windows_text(tmp_path, count)
+    found = [
+        letters_of(sampled_blocks(spec, byte_tokenizer(), blocks=count, sample=i, window=16))
+        for i in range(5)
+    ]
+    assert all(sorted(each) == [*range(count)] for each in found)
+    one = [
+        letters_of(sampled_blocks(spec, byte_tokenizer(), blocks=1, sample=i, window=16)) for i in range(9)
+    ]
+    assert {each[0] for each in one} == set(range(count))
+
+
+@pytest.mark.parametrize("sample", [None, 0, 1])
+def test_a_sample_of_more_than_there_is_is_refused_as_without(sample, tmp_path):
+    spec = windows_text(tmp_path, 3)
+    with pytest.raises(
+        ValueError, match=r"windows must be at most 3: .* has 56 tokens, 3 whole windows of 16"
+    ):
+        sampled_blocks(spec, byte_tokenizer(), blocks=4, sample=sample, window=16)
+    with pytest.raises(ValueError, match=r"must be a text of at least one window of 2048 tokens; got 56"):
+        sampled_blocks(spec, byte_tokenizer(), blocks=1, sample=sample)
+
+
+def test_samples_of_a_long_text_are_of_its_beginning(tmp_path, monkeypatch):
+    """So that not all of it is tokenised; a sample that needs more takes as much as it needs."""
+    spec = windows_text(tmp_path, 50)
+    monkeypatch.setattr(corpus, "SPAN", 16 * 10)
+    used = [sampled_blocks(spec, byte_tokenizer(), blocks=2, sample=i, window=16) for i in range(5)]
+    assert sorted(letters_of(torch.cat(used))) == [*range(10)]
+    many = letters_of(sampled_blocks(spec, byte_tokenizer(), blocks=20, sample=1, window=16))
+    assert sorted(many) == [*range(20)]

@@ -90,13 +90,12 @@ def test_a_window_s_measures_are_those_of_the_model_s_own_logits(model, tokens, 
     assert found[:, 1].mean() > 1e-3, "or the test would see nothing"
 
 
-@pytest.mark.parametrize("kind", ["RO", "NR"])
 @pytest.mark.parametrize("case", CASES)
-def test_without_quantization_there_is_no_divergence_in_any_family(case, kind, tmp_path, text_file, store):
+def test_without_quantization_there_is_no_divergence_in_any_family(case, tmp_path, text_file, store):
     """In float32, the full-precision model's hidden states through the rotated model's own head."""
     spec = recipe_of(
         "16-16-16", model=ModelSpec(source=str(folder_of(case, tmp_path / "m"))), windows=2, window=TOKENS,
-        corpus=CorpusSpec(name=str(text_file)), rotation=RO.with_(kind=kind),
+        corpus=CorpusSpec(name=str(text_file)), rotation=RO,
     )  # fmt: skip
     found = evaluate(spec, store)
     by = by_token(found, store)
@@ -104,7 +103,10 @@ def test_without_quantization_there_is_no_divergence_in_any_family(case, kind, t
     assert found.agreement > 0.98
     np.testing.assert_allclose(found.losses, found.reference_losses, rtol=2e-6)
     rough = evaluate(spec.with_(activations=spec.activations.with_(bits=4)), store)
-    assert rough.divergence > 1e-4 and rough.reference_losses.tolist() == found.reference_losses.tolist()
+    assert rough.divergence > max(1e-7, 10 * abs(found.divergence)), (
+        "little in a model that is sure of itself"
+    )
+    assert rough.reference_losses.tolist() == found.reference_losses.tolist()
 
 
 # ---- what an evaluation keeps

@@ -106,6 +106,10 @@ def test_every_field_of_every_part_is_in_the_key():
         recipe.with_(keep_out="ro_vs_nr"),
         recipe.with_(head_block=8),
         recipe.with_(mlp_block=8),
+        *(recipe.with_(sample=sample) for sample in (0, 1)),
+        *(recipe.with_(jitter=seed) for seed in (0, 1)),
+        *(recipe.with_(weights=weights.with_(sample=sample)) for sample in (0, 1)),
+        recipe.with_(rotation=rotation.with_(capture=rotation.capture.with_(sample=1))),
     ]
     found = [keys.content_key(keys.evaluation(one, SAID)) for one in (recipe, *changed)]
     assert len(set(found)) == len(found)
@@ -119,14 +123,8 @@ def test_a_method_without_a_version_is_keyed_by_its_code(monkeypatch, tmp_path):
     monkeypatch.setitem(registry.WEIGHTS, "own", registry.Choice("own_method"))
     recipe, found = named("a"), []
     recipe = recipe.with_(weights=WeightSpec(method="own", corpus=None))
-    for text in (
-        "CALIBRATED = False",
-        "CALIBRATED = False  # new",
-        "VERSION = 2",
-        "VERSION = 2  # new",
-        "VERSION = 1",
-    ):
-        file.write_text(text)
+    for text in ("", "# new", "VERSION = 2", "VERSION = 2  # new", "VERSION = 1"):
+        file.write_text(f"CALIBRATED = False\n{text}")
         sys.modules.pop("own_method", None)
         importlib.invalidate_caches()
         found.append(keys.content_key(keys.weights(recipe, SAID)))
@@ -163,6 +161,7 @@ def test_weights_are_keyed_by_the_rotated_model_and_nothing_that_comes_later():
         "windows": 1,
         "window": 64,
         "keep_out": "ro_vs_nr",
+        "sample": 1,
     }
     for name, value in later.items():
         assert keys.weights(recipe.with_(**{name: value}), SAID) == before, name
@@ -179,10 +178,39 @@ def test_all_that_a_rotated_model_is_of_is_in_the_key_of_its_weights():
         recipe.with_(weights=recipe.weights.with_(method="rtn")),
         recipe.with_(weights=recipe.weights.with_(windows=3)),
         recipe.with_(head_block=8),
+        recipe.with_(weights=recipe.weights.with_(sample=1)),
         recipe.with_(mlp_block=8),
+        recipe.with_(jitter=1),
     ]
     found = [keys.content_key(keys.weights(one, SAID)) for one in (recipe, *changed)]
     assert len(set(found)) == len(found)
+
+
+def test_what_is_not_calibrated_is_shared_by_all_jitters_and_calibration_samples():
+    """Of one rotated model: its codes are those of the weights alone, which a jitter leaves as they are."""
+
+    def key(recipe: Recipe) -> dict[str, object]:
+        return keys.weights(recipe.canonical(), SAID)
+
+    nearest = named("a").with_(weights=WeightSpec(method="rtn", corpus=CorpusSpec(name="a")))
+    calibrated = named("a").with_(weights=WeightSpec(corpus=CorpusSpec(name="a")))
+    for recipe, shared in ((nearest, True), (calibrated, False)):
+        assert (key(recipe) == key(recipe.with_(jitter=1))) == shared
+        assert (key(recipe) == key(recipe.with_(weights=recipe.weights.with_(sample=1)))) == shared
+        assert key(recipe) == key(recipe.with_(sample=1, windows=2))
+
+
+def test_a_built_model_is_another_with_another_jitter_but_not_with_other_windows():
+    nearest = named("a").with_(weights=WeightSpec(method="rtn", corpus=None))
+    built = [keys.built(nearest.with_(jitter=jitter), SAID) for jitter in (None, 0, 1)]
+    assert len(set(map(keys.content_key, built))) == 3
+    assert keys.built(nearest.with_(sample=2, windows=1), SAID) == built[0]
+
+
+def test_where_nothing_is_rounded_a_jitter_is_none():
+    full = recipe_of("16-16-16", rotation=RotationSpec(kind="NR"), jitter=3, sample=3)
+    assert full.canonical().jitter is None and full.canonical().sample == 3
+    assert recipe_of("16-4-16", jitter=3).canonical().jitter == 3
 
 
 def test_mean_massive_values_bring_the_calibration_text_into_the_key():

@@ -68,7 +68,7 @@ BAD = [
     (CaptureSpec, {"skip": -1}, "skip", "a whole number >= 0"),
     (CaptureSpec, {"skip": 0.5}, "skip", "a whole number >= 0"),
     (CaptureSpec, {"sample": -1}, "sample", "None or a whole number >= 0"),
-    (CaptureSpec, {"sample": 0, "skip": 1}, "skip", "0 with a sample, which says where"),
+    (CaptureSpec, {"skip": 1, "sample": 0}, "skip", "0 with a sample, which says where"),
     (RefineSpec, {"gamma": 0.0}, "gamma", "> 0"),
     (RefineSpec, {"gamma": -3}, "gamma", "> 0"),
     (RefineSpec, {"gamma": math.nan}, "gamma", "> 0"),
@@ -104,9 +104,10 @@ BAD = [
         "quantizer",
         "per_channel and symmetric",
     ),
+    (Recipe, {"sample": -1}, "sample", "None or a whole number >= 0"),
+    (Recipe, {"jitter": 0.5}, "jitter", "None or a whole number >= 0"),
     (Recipe, {"windows": 0}, "windows", "a whole number >= 1"),
     (Recipe, {"window": 1}, "window", "a whole number >= 2"),
-    (Recipe, {"sample": -1}, "sample", "None or a whole number >= 0"),
     (Recipe, {"jitter": -1}, "jitter", "None or a whole number >= 0"),
     (Recipe, {"activations": QuantSpec(granularity="per_tensor")}, "activations", "per_token"),
     (Recipe, {"keys": SYMMETRIC}, "keys", "per_group"),
@@ -567,11 +568,12 @@ def test_canonical_drops_what_has_no_effect():
         values=PER_HEAD.with_(bits=16, scheme="free"),
         rotation=RotationSpec(kind="NR", seed=5),
         keep_out="ro_vs_nr",
-        jitter=3,
+        jitter=5,
     )
     assert noise != bare and noise.canonical() == bare.canonical()
     rtn = recipe_of("4-4-4", weights="rtn")
-    other = rtn.with_(weights=rtn.weights.with_(damping=0.5, windows=3, corpus=CorpusSpec(name="x")))
+    changes = {"damping": 0.5, "windows": 3, "corpus": CorpusSpec(name="x"), "sample": 2}
+    other = rtn.with_(weights=rtn.weights.with_(**changes))
     assert other.canonical() == rtn.canonical()
     assert rtn.with_(weights=rtn.weights.with_(clip_search=False)).canonical() != rtn.canonical()
     gptq = recipe_of("4-4-4")

@@ -57,7 +57,7 @@ def context(tiny_spec: ModelSpec, text_file: Path, store: Store) -> Context:
 
 
 def test_every_row_has_the_spec_of_its_method():
-    assert registry.rows() == ["NR", "RO", "RH", "DFRot"]
+    assert registry.rows() == ["NR", "RO", "RH", "DFRot", "Offset", "Offset+"]
     for row in registry.rows():
         spec = registry.spec_of(row, seed=3)
         assert isinstance(spec, MethodSpec) and spec.name == row
@@ -73,7 +73,9 @@ def test_every_row_has_the_spec_of_its_method():
 
 
 def test_an_unknown_row_is_refused_with_those_there_are():
-    with pytest.raises(ValueError, match="a rotation must be one of NR, RO, RH, DFRot; got 'SpinQuant'"):
+    with pytest.raises(
+        ValueError, match=r"a rotation must be one of NR, RO, RH, DFRot, Offset, Offset\+; got 'SpinQuant'"
+    ):
         registry.spec_of("SpinQuant")
 
 
@@ -152,8 +154,8 @@ def test_what_a_method_looks_at_is_of_the_recipes_model_whatever_its_spec_says(c
 
 
 def squared_slopes(loaded: LoadedModel, ids: Tensor, layer: int, norm: str) -> Tensor:
-    """Squared derivatives (channels,) of the mean next-token loss by what is added to a norm's output, in the
-    mean over the tokens of all windows.
+    """Squared derivatives (tokens, channels) of the mean next-token loss of each window by what is added to a
+    norm's output, all windows in a row.
     """
     found = []
     for window in ids:
@@ -165,7 +167,7 @@ def squared_slopes(loaded: LoadedModel, ids: Tensor, layer: int, norm: str) -> T
             loss = torch.nn.functional.cross_entropy(logits, window[1:])
         handle.remove()
         found.append(torch.autograd.grad(loss, added)[0][0])
-    return torch.cat(found).square().mean(0)
+    return torch.cat(found).square()
 
 
 def test_sensitivities_are_the_mean_squared_gradients(tiny_spec: ModelSpec, text_file: Path, store: Store):
@@ -173,13 +175,37 @@ def test_sensitivities_are_the_mean_squared_gradients(tiny_spec: ModelSpec, text
     surgery.prepare(loaded)
     context = Context(recipe(tiny_spec, text_file), store, loaded)
     ids = context.text(half(context, tokens=2 * WINDOW)).reshape(2, WINDOW)
-    found = transforms._squared_gradients(loaded, ids)
+
+    def mean(squares: Tensor) -> Tensor:
+        return squares.mean(0)
+
+    found = {s: sum(parts) / 2 for s, parts in transforms._squared_gradients(loaded, ids, mean).items()}
     sites = {f"layers.{i}.{name}": (i, norm) for i in range(LAYERS) for name, norm, _ in loaded.roles.feeds}
     assert set(found) == set(sites)
     for site, (layer, norm) in sites.items():
-        expected = squared_slopes(loaded, ids, layer, norm).float()
+        expected = squared_slopes(loaded, ids, layer, norm).mean(0).float()
         assert found[site].dtype == torch.float32 and expected.min() < 0.5 * expected.max()
         torch.testing.assert_close(found[site], expected, rtol=1e-3, atol=1e-5 * float(expected.max()))
+
+
+def test_row_sensitivities_are_the_rows_squared_gradients_in_the_capture_s_order(
+    tiny_spec: ModelSpec, text_file: Path, store: Store
+):
+    loaded = tiny_model(dtype=torch.float64)
+    surgery.prepare(loaded)
+    context = Context(recipe(tiny_spec, text_file), store, loaded)
+    spec = half(context, tokens=2 * WINDOW)
+    ids = context.text(spec).reshape(2, WINDOW)
+    parts = transforms._squared_gradients(loaded, ids, lambda squares: squares.sum(1))
+    whole = context.row_sensitivities(spec)
+    assert set(whole) == set(context.rows(spec).sites) == set(parts)
+    for layer in range(LAYERS):
+        for name, norm, _ in loaded.roles.feeds:
+            site = f"layers.{layer}.{name}"
+            for found, of in ((torch.cat(parts[site]), ids), (whole[site], ids.reshape(1, -1))):
+                expected = squared_slopes(loaded, of, layer, norm).sum(1).float()
+                assert found.shape == (2 * WINDOW,) and expected.min() < 0.5 * expected.max()
+                torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5 * float(expected.max()))
 
 
 def test_sensitivities_are_kept_and_leave_the_model_as_it_was(context: Context):

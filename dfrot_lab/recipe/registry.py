@@ -17,6 +17,8 @@ class Choice(NamedTuple):
 METHODS = {
     "random": Choice("dfrot_lab.rotate.random", ("NR", "RO", "RH")),
     "dfrot": Choice("dfrot_lab.rotate.dfrot", ("DFRot",)),
+    "offset": Choice("dfrot_lab.rotate.offset", ("Offset",)),
+    "offset_plus": Choice("dfrot_lab.rotate.offset_plus", ("Offset+",)),
 }
 """Rotation methods: modules with `SPEC`, `spec(row, seed=, capture=)`, `fit(recipe, context)`; `VERSION`."""
 WEIGHTS = {"rtn": Choice("dfrot_lab.weights.rtn"), "gptq": Choice("dfrot_lab.weights.gptq")}

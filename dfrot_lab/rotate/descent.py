@@ -20,12 +20,13 @@ EIGHT_BITS = QuantSpec(bits=8)
 TURN_ERROR = 0.02  # how far a singular value may leave 1 in one step; every check brings them back
 
 
-def parts(mask: Tensor, weights: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """(row numbers, weights (rows, 1)) of each part: all massive rows, and some others that stand for all."""
+def parts(mask: Tensor, weights: Tensor, count: int = PARTS) -> list[tuple[Tensor, Tensor]]:
+    """(row numbers, weights (rows, 1)) of each of `count` parts: all massive rows, and some others that stand
+    for all."""
     massive_rows = mask.nonzero().flatten()
     others = (~mask & (weights > 0)).nonzero().flatten()
     others = others[torch.randperm(len(others), generator=torch.Generator().manual_seed(0)).to(others.device)]
-    size, found = max(1, -(-len(others) // PARTS), min(len(others), LEAST_ROWS)), []
+    size, found = max(1, -(-len(others) // count), min(len(others), LEAST_ROWS)), []
     for part in others.split(size):
         scaled = weights[part] * len(others) / max(1, len(part))
         weight = torch.cat([weights[massive_rows], scaled])[:, None]

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, reduce
 from typing import Any, Literal
 
 import torch
@@ -15,6 +15,9 @@ from dfrot_lab.model.loading import LoadedModel
 from dfrot_lab.observe.capture import Capture, capture, token_blocks
 from dfrot_lab.recipe import keys, registry
 from dfrot_lab.recipe.specs import CaptureSpec, Recipe
+
+Squares = Callable[[Tensor], Tensor]
+Join = Callable[[list[Tensor]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -59,24 +62,35 @@ class Context:
     def sensitivities(self, spec: CaptureSpec) -> dict[str, Tensor]:
         """Mean squared gradient of the unrotated model's loss at each norm output, by site (channels,)."""
 
+        def mean(parts: list[Tensor]) -> Tensor:
+            return reduce(torch.add, [part / len(parts) for part in parts])
+
+        return self._squares("sensitivity", spec, lambda squares: squares.mean(0), mean)
+
+    def row_sensitivities(self, spec: CaptureSpec) -> dict[str, Tensor]:
+        """Each row's squared gradient, the sum over channels, of its window's loss, by site (tokens,)."""
+        return self._squares("row-sensitivity", spec, lambda squares: squares.sum(1), torch.cat)
+
+    def _squares(self, kind: str, spec: CaptureSpec, of: Squares, join: Join) -> dict[str, Tensor]:
         def make(writer: Writer) -> None:
-            writer.save_tensors("squares", _squared_gradients(self.model, self.text(spec)))
+            found = _squared_gradients(self.model, self.text(spec), of)
+            writer.save_tensors("squares", {site: join(parts) for site, parts in found.items()})
 
         def inputs() -> dict[str, Any]:
             return {"of": keys.identity(self._own(spec), door.prints)}
 
-        return self.store.get_or_make("sensitivity", inputs, make).tensors("squares")
+        return self.store.get_or_make(kind, inputs, make).tensors("squares")
 
 
-def _squared_gradients(loaded: LoadedModel, ids: Tensor) -> dict[str, Tensor]:
-    """By site, the mean over tokens of the loss's squared gradient (channels,) at each norm output: through
-    the layers once, what enters each kept, then back from the loss, each layer run again."""
-    total: dict[str, Tensor] = {}
+def _squared_gradients(loaded: LoadedModel, ids: Tensor, of: Squares) -> dict[str, list[Tensor]]:
+    """By site, of each window what `of` makes of the loss's squared gradient (tokens, channels) at the norm's
+    output: through the layers once, what enters each kept, then back from the loss, each layer run again."""
+    found: dict[str, list[Tensor]] = {}
 
     def see(site: str, x: Tensor) -> Tensor:
         def add(gradient: Tensor) -> None:
-            squares = gradient.detach().float().square().flatten(0, -2).mean(0).cpu()
-            total[site] = total.get(site, torch.zeros_like(squares)) + squares / len(ids)
+            squares = gradient.detach().float().square().flatten(0, -2)
+            found.setdefault(site, []).append(of(squares).cpu())
 
         x = x if x.requires_grad else x.requires_grad_()
         x.register_hook(add)
@@ -97,7 +111,7 @@ def _squared_gradients(loaded: LoadedModel, ids: Tensor) -> dict[str, Tensor]:
             with stream.part(loaded, number):
                 for i, x in enumerate(entered.pop()):
                     gradients[i] = _gradient(x, partial(walk.run, number), gradients[i])
-    return total
+    return found
 
 
 def _window_loss(loaded: LoadedModel, ids: Tensor, hidden: Tensor) -> Tensor:

@@ -231,5 +231,6 @@ FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {  # by experiment, what 
     "calibration": partial(figure_differences, label="{varied} {level}"),
     "symmetric-or-not": partial(figure_differences, label=SCHEME_LABEL, panel="tested {tested_with}, {bits}"),
     "variants": partial(figure_differences, label="{variant}"),
-    "measuring": figure_measuring, "gain": partial(figure_differences, label="{rotation}"),
+    "offset": partial(figure_differences, label="{rotation}"), "measuring": figure_measuring,
+    "gain": partial(figure_differences, label="{rotation}"),
 }  # fmt: skip

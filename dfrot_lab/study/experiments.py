@@ -82,6 +82,17 @@ def gain(setting: Setting, _store: Store) -> Iterator[Row]:
     yield Row(setting.row("16-4-16", setting.method("DFRot")), {}, {"RH": rh})
 
 
+def offset(setting: Setting, _store: Store) -> Iterator[Row]:
+    """Beyond the paper: R1 that points what rows share where the zero point takes it."""
+    for bits in main.BITS:
+        rh, dfrot = (setting.row(bits, setting.method(name), weights="rtn") for name in ("RH", "DFRot"))
+        yield Row(rh)
+        yield Row(dfrot, {}, {"RH": rh})
+        for name in ("Offset", "Offset+"):
+            spec = setting.row(bits, setting.method(name), weights="rtn")
+            yield Row(spec, {}, {"RH": rh, "DFRot": dfrot})
+
+
 def gamma_sweep(setting: Setting, store: Store) -> Iterator[Row]:
     """Fig. 5 and 6: perplexity against gamma, from RH and RO, beside QuaRot and its FP16() of that start. The
     paper's QuaRot has asymmetric activations, clip 1, no Hadamard at o_proj online (QuaRot's own: symmetric,
@@ -251,6 +262,7 @@ EXPERIMENTS: dict[str, tuple[str, str, Callable[[Setting, Store], Any]]] = {
     "calibration": ("Table 3", "Does it matter what R1 is refined on?", calibration),
     "gain": ("asked by reviewers", "How much does DFRot gain, and could less be seen?", gain),
     "measuring": ("asked here", "How small a difference can be told, and what would less cost?", measuring),
+    "offset": ("not in the paper", "Is there a better R1, if the zero point may take a part?", offset),
     "zero-shot": ("Table 5, README", "Does what holds for perplexity hold for tasks?", zero_shot),
     "clip-sweep": ("asked by a reviewer", "Is it the rotation, or would a clip do?", clip_sweep),
     "symmetric-or-not": ("Eq. 5, released code", "Which quantizer to refine R1 with?", either_scheme),

@@ -12,7 +12,7 @@ FIGURE_LAYER = 15  # in the middle of the stretch where the default model's toke
 PROFILE = "DFROT_LAB_PROFILE"  # environment variable: notebooks, experiments `quick` (minutes) or `full`
 BUILDS = 5  # that a comparison is made of: the fewest that tell RO from RH surely (docs/measuring.md)
 QUICK: dict[str, Any] = {"windows": 2, "window": 512, "gptq_windows": 4, "weights": "rtn"}
-QUICK |= {"builds": 2, "limit": 2, "steps": 20, "quick": True}  # what the quick profile changes
+QUICK |= {"builds": 1, "limit": 2, "steps": 20, "quick": True}  # what the quick profile changes
 
 
 class Setting(Spec):

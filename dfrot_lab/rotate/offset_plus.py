@@ -1,0 +1,236 @@
+"""Offset+: from Offset downhill. The loss is a smooth stand-in for the error on an asymmetric grid, the
+squared centred 8-norm of rows (`maths.offsets.spread`; InfoQuant, arXiv 2605.26175, also takes out the mean),
+each weighted by the squared gradient of the full-precision model's loss at that row: how much an error there
+matters, so there is no gamma. Steps are Adam's on the rotations, R <- R Cayley(-A) with A made of the skew
+part of y^T g (y the rotated rows, g the loss's slope there), on a part of the rows each. The best R of looks
+at all rows is kept."""
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import pandas as pd
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from dfrot_lab.disk.artefacts import Artefact, Writer
+from dfrot_lab.maths import offsets, rotations
+from dfrot_lab.model import door
+from dfrot_lab.observe import massive
+from dfrot_lab.recipe import keys
+from dfrot_lab.recipe.base import MethodSpec, one_of, require, ruled
+from dfrot_lab.recipe.specs import DEFAULT_RULE, MASSIVE_RULES, WINDOW, CaptureSpec, QuantSpec, Recipe
+from dfrot_lab.rotate import descent, offset
+from dfrot_lab.rotate.steps import HISTORY, ROWS_AT_ONCE, Refined
+from dfrot_lab.rotate.transforms import Context, Transforms
+
+log = logging.getLogger(__name__)
+KIND = "offset-plus"
+VERSION = offset.VERSION  # of its start: raise it with any change of either
+WINDOWS = 4  # of calibration text: on one it fits rows that another window does not have
+PARTS = 32  # a step sees all massive rows and one of so many parts of the others, in turn
+CHECK_EVERY = 25  # steps between two looks at all rows
+LENGTH = 0.1  # of the first step: about the angle it turns by, falling to 0 in a line; from 0.5 on it climbs
+BETAS = (0.9, 0.999)  # Adam's, arXiv 1412.6980
+
+
+class OffsetPlusSpec(MethodSpec):
+    """As OffsetSpec, with `updates`, the steps of the descent, on at most `rows` of the ordinary rows."""
+
+    method: ClassVar[str] = "offset_plus"
+    capture: CaptureSpec = CaptureSpec(tokens=WINDOWS * WINDOW)
+    seed: int = ruled(0, "a whole number in 0..2^63", ge=0, lt=1 << 63)
+    rule: str = one_of(DEFAULT_RULE, MASSIVE_RULES)
+    quantizer: QuantSpec = QuantSpec(scheme="asymmetric")
+    updates: int = ruled(200, "a whole number >= 1", ge=1)
+    rows: int = ruled(1 << 17, "a whole number >= 1", ge=1)
+
+    def _check(self) -> None:
+        fits = self.quantizer.bits < 16 and self.quantizer.granularity == "per_token"
+        self._require("quantizer", fits, "per_token, of fewer than 16 bits")
+        self._require("capture", self.capture.tokens > 1, "of 2 tokens or more: one alone has no loss")
+
+    @property
+    def name(self) -> str:
+        """Name for tables and figures."""
+        return "Offset+"
+
+    @property
+    def start(self) -> offset.OffsetSpec:
+        """Where the descent starts: Offset of the same rows."""
+        same = {name: getattr(self, name) for name in offset.OffsetSpec.model_fields}
+        return offset.OffsetSpec(**same)
+
+
+SPEC = OffsetPlusSpec
+
+
+@dataclass
+class State:
+    """Where a descent is: R of the next step, the best so far, Adam's two moments (channels, channels),
+    history (columns of steps.HISTORY)."""
+
+    R: Tensor
+    best: Tensor
+    first: Tensor
+    second: Tensor
+    history: list[dict[str, float]]
+
+    @property
+    def lowest(self) -> float:
+        """The lowest objective so far."""
+        return min((line["objective"] for line in self.history), default=math.inf)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a descent is on: `rows` (tokens, channels), their weights (tokens,), which are massive
+    (tokens,)."""
+
+    rows: Tensor
+    weights: Tensor
+    mask: Tensor
+
+
+def spec(_row: str, *, seed: int = 0, capture: CaptureSpec | None = None) -> OffsetPlusSpec:
+    """The row Offset+: of a capture of one whole window, four."""
+    capture = capture or CaptureSpec()
+    tokens = WINDOWS * WINDOW if capture.tokens == WINDOW else capture.tokens
+    return OffsetPlusSpec(capture=capture.with_(tokens=tokens), seed=seed)
+
+
+def fit(recipe: Recipe, context: Context) -> Transforms:
+    """R1 by the descent, R2 to R4 Hadamard."""
+    assert isinstance(recipe.rotation, OffsetPlusSpec)
+    return Transforms(R1=descended(recipe.rotation, context).R)
+
+
+def descended(
+    spec: OffsetPlusSpec, context: Context, checkpoint: Callable[[State], None] = lambda _state: None
+) -> Refined:
+    """The rotation `spec` describes, from the store or made now on the model of `context`; a stopped run goes
+    on at its last look. `checkpoint` sees each state once saved; it may raise to stop."""
+    spec = door.resolved(spec)
+
+    def make(writer: Writer) -> None:
+        sample = _sample(spec, context)
+        begin = offset.pointed(spec.start, context.store).R
+        started = time.perf_counter()
+
+        def save(state: State) -> None:
+            _save_state(writer, state)
+            checkpoint(state)
+
+        result = descend(sample, begin, spec, _resume(writer), save)
+        writer.save_tensors("R1", {"R1": result.R})
+        writer.save_json("history", result.history.to_dict("records"))
+        writer.note.update(seconds=time.perf_counter() - started)
+        writer.drop("state")
+
+    return _result(context.store.get_or_make(KIND, lambda: keys.identity(spec, door.prints), make))
+
+
+def _result(artefact: Artefact) -> Refined:
+    history = pd.DataFrame(artefact.json("history"), columns=list(HISTORY))
+    seconds = float(artefact.manifest["note"].get("seconds", math.nan))
+    return Refined(artefact.tensors("R1")["R1"], history, seconds)
+
+
+def _sample(spec: OffsetPlusSpec, context: Context) -> Sample:
+    """The rows of a descent: all massive ones and some others, which weigh as much as all others together."""
+    recorded = context.rows(spec.capture)
+    massive.warn(recorded, spec.rule)
+    squares = context.row_sensitivities(spec.capture)
+    weights = torch.cat([squares[site].double() for site in recorded.sites])
+    mask = massive.find(recorded, spec.rule).flatten()
+    places = offset.sample(mask, spec.rows, spec.seed)
+    drawn, is_massive = weights[places], mask[places]
+    drawn[~is_massive] *= weights[~mask].sum() / drawn[~is_massive].sum()
+    total = drawn.sum()
+    require("the loss's gradient at the rows", f"{total:g} in all", 0 < total < math.inf, "finite and not 0")
+    log.info("%d rows, %d of them massive (%s)", len(drawn), int(is_massive.sum()), spec.rule)
+    where = context.model.device
+    parts = recorded.all_rows(places), drawn / total, is_massive
+    return Sample(*(part.to(where) for part in parts))
+
+
+def descend(
+    sample: Sample, start: Tensor, spec: OffsetPlusSpec, state: State | None = None,
+    checkpoint: Callable[[State], None] = lambda _state: None,
+) -> Refined:  # fmt: skip
+    """Go downhill from `start` (channels, channels) for `spec.updates` steps; history has a line a look."""
+    still = torch.zeros_like(start.to(sample.rows))
+    state = state or State(start.to(still), start.to(still), still, still.clone(), [])
+    moved = (part.to(still) for part in (state.R, state.best, state.first, state.second))
+    state.R, state.best, state.first, state.second = moved
+    parts = descent.parts(sample.mask, sample.weights, PARTS)
+    bar = tqdm(total=spec.updates, desc="descend", unit="step", leave=False)
+    while not state.history or state.history[-1]["step"] < spec.updates:
+        done = int(state.history[-1]["step"]) if state.history else 0
+        bar.update(done - bar.n)
+        if state.history:
+            for step in range(done, done := min(done + CHECK_EVERY, spec.updates)):
+                at, weights = parts[step % len(parts)]
+                _step(state, sample.rows[at], weights.flatten(), step, LENGTH * (1 - step / spec.updates))
+                bar.update()
+            state.R = descent.orthonormal(state.R)
+        _look(state, sample, start, done, spec)
+        checkpoint(state)
+    bar.close()
+    best = (
+        start if state.history[0]["objective"] <= state.lowest else descent.orthonormal(state.best.double())
+    )
+    return Refined(rotations.check(best).cpu(), pd.DataFrame(state.history))
+
+
+def _step(state: State, rows: Tensor, weights: Tensor, step: int, length: float) -> None:
+    """One step of Adam on the rotations, of an angle of about `length`."""
+    rotated = rows @ state.R
+    skew = rotated.T @ offsets.spread(rotated, weights)[1]
+    skew = skew - skew.T
+    state.first.lerp_(skew, 1 - BETAS[0])
+    state.second.lerp_(skew.square(), 1 - BETAS[1])
+    first, second = (
+        m / (1 - b ** (step + 1)) for m, b in zip((state.first, state.second), BETAS, strict=True)
+    )
+    least = 1e-8 * second.max().sqrt() + torch.finfo(skew.dtype).tiny
+    half = first.div_(second.sqrt_().add_(least)).mul_(length / (2 * math.sqrt(len(skew))))
+    turned = torch.linalg.solve(torch.eye(len(half)).to(half) - half, state.R.T + half @ state.R.T)
+    state.R = turned.T.contiguous()
+
+
+def _look(state: State, sample: Sample, start: Tensor, step: int, spec: OffsetPlusSpec) -> None:
+    """A line of history about the state's R; back to the best one, at rest, where nothing was gained."""
+    pairs = zip(sample.rows.split(ROWS_AT_ONCE), sample.weights.split(ROWS_AT_ONCE), strict=True)
+    objective = sum(offsets.spread(rows @ state.R, weights)[0] for rows, weights in pairs)
+    places = offset.sample(sample.mask.cpu(), offset.ROWS, spec.seed).to(sample.mask.device)
+    found: dict[str, Any] = offset.losses(sample.rows[places] @ state.R, sample.mask[places], spec.quantizer)
+    if objective < state.lowest:
+        state.best = state.R
+    else:  # also where it is not a number
+        state.R, state.first = state.best, torch.zeros_like(state.first)
+    best = min(objective, state.lowest)
+    line = {**found, "step": step, "objective": objective, "best": best}
+    state.history.append({**line, "distance": rotations.distance(state.R.cpu(), start)})
+
+
+def _save_state(writer: Writer, state: State) -> None:
+    """One file: a kill cannot leave a rotation and a history that do not belong together."""
+    history = torch.tensor([[line[name] for name in HISTORY] for line in state.history], dtype=torch.float64)
+    moments = {"first": state.first, "second": state.second}
+    writer.save_tensors("state", {"R": state.R, "best": state.best, **moments, "history": history})
+
+
+def _resume(writer: Writer) -> State | None:
+    if not writer.has("state"):
+        return None
+    saved = writer.load_tensors("state")
+    history = [
+        dict(zip(HISTORY, [int(line[0]), *line[1:]], strict=True)) for line in saved.pop("history").tolist()
+    ]
+    log.info("going on with the descent at step %d", history[-1]["step"])
+    return State(**saved, history=history)
