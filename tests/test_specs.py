@@ -306,6 +306,10 @@ def test_the_key_differs_in_the_fields_that_need_another():
 def test_each_sample_and_jitter_has_a_key_and_none_has_that_of_before(spec, names):
     """What is not sampled and not jittered is what it was before there were samples: its key hangs on none."""
     assert set(names) <= spec().unkeyed
+    plain = {name: value for name, value in spec().to_dict().items() if name not in spec.LATER}
+    for inner in [part for part in plain.values() if isinstance(part, dict)]:
+        inner.pop("sample", None)
+    assert spec().key == content_key(plain), "nor does that of a spec with one in it"
     for name in names:
         found = [spec(**{name: value}) for value in (None, 0, 1, 2**40)]
         assert len({one.key for one in found}) == 4 and found[0] == spec()

@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar, Self, get_args
 
+import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dfrot_lab.recipe import registry
@@ -47,6 +48,30 @@ def require_file(name: str, path: Path, *, or_none: bool = False, most: int | No
     require(name, path, path.is_file() or (or_none and not path.exists()), rule)
     if most is not None and (size := path.stat().st_size) > most:
         raise ValueError(f"{name} must have at most {most:,} bytes; got {path} of {size:,}")
+
+
+class _Once(yaml.SafeLoader):
+    """Plain values alone, no key of a mapping twice: of two lines for one field YAML would take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set[str]()
+        for key, _ in node.value:
+            if (name := str(key.value)) in seen:
+                raise ValueError(f"{name} is said twice{key.start_mark}")
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(name: str, text: str | Path) -> Any:
+    """The plain values in a YAML file of at most 1 MiB, or in a text. ValueError, which calls it `name`."""
+    if isinstance(text, Path):
+        require_file(name, text, most=1 << 20)
+    try:
+        said = text.read_text(encoding="utf-8") if isinstance(text, Path) else text
+        return yaml.load(said, _Once)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        why = " ".join(str(error).split())
+        raise ValueError(f"{name} must be YAML; got {str(text)!r} ({why})") from error
 
 
 def ruled(default: Any, rule: str, **limits: Any) -> Any:
@@ -143,7 +168,12 @@ class Spec(BaseModel):
     @property
     def key(self) -> str:
         """Content hash of the spec (32 hex digits)."""
-        return content_key({name: v for name, v in self.to_dict().items() if name not in self.unkeyed})
+        return content_key({"spec": type(self).__name__, **self._keyed()})
+
+    def _keyed(self) -> dict[str, Any]:
+        """`plain` without what adds nothing to a key, at any depth."""
+        own = {name: value for name, value in self.plain().items() if name not in self.unkeyed}
+        return own | {name: value._keyed() for name, value in self if isinstance(value, Spec)}
 
     def with_(self, **changes: Any) -> Self:
         """A copy with some fields changed, validated again."""

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import yaml
 
 from dfrot_lab.recipe import registry
-from dfrot_lab.recipe.base import MethodSpec, Spec, one_of, require_file, ruled
+from dfrot_lab.recipe.base import MethodSpec, Spec, one_of, read_yaml, ruled
 
 WINDOW = 2048  # tokens in one window: the length DFRot, QuaRot and GPTQ calibrate and evaluate with
 WINDOWS = 3  # scored in one build: more builds tell more than more windows (docs/measuring.md)
@@ -280,27 +280,7 @@ class Recipe(Spec):
     @classmethod
     def from_yaml(cls, text: str | Path) -> "Recipe":
         """The recipe in a YAML file (or text); fields left out have their defaults. ValueError."""
-        if isinstance(text, Path):
-            require_file("a recipe", text, most=1 << 20)
-        try:
-            said = text.read_text(encoding="utf-8") if isinstance(text, Path) else text
-            found = yaml.load(said, _Once)
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
-            why = " ".join(str(error).split())
-            raise ValueError(f"a recipe must be YAML; got {str(text)!r} ({why})") from error
-        return cls.of(found)
-
-
-class _Once(yaml.SafeLoader):
-    """Plain values alone, no key of a mapping twice: of two lines for one field YAML would take the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set[str]()
-        for key, _ in node.value:
-            if (name := str(key.value)) in seen:
-                raise ValueError(f"{name} is said twice{key.start_mark}")
-            seen.add(name)
-        return super().construct_mapping(node, deep)
+        return cls.of(read_yaml("a recipe", text))
 
 
 def recipe_of(bits: str, *, weights: str = "gptq", **fields: Any) -> Recipe:
