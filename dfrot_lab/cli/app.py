@@ -270,11 +270,8 @@ def evaluate_command(
     given = {name for name, source in sources.items() if source and source.name == "COMMANDLINE"}
     if recipe and (others := given - {"recipe", "out", "as_json"}):
         raise ValueError(f"--recipe says everything: put {', '.join(sorted(others))} into {recipe} instead")
-    kept, path = (
-        specs.RELEASED_KEEP_OUT if keep_out else None,
-        said.out and said.file("rows.jsonl", row_files.ROWS),
-    )
-    if path:
+    kept = specs.RELEASED_KEEP_OUT if keep_out else None
+    if path := said.out and said.file("rows.jsonl", row_files.ROWS):
         row_files.require_rows(path)
     spec = specs.Recipe.from_yaml(recipe) if recipe else said.recipe(rotation, bits).with_(keep_out=kept)
     result = perplexity.evaluate(spec)
@@ -286,10 +283,8 @@ def evaluate_command(
         atomic.write_text(beside, public(result.spec).to_yaml())
     about = f"{tables.label(row)} {row['bits']} on {row['corpus']}: perplexity {tables.cell(row)}"
     more = ", ".join(f"{each['metric']} {tables.cell(each)}" for each in found[1:])
-    said.show(
-        row | {each["metric"]: each["value"] for each in found[1:]},
-        f"{about}, {more}; {row['windows']} windows",
-    )
+    values = {each["metric"]: each["value"] for each in found[1:]}
+    said.show(row | values, f"{about}, {more}; {row['windows']} windows")
 
 
 @command("recipe", "weights model corpus calibration seed gamma rule dtype windows window out")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.disk.atomic import still
+from dfrot_lab.maths.hadamard import in_blocks
 from dfrot_lab.maths.quantizers import fake_quantize, squared_error
 from dfrot_lab.model import corpus, door, hooks, integer, loading, surgery
 from dfrot_lab.model.loading import LoadedModel
@@ -149,7 +150,7 @@ def quantized(built: Built, recipe: Recipe, *, fake: bool = False, only: str | N
             ids = windows(recipe.with_(corpus=recipe.corpus.with_(split="calibration")), loaded)
             stack.enter_context(residual.massive_set(loaded, recipe.set_massive, ids))
         if in_integers:
-            r4 = partial(surgery.hadamard, block=recipe.mlp_block) if made.r4 else None
+            r4 = partial(in_blocks, block=recipe.mlp_block) if made.r4 else None
             stack.enter_context(integer.integer_linears(loaded, built.codes, act, r4=r4, spare=spare))
         elif act.bits < 16:
             kinds += hooks.LINEAR_INPUTS
