@@ -96,7 +96,7 @@ def test_a_block_that_does_not_fit_is_refused_by_name(block: int):
 def test_the_transform_in_blocks_is_the_product_with_them_on_the_diagonal(block: int):
     x = torch.randn(2, 3, 5, 96, dtype=torch.float64)
     H = torch.block_diag(*[hadamard_matrix(block) / block**0.5] * (96 // block))
-    torch.testing.assert_close(hadamard.in_blocks(x, block), x @ H.T, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(surgery.hadamard(x, block), x @ H.T, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("blocks", [(None, None), (2, 4), (8, 32)])

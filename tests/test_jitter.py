@@ -5,7 +5,7 @@ import torch
 from conftest import FAMILIES, save_tiny, tiny_model
 
 from dfrot_lab.disk.artefacts import Store
-from dfrot_lab.model import checkpoint, loading, stream, surgery
+from dfrot_lab.model import checkpoint, loading, noise, stream, surgery
 from dfrot_lab.model.checkpoint import EMBEDDING
 from dfrot_lab.model.loading import LoadedModel
 from dfrot_lab.recipe.specs import CorpusSpec, ModelSpec, Recipe, RotationSpec, recipe_of
@@ -18,7 +18,7 @@ def prepared(seed: int | None, family: str = "llama", **options: object) -> Load
     loaded = tiny_model(family, **options)
     surgery.prepare(loaded)
     if seed is not None:
-        surgery.jitter(loaded, seed)
+        noise.jitter(loaded, seed)
     return loaded
 
 
@@ -64,7 +64,7 @@ def test_a_streamed_model_has_the_jitter_of_the_kept_one(tied, tmp_path, monkeyp
     streamed = loading.load_model(spec)
     for loaded in (kept, streamed):
         surgery.prepare(loaded)
-        surgery.jitter(loaded, 5)
+        noise.jitter(loaded, 5)
     for _ in range(2):
         with stream.part(streamed, EMBEDDING):
             found = streamed.model.get_input_embeddings().weight.clone()

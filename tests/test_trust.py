@@ -362,7 +362,7 @@ def dangerous(tree: ast.AST) -> Iterator[str]:
             continue
         called, said = ast.unparse(node.func), {word.arg: ast.unparse(word.value) for word in node.keywords}
         loader = [*map(ast.unparse, node.args[1:]), *said.values()]
-        if called in DANGEROUS or (called == "yaml.load" and not {"yaml.SafeLoader", "_Once"} & {*loader}):
+        if called in DANGEROUS or (called == "yaml.load" and not {"yaml.SafeLoader", "Once"} & {*loader}):
             yield f"line {node.lineno}: {called}("
         yield from (
             f"line {node.lineno}: {word}={value}"

@@ -168,43 +168,6 @@ def report_command(said: Options) -> None:
     said.show_facts(about)
 
 
-@command("models", "model out as_json dtype")
-def models(said: Options) -> None:
-    """What can be loaded: supported and refused families with the reason; then --model itself, described."""
-    from dfrot_lab.model import families, loading, public
-
-    loaded, spec = loading.load_model(said.model_spec), said.model_spec
-    about: dict[str, Any] = {"model": public.public(spec).source, "family": loaded.family}
-    about["provenance"] = public.origin(loaded.provenance, spec)
-    about |= {"channels": loaded.channels, "layers": len(loaded.layers), "context": loaded.context}
-    about |= {"fingerprint": loaded.fingerprint, "packaged": [*specs.PACKAGED]}
-    said.show_facts({**about, "supported": [*families.FAMILIES], "refused": families.REFUSED}, said.out)
-
-
-@command("fetch", "model corpus out as_json dtype")
-def fetch(said: Options) -> None:
-    """Fetch and convert the model and the corpus now, so that everything else works without a network."""
-    from dfrot_lab.model import corpus, loading, public
-
-    provenance = public.origin(loading.load_model(said.model_spec).provenance, said.model_spec)
-    about = {"model": public.public(said.model_spec).source, "provenance": provenance}
-    for split in ("calibration", "evaluation"):
-        spec = corpus.resolve(specs.CorpusSpec(name=said.corpus, split=split))
-        about[f"{public.public(spec).name} {split}"] = f"{len(corpus.load_text(spec)):,} characters"
-    said.show_facts(about, said.out)
-
-
-@command("doctor", "model corpus out as_json dtype")
-def doctor(said: Options) -> None:
-    """Versions, cores, memory, what is cached, what is missing; exit code 1 if the main job could not run."""
-    from dfrot_lab.cli.doctor import checkup
-
-    about, missing = checkup(said.model_spec, specs.CorpusSpec(name=said.corpus))
-    said.show_facts({**about, "missing": "; ".join(missing) or "nothing"}, said.out)
-    if missing:
-        raise typer.Exit(1)
-
-
 @command("capture", "model corpus out as_json tokens dtype")
 def capture_command(said: Options) -> None:
     """Record norms' outputs, find massive tokens by all rules. --out: their table, .csv, .parquet, .json."""
@@ -270,8 +233,11 @@ def evaluate_command(
     given = {name for name, source in sources.items() if source and source.name == "COMMANDLINE"}
     if recipe and (others := given - {"recipe", "out", "as_json"}):
         raise ValueError(f"--recipe says everything: put {', '.join(sorted(others))} into {recipe} instead")
-    kept = specs.RELEASED_KEEP_OUT if keep_out else None
-    if path := said.out and said.file("rows.jsonl", row_files.ROWS):
+    kept, path = (
+        specs.RELEASED_KEEP_OUT if keep_out else None,
+        said.out and said.file("rows.jsonl", row_files.ROWS),
+    )
+    if path:
         row_files.require_rows(path)
     spec = specs.Recipe.from_yaml(recipe) if recipe else said.recipe(rotation, bits).with_(keep_out=kept)
     result = perplexity.evaluate(spec)
@@ -283,8 +249,10 @@ def evaluate_command(
         atomic.write_text(beside, public(result.spec).to_yaml())
     about = f"{tables.label(row)} {row['bits']} on {row['corpus']}: perplexity {tables.cell(row)}"
     more = ", ".join(f"{each['metric']} {tables.cell(each)}" for each in found[1:])
-    values = {each["metric"]: each["value"] for each in found[1:]}
-    said.show(row | values, f"{about}, {more}; {row['windows']} windows")
+    said.show(
+        row | {each["metric"]: each["value"] for each in found[1:]},
+        f"{about}, {more}; {row['windows']} windows",
+    )
 
 
 @command("recipe", "weights model corpus calibration seed gamma rule dtype windows window out")
@@ -298,3 +266,6 @@ def recipe_command(
     if said.out:
         said.file("recipe.yaml").write_text(text, encoding="utf-8")
     typer.echo(f"written: {said.out}" if said.out else text, nl=bool(said.out))
+
+
+from dfrot_lab.cli import here  # noqa: E402, F401 its commands come last

@@ -188,11 +188,3 @@ def hadamard_transform(x: Tensor, scale: float = 1.0) -> Tensor:
     work = x.to(torch.promote_types(x.dtype, torch.float32))
     done = _torch_transform(work, scale) if kernel is None else _kernel_transform(work, scale, kernel)
     return done.to(x.dtype)
-
-
-def in_blocks(x: Tensor, block: int | None = None) -> Tensor:
-    """x H^T / sqrt(n) for x (..., n), or the same block by block: R3, R2 and the two halves of R4. Default:
-    the largest blocks that there are, one of n where a Hadamard matrix of n is known (`block_of`)."""
-    block = block_of(x.shape[-1], block)
-    parts = x.reshape(*x.shape[:-1], -1, block)
-    return hadamard_transform(parts, block**-0.5).reshape(x.shape)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dfrot_lab.maths.hadamard import block_of, in_blocks
+from dfrot_lab.maths.hadamard import block_of, hadamard_transform
 from dfrot_lab.maths.rotations import check, fast_product
 from dfrot_lab.model.checkpoint import EMBEDDING, HEAD
 from dfrot_lab.model.experts import widths
@@ -50,18 +50,6 @@ def prepare(loaded: LoadedModel) -> None:
     untie(loaded)
     centre(loaded)
     fuse_norms(loaded)
-
-
-def jitter(loaded: LoadedModel, seed: int) -> None:
-    """Change what embeds tokens in its last bit, each value by about the precision of its dtype: what a 4-bit
-    model then loses or gains is rounding alone."""
-    size = torch.finfo(next(loaded.model.parameters()).dtype).eps
-
-    def change_it(_part: int) -> None:
-        source = torch.Generator().manual_seed(seed)
-        edit_rows(tables(loaded), lambda w: w * (1 + size * torch.randn(w.shape, generator=source).to(w)))
-
-    change(loaded, change_it, {EMBEDDING})
 
 
 def centre(loaded: LoadedModel) -> None:
@@ -254,14 +242,14 @@ def _rotate_values(
     """v's weight (out, in) or bias (out,) with each head's value rows h (of `rows`) as R^T h."""
     values = w[rows]
     heads = values.reshape(-1, head, w[0].numel()).transpose(1, 2)
-    w[rows] = (in_blocks(heads, block) if R is None else heads @ R).transpose(1, 2).reshape(values.shape)
+    w[rows] = (hadamard(heads, block) if R is None else heads @ R).transpose(1, 2).reshape(values.shape)
     return w
 
 
 def _rotate_inputs(w: Tensor, head: int, R: Tensor | None, block: int | None) -> Tensor:
     """o_proj's weight (out, heads * head) with each head's columns h as h R."""
     heads = w.reshape(len(w), -1, head)
-    turned = in_blocks(heads, block) if R is None else torch.einsum("ohi,hij->ohj", heads, R)
+    turned = hadamard(heads, block) if R is None else torch.einsum("ohi,hij->ohj", heads, R)
     return turned.reshape(w.shape)
 
 
@@ -274,7 +262,7 @@ def rotate_down(loaded: LoadedModel, block: int | None = None) -> None:
 
     def rotate(number: int) -> None:
         for down in writers(loaded, number)[1:]:
-            edit_rows([down], partial(in_blocks, block=blocks[down.weight.shape[1]]))
+            edit_rows([down], partial(hadamard, block=blocks[down.weight.shape[1]]))
 
     change(loaded, rotate)
 
@@ -287,9 +275,17 @@ def online(
     """While the block runs: R3 on queries and keys, R4 before down_proj, then `function` at `sites` (all)."""
     own = dict.fromkeys(("q", "k") if r3 else (), blocks[0]) | ({"down_proj_in": blocks[1]} if r4 else {})
     at = sites_of(loaded, *own)
-    rotated = at_sites(loaded, lambda site, x: in_blocks(x, own[site.rpartition(".")[2]]), at)
+    rotated = at_sites(loaded, lambda site, x: hadamard(x, own[site.rpartition(".")[2]]), at)
     with rotated, at_sites(loaded, function, sites) if function else nullcontext():
         yield
+
+
+def hadamard(x: Tensor, block: int | None = None) -> Tensor:
+    """x H^T / sqrt(n) for x (..., n), or the same block by block: R3, R2 and the two halves of R4. Default:
+    the largest blocks that there are, one of n where a Hadamard matrix of n is known (`block_of`)."""
+    block = block_of(x.shape[-1], block)
+    parts = x.reshape(*x.shape[:-1], -1, block)
+    return hadamard_transform(parts, block**-0.5).reshape(x.shape)
 
 
 def _require_untied(loaded: LoadedModel) -> None:

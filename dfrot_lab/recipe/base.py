@@ -35,6 +35,19 @@ def strict_json(value: Any, indent: int | None = 1) -> str:
     return json.dumps(plain(value), indent=indent, default=str, allow_nan=False)
 
 
+class Once(yaml.SafeLoader):
+    """Plain values alone, no key of a mapping twice: of two lines for one field YAML would take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """The mapping of a YAML node. ValueError: a key that is there twice."""
+        seen = set[str]()
+        for key, _ in node.value:
+            if (name := str(key.value)) in seen:
+                raise ValueError(f"{name} is said twice{key.start_mark}")
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
 def require(name: str, value: object, ok: object, rule: str) -> None:
     """A ValueError that names what is wrong, the rule and the value, unless `ok`."""
     if not ok:
@@ -48,30 +61,6 @@ def require_file(name: str, path: Path, *, or_none: bool = False, most: int | No
     require(name, path, path.is_file() or (or_none and not path.exists()), rule)
     if most is not None and (size := path.stat().st_size) > most:
         raise ValueError(f"{name} must have at most {most:,} bytes; got {path} of {size:,}")
-
-
-class _Once(yaml.SafeLoader):
-    """Plain values alone, no key of a mapping twice: of two lines for one field YAML would take the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set[str]()
-        for key, _ in node.value:
-            if (name := str(key.value)) in seen:
-                raise ValueError(f"{name} is said twice{key.start_mark}")
-            seen.add(name)
-        return super().construct_mapping(node, deep)
-
-
-def read_yaml(name: str, text: str | Path) -> Any:
-    """The plain values in a YAML file of at most 1 MiB, or in a text. ValueError, which calls it `name`."""
-    if isinstance(text, Path):
-        require_file(name, text, most=1 << 20)
-    try:
-        said = text.read_text(encoding="utf-8") if isinstance(text, Path) else text
-        return yaml.load(said, _Once)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        why = " ".join(str(error).split())
-        raise ValueError(f"{name} must be YAML; got {str(text)!r} ({why})") from error
 
 
 def ruled(default: Any, rule: str, **limits: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import yaml
 
 from dfrot_lab.recipe import registry
-from dfrot_lab.recipe.base import MethodSpec, Spec, one_of, read_yaml, ruled
+from dfrot_lab.recipe.base import MethodSpec, Once, Spec, one_of, require_file, ruled
 
 WINDOW = 2048  # tokens in one window: the length DFRot, QuaRot and GPTQ calibrate and evaluate with
 WINDOWS = 3  # scored in one build: more builds tell more than more windows (docs/measuring.md)
@@ -125,8 +125,8 @@ KV_CACHE = QuantSpec(bits=16, scheme="asymmetric", granularity="per_group")  # a
 
 
 class CaptureSpec(Spec):
-    """Which activations: all norm outputs, norms fused, of `tokens` tokens after the first `skip` windows; or
-    of the windows of a `sample`, as Recipe has it."""
+    """Which activations: all norm outputs, norms fused, of `tokens` tokens after the first `skip` windows, or
+    of a `sample`'s windows."""
 
     LATER: ClassVar[tuple[str, ...]] = ("sample",)
 
@@ -200,9 +200,8 @@ class Recipe(Spec):
     tokens pass the q, k, v, gate and up inputs unquantised (`QuaRot.FP16()`), or which `keep_out_tokens` of a
     window do. `set_massive` overwrites massive values of the residual stream (Sun et al.). `head_block` (of
     R2 and R3) and `mlp_block` (of R4): blocks of the Hadamard matrices where not one is wanted, or known.
-    `sample`: which of the samples of `windows` windows, spread over the text, is scored; None: the first
-    windows, as published. `jitter`: the seed of a change in the last bit of the embedding, which shows what
-    rounding alone does; None: no change."""
+    `sample`: which of the text's samples of `windows` windows is scored; None: the first, as published.
+    `jitter`: the seed of a change in the last bit of the embedding, as rounding makes it; None: no change."""
 
     LATER: ClassVar[tuple[str, ...]] = ("head_block", "mlp_block", "sample", "jitter")
     SHAPES: ClassVar[tuple[str, ...]] = ("head_block", "mlp_block")  # of those, what weights hang on
@@ -263,8 +262,7 @@ class Recipe(Spec):
             unrounded = ACTIVATIONS.with_(bits=16)
             changes |= {"activations": unrounded, "keep_out": None, "keep_out_tokens": None}
         changes |= {name: KV_CACHE for name in ("keys", "values") if getattr(self, name).bits == 16}
-        if self.bits == "16-16-16":  # nothing is rounded
-            changes["jitter"] = None
+        changes |= {"jitter": None} if self.bits == "16-16-16" else {}  # nothing is rounded
         if not self.is_rotated:
             changes |= {"rotation": RotationSpec(kind="NR"), "head_block": None, "mlp_block": None}
         else:  # what a method looks at is of this very model
@@ -280,7 +278,15 @@ class Recipe(Spec):
     @classmethod
     def from_yaml(cls, text: str | Path) -> "Recipe":
         """The recipe in a YAML file (or text); fields left out have their defaults. ValueError."""
-        return cls.of(read_yaml("a recipe", text))
+        if isinstance(text, Path):
+            require_file("a recipe", text, most=1 << 20)
+        try:
+            said = text.read_text(encoding="utf-8") if isinstance(text, Path) else text
+            found = yaml.load(said, Once)
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            why = " ".join(str(error).split())
+            raise ValueError(f"a recipe must be YAML; got {str(text)!r} ({why})") from error
+        return cls.of(found)
 
 
 def recipe_of(bits: str, *, weights: str = "gptq", **fields: Any) -> Recipe:

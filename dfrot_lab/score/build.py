@@ -12,9 +12,8 @@ from torch import Tensor
 
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.disk.atomic import still
-from dfrot_lab.maths.hadamard import in_blocks
 from dfrot_lab.maths.quantizers import fake_quantize, squared_error
-from dfrot_lab.model import corpus, door, hooks, integer, loading, surgery
+from dfrot_lab.model import corpus, door, hooks, integer, loading, noise, surgery
 from dfrot_lab.model.loading import LoadedModel
 from dfrot_lab.model.parts import Transform
 from dfrot_lab.model.proof import TOKENS, Proof
@@ -52,7 +51,7 @@ def build(recipe: Recipe, store: Store, on_part: OnPart = nothing, *, whole: boo
     proof = Proof(loaded, ids[:1, :TOKENS])
     surgery.prepare(loaded)
     if recipe.jitter is not None:
-        surgery.jitter(loaded, recipe.jitter)
+        noise.jitter(loaded, recipe.jitter)
     made = transforms.fit(recipe, transforms.Context(recipe, store, loaded))
     if made.R1 is not None:
         surgery.rotate_residual(loaded, made.R1)
@@ -150,7 +149,7 @@ def quantized(built: Built, recipe: Recipe, *, fake: bool = False, only: str | N
             ids = windows(recipe.with_(corpus=recipe.corpus.with_(split="calibration")), loaded)
             stack.enter_context(residual.massive_set(loaded, recipe.set_massive, ids))
         if in_integers:
-            r4 = partial(in_blocks, block=recipe.mlp_block) if made.r4 else None
+            r4 = partial(surgery.hadamard, block=recipe.mlp_block) if made.r4 else None
             stack.enter_context(integer.integer_linears(loaded, built.codes, act, r4=r4, spare=spare))
         elif act.bits < 16:
             kinds += hooks.LINEAR_INPUTS
