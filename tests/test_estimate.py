@@ -159,7 +159,9 @@ def test_the_main_job_is_counted_from_its_recipes():
 
 def test_a_build_more_is_counted_in_every_stage():
     one, five = (seconds(SMALL, recipes=main_job(builds=builds)) for builds in (1, 5))
-    assert all(4 < after / before <= 5 for before, after in zip(one, five, strict=True)), "NR is there once"
+    assert all(3.99 < after / before < 5.01 for before, after in zip(one, five, strict=True)), (
+        "NR is there once"
+    )
 
 
 def test_what_is_not_run_is_no_stage_and_takes_no_memory():
@@ -172,7 +174,8 @@ def test_what_is_not_run_is_no_stage_and_takes_no_memory():
     assert works["GPTQ"] == cost.gptq(SMALL, 32)
     shape, machine = SHAPES["llama-3-70b"], replace(GPU_80GB, memory=24e9)
     peaks = [
-        cost.estimate(shape, machine, recipes)["memory_gb"].max() for recipes in (main_job(), calibrated_job())
+        cost.estimate(shape, machine, recipes)["memory_gb"].max()
+        for recipes in (main_job(), calibrated_job())
     ]
     assert peaks[0] < 24 < peaks[1]
 

@@ -3,24 +3,44 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
-from test_evaluate import RH, at, base  # noqa: F401
+from conftest import tiny_model
 from typer.testing import CliRunner
 
 from dfrot_lab.cli.app import app
 from dfrot_lab.disk.artefacts import Store
+from dfrot_lab.recipe.specs import CorpusSpec, ModelSpec, Recipe, recipe_of
 from dfrot_lab.score import exchange, perplexity
-from dfrot_lab.score.perplexity import by_token, evaluate
+from dfrot_lab.score.perplexity import EvalResult, by_token, evaluate
+
+Brought = tuple[Path, Store, list[Recipe], list[EvalResult]]
 
 
 @pytest.fixture
-def brought(base, tmp_path) -> tuple[Path, Store, list, list]:  # noqa: F811
+def base(tmp_path: Path, text_file: Path) -> Recipe:
+    """A tiny model at 4-4-4 on 2 windows of 64 tokens, its linears large enough for what is done to them to
+    show.
+    """
+    loaded = tiny_model()
+    for name, parameter in loaded.model.named_parameters():
+        if "proj.weight" in name:
+            parameter.mul_(6)
+    loaded.model.save_pretrained(tmp_path / "tiny")
+    loaded.tokenizer.save_pretrained(tmp_path / "tiny")
+    own = {"model": ModelSpec(source=str(tmp_path / "tiny")), "corpus": CorpusSpec(name=str(text_file))}
+    return recipe_of("4-4-4", weights="rtn", **own, windows=2, window=64)
+
+
+@pytest.fixture
+def brought(base: Recipe, tmp_path: Path) -> Brought:
     """A file of two evaluations, another store that has read it, the recipes, the results."""
     here, there, path = Store(tmp_path / "here"), Store(tmp_path / "there"), tmp_path / "kept.jsonl"
-    specs = [at(base, "4-4-4", rotation=RH), at(base, "4-4-4", rotation=RH, sample=0, jitter=1)]
+    specs = [base, base.with_(sample=0, jitter=1)]
     found = [evaluate(spec, here) for spec in specs]
     assert exchange.write(path, [result.key for result in found], here) == 2
     assert exchange.read(path, there) == 2
+    assert not np.array_equal(found[0].losses, found[1].losses)
     return path, there, specs, found
 
 
@@ -52,7 +72,7 @@ def test_tokens_are_not_brought_and_that_is_said(brought):
         by_token(evaluate(specs[0], there), there)
 
 
-def test_no_path_of_this_machine_leaves_it(brought, base):  # noqa: F811
+def test_no_path_of_this_machine_leaves_it(brought, base):
     path, *_ = brought
     assert str(Path(base.model.source).parent) not in path.read_text()
 
@@ -84,7 +104,8 @@ def test_evaluations_of_other_formulas_are_left_out(brought, tmp_path, monkeypat
     assert "by other formulas" in caplog.text
 
 
-def test_the_commands_carry_a_store_to_another(base, tmp_path, monkeypatch):  # noqa: F811
+def test_the_commands_carry_a_store_to_another(base, tmp_path, monkeypatch):
+    monkeypatch.setenv("DFROT_LAB_CACHE", str(tmp_path / "own"))
     result, file = evaluate(base), tmp_path / "kept.jsonl"
     assert "evaluations: 1" in CliRunner().invoke(app, ["cache", "export", str(file)]).output
     monkeypatch.setenv("DFROT_LAB_CACHE", str(tmp_path / "other"))

@@ -96,6 +96,7 @@ BAD = [
     (WeightSpec, {"damping": 0.0}, "damping", "> 0"),
     (WeightSpec, {"windows": 0}, "windows", "a whole number >= 1"),
     (WeightSpec, {"window": 1}, "window", "a whole number >= 2"),
+    (WeightSpec, {"sample": -1}, "sample", "None or a whole number >= 0"),
     (WeightSpec, {"quantizer": SYMMETRIC}, "quantizer", "per_channel and symmetric"),
     (
         WeightSpec,
@@ -103,11 +104,11 @@ BAD = [
         "quantizer",
         "per_channel and symmetric",
     ),
-    (WeightSpec, {"sample": -1}, "sample", "None or a whole number >= 0"),
     (Recipe, {"sample": -1}, "sample", "None or a whole number >= 0"),
     (Recipe, {"jitter": 0.5}, "jitter", "None or a whole number >= 0"),
     (Recipe, {"windows": 0}, "windows", "a whole number >= 1"),
     (Recipe, {"window": 1}, "window", "a whole number >= 2"),
+    (Recipe, {"jitter": -1}, "jitter", "None or a whole number >= 0"),
     (Recipe, {"activations": QuantSpec(granularity="per_tensor")}, "activations", "per_token"),
     (Recipe, {"keys": SYMMETRIC}, "keys", "per_group"),
     (Recipe, {"values": SYMMETRIC}, "values", "per_group"),
@@ -140,6 +141,7 @@ WRONG_TYPES = [
     (RefineSpec, {"init": RefineSpec()}, "a RotationSpec"),
     (RefineSpec, {"gamma": "inf"}, "> 0"),
     (RefineSpec, {"gamma": [1, 2]}, "> 0"),
+    (CaptureSpec, {"sample": True}, "None or a whole number >= 0"),
     (WeightSpec, {"quantizer": 4}, "a QuantSpec"),
     (WeightSpec, {"method": None}, "a str"),
     (WeightSpec, {"clip_search": 1}, "a bool"),
@@ -148,6 +150,8 @@ WRONG_TYPES = [
     (Recipe, {"rotation": QuantSpec()}, "a MethodSpec"),
     (Recipe, {"activations": 4}, "a QuantSpec"),
     (Recipe, {"keep_out": True}, "one of None, "),
+    (Recipe, {"sample": 1.0}, "None or a whole number >= 0"),
+    (Recipe, {"jitter": "1"}, "None or a whole number >= 0"),
 ]
 
 OTHER_VALUES = {
@@ -294,6 +298,24 @@ def test_the_key_differs_in_the_fields_that_need_another():
     assert len({Recipe(rotation=UNROTATED, set_massive=to).key for to in (None, "zero", "mean")}) == 3
 
 
+@pytest.mark.parametrize(
+    ("spec", "names"),
+    [(CaptureSpec, ["sample"]), (WeightSpec, ["sample"]), (Recipe, ["sample", "jitter"])],
+    ids=lambda value: value.__name__ if isinstance(value, type) else None,
+)
+def test_each_sample_and_jitter_has_a_key_and_none_has_that_of_before(spec, names):
+    """What is not sampled and not jittered is what it was before there were samples: its key hangs on none."""
+    assert set(names) <= spec().unkeyed
+    plain = {name: value for name, value in spec().to_dict().items() if name not in spec.LATER}
+    for inner in [part for part in plain.values() if isinstance(part, dict)]:
+        inner.pop("sample", None)
+    assert spec().key == content_key(plain), "nor does that of a spec with one in it"
+    for name in names:
+        found = [spec(**{name: value}) for value in (None, 0, 1, 2**40)]
+        assert len({one.key for one in found}) == 4 and found[0] == spec()
+        assert all(spec.of(one.plain()) == one for one in found)
+
+
 def test_specs_of_two_classes_with_equal_fields_differ():
     assert content_key({"a": 1}) != CorpusSpec().key
     assert CorpusSpec().to_dict()["spec"] == "CorpusSpec"
@@ -436,7 +458,10 @@ ROTATIONS = st.builds(
     seed=st.integers(0, 2**40),
     block=st.none() | COUNTS,
 ) | st.builds(RotationSpec, kind=st.just("file"), path=WORDS)
-CAPTURES = st.builds(CaptureSpec, model=MODELS, corpus=CORPORA, tokens=COUNTS, skip=st.integers(0, 99))
+SAMPLES = st.none() | st.integers(0, 99)
+CAPTURES = st.builds(
+    CaptureSpec, model=MODELS, corpus=CORPORA, tokens=COUNTS, skip=st.integers(0, 99)
+) | st.builds(CaptureSpec, model=MODELS, tokens=COUNTS, sample=SAMPLES)
 
 
 def quantizers(*granularities: str, schemes: tuple[str, ...] = tuple(SCHEMES), most: int = 16):
@@ -476,6 +501,7 @@ WEIGHTS = st.builds(
     corpus=st.none() | CORPORA,
     windows=COUNTS,
     window=st.integers(2, 4096),
+    sample=SAMPLES,
 )
 PLAIN_RECIPES = st.builds(
     Recipe,
@@ -490,8 +516,8 @@ PLAIN_RECIPES = st.builds(
     window=st.integers(2, 4096),
     head_block=st.none() | COUNTS,
     mlp_block=st.none() | COUNTS,
-    sample=st.none() | COUNTS,
-    jitter=st.none() | COUNTS,
+    sample=SAMPLES,
+    jitter=SAMPLES,
 )
 RECIPES = st.one_of(
     st.builds(lambda r, rule: r.with_(keep_out=rule), PLAIN_RECIPES, st.sampled_from([None, *ROW_RULES])),
@@ -557,6 +583,11 @@ def test_canonical_drops_what_has_no_effect():
     gptq = recipe_of("4-4-4")
     assert gptq.with_(weights=gptq.weights.with_(damping=0.5)).canonical() != gptq.canonical()
     assert gptq.canonical() == gptq
+    for recipe in (bare, rtn, gptq):
+        assert recipe.with_(sample=0).canonical() != recipe.canonical(), "other windows are scored"
+    assert rtn.with_(jitter=0).canonical() != rtn.canonical(), "where something is rounded, jitter shows"
+    assert rtn.with_(weights=rtn.weights.with_(sample=1)).canonical() == rtn.canonical()
+    assert gptq.with_(weights=gptq.weights.with_(sample=1)).canonical() != gptq.canonical()
 
 
 def test_a_recipe_file_says_only_what_is_not_the_default(tmp_path: Path):

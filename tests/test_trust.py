@@ -248,7 +248,8 @@ def test_a_byte_flipped_in_converted_weights_never_gives_a_wrong_number(
     spec = ModelSpec(source=str(tmp_path / "m.gguf"))
     recipe = recipe_of("16-16-16", model=spec, corpus=CorpusSpec(name=str(text_file)), windows=2, window=32)
     right = perplexity.evaluate(recipe, store).perplexity
-    shutil.rmtree(store.root / "evaluation")
+    for kind in ("evaluation", "reference"):
+        shutil.rmtree(store.root / kind)
     (file,) = store.root.glob("model/*/model-00001.safetensors")
     record = json.loads((file.parent / MANIFEST).read_text())["files"][file.name]
     data = bytearray(file.read_bytes())

@@ -157,7 +157,12 @@ class Spec(BaseModel):
     @property
     def key(self) -> str:
         """Content hash of the spec (32 hex digits)."""
-        return content_key({name: v for name, v in self.to_dict().items() if name not in self.unkeyed})
+        return content_key({"spec": type(self).__name__, **self._keyed()})
+
+    def _keyed(self) -> dict[str, Any]:
+        """`plain` without what adds nothing to a key, at any depth."""
+        own = {name: value for name, value in self.plain().items() if name not in self.unkeyed}
+        return own | {name: value._keyed() for name, value in self if isinstance(value, Spec)}
 
     def with_(self, **changes: Any) -> Self:
         """A copy with some fields changed, validated again."""
