@@ -185,7 +185,10 @@ def test_a_recipe_that_was_printed_gives_the_row_of_its_options(bench, tmp_path,
     [
         ("windows: six", "Recipe.windows must be a whole number >= 1; got 'six'"),
         ("rotations: {kind: RO}", "Recipe has no field 'rotations'; it has model, "),
-        ("rotation: {method: quip}", "rotation method must be one of random, dfrot, offset, offset_plus; got 'quip'"),
+        (
+            "rotation: {method: quip}",
+            "rotation method must be one of random, dfrot, offset, offset_plus; got 'quip'",
+        ),
         ("rotation: {kind: RX}", "RotationSpec.kind must be one of NR, RO, RH, file; got 'RX'"),
         ("- a\n- b", "Recipe must be a mapping of its fields; got ['a', 'b']"),
         ("a: [", "a recipe must be YAML; got "),

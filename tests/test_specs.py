@@ -632,8 +632,14 @@ def test_a_names_odd_characters_survive_the_yaml():
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("rotation: {method: spin}", r"rotation method must be one of random, dfrot, offset, offset_plus; got 'spin'"),
-        ("rotation: {method: [1]}", r"rotation method must be one of random, dfrot, offset, offset_plus; got \[1\]"),
+        (
+            "rotation: {method: spin}",
+            r"rotation method must be one of random, dfrot, offset, offset_plus; got 'spin'",
+        ),
+        (
+            "rotation: {method: [1]}",
+            r"rotation method must be one of random, dfrot, offset, offset_plus; got \[1\]",
+        ),
         ("", r"Recipe must be a mapping of its fields; got None"),
         ("rotation: RH", r"Recipe\.rotation must be a MethodSpec; got 'RH'"),
         ("rotation: {method: dfrot, kind: RO}", r"RefineSpec has no field 'kind'; it has capture, init, .*"),

@@ -66,10 +66,7 @@ def run(
 
     folder = said.out or Path("runs") / f"{datetime.now():%Y-%m-%d}"
     folder.mkdir(parents=True, exist_ok=True)
-    require_file("the log", folder / "log.txt", or_none=True)
-    handler = logging.FileHandler(folder / "log.txt", encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    log.addHandler(handler)
+    _log_into(folder / "log.txt")
 
     def show_first(ready: main.MainResult) -> None:
         row_files.write_table(gallery.massive_table(ready), folder / "massive-tokens.csv")
@@ -79,6 +76,13 @@ def run(
     gallery.save(result, folder / "rows.jsonl", folder / "figures")
     text = f"\n{gallery.report(result)}\nRows, recipes, table, figures and log: {folder}/"
     return said.show(row_files.rows(result.table), text)
+
+
+def _log_into(path: Path) -> None:
+    require_file("the log", path, or_none=True)
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    log.addHandler(handler)
 
 
 @command("experiment", "model corpus calibration seed out as_json windows builds window dtype")
