@@ -173,7 +173,10 @@ def test_readmes_files_and_pictures_exist():
         )
 
 
-@pytest.mark.parametrize("name", ["main-wikitext2", "main-wikipedia-sample"])
+MAIN = sorted(path.stem for path in (ROOT / "data" / "results").glob("main-wiki*.jsonl"))
+
+
+@pytest.mark.parametrize("name", MAIN)
 def test_readmes_tables_are_the_committed_results(name):
     table = row_files.load(ROOT / "data" / "results" / f"{name}.jsonl")
     assert len(table) > 20
