@@ -153,7 +153,7 @@ def test_a_model_without_any_matrix_is_evaluated_and_its_rows_say_how(
     for rotation in (RotationSpec(kind="RO"), RotationSpec(), RefineSpec(capture=capture, steps=2)):
         spec = recipe(odd, text_file, rotation)
         result = perplexity.evaluate(spec.with_(weights=spec.weights.with_(method=weights)), store)
-        found[rotation.name] = rows.row(result)
+        found[rotation.name] = rows.rows([result])[0]
         assert result.perplexity < float("inf")
     assert [row["rotation"] for row in found.values()] == ["RO", "RH-b2", "DFRot"]
     assert all("head_block=2, mlp_block=2" in row["parameters"] for row in found.values())
@@ -208,7 +208,7 @@ def test_a_rotation_of_such_a_size_has_the_blocks_its_name_would_say():
 def test_the_main_job_of_such_a_model_runs_to_its_end(
     odd: ModelSpec, text_file: Path, store: Store, tmp_path: Path
 ):
-    sizes = {"windows": 2, "window": 64, "gptq_windows": 2, "steps": 3, "seeds": 1}
+    sizes = {"windows": 2, "window": 64, "gptq_windows": 2, "steps": 3, "builds": 1}
     setting = Setting(model=odd, corpus=str(text_file), **sizes)
     result = main.run(setting, store)
     assert len(result.found) == len({row.spec for row in main.rows(setting.resolved())})

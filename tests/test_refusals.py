@@ -36,7 +36,9 @@ def test_one_window_printed_as_json_has_no_interval(bench: list[str], tmp_path: 
     out = tmp_path / "rows.jsonl"
     short = [*bench, "--windows", "1", "--bits", "16-4-16", "--out", str(out), "--json"]
     assert strict(invoke("evaluate", *short).stdout)["ci95"] is None
-    assert strict(out.read_text())["ci95"] is None
+    lines = [strict(line) for line in out.read_text().splitlines()]
+    assert [line["metric"] for line in lines] == ["perplexity", "KL divergence", "top-1 agreement"]
+    assert all(line["ci95"] is None for line in lines)
     shown = invoke("evaluate", *short[:-1]).stdout
     assert "nan" not in shown and "[" not in shown
 

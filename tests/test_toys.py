@@ -75,7 +75,7 @@ def test_without_their_lines_they_are_not(place):
 def setting(tmp_path, text_file) -> Setting:
     """A tiny model's, with one window."""
     model = save_lively(tmp_path / "model")
-    return Setting(model=model, corpus=str(text_file), windows=1, window=64, gptq_windows=1, seeds=1)
+    return Setting(model=model, corpus=str(text_file), windows=1, window=64, gptq_windows=1, builds=1)
 
 
 @pytest.mark.parametrize("explorer", [Worth, Generate])
@@ -103,7 +103,7 @@ def test_a_toy_method_is_evaluated_from_yaml_and_shown_in_its_row(toys, tmp_path
     recipe = Recipe.from_yaml(said)
     assert type(recipe.rotation).__name__ == "ToySpec" and Recipe.from_yaml(recipe.to_yaml()) == recipe
     result = evaluate(recipe, store)
-    row = rows.row(result)
+    row = rows.rows([result])[0]
     assert (row["method"], row["rotation"], row["parameters"], row["seed"]) == ("toy", "TOY", "second=3", 0)
     assert tables.comparison(tables.table([row])).index.tolist() == ["TOY"]
     assert apart(result.losses, evaluate(recipe.with_(rotation=RH), store).losses) > NOTICED
@@ -137,7 +137,7 @@ def test_a_toy_weight_quantizer_is_evaluated_and_shown_in_its_row(toys, tmp_path
     recipe = rtn.with_(weights=rtn.weights.with_(method="down"))
     assert Recipe.from_yaml(recipe.to_yaml()) == recipe and recipe.canonical().weights.method == "down"
     result = evaluate(recipe, store)
-    row = rows.row(result)
+    row = rows.rows([result])[0]
     assert (row["weights"], row["weight_quantizer"]) == ("down", "sym4-channel")
     assert row["calibration"].endswith("2 x 64")
     worse = result.losses - evaluate(rtn, store).losses
@@ -153,7 +153,7 @@ def test_a_toy_family_is_evaluated_and_shown_in_its_row(toys, tmp_path, store, t
     assert_near(evaluate(full, store).losses, evaluate(plain, store).losses, FLOAT32)
     low = spec_for(model, text_file, "4-4-4")
     result = evaluate(low.with_(weights=low.weights.with_(method="gptq")), store)
-    assert rows.row(result)["family"] == family.NAME
+    assert rows.rows([result])[0]["family"] == family.NAME
     assert apart(result.losses, evaluate(full, store).losses) > NOTICED
     [weights] = [each for each in store.list() if each.kind == "weights"]
     assert {key.split(":")[0] for key in weights.tensors("layer-000")} == set(family.ROLES.linears(None))

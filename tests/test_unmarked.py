@@ -37,7 +37,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> tuple[Setting, Store]:
         "window": 64,
         "gptq_windows": 2,
         "steps": 4,
-        "seeds": 2,
+        "builds": 2,
         "quick": True,
     }
     setting = Setting(model=model, corpus=str(folder / "text.txt"), weights="rtn", **sizes)
