@@ -123,7 +123,9 @@ def test_refine_then_evaluate_the_saved_rotation(bench, tmp_path):
             "evaluate", *bench, "--rotation", str(path), "--bits", "16-4-16", "--windows", "2", "--json"
         ).stdout
     )
-    assert tuple(row) == tables.COLUMNS
+    assert tuple(row) == (*tables.COLUMNS, tables.DIVERGENCE, tables.AGREEMENT)
+    assert row["metric"] == tables.PERPLEXITY and row["builds"] == 1
+    assert row["KL divergence"] > 0 and 0 < row["top-1 agreement"] <= 1
     assert row["rotation"] == "R1.safetensors"
     assert row["value"] > 1
 
@@ -145,8 +147,10 @@ def test_evaluate_adds_rows_to_a_file(bench, tmp_path):
             str(out),
         )
     table = row_files.load(out)
-    assert list(table["rotation"]) == ["RH", "RO"]
-    assert list(table["keep_out"]) == [True, True] and set(table["keep_out_rule"]) == {"nr_error_9.5"}
+    assert list(zip(table["rotation"], table["metric"], strict=True)) == [
+        (name, metric) for name in ("RH", "RO") for metric in tables.LEVELS
+    ]
+    assert table["keep_out"].eq(True).all() and set(table["keep_out_rule"]) == {"nr_error_9.5"}
     for key in table["recipe"]:
         assert Recipe.from_yaml(tmp_path / f"rows.{key}.yaml").key == key
 
@@ -181,7 +185,10 @@ def test_a_recipe_that_was_printed_gives_the_row_of_its_options(bench, tmp_path,
     [
         ("windows: six", "Recipe.windows must be a whole number >= 1; got 'six'"),
         ("rotations: {kind: RO}", "Recipe has no field 'rotations'; it has model, "),
-        ("rotation: {method: quip}", "rotation method must be one of random, dfrot; got 'quip'"),
+        (
+            "rotation: {method: quip}",
+            "rotation method must be one of random, dfrot, offset, offset_plus; got 'quip'",
+        ),
         ("rotation: {kind: RX}", "RotationSpec.kind must be one of NR, RO, RH, file; got 'RX'"),
         ("- a\n- b", "Recipe must be a mapping of its fields; got ['a', 'b']"),
         ("a: [", "a recipe must be YAML; got "),
@@ -202,6 +209,8 @@ def run_program(bench, tmp_path, *more):
         "run",
         *bench,
         "--windows",
+        "2",
+        "--builds",
         "2",
         "--out",
         str(tmp_path / "out"),
@@ -236,7 +245,11 @@ def test_run_stopped_by_ctrl_c_goes_on_and_a_second_run_reuses_everything(bench,
     assert set(zip(plain["rotation"], plain["keep_out"], strict=True)) == {
         ("NR", False), ("RO", False), ("RO", True), ("RH", False), ("RH", True), ("DFRot", False),
     }  # fmt: skip
-    assert len(plain) == 23
+    assert len(plain) == 11 and set(plain["builds"]) == {1, 2}
+    assert set(plain["rotation"][plain["builds"] == 1]) == {"NR"}, "of which one build is enough"
+    assert plain["builds"][plain["bits"] == "16-16-16"].tolist() == [2]
+    compared = rows[rows["metric"] == tables.change("RH")]
+    assert set(compared["rotation"]) == {"NR", "RO", "DFRot"} and compared["verdict"].notna().any()
     made = set((tmp_path / "cache" / "store").glob(f"*/{DONE}"))
     third = run_program(bench, tmp_path)
     output, errors = third.communicate(timeout=120)
@@ -270,7 +283,7 @@ def test_a_dry_run_says_what_a_model_that_is_not_here_would_take_and_writes_noth
         "this machine",
         "one 80 GB GPU",
         "not measured",
-        "GPTQ",
+        "evaluate, integer",
         "total",
         "within a factor of about 2",
     ):
@@ -324,7 +337,7 @@ BAD = [
     (["evaluate", "--bits", "4-4-17"], "QuantSpec.bits must be a whole number in 2..16; got 17"),
     (
         ["evaluate", "--rotation", "XX"],
-        "--rotation must be NR, RO, RH, DFRot, one in blocks such as RH-b64, or a safetensors file; got 'XX'",
+        "--rotation must be NR, RO, RH, DFRot, Offset, Offset+, one in blocks such as RH-b64, or a safetensors file; got 'XX'",
     ),
     (["evaluate", "--windows", "0"], "Recipe.windows must be a whole number >= 1; got 0"),
     (["evaluate", "--windows", "100000", "--bits", "16-4-16"], "windows"),
@@ -516,9 +529,19 @@ def test_a_model_with_a_short_context_is_used_with_a_shorter_window(bench, tmp_p
     assert "window=64" not in row["parameters"]
 
 
-def test_a_text_too_short_to_calibrate_on_is_refused_before_any_work(bench, tmp_path):
+@pytest.mark.parametrize(
+    ("words", "option", "words_of_text", "rule"),
+    [
+        ("run", "--calibration", 400, "at least one window of 2048 tokens; got 2000 tokens"),
+        ("run --windows 2", "--corpus", 1000, "at most 1: .* has 2500 tokens, 1 whole windows of 2048"),
+        ("evaluate --bits 4-16-16", "--calibration", 600, "at most 1: .* has 3000 tokens, 1 whole windows"),
+    ],
+    ids=["captures", "scores", "weights"],
+)
+def test_a_text_too_short_is_refused_before_any_work(bench, tmp_path, words, option, words_of_text, rule):
+    """A byte is a token; half of the text that is scored is another half's to calibrate on."""
     own = tmp_path / "own.txt"
-    own.write_text("few words\n" * 300)
-    said = invoke("run", *bench, "--windows", "1", "--calibration", str(own), code=1).output
-    assert re.search(r"at most 1: .*own.txt \(whole\) has 3000 tokens, 1 whole windows of 2048", said)
-    assert not list((tmp_path / "cache").glob("store/capture/*"))
+    own.write_text("some\n" * words_of_text)
+    said = invoke(*words.split(), *bench, option, str(own), code=1).stderr
+    assert re.search(rf"own\.txt .*{rule}", said), said
+    assert {path.name for path in (tmp_path / "cache" / "store").glob("*")} <= {"shape"}

@@ -57,10 +57,10 @@ from dfrot_lab.weights import run as weighing
 
 EVALUATING = (
     "main", "gamma-sweep", "keep-out", "main-table", "calibration", "clip-sweep", "symmetric-or-not",
-    "variants", "massive-activations", "intervene", "gain",
+    "variants", "massive-activations", "intervene", "gain", "offset",
 )  # fmt: skip
 LOOKING = ("token-errors-3d", "token-errors-2d", "token-orders", "massive-token", "massive-magnitudes")
-ELSEWHERE = ("zero-shot",)
+ELSEWHERE = ("zero-shot", "measuring")
 FEW_ROWS = (3, 1)
 """Calibration rows for a tiny model, in units of the window: two layers have four sites, fewer than the least
 of the paper's counts.

@@ -91,7 +91,7 @@ def test_toys_can_be_picked_in_explorers(toys, setting, store, explorer):
 
 def test_toys_are_named_in_the_report(toys, setting, store):
     page = report.page(report.values(report.collect(setting, store)))
-    assert "NR, RO, RH, DFRot, TOY; rtn, gptq, down" in page
+    assert "NR, RO, RH, DFRot, Offset, Offset+, TOY; rtn, gptq, down" in page
     assert "LlamaForCausalLM, cpu" in page
 
 
@@ -113,9 +113,9 @@ def test_a_toy_method_is_evaluated_from_yaml_and_shown_in_its_row(toys, tmp_path
     assert_near(evaluate(full.with_(rotation=other), store).losses, evaluate(full, store).losses, FLOAT32)
 
 
-def test_a_toy_method_is_a_row_of_a_setting(toys):
-    found = Setting(seed=4).method("TOY", 2)
-    assert (found.name, found.first_seed) == ("TOY", 6)
+def test_a_toy_method_is_a_row_of_a_setting_with_each_build_s_seed(toys):
+    found = [own.method("TOY") for own in Setting(seed=4, builds=3).each()]
+    assert [(spec.name, spec.first_seed) for spec in found] == [("TOY", 4), ("TOY", 5), ("TOY", 6)]
 
 
 def test_a_toy_method_is_evaluated_by_the_command_line(toys, tmp_path, text_file, monkeypatch):
@@ -127,7 +127,7 @@ def test_a_toy_method_is_evaluated_by_the_command_line(toys, tmp_path, text_file
     command += ["--bits", "16-4-16", "--rotation", "TOY", "--seed", "5", "--out", str(out)]
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 0 and done.stdout.startswith("TOY 16-4-16 on "), done.output
-    [row] = row_files.load(out).to_dict("records")
+    [row] = tables.records(row_files.load(out))
     assert (row["method"], row["rotation"], row["seed"]) == ("toy", "TOY", 5)
     assert Recipe.from_yaml(out.with_name(f"rows.{row['recipe']}.yaml")).key == row["recipe"]
 
@@ -153,7 +153,7 @@ def test_a_toy_family_is_evaluated_and_shown_in_its_row(toys, tmp_path, store, t
     assert_near(evaluate(full, store).losses, evaluate(plain, store).losses, FLOAT32)
     low = spec_for(model, text_file, "4-4-4")
     result = evaluate(low.with_(weights=low.weights.with_(method="gptq")), store)
-    assert rows.rows([result])[0]["family"] == family.NAME
+    assert {row["family"] for row in rows.rows([result])} == {family.NAME}
     assert apart(result.losses, evaluate(full, store).losses) > NOTICED
     [weights] = [each for each in store.list() if each.kind == "weights"]
     assert {key.split(":")[0] for key in weights.tensors("layer-000")} == set(family.ROLES.linears(None))

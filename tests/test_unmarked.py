@@ -67,7 +67,7 @@ def test_no_rule_marks_a_token_and_each_says_so(recorded: capture.Capture, rule:
 def test_the_main_job_its_figures_and_its_report_end(lab: tuple[Setting, Store], tmp_path: Path):
     setting, store = lab
     result = main.run(setting, store)
-    assert len(result.found) == len({row.spec for row in main.rows(setting)})
+    assert len(result.found) == len(main.recipes(main.rows_by_build(main.rows, setting)))
     written = gallery.save(result, tmp_path / "rows.jsonl", tmp_path / "figures")
     assert all(path.is_file() for path in written)
     nothing = "No token of the first calibration window is massive by any rule."
