@@ -4,6 +4,7 @@ DFRot: the text tokenised whole, cut into windows, exp(mean over windows of the 
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,15 +30,12 @@ if TYPE_CHECKING:
 
 KIND = "evaluation"
 TOKENS = "tokens"
+_unknown = partial(np.full, 1, np.nan)  # of a measure that was not taken
 
 
 def perplexity(losses: np.ndarray, axis: int = -1) -> Any:
     """exp of the mean loss in nats."""
     return np.exp(losses.mean(axis))
-
-
-def _unknown() -> np.ndarray:
-    return np.full(1, np.nan)
 
 
 @dataclass(frozen=True)
@@ -163,11 +161,12 @@ def _measured(
     those of a run that was stopped included: window by window, or, where the model does not fit into memory,
     all windows layer by layer. A model that is its own reference has passed the layers already."""
     row, own = f"{spec.rotation.name} {spec.bits}", divergence.is_full_precision(spec)
+    by_layer = built.loaded.checkpoint is not None and not own
     names = [f"window-{i:03d}" for i in range(len(ids))]
     passed = sum(each.manifest["note"]["seconds"] for each in found) if own else 0.0
     states: list[Tensor | None] = [divergence.states_of(each) if own else None for each in found]
     with quantized(built, spec):
-        if built.loaded.checkpoint is not None and not own:
+        if by_layer:
             walk = Walk(built.loaded, ids.split(1), name=row, writer=writer)
             states = [x[0] for x in walk.through(lambda done, of: on_part("layer", done, of))]
             passed = walk.seconds
@@ -179,7 +178,8 @@ def _measured(
                     measured = window_measures(built, *of)
                     seconds = torch.tensor(time.perf_counter() - started, dtype=torch.float64)
                     writer.save_tensors(name, {"measures": measured, "seconds": seconds})
-                on_part("window", done, len(ids))
+                if not by_layer:
+                    on_part("window", done, len(ids))
     kept = [writer.load_tensors(name) for name in names]
     for name in names:
         writer.drop(name)
