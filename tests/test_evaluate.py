@@ -1,5 +1,5 @@
-"""Evaluation: transformers' own loss, rotations that change nothing at 16 bits, honest intervals, equal work
-keyed once, and resuming.
+"""Evaluation: transformers' own loss, the windows of a sample, rotations that change nothing at 16 bits, equal
+work keyed once, and resuming.
 """
 
 import dataclasses
@@ -9,15 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from again import FLIPPED, FLOAT32, FLOAT64, NOTICED, apart, assert_near
+from again import FLIPPED, FLOAT32, NOTICED, apart, assert_near
 from conftest import CONTEXT, FAMILIES, tiny_model
-from scipy import stats
 
 from dfrot_lab.disk import rotation_files
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.maths import rotations
 from dfrot_lab.maths.quantizers import fake_quantize
-from dfrot_lab.model import door, hooks, loading, surgery
+from dfrot_lab.model import corpus, door, hooks, loading, surgery
 from dfrot_lab.observe import massive
 from dfrot_lab.recipe.specs import (
     ROW_RULES,
@@ -33,17 +32,7 @@ from dfrot_lab.recipe.specs import (
 )
 from dfrot_lab.score import perplexity as module
 from dfrot_lab.score.build import Built, build, build_key, keep_out, quantized, rounded, weights_stored
-from dfrot_lab.score.perplexity import (
-    EvalResult,
-    bootstrap,
-    closed_share,
-    evaluate,
-    evaluate_all,
-    paired_difference,
-    statistic,
-    stored,
-    window_loss,
-)
+from dfrot_lab.score.perplexity import EvalResult, evaluate, evaluate_all, stored, window_loss
 from dfrot_lab.weights.run import OnPart
 
 NR, RO, RH = (RotationSpec(kind=kind) for kind in ("NR", "RO", "RH"))
@@ -89,10 +78,6 @@ def resolved(spec: Recipe) -> Recipe:
     return door.resolved(spec).canonical()
 
 
-def result_of(losses: list[float], spec: Recipe | None = None) -> EvalResult:
-    return EvalResult(spec or Recipe(), np.array(losses), 1.0, "made here", {})
-
-
 # ---- loss and perplexity
 # ------------------------------------------------------------------------------------------
 
@@ -118,6 +103,18 @@ def test_evaluate_scores_the_first_windows_of_the_text(base, store, text_file):
     assert found.losses.tolist() == pytest.approx(expected, rel=1e-5)
     assert found.perplexity == pytest.approx(math.exp(sum(expected) / 3), rel=1e-5)
     assert found.seconds > 0 and found.provenance.startswith("folder ")
+
+
+def test_evaluate_scores_the_windows_of_its_sample(base, store):
+    """Of a text of whole windows each is scored once by as many samples of one window as it has."""
+    first, *others = (evaluate(base.with_(sample=i, windows=1), store).losses for i in range(4))
+    count = len(corpus.token_ids(base.corpus, loading.load_model(base.model).tokenizer)) // 64
+    plain = evaluate(base.with_(windows=count), store).losses
+    at_places = [plain[corpus.places(count, 1, i)].tolist() for i in range(4)]
+    assert [first.tolist(), *(loss.tolist() for loss in others)] == [
+        pytest.approx(expected, rel=FLIPPED) for expected in at_places
+    ]
+    assert len({*np.round(np.concatenate([first, *others]), 9)}) == 4
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -187,151 +184,6 @@ def test_a_rotation_that_does_not_fit_is_refused(base, store, tmp_path, wrong):
     }[wrong]
     with pytest.raises(error, match=message):
         evaluate(base.with_(rotation=RotationSpec(kind="file", path=str(path))), store)
-
-
-# ---- intervals
-# ------------------------------------------------------------------------------------------
-
-
-def test_ci95_is_the_percentile_bootstrap_of_the_perplexity():
-    losses = np.random.default_rng(3).normal(3, 0.1, 40)
-    found = result_of(losses.tolist())
-    low, high = found.ci95
-    means = np.random.default_rng(1).choice(losses, (20_000, 40)).mean(1)
-    assert (low, high) == pytest.approx(np.exp(np.quantile(means, [0.025, 0.975])), rel=0.005)
-    half_width = stats.t.ppf(0.975, 39) * losses.std(ddof=1) / 40**0.5
-    assert (high - low) / 2 == pytest.approx(found.perplexity * half_width, rel=0.1)
-    assert result_of(losses.tolist()).ci95 == pytest.approx((low, high), rel=FLOAT64), (
-        "the draws are always the same"
-    )
-
-
-def test_the_interval_of_skewed_windows_lies_where_the_draws_do():
-    """Not mirrored about the value, as the basic bootstrap's would: then it would end below what most draws are."""
-    losses = np.array([2.5] * 5 + [4.0])
-    low, high = result_of(losses.tolist()).ci95
-    means = np.random.default_rng(1).choice(losses, (20_000, 6)).mean(1)
-    assert (low, high) == pytest.approx(np.exp(np.quantile(means, [0.025, 0.975])), rel=0.02)
-
-
-def test_equal_windows_have_an_interval_of_no_width():
-    assert result_of([3.0, 3.0, 3.0]).ci95 == pytest.approx((math.exp(3), math.exp(3)))
-
-
-def test_one_window_has_no_interval():
-    assert all(math.isnan(bound) for bound in result_of([3.0]).ci95)
-    value, interval = paired_difference(result_of([3.0]), result_of([2.0]))
-    assert value == pytest.approx(math.exp(3) - math.exp(2)) and all(math.isnan(bound) for bound in interval)
-
-
-def test_a_paired_interval_is_narrow_where_windows_move_together():
-    """Noisy in level, steady in difference: the pair's interval is off zero where the two separate intervals
-    overlap.
-    """
-    level = np.random.default_rng(0).normal(3, 0.3, 6)
-    worse, better = result_of((level + 0.1).tolist()), result_of(level.tolist())
-    value, (low, high) = paired_difference(worse, better)
-    assert value == pytest.approx(worse.perplexity - better.perplexity)
-    assert 0 < low < value < high
-    assert worse.ci95[0] < better.ci95[1]
-    opposite, (low_2, high_2) = paired_difference(better, worse)
-    assert (opposite, low_2, high_2) == pytest.approx((-value, -high, -low))
-
-
-def test_a_difference_of_a_result_with_itself_is_zero():
-    same = result_of([3.0, 3.5, 2.5])
-    value, interval = paired_difference(same, same)
-    assert (value, *interval) == pytest.approx((0, 0, 0), abs=FLOAT64)
-
-
-@pytest.mark.parametrize(
-    "other",
-    [
-        result_of([3.0, 3.1]),
-        result_of([3.0] * 3, Recipe(corpus=CorpusSpec(split="calibration"))),
-        result_of([3.0] * 3, Recipe(window=1024)),
-        result_of([3.0] * 3, Recipe(model=ModelSpec(device="cuda"))),
-    ],
-    ids=["windows", "corpus", "window", "device"],
-)
-def test_only_the_same_windows_can_be_paired(other):
-    with pytest.raises(ValueError, match="paired results must share corpus, windows, window and device"):
-        paired_difference(result_of([3.0] * 3), other)
-
-
-def test_statistic_of_two_is_the_paired_difference():
-    a, b = result_of([3.0, 3.4, 2.9, 3.3]), result_of([2.9, 3.5, 2.7, 3.0])
-    value, interval = statistic(lambda x, y, axis: np.exp(x.mean(axis)) - np.exp(y.mean(axis)), [a, b])
-    difference, its_interval = paired_difference(a, b)
-    assert (value, *interval) == pytest.approx((difference, *its_interval), rel=1e-9)
-
-
-def test_statistic_of_one_is_its_own_interval():
-    one = result_of([3.0, 3.4, 2.9, 3.3])
-    value, interval = statistic(lambda loss, axis: np.exp(loss.mean(axis)), [one])
-    assert (value, *interval) == pytest.approx((one.perplexity, *one.ci95), rel=1e-9)
-
-
-def test_statistic_hands_over_the_losses_in_order_and_resamples_them_together():
-    """The same windows of all of them are drawn: a combination that is constant in every window has an
-    interval of no width.
-    """
-    a, b, c = (result_of(losses) for losses in ([3.0, 3.5, 2.0], [2.0, 2.5, 1.0], [1.0, 1.5, 0.0]))
-    value, interval = statistic(lambda x, y, z, axis: (x + y - 2 * z).mean(axis), [a, b, c])
-    assert value == pytest.approx(3) and interval == pytest.approx((3, 3))
-
-
-@pytest.mark.parametrize("place", [1, 2, 3])
-@pytest.mark.parametrize(
-    "other",
-    [
-        result_of([3.0, 3.1]),
-        result_of([3.0] * 3, Recipe(corpus=CorpusSpec(split="calibration"))),
-        result_of([3.0] * 3, Recipe(window=1024)),
-        result_of([3.0] * 3, Recipe(model=ModelSpec(device="cuda"))),
-    ],
-    ids=["windows", "corpus", "window", "device"],
-)
-def test_a_statistic_refuses_any_result_of_other_windows(place, other):
-    found = [result_of([3.0] * 3) for _ in range(4)]
-    found[place] = other
-    with pytest.raises(
-        ValueError, match=r"paired results must share corpus, windows, window and device; got .* and "
-    ):
-        statistic(closed_share, found)
-
-
-@pytest.mark.parametrize(
-    ("ro_kept", "rh_kept", "share"),
-    [(20.0, 12.0, 0.0), (15.0, 15.0, 1.0), (12.0, 8.0, 0.5), (25.0, 9.0, -1.0), (8.0, 9.0, 1.125)],
-    ids=["nothing", "all", "half", "wider than before", "turned round"],
-)
-def test_closed_share_of_known_perplexities(ro_kept, rh_kept, share):
-    """RO at 20 and RH at 12: a gap of 8."""
-    losses = [np.full(3, math.log(perplexity)) for perplexity in (20.0, ro_kept, 12.0, rh_kept)]
-    assert closed_share(*losses, axis=-1) == pytest.approx(share, abs=1e-12)
-    value, interval = statistic(closed_share, [result_of(loss.tolist()) for loss in losses])
-    assert (value, *interval) == pytest.approx((share, share, share), abs=1e-12)
-
-
-def test_closed_share_has_the_interval_of_the_windows_drawn_together():
-    rng = np.random.default_rng(2)
-    level = rng.normal(3, 0.2, 8)
-    four = [result_of((level + shift + rng.normal(0, 0.01, 8)).tolist()) for shift in (0.3, 0.12, 0.0, -0.03)]
-    value, (low, high) = statistic(closed_share, four)
-    p = [result.perplexity for result in four]
-    assert value == pytest.approx(1 - (p[1] - p[3]) / (p[0] - p[2]))
-    shares = []
-    for drawn in np.random.default_rng(7).integers(0, 8, (4000, 8)):
-        p = [math.exp(result.losses[drawn].mean()) for result in four]
-        shares.append(1 - (p[1] - p[3]) / (p[0] - p[2]))
-    assert low < value < high
-    assert (low, high) == pytest.approx(np.quantile(shares, [0.025, 0.975]), abs=0.01)
-
-
-def test_bootstrap_of_a_mean():
-    low, high = bootstrap(lambda x, axis: x.mean(axis), np.arange(100.0))
-    assert (low, high) == pytest.approx((49.5 - 1.96 * 2.89, 49.5 + 1.96 * 2.89), abs=0.4)
 
 
 # ---- equal work, one key

@@ -23,6 +23,7 @@ import torch
 import yaml
 from again import FLIPPED_PERPLEXITY, sharing
 from matplotlib.figure import Figure
+from scipy import stats
 from test_evaluate import resolved, save_lively
 
 from dfrot_lab.disk import row_files
@@ -48,18 +49,18 @@ from dfrot_lab.rotate.steps import Refined
 from dfrot_lab.score import build as building, perplexity
 from dfrot_lab.show import figures, gallery
 from dfrot_lab.show.experiment_figures import ORDER_COLOURS, ORDER_MARKERS
-from dfrot_lab.study import cost, experiments, main
-from dfrot_lab.study.experiments import CALIBRATED, CHOSEN, EXPERIMENTS, SHARE
+from dfrot_lab.study import cost, experiments, keepout, main
+from dfrot_lab.study.experiments import CALIBRATED, CHOSEN, EXPERIMENTS, WHOLE
 from dfrot_lab.study.main import Row
-from dfrot_lab.study.setting import PROFILE, Setting
+from dfrot_lab.study.setting import BUILDS, PROFILE, Setting
 from dfrot_lab.weights import run as weighing
 
 EVALUATING = (
     "main", "gamma-sweep", "keep-out", "main-table", "calibration", "clip-sweep", "symmetric-or-not",
-    "variants", "massive-activations", "intervene",
+    "variants", "massive-activations", "intervene", "gain", "offset",
 )  # fmt: skip
 LOOKING = ("token-errors-3d", "token-errors-2d", "token-orders", "massive-token", "massive-magnitudes")
-ELSEWHERE = ("zero-shot",)
+ELSEWHERE = ("zero-shot", "measuring")
 FEW_ROWS = (3, 1)
 """Calibration rows for a tiny model, in units of the window: two layers have four sites, fewer than the least
 of the paper's counts.
@@ -74,21 +75,20 @@ class Lab:
     setting: Setting
     store: Store
     tables: dict[str, pd.DataFrame] = field(default_factory=dict)
-    rows: dict[str, list[Row]] = field(default_factory=dict)
+    asked: dict[str, list[list[Row]]] = field(default_factory=dict)
 
     def table(self, name: str) -> pd.DataFrame:
         if name not in self.tables:
             with pytest.MonkeyPatch.context() as patch:
                 few_rows(patch)
-                self.rows[name] = seen_rows(patch)
+                self.asked[name] = seen_rows(patch)
                 self.tables[name] = experiments.run(name, self.setting, self.store)
         return self.tables[name]
 
     def distinct(self, name: str) -> list[Row]:
-        """The experiment's rows, each once, in order."""
+        """The rows that the experiment evaluates, build by build, each once, in order."""
         self.table(name)
-        rows = self.rows[name]
-        return [row for n, row in enumerate(rows) if row not in rows[:n]]
+        return evaluated_rows(self.asked[name])
 
     @property
     def refine(self) -> RefineSpec:
@@ -105,16 +105,22 @@ def few_rows(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(experiments, "ROW_COUNTS", FEW_ROWS)
 
 
-def seen_rows(patch: pytest.MonkeyPatch) -> list[Row]:
-    """The rows that experiments hand over to be evaluated, from now on."""
-    seen: list[Row] = []
+def evaluated_rows(asked: list[list[Row]]) -> list[Row]:
+    """Of the rows by build those that are evaluated: one that is enough `once` in the first build alone."""
+    rows = [row for n, build in enumerate(asked) for row in build if n == 0 or not row.once]
+    return [row for n, row in enumerate(rows) if row not in rows[:n]]
+
+
+def seen_rows(patch: pytest.MonkeyPatch) -> list[list[Row]]:
+    """The rows, build by build, that the experiment hands over to be evaluated from now on."""
+    seen: list[list[Row]] = []
     evaluated = main.evaluated
 
-    def listed(rows: Sequence[Row], *others: object) -> tuple[pd.DataFrame, main.Found]:
-        seen.extend(rows)
-        return evaluated(rows, *others)
+    def listed(asks: main.Asks, setting: Setting, *others: object) -> tuple[pd.DataFrame, main.Found]:
+        seen.extend(main.rows_by_build(asks, setting))
+        return evaluated(asks, setting, *others)
 
-    for module in (experiments, main):  # the main job asks the runner itself
+    for module in (experiments, keepout, main):  # the main job asks the runner itself
         patch.setattr(module, "evaluated", listed)
     return seen
 
@@ -130,7 +136,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
         windows=2,
         window=64,
         gptq_windows=2,
-        seeds=2,
+        builds=2,
         quick=True,
         limit=2,
     )
@@ -139,21 +145,21 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
 
 @pytest.fixture
 def planned(monkeypatch: pytest.MonkeyPatch, store: Store):
-    """A function that returns the rows an experiment would evaluate, and evaluates nothing."""
+    """A function that returns the rows, build by build, of an experiment, and evaluates nothing."""
 
     class Enough(Exception):
         pass
 
-    def rows_of(name: str, setting: Setting) -> list[Row]:
-        found: list[Row] = []
+    def rows_of(name: str, setting: Setting) -> list[list[Row]]:
+        found: list[list[Row]] = []
 
-        def only_list(rows: Sequence[Row], *_others: object) -> None:
-            found.extend(rows)
+        def only_list(asks: main.Asks, setting: Setting, *_others: object) -> None:
+            found.extend(main.rows_by_build(asks, setting))
             raise Enough
 
         with monkeypatch.context() as patch:
-            patch.setattr(experiments, "evaluated", only_list)
-            patch.setattr(main, "evaluated", only_list)
+            for module in (experiments, keepout, main):
+                patch.setattr(module, "evaluated", only_list)
             patch.setattr(dfrot, "refined", lambda *_: Refined(torch.eye(64), pd.DataFrame(), 60.0))
             patch.setattr(experiments, "_final_losses", lambda *_: [])
             with pytest.raises(Enough):
@@ -168,20 +174,20 @@ def labels_of(table: pd.DataFrame) -> list[str]:
 
 
 def assert_same_rows(found: pd.DataFrame, table: pd.DataFrame) -> None:
-    """Of two runs, which take different times: all but the numbers is equal, and they are but for what
-    flipped codes make of them.
+    """Of two runs, which take different times: all but the numbers is equal, and levels are but for what
+    flipped codes make of them; comparisons follow from those.
     """
-    other = ["value", "ci95", "seconds", "extra_minutes"]
+    other = ["value", "ci95", "verdict", "smallest", "by_build", "seconds", "extra_minutes"]
     pd.testing.assert_frame_equal(
         *(each.drop(columns=[column for column in other if column in each]) for each in (found, table))
     )
-    plain = table["metric"] != SHARE  # a quotient of differences, which may be as small as what a code makes
-    level = table.loc[table["metric"] == tables.PERPLEXITY, "value"].max()
-    for ends in (lambda each: each["value"].to_list(), lambda each: each["ci95"].to_list()):
-        np.testing.assert_allclose(
-            ends(found[plain]), ends(table[plain]), rtol=0, atol=FLIPPED_PERPLEXITY * level
-        )
+    level = table["metric"] == tables.PERPLEXITY
+    assert level.any()
+    for one, other in zip(found[level]["by_build"], table[level]["by_build"], strict=True):
+        np.testing.assert_allclose(one, other, rtol=FLIPPED_PERPLEXITY)
 
+
+PERPLEXITIES = (tables.PERPLEXITY, f"{tables.PERPLEXITY} of the {CALIBRATED}")
 
 # ---- tables of evaluations
 # ------------------------------------------------------------------------------------------
@@ -198,13 +204,13 @@ def test_a_table_has_the_results_columns_and_a_line_a_row_and_metric(lab, name):
     assert [column for column in table.columns if column in tables.COLUMNS] == list(tables.COLUMNS)
     evaluations = table[table["recipe"].notna()]
     assert not evaluations.duplicated([*labels_of(table), "recipe", "metric"]).any()
-    perplexity = evaluations[evaluations["metric"].isin([tables.PERPLEXITY, CALIBRATED])]
-    assert not perplexity["recipe"].duplicated().any()
-    assert (
-        set(evaluations["recipe"])
-        == set(perplexity["recipe"])
-        == {public(resolved(row.spec)).key for row in lab.rows[name]}
-    )
+    levels = evaluations[evaluations["metric"].isin(PERPLEXITIES)]
+    assert not levels["recipe"].duplicated().any()
+    keys = {public(resolved(row.spec)).key for row in lab.asked[name][0]}
+    assert set(evaluations["recipe"]) == set(levels["recipe"]) == keys, "the first build's"
+    once = {public(resolved(row.spec)).key for row in lab.asked[name][0] if row.once}
+    counts = set(zip(evaluations["recipe"].isin(once), evaluations["builds"], strict=True))
+    assert counts == ({(True, 1), (False, 2)} if once else {(False, 2)})
     assert set(evaluations["model"]) == {public(lab.setting).model.source}
     assert set(evaluations["corpus"]) == {public(lab.setting).corpus}
     assert set(evaluations["windows"]) == {2} and (evaluations["seconds"] >= 0).all()
@@ -212,45 +218,75 @@ def test_a_table_has_the_results_columns_and_a_line_a_row_and_metric(lab, name):
     assert all(table[name].dtype == "Int64" for name in tables.WHOLE), "as in a file that is read back"
 
 
+def by_hand(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean and t interval of the builds' values; nan for one."""
+    mean, count = float(np.mean(values)), len(values)
+    half = (
+        stats.t.ppf(0.975, count - 1) * np.std(values, ddof=1) / math.sqrt(count) if count > 1 else math.nan
+    )
+    return mean, mean - half, mean + half
+
+
+def expected_lines(lab: Lab, builds: Sequence[Row]) -> Iterator[tuple[str, list[float], str | None]]:
+    """Metric, value with interval, verdict, of each line of a row, from the stored measures of its builds."""
+    own = [lab.result(row.spec) for n, row in enumerate(builds) if n == 0 or not row.once]
+    losses = [result.losses.mean() for result in own]
+    yield tables.PERPLEXITY, [math.exp(each) for each in by_hand(losses)], None
+    yield tables.DIVERGENCE, [*by_hand([result.divergences.mean() for result in own])], None
+    yield tables.AGREEMENT, [*by_hand([result.agreements.mean() for result in own])], None
+    for called in builds[0].against:
+        others = [lab.result(row.against[called]) for row, _ in zip(builds, own, strict=False)]
+        pairs = list(zip(own, others, strict=True))
+        loss = by_hand([a.losses.mean() - b.losses.mean() for a, b in pairs])
+        further = by_hand([a.divergences.mean() - b.divergences.mean() for a, b in pairs])
+        for metric, found, scale in (
+            (f"change of perplexity against {called}, %", loss, lambda x: 100 * (math.exp(x) - 1)),
+            (f"KL divergence - {called}", further, lambda x: x),
+        ):
+            verdict = "better" if found[2] < 0 else "worse" if found[1] > 0 else "cannot tell"
+            yield metric, [scale(each) for each in found], verdict if len(own) > 1 else None
+
+
 @pytest.mark.parametrize("name", EVALUATING)
-def test_each_line_is_what_its_row_s_losses_say(lab, name):
-    """Perplexities and differences by hand from the stored losses, in the rows' order; a paired difference
-    has the reference's own windows.
+def test_each_line_is_what_its_builds_say(lab, name):
+    """Levels and comparisons by hand from the stored measures, in the rows' order; a comparison has the
+    reference's own windows.
     """
     table = lab.table(name)
     expected = []
-    for row in lab.distinct(name):
-        losses = lab.result(row.spec).losses
-        metric = "perplexity" if row.spec.corpus.split == "evaluation" else CALIBRATED
-        expected.append((public(resolved(row.spec)).key, dict(row.labels), metric, math.exp(losses.mean())))
-        for called, reference in row.against.items():
-            difference = math.exp(losses.mean()) - math.exp(lab.result(reference).losses.mean())
-            expected.append(
-                (public(resolved(row.spec)).key, dict(row.labels), f"perplexity - {called}", difference)
-            )
-    lines = table[table["recipe"].notna() & ~table["metric"].isin([SHARE, CHOSEN])].to_dict("records")
+    for builds in zip(*lab.asked[name], strict=True):
+        for metric, values, verdict in expected_lines(lab, builds):
+            text = f" of the {CALIBRATED}" if builds[0].spec.corpus.split == "calibration" else ""
+            said = public(resolved(builds[0].spec)).key, dict(builds[0].labels)
+            expected.append((*said, metric + text, values, verdict))
+    lines = table[table["recipe"].notna() & ~table["metric"].isin([tables.SHARE, CHOSEN])].to_dict("records")
     assert len(lines) == len(expected)
-    for line, (key, labels, metric, value) in zip(lines, expected, strict=True):
+    for line, (key, labels, metric, (value, *ends), verdict) in zip(lines, expected, strict=True):
         assert (line["recipe"], line["metric"]) == (key, metric)
         assert line["value"] == pytest.approx(value, rel=1e-12, abs=1e-12)
         assert {n: None if pd.isna(line[n]) else line[n] for n in labels} == labels
-        low, high = line["ci95"]
-        assert low <= line["value"] <= high
+        assert (None if pd.isna(line["verdict"]) else line["verdict"]) == verdict
+        if line["builds"] == 1:
+            assert line["ci95"] is None
+        else:
+            assert line["ci95"] == pytest.approx(ends, rel=1e-9, abs=1e-12)
 
 
 @pytest.mark.parametrize("name", EVALUATING)
 def test_rows_equal_those_evaluated_alone_in_another_store(lab, name, tmp_path):
-    """The first, the last and one between, with no built model and no weights of the experiment's;
-    refinements run twice are compared elsewhere.
+    """The first build of the first row, the last build of the last, and one between, with no built model and
+    no weights of the experiment's; refinements run twice are compared elsewhere.
     """
-    rows, table = lab.distinct(name), lab.table(name)
+    lab.table(name)
+    asked = lab.asked[name]
     other = sharing(lab.store, tmp_path / "alone", "capture", "refine")
-    for row in {id(r): r for r in (rows[0], rows[len(rows) // 2], rows[-1])}.values():
-        alone = perplexity.evaluate(row.spec, other)
-        perplexities = table[table["metric"].isin([tables.PERPLEXITY, CALIBRATED])]
-        lines = perplexities[perplexities["recipe"] == public(alone.spec).key]
-        assert lines["value"].tolist() == [pytest.approx(alone.perplexity, rel=FLIPPED_PERPLEXITY)]
-        assert tuple(lines["ci95"].iloc[0]) == pytest.approx(alone.ci95, rel=FLIPPED_PERPLEXITY)
+    lines = lab.tables[name]
+    lines = lines[lines["metric"].isin(PERPLEXITIES)].to_dict("records")
+    assert len(lines) == len(asked[0])
+    for place, build in ((0, 0), (len(lines) // 2, -1), (len(lines) - 1, -1)):
+        build = 0 if asked[build][place].once else build
+        alone = perplexity.evaluate(asked[build][place].spec, other)
+        assert lines[place]["by_build"][build] == pytest.approx(alone.perplexity, rel=FLIPPED_PERPLEXITY)
 
 
 @pytest.mark.parametrize("name", EVALUATING)
@@ -290,62 +326,64 @@ def test_rows_that_experiments_share_are_evaluated_once(lab, tmp_path, monkeypat
 
 
 def test_equal_rows_are_one_line_and_the_same_spec_with_other_labels_is_another(lab):
-    spec = lab.setting.row("16-16-16", lab.setting.rotation("NR"))
-    table, found = main.evaluated(
-        [Row(spec, {"as": "a"}), Row(spec, {"as": "b"}), Row(spec, {"as": "a"})], lab.store
-    )
-    assert table["as"].tolist() == ["a", "b"] and len(set(table["value"])) == 1
-    assert list(found) == [spec]
+    def asks(own: Setting) -> list[Row]:
+        spec = own.row("16-16-16", own.rotation("NR"))
+        return [Row(spec, {"as": "a"}), Row(spec, {"as": "b"}), Row(spec, {"as": "a"})]
+
+    table, found = main.evaluated(asks, lab.setting, lab.store)
+    levels = table[table["metric"] == tables.PERPLEXITY]
+    assert levels["as"].tolist() == ["a", "b"] and len(set(levels["value"])) == 1
+    assert list(found) == [asks(own)[0].spec for own in lab.setting.each()]
+
+
+def test_what_is_found_so_far_makes_a_table_of_the_builds_that_are_whole(lab):
+    """A comparison is of the builds in which both rows are there; a row of which nothing is has no line."""
+    asked = main.rows_by_build(lambda own: experiments.gain(own, lab.store), lab.setting)
+    found = {row.spec: lab.result(row.spec) for row in lab.distinct("gain")}
+    (rh_0, dfrot_0), (rh_1, _) = ([row.spec for row in build] for build in asked)
+    both = main.table_of(asked, {spec: found[spec] for spec in (rh_0, dfrot_0, rh_1)})
+    assert dict(zip(both["metric"] + " " + both["rotation"], both["builds"], strict=True)) == {
+        **{f"{metric} RH": 2 for metric in tables.LEVELS},
+        **{f"{metric} DFRot": 1 for metric in (*tables.LEVELS, tables.change("RH"), tables.further("RH"))},
+    }
+    alone = main.table_of(asked, {rh_1: found[rh_1]})
+    assert alone["metric"].tolist() == list(tables.LEVELS) and set(alone["builds"]) == {1}
 
 
 # ---- single experiments
 # ------------------------------------------------------------------------------------------
 
 
-def test_the_share_is_the_one_computed_by_hand_from_the_tables_perplexities(lab):
-    table = lab.table("keep-out")
-    shares = table[table["metric"] == SHARE]
-    gaps = table[(table["metric"] == "perplexity - RH") & ~table["keep_out"].astype(bool)].to_dict("records")
-    wide = [(gap["seed"], gap["bits"]) for gap in gaps if not gap["ci95"][0] <= 0 <= gap["ci95"][1]]
-    assert [(line["seed"], line["bits"]) for line in shares.to_dict("records")] == wide
-    assert len(gaps) == 3 * lab.setting.seeds and wide, "no gap is off zero: nothing was tested"
-    perplexity = table[table["metric"] == tables.PERPLEXITY]
-    for line in shares.itertuples():
-        same = perplexity[
-            (perplexity["seed"] == line.seed)
-            & (perplexity["w_bits"] == line.w_bits)
-            & (perplexity["a_bits"] == line.a_bits)
-        ]
-        same = same[same["kv_bits"] == line.kv_bits]
-        [ro], [kept_ro], [rh], [kept_rh] = (
-            same.loc[(same["rotation"] == kind) & (same["keep_out"] == kept), "value"]
-            for kind in ("RO", "RH")
-            for kept in (False, True)
-        )
-        assert line.value == pytest.approx(1 - (kept_ro - kept_rh) / (ro - rh), rel=1e-9)
-        assert (line.rotation, line.keep_out) == ("RO", True)
-        low, high = line.ci95
-        assert low <= line.value <= high
-
-
-def test_a_gap_that_may_be_zero_has_no_share(lab, monkeypatch):
-    monkeypatch.setattr(perplexity, "paired_difference", lambda *_: (0.1, (-1.0, 1.2)))
-    table = lab.table("keep-out")
+def test_the_share_is_of_the_builds_own_rows(lab, monkeypatch):
+    """Which evaluations it is made of, whatever it comes to: tests/test_keepout.py."""
+    table, seen = lab.table("keep-out"), []
+    monkeypatch.setattr(keepout, "closed_share", lambda *four: seen.append(four) or [])
     found = experiments.run("keep-out", lab.setting, lab.store)
-    pd.testing.assert_frame_equal(found, table[table["metric"] != SHARE], rtol=1e-6)
+    pd.testing.assert_frame_equal(found, table[table["metric"] != tables.SHARE], rtol=1e-6)
+    assert len(seen) == 3
+    for four, bits in zip(seen, ("16-4-16", "4-4-4", "4-8-16"), strict=True):
+        kinds = [[(r.spec.rotation.name, r.spec.keep_out) for r in builds] for builds in four]
+        rule = "nr_error_9.5"
+        assert kinds == [[(kind, kept)] * 2 for kind in ("RO", "RH") for kept in (None, rule)]
+        for builds in four:
+            assert [(r.spec.sample, r.spec.rotation.seed, r.spec.jitter) for r in builds] == [
+                (0, 0, None),
+                (1, 1, 1),
+            ]
+            assert {r.spec.bits for r in builds} == {bits}
 
 
-def test_keep_out_has_every_seed_at_every_setting(lab):
+def test_keep_out_has_every_build_at_every_setting(lab):
     table = lab.table("keep-out")
-    perplexity = table[table["metric"] == tables.PERPLEXITY]
-    found = {
-        (r["rotation"], r["bits"], r["keep_out"], r["seed"])
-        for r in perplexity.to_dict("records")
-        if r["rotation"] != "NR"
+    levels = table[(table["metric"] == tables.PERPLEXITY) & (table["rotation"] != "NR")]
+    found = {(r["rotation"], r["bits"], r["keep_out"], r["builds"]) for r in levels.to_dict("records")}
+    bits = ("16-4-16", "4-4-4", "4-8-16")
+    assert found == set(itertools.product(("RO", "RH"), bits, (True, False), (2,)))
+    unrotated = table[(table["metric"] == tables.PERPLEXITY) & (table["rotation"] == "NR")]
+    assert dict(zip(unrotated["bits"], unrotated["builds"], strict=True)) == {
+        "16-16-16": 2,
+        **dict.fromkeys(bits, 1),
     }
-    assert found == set(itertools.product(("RO", "RH"), ("4-4-4", "4-4-16", "4-8-16"), (True, False), (0, 1)))
-    unrotated = perplexity[perplexity["rotation"] == "NR"]
-    assert {r["bits"] for r in unrotated.to_dict("records")} == {"16-16-16", "4-4-4", "4-4-16", "4-8-16"}
 
 
 def test_main_table_says_the_minutes_of_dfrot_alone(lab):
@@ -366,12 +404,12 @@ def test_variants_compares_the_losses_of_all_under_one_quantizer(lab):
     """
     table = lab.table("variants")
     lines = table[table["recipe"].isna()].set_index(["variant", "seed", "metric"])["value"].sort_index()
-    assert len(lines) == 3 * lab.setting.seeds * 4
-    recorded = capture(lab.setting.capture, lab.store)
-    mask = massive.find(recorded, PAPER_RULE).flatten()
+    assert len(lines) == 3 * lab.setting.builds * 4
     for row in lab.distinct("variants"):
         spec = row.spec.rotation
         if isinstance(spec, RefineSpec):
+            recorded = capture(spec.capture, lab.store)
+            mask = massive.find(recorded, PAPER_RULE).flatten()
             error = squared_error(
                 recorded.all_rows() @ dfrot.refined(spec, lab.store).R.float(), QuantSpec(scheme="asymmetric")
             ).double()
@@ -405,9 +443,9 @@ def test_calibration_on_one_text_is_tested_on_the_other(lab, tmp_path, monkeypat
     texts = [lab.setting.corpus, str(other)]
     monkeypatch.setattr(experiments, "_texts", lambda _setting: texts)
     few_rows(monkeypatch)
-    rows = seen_rows(monkeypatch)
-    table = experiments.run("calibration", lab.setting.with_(quick=False), lab.store)
-    exchanged = [row for row in rows if row.labels["varied"] == "text"]
+    asked = seen_rows(monkeypatch)
+    table = experiments.run("calibration", lab.setting.with_(quick=False, builds=1), lab.store)
+    exchanged = [row for row in asked[0] if row.labels["varied"] == "text"]
     assert len(exchanged) == 2 * 4
     for row in exchanged:
         fitted, tested = row.labels["level"].split(" -> ")
@@ -418,7 +456,7 @@ def test_calibration_on_one_text_is_tested_on_the_other(lab, tmp_path, monkeypat
         assert row.against["RH"].corpus == row.spec.corpus and row.against[
             "RH"
         ].rotation == lab.setting.rotation("RH")
-    lines = table[(table["varied"] == "text") & (table["metric"] == "perplexity - RH")]
+    lines = table[(table["varied"] == "text") & (table["metric"] == tables.change("RH"))]
     assert lines["level"].tolist() == [f"{a} -> {b}" for a, b in itertools.product(texts, texts)] * 2
     assert (
         lines["corpus"].tolist()
@@ -438,31 +476,62 @@ def test_one_text_where_there_is_no_other(lab, monkeypatch):
 @pytest.mark.parametrize("name", EVALUATING)
 @pytest.mark.parametrize("quick", [True, False], ids=["quick", "full"])
 def test_every_reference_is_itself_a_row_and_no_label_is_lost(lab, planned, name, quick):
-    rows = planned(name, lab.setting.with_(quick=quick, seeds=3))
-    keys = {row.spec.key for row in rows}
-    assert all(reference.key in keys for row in rows for reference in row.against.values())
-    assert all(row.spec.key != reference.key for row in rows for reference in row.against.values())
-    said = [(row.spec.key, tuple(row.labels.items())) for row in rows]
-    repeated = {said[n] for n in range(len(said)) if said[n] in said[:n]}
-    for what in repeated:  # listed again, but as the very same row, so that it is one line
-        assert (
-            len({tuple(row.against) for row in rows if (row.spec.key, tuple(row.labels.items())) == what})
-            == 1
-        )
-    assert all(list(row.labels) == list(rows[0].labels) for row in rows) or name == "keep-out"
+    asked = planned(name, lab.setting.with_(quick=quick, builds=3))
+    assert len(asked) == 3 and len(set(map(len, asked))) == 1
+    for rows in asked:
+        keys = {row.spec.key for row in rows}
+        assert all(reference.key in keys for row in rows for reference in row.against.values())
+        assert all(row.spec.key != reference.key for row in rows for reference in row.against.values())
+        said = [(row.spec.key, tuple(row.labels.items())) for row in rows]
+        assert len(set(said)) == len(said), "each once"
+        assert all(list(row.labels) == list(rows[0].labels) for row in rows) or name == "keep-out"
+
+
+@pytest.mark.parametrize("name", EVALUATING)
+def test_builds_of_a_row_differ_in_all_that_is_random_and_in_nothing_else(lab, planned, name):
+    """And a reference is of the same build."""
+    asked = planned(name, lab.setting.with_(builds=3))
+    for builds in zip(*asked, strict=True):
+        for n, row in enumerate(builds):
+            spec, first = row.spec, builds[0].spec
+            assert (spec.sample, spec.jitter) == (n, n or None)
+            assert {reference.sample for reference in row.against.values()} <= {n}
+            assert (
+                spec.rotation.first_seed == (first.rotation.first_seed or 0) + n or spec.rotation.name == "NR"
+            )
+            assert spec.weights.sample == (n or None)
+            same = {name: getattr(first, name) for name in ("rotation", "weights", "sample", "jitter")}
+            assert spec.with_(**same) == first
+            assert (row.labels, list(row.against), row.once) == (
+                builds[0].labels,
+                list(builds[0].against),
+                builds[0].once,
+            )
+            if isinstance(spec.rotation, RefineSpec) and name != "calibration":
+                assert spec.rotation.capture.sample == (n or None)
+
+
+def test_calibration_s_samples_are_no_other_build_s(lab, planned):
+    asked = planned("calibration", lab.setting.with_(quick=False, builds=3))
+    of = [
+        {
+            row.spec.rotation.capture.sample
+            for row in build
+            if isinstance(row.spec.rotation, RefineSpec) and row.labels["varied"] == "sample"
+        }
+        for build in asked
+    ]
+    assert all(len(each) == 5 for each in of) and len(set.union(*of)) == 15
 
 
 def test_the_full_profile_has_all_values_of_each_sweep(lab, planned, monkeypatch):
-    full = lab.setting.with_(quick=False, seeds=3)
-    gammas = {
-        row.spec.rotation.gamma
-        for row in planned("gamma-sweep", full)
-        if isinstance(row.spec.rotation, RefineSpec)
-    }
+    full = lab.setting.with_(quick=False, builds=3)
+    rows = evaluated_rows(planned("gamma-sweep", full))
+    gammas = {row.spec.rotation.gamma for row in rows if isinstance(row.spec.rotation, RefineSpec)}
     assert gammas == {1, 5, 10, 20, 50, 100, 200, 500, math.inf}
-    seeds = {(row.spec.bits, row.spec.rotation.first_seed) for row in planned("gamma-sweep", full)}
+    seeds = {(row.spec.bits, row.spec.rotation.first_seed) for row in rows}
     assert seeds == {("16-4-16", 0), ("16-4-16", 1), ("16-4-16", 2), ("4-4-16", 0)}
-    rows = planned("clip-sweep", full)
+    rows = planned("clip-sweep", full)[0]
     assert (
         len({(r.spec.rotation.name, r.labels["clip"]) for r in rows}) == 3 * 9
         and max(r.labels["clip"] for r in rows) == 1
@@ -470,16 +539,18 @@ def test_the_full_profile_has_all_values_of_each_sweep(lab, planned, monkeypatch
     assert experiments.ROW_COUNTS == (48, 32, 24, 16, 8)
     monkeypatch.setattr(experiments, "ROW_COUNTS", (5, 4, 3, 1))
     fitted = [
-        row.spec.rotation for row in planned("calibration", full) if isinstance(row.spec.rotation, RefineSpec)
+        row.spec.rotation
+        for row in planned("calibration", full)[0]
+        if isinstance(row.spec.rotation, RefineSpec)
     ]
-    assert {spec.capture.skip for spec in fitted} == {0, 1, 2, 3, 4}
+    assert {spec.capture.sample for spec in fitted} == {None, 1000, 2000, 3000, 4000}
     assert {spec.rows for spec in fitted} == {
         None,
         4 * 64,
         3 * 64,
         64,
     }  # 5 windows of rows are more than the model's four sites have
-    kept = {(row.spec.keep_out, row.spec.keep_out_tokens) for row in planned("intervene", full)}
+    kept = {(row.spec.keep_out, row.spec.keep_out_tokens) for row in planned("intervene", full)[0]}
     assert kept == {
         (None, None),
         ("nr_error_9.5", None),
@@ -490,16 +561,16 @@ def test_the_full_profile_has_all_values_of_each_sweep(lab, planned, monkeypatch
 def test_the_quick_profile_has_the_first_and_the_last(lab, planned):
     gammas = {
         row.spec.rotation.gamma
-        for row in planned("gamma-sweep", lab.setting)
+        for row in planned("gamma-sweep", lab.setting)[0]
         if isinstance(row.spec.rotation, RefineSpec)
     }
     assert gammas == {1, math.inf}
-    assert {row.spec.bits for row in planned("variants", lab.setting)} == {"16-4-16"}, "of two the first"
-    assert {row.labels["clip"] for row in planned("clip-sweep", lab.setting)} == {0.6, 1.0}
+    assert {row.spec.bits for row in planned("variants", lab.setting)[0]} == {"16-4-16"}, "of two the first"
+    assert {row.labels["clip"] for row in planned("clip-sweep", lab.setting)[0]} == {0.6, 1.0}
 
 
 def test_a_clipped_rotation_is_refined_with_the_clip_it_is_tested_with(lab, planned):
-    for row in planned("clip-sweep", lab.setting):
+    for row in evaluated_rows(planned("clip-sweep", lab.setting)):
         assert row.spec.activations == QuantSpec(scheme="asymmetric", clip_ratio=row.labels["clip"])
         if isinstance(row.spec.rotation, RefineSpec):
             assert row.spec.rotation.quantizer == row.spec.activations
@@ -524,8 +595,7 @@ def test_a_clip_is_chosen_on_the_calibration_text_and_told_on_the_other(lab, mon
     monkeypatch.setattr(perplexity, "evaluate_all", scripted)
     table = experiments.run("clip-sweep", lab.setting, lab.store)
     told, chosen_by, chosen = (
-        table[table["metric"] == metric].set_index(["rotation", "clip"])
-        for metric in (tables.PERPLEXITY, CALIBRATED, CHOSEN)
+        table[table["metric"] == metric].set_index(["rotation", "clip"]) for metric in (*PERPLEXITIES, CHOSEN)
     )
     names = ["RO", "RH", "DFRot"]
     assert list(chosen.index) == [(name, best) for name in names]
@@ -681,7 +751,7 @@ def and_die(*of):
     left[0] -= 1
     return score(*of)
 perplexity.window_measures = and_die
-sizes = dict(windows=2, window=64, gptq_windows=2, seeds=2, quick=True)
+sizes = dict(windows=2, window=64, gptq_windows=2, builds=2, quick=True)
 setting = Setting(model=ModelSpec(source=model), corpus=text, **sizes)
 experiments.run("keep-out", setting, Store(Path(root)))
 """
@@ -761,7 +831,6 @@ def test_a_setting_s_specs_are_of_its_model_text_and_windows():
     assert setting.refine == RefineSpec(
         capture=setting.capture, gamma=7, init=RotationSpec(kind="RH", seed=4)
     )
-    assert setting.rotation("RO", 2) == RotationSpec(kind="RO", seed=6)
     row = setting.row("4-4-16", setting.rotation("RH"), weights="rtn", keep_out="nr_error_9.5")
     assert (row.model, row.corpus, row.windows, row.window) == (setting.model, CorpusSpec(name="t"), 3, 64)
     assert (row.weights.method, row.weights.corpus, row.weights.windows, row.weights.window) == (
@@ -780,11 +849,36 @@ def test_a_setting_s_specs_are_of_its_model_text_and_windows():
     assert by_rtn.row("4-4-16", RotationSpec(), weights="gptq").weights.method == "gptq"
 
 
+def test_a_build_is_another_seed_sample_and_jitter_of_everything():
+    setting = Setting(model=ModelSpec(source="m"), corpus="t", seed=4, window=64)
+    first, third = setting.each()[0], setting.each()[2]
+    assert [own.build for own in setting.each()] == [*range(BUILDS)] and first == setting
+    assert (first.capture.sample, third.capture.sample) == (None, 2), "the first is the published one"
+    assert third.refine.capture == third.capture and third.refine.first_seed == 6
+    assert third.rotation("RO") == RotationSpec(kind="RO", seed=6)
+    assert third.method("DFRot") == third.refine
+    rows = [own.row("4-4-16", own.rotation("RH")) for own in (first, third)]
+    assert [(row.sample, row.jitter, row.weights.sample) for row in rows] == [(0, None, None), (2, 2, 2)]
+
+
+def test_an_experiment_has_its_own_number_of_builds_where_none_is_chosen():
+    setting = Setting()
+    assert [
+        experiments.setting_of(name, setting).builds for name in ("gain", "gamma-sweep", "main-table")
+    ] == [24, 3, BUILDS]
+    assert experiments.setting_of("gain", setting.with_(builds=2)).builds == 2
+    for name in ("main", "compare"):
+        assert experiments.setting_of(name, setting) == setting
+    assert experiments.setting_of("gain", setting).rule == PAPER_RULE
+    assert set(EXPERIMENTS) >= WHOLE and set(EXPERIMENTS) >= set(experiments.BUILDS_OF)
+
+
 def test_the_main_job_s_keys_are_those_of_the_default_windows():
     """A setting of the defaults makes the specs that results are stored under."""
     row = Setting(corpus="wikitext2").row("4-4-16", RotationSpec())
     text = CorpusSpec(name="wikitext2")
-    assert row == Recipe(corpus=text, weights=Recipe().weights.with_(corpus=text.with_(split="calibration")))
+    weights = Recipe().weights.with_(corpus=text.with_(split="calibration"))
+    assert row == Recipe(corpus=text, weights=weights, sample=0)
 
 
 # ---- the figures, and how table and figure are kept

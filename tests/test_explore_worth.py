@@ -15,6 +15,7 @@ from dfrot_lab.explore.worth import numbers
 from dfrot_lab.explore.worth.numbers import Tally
 from dfrot_lab.explore.worth.widget import Bars, Worth
 from dfrot_lab.maths import tables
+from dfrot_lab.maths.statistics import estimate
 from dfrot_lab.recipe.specs import RELEASED_KEEP_OUT
 from dfrot_lab.score import perplexity
 from dfrot_lab.study import cost, main
@@ -33,7 +34,7 @@ def setting(tmp_path: Path, text_file: Path) -> Setting:
         windows=3,
         window=64,
         gptq_windows=2,
-        seeds=1,
+        builds=1,
         weights="rtn",
         steps=3,
     )
@@ -64,19 +65,29 @@ def test_stored_rows_are_shown_at_once_and_nothing_is_computed(setting, store):
     table = widget.table().set_index(["row", "bits"])
     assert keys(store) == before
     assert table.loc[("RO", "4-4-16"), "perplexity"] == ro.perplexity
-    assert tuple(table.loc[("RO", "4-4-16"), ["low", "high"]]) == ro.ci95
-    value, interval = perplexity.paired_difference(ro, rh)
-    assert tuple(table.loc[("RO", "4-4-16"), ["minus_rh", "minus_rh_low", "minus_rh_high"]]) == (
-        value,
-        *interval,
-    )
+    low, high = np.exp(estimate(ro.losses).ci95)
+    assert tuple(table.loc[("RO", "4-4-16"), ["low", "high"]]) == pytest.approx((low, high))
+    further = estimate(ro.losses - rh.losses)
+    change = [100 * np.expm1(each) for each in (further.mean, *further.ci95)]
+    assert list(table.loc[("RO", "4-4-16"), numbers.DIFFERENCE]) == pytest.approx(change)
     assert np.isnan(table.loc[("RH", "4-4-16"), "minus_rh"])
     assert table["stored"].sum() == 2
     bar = {trace.name: trace for trace in widget.plot.data}["RO"]
     assert (list(bar.x), list(bar.y), bar.visible) == (["4-4-16"], [pytest.approx(ro.perplexity)], True)
-    assert bar.error_y.array[0] == pytest.approx(ro.ci95[1] - ro.perplexity)
-    assert bar.error_y.arrayminus[0] == pytest.approx(ro.perplexity - ro.ci95[0])
-    assert f"{ro.perplexity:,.2f} [{ro.ci95[0]:,.2f}, {ro.ci95[1]:,.2f}]" in widget.rows.value
+    assert bar.error_y.array[0] == pytest.approx(high - ro.perplexity)
+    assert bar.error_y.arrayminus[0] == pytest.approx(ro.perplexity - low)
+    assert f"{ro.perplexity:,.2f} [{low:,.2f}, {high:,.2f}]" in widget.rows.value
+
+
+def test_one_window_has_no_interval(setting, store):
+    setting = setting.with_(windows=1)
+    ro, rh = stored_row(setting, store, "RO", "16-4-16"), stored_row(setting, store, "RH", "16-4-16")
+    widget = Worth(setting, store)
+    widget.controls["bits"].value = ("16-4-16",)
+    row = widget.table().set_index("row").loc["RO"]
+    assert row["perplexity"] == ro.perplexity
+    assert row["minus_rh"] == pytest.approx(100 * (ro.perplexity / rh.perplexity - 1))
+    assert row[["low", "high", "minus_rh_low", "minus_rh_high"]].isna().all()
 
 
 def test_missing_rows_are_named_with_a_time_and_computed_in_the_background(setting, store):

@@ -24,9 +24,10 @@ from typer.testing import CliRunner
 from dfrot_lab.cli.app import app
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.disk.atomic import write_text
+from dfrot_lab.maths import tables
 from dfrot_lab.recipe.specs import ModelSpec, Recipe
 from dfrot_lab.score import perplexity
-from dfrot_lab.show import report
+from dfrot_lab.show import gallery, report
 from dfrot_lab.study import main
 from dfrot_lab.study.setting import Setting
 
@@ -44,7 +45,7 @@ def setting(tmp_path: Path, text_file: Path) -> Setting:
         windows=2,
         window=64,
         gptq_windows=2,
-        seeds=2,
+        builds=2,
         weights="rtn",
         steps=3,
     )
@@ -95,8 +96,8 @@ def loads_nothing(page: Page) -> None:
 
 
 def specs_of(setting: Setting) -> list[Recipe]:
-    """The rows of a main job."""
-    return list(dict.fromkeys(row.spec for row in main.rows(setting)))
+    """The rows of a main job, of all its builds."""
+    return main.recipes(main.rows_by_build(main.rows, setting))
 
 
 def test_nothing_but_the_capture_is_computed_and_every_row_is_named(setting, store):
@@ -106,8 +107,14 @@ def test_nothing_but_the_capture_is_computed_and_every_row_is_named(setting, sto
     page = Page(report.page(report.values(findings)))
     loads_nothing(page)
     assert report.command(report.public(setting)) in page.text
-    for spec in findings.missing:
-        assert report.row_command(report.public(setting), spec) in page.text
+    missing = report.values(findings)["missing"]
+    assert dict(missing.itertuples(index=False)) == {
+        **{f"{name} {bits}": 2 for name in ("RO", "RH", "DFRot") for bits in ("16-4-16", "4-4-4")},
+        **{f"{name}, kept out 16-4-16": 2 for name in ("RO", "RH")},
+        **{"full precision 16-16-16": 2, "NR 16-4-16": 1, "NR 4-4-4": 1},
+    }
+    for row in missing["row"]:
+        assert row in page.text
     assert "DFRot's rotation is not refined yet" in page.text
 
 
@@ -121,9 +128,16 @@ def test_a_report_of_all_rows(setting, store):
     loads_nothing(page)
     assert 1_000_000 < len(text.encode()) < 10_000_000
     for row in found.table.to_dict("records"):
-        if (pd.isna(row["seed"]) or row["seed"] == 0) and row["metric"] == "perplexity":
-            assert f"{row['value']:.2f} [{row['ci95'][0]:.2f}, {row['ci95'][1]:.2f}]" in page.text
-    assert "not stored" not in page.text and "seed 1" in page.text
+        if row["metric"] != tables.AGREEMENT:
+            assert tables.cell(row) in page.text
+    assert len(found.table) > 40 and "2 builds of 2 windows" in page.text
+    assert gallery.resolution(found.table) in page.text
+    [gap] = tables.records(
+        found.table[(found.table["rotation"] == "RO") & (found.table["bits"] == "16-4-16")],
+        tables.change("RH"),
+    )
+    assert f"changes the perplexity of a random Hadamard one (RH) by {tables.cell(gap)}." in page.text
+    assert "not stored" not in page.text
     assert len([tag for tag, _ in page.tags if tag == "img"]) == 4
     for title in (
         "What was measured",
@@ -192,7 +206,7 @@ def test_every_value_of_the_page_is_escaped(setting, store):
 def test_a_path_with_markup_is_escaped(store, tmp_path, text_file):
     spec = save_tiny(tmp_path / "<b>model&")
     findings = report.collect(
-        Setting(model=spec, corpus=str(text_file), windows=1, window=64, seeds=1), store
+        Setting(model=spec, corpus=str(text_file), windows=1, window=64, builds=1), store
     )
     text = report.page(report.values(findings))
     assert "<b>model" not in text and "&lt;b&gt;model&amp;" in text
@@ -240,33 +254,38 @@ def test_chromium_draws_the_report_and_runs_no_token(setting, store, tmp_path):
     assert not [attributes for tag, attributes in page.tags if tag == "img" and "onerror" in attributes]
 
 
-def test_the_command_writes_the_file_and_the_commands_it_names_complete_it(tmp_path, text_file, monkeypatch):
+def test_the_command_writes_the_file_and_the_command_it_names_completes_it(tmp_path, text_file, monkeypatch):
     monkeypatch.setenv("DFROT_LAB_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("DFROT_LAB_DATA", raising=False)
     monkeypatch.chdir(tmp_path)
-    text_file.write_text(text_file.read_text() * 6)
-    model = save_tiny(tmp_path / "a model", context=4096)
-    options = ["--model", model.source, "--corpus", str(text_file), "--windows", "1"]
+    model = save_tiny(tmp_path / "a model")
+    options = ["--model", model.source, "--corpus", str(text_file), "--windows", "1", "--window", "64"]
+    options += ["--builds", "2", "--seed", "5"]
     shown = json.loads(CliRunner().invoke(app, ["report", *options, "--json"]).stdout)
     assert (
         shown["out"] == "report.html"
         and shown["bytes"] == (tmp_path / "report.html").stat().st_size < 10_000_000
     )
-    setting = Setting(model=ModelSpec(source=model.source), corpus=str(text_file), windows=1)
-    assert shown["which this computes"] == report.command(setting) and "--model '" in report.command(setting)
+    sizes = {"windows": 1, "window": 64, "builds": 2, "seed": 5}
+    setting = Setting(model=ModelSpec(source=model.source), corpus=str(text_file), **sizes)
     specs = specs_of(setting)
-    assert len(shown["rows not stored"]) == len(specs)
-    chosen = [spec for spec in specs if spec.bits == "16-4-16" and spec.rotation.name in ("RH", "DFRot")]
-    for spec in chosen:
-        program, *arguments = shlex.split(report.row_command(setting, spec))
-        result = CliRunner().invoke(app, arguments)
-        assert program == "dfrot-lab" and result.exit_code == 0, result.output
-        assert perplexity.stored(spec, Store()) is not None, (
-            f"{arguments} did not compute the row it is named for"
-        )
-    assert len(chosen) == 5
+    assert shown["rows not stored"] == [main.row_name(spec) for spec in specs] and len(specs) == 11 + 9
+    assert shown["which this computes"] == report.command(setting) and "--model '" in report.command(setting)
+    asked: list[Setting] = []
+
+    def enough(setting: Setting, *_others: object) -> None:
+        asked.append(setting)
+        raise ValueError("enough")
+
+    program, *arguments = shlex.split(report.command(setting))
+    with monkeypatch.context() as patch:
+        patch.setattr(main, "prepared", enough)
+        CliRunner().invoke(app, arguments)
+    assert program == "dfrot-lab" and [specs_of(each) for each in asked] == [specs]
+    chosen = [spec for spec in specs if spec.bits == "16-4-16" and spec.rotation.name == "RH"]
+    perplexity.evaluate_all(chosen, Store())
     again = json.loads(CliRunner().invoke(app, ["report", *options, "--json"]).stdout)
-    assert len(again["rows not stored"]) == len(specs) - len(chosen)
+    assert len(chosen) == 4 and len(again["rows not stored"]) == len(specs) - 4
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from dfrot_lab.maths import tables
 from dfrot_lab.model import corpus, loading
 from dfrot_lab.observe.massive import doubt
 from dfrot_lab.recipe import registry
-from dfrot_lab.recipe.specs import MASSIVE_RULES, PACKAGED, CorpusSpec, Recipe
+from dfrot_lab.recipe.specs import MASSIVE_RULES, PACKAGED, WINDOW, CorpusSpec, Recipe
 from dfrot_lab.show import figures, gallery
 from dfrot_lab.show.theme import MASSIVE_COLOUR, ORDINARY_COLOUR, safe, visible
 from dfrot_lab.study import cost, main, paper
@@ -160,6 +160,7 @@ def massive_tokens(table: pd.DataFrame) -> pd.DataFrame:
 def command(setting: Setting) -> str:
     """The command that computes every row a report of `setting` shows."""
     own = f"--builds {setting.builds} --gamma {setting.gamma:g} --rule {setting.rule}"
+    own += "" if setting.window == WINDOW else f" --window {setting.window}"
     return f"dfrot-lab run {_options(setting, setting.seed)} {own}"
 
 
