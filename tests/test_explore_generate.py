@@ -278,6 +278,7 @@ def test_markup_in_prompt_and_tokens_is_inert(widget):
 
 
 def test_the_strip_shows_the_losses_and_so_does_the_static_figure(widget):
+    widget.controls["rotations"].value = ("NR", "RO", "RH", "DFRot")  # the last is not refined: left out
     losses = written(widget).losses()
     strip = widget.plot.data[0]
     assert list(strip.y) == [EXACT, "NR", "RO", "RH"]

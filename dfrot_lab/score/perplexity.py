@@ -21,7 +21,7 @@ from dfrot_lab.recipe import keys
 from dfrot_lab.recipe.base import require
 from dfrot_lab.recipe.specs import Recipe
 from dfrot_lab.score import divergence
-from dfrot_lab.score.build import Built, build, build_key, quantized, windows_of
+from dfrot_lab.score.build import Built, build, build_key, quantized, require_texts, windows_of
 from dfrot_lab.score.divergence import FINITE, window_measures
 from dfrot_lab.weights.run import OnPart, nothing
 
@@ -100,6 +100,7 @@ def evaluate(
     store, spec, kept = store or Store(), door.resolved(spec).canonical(), {} if kept is None else kept
 
     def make(writer: Writer) -> None:
+        require_texts(spec, store)
         ids = windows_of(spec, store)
         found = divergence.references(spec, ids, store, on_part)  # before another model fills the memory
         if (key := build_key(spec)) not in kept:
