@@ -59,21 +59,21 @@ def computed(widget: Worth) -> None:
 
 
 def test_stored_rows_are_shown_at_once_and_nothing_is_computed(setting, store):
-    rh, ro = stored_row(setting, store, "RH", "4-4-16"), stored_row(setting, store, "RO", "4-4-16")
+    rh, ro = stored_row(setting, store, "RH", "4-4-4"), stored_row(setting, store, "RO", "4-4-4")
     before = keys(store)
     widget = Worth(setting, store)
     table = widget.table().set_index(["row", "bits"])
     assert keys(store) == before
-    assert table.loc[("RO", "4-4-16"), "perplexity"] == ro.perplexity
+    assert table.loc[("RO", "4-4-4"), "perplexity"] == ro.perplexity
     low, high = np.exp(estimate(ro.losses).ci95)
-    assert tuple(table.loc[("RO", "4-4-16"), ["low", "high"]]) == pytest.approx((low, high))
+    assert tuple(table.loc[("RO", "4-4-4"), ["low", "high"]]) == pytest.approx((low, high))
     further = estimate(ro.losses - rh.losses)
     change = [100 * np.expm1(each) for each in (further.mean, *further.ci95)]
-    assert list(table.loc[("RO", "4-4-16"), numbers.DIFFERENCE]) == pytest.approx(change)
-    assert np.isnan(table.loc[("RH", "4-4-16"), "minus_rh"])
+    assert list(table.loc[("RO", "4-4-4"), numbers.DIFFERENCE]) == pytest.approx(change)
+    assert np.isnan(table.loc[("RH", "4-4-4"), "minus_rh"])
     assert table["stored"].sum() == 2
     bar = {trace.name: trace for trace in widget.plot.data}["RO"]
-    assert (list(bar.x), list(bar.y), bar.visible) == (["4-4-16"], [pytest.approx(ro.perplexity)], True)
+    assert (list(bar.x), list(bar.y), bar.visible) == (["4-4-4"], [pytest.approx(ro.perplexity)], True)
     assert bar.error_y.array[0] == pytest.approx(high - ro.perplexity)
     assert bar.error_y.arrayminus[0] == pytest.approx(ro.perplexity - low)
     assert f"{ro.perplexity:,.2f} [{low:,.2f}, {high:,.2f}]" in widget.rows.value
@@ -162,8 +162,9 @@ def test_cancel_stops_while_weights_are_made_and_keeps_their_layers(setting, sto
 
     def cancel_at_first(specs, tally, what):
         tell(specs, tally, what)
-        told.append(what)
-        widget.job.cancel()
+        if what.startswith("layer"):  # references come before
+            told.append(what)
+            widget.job.cancel()
 
     widget._tell = cancel_at_first
     computed(widget)
@@ -267,5 +268,5 @@ def test_the_static_figure_draws_the_stored_rows_and_says_when_there_are_none(se
     widget = Worth(setting, store)
     with pytest.raises(ValueError, match="nothing to draw"):
         widget.static()
-    stored_row(setting, store, "RO", "4-4-16")
-    assert [ax.get_title() for ax in widget.static().axes] == ["4-4-16"]
+    stored_row(setting, store, "RO", "4-4-4")
+    assert [ax.get_title() for ax in widget.static().axes] == ["4-4-4"]

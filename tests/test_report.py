@@ -281,7 +281,7 @@ def test_the_command_writes_the_file_and_the_command_it_names_completes_it(tmp_p
     with monkeypatch.context() as patch:
         patch.setattr(main, "prepared", enough)
         CliRunner().invoke(app, arguments)
-    assert program == "dfrot-lab" and [specs_of(each) for each in asked] == [specs]
+    assert program == "dfrot-lab" and [specs_of(each) for each in asked] == [specs_of(setting.resolved())]
     chosen = [spec for spec in specs if spec.bits == "16-4-16" and spec.rotation.name == "RH"]
     perplexity.evaluate_all(chosen, Store())
     again = json.loads(CliRunner().invoke(app, ["report", *options, "--json"]).stdout)
