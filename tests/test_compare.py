@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import yaml
 from conftest import LAYERS
 from test_cli import invoke
 from test_evaluate import save_lively
@@ -208,7 +209,9 @@ def test_the_command_prints_rows_and_keeps_table_recipes_and_figure(pair, tmp_pa
     kept = row_files.load(next((tmp_path / "o").glob("compare-*.jsonl")))
     assert len(kept) == len(shown["rows"])
     about = json.loads((tmp_path / "o" / "compare.json").read_text())
-    assert about["setting"]["rule"] == "ratio_8", "the setting's, as in the main job"
+    [beside] = (tmp_path / "o").glob("compare-*.setting.yaml")
+    said_beside = yaml.safe_load(beside.read_text())["setting"]
+    assert said_beside["rule"] == "ratio_8" and said_beside["builds"] == 2, "as in the main job"
     assert (
         about["models"] == [shown_as(model) for model in models]
         and (tmp_path / "o" / "compare.png").stat().st_size > 10_000

@@ -34,6 +34,7 @@ from dfrot_lab.model import corpus
 from dfrot_lab.model.public import public
 from dfrot_lab.observe import capture as capturing, errors, massive
 from dfrot_lab.observe.capture import capture
+from dfrot_lab.recipe.keys import FORMULAS
 from dfrot_lab.recipe.specs import (
     PAPER_RULE,
     CaptureSpec,
@@ -338,7 +339,8 @@ def test_equal_rows_are_one_line_and_the_same_spec_with_other_labels_is_another(
 
 def test_what_is_found_so_far_makes_a_table_of_the_builds_that_are_whole(lab):
     """A comparison is of the builds in which both rows are there; a row of which nothing is has no line."""
-    asked = main.rows_by_build(lambda own: experiments.gain(own, lab.store), lab.setting)
+    setting = experiments.setting_of("gain", lab.setting)
+    asked = main.rows_by_build(lambda own: experiments.gain(own, lab.store), setting)
     found = {row.spec: lab.result(row.spec) for row in lab.distinct("gain")}
     (rh_0, dfrot_0), (rh_1, _) = ([row.spec for row in build] for build in asked)
     both = main.table_of(asked, {spec: found[spec] for spec in (rh_0, dfrot_0, rh_1)})
@@ -940,18 +942,21 @@ def test_table_and_figure_are_kept_with_what_they_were_made_from(
     at, pictures = tmp_path / "tables", tmp_path / "figures"
     written = gallery.save_experiment("clip-sweep", table, lab.setting, at, pictures, lab.store)
     stem = f"clip-sweep-text-{Path(lab.setting.model.source).name}-quick"
-    assert [path.name for path in written] == [f"{stem}.{ending}", f"{stem}.recipes.yaml", "clip-sweep.png"]
-    recipes = yaml.safe_load(written[1].read_text())
+    beside = [f"{stem}.{name}" for name in (ending, "setting.yaml", "recipes.yaml")]
+    assert [path.name for path in written] == [*beside, "clip-sweep.png"]
+    said = yaml.safe_load(written[1].read_text())
+    assert (said["experiment"], said["setting"]["builds"], said["formulas"]) == ("clip-sweep", 2, FORMULAS)
+    recipes = yaml.safe_load(written[2].read_text())
     assert set(recipes) == set(table["recipe"]) == {Recipe.of(plain).key for plain in recipes.values()}
     if ending == "jsonl":
         lines = [json.loads(line) for line in written[0].read_text().splitlines()]
         assert [line["value"] for line in lines] == pytest.approx(table["value"].tolist())
     else:
         assert pd.read_parquet(written[0])["value"].tolist() == table["value"].tolist()
-    about = json.loads(written[2].with_suffix(".json").read_text())
+    about = json.loads(written[3].with_suffix(".json").read_text())
     assert (about["experiment"], about["rows"]) == ("clip-sweep", len(table))
     assert set(about["recipes"]) == set(table["recipe"])
-    assert written[2].with_suffix(".svg").exists()
+    assert written[3].with_suffix(".svg").exists()
 
 
 def test_replacing_a_table_leaves_the_old_one_where_writing_fails(tmp_path):

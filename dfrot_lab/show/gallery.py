@@ -44,9 +44,10 @@ def save_experiment(
     written = [kept, _save_question(name, setting, kept)]
     if about["recipes"]:
         store = store or artefacts.Store()
-        made = [store.at(perplexity.KIND, key) for key in table["key"].dropna().unique()]
-        recipes = (public(Recipe.of(artefact.json("recipe"))) for artefact in made if artefact)
-        written.append(row_files.save_recipes(kept, recipes))
+        made = [each.json("recipe") for each in store.list() if each.kind == perplexity.KIND]
+        found = {recipe.key: recipe for recipe in map(public, map(Recipe.of, made))}
+        asked = [found[key] for key in table["recipe"].dropna().unique() if key in found]
+        written.append(row_files.save_recipes(kept, asked))
     with figures.theme():
         return [*written, _save_figure(FIGURES[name](table), name, pictures, setting, about)]
 
