@@ -339,7 +339,7 @@ def test_equal_rows_are_one_line_and_the_same_spec_with_other_labels_is_another(
 
 def test_what_is_found_so_far_makes_a_table_of_the_builds_that_are_whole(lab):
     """A comparison is of the builds in which both rows are there; a row of which nothing is has no line."""
-    setting = experiments.setting_of("gain", lab.setting)
+    setting = experiments.setting_of("gain", lab.setting.resolved())
     asked = main.rows_by_build(lambda own: experiments.gain(own, lab.store), setting)
     found = {row.spec: lab.result(row.spec) for row in lab.distinct("gain")}
     (rh_0, dfrot_0), (rh_1, _) = ([row.spec for row in build] for build in asked)

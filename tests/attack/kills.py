@@ -345,7 +345,7 @@ def _walk_write(folder: Path) -> None:
     os.environ[checkpoint.MEMORY] = "0"
     stream.SAVE_AFTER = 0.0
     result = perplexity.evaluate(_recipe(folder), Store(folder / "store"))
-    row_files.replace(folder / "row.jsonl", [rows.row(result)])
+    row_files.replace(folder / "row.jsonl", rows.rows([result]))
 
 
 def _walk_look(folder: Path) -> Value:
