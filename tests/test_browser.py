@@ -234,7 +234,7 @@ def test_an_evaluation_is_cancelled_and_the_kernel_stays_free(book):
     windows.press("Enter")
     worth.status("0 of")
     worth.button("Compute missing rows").click()
-    worth.status("window 1 of 97", 90)
+    worth.status("reference 1 of 97", 90)
     worth.shoot("2-computing")
     massive = book.explorer("massive")
     massive.slider("layer").focus()
