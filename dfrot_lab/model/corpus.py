@@ -122,14 +122,19 @@ def _break_after(text: str, size: int) -> int:
 def token_blocks(spec: CorpusSpec, tokenizer: Any, *, blocks: int, window: int = WINDOW) -> Tensor:
     """The first `blocks` whole windows of the text tokenised whole, (blocks, window) int64: BOS in the first
     alone, as in the published perplexities. ValueError for more than there are."""
+    return _whole_windows(spec, tokenizer, blocks, window, blocks * window)
+
+
+def _whole_windows(spec: CorpusSpec, tokenizer: Any, blocks: int, window: int, least: int) -> Tensor:
+    """The whole windows (count, window) of the first `least` tokens of a text; ValueError below `blocks`."""
     require("token_blocks.blocks and window", f"{blocks} and {window}", min(blocks, window) >= 1, ">= 1")
-    ids = token_ids(spec, tokenizer, blocks * window)
+    ids = token_ids(spec, tokenizer, least)[:least]
     whole = len(ids) // window
     name = f"{spec.name} ({spec.split})"
     require(name, f"{len(ids)} tokens", whole, f"a text of at least one window of {window} tokens")
     there = f"{name} has {len(ids)} tokens, {whole} whole windows of {window}"
     require("windows", blocks, blocks <= whole, f"at most {whole}: {there}. Take a longer text, or fewer")
-    return ids[: blocks * window].view(blocks, window)
+    return ids[: whole * window].view(whole, window)
 
 
 def sampled_blocks(
@@ -139,11 +144,8 @@ def sampled_blocks(
     million tokens) those at `places`. Without a sample the first ones, as `token_blocks`. ValueError."""
     if sample is None:
         return token_blocks(spec, tokenizer, blocks=blocks, window=window)
-    token_blocks(spec, tokenizer, blocks=blocks, window=window)  # refuses what is too short
-    ids = token_ids(spec, tokenizer, SPAN)[:SPAN]
-    count = max(blocks, len(ids) // window)
-    whole = token_blocks(spec, tokenizer, blocks=count, window=window)
-    return whole[places(count, blocks, sample)]
+    whole = _whole_windows(spec, tokenizer, blocks, window, max(SPAN, blocks * window))
+    return whole[places(len(whole), blocks, sample)]
 
 
 def places(count: int, windows: int, sample: int) -> list[int]:

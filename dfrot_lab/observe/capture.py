@@ -3,6 +3,7 @@
 import logging
 import time
 from collections import defaultdict
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -100,10 +101,8 @@ def token_blocks(spec: CaptureSpec, loaded: LoadedModel) -> Tensor:
     require("CaptureSpec.tokens", spec.tokens, spec.tokens % window == 0, rule)
     loading.check_tokens(loaded, window)
     blocks = spec.skip + spec.tokens // window
-    if spec.sample is not None:
-        of = {"blocks": blocks, "sample": spec.sample, "window": window}
-        return corpus.sampled_blocks(spec.corpus, loaded.tokenizer, **of)
-    return corpus.token_blocks(spec.corpus, loaded.tokenizer, blocks=blocks, window=window)[spec.skip :]
+    of: dict[str, Any] = {"blocks": blocks, "window": window, "sample": spec.sample}
+    return corpus.sampled_blocks(spec.corpus, loaded.tokenizer, **of)[spec.skip :]
 
 
 @torch.inference_mode()
