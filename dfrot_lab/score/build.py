@@ -50,9 +50,9 @@ def build(recipe: Recipe, store: Store, on_part: OnPart = nothing, *, whole: boo
     ids = windows(recipe, loaded)  # before minutes of work on weights: is there so much text? does it fit?
     proof = Proof(loaded, ids[:1, :TOKENS])
     surgery.prepare(loaded)
-    if recipe.jitter is not None:
-        noise.jitter(loaded, recipe.jitter)
     made = transforms.fit(recipe, transforms.Context(recipe, store, loaded))
+    if recipe.jitter is not None:  # after a method's look: what it keeps is of the model itself
+        noise.jitter(loaded, recipe.jitter)
     if made.R1 is not None:
         surgery.rotate_residual(loaded, made.R1)
     surgery.fold_gains(loaded, made.gains)
