@@ -8,7 +8,7 @@ import numpy as np
 
 from dfrot_lab.maths import statistics, tables
 from dfrot_lab.maths.statistics import Estimate
-from dfrot_lab.maths.tables import AGREEMENT, COLUMNS, DIVERGENCE, PERPLEXITY
+from dfrot_lab.maths.tables import COLUMNS, LEVELS, PERPLEXITY
 from dfrot_lab.model.public import public
 from dfrot_lab.recipe.base import Spec, content_key
 from dfrot_lab.recipe.keys import FORMULAS
@@ -21,10 +21,12 @@ PACKAGES = ("dfrot_lab", "torch", "transformers")
 def rows(results: Sequence[EvalResult]) -> list[dict[str, Any]]:
     """The results rows of one recipe's evaluations, one a build: perplexity (exp of the mean loss), KL
     divergence, top-1 agreement, each with its 95% interval over builds."""
-    losses, *others = (statistics.estimate(values) for values in _measures(results))
-    found = [line(results, PERPLEXITY, math.exp(losses.mean), losses, np.exp)]
-    pairs = zip((DIVERGENCE, AGREEMENT), others, strict=True)
-    return found + [line(results, name, each.mean, each) for name, each in pairs]
+    found = []
+    for metric, values in zip(LEVELS, _measures(results), strict=True):
+        scale = np.exp if metric == PERPLEXITY else np.asarray
+        each = [float(f"{value:.7g}") for value in scale(values)]
+        found.append(line(results, metric, statistics.estimate(values), scale) | {"by_build": each})
+    return found
 
 
 def compared(
@@ -36,8 +38,8 @@ def compared(
     _require_pairs(results, references)
     pairs = zip(_measures(results)[:2], _measures(references)[:2], strict=True)
     loss, divergence = (statistics.estimate(own - other) for own, other in pairs)
-    found = line(results, tables.change(name), percent(loss.mean), loss, percent)
-    further = line(results, tables.further(name), divergence.mean, divergence)
+    found = line(results, tables.change(name), loss, percent)
+    further = line(results, tables.further(name), divergence)
     return [found | _told(loss, percent(loss.smallest)), further | _told(divergence, divergence.smallest)]
 
 
@@ -70,14 +72,13 @@ def _require_pairs(results: Sequence[EvalResult], references: Sequence[EvalResul
 
 
 def line(
-    results: Sequence[EvalResult], metric: str, value: float, found: Estimate,
-    scale: Callable[[Any], Any] = lambda x: x,
-) -> dict[str, Any]:  # fmt: skip
+    results: Sequence[EvalResult], metric: str, found: Estimate, scale: Callable[[Any], Any] = np.asarray
+) -> dict[str, Any]:
     """The results row of any number said of the builds' `results`: `found`, before it is `scale`d."""
     first, interval = results[0], [float(scale(bound)) for bound in found.ci95]
-    said = {"builds": len(results), "metric": metric, "value": float(value)}
+    said = {"builds": len(results), "metric": metric, "value": float(scale(found.mean))}
     said["ci95"] = interval if all(map(math.isfinite, interval)) else None  # of one build there is none
-    said |= {"verdict": None, "smallest": None, "by_build": _by_build(results, metric)}
+    said |= dict.fromkeys(("verdict", "smallest", "by_build"))
     said["seconds"] = round(sum(result.seconds for result in results), 2)
     made = {name: first.versions[name] for name in PACKAGES if name in first.versions}
     keys = [result.key for result in results]
@@ -85,16 +86,6 @@ def line(
     said |= {"versions": made, "formulas": FORMULAS, "commit": first.commit}
     values = {**columns(first.spec), "family": first.family, **said}
     return {name: values[name] for name in COLUMNS}
-
-
-def _by_build(results: Sequence[EvalResult], metric: str) -> list[float] | None:
-    """Each build's value of a level; of a comparison none, for it follows from those."""
-    by = {
-        PERPLEXITY: lambda r: r.perplexity,
-        DIVERGENCE: lambda r: r.divergence,
-        AGREEMENT: lambda r: r.agreement,
-    }
-    return [float(f"{by[metric](result):.7g}") for result in results] if metric in by else None
 
 
 def columns(recipe: Recipe) -> dict[str, Any]:

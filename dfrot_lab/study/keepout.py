@@ -60,7 +60,7 @@ def closed_share(
     if not abs(gap.mean) > gap.ci95[1] - gap.ci95[0]:  # nor of one build, which has no interval
         return []
     found = statistics.jackknife(parts, lambda a, a_kept, b, b_kept: 1 - (a_kept - b_kept) / (a - b))
-    return [rows.line(ro_kept, SHARE, found.mean, found)]
+    return [rows.line(ro_kept, SHARE, found)]
 
 
 def intervene(setting: Setting, store: Store) -> pd.DataFrame:
