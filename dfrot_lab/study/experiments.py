@@ -1,5 +1,6 @@
 """The paper's tables and figures, and what its reviewers asked for, as experiments: a tidy table each."""
 
+import inspect
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -41,9 +42,10 @@ def run(name: str, setting: Setting | None = None, store: Store | None = None) -
     setting, store = setting_of(name, (setting or Setting.of_profile()).resolved()), store or Store()
     log.info("experiment %s: model %s, corpus %s", name, *named(setting).values())
     made = EXPERIMENTS[name][-1]
-    return (
-        made(setting, store) if name in WHOLE else evaluated(lambda own: made(own, store), setting, store)[0]
-    )
+    if name in WHOLE:
+        table: pd.DataFrame = made(setting, store)
+        return table
+    return evaluated(lambda own: made(own, store), setting, store)[0]
 
 
 def setting_of(name: str, setting: Setting) -> Setting:
@@ -271,9 +273,5 @@ EXPERIMENTS: dict[str, tuple[str, str, Callable[[Setting, Store], Any]]] = {
     "massive-magnitudes": ("Sun et al., Fig. 1", "Which token, which channel?", main.massive_magnitudes),
     "intervene": ("asked here", "Which tokens must be kept out?", keepout.intervene),
 }  # by name, in the paper's order: what it reproduces, its question, what makes its table or a build's rows
-WHOLE = {
-    "main", "token-errors-3d", "token-errors-2d", "token-orders", "massive-token", "keep-out", "main-table",
-    "measuring", "zero-shot", "variants", "clip-sweep",
-    "massive-activations", "massive-magnitudes", "intervene",
-}  # fmt: skip
-"""The experiments that make a table; the others make one build's rows, and are run for every build."""
+WHOLE = {name for name, (*_, made) in EXPERIMENTS.items() if not inspect.isgeneratorfunction(made)}
+"""The experiments that make a table; the others yield one build's rows, and are run for every build."""

@@ -67,13 +67,23 @@ def recipes(asked: Sequence[Sequence[Row]]) -> list[Recipe]:
     return list(dict.fromkeys(row.spec for row in chosen))
 
 
-def evaluated(asks: Asks, setting: Setting, store: Store, progress: cost.Progress | None = None) -> Evaluated:
+def evaluated(asks: Asks, setting: Setting, store: Store) -> Evaluated:
     """Evaluate the rows that `asks` has for each build of a setting: their table (`table_of`), evaluations.
     What is stored is reused. ValueError: a text that is too short, before any work."""
+    return _evaluated(_checked(asks, setting, store), store, cost.Progress())
+
+
+def _checked(asks: Asks, setting: Setting, store: Store) -> list[list[Row]]:
+    """`rows_by_build`, once their texts are long enough for what is not stored; ValueError."""
     asked = rows_by_build(asks, setting)
+    for spec in recipes(asked):
+        if not perplexity.stored(spec, store):
+            build.require_texts(spec, store)
+    return asked
+
+
+def _evaluated(asked: Sequence[Sequence[Row]], store: Store, progress: cost.Progress) -> Evaluated:
     specs = recipes(asked)
-    _require_texts(specs, store)
-    progress = progress or cost.Progress()
     progress.costs += cost.seconds(specs, store)
     names = map(row_name, specs)
 
@@ -84,13 +94,6 @@ def evaluated(asks: Asks, setting: Setting, store: Store, progress: cost.Progres
     announce()
     found = dict(zip(specs, perplexity.evaluate_all(specs, store, on_result=announce), strict=True))
     return table_of(asked, found), found
-
-
-def _require_texts(specs: Sequence[Recipe], store: Store) -> None:
-    """Refuse texts that are too short for what is not stored, before any work; ValueError."""
-    for spec in specs:
-        if not perplexity.stored(spec, store):
-            build.require_texts(spec, store)
 
 
 def table_of(asked: Sequence[Sequence[Row]], found: Found) -> pd.DataFrame:
@@ -164,12 +167,12 @@ def run(
     said = public(setting)
     log.info("model %s, corpus %s, device %s", said.model.source, said.corpus, said.model.device)
     log.info("%s", needs.hadamards(shapes.shape(setting.model)))
-    _require_texts(recipes(rows_by_build(asks, setting)), store)
+    asked = _checked(asks, setting, store)
     progress = cost.Progress(cost.preparation(setting, store))
     ready = prepared(setting, store, progress)
     if on_ready:
         on_ready(ready)
-    table, found = evaluated(asks, setting, store, progress)
+    table, found = _evaluated(asked, store, progress)
     return replace(ready, table=table, found=found)
 
 
