@@ -50,15 +50,15 @@ def run(
     from dfrot_lab.study import cost, main, needs
 
     setting, name = said.setting(), said.model
+    recipes = main.recipes(main.rows_by_build(main.rows, setting))
     if dry_run:
         shape, machines = shapes.shape(setting.model), [cost.measure_machine(), cost.GPU_80GB]
-        recipes = main.recipes(main.rows_by_build(main.rows, setting))
         tables = {machine.name: cost.estimate(shape, machine, recipes) for machine in machines}
         rows = [(machine, row) for machine, table in tables.items() for row in table.to_dict("records")]
         about, own = needs.describe(name, shape, machines, recipes), {"rotations": needs.hadamards(shape)}
         return said.show([{"model": name, "machine": machine, **row, **own} for machine, row in rows], about)
     loading.resolve(setting.model)  # a name that only a dry run takes is refused before anything else
-    recipes, free = main.recipes(main.rows_by_build(main.rows, setting)), shutil.disk_usage(cache_dir()).free
+    free = shutil.disk_usage(cache_dir()).free
     if not yes and (lack := needs.shortage(shapes.shape(setting.model), recipes, setting.window, free)):
         raise ValueError(f"{lack}: see --dry-run, or go on all the same with --yes")
     from dfrot_lab.disk import row_files

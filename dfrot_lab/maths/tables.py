@@ -38,6 +38,14 @@ def further(name: str) -> str:
     return f"{DIVERGENCE} - {name}"
 
 
+def against(metric: str) -> str:
+    """What a metric compares with, the reverse of `change` and `further`: `against RH`; empty for others."""
+    for start, end in (change("\0").split("\0"), further("\0").split("\0")):
+        if metric.startswith(start):
+            return f"against {metric.removeprefix(start).removesuffix(end)}"
+    return ""
+
+
 def table(entries: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     """Results rows as a table, COLUMNS in order, whole numbers whole or missing."""
     return whole(pd.DataFrame(list(entries), columns=list(COLUMNS)))

@@ -168,15 +168,11 @@ def resolution(table: pd.DataFrame) -> str:
         return ""
     entries: list[Any] = rows.to_dict("records")
     said = [
-        f"{tables.label(row)} {_against(row['metric'])} at {tables.bits_of(row)} {row['smallest']:.1f}%"
+        f"{tables.label(row)} {tables.against(row['metric'])} at {tables.bits_of(row)} {row['smallest']:.1f}%"
         for row in entries
     ]
     start = f"The smallest change that these {rows['builds'].max()} builds find four times of five"
     return f"{start}: {'; '.join(said)}."
-
-
-def _against(metric: str) -> str:
-    return metric.removeprefix(f"change of {tables.PERPLEXITY} ").removesuffix(", %")
 
 
 def report(result: MainResult) -> str:

@@ -69,11 +69,7 @@ def _findings(setting: Setting, store: Store) -> pd.DataFrame:
     result = main.run(setting, store, rows)
     shares = list[dict[str, Any]]()
     for kept in KEPT:
-        ro, rh = (keepout.found_of(result.found, setting, BITS, kind) for kind in ("RO", "RH"))
-        ro_kept, rh_kept = (
-            keepout.found_of(result.found, setting, BITS, kind, **kept) for kind in ("RO", "RH")
-        )
-        shares += keepout.closed_share(ro, ro_kept, rh, rh_kept)
+        shares += keepout.share_of(result.found, setting, BITS, **kept)
     results = _placed(tables.whole(pd.concat([result.table, pd.DataFrame(shares)], ignore_index=True)))
     about = {**main.named(setting), "device": setting.model.device}
     seen = [*_massive(result.capture), *_errors(result), *_costs(result, store)]
@@ -97,16 +93,8 @@ def _placed(table: pd.DataFrame) -> pd.DataFrame:
     parts = {tables.PERPLEXITY: LEVEL, SHARE: SHARE, tables.DIVERGENCE: DIVERGENCE}
     other = table["metric"].str.endswith("%").map({True: CHANGE, False: FURTHER})
     entries: list[Any] = table.to_dict("records")
-    said = [tables.label(row) + _against(row["metric"]) for row in entries]
+    said = [f"{tables.label(row)} {tables.against(row['metric'])}".strip() for row in entries]
     return table.assign(part=table["metric"].map(parts).fillna(other), what=said)
-
-
-def _against(metric: str) -> str:
-    """What a metric compares with, in words behind a row's name; nothing for a level."""
-    for start, end in (("change of perplexity against ", ", %"), (f"{tables.DIVERGENCE} - ", "")):
-        if metric.startswith(start):
-            return f" against {metric.removeprefix(start).removesuffix(end)}"
-    return ""
 
 
 def _massive(recorded: Capture) -> Iterator[dict[str, Any]]:
@@ -139,12 +127,7 @@ def _costs(result: main.MainResult, store: Store) -> Iterator[dict[str, Any]]:
     full = [result.found[own.row("16-16-16", own.rotation("NR"))].losses.mean() for own in each]
     recipes = [own.row("16-4-4", own.rotation("RH")) for own in each]
     artefacts = [site_losses(recipe, store) for recipe in recipes]
-    about = {
-        "part": COST,
-        "rotation": "RH",
-        "windows": result.setting.windows,
-        "window": result.setting.window,
-    }
+    about = {"part": COST, "rotation": "RH", "windows": recipes[0].windows, "window": recipes[0].window}
     about |= {"metric": tables.change("full precision"), "activations": recipes[0].activations.name}
     about |= {"recipe": recipes[0].key, "key": artefacts[0].key, "commit": artefacts[0].manifest["commit"]}
     for kind in SITES:

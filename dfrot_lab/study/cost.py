@@ -229,11 +229,16 @@ def seconds(specs: Sequence[Recipe], store: Store) -> list[float]:
             if spec.canonical().weights.corpus and not build.weights_stored(spec, store):
                 work += gptq(sizes, spec.weights.window, spec.weights.windows)
         if isinstance(rotation, RefineSpec) and not (rotation.key in ready or dfrot.stored(rotation, store)):
-            work += load(sizes, 1, 0) + capture(sizes, rotation.capture.tokens)
-            work += refine(sizes, rotation.capture.tokens)
+            work += refinement(sizes, rotation)
         ready |= {key, rotation.key}
         found[place] = work.seconds(TWO_CORES)
     return found
+
+
+def refinement(sizes: Shape, spec: RefineSpec) -> Work:
+    """A refinement with the capture of its rows."""
+    tokens = spec.capture.tokens
+    return load(sizes, 1, 0) + capture(sizes, tokens) + refine(sizes, tokens)
 
 
 def scoring(spec: Recipe) -> Work:

@@ -35,18 +35,18 @@ def keep_out(setting: Setting, store: Store) -> pd.DataFrame:
     table, found = evaluated(asks, setting, store)
     shares = list[dict[str, Any]]()
     for bits in settings:
-        kept = [found_of(found, setting, bits, kind, specs.RELEASED_KEEP_OUT) for kind in ("RO", "RH")]
-        plain = [found_of(found, setting, bits, kind) for kind in ("RO", "RH")]
-        shares += closed_share(plain[0], kept[0], plain[1], kept[1])
+        shares += share_of(found, setting, bits, keep_out=specs.RELEASED_KEEP_OUT)
     return whole(pd.concat([table, pd.DataFrame(shares)], ignore_index=True))
 
 
-def found_of(
-    found: Found, setting: Setting, bits: str, kind: str, keep_out: str | None = None, **more: Any
-) -> list[EvalResult]:
-    """The builds' evaluations of RO or RH, weights to nearest, massive tokens kept out by a rule or not."""
-    kept = {"keep_out": keep_out, **more}
-    return [found[own.row(bits, own.rotation(kind), weights="rtn").with_(**kept)] for own in setting.each()]
+def share_of(found: Found, setting: Setting, bits: str, **kept: Any) -> list[dict[str, Any]]:
+    """`closed_share` of the builds' evaluations at some bits, weights to nearest; `kept` are the fields of
+    recipes that keep tokens out."""
+    ro, ro_kept, rh, rh_kept = (
+        [found[own.row(bits, own.rotation(kind), weights="rtn").with_(**fields)] for own in setting.each()]
+        for kind, fields in product(("RO", "RH"), ({}, kept))
+    )
+    return closed_share(ro, ro_kept, rh, rh_kept)
 
 
 def closed_share(

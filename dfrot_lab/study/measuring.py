@@ -38,7 +38,7 @@ def measuring(setting: Setting, store: Store) -> pd.DataFrame:
             yield Row(own.row(bits, own.method(name), weights=by))
 
     def jitters(own: Setting) -> Iterator[Row]:
-        yield from map(Row, _jittered(own))
+        yield from (Row(spec) for specs in _jittered(own).values() for spec in specs[1:])
 
     found = evaluated(asks, setting, store)[1]
     found |= evaluated(jitters, setting.with_(builds=1), store)[1]
@@ -46,10 +46,11 @@ def measuring(setting: Setting, store: Store) -> pd.DataFrame:
     return pd.DataFrame(lines).assign(**named(setting), windows=setting.windows, window=setting.window)
 
 
-def _jittered(setting: Setting) -> list[Recipe]:
-    """RO, RH and DFRot of one build, with other jitters alone."""
-    plain = [setting.row("16-4-16", setting.method(name), weights="rtn") for name in ROTATIONS]
-    return [spec.with_(jitter=1000 + number) for spec in plain for number in range(JITTERS)]
+def _jittered(setting: Setting) -> dict[str, list[Recipe]]:
+    """By rotation one build's recipe, and the same with other jitters alone."""
+    plain = {name: setting.row("16-4-16", setting.method(name), weights="rtn") for name in ROTATIONS}
+    jitters = [{}, *({"jitter": 1000 + number} for number in range(JITTERS))]
+    return {name: [spec.with_(**jitter) for jitter in jitters] for name, spec in plain.items()}
 
 
 def _components(
@@ -68,14 +69,9 @@ def _components(
                     _values(found[own], measure) - _values(found[other], measure)
                     for own, other in zip(*(specs[name] for name in pair), strict=True)
                 ])  # fmt: skip
-                about: dict[str, Any] = {
-                    "bits": bits,
-                    "weights": by,
-                    "pair": " - ".join(pair),
-                    "measure": measure,
-                }
-                about |= {"builds": setting.builds, "mean": float(windows.mean())}
                 sds = deviations(windows)
+                about: dict[str, Any] = {"bits": bits, "weights": by, "pair": " - ".join(pair)}
+                about |= {"measure": measure, "builds": setting.builds, "mean": float(windows.mean())}
                 about |= {"sd between builds": sds[0], "sd between windows": sds[1]}
                 for target in TARGETS if measure == LOSS else (math.nan,):
                     design = cheapest(*sds, math.log1p(target / 100), *prices) if target == target else {}
@@ -104,8 +100,7 @@ def price(specs: Sequence[Recipe]) -> tuple[float, float]:
         if spec.canonical().weights.corpus:
             work += cost.gptq(sizes, spec.weights.window, spec.weights.windows)
         if isinstance(spec.rotation, RefineSpec):
-            tokens = spec.rotation.capture.tokens
-            work += cost.load(sizes, 1, 0) + cost.capture(sizes, tokens) + cost.refine(sizes, tokens)
+            work += cost.refinement(sizes, spec.rotation)
         built += work.seconds(cost.TWO_CORES)
     return built, sum(cost.scoring(spec).seconds(cost.TWO_CORES) / spec.windows for spec in specs)
 
@@ -123,11 +118,8 @@ def cheapest(between: float, within: float, half: float, build: float, window: f
 
 def _rounding(setting: Setting, found: Found) -> Iterator[dict[str, Any]]:
     """What jitter alone does to a build's level: a line a rotation."""
-    own = setting.each()[0]
-    jittered = _jittered(own)
-    for n, name in enumerate(ROTATIONS):
-        plain = own.row("16-4-16", own.method(name), weights="rtn")
-        same = [found[spec] for spec in (plain, *jittered[n * JITTERS : (n + 1) * JITTERS])]
+    for name, specs in _jittered(setting.each()[0]).items():
+        same = [found[spec] for spec in specs]
         for measure in (LOSS, DIVERGENCE):
             levels = np.array([_values(result, measure) for result in same])
             about: dict[str, Any] = {"bits": "16-4-16", "pair": f"{name}, jitter alone", "measure": measure}

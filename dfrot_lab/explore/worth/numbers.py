@@ -124,10 +124,8 @@ def interval(value: float, low: float, high: float) -> str:
 def shown(table: pd.DataFrame) -> str:
     """The rows as an HTML table."""
     view = pd.DataFrame({"row": table["row"], "bits": table["bits"], "weights": table["weights"].fillna("")})
-    for title, names in (
-        ("perplexity [95%, windows]", FOUND),
-        ("change against RH, % [95%, windows]", DIFFERENCE),
-    ):
+    titles = {"perplexity [95%, windows]": FOUND, "change against RH, % [95%, windows]": DIFFERENCE}
+    for title, names in titles.items():
         view[title] = [interval(*values) for values in table[names].itertuples(index=False)]
     stored = table["stored"].map({True: "yes", False: "no"})
     return view.assign(windows=table["windows"], stored=stored).to_html(**TABLE)

@@ -84,9 +84,7 @@ def _hover(row: Mapping[Any, Any]) -> str:
 
 class _State(HasTraits):
     rotations = control(Tuple(), SelectMultiple, "Rotations", 210, **SEVERAL)
-    bits = control(
-        Tuple((FULL, "16-4-16", "4-4-4")), SelectMultiple, "Bits W-A-KV", 210, options=BITS, **SEVERAL
-    )
+    bits = control(Tuple((FULL, *main.BITS)), SelectMultiple, "Bits W-A-KV", 210, options=BITS, **SEVERAL)
     keep_out = control(Tuple(("none",)), SelectMultiple, "Kept out", 210, options=list(KEPT), **SEVERAL)
     weights = control(Unicode("rtn"), ToggleButtons, "Weights", 70)
     corpus = control(Unicode("auto"), Dropdown, "Text")
