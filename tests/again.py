@@ -6,7 +6,8 @@ counted, or changed value by value. The tolerances below were found by adding no
 place to every product and sum, and lie far below what the tests must see.
 """
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,17 @@ def assert_same_refinement(found: Refined, wanted: Refined) -> None:
     pd.testing.assert_frame_equal(
         found.history, wanted.history, rtol=REFINED, atol=REFINED, check_dtype=False, check_like=True
     )
+
+
+def stop_at_second(kept: list[Any]) -> Callable[[Any], None]:
+    """A checkpoint that keeps what it sees in `kept`, and at the second one stops the run as Ctrl-C does."""
+
+    def checkpoint(state: Any) -> None:
+        kept.append(copy.deepcopy(state))
+        if len(kept) == 2:
+            raise KeyboardInterrupt
+
+    return checkpoint
 
 
 @contextmanager

@@ -1,10 +1,8 @@
 """Offset+: its descent on planted rows, what its rows weigh, and a run that was stopped and goes on."""
 
-import copy
-
 import pytest
 import torch
-from again import FLOAT32, NOTICED, apart, assert_near
+from again import FLOAT32, NOTICED, apart, assert_near, stop_at_second
 from conftest import save_tiny
 from test_evaluate import save_lively, spec_for
 from test_offset import C, means, planted
@@ -98,14 +96,8 @@ def test_the_same_twice_is_the_same_to_the_bit():
 def test_a_stopped_descent_goes_on_from_its_last_look_to_the_same_r():
     sample, start = problem()
     kept: list[State] = []
-
-    def stop_at_second(state: State) -> None:
-        kept.append(copy.deepcopy(state))
-        if len(kept) == 2:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        descend(sample, start, SPEC, checkpoint=stop_at_second)
+        descend(sample, start, SPEC, checkpoint=stop_at_second(kept))
     resumed, whole = descend(sample, start, SPEC, kept[-1]), descend(sample, start, SPEC)
     assert_near(resumed.R, whole.R, 1e-9)
     assert resumed.history["step"].tolist() == whole.history["step"].tolist()

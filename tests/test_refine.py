@@ -2,7 +2,6 @@
 run that was stopped and goes on.
 """
 
-import copy
 import logging
 import math
 import os
@@ -15,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from again import REFINED, assert_same_refinement, sharing
+from again import REFINED, assert_same_refinement, sharing, stop_at_second
 from hypothesis import given, settings, strategies as st
 from scipy.linalg import orthogonal_procrustes
 from test_evaluate import save_lively
@@ -544,14 +543,8 @@ def test_a_stopped_run_goes_on_from_its_checkpoint_to_the_same_r(variant, rows_o
     x, mask = planted()
     spec = RefineSpec(variant=variant, steps=57)
     kept: list[State] = []
-
-    def stop_at_second(state: State) -> None:
-        kept.append(copy.deepcopy(state))
-        if len(kept) == 2:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        refine(x, spec, mask, checkpoint=stop_at_second)
+        refine(x, spec, mask, checkpoint=stop_at_second(kept))
     assert len(kept[-1].history) == rows_of_history
     assert_same_refinement(refine(x, spec, mask, state=kept[-1]), refine(x, spec, mask))
 

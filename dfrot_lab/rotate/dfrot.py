@@ -40,7 +40,7 @@ def fit(recipe: Recipe, context: Context) -> Transforms:
 def stored(spec: RefineSpec, store: Store) -> Refined | None:
     """The refinement `spec` describes if the store has it, else None; computes nothing."""
     artefact = store.open(KIND, keys.identity(door.resolved(spec), door.prints))
-    return None if artefact is None else _result(artefact)
+    return None if artefact is None else kept(artefact)
 
 
 def refined(spec: RefineSpec, store: Store | None = None, checkpoint: Watch | None = None) -> Refined:
@@ -62,15 +62,21 @@ def refined(spec: RefineSpec, store: Store | None = None, checkpoint: Watch | No
 
         where = spec.capture.model.device
         result = refine(rows.to(where), spec, mask.to(where), state=_resume(writer, spec), checkpoint=save)
-        writer.save_tensors("R1", {"R1": result.R})
-        writer.save_json("history", result.history.to_dict("records"))
-        writer.note.update(seconds=time.perf_counter() - started)
-        writer.drop("state")
+        keep(writer, result, time.perf_counter() - started)
 
-    return _result(store.get_or_make(KIND, lambda: keys.identity(spec, door.prints), make))
+    return kept(store.get_or_make(KIND, lambda: keys.identity(spec, door.prints), make))
 
 
-def _result(artefact: Artefact) -> Refined:
+def keep(writer: Writer, result: Refined, seconds: float) -> None:
+    """Write a finished descent, R1 and history, in place of its last state."""
+    writer.save_tensors("R1", {"R1": result.R})
+    writer.save_json("history", result.history.to_dict("records"))
+    writer.note.update(seconds=seconds)
+    writer.drop("state")
+
+
+def kept(artefact: Artefact) -> Refined:
+    """What `keep` wrote."""
     history = pd.DataFrame(artefact.json("history"), columns=list(HISTORY))
     seconds = float(artefact.manifest["note"].get("seconds", math.nan))
     return Refined(artefact.tensors("R1")["R1"], history, seconds)
@@ -90,11 +96,20 @@ def sample_rows(
     return rows(chosen), mask[chosen]
 
 
+def as_tensor(history: list[dict[str, float]]) -> Tensor:
+    """The lines of a history (looks, columns of HISTORY) float64."""
+    return torch.tensor([[line[name] for name in HISTORY] for line in history], dtype=torch.float64)
+
+
+def as_lines(history: Tensor) -> list[dict[str, float]]:
+    """The reverse of `as_tensor`."""
+    return [dict(zip(HISTORY, [int(line[0]), *line[1:]], strict=True)) for line in history.tolist()]
+
+
 def _save_state(writer: Writer, state: State) -> None:
     """One file: a kill cannot leave a rotation and a history that do not belong together."""
-    history = torch.tensor([[row[name] for name in HISTORY] for row in state.history], dtype=torch.float64)
     length = torch.tensor(state.length, dtype=torch.float64)
-    tensors = {"R": state.R, "best": state.best, "history": history, "length": length}
+    tensors = {"R": state.R, "best": state.best, "history": as_tensor(state.history), "length": length}
     writer.save_tensors("state", tensors | ({} if state.momentum is None else {"momentum": state.momentum}))
 
 
@@ -103,6 +118,6 @@ def _resume(writer: Writer, spec: RefineSpec) -> State | None:
     if spec.variant == "as_released" or not writer.has("state"):
         return None
     saved = writer.load_tensors("state")
-    history = [dict(zip(HISTORY, [int(row[0]), *row[1:]], strict=True)) for row in saved["history"].tolist()]
+    history = as_lines(saved["history"])
     log.info("going on with refinement at step %d of %d", history[-1]["step"], spec.steps)
     return State(saved["R"], saved["best"], history, saved.get("momentum"), float(saved["length"]))

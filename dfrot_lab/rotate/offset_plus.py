@@ -17,15 +17,15 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from dfrot_lab.disk.artefacts import Artefact, Writer
+from dfrot_lab.disk.artefacts import Writer
 from dfrot_lab.maths import offsets, rotations
 from dfrot_lab.model import door
 from dfrot_lab.observe import massive
 from dfrot_lab.recipe import keys
 from dfrot_lab.recipe.base import MethodSpec, one_of, require, ruled
 from dfrot_lab.recipe.specs import DEFAULT_RULE, MASSIVE_RULES, WINDOW, CaptureSpec, QuantSpec, Recipe
-from dfrot_lab.rotate import descent, offset
-from dfrot_lab.rotate.steps import HISTORY, ROWS_AT_ONCE, Refined
+from dfrot_lab.rotate import descent, dfrot, offset
+from dfrot_lab.rotate.steps import ROWS_AT_ONCE, Refined
 from dfrot_lab.rotate.transforms import Context, Transforms
 
 log = logging.getLogger(__name__)
@@ -126,18 +126,9 @@ def descended(
             checkpoint(state)
 
         result = descend(sample, begin, spec, _resume(writer), save)
-        writer.save_tensors("R1", {"R1": result.R})
-        writer.save_json("history", result.history.to_dict("records"))
-        writer.note.update(seconds=time.perf_counter() - started)
-        writer.drop("state")
+        dfrot.keep(writer, result, time.perf_counter() - started)
 
-    return _result(context.store.get_or_make(KIND, lambda: keys.identity(spec, door.prints), make))
-
-
-def _result(artefact: Artefact) -> Refined:
-    history = pd.DataFrame(artefact.json("history"), columns=list(HISTORY))
-    seconds = float(artefact.manifest["note"].get("seconds", math.nan))
-    return Refined(artefact.tensors("R1")["R1"], history, seconds)
+    return dfrot.kept(context.store.get_or_make(KIND, lambda: keys.identity(spec, door.prints), make))
 
 
 def _sample(spec: OffsetPlusSpec, context: Context) -> Sample:
@@ -220,7 +211,7 @@ def _look(state: State, sample: Sample, start: Tensor, step: int, spec: OffsetPl
 
 def _save_state(writer: Writer, state: State) -> None:
     """One file: a kill cannot leave a rotation and a history that do not belong together."""
-    history = torch.tensor([[line[name] for name in HISTORY] for line in state.history], dtype=torch.float64)
+    history = dfrot.as_tensor(state.history)
     moments = {"first": state.first, "second": state.second}
     writer.save_tensors("state", {"R": state.R, "best": state.best, **moments, "history": history})
 
@@ -229,8 +220,6 @@ def _resume(writer: Writer) -> State | None:
     if not writer.has("state"):
         return None
     saved = writer.load_tensors("state")
-    history = [
-        dict(zip(HISTORY, [int(line[0]), *line[1:]], strict=True)) for line in saved.pop("history").tolist()
-    ]
+    history = dfrot.as_lines(saved.pop("history"))
     log.info("going on with the descent at step %d", history[-1]["step"])
     return State(**saved, history=history)
