@@ -119,12 +119,15 @@ def context(own: OffsetPlusSpec, store: Store) -> Context:
     return Context(recipe_of("16-4-16", model=own.capture.model, corpus=text, rotation=own), store)
 
 
-def test_rows_weigh_their_squared_gradients_and_a_sample_of_others_stands_for_all(own, context):
+def test_massive_rows_weigh_their_squared_gradients_and_a_sample_of_others_stands_for_all(own, context):
     recorded, squares = context.rows(own.capture), context.row_sensitivities(own.capture)
     weights = torch.cat([squares[site] for site in recorded.sites]).double()
     mask = massive.find(recorded, own.rule).flatten()
     whole = offset_plus._sample(own, context)
-    torch.testing.assert_close(whole.weights, weights / weights.sum(), rtol=1e-9, atol=0)
+    roots, total = weights[~mask].sqrt(), weights.sum()
+    torch.testing.assert_close(whole.weights[mask], weights[mask] / total, rtol=1e-9, atol=0)
+    others = roots / roots.sum() * weights[~mask].sum() / total
+    torch.testing.assert_close(whole.weights[~mask], others, rtol=1e-9, atol=0)
     assert torch.equal(whole.rows, recorded.all_rows()) and torch.equal(whole.mask, mask) and mask.any()
     part = offset_plus._sample(own.with_(rows=50), context)
     assert len(part.rows) == 50 + int(mask.sum()) and float(part.weights.sum()) == pytest.approx(1)

@@ -1,9 +1,11 @@
 """Offset+: from Offset downhill. The loss is a smooth stand-in for the error on an asymmetric grid, the
 squared centred 8-norm of rows (`maths.offsets.spread`; InfoQuant, arXiv 2605.26175, also takes out the mean),
-each weighted by the squared gradient of the full-precision model's loss at that row: how much an error there
-matters, so there is no gamma. Steps are Adam's on the rotations, R <- R Cayley(-A) with A made of the skew
-part of y^T g (y the rotated rows, g the loss's slope there), on a part of the rows each. The best R of looks
-at all rows is kept."""
+each weighted by the squared gradient of the full-precision model's loss there: how much an error there
+matters, so there is no gamma. Ordinary rows weigh as much together as their squares, and among each other by
+the gradient itself: a few have so many of the squares that the descent would fit these and lose on other
+text. Steps are Adam's on the rotations, R <- R Cayley(-A) with A made of the skew part of y^T g (y the
+rotated rows, g the loss's slope there), on a part of the rows each. The best R of looks at all rows is
+kept."""
 
 import logging
 import math
@@ -34,7 +36,7 @@ VERSION = offset.VERSION  # of its start: raise it with any change of either
 WINDOWS = 4  # of calibration text: on one it fits rows that another window does not have
 PARTS = 32  # a step sees all massive rows and one of so many parts of the others, in turn
 CHECK_EVERY = 25  # steps between two looks at all rows
-LENGTH = 0.1  # of the first step: about the angle it turns by, falling to 0 in a line; from 0.5 on it climbs
+LENGTH = 0.06  # of the first step: about the angle it turns by, falling to 0 in a line; from 0.5 on it climbs
 BETAS = (0.9, 0.999)  # Adam's, arXiv 1412.6980
 
 
@@ -132,7 +134,7 @@ def descended(
 
 
 def _sample(spec: OffsetPlusSpec, context: Context) -> Sample:
-    """The rows of a descent: all massive ones and some others, which weigh as much as all others together."""
+    """The rows of a descent, all massive ones and some others that stand for all, and what each weighs."""
     recorded = context.rows(spec.capture)
     massive.warn(recorded, spec.rule)
     squares = context.row_sensitivities(spec.capture)
@@ -140,6 +142,7 @@ def _sample(spec: OffsetPlusSpec, context: Context) -> Sample:
     mask = massive.find(recorded, spec.rule).flatten()
     places = offset.sample(mask, spec.rows, spec.seed)
     drawn, is_massive = weights[places], mask[places]
+    drawn[~is_massive] = drawn[~is_massive].sqrt()
     drawn[~is_massive] *= weights[~mask].sum() / drawn[~is_massive].sum()
     total = drawn.sum()
     require("the loss's gradient at the rows", f"{total:g} in all", 0 < total < math.inf, "finite and not 0")
