@@ -115,14 +115,14 @@ def evaluated_rows(asked: list[list[Row]]) -> list[Row]:
 def seen_rows(patch: pytest.MonkeyPatch) -> list[list[Row]]:
     """The rows, build by build, that the experiment hands over to be evaluated from now on."""
     seen: list[list[Row]] = []
-    evaluated = main.evaluated
+    rows_by_build = main.rows_by_build
 
-    def listed(asks: main.Asks, setting: Setting, *others: object) -> tuple[pd.DataFrame, main.Found]:
-        seen.extend(main.rows_by_build(asks, setting))
-        return evaluated(asks, setting, *others)
+    def listed(asks: main.Asks, setting: Setting) -> list[list[Row]]:
+        asked = rows_by_build(asks, setting)
+        seen.extend(asked)
+        return asked
 
-    for module in (experiments, keepout, main):  # the main job asks the runner itself
-        patch.setattr(module, "evaluated", listed)
+    patch.setattr(main, "rows_by_build", listed)
     return seen
 
 
@@ -154,13 +154,14 @@ def planned(monkeypatch: pytest.MonkeyPatch, store: Store):
     def rows_of(name: str, setting: Setting) -> list[list[Row]]:
         found: list[list[Row]] = []
 
-        def only_list(asks: main.Asks, setting: Setting, *_others: object) -> None:
-            found.extend(main.rows_by_build(asks, setting))
+        rows_by_build = main.rows_by_build
+
+        def only_list(asks: main.Asks, setting: Setting) -> None:
+            found.extend(rows_by_build(asks, setting))
             raise Enough
 
         with monkeypatch.context() as patch:
-            for module in (experiments, keepout, main):
-                patch.setattr(module, "evaluated", only_list)
+            patch.setattr(main, "rows_by_build", only_list)
             patch.setattr(dfrot, "refined", lambda *_: Refined(torch.eye(64), pd.DataFrame(), 60.0))
             patch.setattr(experiments, "_final_losses", lambda *_: [])
             with pytest.raises(Enough):
@@ -870,7 +871,9 @@ def test_an_experiment_has_its_own_number_of_builds_where_none_is_chosen():
     ] == [24, 3, BUILDS]
     assert experiments.setting_of("gain", setting.with_(builds=2)).builds == 2
     for name in ("main", "compare"):
-        assert experiments.setting_of(name, setting) == setting
+        assert experiments.setting_of(name, setting) == setting.with_(builds=BUILDS)
+    for name in EXPERIMENTS:
+        assert experiments.setting_of(name, setting.with_(builds=BUILDS)).builds == BUILDS, "it is chosen"
     assert experiments.setting_of("gain", setting).rule == PAPER_RULE
     assert set(EXPERIMENTS) >= WHOLE and set(EXPERIMENTS) >= set(experiments.BUILDS_OF)
 

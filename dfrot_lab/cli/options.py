@@ -25,7 +25,7 @@ CALIBRATION = "A text file to capture, refine and calibrate on, whole; default: 
 TOKENS = "Tokens to record: up to 2048, or a multiple of it; default: a window."
 RULES = f"What makes a row massive: {', '.join(specs.MASSIVE_RULES)}."
 DTYPES = f"What is computed in: {', '.join(specs.DTYPES)}; auto: float32 on a CPU, the weights' own on a GPU."
-BUILDS = "Builds a comparison is made of (seed, sample, jitter, windows); default: 5, sweeps fewer."
+BUILDS = "Builds a comparison is made of (seed, sample, jitter, windows); default: 7, sweeps fewer."
 JSON = "Print JSON and nothing else on standard output."
 LONGEST = 500  # characters of an error that are shown
 MALLOC = ((-4, 0), (-1, -1), (-2, 1 << 26))
@@ -67,9 +67,8 @@ class Options:
         """The setting of the main job and the experiments; `more` are further fields of it."""
         from dfrot_lab.study.setting import Setting
 
-        names = ("corpus", "calibration", "seed", "windows", "window", "gamma", "rule")
+        names = ("corpus", "calibration", "seed", "windows", "builds", "window", "gamma", "rule")
         same = {name: getattr(self, name) for name in names}
-        same |= {"builds": self.builds} if self.builds else {}
         return Setting(model=self.model_spec, **same, **more)
 
     def rotation(self, name: str, **fields: Any) -> Any:

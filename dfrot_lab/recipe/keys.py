@@ -8,7 +8,7 @@ from dfrot_lab.recipe import registry
 from dfrot_lab.recipe.base import MethodSpec, Spec, content_key
 from dfrot_lab.recipe.specs import CorpusSpec, ModelSpec, Recipe, WeightSpec
 
-FORMULAS = 4  # version of what artefacts hold and how it is computed; raise it with any change of a formula
+FORMULAS = 5  # version of what artefacts hold and how it is computed; raise it with any change of a formula
 Prints = Callable[[ModelSpec | CorpusSpec | str], str]  # a model's, a text's, a path's hash
 
 

@@ -11,7 +11,7 @@ from dfrot_lab.recipe import registry
 from dfrot_lab.recipe.base import MethodSpec, Once, Spec, one_of, require_file, ruled
 
 WINDOW = 2048  # tokens in one window: the length DFRot, QuaRot and GPTQ calibrate and evaluate with
-WINDOWS = 3  # scored in one build: more builds tell more than more windows (docs/measuring.md)
+WINDOWS = 2  # scored in one build: more builds tell more than more windows (docs/measuring.md)
 DEFAULT_MODEL = "smollm2-135m"
 SECOND_MODEL = "qwen2.5-coder-0.5b"  # for "does it hold elsewhere": fetched when it is named
 PACKAGED = (DEFAULT_MODEL, SECOND_MODEL)

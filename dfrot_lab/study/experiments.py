@@ -49,12 +49,10 @@ def run(name: str, setting: Setting | None = None, store: Store | None = None) -
 
 
 def setting_of(name: str, setting: Setting) -> Setting:
-    """The setting an experiment runs on: the paper's rule, its own number of builds where none is chosen; the
-    main job and `compare` keep the setting's."""
-    if name in ("main", "compare"):
-        return setting
-    builds = BUILDS_OF.get(name, BUILDS) if setting.builds == BUILDS else setting.builds
-    return setting.with_(rule=specs.PAPER_RULE, builds=builds)
+    """The setting an experiment runs on: its own number of builds where none is chosen; the paper's rule, but
+    for the main job and `compare`, which keep the setting's."""
+    setting = setting.of_builds(BUILDS_OF.get(name, BUILDS))
+    return setting if name in ("main", "compare") else setting.with_(rule=specs.PAPER_RULE)
 
 
 def listing() -> pd.DataFrame:

@@ -149,7 +149,7 @@ def prepared(
     setting: Setting, store: Store | None = None, progress: cost.Progress | None = None
 ) -> MainResult:
     """The first build's capture and refinement, and no row."""
-    store, setting = store or Store(), setting.resolved()
+    store, setting = store or Store(), setting.resolved().of_builds()
     progress = progress or cost.Progress(cost.preparation(setting, store))
     progress.begin("capturing activations")
     recorded = captures.capture(setting.capture, store)
@@ -163,7 +163,7 @@ def run(
 ) -> MainResult:  # fmt: skip
     """Capture, refine, evaluate every row of every build; what is stored is reused, a stopped run goes on.
     `on_ready` is told of what is `prepared`, before any row. ValueError: a text that is too short."""
-    store, setting = store or Store(), setting.resolved()
+    store, setting = store or Store(), setting.resolved().of_builds()
     said = public(setting)
     log.info("model %s, corpus %s, device %s", said.model.source, said.corpus, said.model.device)
     log.info("%s", needs.hadamards(shapes.shape(setting.model)))
@@ -178,7 +178,7 @@ def run(
 
 def stored(setting: Setting, store: Store) -> MainResult:
     """As `run`, of what is stored; the capture alone is recorded if it is missing."""
-    setting = setting.resolved()
+    setting = setting.resolved().of_builds()
     recorded, refinement = captures.capture(setting.capture, store), dfrot.stored(setting.refine, store)
     asked = rows_by_build(rows, setting)
     found = {spec: done for spec in recipes(asked) if (done := perplexity.stored(spec, store))}

@@ -10,14 +10,15 @@ from dfrot_lab.recipe.base import MethodSpec, Spec, one_of, ruled
 
 FIGURE_LAYER = 15  # in the middle of the stretch where the default model's token 0 is massive (12 to 28)
 PROFILE = "DFROT_LAB_PROFILE"  # environment variable: notebooks, experiments `quick` (minutes) or `full`
-BUILDS = 5  # that a comparison is made of: the fewest that tell RO from RH surely (docs/measuring.md)
+BUILDS = 7  # that a comparison is made of: the fewest that tell RO from RH surely (docs/measuring.md)
 QUICK: dict[str, Any] = {"windows": 2, "window": 512, "gptq_windows": 4, "weights": "rtn"}
 QUICK |= {"builds": 1, "limit": 2, "steps": 20, "quick": True}  # what the quick profile changes
 
 
 class Setting(Spec):
-    """A model, a text, sizes; `builds` of all that is random, the rotations' seeds rising from `seed`, of
-    which this setting's rows are the `build`th; `rule`: the rows weighted by `gamma`; `quick`: sweeps cut."""
+    """A model, a text, sizes; `builds` of all that is random (None: as many as is usual for what is asked),
+    the rotations' seeds rising from `seed`, of which this setting's rows are the `build`th; `rule`: the rows
+    weighted by `gamma`; `quick`: sweeps cut."""
 
     model: specs.ModelSpec = specs.ModelSpec()
     corpus: str = "auto"
@@ -26,7 +27,7 @@ class Setting(Spec):
     windows: int = ruled(specs.WINDOWS, "a whole number >= 1", ge=1)
     gamma: float = 100.0
     rule: str = one_of(specs.DEFAULT_RULE, specs.MASSIVE_RULES)
-    builds: int = ruled(BUILDS, "a whole number >= 1", ge=1)
+    builds: int | None = ruled(None, "a whole number >= 1, or None for the usual", ge=1)
     build: int = ruled(0, "a whole number >= 0", ge=0)
     window: int = specs.WINDOW
     gptq_windows: int = 16
@@ -48,6 +49,10 @@ class Setting(Spec):
         text = door.resolved(specs.CorpusSpec(name=self.corpus)).name
         return self.with_(corpus=text, model=door.resolved(self.model))
 
+    def of_builds(self, usual: int = BUILDS) -> "Setting":
+        """With `usual` builds where none are chosen."""
+        return self if self.builds else self.with_(builds=usual)
+
     def few(self, values: Sequence[Any]) -> list[Any]:
         """All values of a sweep; in the quick profile the first and the last of many, the first of two."""
         chosen = values[:: len(values) - 1] if len(values) > 2 else values[:1]
@@ -55,7 +60,7 @@ class Setting(Spec):
 
     def each(self) -> list["Setting"]:
         """The setting of each of its builds."""
-        return [self.with_(build=number) for number in range(self.builds)]
+        return [self.with_(build=number) for number in range(self.builds or BUILDS)]
 
     @property
     def calibration_text(self) -> specs.CorpusSpec:
