@@ -90,6 +90,13 @@ def test_a_line_that_was_changed_is_refused(brought, change, rule):
         exchange.read(path, there)
 
 
+def test_a_line_that_was_cut_is_named(brought):
+    path, there, *_ = brought
+    path.write_text(path.read_text()[:-30])
+    with pytest.raises(ValueError, match="line 2 must be JSON"):
+        exchange.read(path, there)
+
+
 def test_a_line_without_a_part_is_refused(brought):
     path, there, *_ = brought
     path.write_text("[1]\n")

@@ -45,7 +45,7 @@ def read(path: Path, store: Store) -> int:
     require_file("a file of evaluations", path)
     new, others = 0, 0
     for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        said = _checked(json.loads(text), f"{path} line {number}")
+        said = _checked(text, f"{path} line {number}")
         if said["formulas"] != FORMULAS:
             others += 1
         elif store.at(perplexity.KIND, said["key"]) is None:
@@ -56,7 +56,11 @@ def read(path: Path, store: Store) -> int:
     return new
 
 
-def _checked(said: Any, where: str) -> dict[str, Any]:
+def _checked(text: str, where: str) -> dict[str, Any]:
+    try:
+        said = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} must be JSON; {error}, got {text[:60]!r}") from error
     parts = ("key", "formulas", "inputs", "note", "made", "losses", "means", "recipe")
     is_whole = isinstance(said, dict) and set(parts) <= set(said)
     require(where, repr(said)[:60], is_whole, f"an evaluation, with {', '.join(parts)}")
