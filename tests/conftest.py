@@ -104,13 +104,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With `--dist loadfile` a file's tests stay on one worker, but of the notebooks every second one."""
+    """With `--dist loadfile` a file's tests stay on one worker, but of the notebooks every second two: those
+    that ask for the same rows, 06 and 07, would only wait for each other."""
     from xdist.scheduler import LoadFileScheduling
 
     class Halves(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
             notebook = re.search(r"test_notebooks\.py.*\[(\d\d)-", nodeid)
-            return super()._split_scope(nodeid) + (f" {int(notebook[1]) % 2}" if notebook else "")
+            return super()._split_scope(nodeid) + (f" {int(notebook[1]) // 2 % 2}" if notebook else "")
 
     return Halves(config, log) if config.getvalue("dist") == "loadfile" else None
 
