@@ -86,7 +86,7 @@ def test_a_row_has_the_columns_in_order_and_their_values():
         "weight_quantizer": "sym4-channel", "calibration": "auto (calibration), 16 x 2048",
         "activations": "asym4", "keys": "none", "values": "none", "w_bits": 4, "a_bits": 4, "kv_bits": 16,
         "bits": "4-4-16", "keep_out": True, "keep_out_rule": "nr_error_9.5",
-        "keep_out_tokens": None, "set_massive": None, "windows": 3, "window": 2048, "device": "auto",
+        "keep_out_tokens": None, "set_massive": None, "windows": 2, "window": 2048, "device": "auto",
         "builds": 1, "metric": "perplexity", "ci95": None, "verdict": None, "smallest": None,
         "seconds": 12.35, "recipe": made.spec.key, "formulas": FORMULAS, "commit": COMMIT, "key": "0123",
     }  # fmt: skip
@@ -147,7 +147,7 @@ OTHERS: dict[str, dict[str, object]] = {
     "keep_out_rule": {"keep_out": "nr_error_8.5"},
     "keep_out_tokens": {"keep_out": "worst", "keep_out_tokens": 4},
     "set_massive": {"rotation": RotationSpec(kind="NR"), "set_massive": "zero"},
-    "windows": {"windows": 2},
+    "windows": {"windows": 3},
     "window": {"window": 64},
     "device": {"model": ModelSpec(device="cuda")},
 }
@@ -268,7 +268,7 @@ def test_a_comparison_of_one_build_has_a_value_and_no_verdict():
     "other",
     [
         {"sample": 5},
-        {"windows": 2},
+        {"windows": 3},
         {"window": 64},
         {"corpus": CorpusSpec(name="wikitext2")},
         {"model": ModelSpec(device="cuda")},
@@ -451,7 +451,7 @@ TWO = {
     "rule": ({"rotation": RefineSpec(rule="sun")}, {"rotation": RefineSpec(rule="ratio_8")}),
     "keep_out_rule": ({"keep_out": "nr_error_8.5"}, {"keep_out": "nr_error_9.5"}),
     "parameters": ({"rotation": RefineSpec(steps=7)}, {"rotation": RefineSpec()}),
-    "windows": ({"windows": 2}, {}),
+    "windows": ({"windows": 3}, {}),
     "corpus": ({"corpus": CorpusSpec(name="wikitext2")}, {}),
 }
 """Two recipes with one label and the same bits, by the first column that tells them apart."""
