@@ -112,14 +112,16 @@ def evaluated_rows(asked: list[list[Row]]) -> list[Row]:
     return [row for n, row in enumerate(rows) if row not in rows[:n]]
 
 
-def seen_rows(patch: pytest.MonkeyPatch) -> list[list[Row]]:
-    """The rows, build by build, that the experiment hands over to be evaluated from now on."""
+def seen_rows(patch: pytest.MonkeyPatch, then: type[Exception] | None = None) -> list[list[Row]]:
+    """The rows, build by build, that the experiment hands over to be evaluated from now on; `then` stops it."""
     seen: list[list[Row]] = []
     rows_by_build = main.rows_by_build
 
     def listed(asks: main.Asks, setting: Setting) -> list[list[Row]]:
         asked = rows_by_build(asks, setting)
         seen.extend(asked)
+        if then:
+            raise then
         return asked
 
     patch.setattr(main, "rows_by_build", listed)
@@ -152,16 +154,8 @@ def planned(monkeypatch: pytest.MonkeyPatch, store: Store):
         pass
 
     def rows_of(name: str, setting: Setting) -> list[list[Row]]:
-        found: list[list[Row]] = []
-
-        rows_by_build = main.rows_by_build
-
-        def only_list(asks: main.Asks, setting: Setting) -> None:
-            found.extend(rows_by_build(asks, setting))
-            raise Enough
-
         with monkeypatch.context() as patch:
-            patch.setattr(main, "rows_by_build", only_list)
+            found = seen_rows(patch, then=Enough)
             patch.setattr(dfrot, "refined", lambda *_: Refined(torch.eye(64), pd.DataFrame(), 60.0))
             patch.setattr(experiments, "_final_losses", lambda *_: [])
             with pytest.raises(Enough):

@@ -18,6 +18,11 @@ RESULTS = ROOT / "data" / "results"
 TEXTS = {"wikitext2": "WikiText-2", "wikipedia-sample": "the Wikipedia sample"}
 
 
+def is_there(name: str) -> bool:
+    """Whether a table is committed."""
+    return (RESULTS / f"{name}.jsonl").exists()
+
+
 def load(name: str) -> pd.DataFrame:
     """A committed table."""
     return row_files.load(RESULTS / f"{name}.jsonl")
@@ -32,7 +37,7 @@ def cell(table: pd.DataFrame, metric: str, rotation: str, bits: str, *, kept_out
 
 def texts() -> dict[str, str]:
     """The texts whose main table is there, by name, in words."""
-    return {name: text for name, text in TEXTS.items() if (RESULTS / f"main-{name}.jsonl").exists()}
+    return {name: text for name, text in TEXTS.items() if is_there(f"main-{name}")}
 
 
 def compared(name: str, against: str, *, kept_out: bool = False, at: tuple[str, ...] = ()) -> str:
@@ -86,7 +91,7 @@ def claims() -> list[str]:
         "make all of it.",
         f"- **DFRot against RH**: {compared('DFRot', 'RH')}.{''.join(map(many, texts()))}",
     ]
-    if (RESULTS / "offset-wikitext2.jsonl").exists():
+    if is_there("offset-wikitext2"):
         table, said = load("offset-wikitext2"), []
         for name in ("Offset", "Offset+"):
             cells = [
@@ -100,7 +105,7 @@ def claims() -> list[str]:
 
 def many(corpus: str) -> str:
     """What `gain` says of DFRot, with its many builds, in a sentence; empty where it was not run."""
-    if not (RESULTS / f"gain-{corpus}.jsonl").exists():
+    if not is_there(f"gain-{corpus}"):
         return ""
     table = load(f"gain-{corpus}")
     metrics = tables.change("RH"), tables.further("RH")
@@ -129,12 +134,12 @@ def measuring() -> str:
     """The tables of docs/measuring.md."""
     parts = []
     for corpus, text in TEXTS.items():
-        if (RESULTS / f"gain-{corpus}.jsonl").exists():
+        if is_there(f"gain-{corpus}"):
             parts.append(
                 f"The same question asked three times on {text}, with seeds, calibration samples, jitters and windows "
                 f"that no two lots share:\n\n{lots(corpus)}"
             )
-        if not (RESULTS / f"measuring-{corpus}.jsonl").exists():
+        if not is_there(f"measuring-{corpus}"):
             continue
         table = load(f"measuring-{corpus}")
         losses = table[table["measure"].eq("loss") & table["target"].notna()]

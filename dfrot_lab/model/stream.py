@@ -22,7 +22,7 @@ Dress = Callable[[int], AbstractContextManager[Any]]  # what a layer wears while
 STATE = "walk"
 SAVE_AFTER = 5.0  # seconds between two saves of the hidden states
 LOGIT_ROWS = 256  # tokens whose logits exist at once: a whole window's would be 0.4 GB
-LOSS_ROWS = 8  # of these whose losses are taken at once in float64: float32 sums are 2e-5 nats off
+LOSS_ROWS = 8  # of these whose losses are taken at once, where they stay in a processor's cache
 
 
 def change(loaded: LoadedModel, edit: Callable[[int], None], parts: set[int] | None = None) -> None:
@@ -218,6 +218,7 @@ def loss(loaded: LoadedModel, hidden: Tensor, ids: Tensor) -> Tensor:
     for part, target in zip(hidden[:-1].split(LOGIT_ROWS), ids[1:].split(LOGIT_ROWS), strict=True):
         found = logits(loaded, part[None])[0].float()
         for rows, aim in zip(found.split(LOSS_ROWS), target.split(LOSS_ROWS), strict=True):
-            entropy = torch.nn.functional.cross_entropy(rows.double(), aim, reduction="sum")
+            wide = rows.double()  # sums in float32 are 2e-5 nats off
+            entropy = torch.nn.functional.cross_entropy(wide, aim, reduction="sum")
             total = total + entropy.to(total.device)
     return total / (len(ids) - 1)

@@ -15,7 +15,7 @@ from dfrot_lab.disk.artefacts import Artefact, Store, Writer
 from dfrot_lab.model import door, loading, stream, surgery
 from dfrot_lab.model.checkpoint import HEAD
 from dfrot_lab.model.loading import LoadedModel
-from dfrot_lab.model.stream import LOGIT_ROWS, Walk
+from dfrot_lab.model.stream import LOGIT_ROWS, LOSS_ROWS, Walk
 from dfrot_lab.recipe import keys
 from dfrot_lab.recipe.base import require
 from dfrot_lab.recipe.specs import Recipe
@@ -24,7 +24,6 @@ from dfrot_lab.weights.run import OnPart, nothing
 
 KIND, HIDDEN = "reference", "hidden"
 MEASURES = ("loss", "divergence", "agreement")
-ROWS = 8  # tokens whose logits are compared at once: they stay in a processor's cache
 FINITE = "finite (a broken model, or too small a dtype: try --dtype float32)"
 
 
@@ -49,8 +48,8 @@ def measures(loaded: LoadedModel, hidden: Tensor, reference: Tensor, ids: Tensor
     found, target = list[Tensor](), ids[1:].to(loaded.device)
     states = (x[:-1].split(LOGIT_ROWS) for x in (hidden, reference))
     for *both, aim in zip(*states, target.split(LOGIT_ROWS), strict=True):
-        logits = [stream.logits(loaded, x[None])[0].float().split(ROWS) for x in both]
-        found += map(compared, *logits, aim.split(ROWS))
+        logits = [stream.logits(loaded, x[None])[0].float().split(LOSS_ROWS) for x in both]
+        found += map(compared, *logits, aim.split(LOSS_ROWS))
     return torch.cat(found).float()
 
 
