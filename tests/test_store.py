@@ -690,6 +690,31 @@ def assert_refused(out: str, code: str, folder: Path) -> None:
 
 
 @posix
+def test_what_is_pruned_while_it_is_opened_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process removes an artefact between a look at a file's size and its reading: as if it had been
+    gone before, and it is made again.
+    """
+    store, made = Store(tmp_path), list[int]()
+
+    def make(writer: Writer) -> None:
+        made.append(1)
+        writer.save_json("n", len(made))
+
+    folder, digest = store.get_or_make("k", {}, make).path, store_module.digest
+
+    def too_late(path: Path, **options: bool) -> str:
+        shutil.rmtree(folder, ignore_errors=True)
+        return digest(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store_module, "digest", too_late)
+        assert store.open("k", {}) is None and not folder.exists()
+    assert store.get_or_make("k", {}, make).json("n") == 2
+    assert not list(tmp_path.glob("k/*corrupt*")), "nothing is set aside"
+
+
 def test_a_file_that_the_disk_does_not_take(tmp_path: Path) -> None:
     """A real refused write that needs no rights: the process's own limit on the size of a file, which fails
     half-way as a full disk does.
