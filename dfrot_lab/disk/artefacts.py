@@ -286,14 +286,13 @@ def read_manifest(folder: Path, key: str) -> dict[str, Any]:
 
 def _fault(path: Path, record: Mapping[str, Any], sizes_only: bool = False) -> str:
     """What is wrong with a file by its record; empty if nothing is."""
-    try:
+    with suppress(FileNotFoundError):  # there a moment ago: another process prunes
         size = path.stat().st_size if path.is_file() else None
         if size != record["bytes"]:
             return "is missing" if size is None else f"has {size:,} bytes instead of {record['bytes']:,}"
         anew = path.parent.parent.name in READ_ANEW
         return "" if sizes_only or digest(path, here=anew) == record["xxh3_128"] else "has a wrong checksum"
-    except FileNotFoundError:  # it was there a moment ago: another process prunes
-        return "is missing"
+    return "is missing"
 
 
 def _require_name(what: str, name: str) -> None:
