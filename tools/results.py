@@ -110,7 +110,8 @@ def many(corpus: str) -> str:
     table = load(f"gain-{corpus}")
     metrics = tables.change("RH"), tables.further("RH")
     change, further = (cell(table, metric, "DFRot", "16-4-16") for metric in metrics)
-    return f" In {table['builds'].max()} builds on {TEXTS[corpus]} at 16-4-16, massive rows by the paper's rule: {change} (KL divergence {further})."
+    size = f"{table['builds'].max()} builds of {table['windows'].max()} windows"
+    return f" In {size} on {TEXTS[corpus]} at 16-4-16: {change} (KL divergence {further})."
 
 
 def lots(corpus: str, parts: int = 3) -> str:

@@ -31,6 +31,8 @@ SAMPLES, BITS = 5, ("16-4-16", "4-4-16")
 BUILDS_OF = {"gain": 24, **dict.fromkeys(("gamma-sweep", "calibration", "clip-sweep", "intervene"), 3)}
 """Builds of an experiment where it has not as many as the main job: the one that is to see least has most,
 sweeps, where a curve is what is looked at, fewer."""
+GAIN_WINDOWS = 5  # times the setting's: what a build of DFRot against RH varies by is mostly its windows
+OWN_RULE = ("main", "compare", "gain", "measuring", "offset")  # that refine by the setting's rule
 CALIBRATED = "calibration text"
 CHOSEN = "perplexity at the clip chosen on the calibration text"
 
@@ -50,9 +52,9 @@ def run(name: str, setting: Setting | None = None, store: Store | None = None) -
 
 def setting_of(name: str, setting: Setting) -> Setting:
     """The setting an experiment runs on: its own number of builds where none is chosen; the paper's rule, but
-    for the main job and `compare`, which keep the setting's."""
+    for those that ask of DFRot as it is used (OWN_RULE), which keep the setting's."""
     setting = setting.of_builds(BUILDS_OF.get(name, BUILDS))
-    return setting if name in ("main", "compare") else setting.with_(rule=specs.PAPER_RULE)
+    return setting if name in OWN_RULE else setting.with_(rule=specs.PAPER_RULE)
 
 
 def listing() -> pd.DataFrame:
@@ -76,10 +78,11 @@ def main_table(setting: Setting, store: Store) -> pd.DataFrame:
 
 
 def gain(setting: Setting, _store: Store) -> Iterator[Row]:
-    """DFRot against RH in many builds: how small a difference can be told."""
-    rh = setting.row("16-4-16", setting.rotation("RH"))
+    """DFRot against RH in many builds of many windows: how small a difference can be told."""
+    many: dict[str, Any] = {"windows": GAIN_WINDOWS * setting.windows}
+    rh = setting.row("16-4-16", setting.rotation("RH"), **many)
     yield Row(rh)
-    yield Row(setting.row("16-4-16", setting.method("DFRot")), {}, {"RH": rh})
+    yield Row(setting.row("16-4-16", setting.method("DFRot"), **many), {}, {"RH": rh})
 
 
 def offset(setting: Setting, _store: Store) -> Iterator[Row]:
