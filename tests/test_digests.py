@@ -20,8 +20,9 @@ CONTENT = bytes(range(256)) * 9000  # more than two of the blocks it is read in
 
 @pytest.fixture(autouse=True)
 def memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache of its own, in which files are remembered however young they are."""
+    """A cache of its own, in which files are remembered however young and small they are."""
     monkeypatch.setenv("DFROT_LAB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(atomic, "SMALL", 0)
     monkeypatch.setattr(atomic, "SETTLED", -(10**12))
     monkeypatch.setattr(atomic, "_known", {})
     return tmp_path / "cache" / "digests.json"
@@ -100,6 +101,16 @@ def test_a_file_that_may_change_under_the_same_time_stamp_is_not_remembered(
     assert not memory.exists()
 
 
+def test_a_small_file_is_read_again_and_leaves_no_entry(
+    file: Path, reads: list[str], memory: Path, monkeypatch
+):
+    """A store has thousands of them: a memory of all would cost more than their bytes."""
+    monkeypatch.setattr(atomic, "SMALL", len(CONTENT) + 1)
+    assert digest(file) == digest(file) and reads == ["a.bin"] * 2 and not memory.exists()
+    monkeypatch.setattr(atomic, "SMALL", len(CONTENT))
+    assert digest(file) == digest(file) and reads == ["a.bin"] * 3 and memory.exists()
+
+
 @pytest.mark.parametrize("damage", [b"", b"{", b"[]", b"\xff\xfe", b'{"xxh3_128:NAME": 3}', b"null"])
 def test_a_damaged_memory_is_an_empty_one_and_heals(
     file: Path, reads: list[str], memory: Path, damage: bytes, monkeypatch
@@ -135,7 +146,7 @@ def test_processes_at_once_lose_no_entry(tmp_path: Path, memory: Path):
     for name in range(24):
         (tmp_path / f"{name}.bin").write_bytes(b"%d" % name)
     script = (
-        "import sys\nfrom dfrot_lab.disk import atomic\natomic.SETTLED = -(10**12)\n"
+        "import sys\nfrom dfrot_lab.disk import atomic\natomic.SETTLED, atomic.SMALL = -(10**12), 0\n"
         "print(*[atomic.digest(name) for name in sys.argv[1:]])"
     )
     parts = [[str(tmp_path / f"{name}.bin") for name in range(start, 24, 4)] for start in range(4)]

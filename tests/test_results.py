@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from dfrot_lab.disk import row_files
-from dfrot_lab.disk.artefacts import commit
+from dfrot_lab.disk.provenance import commit
 from dfrot_lab.disk.row_files import append, load
 from dfrot_lab.maths import tables
 from dfrot_lab.maths.statistics import estimate

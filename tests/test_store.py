@@ -282,7 +282,8 @@ def test_a_flipped_bit_is_found_before_use_and_whole_files_are_read_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DFROT_LAB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(atomic, "SETTLED", -(10**12))  # so that young files are remembered too
+    monkeypatch.setattr(atomic, "SETTLED", -(10**12))  # so that young files are remembered too,
+    monkeypatch.setattr(atomic, "SMALL", 0)  # and small ones
     reads: list[str] = []
     read = atomic.read
     monkeypatch.setattr(atomic, "read", lambda path, *rest: reads.append(path.name) or read(path, *rest))

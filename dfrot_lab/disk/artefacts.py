@@ -14,18 +14,16 @@ import os
 import platform
 import re
 import shutil
-import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
-from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dfrot_lab.disk import atomic
 from dfrot_lab.disk.atomic import digest, locked, make_folder, replacing
+from dfrot_lab.disk.provenance import PACKAGES, commit, version_of
 from dfrot_lab.recipe.base import content_key, require
 from dfrot_lab.recipe.keys import FORMULAS
 
@@ -34,19 +32,8 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 READ_ANEW = ("model",)  # kinds that are read in each process before use: not by the store
-COMMIT = "git describe --always --abbrev=12 --dirty=+ --exclude=*"
 _dumps = json.JSONEncoder(sort_keys=True, indent=1).encode
 log = logging.getLogger(__name__)
-
-
-@cache
-def commit() -> str | None:
-    """The git commit of the code, `+` behind it where files differ from it; None outside a checkout."""
-    try:
-        options: dict[str, Any] = {"cwd": Path(__file__).parent, "stderr": subprocess.DEVNULL, "text": True}
-        return str(subprocess.check_output(COMMIT.split(), **options)).strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 class CorruptArtefact(ValueError):
@@ -158,9 +145,9 @@ class Writer(Artefact):
         files[filename] = record
 
     def _write_manifest(self, **changes: Any) -> None:
-        versions = {name: version(name) for name in ("torch", "transformers", "dfrot_lab")}
         made: dict[str, Any] = {"note": self.note, "seconds": round(time.monotonic() - self._start, 3)}
         made |= {"created": datetime.now(UTC).isoformat(timespec="seconds"), "commit": commit()}
+        versions = {name: version_of(name) for name in PACKAGES}
         made["versions"] = {"python": platform.python_version(), **versions}
         plain = json.loads(_dumps({**self.manifest, **made, **changes}))  # as it will be read back
         data = _dumps({**plain, "check": content_key(plain)}).encode()

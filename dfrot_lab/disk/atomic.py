@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from dfrot_lab.recipe.base import require_file
 
 ALGORITHMS: dict[str, Any] = {"xxh3_128": xxhash.xxh3_128, "sha256": hashlib.sha256}
+SMALL = 1 << 20  # bytes below which reading a file costs less than remembering it
 LARGE = 1 << 30  # bytes above which reading a file takes long enough to show a bar
 SETTLED = 2_000_000_000  # ns: a file changed more recently may change again under the same time
 ENTRIES = 10_000
@@ -130,12 +131,12 @@ def make_folder(path: Path, to_write: bool = False, mode: int = 0o777) -> Path:
 
 
 def digest(path: Path | str, algorithm: str = "xxh3_128", *, here: bool = False) -> str:
-    """Hex digest of a file's bytes by one of ALGORITHMS; an unchanged file costs a look at its entry. `here`:
-    what this process has not read itself is read, whatever others found in it."""
+    """Hex digest of a file's bytes by one of ALGORITHMS; an unchanged file that is not SMALL costs a look at
+    its entry. `here`: what this process has not read itself is read, whatever others found in it."""
     path = Path(path).resolve()
     require_file("what is read", path, or_none=True)
     name, stamp = f"{algorithm}:{path}", _stamp(path)
-    settled = time.time_ns() - max(stamp[1:3]) > SETTLED
+    settled = stamp[0] >= SMALL and time.time_ns() - max(stamp[1:3]) > SETTLED
     if settled and not here and _known.get(name, [])[:-1] != stamp:
         _known.update(_remembered())
     known = (_read_here if here else _known).get(name, [])

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from dfrot_lab.disk.provenance import PACKAGES
 from dfrot_lab.maths import statistics, tables
 from dfrot_lab.maths.statistics import Estimate
 from dfrot_lab.maths.tables import COLUMNS, LEVELS, PERPLEXITY
@@ -14,8 +15,6 @@ from dfrot_lab.recipe.base import Spec, content_key
 from dfrot_lab.recipe.keys import FORMULAS
 from dfrot_lab.recipe.specs import CorpusSpec, Recipe
 from dfrot_lab.score.perplexity import EvalResult
-
-PACKAGES = ("dfrot_lab", "torch", "transformers")
 
 
 def rows(results: Sequence[EvalResult]) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ import pandas as pd
 import yaml
 from matplotlib.figure import Figure
 
-from dfrot_lab.disk import artefacts, atomic, row_files
+from dfrot_lab.disk import artefacts, atomic, provenance, row_files
 from dfrot_lab.maths import tables
 from dfrot_lab.model import loading
 from dfrot_lab.model.public import public
@@ -87,7 +87,7 @@ def _save_figure(fig: Figure, name: str, folder: Path, setting: Setting, about: 
     figures.plt.close(fig)
     own = {"figure": name, **named(setting), "seed": setting.seed}
     versions = {each: metadata.version(each) for each in ("dfrot-lab", "torch", "transformers", "matplotlib")}
-    said = {**own, **about, "versions": versions, "commit": artefacts.commit()}
+    said = {**own, **about, "versions": versions, "commit": provenance.commit()}
     atomic.write_text(folder / f"{name}.json", strict_json(said) + "\n")
     return folder / f"{name}.png"
 

@@ -20,7 +20,8 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from plotly.offline import get_plotlyjs
 
-from dfrot_lab.disk.artefacts import Store, commit
+from dfrot_lab.disk.artefacts import Store
+from dfrot_lab.disk.provenance import commit
 from dfrot_lab.maths import tables
 from dfrot_lab.model import corpus, loading
 from dfrot_lab.observe.massive import doubt
