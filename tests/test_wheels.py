@@ -84,7 +84,8 @@ def test_fetches_once_and_says_so(
 
 
 def test_second_look_does_not_hash(tiny: WheelFile, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(atomic, "SETTLED", -(10**12))  # so that a young file is remembered too
+    monkeypatch.setattr(atomic, "SETTLED", -(10**12))  # so that a young file is remembered too,
+    monkeypatch.setattr(atomic, "SMALL", 0)  # and a small one
     path = fetch(tiny)
     assert fetch(tiny) == path
     monkeypatch.setattr(atomic, "read", lambda *_: pytest.fail("hashed a file that was verified before"))
