@@ -127,6 +127,20 @@ def test_a_model_read_layer_by_layer_answers_as_the_kept_one(folder, tmp_path, t
     pd.testing.assert_frame_equal(table("row", None, model, 2, Store(tmp_path / "s")), plain)
 
 
+def test_what_is_returned_is_what_lm_eval_s_own_front_door_returns(folder, tmp_path):
+    """`simple_evaluate`, with the defaults of its command line."""
+    from lm_eval import simple_evaluate
+
+    loaded = loading.load_model(saved_model(tmp_path / "model"))
+    for task in ("hellaswag", "lambada_openai"):
+        found = zeroshot._evaluated(loaded, task, local_file(task), None)
+        model = zeroshot._language_model(loaded)
+        manager = zeroshot._local_task(task, local_file(task), tmp_path)
+        expected = simple_evaluate(model, tasks=[task], task_manager=manager, bootstrap_iters=0)
+        for part in ("results", "versions", "n-shot", "n-samples", "higher_is_better"):
+            assert found[part] == expected[part], part
+
+
 # ---- where items are
 # ------------------------------------------------------------------------------------------
 
@@ -379,14 +393,14 @@ def test_a_quantized_row_is_scored_as_it_is_evaluated(tmp_path, store, folder, t
 
 @pytest.mark.model
 def test_norms_fused_and_nothing_quantized_answers_as_the_plain_model_does(tmp_path):
-    """Two items of each task; a second call reads the stored accuracies and loads no model."""
+    """One item of each task; a second call reads the stored accuracies and loads no model."""
     if not all(local_file(task) for task in TASKS):
         pytest.skip("DFROT_LAB_DATA names no folder with zero_shot/<task>.jsonl of all six tasks")
     store = Store(tmp_path / "store")
     spec = recipe_of("16-16-16", rotation=RotationSpec(kind="NR"))
     plain, fused = (
-        table("plain", None, ModelSpec(), 2, store),
-        table("NR 16-16-16", spec, ModelSpec(), 2, store),
+        table("plain", None, ModelSpec(), 1, store),
+        table("NR 16-16-16", spec, ModelSpec(), 1, store),
     )
     columns = ["task", "metric", "value", "stderr", "items", "version", "source"]
     pd.testing.assert_frame_equal(plain[columns], fused[columns], check_exact=True)
@@ -395,5 +409,5 @@ def test_norms_fused_and_nothing_quantized_answers_as_the_plain_model_does(tmp_p
         patch.setattr(zeroshot, "_score", None)
         patch.setattr(loading, "load_model", None)
         pd.testing.assert_frame_equal(
-            table("NR 16-16-16", spec, ModelSpec(), 2, store), fused, check_exact=True
+            table("NR 16-16-16", spec, ModelSpec(), 1, store), fused, check_exact=True
         )

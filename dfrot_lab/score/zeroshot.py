@@ -98,7 +98,7 @@ def _averages(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _score(loaded: LoadedModel, task: str, path: Path | None, limit: int | None) -> list[dict[str, Any]]:
     """One task's accuracies by lm-eval: metric, value, stderr, items, version, source."""
-    found = _simple_evaluate(loaded, task, path, limit)
+    found = _evaluated(loaded, task, path, limit)
     scores, items = found["results"][task], int(found["n-samples"][task]["effective"])
     source = "local file" if path else "hub"
     about = {"items": items, "version": str(found["versions"][task]), "source": source}
@@ -108,22 +108,25 @@ def _score(loaded: LoadedModel, task: str, path: Path | None, limit: int | None)
     return [{"metric": name, "value": values[name], "stderr": errors[name], **about} for name in values]
 
 
-def _simple_evaluate(loaded: LoadedModel, task: str, path: Path | None, limit: int | None) -> dict[str, Any]:
-    """What lm-eval itself returns for one task."""
-    from lm_eval import simple_evaluate
+def _evaluated(loaded: LoadedModel, task: str, path: Path | None, limit: int | None) -> dict[str, Any]:
+    """What lm-eval itself returns for one task, without examples. Not by its `simple_evaluate`, which lists
+    the installed packages after each task, for two seconds."""
+    from lm_eval import evaluate
     from lm_eval.tasks import TaskManager
 
     model = _language_model(loaded)
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
-        manager = _local_task(task, path, Path(folder)) if path else TaskManager()
-        options: dict[str, Any] = {"task_manager": manager, "bootstrap_iters": 0, "log_samples": False}
         try:
+            manager = _local_task(task, path, Path(folder)) if path else TaskManager()
+            asked = manager.load([task])
+            asked["tasks"][task].set_config(key="num_fewshot", value=0)
+            options: dict[str, Any] = {"limit": limit, "bootstrap_iters": 0, "log_samples": False}
             if loaded.checkpoint is None:
-                return dict(simple_evaluate(model, tasks=[task], limit=limit, **options))
-            simple_evaluate(model, tasks=[task], limit=limit, **options)
+                return dict(evaluate(model, asked, **options))
+            evaluate(model, asked, **options)
             model.hidden = stream.through(loaded, model.batches, task)
             with stream.part(loaded, HEAD):
-                return dict(simple_evaluate(model, tasks=[task], limit=limit, **options))
+                return dict(evaluate(model, asked, **options))
         except OSError as error:
             said = f"task {task} is not here and could not be loaded from the hub ({error})"
             advice = "into zero_shot/ of a folder and name the folder in DFROT_LAB_DATA, or go online."
