@@ -102,5 +102,6 @@ def sharing(store: Store, root: Path, *kinds: str) -> Store:
     """
     root.mkdir(parents=True)
     for kind in kinds:
+        (store.root / kind).mkdir(parents=True, exist_ok=True)
         (root / kind).symlink_to(store.root / kind, target_is_directory=True)
     return Store(root)

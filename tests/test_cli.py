@@ -209,7 +209,7 @@ def run_program(bench, tmp_path, *more):
         "run",
         *bench,
         "--windows",
-        "2",
+        "1",
         "--builds",
         "2",
         "--out",

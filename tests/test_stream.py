@@ -329,7 +329,8 @@ print(perplexity.evaluate(Recipe.from_yaml(Path(sys.argv[1])), Store(Path(sys.ar
 
 
 @pytest.mark.parametrize(
-    ("weights", "steps"), [("rtn", 1), ("rtn", 2 * LAYERS), ("gptq", 0), ("gptq", LAYERS), ("gptq", 3 * LAYERS - 1)]
+    ("weights", "steps"),
+    [("rtn", 1), ("rtn", 2 * LAYERS), ("gptq", 0), ("gptq", LAYERS), ("gptq", 3 * LAYERS - 1)],
 )
 def test_a_killed_walk_goes_on_at_its_layer(weights, steps, tmp_path, text_file, small_memory, monkeypatch):
     spec = recipe(folder_of(tmp_path / "m"), text_file, weights=weights)

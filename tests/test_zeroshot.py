@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from again import assert_near
+from again import assert_near, sharing
 from test_evaluate import resolved, save_lively
 from transformers import AutoTokenizer
 
@@ -396,7 +396,7 @@ def test_norms_fused_and_nothing_quantized_answers_as_the_plain_model_does(tmp_p
     """One item of each task; a second call reads the stored accuracies and loads no model."""
     if not all(local_file(task) for task in TASKS):
         pytest.skip("DFROT_LAB_DATA names no folder with zero_shot/<task>.jsonl of all six tasks")
-    store = Store(tmp_path / "store")
+    store = sharing(Store(), tmp_path / "store", "model")  # its GGUF file is made a folder once
     spec = recipe_of("16-16-16", rotation=RotationSpec(kind="NR"))
     plain, fused = (
         table("plain", None, ModelSpec(), 1, store),

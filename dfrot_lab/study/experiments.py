@@ -69,7 +69,8 @@ def main_table(setting: Setting, store: Store) -> pd.DataFrame:
 
     def asks(own: Setting) -> Iterator[Row]:
         yield Row(own.row("16-16-16", own.rotation("NR")), {"extra_minutes": 0.0})
-        for name, by, bits in product(("NR", "RO", "RH", "DFRot"), ("rtn", "gptq"), ("4-4-4", "4-4-16")):
+        by_weights = setting.few(("rtn", "gptq"))
+        for name, by, bits in product(("NR", "RO", "RH", "DFRot"), by_weights, ("4-4-4", "4-4-16")):
             spec, rh = (own.row(bits, own.method(each), weights=by) for each in (name, "RH"))
             extra = {"extra_minutes": minutes if name == "DFRot" else 0.0}
             yield Row(spec, extra, {} if name == "RH" else {"RH": rh}, once=name == "NR")
