@@ -10,6 +10,7 @@ from dfrot_lab.weights.rtn import packed, scale_of
 CALIBRATED = True  # it needs the Hessian of a layer's inputs
 VERSION = 2  # clips of 2 and 3 bits are searched down to 0.02, not 0.4
 COLUMNS = 128  # columns quantized before the rest hears of their error in one product: GPTQ's lazy batch
+FEW = 16  # columns of a block whose errors reach the rest of it in one product
 HESSIAN_BLOCK = 192  # columns of a Hessian at once: half is known by symmetry, narrower is slower
 
 
@@ -38,9 +39,12 @@ def _block(weight: Tensor, factor: Tensor, scale: Tensor, low: int, high: int) -
     columns, factor, step = weight.T.contiguous().cpu(), factor.cpu(), scale.flatten().cpu()
     codes, errors = torch.empty_like(columns), torch.empty_like(columns)
     for i, diagonal in enumerate(factor.diagonal().tolist()):
+        end = i - i % FEW + FEW  # columns up to here hear of the error now, the block's others with FEW more
         torch.div(columns[i], step, out=codes[i]).round_().clamp_(low, high)
-        torch.sub(columns[i], codes[i] * step, out=errors[i]).div_(diagonal)
-        columns[i + 1 :].addr_(factor[i, i + 1 :], errors[i], alpha=-1)
+        torch.addcmul(columns[i], codes[i], step, value=-1, out=errors[i]).div_(diagonal)
+        columns[i + 1 : end].addr_(factor[i, i + 1 : end], errors[i], alpha=-1)
+        if i + 1 == end:
+            columns[end:].addmm_(factor[end - FEW : end, end:].T, errors[end - FEW : end], alpha=-1)
     return codes.T.to(weight.device), errors.T.to(weight.device)
 
 

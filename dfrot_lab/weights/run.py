@@ -80,9 +80,14 @@ def quantize_weights(
     return codes
 
 
-def _quantize(layer: nn.Module, name: str, hessian: Tensor | None, spec: WeightSpec) -> Quantized:
-    weight = loading.linear(layer, name).weight.detach()
-    return registry.load(registry.WEIGHTS, spec.method).quantize(weight, hessian, spec)
+def _quantize(layer: nn.Module, names: Sequence[str], hessian: Tensor | None, spec: WeightSpec) -> LayerCodes:
+    """Of linears that read the same input, as one: what they compute of a Hessian is computed once."""
+    weights = [loading.linear(layer, name).weight.detach() for name in names]
+    together = torch.cat(weights) if len(weights) > 1 else weights[0]
+    found = registry.load(registry.WEIGHTS, spec.method).quantize(together, hessian, spec)
+    sizes = [len(weight) for weight in weights]
+    parts = (part.split(sizes) for part in (found.codes, found.scale, found.zero))
+    return {name: Quantized(*own) for name, *own in zip(names, *parts, strict=True)}
 
 
 def _file(index: int) -> str:
@@ -118,7 +123,9 @@ def _run(loaded: LoadedModel, spec: WeightSpec, writer: Writer, _online: Online,
         if not writer.has(_file(number)):
             with stream.part(loaded, number):
                 layer = loaded.layers[number]
-                done = {name: _quantize(layer, name, None, spec) for name in loaded.roles.linears(layer)}
+                done = LayerCodes()
+                for name in loaded.roles.linears(layer):
+                    done |= _quantize(layer, [name], None, spec)
                 _save(writer, number, done)
         on_part("layer", number + 1, count)
 
@@ -172,8 +179,8 @@ class _Layer:
         hessian, names = self.hessians.pop(site, None), self.left.pop(site)
         self.nearest += names if hessian is None else ()
         spec = self.spec.with_(method="rtn") if hessian is None else self.spec
+        self.codes |= _quantize(self.layer, names, hessian, spec)
         for name in names:
-            self.codes[name] = _quantize(self.layer, name, hessian, spec)
             _put(loading.linear(self.layer, name), self.codes[name])
 
 
