@@ -25,6 +25,7 @@ from dfrot_lab.study.setting import BUILDS, Setting
 log = logging.getLogger(__name__)
 
 GAMMAS = (1.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, float("inf"))  # the paper's, Fig. 5 and 6
+CLIPPED = ("RO", "RH", "DFRot")
 CLIPS = (0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)
 ROW_COUNTS = (48, 32, 24, 16, 8)  # Table 3, in windows; a model of n layers has 2n: more is left out
 SAMPLES, BITS = 5, ("16-4-16", "4-4-16")
@@ -103,7 +104,7 @@ def gamma_sweep(setting: Setting, store: Store) -> Iterator[Row]:
     clip 0.9, one across heads)."""
     some = massive.find(capture(setting.with_(build=0).capture, store), setting.rule).any()
     gammas = [gamma for gamma in GAMMAS if some or gamma < float("inf")]  # no massive row to fit alone
-    for bits, kind in product(setting.few(BITS), ("RH", "RO")):
+    for bits, kind in product(setting.few(BITS), setting.few(("RH", "RO"))):
         start, once = setting.rotation(kind), bits != BITS[0]
         plain = setting.row(bits, start)
         yield Row(plain, {"init": kind, "line": "QuaRot"}, once=once)
@@ -161,7 +162,7 @@ def clip_sweep(setting: Setting, store: Store) -> pd.DataFrame:
     def calibrated(row: Row) -> specs.Recipe:
         return row.spec.with_(corpus=setting.calibration_text)
 
-    for name in ("RO", "RH", "DFRot"):
+    for name in setting.few(CLIPPED):
         own = [rows for rows in zip(*each, strict=True) if rows[0].spec.rotation.name == name]
         best = min(own, key=lambda rows: sum(found[calibrated(row)].losses.mean() for row in rows))
         chosen = score_rows.rows([found[row.spec] for row in best])[0]
@@ -171,7 +172,7 @@ def clip_sweep(setting: Setting, store: Store) -> pd.DataFrame:
 
 def _clipped(setting: Setting) -> Iterator[Row]:
     """A row a rotation and clip, against the rotation without one."""
-    for name, clip in product(("RO", "RH", "DFRot"), setting.few(CLIPS)):
+    for name, clip in product(setting.few(CLIPPED), setting.few(CLIPS)):
         unclipped = setting.row("16-4-16", setting.method(name))
         quantizer = unclipped.activations.with_(clip_ratio=clip)
         rotation = unclipped.rotation.with_(quantizer=quantizer) if name == "DFRot" else unclipped.rotation
@@ -182,11 +183,12 @@ def _clipped(setting: Setting) -> Iterator[Row]:
 def either_scheme(setting: Setting, _store: Store) -> Iterator[Row]:
     """Refine and evaluate with either quantizer; refine with and without the released code's sign flips."""
     schemes = ("asymmetric", "symmetric")
-    for tested in schemes:
+    fits = list(product(schemes, (False, True)))
+    for tested in setting.few(schemes):
         quantizer = specs.QuantSpec(scheme=tested)
         rh = setting.row("16-4-16", setting.rotation("RH"), activations=quantizer)
         yield Row(rh, {"refined_with": "not refined", "sign_flips": False, "tested_with": tested})
-        for fitted, flips in product(schemes, (False, True)):
+        for fitted, flips in setting.few(fits):
             variant = "as_released" if flips else "as_paper"
             spec = setting.refine.with_(quantizer=specs.QuantSpec(scheme=fitted), variant=variant)
             labels = {"refined_with": fitted, "sign_flips": flips, "tested_with": tested}

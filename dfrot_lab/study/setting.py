@@ -11,7 +11,7 @@ from dfrot_lab.recipe.base import MethodSpec, Spec, one_of, ruled
 FIGURE_LAYER = 15  # in the middle of the stretch where the default model's token 0 is massive (12 to 28)
 PROFILE = "DFROT_LAB_PROFILE"  # environment variable: notebooks, experiments `quick` (minutes) or `full`
 BUILDS = 7  # that a comparison is made of: the fewest that tell RO from RH surely (docs/measuring.md)
-QUICK: dict[str, Any] = {"windows": 1, "window": 512, "gptq_windows": 2, "weights": "rtn"}
+QUICK: dict[str, Any] = {"windows": 1, "window": 256, "gptq_windows": 2, "weights": "rtn"}
 QUICK |= {"builds": 1, "limit": 2, "steps": 20, "quick": True}  # what the quick profile changes
 
 
