@@ -89,7 +89,7 @@ def gain(setting: Setting, _store: Store) -> Iterator[Row]:
 
 def offset(setting: Setting, _store: Store) -> Iterator[Row]:
     """Beyond the paper: R1 that points what rows share where the zero point takes it."""
-    for bits in main.BITS:
+    for bits in setting.few(main.BITS):
         rh, dfrot = (setting.row(bits, setting.method(name), weights="rtn") for name in ("RH", "DFRot"))
         yield Row(rh)
         yield Row(dfrot, {}, {"RH": rh})
