@@ -66,17 +66,17 @@ def listing() -> pd.DataFrame:
 
 def main_table(setting: Setting, store: Store) -> pd.DataFrame:
     """Table 2 and the README's: NR, RO, RH and DFRot by RTN and GPTQ, with the minutes beyond RH."""
-    minutes = dfrot.refined(setting.refine, store).seconds / 60
 
     def asks(own: Setting) -> Iterator[Row]:
-        yield Row(own.row("16-16-16", own.rotation("NR")), {"extra_minutes": 0.0})
+        yield Row(own.row("16-16-16", own.rotation("NR")))
         by_weights = setting.few(("rtn", "gptq"))
         for name, by, bits in product(("NR", "RO", "RH", "DFRot"), by_weights, ("4-4-4", "4-4-16")):
             spec, rh = (own.row(bits, own.method(each), weights=by) for each in (name, "RH"))
-            extra = {"extra_minutes": minutes if name == "DFRot" else 0.0}
-            yield Row(spec, extra, {} if name == "RH" else {"RH": rh}, once=name == "NR")
+            yield Row(spec, {}, {} if name == "RH" else {"RH": rh}, once=name == "NR")
 
-    return evaluated(asks, setting, store)[0]
+    table = evaluated(asks, setting, store)[0]
+    minutes = dfrot.refined(setting.refine, store).seconds / 60
+    return table.assign(extra_minutes=table["rotation"].eq("DFRot") * minutes)
 
 
 def gain(setting: Setting, _store: Store) -> Iterator[Row]:
