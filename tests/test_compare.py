@@ -202,7 +202,7 @@ def test_the_command_prints_rows_and_keeps_table_recipes_and_figure(pair, tmp_pa
     Path(setting.corpus).with_name("long.txt").write_text(TEXT * 20)
     text = str(Path(setting.corpus).with_name("long.txt"))
     models = [save_lively(tmp_path / name, name, context=4096).source for name in ("llama", "qwen2")]
-    said = ["--models", ",".join(models), "--corpus", text, "--windows", "1", "--builds", "2"]
+    said = ["--models", ",".join(models), "--corpus", text, "--windows", "1", "--builds", "1"]
     said += ["--out", str(tmp_path / "o")]
     shown = json.loads(invoke("compare", *said, "--json").stdout)
     assert {row["model"] for row in shown["rows"]} == {shown_as(model) for model in models}
@@ -211,7 +211,7 @@ def test_the_command_prints_rows_and_keeps_table_recipes_and_figure(pair, tmp_pa
     about = json.loads((tmp_path / "o" / "compare.json").read_text())
     [beside] = (tmp_path / "o").glob("compare-*.setting.yaml")
     said_beside = yaml.safe_load(beside.read_text())["setting"]
-    assert said_beside["rule"] == "ratio_8" and said_beside["builds"] == 2, "as in the main job"
+    assert said_beside["rule"] == "ratio_8" and said_beside["builds"] == 1, "as in the main job"
     assert (
         about["models"] == [shown_as(model) for model in models]
         and (tmp_path / "o" / "compare.png").stat().st_size > 10_000
