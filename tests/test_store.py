@@ -690,7 +690,6 @@ def assert_refused(out: str, code: str, folder: Path) -> None:
         assert "free some space or write elsewhere (DFROT_LAB_CACHE" in message
 
 
-@posix
 def test_what_is_pruned_while_it_is_opened_is_not_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -716,6 +715,7 @@ def test_what_is_pruned_while_it_is_opened_is_not_there(
     assert not list(tmp_path.glob("k/*corrupt*")), "nothing is set aside"
 
 
+@posix
 def test_a_file_that_the_disk_does_not_take(tmp_path: Path) -> None:
     """A real refused write that needs no rights: the process's own limit on the size of a file, which fails
     half-way as a full disk does.
