@@ -136,14 +136,14 @@ def digest(path: Path | str, algorithm: str = "xxh3_128", *, here: bool = False)
     path = Path(path).resolve()
     require_file("what is read", path, or_none=True)
     name, stamp = f"{algorithm}:{path}", _stamp(path)
-    settled = stamp[0] >= SMALL and time.time_ns() - max(stamp[1:3]) > SETTLED
-    if settled and not here and _known.get(name, [])[:-1] != stamp:
+    kept = stamp[0] >= SMALL and time.time_ns() - max(stamp[1:3]) > SETTLED
+    if kept and not here and _known.get(name, [])[:-1] != stamp:
         _known.update(_remembered())
     known = (_read_here if here else _known).get(name, [])
-    if settled and known[:-1] == stamp:
+    if kept and known[:-1] == stamp:
         return str(known[-1])
     found = read(path, stamp[0], algorithm)
-    if settled and _stamp(path) == stamp:
+    if kept and _stamp(path) == stamp:
         _known[name] = _read_here[name] = [*stamp, found]
         # where the cache cannot be written, the next process reads again
         with suppress(OSError), locked((memory := cache_dir() / "digests.json").with_suffix(".json.lock")):

@@ -7,7 +7,6 @@ import logging
 import math
 import os
 import re
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from tqdm.auto import tqdm
 
 from dfrot_lab.disk.atomic import cache_dir, digest, write_text
 from dfrot_lab.disk.downloads import WIKIPEDIA_XML, fetch
+from dfrot_lab.disk.provenance import version_of
 from dfrot_lab.model.wiki import read_dump, strip_markup
 from dfrot_lab.recipe.base import require
 from dfrot_lab.recipe.specs import WHOLE, WINDOW, CorpusSpec
@@ -206,7 +206,7 @@ def _sample_half(split: str) -> str:
 
 
 def _sample_file() -> Path:
-    return cache_dir() / "corpora" / f"{SAMPLE}-{VERSION}-{version('mwparserfromhell')}.json"
+    return cache_dir() / "corpora" / f"{SAMPLE}-{VERSION}-{version_of('mwparserfromhell')}.json"
 
 
 def _sample_articles() -> list[dict[str, str]]:

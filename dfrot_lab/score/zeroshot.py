@@ -6,7 +6,6 @@ import logging
 import os
 import tempfile
 from contextlib import ExitStack
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dfrot_lab.disk.artefacts import Store, Writer
+from dfrot_lab.disk.provenance import version_of
 from dfrot_lab.model import door, loading, stream
 from dfrot_lab.model.checkpoint import HEAD
 from dfrot_lab.model.loading import LoadedModel
@@ -59,7 +59,7 @@ def table(name: str, spec: Recipe | None, model: ModelSpec, limit: int | None, s
 
     def inputs() -> Any:
         digests = {task: door.prints(str(path)) if path else "hub" for task, path in tasks.items()}
-        return keys.tasks(recipe or model, door.prints, digests, limit, metadata.version("lm-eval"))
+        return keys.tasks(recipe or model, door.prints, digests, limit, version_of("lm-eval"))
 
     def make(writer: Writer) -> None:
         with ExitStack() as stack:

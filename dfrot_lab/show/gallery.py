@@ -1,7 +1,6 @@
 """What is kept of an experiment and of the main job: tables, figures, findings in words."""
 
 import logging
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +85,9 @@ def _save_figure(fig: Figure, name: str, folder: Path, setting: Setting, about: 
             fig.savefig(temporary, format=ending, metadata={unsaid: None})
     figures.plt.close(fig)
     own = {"figure": name, **named(setting), "seed": setting.seed}
-    versions = {each: metadata.version(each) for each in ("dfrot-lab", "torch", "transformers", "matplotlib")}
+    versions = {
+        each: provenance.version_of(each) for each in ("dfrot-lab", "torch", "transformers", "matplotlib")
+    }
     said = {**own, **about, "versions": versions, "commit": provenance.commit()}
     atomic.write_text(folder / f"{name}.json", strict_json(said) + "\n")
     return folder / f"{name}.png"

@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from matplotlib.figure import Figure
 from plotly.offline import get_plotlyjs
 
 from dfrot_lab.disk.artefacts import Store
-from dfrot_lab.disk.provenance import commit
+from dfrot_lab.disk.provenance import commit, version_of
 from dfrot_lab.maths import tables
 from dfrot_lab.model import corpus, loading
 from dfrot_lab.observe.massive import doubt
@@ -140,7 +139,7 @@ def about(findings: Findings) -> pd.DataFrame:
         "rotations and weights": f"{', '.join(registry.rows())}; {', '.join(registry.WEIGHTS)}",
         "family, device": f"{manifest['note']['family']}, {setting.model.device}",
         "capture": f"{recorded.key}, recorded {manifest['created']}",
-        "versions": ", ".join(f"{name} {metadata.version(name)}" for name in PACKAGES),
+        "versions": ", ".join(f"{name} {version_of(name)}" for name in PACKAGES),
         "code": commit() or "no checkout", "report made": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
     }  # fmt: skip
     return pd.DataFrame({"what": list(lines), "value": [str(value) for value in lines.values()]})
