@@ -17,7 +17,7 @@ from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.explore.massive.numbers import token_table
 from dfrot_lab.observe import errors
 from dfrot_lab.observe.capture import capture
-from dfrot_lab.recipe.specs import QuantSpec
+from dfrot_lab.recipe.grids import QuantSpec
 
 TOKENS, RUNS, BAR_S = 2048, 9, 0.3
 MOVES: dict[str, Iterable[object]] = {

@@ -27,15 +27,8 @@ from dfrot_lab.maths.quantizers import squared_error
 from dfrot_lab.model import families, loading, shapes, surgery
 from dfrot_lab.model.loading import LoadedModel
 from dfrot_lab.observe.capture import record
-from dfrot_lab.recipe.specs import (
-    WINDOW,
-    ModelSpec,
-    QuantSpec,
-    RefineSpec,
-    RotationSpec,
-    WeightSpec,
-    recipe_of,
-)
+from dfrot_lab.recipe.grids import QuantSpec
+from dfrot_lab.recipe.specs import WINDOW, ModelSpec, RefineSpec, RotationSpec, WeightSpec, recipe_of
 from dfrot_lab.rotate import descent
 from dfrot_lab.rotate.steps import CHECK_EVERY, half_step, row_weights
 from dfrot_lab.rotate.transforms import Transforms

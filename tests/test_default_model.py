@@ -18,12 +18,12 @@ from dfrot_lab.model.loading import LoadedModel
 from dfrot_lab.observe import massive
 from dfrot_lab.observe.capture import Capture, capture
 from dfrot_lab.observe.errors import default_rotations, token_errors
+from dfrot_lab.recipe.grids import QuantSpec
 from dfrot_lab.recipe.specs import (
     DEFAULT_RULE,
     PAPER_RULE,
     CaptureSpec,
     CorpusSpec,
-    QuantSpec,
     Recipe,
     RefineSpec,
     RotationSpec,

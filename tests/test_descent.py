@@ -6,7 +6,8 @@ from torch import Tensor
 
 from dfrot_lab.maths import rotations
 from dfrot_lab.maths.quantizers import fake_quantize
-from dfrot_lab.recipe.specs import QuantSpec, RotationSpec
+from dfrot_lab.recipe.grids import QuantSpec
+from dfrot_lab.recipe.specs import RotationSpec
 from dfrot_lab.rotate import descent
 from dfrot_lab.rotate.steps import polar
 

@@ -8,12 +8,12 @@ import torch
 from dfrot_lab.model import corpus, door, loading
 from dfrot_lab.model.door import resolved
 from dfrot_lab.recipe.base import Spec
+from dfrot_lab.recipe.grids import QuantSpec
 from dfrot_lab.recipe.specs import (
     CALIBRATION,
     CaptureSpec,
     CorpusSpec,
     ModelSpec,
-    QuantSpec,
     Recipe,
     RefineSpec,
     RotationSpec,

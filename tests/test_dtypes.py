@@ -13,12 +13,12 @@ from dfrot_lab.model import door, loading
 from dfrot_lab.model.loading import fingerprint, load_model
 from dfrot_lab.observe import errors, massive, residual
 from dfrot_lab.observe.capture import capture
+from dfrot_lab.recipe.grids import QuantSpec
 from dfrot_lab.recipe.specs import (
     MASSIVE_RULES,
     CaptureSpec,
     CorpusSpec,
     ModelSpec,
-    QuantSpec,
     Recipe,
     RefineSpec,
     RotationSpec,

@@ -23,13 +23,13 @@ from dfrot_lab.observe.errors import (
     token_errors,
     wide,
 )
+from dfrot_lab.recipe.grids import QuantSpec
 from dfrot_lab.recipe.specs import (
     DEFAULT_RULE,
     MASSIVE_RULES,
     CaptureSpec,
     CorpusSpec,
     ModelSpec,
-    QuantSpec,
     RotationSpec,
 )
 

@@ -18,12 +18,12 @@ from dfrot_lab.maths import rotations
 from dfrot_lab.maths.quantizers import fake_quantize
 from dfrot_lab.model import corpus, door, hooks, loading, surgery
 from dfrot_lab.observe import massive
+from dfrot_lab.recipe.grids import QuantSpec
 from dfrot_lab.recipe.specs import (
     ROW_RULES,
     CaptureSpec,
     CorpusSpec,
     ModelSpec,
-    QuantSpec,
     Recipe,
     RefineSpec,
     RotationSpec,

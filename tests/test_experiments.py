@@ -34,13 +34,13 @@ from dfrot_lab.model import corpus
 from dfrot_lab.model.public import public
 from dfrot_lab.observe import capture as capturing, errors, massive
 from dfrot_lab.observe.capture import capture
+from dfrot_lab.recipe.grids import QuantSpec
 from dfrot_lab.recipe.keys import FORMULAS
 from dfrot_lab.recipe.specs import (
     PAPER_RULE,
     CaptureSpec,
     CorpusSpec,
     ModelSpec,
-    QuantSpec,
     Recipe,
     RefineSpec,
     RotationSpec,

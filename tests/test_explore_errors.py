@@ -22,7 +22,8 @@ from dfrot_lab.maths.quantizers import fake_quantize
 from dfrot_lab.model import door
 from dfrot_lab.observe import errors
 from dfrot_lab.observe.capture import Capture, capture
-from dfrot_lab.recipe.specs import CaptureSpec, CorpusSpec, QuantSpec, RefineSpec, RotationSpec
+from dfrot_lab.recipe.grids import QuantSpec
+from dfrot_lab.recipe.specs import CaptureSpec, CorpusSpec, RefineSpec, RotationSpec
 from dfrot_lab.rotate import dfrot
 
 TOKENS = 128

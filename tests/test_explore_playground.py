@@ -15,7 +15,8 @@ from dfrot_lab.explore.playground.widget import Playground
 from dfrot_lab.maths import rotations, theory
 from dfrot_lab.maths.quantizers import fake_quantize, quantize, squared_error
 from dfrot_lab.observe.capture import capture
-from dfrot_lab.recipe.specs import CaptureSpec, CorpusSpec, ModelSpec, QuantSpec, RotationSpec
+from dfrot_lab.recipe.grids import QuantSpec
+from dfrot_lab.recipe.specs import CaptureSpec, CorpusSpec, ModelSpec, RotationSpec
 
 SYM4, ASYM4 = QuantSpec(), QuantSpec(scheme="asymmetric")
 

@@ -20,15 +20,8 @@ from dfrot_lab.model import door
 from dfrot_lab.model.public import public
 from dfrot_lab.observe import massive
 from dfrot_lab.observe.capture import Capture, capture
-from dfrot_lab.recipe.specs import (
-    DEFAULT_RULE,
-    CaptureSpec,
-    CorpusSpec,
-    ModelSpec,
-    QuantSpec,
-    RefineSpec,
-    RotationSpec,
-)
+from dfrot_lab.recipe.grids import QuantSpec
+from dfrot_lab.recipe.specs import DEFAULT_RULE, CaptureSpec, CorpusSpec, ModelSpec, RefineSpec, RotationSpec
 from dfrot_lab.rotate import dfrot
 
 VARIANTS = ["accelerated", "guarded", "as_paper", "as_released"]

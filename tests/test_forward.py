@@ -17,7 +17,8 @@ from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.maths import rotations
 from dfrot_lab.maths.hadamard import hadamard_matrix
 from dfrot_lab.model import corpus, loading
-from dfrot_lab.recipe.specs import KV_CACHE, RotationSpec
+from dfrot_lab.recipe.grids import KV_CACHE
+from dfrot_lab.recipe.specs import RotationSpec
 from dfrot_lab.score.build import build, quantized
 
 BOUND = 0.01

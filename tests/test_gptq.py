@@ -16,7 +16,8 @@ from dfrot_lab.maths import rotations
 from dfrot_lab.maths.quantizers import clip_search, dequantize
 from dfrot_lab.model import corpus, loading, surgery
 from dfrot_lab.model.loading import LoadedModel, linear
-from dfrot_lab.recipe.specs import CorpusSpec, QuantSpec, RotationSpec, WeightSpec
+from dfrot_lab.recipe.grids import QuantSpec
+from dfrot_lab.recipe.specs import CorpusSpec, RotationSpec, WeightSpec
 from dfrot_lab.weights import gptq, rtn, run as module
 from dfrot_lab.weights.run import quantize_weights
 

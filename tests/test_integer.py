@@ -14,7 +14,8 @@ from dfrot_lab.maths import rotations
 from dfrot_lab.maths.quantizers import fake_quantize
 from dfrot_lab.model import integer, loading, surgery
 from dfrot_lab.model.integer import IntegerLinear, _Input, fits, product
-from dfrot_lab.recipe.specs import QuantSpec, RotationSpec, WeightSpec, recipe_of
+from dfrot_lab.recipe.grids import QuantSpec
+from dfrot_lab.recipe.specs import RotationSpec, WeightSpec, recipe_of
 from dfrot_lab.rotate.transforms import Transforms
 from dfrot_lab.score.build import Built, is_integer, quantized
 from dfrot_lab.weights import rtn, run

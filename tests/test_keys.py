@@ -15,12 +15,12 @@ from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.maths import rotations
 from dfrot_lab.model import door
 from dfrot_lab.recipe import keys, registry
+from dfrot_lab.recipe.grids import QuantSpec
 from dfrot_lab.recipe.specs import (
     CALIBRATION,
     CaptureSpec,
     CorpusSpec,
     ModelSpec,
-    QuantSpec,
     Recipe,
     RefineSpec,
     RotationSpec,

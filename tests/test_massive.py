@@ -14,6 +14,7 @@ from dfrot_lab.maths.quantizers import squared_error
 from dfrot_lab.maths.rotations import make
 from dfrot_lab.observe import massive
 from dfrot_lab.observe.capture import Capture, capture
+from dfrot_lab.recipe.grids import QuantSpec
 from dfrot_lab.recipe.specs import (
     MASSIVE_RULES,
     PAPER_RULE,
@@ -21,7 +22,6 @@ from dfrot_lab.recipe.specs import (
     ROW_RULES,
     CaptureSpec,
     CorpusSpec,
-    QuantSpec,
     RotationSpec,
 )
 

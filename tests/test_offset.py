@@ -17,7 +17,8 @@ from dfrot_lab.model import door
 from dfrot_lab.observe import massive
 from dfrot_lab.observe.capture import capture
 from dfrot_lab.recipe import keys, registry
-from dfrot_lab.recipe.specs import CaptureSpec, CorpusSpec, ModelSpec, QuantSpec, RotationSpec
+from dfrot_lab.recipe.grids import QuantSpec
+from dfrot_lab.recipe.specs import CaptureSpec, CorpusSpec, ModelSpec, RotationSpec
 from dfrot_lab.rotate import offset
 from dfrot_lab.rotate.offset import OffsetSpec, Pointed, point, pointed, sample
 from dfrot_lab.score.perplexity import evaluate

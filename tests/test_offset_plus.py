@@ -12,7 +12,8 @@ from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.maths import offsets, rotations
 from dfrot_lab.observe import massive
 from dfrot_lab.recipe import registry
-from dfrot_lab.recipe.specs import WINDOW, CaptureSpec, CorpusSpec, QuantSpec, RotationSpec, recipe_of
+from dfrot_lab.recipe.grids import QuantSpec
+from dfrot_lab.recipe.specs import WINDOW, CaptureSpec, CorpusSpec, RotationSpec, recipe_of
 from dfrot_lab.rotate import offset, offset_plus
 from dfrot_lab.rotate.offset_plus import OffsetPlusSpec, Sample, State, descend, descended
 from dfrot_lab.rotate.steps import HISTORY

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from dfrot_lab.maths import offsets, rotations, theory
 from dfrot_lab.maths.quantizers import squared_error
-from dfrot_lab.recipe.specs import QuantSpec, RotationSpec
+from dfrot_lab.recipe.grids import QuantSpec
+from dfrot_lab.recipe.specs import RotationSpec
 
 ASYM4, FREE4 = QuantSpec(scheme="asymmetric"), QuantSpec(scheme="free")
 

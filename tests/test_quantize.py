@@ -20,7 +20,7 @@ from dfrot_lab.maths.quantizers import (
     squared_error,
 )
 from dfrot_lab.model import integer
-from dfrot_lab.recipe.specs import SCHEMES, QuantSpec
+from dfrot_lab.recipe.grids import SCHEMES, QuantSpec
 
 SYM, ASYM, FREE = (QuantSpec(bits=4, scheme=scheme) for scheme in SCHEMES)
 SPECS = [

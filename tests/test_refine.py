@@ -28,13 +28,13 @@ from dfrot_lab.model import door
 from dfrot_lab.observe import massive
 from dfrot_lab.observe.capture import capture
 from dfrot_lab.recipe import keys
+from dfrot_lab.recipe.grids import QuantSpec
 from dfrot_lab.recipe.specs import (
     MASSIVE_RULES,
     ROW_RULES,
     CaptureSpec,
     CorpusSpec,
     ModelSpec,
-    QuantSpec,
     RefineSpec,
     RotationSpec,
 )

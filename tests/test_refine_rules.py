@@ -15,7 +15,8 @@ from dfrot_lab.maths import rotations
 from dfrot_lab.maths.quantizers import squared_error
 from dfrot_lab.observe import massive
 from dfrot_lab.observe.capture import capture
-from dfrot_lab.recipe.specs import CaptureSpec, CorpusSpec, QuantSpec, RefineSpec, RotationSpec
+from dfrot_lab.recipe.grids import QuantSpec
+from dfrot_lab.recipe.specs import CaptureSpec, CorpusSpec, RefineSpec, RotationSpec
 from dfrot_lab.rotate import steps
 from dfrot_lab.rotate.dfrot import refined
 from dfrot_lab.rotate.steps import half_step, losses_of, refine, row_weights

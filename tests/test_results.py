@@ -17,13 +17,12 @@ from dfrot_lab.maths import tables
 from dfrot_lab.maths.statistics import estimate
 from dfrot_lab.maths.tables import COLUMNS, change, comparison, further, markdown
 from dfrot_lab.recipe.base import Spec, content_key
+from dfrot_lab.recipe.grids import KV_CACHE, QuantSpec
 from dfrot_lab.recipe.keys import FORMULAS
 from dfrot_lab.recipe.specs import (
-    KV_CACHE,
     CaptureSpec,
     CorpusSpec,
     ModelSpec,
-    QuantSpec,
     Recipe,
     RefineSpec,
     RotationSpec,

@@ -12,21 +12,17 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from dfrot_lab.recipe import specs
+from dfrot_lab.recipe import grids, specs
 from dfrot_lab.recipe.base import MethodSpec, Spec, content_key
+from dfrot_lab.recipe.grids import ACTIVATIONS, GRANULARITIES, KV_CACHE, SCHEMES, QuantSpec
 from dfrot_lab.recipe.specs import (
-    ACTIVATIONS,
-    GRANULARITIES,
     KEEP_OUT_COUNTS,
-    KV_CACHE,
     MASSIVE_RULES,
     REFINE_VARIANTS,
     ROW_RULES,
-    SCHEMES,
     CaptureSpec,
     CorpusSpec,
     ModelSpec,
-    QuantSpec,
     Recipe,
     RefineSpec,
     RotationSpec,
@@ -405,9 +401,9 @@ def test_recipe_of_reads_its_bits(text, bits):
 
 
 def test_bits_say_keys_and_values_apart_where_they_differ():
-    cache = {bits: specs.KV_CACHE.with_(bits=bits) for bits in (2, 4)}
+    cache = {bits: grids.KV_CACHE.with_(bits=bits) for bits in (2, 4)}
     assert recipe_of("4-4-16", keys=cache[4], values=cache[2]).bits == "4-4-k4v2"
-    assert recipe_of("4-4-4", values=specs.KV_CACHE).bits == "4-4-k4v16"
+    assert recipe_of("4-4-4", values=grids.KV_CACHE).bits == "4-4-k4v16"
 
 
 @pytest.mark.parametrize(

@@ -20,15 +20,8 @@ from dfrot_lab.model.checkpoint import EMBEDDING, HEAD
 from dfrot_lab.model.loading import LoadedModel
 from dfrot_lab.observe import residual
 from dfrot_lab.observe.capture import capture
-from dfrot_lab.recipe.specs import (
-    CaptureSpec,
-    CorpusSpec,
-    ModelSpec,
-    QuantSpec,
-    Recipe,
-    RotationSpec,
-    recipe_of,
-)
+from dfrot_lab.recipe.grids import QuantSpec
+from dfrot_lab.recipe.specs import CaptureSpec, CorpusSpec, ModelSpec, Recipe, RotationSpec, recipe_of
 from dfrot_lab.rotate import transforms
 from dfrot_lab.score import build, perplexity
 from dfrot_lab.weights import gptq, run

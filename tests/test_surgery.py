@@ -25,7 +25,8 @@ from dfrot_lab.maths.quantizers import fake_quantize
 from dfrot_lab.model import surgery
 from dfrot_lab.model.hooks import ALL_KINDS, NORMS, at_sites, sites_of
 from dfrot_lab.model.loading import LoadedModel, linear
-from dfrot_lab.recipe.specs import QuantSpec, RotationSpec
+from dfrot_lab.recipe.grids import QuantSpec
+from dfrot_lab.recipe.specs import RotationSpec
 
 TINY, DEFAULT = 1e-6, 2e-5
 SEEN = 1e-3

@@ -14,7 +14,8 @@ import torch
 from dfrot_lab.maths import rotations, theory
 from dfrot_lab.maths.quantizers import squared_error
 from dfrot_lab.maths.theory import PREDICT, error_of_levels, expected_largest, unit_rms
-from dfrot_lab.recipe.specs import QuantSpec, RotationSpec
+from dfrot_lab.recipe.grids import QuantSpec
+from dfrot_lab.recipe.specs import RotationSpec
 from dfrot_lab.show import figures
 
 error_no_rotation, error_ro, error_rh = PREDICT.values()

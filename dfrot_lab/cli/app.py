@@ -11,14 +11,14 @@ import typer
 
 from dfrot_lab.cli import cache
 from dfrot_lab.cli.options import SOURCES, Options, app, command, keep_freed_memory, log
-from dfrot_lab.recipe import specs
+from dfrot_lab.recipe import grids, specs
 from dfrot_lab.recipe.base import require_file
 
 ROTATION = "A row of the rotations listed by --help, or a safetensors file with R1."
 BITS = "Weights-activations-KV, such as 4-4-16."
 MODELS = f"Two or more, with commas between, each: {SOURCES}"
 RECIPE = "A recipe's YAML, in place of all options but --out, --json."
-SCHEME = f"The quantizer's range: {', '.join(specs.SCHEMES)}."
+SCHEME = f"The quantizer's range: {', '.join(grids.SCHEMES)}."
 VARIANT = f"{', '.join(specs.REFINE_VARIANTS)}."
 YES = "Go on where the estimate says that memory or disk will not do."
 DRY_RUN = "Only say what it would take; --model may also be llama-2-7b or llama-3-70b."
@@ -194,7 +194,7 @@ def errors_command(
     from dfrot_lab.observe import capture, errors
 
     said.require_table()
-    quantizer, recorded = specs.QuantSpec(bits=bits, scheme=scheme), capture.capture(said.capture)
+    quantizer, recorded = grids.QuantSpec(bits=bits, scheme=scheme), capture.capture(said.capture)
     rotations = errors.default_rotations(recorded.channels, said.seed)
     table = errors.token_errors(recorded, rotations, [quantizer], rule=said.rule)
     said.show_table(errors.summary(table), {"rows": len(table), "out": said.out}, table)
@@ -213,7 +213,7 @@ def refine(
 
     path = said.file("R1.safetensors", ".safetensors")
     fields: dict[str, Any] = {"init": specs.RotationSpec(kind=init, seed=said.seed), "steps": steps}
-    fields |= {"quantizer": specs.QuantSpec()} if variant == "as_released" else {}
+    fields |= {"quantizer": grids.QuantSpec()} if variant == "as_released" else {}
     spec = said.rotation("DFRot", variant=variant, **fields)
     result = refined(spec)
     rotation_files.save(result.R, path, public(spec))

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from dfrot_lab.maths import rotations
 from dfrot_lab.maths.quantizers import fake_quantize
-from dfrot_lab.recipe.specs import QuantSpec, RotationSpec
+from dfrot_lab.recipe.grids import QuantSpec
+from dfrot_lab.recipe.specs import RotationSpec
 
 CLOSE = 1e-9  # largest relative difference from the right answer, in float64
 _MATHS = (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError)

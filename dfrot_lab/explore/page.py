@@ -18,7 +18,7 @@ from torch import Tensor
 from traitlets import Instance, Unicode, default
 
 from dfrot_lab.maths.quantizers import code_range, scale_zero
-from dfrot_lab.recipe.specs import QuantSpec
+from dfrot_lab.recipe.grids import QuantSpec
 from dfrot_lab.show import figures, theme
 
 HEIGHT = 420  # pixels of one plot: fixed, so that nothing moves while a new one is computed

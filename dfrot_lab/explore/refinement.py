@@ -24,6 +24,7 @@ from dfrot_lab.maths import quantizers, rotations
 from dfrot_lab.model.public import public
 from dfrot_lab.observe import capture, massive
 from dfrot_lab.recipe import specs
+from dfrot_lab.recipe.grids import QuantSpec
 from dfrot_lab.rotate import dfrot, steps
 from dfrot_lab.show import figures, theme
 
@@ -133,8 +134,8 @@ class Refinement(Explorer):
         init, quantizer = self._parts()
         return specs.RefineSpec(capture=self.recorded.spec, init=init, quantizer=quantizer, **fields)
 
-    def _parts(self) -> tuple[specs.RotationSpec, specs.QuantSpec]:
-        quantizer = specs.QuantSpec(scheme=SCHEMES[self.state.symmetric])
+    def _parts(self) -> tuple[specs.RotationSpec, QuantSpec]:
+        quantizer = QuantSpec(scheme=SCHEMES[self.state.symmetric])
         return specs.RotationSpec(kind=self.state.kind, seed=self.state.seed), quantizer
 
     def start(self) -> None:
@@ -239,7 +240,7 @@ class Refinement(Explorer):
                 self._draw_entries(x @ start, x @ now, quantizer)
             self._drawn = time.monotonic()
 
-    def _draw_entries(self, start: Tensor, now: Tensor, quantizer: specs.QuantSpec) -> None:
+    def _draw_entries(self, start: Tensor, now: Tensor, quantizer: QuantSpec) -> None:
         reach = 1.2 * float(start.abs().max())
         edges = np.linspace(-reach, reach, 61)
         before, after = (np.histogram(y.clamp(-reach, reach).numpy(), edges)[0] for y in (start, now))

@@ -20,7 +20,7 @@ from torch import Tensor
 from dfrot_lab.maths.quantizers import code_range
 from dfrot_lab.maths.theory import rounding_error
 from dfrot_lab.recipe.base import require
-from dfrot_lab.recipe.specs import QuantSpec
+from dfrot_lab.recipe.grids import QuantSpec
 
 ASYM4 = QuantSpec(scheme="asymmetric")
 _FAR = 12.0  # standard deviations beyond which no Gaussian number is taken to lie

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dfrot_lab.recipe.base import require
-from dfrot_lab.recipe.specs import QuantSpec
+from dfrot_lab.recipe.grids import QuantSpec
 
 _CHUNK = 1 << 19  # elements worked on at once: 2 MiB of float32 stays in a core's cache
 

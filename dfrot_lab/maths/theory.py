@@ -29,7 +29,8 @@ from torch import Tensor
 from dfrot_lab.maths import rotations
 from dfrot_lab.maths.quantizers import code_range, squared_error
 from dfrot_lab.recipe.base import require
-from dfrot_lab.recipe.specs import SYM4, QuantSpec, RotationSpec
+from dfrot_lab.recipe.grids import SYM4, QuantSpec
+from dfrot_lab.recipe.specs import RotationSpec
 
 Array = NDArray[np.float64]
 Floats = Sequence[float]

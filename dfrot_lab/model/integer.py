@@ -14,7 +14,7 @@ from dfrot_lab.maths.quantizers import Quantized, centred
 from dfrot_lab.model.loading import LoadedModel, linear
 from dfrot_lab.model.parts import Transform
 from dfrot_lab.model.stream import dressed
-from dfrot_lab.recipe.specs import QuantSpec
+from dfrot_lab.recipe.grids import QuantSpec
 
 Maybe = Transform | None
 _Coded = tuple[Tensor, Tensor, Tensor, Tensor | None]  # activation, codes less zeros, scales, rows spared

@@ -10,7 +10,8 @@ from dfrot_lab.maths import rotations
 from dfrot_lab.maths.quantizers import fake_quantize, squared_error
 from dfrot_lab.observe import massive
 from dfrot_lab.observe.capture import Capture
-from dfrot_lab.recipe.specs import DEFAULT_RULE, MASSIVE_RULES, SYM4, QuantSpec, RotationSpec
+from dfrot_lab.recipe.grids import SYM4, QuantSpec
+from dfrot_lab.recipe.specs import DEFAULT_RULE, MASSIVE_RULES, RotationSpec
 
 
 def default_rotations(channels: int, seed: int = 0) -> dict[str, Tensor]:

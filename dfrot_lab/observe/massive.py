@@ -25,7 +25,8 @@ from dfrot_lab.maths import rotations
 from dfrot_lab.maths.quantizers import squared_error
 from dfrot_lab.observe.capture import Capture
 from dfrot_lab.recipe.base import require
-from dfrot_lab.recipe.specs import MASSIVE_RULES, ROW_RULES, SYM4, QuantSpec, RotationSpec
+from dfrot_lab.recipe.grids import SYM4, QuantSpec
+from dfrot_lab.recipe.specs import MASSIVE_RULES, ROW_RULES, RotationSpec
 
 log = logging.getLogger(__name__)
 SUN_ABSOLUTE, SUN_RATIO = 100.0, 1000.0

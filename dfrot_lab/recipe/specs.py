@@ -9,6 +9,7 @@ import yaml
 
 from dfrot_lab.recipe import registry
 from dfrot_lab.recipe.base import MethodSpec, Once, Spec, one_of, require_file, ruled
+from dfrot_lab.recipe.grids import ACTIVATIONS, KV_CACHE, QuantSpec
 
 WINDOW = 2048  # tokens in one window: the length DFRot, QuaRot and GPTQ calibrate and evaluate with
 WINDOWS = 2  # scored in one build: more builds tell more than more windows (docs/measuring.md)
@@ -21,11 +22,6 @@ WHOLE = "whole"  # the part of a text file that is all of it
 SPLITS = ("calibration", "evaluation", "train", "valid", "test", WHOLE)
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
-SCHEMES = {"symmetric": "sym", "asymmetric": "asym", "free": "free"}
-"""Ranges and short names: in asymmetric 0 always lies (released code), free is min to max (DFRot, Eq. 5)."""
-GRANULARITIES = {"per_token": "", "per_channel": "-channel", "per_group": "-head", "per_tensor": "-tensor"}
-"""What shares one scale, and its mark in a quantizer's name; a group of a given size is marked `-g128`."""
-GROUPED = "a whole number >= 1, with granularity per_group"
 ROW_RULES = ("nr_error_8.5", "nr_error_9.5", "ro_vs_nr")  # they judge a row alone, as `QuaRot.FP16()`
 MASSIVE_RULES = ("ratio_8", "ratio_64", "sun", *ROW_RULES)
 DEFAULT_RULE = "ratio_8"  # portable: finds the first token, no plain embeddings, in different families
@@ -89,39 +85,6 @@ class RotationSpec(MethodSpec):
     def first_seed(self) -> int | None:
         """The seed of a random rotation; None for NR and a file."""
         return self.seed if self.kind in ("RO", "RH") else None
-
-
-class QuantSpec(Spec):
-    """How one tensor is quantized; `bits=16`: not at all. `granularity` says what shares one scale: a token,
-    a weight's output channel, a group of `group_size` channels (a head where none is given), the tensor."""
-
-    bits: int = ruled(4, "a whole number in 2..16", ge=2, le=16)
-    scheme: str = one_of("symmetric", tuple(SCHEMES))
-    clip_ratio: float = ruled(1.0, "in (0, 1]", gt=0, le=1)
-    granularity: str = one_of("per_token", tuple(GRANULARITIES))
-    group_size: int | None = ruled(None, GROUPED, ge=1)
-
-    def _check(self) -> None:
-        self._require("group_size", self.group_size is None or self.granularity == "per_group", GROUPED)
-
-    @property
-    def symmetric(self) -> bool:
-        """Whether the range is symmetric about 0, so that the zero point is 0."""
-        return self.scheme == "symmetric"
-
-    @property
-    def name(self) -> str:
-        """Short name for tables: `sym4`, `asym4-c0.9`, `sym4-channel`, `asym4-g128`; `none` at 16 bits."""
-        if self.bits == 16:
-            return "none"
-        clip = f"-c{self.clip_ratio}" if self.clip_ratio != 1 else ""
-        shared = f"-g{self.group_size}" if self.group_size else GRANULARITIES[self.granularity]
-        return f"{SCHEMES[self.scheme]}{self.bits}{clip}{shared}"
-
-
-SYM4 = QuantSpec()  # symmetric, 4 bits, a scale a token: what the paper's errors are measured with
-ACTIVATIONS = QuantSpec(scheme="asymmetric")
-KV_CACHE = QuantSpec(bits=16, scheme="asymmetric", granularity="per_group")  # a scale a token and head
 
 
 class CaptureSpec(Spec):

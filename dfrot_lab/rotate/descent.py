@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dfrot_lab.maths.quantizers import centred, fake_quantize
 from dfrot_lab.model.integer import product
-from dfrot_lab.recipe.specs import QuantSpec
+from dfrot_lab.recipe.grids import QuantSpec
 
 ROWS_AT_ONCE = 4096  # rows of one product: x R, its quantized values, their difference stay in cache
 PARTS = 8  # an accelerated step sees all massive rows and one of so many parts of the others, in turn

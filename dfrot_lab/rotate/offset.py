@@ -23,7 +23,8 @@ from dfrot_lab.observe import massive
 from dfrot_lab.observe.capture import Capture, capture as captured
 from dfrot_lab.recipe import keys
 from dfrot_lab.recipe.base import MethodSpec, one_of, ruled
-from dfrot_lab.recipe.specs import DEFAULT_RULE, MASSIVE_RULES, CaptureSpec, QuantSpec, Recipe, RotationSpec
+from dfrot_lab.recipe.grids import QuantSpec
+from dfrot_lab.recipe.specs import DEFAULT_RULE, MASSIVE_RULES, CaptureSpec, Recipe, RotationSpec
 from dfrot_lab.rotate.transforms import Context, Transforms
 
 log = logging.getLogger(__name__)

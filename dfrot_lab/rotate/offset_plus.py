@@ -25,7 +25,8 @@ from dfrot_lab.model import door
 from dfrot_lab.observe import massive
 from dfrot_lab.recipe import keys
 from dfrot_lab.recipe.base import MethodSpec, one_of, require, ruled
-from dfrot_lab.recipe.specs import DEFAULT_RULE, MASSIVE_RULES, WINDOW, CaptureSpec, QuantSpec, Recipe
+from dfrot_lab.recipe.grids import QuantSpec
+from dfrot_lab.recipe.specs import DEFAULT_RULE, MASSIVE_RULES, WINDOW, CaptureSpec, Recipe
 from dfrot_lab.rotate import descent, dfrot, offset
 from dfrot_lab.rotate.steps import ROWS_AT_ONCE, Refined
 from dfrot_lab.rotate.transforms import Context, Transforms

@@ -16,7 +16,8 @@ from tqdm.auto import tqdm
 from dfrot_lab.maths import quantizers, rotations
 from dfrot_lab.observe import massive
 from dfrot_lab.recipe.base import require
-from dfrot_lab.recipe.specs import QuantSpec, RefineSpec
+from dfrot_lab.recipe.grids import QuantSpec
+from dfrot_lab.recipe.specs import RefineSpec
 from dfrot_lab.rotate import descent, random
 from dfrot_lab.rotate.descent import ROWS_AT_ONCE
 

@@ -15,6 +15,7 @@ from dfrot_lab.model import corpus
 from dfrot_lab.observe import massive, residual
 from dfrot_lab.observe.capture import capture
 from dfrot_lab.recipe import specs
+from dfrot_lab.recipe.grids import QuantSpec
 from dfrot_lab.rotate import dfrot, steps
 from dfrot_lab.score import rows as score_rows, zeroshot
 from dfrot_lab.study import keepout, main
@@ -185,12 +186,12 @@ def either_scheme(setting: Setting, _store: Store) -> Iterator[Row]:
     schemes = ("asymmetric", "symmetric")
     fits = list(product(schemes, (False, True)))
     for tested in setting.few(schemes):
-        quantizer = specs.QuantSpec(scheme=tested)
+        quantizer = QuantSpec(scheme=tested)
         rh = setting.row("16-4-16", setting.rotation("RH"), activations=quantizer)
         yield Row(rh, {"refined_with": "not refined", "sign_flips": False, "tested_with": tested})
         for fitted, flips in setting.few(fits):
             variant = "as_released" if flips else "as_paper"
-            spec = setting.refine.with_(quantizer=specs.QuantSpec(scheme=fitted), variant=variant)
+            spec = setting.refine.with_(quantizer=QuantSpec(scheme=fitted), variant=variant)
             labels = {"refined_with": fitted, "sign_flips": flips, "tested_with": tested}
             yield Row(rh.with_(rotation=spec), labels, {"RH": rh})
 
@@ -200,8 +201,8 @@ def variants(setting: Setting, store: Store) -> pd.DataFrame:
 
     def fits(own: Setting) -> dict[str, specs.RefineSpec]:
         said: dict[str, Any] = {"init": own.rotation("RH")}
-        of = {name: specs.QuantSpec(scheme="asymmetric") for name in ("as_paper", "accelerated")}
-        of = {"as_released": specs.QuantSpec(), **of}
+        of = {name: QuantSpec(scheme="asymmetric") for name in ("as_paper", "accelerated")}
+        of = {"as_released": QuantSpec(), **of}
         return {name: own.refine.with_(**said, variant=name, quantizer=grid) for name, grid in of.items()}
 
     def asks(own: Setting) -> Iterator[Row]:

@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 import torch
 
 from dfrot_lab.explore import page
-from dfrot_lab.recipe.specs import QuantSpec
+from dfrot_lab.recipe.grids import QuantSpec
 from dfrot_lab.show import theme
 
 AXES = ("", "2", "3", "4", "5", "6")  # of the panels of Fig. 4, as plotly numbers them

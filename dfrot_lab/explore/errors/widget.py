@@ -20,7 +20,8 @@ from dfrot_lab.explore.shell import Explorer, Job, beside, control
 from dfrot_lab.maths import quantizers, rotations
 from dfrot_lab.observe import errors as token_errors, massive
 from dfrot_lab.observe.capture import Capture, capture
-from dfrot_lab.recipe.specs import DEFAULT_RULE, QuantSpec, RefineSpec
+from dfrot_lab.recipe.grids import QuantSpec
+from dfrot_lab.recipe.specs import DEFAULT_RULE, RefineSpec
 from dfrot_lab.rotate import dfrot
 from dfrot_lab.show import figures
 from dfrot_lab.show.theme import MASSIVE_COLOUR, ORDINARY_COLOUR, span

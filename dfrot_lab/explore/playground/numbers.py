@@ -11,7 +11,8 @@ from scipy.spatial.transform import Rotation
 from torch import Tensor
 
 from dfrot_lab.maths import quantizers, rotations, theory
-from dfrot_lab.recipe.specs import QuantSpec, RotationSpec
+from dfrot_lab.recipe.grids import QuantSpec
+from dfrot_lab.recipe.specs import RotationSpec
 
 KINDS = ("NR", "RO", "RH")
 SEEDS = 5  # matrices a kind whose errors are shown

@@ -20,7 +20,8 @@ from dfrot_lab.explore.playground import numbers
 from dfrot_lab.explore.shell import Explorer, Job, beside, control
 from dfrot_lab.maths import quantizers, theory
 from dfrot_lab.observe.capture import capture
-from dfrot_lab.recipe.specs import CaptureSpec, QuantSpec
+from dfrot_lab.recipe.grids import QuantSpec
+from dfrot_lab.recipe.specs import CaptureSpec
 from dfrot_lab.show import theme
 
 ANGLE = {"min": 0, "max": 180, "step": 1, "readout_format": ".0f"}
