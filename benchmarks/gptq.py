@@ -72,11 +72,11 @@ def main() -> None:
     weight, hessian = torch.randn(576, 1536), gptq.hessian_of(x)
     plain = spec.with_(clip_search=False)
     scale = rtn.scale_of(weight, plain)
-    ours = seconds(lambda: gptq.quantize(weight, hessian, plain))
+    ours = seconds(lambda: gptq.quantize(weight, gptq.Seen(hessian), plain))
     slow = seconds(lambda: column_by_column(weight, hessian, scale, plain.damping))
     same = float(
         (
-            gptq.quantize(weight, hessian, plain).codes
+            gptq.quantize(weight, gptq.Seen(hessian), plain).codes
             == column_by_column(weight, hessian, scale, plain.damping)
         )
         .float()

@@ -122,7 +122,7 @@ def model_works(loaded: LoadedModel, tokens: int) -> Iterator[tuple[str, float, 
     weights = [loading.linear(layer, name).weight for name in names]
     hessians = {width: gptq.hessian_of(x) for width, x in inputs.items()}
     cubes = 4 * sum(w.shape[1] ** 3 for w in weights)
-    yield GPTQ, cubes, lambda: [gptq.quantize(w, hessians[w.shape[1]], spec) for w in weights]
+    yield GPTQ, cubes, lambda: [gptq.quantize(w, gptq.Seen(hessians[w.shape[1]]), spec) for w in weights]
     codes = [
         {name: rtn.quantize(loading.linear(layer, name).weight, None, spec) for name in names}
         for layer in loaded.layers

@@ -16,7 +16,7 @@ from dfrot_lab.model.experts import Mixture, fused, unfuse
 from dfrot_lab.model.loading import LoadedModel, linear
 from dfrot_lab.recipe.specs import CorpusSpec, ModelSpec, WeightSpec, recipe_of
 from dfrot_lab.score import build, perplexity
-from dfrot_lab.weights import gptq, rtn, run
+from dfrot_lab.weights import calibrate, gptq, rtn, run
 
 CASES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")
 SPARSE = {"mixtral": [0, 1, 2], "qwen2_moe": [0, 2], "qwen3_moe": [1], "olmoe": [0, 1, 2]}
@@ -114,7 +114,7 @@ def test_gptq_of_an_expert_is_of_the_tokens_sent_to_it(case, lots, tmp_path, tex
     """Against a slow loop: a pass of all windows before each group, each expert's rows picked by hand."""
     loaded, slow = prepared(case, tmp_path / "a"), prepared(case, tmp_path / "b")
     spec = spec_of(text_file)
-    monkeypatch.setattr(run, "CHUNK_BYTES", 1 if lots else 2e9)
+    monkeypatch.setattr(calibrate, "CHUNK_BYTES", 1 if lots else 2e9)
     run.quantize_weights(loaded, spec, {"model": case}, store, r4=False)
     ids = corpus.token_blocks(spec.corpus, slow.tokenizer, blocks=3, window=40)
 
@@ -125,7 +125,7 @@ def test_gptq_of_an_expert_is_of_the_tokens_sent_to_it(case, lots, tmp_path, tex
             part = linear(layer, name)
             used.append(gptq if len(rows) else rtn)
             part.weight.copy_(
-                dequantize(used[-1].quantize(part.weight, rows.T @ rows, spec), part.weight.shape)
+                dequantize(used[-1].quantize(part.weight, gptq.Seen(rows.T @ rows), spec), part.weight.shape)
             )
 
     for layer in slow.layers:
@@ -160,7 +160,7 @@ def test_an_expert_that_no_token_reaches_is_rounded_to_nearest_and_named(
     loaded.layers[1].mlp.gate.top_k = 1
     before = [expert.up_proj.weight.clone() for expert in loaded.layers[1].mlp.experts]
     spec = spec_of(text_file)
-    monkeypatch.setattr(run, "CHUNK_BYTES", 1 if lots else 2e9)
+    monkeypatch.setattr(calibrate, "CHUNK_BYTES", 1 if lots else 2e9)
     with caplog.at_level(logging.WARNING):
         codes = run.quantize_weights(loaded, spec, {"model": "m"}, store, r4=False)
     [line] = [line for record in caplog.records if (line := record.getMessage()).startswith("layer 1")]

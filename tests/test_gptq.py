@@ -18,7 +18,8 @@ from dfrot_lab.model import corpus, loading, surgery
 from dfrot_lab.model.loading import LoadedModel, linear
 from dfrot_lab.recipe.grids import QuantSpec
 from dfrot_lab.recipe.specs import CorpusSpec, RotationSpec, WeightSpec
-from dfrot_lab.weights import gptq, rtn, run as module
+from dfrot_lab.weights import codes as kept, gptq, rtn
+from dfrot_lab.weights.gptq import Seen
 from dfrot_lab.weights.run import quantize_weights
 
 SPEC = WeightSpec()
@@ -79,7 +80,7 @@ def slow_gptq(weight: Tensor, hessian: Tensor, spec: WeightSpec) -> Tensor:
 def test_gptq_equals_its_definition(channels, spec):
     """Sizes below, at and above one block of 128 columns, and no multiple of it."""
     weight, hessian = gaussian(12, channels, seed=channels), hessian_of(channels, seed=channels)
-    found, expected = gptq.quantize(weight, hessian, spec), slow_gptq(weight, hessian, spec)
+    found, expected = gptq.quantize(weight, Seen(hessian), spec), slow_gptq(weight, hessian, spec)
     # A weight at the border of two codes may go the other way in float32, and the weights after it a little
     # otherwise.
     assert (found.codes.double() == expected).double().mean() > 0.98
@@ -95,7 +96,7 @@ def test_an_identity_hessian_gives_round_to_nearest(seed, channels, scale):
         found, nearest = (
             dequantize(made, weight.shape)
             for made in (
-                gptq.quantize(weight, scale * torch.eye(channels), spec),
+                gptq.quantize(weight, Seen(scale * torch.eye(channels)), spec),
                 rtn.quantize(weight, None, spec),
             )
         )
@@ -109,7 +110,7 @@ def test_an_identity_hessian_gives_round_to_nearest(seed, channels, scale):
 @pytest.mark.parametrize("mix", [1.0, 3.0])
 def test_gptq_has_less_output_error_than_rtn_on_correlated_inputs(seed, mix):
     weight, hessian = gaussian(24, 200, seed=seed), hessian_of(200, seed=seed + 10, mix=mix)
-    ours, nearest = gptq.quantize(weight, hessian, SPEC), rtn.quantize(weight, None, SPEC)
+    ours, nearest = gptq.quantize(weight, Seen(hessian), SPEC), rtn.quantize(weight, None, SPEC)
     assert output_error(weight, *ours[:2], hessian) < 0.85 * output_error(weight, *nearest[:2], hessian)
 
 
@@ -117,7 +118,7 @@ def test_gptq_has_less_output_error_than_rtn_on_correlated_inputs(seed, mix):
 def test_codes_and_scale(bits):
     spec = SPEC.with_(quantizer=QuantSpec(bits=bits, granularity="per_channel"))
     weight = gaussian(16, 150)
-    for found in (rtn.quantize(weight, None, spec), gptq.quantize(weight, hessian_of(150), spec)):
+    for found in (rtn.quantize(weight, None, spec), gptq.quantize(weight, Seen(hessian_of(150)), spec)):
         assert found.codes.dtype == torch.int8 and found.codes.shape == (16, 150)
         assert -(2 ** (bits - 1)) <= int(found.codes.min()) and int(found.codes.max()) <= 2 ** (bits - 1) - 1
         assert int(found.codes.max()) > 2 ** (bits - 1) - 3 + (bits == 2)
@@ -144,7 +145,7 @@ def test_inputs_that_are_always_zero_have_their_weights_set_to_zero():
     hessian = x.T @ x
     weight = gaussian(10, 150, seed=2)
     weight[:, 5] = 100  # must not set the scale either
-    found = gptq.quantize(weight, hessian, SPEC)
+    found = gptq.quantize(weight, Seen(hessian), SPEC)
     assert not found.codes[:, dead].any()
     assert found.scale.max() < 1
     assert (found.codes.double() == slow_gptq(weight, hessian, SPEC)).double().mean() > 0.98
@@ -156,11 +157,11 @@ def test_a_hessian_that_is_not_finite_is_refused(bad):
     hessian[3, 3] = bad
     said = r"the calibration Hessian must be positive definite; it is not .* Look for NaN or Inf"
     with pytest.raises(ValueError, match=said):
-        gptq.quantize(gaussian(4, 20), hessian, SPEC)
+        gptq.quantize(gaussian(4, 20), Seen(hessian), SPEC)
 
 
 def test_gptq_needs_a_hessian_and_rounding_looks_at_none():
-    with pytest.raises(ValueError, match=r"gptq\.hessian must be the sum of x x\^T .*; got None"):
+    with pytest.raises(ValueError, match=r"gptq\.seen must have the Hessian .*; got None"):
         gptq.quantize(gaussian(4, 20), None, SPEC)
     weight = gaussian(4, 20)
     bare, given = (
@@ -181,7 +182,7 @@ def test_the_arguments_are_left_as_they_were():
     weight, hessian = gaussian(6, 140), hessian_of(140)
     hessian[:, 3] = hessian[3] = 0
     before = weight.clone(), hessian.clone()
-    gptq.quantize(weight, hessian, SPEC), rtn.quantize(weight, hessian, SPEC)
+    gptq.quantize(weight, Seen(hessian), SPEC), rtn.quantize(weight, hessian, SPEC)
     assert torch.equal(weight, before[0]) and torch.equal(hessian, before[1])
 
 
@@ -270,7 +271,7 @@ def test_one_pass_equals_a_pass_a_group(text_file, store, rotated):
                 handle.remove()
             for name in group:
                 module_ = linear(layer, name)
-                found = gptq.quantize(module_.weight, (seen[0].T @ seen[0]).clone(), spec)
+                found = gptq.quantize(module_.weight, Seen(seen[0].T @ seen[0]), spec)
                 module_.weight.copy_(dequantize(found, module_.weight.shape))
     for (name, found), expected in zip(linears(loaded).items(), linears(slow).values(), strict=True):
         assert moved(found, expected) < 0.03, name
@@ -313,14 +314,14 @@ def test_stored_weights_are_installed_identically_without_being_made_again(text_
 @pytest.mark.parametrize("method", ["gptq", "rtn"])
 def test_a_stopped_run_goes_on_at_its_layer(text_file, store, tmp_path, monkeypatch, method):
     spec, stopped = weight_spec(text_file, method=method), fresh()
-    save = module._save
+    save = kept.keep
 
     def save_first_then_stop(writer, index, done):
         if index == 1:
             raise KeyboardInterrupt
         save(writer, index, done)
 
-    monkeypatch.setattr(module, "_save", save_first_then_stop)
+    monkeypatch.setattr(kept, "keep", save_first_then_stop)
     with pytest.raises(KeyboardInterrupt):
         quantize_weights(stopped, spec, {"model": "tiny"}, store, r4=False)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in stopped.model.modules())

@@ -248,8 +248,8 @@ def test_a_committed_row_has_every_column_and_those_of_its_experiment(path):
         assert row["bits"] == f"{row['w_bits']}-{row['a_bits']}-{row['kv_bits']}"
         assert row["weight_quantizer"].startswith("none" if row["w_bits"] == 16 else f"sym{row['w_bits']}")
         assert (row["keep_out_rule"] is not None) == row["keep_out"]
-        assert (row["rule"] in MASSIVE_RULES) == (row["method"] == "dfrot")
-        assert (row["calibration"] is not None) == (row["weights"] == "gptq")
+        assert (row["rule"] in MASSIVE_RULES) == (row["method"] != "random")
+        assert (row["calibration"] is not None) == (row["weights"] not in (None, "rtn"))
     table = row_files.load(path)
     assert all(table[name].dtype == "Int64" for name in tables.WHOLE)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from dfrot_lab.recipe import grids, specs
+from dfrot_lab.recipe import grids, registry, specs
 from dfrot_lab.recipe.base import MethodSpec, Spec, content_key
 from dfrot_lab.recipe.grids import ACTIVATIONS, GRANULARITIES, KV_CACHE, SCHEMES, QuantSpec
 from dfrot_lab.recipe.specs import (
@@ -88,8 +88,9 @@ BAD = [
         "gamma",
         "finite with variant as_released",
     ),
-    (WeightSpec, {"method": "awq"}, "method", "one of rtn, gptq"),
+    (WeightSpec, {"method": "awq"}, "method", "one of rtn, gptq, gptaq, qep"),
     (WeightSpec, {"damping": 0.0}, "damping", "> 0"),
+    (WeightSpec, {"correction": 1.5}, "correction", "None or in [0, 1]"),
     (WeightSpec, {"windows": 0}, "windows", "a whole number >= 1"),
     (WeightSpec, {"window": 1}, "window", "a whole number >= 2"),
     (WeightSpec, {"sample": -1}, "sample", "None or a whole number >= 0"),
@@ -188,6 +189,8 @@ OTHER_VALUES = {
         "windows": 7,
         "window": 7,
         "sample": 0,
+        "rounded": True,
+        "correction": 0.3,
     },
     Recipe: {
         "model": ModelSpec(dtype="float64"),
@@ -304,7 +307,8 @@ def test_each_sample_and_jitter_has_a_key_and_none_has_that_of_before(spec, name
     assert set(names) <= spec().unkeyed
     plain = {name: value for name, value in spec().to_dict().items() if name not in spec.LATER}
     for inner in [part for part in plain.values() if isinstance(part, dict)]:
-        inner.pop("sample", None)
+        for name in (*CaptureSpec.LATER, *WeightSpec.LATER):
+            inner.pop(name, None)
     assert spec().key == content_key(plain), "nor does that of a spec with one in it"
     for name in names:
         found = [spec(**{name: value}) for value in (None, 0, 1, 2**40)]
@@ -490,7 +494,7 @@ REFINEMENTS = st.builds(
 ) | st.builds(RefineSpec, gamma=st.just(math.inf))
 WEIGHTS = st.builds(
     WeightSpec,
-    method=st.sampled_from(["gptq", "rtn"]),
+    method=st.sampled_from(list(registry.WEIGHTS)),
     quantizer=quantizers("per_channel", schemes=("symmetric",)),
     clip_search=st.booleans(),
     damping=st.floats(1e-9, 10),
@@ -498,6 +502,8 @@ WEIGHTS = st.builds(
     windows=COUNTS,
     window=st.integers(2, 4096),
     sample=SAMPLES,
+    rounded=st.sampled_from([None, True, False]),
+    correction=st.none() | st.floats(0, 1),
 )
 PLAIN_RECIPES = st.builds(
     Recipe,
@@ -644,7 +650,7 @@ def test_a_names_odd_characters_survive_the_yaml():
             "rotation: {method: dfrot, init: {method: dfrot}}",
             r"RefineSpec\.init must be a RotationSpec; got .*",
         ),
-        ("weights: {method: awq}", r"WeightSpec\.method must be one of rtn, gptq; got 'awq'"),
+        ("weights: {method: awq}", r"WeightSpec\.method must be one of rtn, gptq, gptaq, qep; got 'awq'"),
         ("activations: {bits: 4.5}", r"QuantSpec\.bits must be a whole number in 2\.\.16; got 4\.5"),
         ("kv: {bits: 4}", r"Recipe has no field 'kv'; it has model, corpus, rotation, .*"),
         ("1: 2", r"Recipe has no field '1'; it has .*"),

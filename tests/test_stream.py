@@ -24,7 +24,7 @@ from dfrot_lab.recipe.grids import QuantSpec
 from dfrot_lab.recipe.specs import CaptureSpec, CorpusSpec, ModelSpec, Recipe, RotationSpec, recipe_of
 from dfrot_lab.rotate import transforms
 from dfrot_lab.score import build, perplexity
-from dfrot_lab.weights import gptq, run
+from dfrot_lab.weights import calibrate, gptq
 
 TOKENS = 32
 
@@ -240,9 +240,9 @@ def test_calibration_windows_may_pass_in_several_lots(tmp_path, text_file, monke
     """Each lot stops at the group of linears that is next until all have been there."""
     spec = recipe(folder_of(tmp_path / "m"), text_file, weights="gptq")
     built = build.build(spec, Store(tmp_path / "one"))
-    monkeypatch.setattr(run, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(calibrate, "CHUNK_BYTES", 1)
     hessians = []
-    monkeypatch.setattr(run, "hessian_of", lambda x: hessians.append(len(x)) or gptq.hessian_of(x))
+    monkeypatch.setattr(calibrate, "hessian_of", lambda x: hessians.append(len(x)) or gptq.hessian_of(x))
     other = build.build(spec, Store(tmp_path / "lots"))
     assert hessians == [TOKENS] * (4 * 4 * LAYERS)
     for one, two in zip(built.codes, other.codes, strict=True):

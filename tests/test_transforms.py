@@ -82,7 +82,8 @@ def test_an_unknown_row_is_refused_with_those_there_are():
 @pytest.mark.parametrize("method", registry.WEIGHTS)
 def test_every_weight_quantizer_says_whether_it_is_calibrated(method: str):
     module = registry.load(registry.WEIGHTS, method)
-    assert module.CALIBRATED is (method == "gptq") and callable(module.quantize)
+    assert module.CALIBRATED is (method != "rtn") and callable(module.quantize)
+    assert registry.drifts(method) is (method in ("gptaq", "qep"))
 
 
 # ---- what methods make

@@ -37,6 +37,9 @@ def weights(recipe: Recipe, prints: Prints) -> dict[str, Any]:
     of = {name: identity(getattr(recipe, name), prints) for name in ("model", "rotation", "weights")}
     calibrated = registry.load(registry.WEIGHTS, recipe.weights.method).CALIBRATED
     names = (*recipe.SHAPES, "jitter") if calibrated else recipe.SHAPES  # jitter moves what is calibrated on
+    if recipe.weights.sees_rounded:
+        of |= {name: identity(getattr(recipe, name), prints) for name in ("activations", "keys", "values")}
+        names = (*names, "keep_out", "keep_out_tokens")
     return of | {name: getattr(recipe, name) for name in names if name not in recipe.unkeyed}
 
 

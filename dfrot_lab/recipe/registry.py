@@ -21,8 +21,14 @@ METHODS = {
     "offset_plus": Choice("dfrot_lab.rotate.offset_plus", ("Offset+",)),
 }
 """Rotation methods: modules with `SPEC`, `spec(row, seed=, capture=)`, `fit(recipe, context)`; `VERSION`."""
-WEIGHTS = {"rtn": Choice("dfrot_lab.weights.rtn"), "gptq": Choice("dfrot_lab.weights.gptq")}
-"""Weight quantizers: `quantize(weight, hessian, spec)`, `CALIBRATED` (needs the Hessian); `VERSION`."""
+WEIGHTS = {
+    "rtn": Choice("dfrot_lab.weights.rtn"),
+    "gptq": Choice("dfrot_lab.weights.gptq"),
+    "gptaq": Choice("dfrot_lab.weights.gptaq"),
+    "qep": Choice("dfrot_lab.weights.qep"),
+}
+"""Weight quantizers: `quantize(weight, seen, spec)`, `CALIBRATED` (needs the Hessian), `DRIFT` (and what the
+full-precision model has in its inputs' place); `VERSION`."""
 
 
 def load(table: dict[str, Choice], name: str, what: str = "choice") -> Any:
@@ -36,6 +42,11 @@ def code(table: dict[str, Choice], name: str) -> int | str:
     """What of a choice's code its results are keyed by: its VERSION, or, while it has none, its file."""
     module = load(table, name)
     return getattr(module, "VERSION", None) or hashlib.sha256(Path(module.__file__).read_bytes()).hexdigest()
+
+
+def drifts(weights: str) -> bool:
+    """Whether a weight quantizer asks for what the full-precision model has in its inputs' place."""
+    return bool(getattr(load(WEIGHTS, weights), "DRIFT", False))
 
 
 def rows() -> list[str]:

@@ -139,9 +139,11 @@ class RefineSpec(MethodSpec):
 
 class WeightSpec(Spec):
     """How the linears' weights are quantized: by `method`, if calibrated on `windows` of `corpus`, the first
-    or those of a `sample`, as Recipe has it."""
+    or those of a `sample`, as Recipe has it. `rounded`: on activations as the recipe rounds them, or as they
+    are (None: rounded for gptaq and qep alone). `correction`: the part of the inputs' drift that these two
+    make good (None: each's own)."""
 
-    LATER: ClassVar[tuple[str, ...]] = ("sample",)
+    LATER: ClassVar[tuple[str, ...]] = ("sample", "rounded", "correction")
 
     method: str = "gptq"
     quantizer: QuantSpec = QuantSpec(granularity="per_channel")
@@ -151,11 +153,29 @@ class WeightSpec(Spec):
     windows: int = ruled(16, "a whole number >= 1", ge=1)
     window: int = ruled(WINDOW, "a whole number >= 2", ge=2)
     sample: int | None = ruled(None, SAMPLED, ge=0)
+    rounded: bool | None = one_of(None, (None, True, False))
+    correction: float | None = ruled(None, "None or in [0, 1]", ge=0, le=1)
 
     def _check(self) -> None:
         self._require("method", self.method in registry.WEIGHTS, f"one of {', '.join(registry.WEIGHTS)}")
         fits = self.quantizer.granularity == "per_channel" and self.quantizer.symmetric
         self._require("quantizer", fits, "per_channel and symmetric")
+
+    @property
+    def sees_rounded(self) -> bool:
+        """Whether what it is calibrated on is rounded."""
+        return registry.drifts(self.method) if self.rounded is None else self.rounded
+
+    def canonical(self, rounds: bool) -> "WeightSpec":
+        """The same with what has no effect set to defaults, in a recipe that `rounds` activations or not."""
+        if self.quantizer.bits == 16:
+            return WeightSpec(method="rtn", quantizer=self.quantizer, corpus=None)
+        if not registry.load(registry.WEIGHTS, self.method).CALIBRATED:
+            kept = {name: getattr(self, name) for name in ("method", "quantizer", "clip_search")}
+            return WeightSpec(**kept, corpus=None)
+        drifts, rounded = registry.drifts(self.method), rounds and self.sees_rounded
+        own = {"correction": self.correction if drifts else None}
+        return self.with_(rounded=rounded if rounded or drifts else None, **own)
 
 
 class Recipe(Spec):
@@ -215,12 +235,8 @@ class Recipe(Spec):
 
     def canonical(self) -> "Recipe":
         """The same with what has no effect set to defaults, so that equal work has one key."""
-        weights, changes = self.weights, dict[str, Any]()
-        if weights.quantizer.bits == 16:
-            changes["weights"] = WeightSpec(method="rtn", quantizer=weights.quantizer, corpus=None)
-        elif not registry.load(registry.WEIGHTS, weights.method).CALIBRATED:
-            kept = ("method", "quantizer", "clip_search")
-            changes["weights"] = WeightSpec(**{name: getattr(weights, name) for name in kept}, corpus=None)
+        rounds = min(grid.bits for grid in (self.activations, self.keys, self.values)) < 16
+        changes: dict[str, Any] = {"weights": self.weights.canonical(rounds)}
         if self.activations.bits == 16:
             unrounded = ACTIVATIONS.with_(bits=16)
             changes |= {"activations": unrounded, "keep_out": None, "keep_out_tokens": None}

@@ -23,7 +23,9 @@ from dfrot_lab.recipe.specs import KEEP_OUT_COUNTS, Recipe
 from dfrot_lab.rotate import transforms
 from dfrot_lab.rotate.transforms import Transforms
 from dfrot_lab.weights import run
-from dfrot_lab.weights.run import LayerCodes, OnPart, nothing
+from dfrot_lab.weights.calibrate import Rounding
+from dfrot_lab.weights.codes import LayerCodes
+from dfrot_lab.weights.run import OnPart, nothing
 
 
 @dataclass(frozen=True)
@@ -63,11 +65,19 @@ def build(recipe: Recipe, store: Store, on_part: OnPart = nothing, *, whole: boo
     blocks = recipe.blocks
     with surgery.online(loaded, r3=made.r3, r4=made.r4, blocks=blocks):
         proof.check(None if loaded.roles.online else made.R1)
-    codes = run.quantize_weights(
-        loaded, recipe.weights, key, store, r4=made.r4, blocks=blocks, on_part=on_part
-    )
     R = None if made.R1 is None else made.R1.to(loaded.device, next(loaded.model.parameters()).dtype)
-    return Built(loaded, made, R, codes)
+    rounding: Rounding | None = None
+    if recipe.weights.sees_rounded:
+        spare = keep_out(recipe, R) if recipe.keep_out else None
+        rounding = rounded(recipe, made.clips, spare), hooks.sites_of(loaded, *_rounded_kinds(recipe))
+    how: dict[str, Any] = {"r4": made.r4, "blocks": blocks, "on_part": on_part, "rounding": rounding}
+    return Built(loaded, made, R, run.quantize_weights(loaded, recipe.weights, key, store, **how))
+
+
+def _rounded_kinds(recipe: Recipe) -> list[str]:
+    """The kinds of site that a recipe rounds."""
+    kinds = [kind for kind, grid in (("k", recipe.keys), ("v", recipe.values)) if grid.bits < 16]
+    return [*kinds, *(hooks.LINEAR_INPUTS if recipe.activations.bits < 16 else ())]
 
 
 def weights_stored(recipe: Recipe, store: Store) -> bool:
@@ -143,7 +153,7 @@ def quantized(built: Built, recipe: Recipe, *, fake: bool = False, only: str | N
     fake = fake or only is not None
     in_integers = is_integer(recipe) and not made.clips and not fake and loaded.device.type == "cpu"
     in_integers &= not (spare and loaded.roles.experts)  # a rule needs all tokens, an expert sees its own
-    kinds = [kind for kind, grid in (("k", recipe.keys), ("v", recipe.values)) if grid.bits < 16]
+    kinds = [kind for kind in _rounded_kinds(recipe) if only in (None, kind)]
     with ExitStack() as stack:
         if recipe.set_massive:  # mean values come from the text's other half
             ids = windows(recipe.with_(corpus=recipe.corpus.with_(split="calibration")), loaded)
@@ -151,9 +161,7 @@ def quantized(built: Built, recipe: Recipe, *, fake: bool = False, only: str | N
         if in_integers:
             r4 = partial(surgery.hadamard, block=recipe.mlp_block) if made.r4 else None
             stack.enter_context(integer.integer_linears(loaded, built.codes, act, r4=r4, spare=spare))
-        elif act.bits < 16:
-            kinds += hooks.LINEAR_INPUTS
-        kinds = [kind for kind in kinds if only in (None, kind)]
+            kinds = [kind for kind in kinds if kind not in hooks.LINEAR_INPUTS]
         r3, r4_online = made.r3 and recipe.keys.bits < 16, made.r4 and not in_integers
         function, sites = rounded(recipe, made.clips, spare), hooks.sites_of(loaded, *kinds)
         seen: dict[str, Any] = {"function": function, "sites": sites, "blocks": recipe.blocks}

@@ -21,7 +21,7 @@ from dfrot_lab.rotate import descent, dfrot
 from dfrot_lab.rotate.steps import CHECK_EVERY
 from dfrot_lab.score import build, perplexity
 from dfrot_lab.study.setting import Setting
-from dfrot_lab.weights.run import windows_at_once
+from dfrot_lab.weights.calibrate import windows_at_once
 
 log = logging.getLogger(__name__)
 

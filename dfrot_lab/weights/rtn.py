@@ -10,7 +10,7 @@ CALIBRATED = False  # it looks at the weight alone
 VERSION = 2  # clips of 2 and 3 bits are searched down to 0.02, not 0.4
 
 
-def quantize(weight: Tensor, _hessian: Tensor | None, spec: WeightSpec) -> Quantized:
+def quantize(weight: Tensor, _seen: object, spec: WeightSpec) -> Quantized:
     """`weight` (out, in) rounded to nearest: codes int8, scale (out, 1), zero 0."""
     weight = weight.float()
     scale = scale_of(weight, spec)
