@@ -408,7 +408,7 @@ def test_a_clip_at_every_site_is_the_clip_of_the_activations(base, store):
             return built.loaded.model(ids).logits
 
     wanted = logits({}, recipe.with_(activations=recipe.activations.with_(clip_ratio=0.7)))
-    for fake in (True, False):  # integer products know no clips: with some there are none
+    for fake in (True, False):
         assert_near(logits(dict.fromkeys(sites, 0.7), recipe, fake), wanted)
     one = rounded(recipe, {sites[1]: 0.7}, None)
     x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))

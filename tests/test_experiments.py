@@ -59,6 +59,7 @@ from dfrot_lab.weights import run as weighing
 EVALUATING = (
     "main", "gamma-sweep", "keep-out", "main-table", "calibration", "clip-sweep", "symmetric-or-not",
     "variants", "massive-activations", "intervene", "gain", "offset",
+    "free-options", "better-weights",
 )  # fmt: skip
 LOOKING = ("token-errors-3d", "token-errors-2d", "token-orders", "massive-token", "massive-magnitudes")
 ELSEWHERE = ("zero-shot", "measuring")
@@ -501,7 +502,9 @@ def test_builds_of_a_row_differ_in_all_that_is_random_and_in_nothing_else(lab, p
                 spec.rotation.first_seed == (first.rotation.first_seed or 0) + n or spec.rotation.name == "NR"
             )
             assert spec.weights.sample == (n or None)
-            same = {name: getattr(first, name) for name in ("rotation", "weights", "sample", "jitter")}
+            assert spec.clips is None or spec.clips.sample == (n or None)
+            drawn = ("rotation", "weights", "sample", "jitter", "clips")
+            same = {name: getattr(first, name) for name in drawn}
             assert spec.with_(**same) == first
             assert (row.labels, list(row.against), row.once) == (
                 builds[0].labels,

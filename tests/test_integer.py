@@ -49,7 +49,7 @@ def pair(
     weight = rtn.quantize(original.weight, None, how)
     original.weight.copy_(weight.codes * weight.scale)
     return (
-        IntegerLinear(original, weight, _Input(spec), options.get("before"), options.get("spare")),
+        IntegerLinear(original, weight, _Input(), spec, options.get("before"), options.get("spare")),
         original,
         spec,
     )  # type: ignore[arg-type]
@@ -124,7 +124,7 @@ def test_float16_holds_what_its_int32_sums_do_not():
     spec = WeightSpec(method="rtn", quantizer=QuantSpec(bits=8, granularity="per_channel"), clip_search=False)
     weight = rtn.quantize(original.weight, None, spec)
     x = torch.rand(20, 4096).to(torch.float16)
-    found = IntegerLinear(original, weight, _Input(QuantSpec(bits=8)), None, None)(x)
+    found = IntegerLinear(original, weight, _Input(), QuantSpec(bits=8), None, None)(x)
     assert found.dtype == torch.float16 and relative(found.double(), original(x.float()).double()) < 1e-2
 
 
@@ -160,6 +160,7 @@ def test_linears_that_read_one_tensor_quantize_it_once(monkeypatch):
         first.original,
         rtn.quantize(first.original.weight, None, WeightSpec(method="rtn")),
         first.source,
+        first.spec,
         None,
         None,
     )

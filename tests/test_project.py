@@ -213,6 +213,8 @@ OWN = {
     "keep-out": (),
     "gain": (),
     "offset": (),
+    "free-options": ("option",),
+    "better-weights": ("option",),
     "main-table": ("extra_minutes",),
     "calibration": ("varied", "level"),
     "clip-sweep": ("clip", "scored_on"),

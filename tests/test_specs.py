@@ -209,6 +209,7 @@ OTHER_VALUES = {
         "mlp_block": 64,
         "sample": 0,
         "jitter": 0,
+        "clips": CaptureSpec(tokens=7),
     },
 }
 DEPENDENT = {
@@ -533,6 +534,12 @@ RECIPES = st.one_of(
         lambda r, to: r.with_(rotation=UNROTATED, set_massive=to),
         PLAIN_RECIPES,
         st.sampled_from(("zero", "mean")),
+    ),
+    st.builds(
+        lambda r, grid, text: r.with_(activations=grid.with_(clip_ratio=1.0), clips=text),
+        PLAIN_RECIPES,
+        quantizers("per_token"),
+        CAPTURES,
     ),
 )
 ANY_SPEC = st.one_of(MODELS, CORPORA, ROTATIONS, quantizers(*GRANULARITIES), CAPTURES, REFINEMENTS, WEIGHTS)

@@ -220,7 +220,9 @@ def refine(
     said.show_table(result.history.iloc[[0, -1]], {"out": path, "spec": spec.key})
 
 
-@command("evaluate", "model corpus calibration seed out as_json windows window weights gamma rule dtype")
+@command(
+    "evaluate", "model corpus calibration seed out as_json windows window weights clips gamma rule dtype"
+)
 def evaluate_command(
     said: Options, context: typer.Context, rotation: Annotated[str, typer.Option(help=ROTATION)] = "RH",
     bits: Annotated[str, typer.Option(help=BITS)] = "4-4-16",
@@ -259,7 +261,7 @@ def evaluate_command(
     )
 
 
-@command("recipe", "weights model corpus calibration seed gamma rule dtype windows window out")
+@command("recipe", "weights clips model corpus calibration seed gamma rule dtype windows window out")
 def recipe_command(
     said: Options,
     rotation: Annotated[str, typer.Argument(help="A row such as RO, or a safetensors file with R1.")] = "RH",

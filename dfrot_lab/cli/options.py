@@ -26,6 +26,7 @@ TOKENS = "Tokens to record: up to 2048, or a multiple of it; default: a window."
 RULES = f"What makes a row massive: {', '.join(specs.MASSIVE_RULES)}."
 DTYPES = f"What is computed in: {', '.join(specs.DTYPES)}; auto: float32 on a CPU, the weights' own on a GPU."
 BUILDS = "Builds a comparison is made of (seed, sample, jitter, windows); default: 7, sweeps fewer."
+CLIPS = "Give each site the clip ratio of least error on the calibration text."
 JSON = "Print JSON and nothing else on standard output."
 LONGEST = 500  # characters of an error that are shown
 MALLOC = ((-4, 0), (-1, -1), (-2, 1 << 26))
@@ -50,6 +51,7 @@ class Options:
     rule: Annotated[str, typer.Option(help=RULES)] = specs.DEFAULT_RULE
     weights: Annotated[str, typer.Option(help="A weight quantizer listed by --help.")] = "gptq"
     dtype: Annotated[str, typer.Option(help=DTYPES)] = "auto"
+    clips: Annotated[bool, typer.Option("--clips", help=CLIPS)] = False
 
     @property
     def model_spec(self) -> specs.ModelSpec:
@@ -90,7 +92,8 @@ class Options:
         text, method = specs.CorpusSpec(name=self.corpus), self.rotation(rotation)
         parts = {"model": self.model_spec, "corpus": text, "rotation": method, "windows": self.windows}
         spec = specs.recipe_of(bits, weights=self.weights, window=self.window, **parts)
-        return spec.with_(weights=spec.weights.with_(corpus=self.capture.corpus, window=self.window))
+        weights = spec.weights.with_(corpus=self.capture.corpus, window=self.window)
+        return spec.with_(weights=weights, clips=self.capture if self.clips else None)
 
     def file(self, default: str, *endings: str) -> Path:
         """--out, or `default`, to be written as one file of one of `endings`; ValueError, before any work."""

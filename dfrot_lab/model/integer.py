@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cache
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -44,11 +45,10 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 class _Input:
     """The activation last quantized: q, k and v (gate and up) read one tensor, and the first quantizes it."""
 
-    def __init__(self, spec: QuantSpec) -> None:
-        self.spec = spec
+    def __init__(self) -> None:
         self.last: _Coded | None = None
 
-    def take(self, x: Tensor, before: Maybe, spare: Maybe) -> _Coded:
+    def take(self, x: Tensor, spec: QuantSpec, before: Maybe, spare: Maybe) -> _Coded:
         """`x` as codes; what was held before is dropped first."""
         if self.last is None or self.last[0] is not x:
             self.last = None
@@ -56,7 +56,7 @@ class _Input:
             codes = torch.empty(rows.shape, dtype=torch.int8, device=x.device)
             parts = zip(rows.split(_ROWS), codes.split(_ROWS), strict=True)
             before = before or (lambda part: part)
-            scale = torch.cat([centred(before(part), self.spec, out=out) for part, out in parts])
+            scale = torch.cat([centred(before(part), spec, out=out) for part, out in parts])
             self.last = (x, codes, scale, spare(rows).nonzero().flatten() if spare else None)
         return self.last
 
@@ -66,15 +66,15 @@ class IntegerLinear(nn.Module):
     `before` transforms the input first (R4), rows that `spare` marks (tokens,) stay in floats."""
 
     def __init__(
-        self, own: nn.Linear, weight: Quantized, source: _Input, before: Maybe, spare: Maybe
+        self, own: nn.Linear, weight: Quantized, source: _Input, spec: QuantSpec, before: Maybe, spare: Maybe
     ) -> None:
         super().__init__()
         self.original, self.codes, self.scale = own, weight.codes, weight.scale.flatten()
-        self.source, self.before, self.spare = source, before, spare
+        self.source, self.spec, self.before, self.spare = source, spec, before, spare
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) to (..., out), in x's dtype."""
-        _, all_codes, scales, spared = self.source.take(x, self.before, self.spare)
+        _, all_codes, scales, spared = self.source.take(x, self.spec, self.before, self.spare)
         wide = torch.promote_types(x.dtype, torch.float32)  # an int32 sum may be too large for 16 bits
         out = x.new_empty(len(all_codes), len(self.codes), dtype=wide)
         for codes, scale, result in zip(
@@ -88,23 +88,34 @@ class IntegerLinear(nn.Module):
         return out.reshape(*x.shape[:-1], -1).to(x.dtype)
 
 
+def _rounded_at(loaded: LoadedModel, site: str) -> str:
+    """Where what a group of linears reads is rounded: an expert's input, as all tokens pass the norm."""
+    return loaded.roles.feeds[1][0] if site.endswith("mlp_in") else site
+
+
 @contextmanager
 def integer_linears(
-    loaded: LoadedModel, codes: Sequence[Mapping[str, Quantized]], spec: QuantSpec, *, r4: Maybe, spare: Maybe
-) -> Iterator[None]:
-    """While it runs, linears are `IntegerLinear`s on `codes`; `r4` is on down_proj, `spare` at norms."""
-    source = _Input(spec)
+    loaded: LoadedModel, codes: Sequence[Mapping[str, Quantized]], spec: QuantSpec, *, r4: Maybe,
+    spare: Maybe, clips: Mapping[str, float] = MappingProxyType({}),
+) -> Iterator[None]:  # fmt: skip
+    """While it runs, linears are `IntegerLinear`s on `codes`; `r4` is on down_proj, `spare` at norms; `clips`
+    are clip ratios by site, where one has its own."""
+    source = _Input()
     after_norm = [name for _, _, names in loaded.roles.feeds for name in names]
 
     @contextmanager
     def replaced(number: int) -> Iterator[None]:
         layer, downs = loaded.layers[number], loaded.roles.downs(loaded.layers[number])
+        groups = loaded.roles.groups(layer).items()
+        sites = {name: _rounded_at(loaded, site) for site, names in groups for name in names}
         with ExitStack() as stack:
             stack.callback(setattr, source, "last", None)
             for name, weight in codes[number].items():
                 original, before = linear(layer, name), r4 if name in downs else None
                 spared = spare if name in after_norm else None
-                layer.set_submodule(name, IntegerLinear(original, weight, source, before, spared))
+                ratio = clips.get(f"layers.{number}.{sites[name]}", spec.clip_ratio)
+                own = spec.with_(clip_ratio=ratio), before, spared
+                layer.set_submodule(name, IntegerLinear(original, weight, source, *own))
                 stack.callback(layer.set_submodule, name, original)
             yield
 

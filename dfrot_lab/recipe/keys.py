@@ -39,13 +39,23 @@ def weights(recipe: Recipe, prints: Prints) -> dict[str, Any]:
     names = (*recipe.SHAPES, "jitter") if calibrated else recipe.SHAPES  # jitter moves what is calibrated on
     if recipe.weights.sees_rounded:
         of |= {name: identity(getattr(recipe, name), prints) for name in ("activations", "keys", "values")}
+        of |= {"clips": identity(recipe.clips, prints)} if recipe.clips else {}
         names = (*names, "keep_out", "keep_out_tokens")
     return of | {name: getattr(recipe, name) for name in names if name not in recipe.unkeyed}
 
 
+def clips(recipe: Recipe, prints: Prints) -> dict[str, Any]:
+    """What the clip ratios of a recipe are keyed by: the rotated model, the text, the grid."""
+    of = {name: identity(getattr(recipe, name), prints) for name in ("model", "rotation", "activations")}
+    names = [name for name in (*recipe.SHAPES, "jitter") if name not in recipe.unkeyed]
+    assert recipe.clips is not None
+    return of | {"on": identity(recipe.clips, prints)} | {name: getattr(recipe, name) for name in names}
+
+
 def built(recipe: Recipe, prints: Prints) -> dict[str, Any]:
-    """What the whole model of a recipe is keyed by: its weights, and its embedding."""
-    return weights(recipe, prints) | {"jitter": recipe.jitter}
+    """What the whole model of a recipe is keyed by: its weights, its embedding, its clips."""
+    own = {"clips": clips(recipe, prints)} if recipe.clips else {}
+    return weights(recipe, prints) | {"jitter": recipe.jitter} | own
 
 
 def evaluation(recipe: Recipe, prints: Prints) -> dict[str, Any]:

@@ -3,23 +3,24 @@ integer products where both sides have codes, all else fake-quantized (rounded t
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dfrot_lab.disk.artefacts import Store
+from dfrot_lab.disk.artefacts import Store, Writer
 from dfrot_lab.disk.atomic import still
 from dfrot_lab.maths.quantizers import fake_quantize, squared_error
 from dfrot_lab.model import corpus, door, hooks, integer, loading, noise, surgery
 from dfrot_lab.model.loading import LoadedModel
 from dfrot_lab.model.parts import Transform
 from dfrot_lab.model.proof import TOKENS, Proof
-from dfrot_lab.observe import massive, residual
+from dfrot_lab.observe import clips, massive, residual
+from dfrot_lab.observe.capture import token_blocks
 from dfrot_lab.recipe import keys
-from dfrot_lab.recipe.specs import KEEP_OUT_COUNTS, Recipe
+from dfrot_lab.recipe.specs import KEEP_OUT_COUNTS, WINDOW, Recipe
 from dfrot_lab.rotate import transforms
 from dfrot_lab.rotate.transforms import Transforms
 from dfrot_lab.weights import run
@@ -66,12 +67,29 @@ def build(recipe: Recipe, store: Store, on_part: OnPart = nothing, *, whole: boo
     with surgery.online(loaded, r3=made.r3, r4=made.r4, blocks=blocks):
         proof.check(None if loaded.roles.online else made.R1)
     R = None if made.R1 is None else made.R1.to(loaded.device, next(loaded.model.parameters()).dtype)
+    if recipe.clips is not None:
+        made = replace(made, clips=_clips(recipe, loaded, made, store))
     rounding: Rounding | None = None
     if recipe.weights.sees_rounded:
         spare = keep_out(recipe, R) if recipe.keep_out else None
         rounding = rounded(recipe, made.clips, spare), hooks.sites_of(loaded, *_rounded_kinds(recipe))
     how: dict[str, Any] = {"r4": made.r4, "blocks": blocks, "on_part": on_part, "rounding": rounding}
     return Built(loaded, made, R, run.quantize_weights(loaded, recipe.weights, key, store, **how))
+
+
+def _clips(recipe: Recipe, loaded: LoadedModel, made: Transforms, store: Store) -> dict[str, float]:
+    """Each site's clip ratio, from the store or found now on the rotated model."""
+    text = recipe.clips
+    assert text is not None
+
+    def make(writer: Writer) -> None:
+        online = partial(surgery.online, loaded, r4=made.r4, blocks=recipe.blocks)
+        found = clips.find(loaded, token_blocks(text, loaded), recipe.activations, online)
+        writer.save_json("clips", found)
+
+    key = still(lambda: keys.clips(recipe, door.prints))
+    found: dict[str, float] = store.get_or_make(clips.KIND, key, make).json("clips")
+    return found
 
 
 def _rounded_kinds(recipe: Recipe) -> list[str]:
@@ -107,9 +125,10 @@ def require_texts(recipe: Recipe, store: Store) -> None:
     """Refuse, before any work, windows longer than the model's context, and texts that are too short for what
     a recipe scores or calibrates its weights on; ValueError."""
     tokenizer, context = loading.words_of(recipe.model, store)
-    of = recipe.canonical().weights
+    of, clips_on = recipe.canonical().weights, recipe.canonical().clips
     needed = [(recipe.corpus, recipe.windows, recipe.window)]
     needed += [(of.corpus, of.windows, of.window)] if of.corpus is not None else []
+    needed += [(clips_on.corpus, 1, min(clips_on.tokens, WINDOW))] if clips_on else []
     for text, count, window in needed:
         loading.check_window(window, context)
         corpus.token_blocks(text, tokenizer, blocks=count, window=window)
@@ -151,7 +170,7 @@ def quantized(built: Built, recipe: Recipe, *, fake: bool = False, only: str | N
     loaded, made, act = built.loaded, built.transforms, recipe.activations
     spare = keep_out(recipe, built.R) if recipe.keep_out else None
     fake = fake or only is not None
-    in_integers = is_integer(recipe) and not made.clips and not fake and loaded.device.type == "cpu"
+    in_integers = is_integer(recipe) and not fake and loaded.device.type == "cpu"
     in_integers &= not (spare and loaded.roles.experts)  # a rule needs all tokens, an expert sees its own
     kinds = [kind for kind in _rounded_kinds(recipe) if only in (None, kind)]
     with ExitStack() as stack:
@@ -160,7 +179,8 @@ def quantized(built: Built, recipe: Recipe, *, fake: bool = False, only: str | N
             stack.enter_context(residual.massive_set(loaded, recipe.set_massive, ids))
         if in_integers:
             r4 = partial(surgery.hadamard, block=recipe.mlp_block) if made.r4 else None
-            stack.enter_context(integer.integer_linears(loaded, built.codes, act, r4=r4, spare=spare))
+            how: dict[str, Any] = {"r4": r4, "spare": spare, "clips": made.clips}
+            stack.enter_context(integer.integer_linears(loaded, built.codes, act, **how))
             kinds = [kind for kind in kinds if kind not in hooks.LINEAR_INPUTS]
         r3, r4_online = made.r3 and recipe.keys.bits < 16, made.r4 and not in_integers
         function, sites = rounded(recipe, made.clips, spare), hooks.sites_of(loaded, *kinds)
@@ -169,10 +189,10 @@ def quantized(built: Built, recipe: Recipe, *, fake: bool = False, only: str | N
         yield
 
 
-def rounded(recipe: Recipe, clips: Mapping[str, float], spare: Transform | None) -> hooks.At:
+def rounded(recipe: Recipe, ratios: Mapping[str, float], spare: Transform | None) -> hooks.At:
     """The function (site, x) -> x that rounds keys, values and the linears' inputs to the grids of `recipe`,
-    clipped by `clips` where a site has one; tokens of a norm's output that `spare` marks pass."""
-    grids = {site: recipe.activations.with_(clip_ratio=clip) for site, clip in clips.items()}
+    clipped by `ratios` where a site has one; tokens of a norm's output that `spare` marks pass."""
+    grids = {site: recipe.activations.with_(clip_ratio=clip) for site, clip in ratios.items()}
     cache = {"k": recipe.keys, "v": recipe.values}
 
     def function(site: str, x: Tensor) -> Tensor:

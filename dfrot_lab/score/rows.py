@@ -97,7 +97,7 @@ def columns(recipe: Recipe) -> dict[str, Any]:
         parameters(recipe.corpus, "name"),
     ]
     rest.append(parameters(weights, "method quantizer corpus windows window"))
-    rest += [f"{name}={getattr(recipe, name)}" for name in recipe.LATER if name not in recipe.unkeyed]
+    rest += [f"{name}={_word(getattr(recipe, name))}" for name in recipe.LATER if name not in recipe.unkeyed]
     said: dict[str, Any] = {"model": model.source, "device": model.device, "corpus": recipe.corpus.name}
     said |= {"method": rotation.method, "rotation": name, "seed": rotation.first_seed}
     said |= {name: getattr(rotation, name, None) for name in ("gamma", "rule")}

@@ -233,4 +233,6 @@ FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {  # by experiment, what 
     "variants": partial(figure_differences, label="{variant}"),
     "offset": partial(figure_differences, label="{rotation}"), "measuring": figure_measuring,
     "gain": partial(figure_differences, label="{rotation}"),
+    "free-options": partial(figure_differences, label="{rotation}, {option}"),
+    "better-weights": partial(figure_differences, label="{rotation}, {weights}, {option}"),
 }  # fmt: skip

@@ -18,7 +18,7 @@ from dfrot_lab.recipe import specs
 from dfrot_lab.recipe.grids import QuantSpec
 from dfrot_lab.rotate import dfrot, steps
 from dfrot_lab.score import rows as score_rows, zeroshot
-from dfrot_lab.study import keepout, main
+from dfrot_lab.study import beyond, keepout, main
 from dfrot_lab.study.main import Row, evaluated, named
 from dfrot_lab.study.measuring import measuring
 from dfrot_lab.study.setting import BUILDS, Setting
@@ -30,11 +30,13 @@ CLIPPED = ("RO", "RH", "DFRot")
 CLIPS = (0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)
 ROW_COUNTS = (48, 32, 24, 16, 8)  # Table 3, in windows; a model of n layers has 2n: more is left out
 SAMPLES, BITS = 5, ("16-4-16", "4-4-16")
-BUILDS_OF = {"gain": 24, **dict.fromkeys(("gamma-sweep", "calibration", "clip-sweep", "intervene"), 3)}
+SWEEPS = ("gamma-sweep", "calibration", "clip-sweep", "intervene", "better-weights")
+BUILDS_OF = {"gain": 24, **dict.fromkeys(SWEEPS, 3)}
 """Builds of an experiment where it has not as many as the main job: the one that is to see least has most,
 sweeps, where a curve is what is looked at, fewer."""
 GAIN_WINDOWS = 5  # times the setting's: what a build of DFRot against RH varies by is mostly its windows
-OWN_RULE = ("main", "compare", "gain", "measuring", "offset")  # that refine by the setting's rule
+OWN_RULE = ("main", "compare", "gain", "measuring", "offset", "free-options", "better-weights")
+"""The experiments that refine by the setting's rule."""
 CALIBRATED = "calibration text"
 CHOSEN = "perplexity at the clip chosen on the calibration text"
 
@@ -86,17 +88,6 @@ def gain(setting: Setting, _store: Store) -> Iterator[Row]:
     rh = setting.row("16-4-16", setting.rotation("RH"), **many)
     yield Row(rh)
     yield Row(setting.row("16-4-16", setting.method("DFRot"), **many), {}, {"RH": rh})
-
-
-def offset(setting: Setting, _store: Store) -> Iterator[Row]:
-    """Beyond the paper: R1 that points what rows share where the zero point takes it."""
-    for bits in setting.few(main.BITS):
-        rh, dfrot = (setting.row(bits, setting.method(name), weights="rtn") for name in ("RH", "DFRot"))
-        yield Row(rh)
-        yield Row(dfrot, {}, {"RH": rh})
-        for name in ("Offset", "Offset+"):
-            spec = setting.row(bits, setting.method(name), weights="rtn")
-            yield Row(spec, {}, {"RH": rh, "DFRot": dfrot})
 
 
 def gamma_sweep(setting: Setting, store: Store) -> Iterator[Row]:
@@ -269,7 +260,9 @@ EXPERIMENTS: dict[str, tuple[str, str, Callable[[Setting, Store], Any]]] = {
     "calibration": ("Table 3", "Does it matter what R1 is refined on?", calibration),
     "gain": ("asked by reviewers", "How much does DFRot gain, and could less be seen?", gain),
     "measuring": ("asked here", "How small a difference can be told, and what would less cost?", measuring),
-    "offset": ("not in the paper", "Is there a better R1, if the zero point may take a part?", offset),
+    "offset": ("not in the paper", "Is there a better R1, if the zero point may take a part?", beyond.offset),
+    "free-options": ("not in the paper", "What else costs nothing when the model runs?", beyond.free_options),
+    "better-weights": ("not in the paper", "How much of GPTQ's loss is its inputs'?", beyond.better_weights),
     "zero-shot": ("Table 5, README", "Does what holds for perplexity hold for tasks?", zero_shot),
     "clip-sweep": ("asked by a reviewer", "Is it the rotation, or would a clip do?", clip_sweep),
     "symmetric-or-not": ("Eq. 5, released code", "Which quantizer to refine R1 with?", either_scheme),

@@ -1,0 +1,61 @@
+"""Beyond the paper, as experiments: one build's rows each."""
+
+from collections.abc import Iterator
+
+from dfrot_lab.disk.artefacts import Store
+from dfrot_lab.recipe.specs import Recipe
+from dfrot_lab.study import main
+from dfrot_lab.study.main import Row
+from dfrot_lab.study.setting import Setting
+
+NONE = "none"  # the option of a row without one
+
+
+def offset(setting: Setting, _store: Store) -> Iterator[Row]:
+    """R1 that points what rows share where the zero point takes it."""
+    for bits in setting.few(main.BITS):
+        rh, dfrot = (setting.row(bits, setting.method(name), weights="rtn") for name in ("RH", "DFRot"))
+        yield Row(rh)
+        yield Row(dfrot, {}, {"RH": rh})
+        for name in ("Offset", "Offset+"):
+            spec = setting.row(bits, setting.method(name), weights="rtn")
+            yield Row(spec, {}, {"RH": rh, "DFRot": dfrot})
+
+
+def free_options(setting: Setting, _store: Store) -> Iterator[Row]:
+    """What else is free at inference, under three rotations: a clip ratio for each site, a range that need
+    not hold 0, both; each against RH without, against the rotation without, and against RH with the same."""
+    of_rh = _with_options(setting, "RH")
+    for name in ("RH", "DFRot", "Offset+"):
+        own = _with_options(setting, name)
+        for said in setting.few(list(own)):
+            against = {} if own[said] == of_rh[NONE] else {"RH": of_rh[NONE]}
+            against |= {} if said == NONE else {"without": own[NONE]}
+            against |= {} if said == NONE or name == "RH" else {"RH with the same": of_rh[said]}
+            yield Row(own[said], {"option": said}, against)
+
+
+def _with_options(setting: Setting, name: str) -> dict[str, Recipe]:
+    """The recipes of a rotation with each option."""
+    plain = setting.row("16-4-16", setting.method(name))
+    free = plain.with_(activations=plain.activations.with_(scheme="free"))
+    clipped, both = (spec.with_(clips=setting.capture) for spec in (plain, free))
+    return {NONE: plain, "clips": clipped, "free range": free, "clips, free range": both}
+
+
+def better_weights(setting: Setting, _store: Store) -> Iterator[Row]:
+    """Weight quantizers that know what their inputs have lost, under RH and Offset+ at 4-4-16."""
+    rh = setting.row("4-4-16", setting.method("RH"), weights="gptq")
+    for name in ("RH", "Offset+"):
+        gptq, gptaq, qep = (
+            setting.row("4-4-16", setting.method(name), weights=by) for by in ("gptq", "gptaq", "qep")
+        )
+        against = {"RH": rh, "GPTQ": gptq}
+        yield Row(gptq, {"option": NONE}, {} if name == "RH" else {"RH": rh})
+        if name != "RH":
+            rounded = gptq.with_(weights=gptq.weights.with_(rounded=True))
+            yield Row(rounded, {"option": "rounded inputs"}, against)
+            yield Row(gptaq, {"option": NONE}, against)
+        yield Row(qep, {"option": NONE}, against)
+        clipped = qep.with_(clips=setting.capture)
+        yield Row(clipped, {"option": "clips"}, {**against, "QEP": qep})
