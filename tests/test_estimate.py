@@ -134,6 +134,24 @@ def test_gptq_counts_half_a_hessian_for_each_input():
     )  # the blocks on the diagonal are whole
 
 
+def test_a_drift_is_a_second_forward_and_whole_products():
+    products = LAYERS * sum(2 * 32 * 16 * into**2 for into in SMALL.inputs)
+    found = cost.drift(SMALL, 32, 16)
+    assert found.float_flops - cost.forward(SMALL, 32, 16).float_flops == products
+    x = torch.zeros(32 * 16, SMALL.channels)
+    assert flops(lambda: x.T @ x) == 2 * 32 * 16 * SMALL.channels**2
+    assert found.memory > cost.forward(SMALL, 32, 16).memory
+
+
+def test_weights_that_know_their_inputs_are_announced_as_longer(store, tmp_path, text_file):
+    model = save_tiny(tmp_path / "m")
+    setting = Setting(model=model, corpus=str(text_file), window=64, gptq_windows=4)
+    found = {}
+    for by in ("rtn", "gptq", "gptaq"):
+        found[by] = cost.seconds([setting.row("4-4-16", setting.rotation("RH"), weights=by)], store)[0]
+    assert found["rtn"] < found["gptq"] < found["gptaq"]
+
+
 def test_integer_windows_move_the_linears_flops_to_int8_and_nothing_else():
     floats, integers = cost.float_window(SMALL, 32), cost.integer_window(SMALL, 32)
     assert integers.int8_ops == 2 * SMALL.linear_weights * 32

@@ -220,6 +220,7 @@ def small_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         ("16-4-16", "rtn", {"rotation": RotationSpec(kind="RO"), "keep_out": "nr_error_9.5"}),
         ("4-4-4", "rtn", {}),
         ("4-4-4", "gptq", {"keep_out": "most_massive", "keep_out_tokens": 2}),
+        ("4-4-4", "qep", {}),
         ("4-8-3", "gptq", {"activations": QuantSpec(scheme="free", clip_ratio=0.9)}),
     ],
 )

@@ -16,6 +16,7 @@ from dfrot_lab.model import checkpoint, integer, stream
 from dfrot_lab.model.checkpoint import FREE_SHARE
 from dfrot_lab.model.shapes import PASS, Shape, shape
 from dfrot_lab.observe import capture as captures
+from dfrot_lab.recipe import registry
 from dfrot_lab.recipe.specs import WINDOW, Recipe, RefineSpec, WeightSpec
 from dfrot_lab.rotate import descent, dfrot
 from dfrot_lab.rotate.steps import CHECK_EVERY
@@ -179,6 +180,17 @@ def gptq(shape: Shape, tokens: int, windows: int = WeightSpec().windows) -> Work
     return Work(GPTQ, hessians + columns, factors, moved=moved, memory=memory) + passes
 
 
+def drift(shape: Shape, tokens: int, windows: int) -> Work:
+    """What GPTAQ and QEP need beyond GPTQ: the windows forward in full precision, where what linears read is
+    kept; its product with what they read now; QEP's system of equations (8/3 in^3)."""
+    rows, inputs = tokens * windows, shape.inputs
+    passes = forward(shape, tokens, windows)
+    memory = passes.memory + PASS * rows * (sum(inputs) + shape.channels)
+    products = shape.layers * sum(2 * rows * into**2 for into in inputs)
+    solved = shape.layers * sum(8 / 3 * into**3 for into in inputs)
+    return Work(GPTQ, products, solved, memory=memory) + passes
+
+
 def float_window(shape: Shape, tokens: int) -> Work:
     """One window, products in float: inputs quantized, R4, lm_head and loss."""
     mlps = (QUANTIZE_PASSES + HADAMARD_PASSES) * shape.active * shape.mlp
@@ -228,6 +240,8 @@ def seconds(specs: Sequence[Recipe], store: Store) -> list[float]:
             work += load(sizes, 1, int(spec.is_rotated))
             if spec.canonical().weights.corpus and not build.weights_stored(spec, store):
                 work += gptq(sizes, spec.weights.window, spec.weights.windows)
+                if registry.drifts(spec.weights.method):
+                    work += drift(sizes, spec.weights.window, spec.weights.windows)
         if isinstance(rotation, RefineSpec) and not (rotation.key in ready or dfrot.stored(rotation, store)):
             work += refinement(sizes, rotation)
         ready |= {key, rotation.key}
