@@ -120,10 +120,10 @@ def saved_model(folder: Path) -> ModelSpec:
 def test_a_model_read_layer_by_layer_answers_as_the_kept_one(folder, tmp_path, text_file, monkeypatch):
     model = saved_model(tmp_path / "model")
     spec = row_of(model, text_file, "4-4-4", "RH")
-    expected = table("row", spec, model, None, Store(tmp_path / "kept"))
+    expected = table("row", spec, model, 3, Store(tmp_path / "kept"))
     plain = table("row", None, model, 2, Store(tmp_path / "kept"))
     monkeypatch.setenv(checkpoint.MEMORY, "0")
-    pd.testing.assert_frame_equal(table("row", spec, model, None, Store(tmp_path / "s")), expected)
+    pd.testing.assert_frame_equal(table("row", spec, model, 3, Store(tmp_path / "s")), expected)
     pd.testing.assert_frame_equal(table("row", None, model, 2, Store(tmp_path / "s")), plain)
 
 
