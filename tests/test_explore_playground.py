@@ -77,6 +77,17 @@ def test_the_reading_is_the_quantizers(degrees, quantizer):
     assert found["range"] == pytest.approx(found["step"] * (7 if quantizer.symmetric else 15))
 
 
+def test_a_spike_turned_to_all_ones_is_the_zero_point_s():
+    """Nearly all of it is the same in both channels, and the asymmetric grid loses nothing of that; the
+    symmetric one loses more. A quarter turn on nothing is the same any more.
+    """
+    x, asym = numbers.hand_token(50.0, 2), QuantSpec(scheme="asymmetric", bits=2)
+    found = {angle: numbers.reading(x, numbers.by_angles([angle]), asym) for angle in (0, 45, 135)}
+    assert found[45]["offset"] > 0.999 > 0.6 > found[0]["offset"] and found[135]["offset"] < 0.001
+    symmetric = numbers.reading(x, numbers.by_angles([40]), QuantSpec(bits=2))
+    assert numbers.reading(x, numbers.by_angles([40]), asym)["error"] < symmetric["error"]
+
+
 def test_the_sweep_passes_through_the_reading():
     x = numbers.hand_token(5, 3, seed=1)
     line = numbers.sweep(x, [0, 40, 70], SYM4)
@@ -185,6 +196,10 @@ def test_a_slider_turns_the_token_in_place(view):
     assert (trace.x[1], trace.y[1]) == pytest.approx(tuple(y.tolist()))
     assert view.reading()["error"] == float(squared_error(y[None], SYM4))
     assert f"{view.reading()['error']:.4f}" in view.read.value
+    assert f"<b>{view.reading()['offset']:.0%}</b> of its energy, which a symmetric grid" in view.read.value
+    view.state.symmetric = False
+    assert "which the zero point takes for nothing" in view.read.value
+    view.state.symmetric = True
     assert view.sweep.data[1].y[0] == view.reading()["error"]
     corner = [view.hand.data[3].x[0], view.hand.data[3].y[0]]
     assert corner == pytest.approx(fake_quantize(y[None], SYM4)[0].tolist())

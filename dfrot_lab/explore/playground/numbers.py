@@ -10,7 +10,7 @@ import torch
 from scipy.spatial.transform import Rotation
 from torch import Tensor
 
-from dfrot_lab.maths import quantizers, rotations, theory
+from dfrot_lab.maths import offsets, quantizers, rotations, theory
 from dfrot_lab.recipe.grids import QuantSpec
 from dfrot_lab.recipe.specs import RotationSpec
 
@@ -46,12 +46,20 @@ def by_angles(degrees: Sequence[float]) -> Tensor:
 
 
 def reading(x: Tensor, R: Tensor, quantizer: QuantSpec) -> dict[str, float]:
-    """The grid of x @ R: its range (largest |entry|, or less the smallest), step, error; x's own error."""
+    """The grid of x @ R: its range (largest |entry|, or less the smallest), step, error; x's own error; the
+    share of its energy that is the same in every channel, 0 to 1."""
     y = x @ R
     scale, _ = quantizers.scale_zero(y[None], quantizer)
     span = y.abs().max() if quantizer.symmetric else y.max().clamp(min=0) - y.min().clamp(max=0)
     error, unrotated = quantizers.squared_error(torch.stack([y, x]), quantizer).tolist()
-    return {"range": float(span), "step": float(scale), "error": error, "unrotated": unrotated}
+    offset = float(offsets.offset_share(y))
+    return {
+        "range": float(span),
+        "step": float(scale),
+        "error": error,
+        "unrotated": unrotated,
+        "offset": offset,
+    }
 
 
 def sweep(x: Tensor, degrees: Sequence[float], quantizer: QuantSpec, step: float = 1.0) -> pd.DataFrame:

@@ -30,7 +30,9 @@ DIMS = [("2 channels", 2), ("3 channels", 3)]
 WHOSE = {"options": [("planted", "planted"), ("token 0 of the model", "model")]}
 FINE = 0.1  # degrees between points of the error's curve: at whole degrees its zeros are missed
 READING = """range <b>{range:.3f}</b> &nbsp; step <b>{step:.3f}</b> &nbsp; error <b>{error:.4f}</b> &nbsp; \
-not rotated: {unrotated:.4f} (ratio {change:.2f})"""
+not rotated: {unrotated:.4f} (ratio {change:.2f})<br>the same in every channel: <b>{offset:.0%}</b> of its \
+energy, {taken}"""
+TAKEN = {True: "which a symmetric grid pays for", False: "which the zero point takes for nothing"}
 REASONS = """<b>NR</b>: the spike sets the step; noise below half a step is lost, C\u03c3\u00b2 in all.<br>
 <b>RO</b>: the entries become Gaussian, whatever the token was; the largest of C sets the step, and the error
 is C step\u00b2/12.<br>
@@ -163,7 +165,7 @@ class Playground(Explorer):
         self.model_token: Tensor | None = None
         self.hand, self.space, self.sweep = Turned(2), Turned(3), swept()
         self.values, self.errors, self.stage = Values(), compared(), Stage(self.hand)
-        self.read, self.why = (widgets.HTML(layout={"min_height": high}) for high in ("28px", "130px"))
+        self.read, self.why = (widgets.HTML(layout={"min_height": high}) for high in ("56px", "130px"))
         first = widgets.HTML("<b>1. By hand:</b> turn the token, watch its grid")
         second = widgets.HTML("<b>2. Many channels:</b> the same spike, turned by matrices")
         angles = self.row("dims", "angle", "angle_02", "angle_12")
@@ -222,7 +224,7 @@ class Playground(Explorer):
         line = numbers.sweep(x, state.degrees, state.quantizer, FINE)
         self.sweep.put({"x": line["angle"], "y": line["error"]}, {"x": [state.angle], "y": [found["error"]]})
         change = found["error"] / found["unrotated"] if found["unrotated"] else math.nan
-        self.read.value = READING.format(**found, change=change)
+        self.read.value = READING.format(**found, change=change, taken=TAKEN[state.symmetric])
 
     def _spread(self) -> None:
         x, quantizer, table = self.token(), self.state.quantizer, self.table()
