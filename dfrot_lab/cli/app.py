@@ -10,14 +10,21 @@ from typing import Annotated, Any
 import typer
 
 from dfrot_lab.cli import cache
-from dfrot_lab.cli.options import SOURCES, Options, app, command, keep_freed_memory, log
+from dfrot_lab.cli.options import (
+    BITS,
+    RECIPE,
+    ROTATION,
+    SOURCES,
+    Options,
+    app,
+    command,
+    keep_freed_memory,
+    log,
+)
 from dfrot_lab.recipe import grids, specs
 from dfrot_lab.recipe.base import require_file
 
-ROTATION = "A row of the rotations listed by --help, or a safetensors file with R1."
-BITS = "Weights-activations-KV, such as 4-4-16."
 MODELS = f"Two or more, with commas between, each: {SOURCES}"
-RECIPE = "A recipe's YAML, in place of all options but --out, --json."
 SCHEME = f"The quantizer's range: {', '.join(grids.SCHEMES)}."
 VARIANT = f"{', '.join(specs.REFINE_VARIANTS)}."
 YES = "Go on where the estimate says that memory or disk will not do."
@@ -235,17 +242,10 @@ def evaluate_command(
     from dfrot_lab.model.public import public
     from dfrot_lab.score import perplexity, rows
 
-    sources = {name: context.get_parameter_source(name) for name in context.params}
-    given = {name for name, source in sources.items() if source and source.name == "COMMANDLINE"}
-    if recipe and (others := given - {"recipe", "out", "as_json"}):
-        raise ValueError(f"--recipe says everything: put {', '.join(sorted(others))} into {recipe} instead")
-    kept, path = (
-        specs.RELEASED_KEEP_OUT if keep_out else None,
-        said.out and said.file("rows.jsonl", row_files.ROWS),
-    )
-    if path:
+    spec = said.whole_recipe(context, recipe, rotation, bits)
+    spec = spec.with_(keep_out=specs.RELEASED_KEEP_OUT) if keep_out else spec
+    if path := said.out and said.file("rows.jsonl", row_files.ROWS):
         row_files.require_rows(path)
-    spec = specs.Recipe.from_yaml(recipe) if recipe else said.recipe(rotation, bits).with_(keep_out=kept)
     result = perplexity.evaluate(spec)
     found = rows.rows([result])
     row = found[0]
@@ -274,4 +274,4 @@ def recipe_command(
     typer.echo(f"written: {said.out}" if said.out else text, nl=bool(said.out))
 
 
-from dfrot_lab.cli import here  # noqa: E402, F401 its commands come last
+from dfrot_lab.cli import export, here  # noqa: E402, F401 their commands come last

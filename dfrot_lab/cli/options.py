@@ -6,7 +6,7 @@ import inspect
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,6 +18,9 @@ from dfrot_lab.recipe.base import require_file, strict_json
 
 log = logging.getLogger("dfrot_lab")
 
+ROTATION = "A row of the rotations listed by --help, or a safetensors file with R1."
+BITS = "Weights-activations-KV, such as 4-4-16."
+RECIPE = "A recipe's YAML, in place of all options but --out, --json."
 OUT = "Where the result goes; the ending says the format."
 SOURCES = f"{', '.join(specs.PACKAGED)}, a folder, a .gguf file, or hub:owner/name (the network)."
 CORPORA = "auto, wikitext2, wikipedia-sample, or a text file."
@@ -94,6 +97,19 @@ class Options:
         spec = specs.recipe_of(bits, weights=self.weights, window=self.window, **parts)
         weights = spec.weights.with_(corpus=self.capture.corpus, window=self.window)
         return spec.with_(weights=weights, clips=self.capture if self.clips else None)
+
+    def whole_recipe(
+        self, context: typer.Context, path: Path | None, rotation: str, bits: str, beside: Sequence[str] = ()
+    ) -> specs.Recipe:
+        """The recipe in a file, with which no option may be said but --out, --json and those `beside`; or
+        that of a rotation at some bits. ValueError."""
+        if path is None:
+            return self.recipe(rotation, bits)
+        sources = {name: context.get_parameter_source(name) for name in context.params}
+        given = {name for name, source in sources.items() if source and source.name == "COMMANDLINE"}
+        if others := given - {"recipe", "out", "as_json", *beside}:
+            raise ValueError(f"--recipe says everything: put {', '.join(sorted(others))} into {path} instead")
+        return specs.Recipe.from_yaml(path)
 
     def file(self, default: str, *endings: str) -> Path:
         """--out, or `default`, to be written as one file of one of `endings`; ValueError, before any work."""

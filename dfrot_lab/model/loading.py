@@ -219,6 +219,13 @@ def words_of(spec: ModelSpec, store: Store | None = None) -> tuple[Any, int]:
     return folder.tokenizer_of(str(place), config.vocab_size, key), int(config.max_position_embeddings)
 
 
+def roles_for(spec: ModelSpec, store: Store | None = None) -> Roles:
+    """The roles of a model's family, without its weights."""
+    spec = placed(spec)
+    place, _ = _folder(spec, _bytes_key(spec), store or Store())
+    return roles_of(folder.class_name(config_of(place, spec)))
+
+
 def load_model(
     spec: ModelSpec | None = None, store: Store | None = None, *, whole: bool = False
 ) -> LoadedModel:

@@ -31,6 +31,10 @@ WEIGHTS = {
 full-precision model has in its inputs' place); `VERSION`."""
 
 
+EXPORTS = {"hf": Choice("dfrot_lab.export.hf"), "r1": Choice("dfrot_lab.export.r1")}
+"""Formats to take a model away in: `export(recipe, out, store)` writes it and returns where it is."""
+
+
 def load(table: dict[str, Choice], name: str, what: str = "choice") -> Any:
     """The module of a choice; a ValueError says `what` was to be chosen and what there is."""
     if name not in list(table):  # a list: what a file says may not be hashable

@@ -49,11 +49,29 @@ def build(recipe: Recipe, store: Store, on_part: OnPart = nothing, *, whole: boo
     ValueError: `whole` (all layers at once, as generating needs), and it does not fit into memory."""
     recipe = door.resolved(recipe).canonical()
     key = still(lambda: keys.weights(recipe, door.prints))
+    loaded, made = rotated(recipe, store, whole=whole)
+    R = None if made.R1 is None else made.R1.to(loaded.device, next(loaded.model.parameters()).dtype)
+    if recipe.clips is not None:
+        made = replace(made, clips=_clips(recipe, loaded, made, store))
+    rounding: Rounding | None = None
+    if recipe.weights.sees_rounded:
+        spare = keep_out(recipe, R) if recipe.keep_out else None
+        rounding = rounded(recipe, made.clips, spare), hooks.sites_of(loaded, *_rounded_kinds(recipe))
+    how: dict[str, Any] = {"r4": made.r4, "blocks": recipe.blocks, "on_part": on_part, "rounding": rounding}
+    return Built(loaded, made, R, run.quantize_weights(loaded, recipe.weights, key, store, **how))
+
+
+def rotated(
+    recipe: Recipe, store: Store, *, whole: bool = False, online: bool = True
+) -> tuple[LoadedModel, Transforms]:
+    """The model of a canonical recipe with its transforms fused and nothing quantized; they leave its
+    function as it is, which a few tokens prove. Without `online` there is neither R3 nor R4."""
     loaded = loading.load_model(recipe.model, store, whole=whole)
     ids = windows(recipe, loaded)  # before minutes of work on weights: is there so much text? does it fit?
     proof = Proof(loaded, ids[:1, :TOKENS])
     surgery.prepare(loaded)
     made = transforms.fit(recipe, transforms.Context(recipe, store, loaded))
+    made = made if online else replace(made, r3=False, r4=False)
     if recipe.jitter is not None:  # after a method's look: what it keeps is of the model itself
         noise.jitter(loaded, recipe.jitter)
     if made.R1 is not None:
@@ -63,18 +81,9 @@ def build(recipe: Recipe, store: Store, on_part: OnPart = nothing, *, whole: boo
         surgery.rotate_heads(loaded, None if isinstance(made.R2, str) else made.R2, recipe.head_block)
     if made.r4:
         surgery.rotate_down(loaded, recipe.mlp_block)
-    blocks = recipe.blocks
-    with surgery.online(loaded, r3=made.r3, r4=made.r4, blocks=blocks):
+    with surgery.online(loaded, r3=made.r3, r4=made.r4, blocks=recipe.blocks):
         proof.check(None if loaded.roles.online else made.R1)
-    R = None if made.R1 is None else made.R1.to(loaded.device, next(loaded.model.parameters()).dtype)
-    if recipe.clips is not None:
-        made = replace(made, clips=_clips(recipe, loaded, made, store))
-    rounding: Rounding | None = None
-    if recipe.weights.sees_rounded:
-        spare = keep_out(recipe, R) if recipe.keep_out else None
-        rounding = rounded(recipe, made.clips, spare), hooks.sites_of(loaded, *_rounded_kinds(recipe))
-    how: dict[str, Any] = {"r4": made.r4, "blocks": blocks, "on_part": on_part, "rounding": rounding}
-    return Built(loaded, made, R, run.quantize_weights(loaded, recipe.weights, key, store, **how))
+    return loaded, made
 
 
 def _clips(recipe: Recipe, loaded: LoadedModel, made: Transforms, store: Store) -> dict[str, float]:

@@ -1,0 +1,1 @@
+"""Take it away: a rotated model in the formats that people run."""
