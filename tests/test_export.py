@@ -167,7 +167,7 @@ def test_a_name_that_is_taken_is_refused(taken, tiny, tmp_path, store):
 def test_an_empty_folder_is_filled_and_one_that_failed_goes(tiny, tmp_path, store, monkeypatch):
     (tmp_path / "made").mkdir()
     monkeypatch.setattr(hf, "_write_weights", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
-    with pytest.raises(OSError, match=r"cannot write made to .*No space left"):
+    with pytest.raises(OSError, match="No space left"):
         hf.export(tiny, tmp_path / "made", store)
     assert not list((tmp_path / "made").iterdir()) and not list(tmp_path.glob(".made*"))
     monkeypatch.undo()

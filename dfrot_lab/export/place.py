@@ -1,5 +1,6 @@
 """Where an export goes: a new folder, there as a whole or not at all."""
 
+import glob
 import os
 import shutil
 import time
@@ -23,12 +24,13 @@ def new_folder(folder: Path) -> Iterator[Path]:
     try:
         with told(folder):
             folder.parent.mkdir(parents=True, exist_ok=True)
-            for left in folder.parent.glob(f".{folder.name}.*.tmp"):
+            for left in folder.parent.glob(f".{glob.escape(folder.name)}.*.tmp"):
                 if time.time() - left.stat().st_mtime > STALE:
                     shutil.rmtree(left, ignore_errors=True)
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
-            yield temporary
+        yield temporary
+        with told(folder):
             if folder.exists():
                 folder.rmdir()
             temporary.rename(folder)
