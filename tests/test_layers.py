@@ -26,7 +26,6 @@ FLOOR = {folder: number for number, folder in enumerate(FLOORS)}
 
 MAX_LINES = 300
 MAX_FUNCTION = 40
-MAX_ENTRIES = 12
 HEAVY = ("torch", "transformers", "matplotlib", "pandas", "numpy", "scipy")
 
 
@@ -202,7 +201,6 @@ def test_every_folder_has_its_floor_and_the_checks_saw_the_package():
     assert folders <= set(FLOORS), "give a new folder its floor"
     loose = {path.name for path in PACKAGE.glob("*.py")} - {"__init__.py", "__main__.py"}
     assert not loose, f"modules live in folders; {loose} do not"
-    assert len(folders) <= MAX_ENTRIES
     assert {name.split(".")[0] for name in MODULES} >= {*folders}
     assert any(name.startswith("explore.") for name in MODULES)
     assert sum(len(list(public(ast.parse(file.read_text())))) for file in FILES) > 100
@@ -228,7 +226,7 @@ def test_files_and_functions_are_short(name: str):
 
 def test_the_package_is_small():
     size = {name: len(file.read_text().splitlines()) for name, file in MODULES.items()}
-    assert sum(size.values()) <= 15_000, "then trust; then builds, divergence, offsets"
+    assert sum(size.values()) <= 16_000, "then builds, divergence, offsets; then drift, clips, exports"
     assert sum(lines for name, lines in size.items() if name.startswith("explore")) <= 3_500
 
 
