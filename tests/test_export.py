@@ -100,6 +100,8 @@ def test_what_lies_in_it(tiny, tmp_path, store):
     text = "a sheep went over the hill"
     old, new = (AutoTokenizer.from_pretrained(f) for f in (tmp_path / "original", folder))
     assert old(text)["input_ids"] == new(text)["input_ids"]
+    modes = {p.stat().st_mode & 0o444 for p in folder.rglob("*")}
+    assert modes == {folder.stat().st_mode & 0o444}, "who may read the folder may read what is in it"
     everything = "\n".join(p.read_text() for p in folder.rglob("*") if p.suffix in (".json", ".md", ".yaml"))
     assert str(tmp_path) not in everything, "no export tells a place"
 

@@ -31,6 +31,8 @@ def new_folder(folder: Path) -> Iterator[Path]:
             temporary.mkdir()
         yield temporary
         with told(folder):
+            for file in temporary.rglob("*"):  # safetensors writes for its owner alone
+                file.chmod(file.stat().st_mode | temporary.stat().st_mode & 0o444)
             if folder.exists():
                 folder.rmdir()
             temporary.rename(folder)
