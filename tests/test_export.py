@@ -55,8 +55,9 @@ def tiny(tmp_path, text_file) -> Recipe:
 # ---- a Hugging Face folder
 
 
-@pytest.mark.parametrize("kind", ["RH", "RO", "NR"])
-@pytest.mark.parametrize("case", PLAIN)
+@pytest.mark.parametrize(
+    ("case", "kind"), [*((case, "RH") for case in PLAIN), ("llama", "RO"), ("llama", "NR")]
+)
 def test_plain_transformers_gives_the_logits_of_the_original(case, kind, tmp_path, text_file, store):
     spec = spec_of(tmp_path, text_file, case, kind)
     folder = hf.export(spec, tmp_path / "made", store)
