@@ -29,6 +29,7 @@ OUTLIER_CHANNEL, OUTLIER = 5, 6.0
 """A channel that is large for every token, as in a real model: without it the 4-bit error of ordinary rows
 would be small too.
 """
+TEXT = "\n".join(f"{i} sheep and {i * 7 % 13} goats went over hill {i % 5};" for i in range(300))
 
 FAMILIES = {
     "llama": "LlamaForCausalLM",
@@ -161,8 +162,7 @@ def tiny_spec(tmp_path: Path) -> ModelSpec:
 def text_file(tmp_path: Path) -> Path:
     """A text of about 13,000 bytes whose halves differ; a newline, the massive token, every few words."""
     path = tmp_path / "text.txt"
-    lines = [f"{i} sheep and {i * 7 % 13} goats went over hill {i % 5};" for i in range(300)]
-    path.write_text("\n".join(lines))
+    path.write_text(TEXT)
     return path
 
 

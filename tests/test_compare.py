@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from conftest import LAYERS
+from conftest import LAYERS, TEXT
 from test_cli import invoke
 from test_evaluate import save_lively
 from test_experiments import drawn
@@ -32,8 +32,6 @@ from dfrot_lab.recipe.specs import MASSIVE_RULES, ModelSpec
 from dfrot_lab.score import build, perplexity
 from dfrot_lab.study import compare
 from dfrot_lab.study.setting import Setting
-
-TEXT = "\n".join(f"{i} sheep and {i * 7 % 13} goats went over hill {i % 5};" for i in range(300))
 
 
 @pytest.fixture(scope="module")

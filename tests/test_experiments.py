@@ -22,6 +22,7 @@ import pytest
 import torch
 import yaml
 from again import FLIPPED_PERPLEXITY, sharing
+from conftest import TEXT
 from matplotlib.figure import Figure
 from scipy import stats
 from test_evaluate import resolved, save_lively
@@ -67,7 +68,6 @@ FEW_ROWS = (3, 1)
 """Calibration rows for a tiny model, in units of the window: two layers have four sites, fewer than the least
 of the paper's counts.
 """
-TEXT = "\n".join(f"{i} sheep and {i * 7 % 13} goats went over hill {i % 5};" for i in range(300))
 
 
 @dataclass

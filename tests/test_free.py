@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import TEXT
 from test_evaluate import save_lively
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -41,9 +42,7 @@ def store(tmp_path_factory) -> Store:
 def setting(tmp_path_factory) -> Setting:
     folder = tmp_path_factory.mktemp("free")
     text = folder / "text.txt"
-    text.write_text(
-        "\n".join(f"{i} sheep and {i * 7 % 13} goats went over hill {i % 5};" for i in range(300))
-    )
+    text.write_text(TEXT)
     return Setting(
         model=save_lively(folder / "model"),
         corpus=str(text),

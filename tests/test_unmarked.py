@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import save_tiny
+from conftest import TEXT, save_tiny
 from matplotlib.figure import Figure
 
 from dfrot_lab.disk.artefacts import Store
@@ -23,7 +23,6 @@ from dfrot_lab.show.theme import theme
 from dfrot_lab.study import experiments, main
 from dfrot_lab.study.setting import Setting
 
-LINES = "\n".join(f"{i} sheep and {i * 7 % 13} goats went over hill {i % 5};" for i in range(300))
 NONE = "no token is massive here"
 
 
@@ -31,7 +30,7 @@ NONE = "no token is massive here"
 def lab(tmp_path_factory: pytest.TempPathFactory) -> tuple[Setting, Store]:
     folder = tmp_path_factory.mktemp("plain")
     model = save_tiny(folder / "m", plant=False)
-    (folder / "text.txt").write_text(LINES)
+    (folder / "text.txt").write_text(TEXT)
     sizes: dict[str, Any] = {
         "windows": 2,
         "window": 64,
