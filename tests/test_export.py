@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from dfrot_lab.cli.app import app
-from dfrot_lab.disk import rotation_files
+from dfrot_lab.disk import atomic, rotation_files
 from dfrot_lab.disk.artefacts import Store
-from dfrot_lab.export import hf, place, r1
+from dfrot_lab.export import hf, r1
 from dfrot_lab.maths import rotations
 from dfrot_lab.model import checkpoint, loading
 from dfrot_lab.recipe import registry
@@ -195,7 +195,7 @@ def test_a_killed_export_leaves_no_folder_that_loads_and_the_next_clears_up(
     assert subprocess.run(command, capture_output=True).returncode == -signal.SIGKILL
     [left] = tmp_path.glob(".made.*.tmp")
     assert not (tmp_path / "made").exists() and (left / "model.safetensors").is_file()
-    past = time.time() - 2 * place.STALE
+    past = time.time() - 2 * atomic.STALE
     os.utime(left, (past, past))
     hf.export(tiny, tmp_path / "made", store)
     assert not left.exists() and (tmp_path / "made" / "README.md").is_file()

@@ -14,6 +14,7 @@ from dfrot_lab.cli.options import (
     BITS,
     RECIPE,
     ROTATION,
+    SCORED,
     SOURCES,
     Options,
     app,
@@ -227,9 +228,7 @@ def refine(
     said.show_table(result.history.iloc[[0, -1]], {"out": path, "spec": spec.key})
 
 
-@command(
-    "evaluate", "model corpus calibration seed out as_json windows window weights clips gamma rule dtype"
-)
+@command("evaluate", SCORED)
 def evaluate_command(
     said: Options, context: typer.Context, rotation: Annotated[str, typer.Option(help=ROTATION)] = "RH",
     bits: Annotated[str, typer.Option(help=BITS)] = "4-4-16",

@@ -5,13 +5,13 @@ from typing import Annotated
 
 import typer
 
-from dfrot_lab.cli.options import BITS, RECIPE, ROTATION, Options, command
+from dfrot_lab.cli.options import BITS, RECIPE, ROTATION, SCORED, Options, command
 from dfrot_lab.recipe import registry
 
 TO = f"{', '.join(registry.EXPORTS)}: a Hugging Face folder, or R1 alone as a safetensors file."
 
 
-@command("export", "model corpus calibration seed out as_json windows window weights clips gamma rule dtype")
+@command("export", SCORED)
 def export(
     said: Options, context: typer.Context, rotation: Annotated[str, typer.Option(help=ROTATION)] = "RH",
     bits: Annotated[str, typer.Option(help=BITS)] = "4-4-16",

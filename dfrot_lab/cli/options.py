@@ -21,6 +21,8 @@ log = logging.getLogger("dfrot_lab")
 ROTATION = "A row of the rotations listed by --help, or a safetensors file with R1."
 BITS = "Weights-activations-KV, such as 4-4-16."
 RECIPE = "A recipe's YAML, in place of all options but --out, --json."
+SCORED = "model corpus calibration seed out as_json windows window weights clips gamma rule dtype"
+"""The options of a command that takes one row: what a recipe needs, and where its result goes."""
 OUT = "Where the result goes; the ending says the format."
 SOURCES = f"{', '.join(specs.PACKAGED)}, a folder, a .gguf file, or hub:owner/name (the network)."
 CORPORA = "auto, wikitext2, wikipedia-sample, or a text file."

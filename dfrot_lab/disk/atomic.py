@@ -27,6 +27,7 @@ SMALL = 1 << 20  # bytes below which reading a file costs less than remembering 
 LARGE = 1 << 30  # bytes above which reading a file takes long enough to show a bar
 SETTLED = 2_000_000_000  # ns: a file changed more recently may change again under the same time
 ENTRIES = 10_000
+STALE = 3600  # seconds after which what a writer left is nobody's any more
 PATIENCE = 2  # seconds to wait for a lock before saying so
 _known: dict[str, list[Any]] = {}
 _read_here: dict[str, list[Any]] = {}  # what of it this process has read
@@ -39,14 +40,10 @@ Inputs = Mapping[str, Any] | Asked  # what an artefact is named by, or what says
 def replacing(path: Path, wanted: int | None = None) -> Iterator[Path]:
     """A temporary file beside `path` that takes its place when the block ends, and goes if it fails, as does
     what a killed writer left. OSError, before a byte is written where the bytes `wanted` are not free."""
-    temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temp = _temporary(path)
     with told(path, wanted):
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-                with suppress(FileNotFoundError):  # it may be another writer's, done meanwhile
-                    if time.time() - left.stat().st_mtime > 3600:
-                        left.unlink()
+            _clear(path)
             require_room(path.parent, wanted or 0)
             temp.unlink(missing_ok=True)  # were it a link, what it leads to would be written
             yield temp
@@ -55,6 +52,50 @@ def replacing(path: Path, wanted: int | None = None) -> Iterator[Path]:
             with suppress(OSError):
                 temp.unlink()
             raise
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside `folder` that becomes it when the block ends, readable by whom that may be
+    read, and goes if it fails, as does what a killed writer left. ValueError: the name is taken by more than
+    an empty folder."""
+    taken = folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
+    if taken or folder.is_symlink():
+        raise ValueError(f"--out must be a name that is free or an empty folder; got {folder}")
+    temp = _temporary(folder)
+    try:
+        with told(folder):
+            _clear(folder)
+            shutil.rmtree(temp, ignore_errors=True)
+            temp.mkdir()
+        yield temp
+        with told(folder):
+            for file in temp.rglob("*"):  # safetensors writes for its owner alone
+                file.chmod(file.stat().st_mode | temp.stat().st_mode & 0o444)
+            if folder.exists():
+                folder.rmdir()
+            temp.rename(folder)
+    except BaseException:
+        shutil.rmtree(temp, ignore_errors=True)
+        raise
+
+
+def _temporary(path: Path) -> Path:
+    """What this process writes before it takes the place of `path`."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def _clear(path: Path) -> None:
+    """Make the folder that `path` is in; remove what killed writers of `path` have left there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        with suppress(FileNotFoundError):  # it may be another writer's, done meanwhile
+            if time.time() - left.stat().st_mtime <= STALE:
+                continue
+            if left.is_dir() and not left.is_symlink():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink()
 
 
 @contextmanager

@@ -4,7 +4,6 @@ parts at a time, which is all that is held of a model that does not fit into mem
 
 import json
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -15,9 +14,8 @@ from dfrot_lab.disk import atomic, rotation_files
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.export import card
 from dfrot_lab.export.card import OURS
-from dfrot_lab.export.place import new_folder
 from dfrot_lab.model import door, loading, stream
-from dfrot_lab.model.checkpoint import EMBEDDING, HEAD, part_of
+from dfrot_lab.model.checkpoint import EMBEDDING, HEAD, parameters_of
 from dfrot_lab.model.families import Roles
 from dfrot_lab.model.loading import LoadedModel
 from dfrot_lab.model.public import public
@@ -38,7 +36,7 @@ def export(recipe: Recipe, folder: Path, store: Store | None = None) -> Path:
     (returned), with the recipe, R1 and a card. ValueError: a family whose rotated form is not its own
     class's, a folder that is not free."""
     recipe, store = door.resolved(recipe).canonical(), store or Store()
-    with new_folder(folder) as temporary:
+    with atomic.new_folder(folder) as temporary:
         _require_plain(loading.roles_for(recipe.model, store))
         loaded, made = build.rotated(recipe.with_(jitter=None), store, online=False)
         _write_weights(loaded, temporary)
@@ -74,7 +72,10 @@ def _write_weights(loaded: LoadedModel, folder: Path) -> None:
             held = dict[str, Tensor]()
             for part in parts:
                 with stream.part(loaded, part):
-                    held |= {own: x.detach().cpu().contiguous() for own, x in _tensors(loaded, part)}
+                    held |= {
+                        own: x.detach().cpu().contiguous()
+                        for own, x in parameters_of(loaded.model, loaded.roles, part)
+                    }
                 bar.update()
             size = sum(x.nbytes for x in held.values())
             with atomic.told(folder / name, size):
@@ -87,16 +88,11 @@ def _write_weights(loaded: LoadedModel, folder: Path) -> None:
         atomic.write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
 
 
-def _tensors(loaded: LoadedModel, part: int) -> Iterator[tuple[str, Tensor]]:
-    named = loaded.model.named_parameters(remove_duplicate=False)
-    return ((name, x) for name, x in named if part_of(name, loaded.roles) == part)
-
-
 def _shards(loaded: LoadedModel) -> list[list[int]]:
     """The parts of the model, in order, in lots of at most SHARD_BYTES or of one part."""
     found, size = list[list[int]](), 0
     for part in (EMBEDDING, *range(len(loaded.layers)), HEAD):
-        own = sum(x.nbytes for _, x in _tensors(loaded, part))
+        own = sum(x.nbytes for _, x in parameters_of(loaded.model, loaded.roles, part))
         if not found or size + own > SHARD_BYTES:
             found.append([])
             size = 0

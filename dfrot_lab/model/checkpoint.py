@@ -34,6 +34,12 @@ def part_of(name: str, roles: Roles) -> int:
     return HEAD if name.startswith((f"{roles.final_norm}.", f"{roles.lm_head}.")) else EMBEDDING
 
 
+def parameters_of(model: nn.Module, roles: Roles, part: int) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters of a part by name, each as often as it is there."""
+    named = model.named_parameters(remove_duplicate=False)
+    return ((name, x) for name, x in named if part_of(name, roles) == part)
+
+
 def memory(device: str) -> float:
     """Bytes that a model's weights may fill there: as DFROT_LAB_MEMORY says, or most of what is free."""
     if said := os.environ.get(MEMORY):
@@ -201,5 +207,4 @@ class Checkpoint:
         return fused(self.model.get_submodule(f"{self.roles.layers}.{part}"), self.roles)
 
     def _parameters(self, part: int) -> Iterator[tuple[str, nn.Parameter]]:
-        named = self.model.named_parameters(remove_duplicate=False)
-        return ((name, x) for name, x in named if part_of(name, self.roles) == part)
+        return parameters_of(self.model, self.roles, part)

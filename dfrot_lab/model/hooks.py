@@ -14,7 +14,7 @@ tokens share), and `post_attention_norm` is what all experts read: the router ne
 
 import sys
 from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -24,6 +24,7 @@ from dfrot_lab.model.loading import LoadedModel
 from dfrot_lab.model.stream import dressed
 
 At = Callable[[str, Tensor], Tensor | None]  # a site, what is there -> what is to be there; None leaves it
+Online = Callable[..., AbstractContextManager[None]]  # `surgery.online` of a model
 Shown = tuple[tuple[At, Collection[str]], ...]
 NORMS = ("input_norm", "post_attention_norm")
 NORM_INPUTS = tuple(f"{norm}_in" for norm in NORMS)

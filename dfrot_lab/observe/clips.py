@@ -2,9 +2,6 @@
 site's grid loses least of calibration tokens. It scales the range that a quantizer takes anyway, so it costs
 nothing when the model runs. A token counts by its squared error: large ones count most."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-
 import torch
 from torch import Tensor
 
@@ -13,13 +10,12 @@ from dfrot_lab.model import hooks, stream
 from dfrot_lab.model.loading import LoadedModel
 from dfrot_lab.recipe.grids import QuantSpec
 
-Online = Callable[..., AbstractContextManager[None]]  # `surgery.online` of the model
 KIND = "clips"
 RATIOS = tuple(1 - step / 20 for step in range(13))  # 1 to 0.4: the error is flat about its least
 EVERY = 4  # of a text's tokens every so many are looked at: their sum is known to 1%
 
 
-def find(loaded: LoadedModel, ids: Tensor, quantizer: QuantSpec, online: Online) -> dict[str, float]:
+def find(loaded: LoadedModel, ids: Tensor, quantizer: QuantSpec, online: hooks.Online) -> dict[str, float]:
     """By site the clip ratio of the linears' inputs with the least squared error on a text `ids` (windows,
     window), while what is `online` acts. A site that no token reaches has none."""
     grids = [quantizer.with_(clip_ratio=ratio) for ratio in RATIOS]

@@ -134,7 +134,8 @@ def require_texts(recipe: Recipe, store: Store) -> None:
     """Refuse, before any work, windows longer than the model's context, and texts that are too short for what
     a recipe scores or calibrates its weights on; ValueError."""
     tokenizer, context = loading.words_of(recipe.model, store)
-    of, clips_on = recipe.canonical().weights, recipe.canonical().clips
+    recipe = recipe.canonical()
+    of, clips_on = recipe.weights, recipe.clips
     needed = [(recipe.corpus, recipe.windows, recipe.window)]
     needed += [(of.corpus, of.windows, of.window)] if of.corpus is not None else []
     needed += [(clips_on.corpus, 1, min(clips_on.tokens, WINDOW))] if clips_on else []

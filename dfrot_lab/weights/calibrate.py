@@ -7,8 +7,8 @@ of it is quantized. An expert is calibrated on the tokens that are sent to it; o
 to nearest, and named."""
 
 import logging
-from collections.abc import Callable, Collection, Generator, Iterator, Sequence
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Collection, Generator, Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -27,7 +27,6 @@ from dfrot_lab.weights.gptq import Seen, hessian_of
 
 log = logging.getLogger(__name__)
 CHUNK_BYTES, MLP_VALUES = 2e9, 3 * 4  # what the MLP's activations of windows in one pass may fill; each's
-Online = Callable[..., AbstractContextManager[None]]  # `surgery.online` of the model
 Rounding = tuple[hooks.At, Collection[str]]  # what rounds activations, and at which sites
 
 
@@ -150,7 +149,11 @@ class _Hook:
 
 @torch.no_grad()
 def layers(
-    loaded: LoadedModel, spec: WeightSpec, writer: Writer, online: Online, rounding: Rounding | None = None
+    loaded: LoadedModel,
+    spec: WeightSpec,
+    writer: Writer,
+    online: hooks.Online,
+    rounding: Rounding | None = None,
 ) -> Generator[int]:
     """Quantize layer after layer, each kept once done, and named by its number; one that was kept before is
     put in place. ValueError: no text or too short; experts, for a quantizer that asks for the drift."""

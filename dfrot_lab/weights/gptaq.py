@@ -6,7 +6,7 @@ from torch import Tensor
 
 from dfrot_lab.maths.quantizers import Quantized
 from dfrot_lab.recipe.specs import WeightSpec
-from dfrot_lab.weights.gptq import Seen, in_order, inverse_factor
+from dfrot_lab.weights.gptq import Seen, in_order, inverse_factor, with_drift
 
 CALIBRATED = True
 DRIFT = True  # it needs what the full-precision model has in place of a layer's inputs
@@ -17,9 +17,8 @@ CORRECTION = 0.25  # the part made good: the paper's alpha
 def quantize(weight: Tensor, seen: Seen | None, spec: WeightSpec) -> Quantized:
     """`weight` (out, in) by GPTQ, each column w_j also adding w_j P_j to those after it, P = alpha
     triu(D U^T, 1) U, D the `seen` drift, U the inverse Hessian's factor (section 4). ValueError."""
-    if seen is None or seen.drift is None:
-        raise ValueError(f"gptaq.seen must have the drift of the layer's inputs; got {seen}")
-    factor = inverse_factor(seen.hessian, spec.damping)
+    hessian, drift = with_drift(seen, "gptaq")
+    factor = inverse_factor(hessian, spec.damping)
     alpha = CORRECTION if spec.correction is None else spec.correction
-    drag = (seen.drift.float() @ factor.T).triu(1) @ factor
-    return in_order(weight, seen.hessian, spec, factor, drag.mul_(alpha))
+    drag = (drift.float() @ factor.T).triu(1) @ factor
+    return in_order(weight, hessian, spec, factor, drag.mul_(alpha))

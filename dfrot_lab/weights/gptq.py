@@ -24,6 +24,14 @@ class Seen(NamedTuple):
     drift: Tensor | None = None
 
 
+def with_drift(seen: Seen | None, method: str) -> tuple[Tensor, Tensor]:
+    """The Hessian and the drift that a method was told of; ValueError: it was not."""
+    if seen is None or seen.drift is None:
+        got = "None" if seen is None else "the Hessian alone"
+        raise ValueError(f"{method}.seen must have the drift of the layer's inputs; got {got}")
+    return seen.hessian, seen.drift
+
+
 def quantize(weight: Tensor, seen: Seen | None, spec: WeightSpec) -> Quantized:
     """GPTQ of `weight` (out, in) for what was `seen` of its inputs: codes, scale (out, 1), zero 0. Each
     column's error is spread over those not yet rounded by the inverse Hessian's Cholesky factor; an input

@@ -19,9 +19,8 @@ DAMPING = 1.0  # of the correction's Hessian: the released code's
 def quantize(weight: Tensor, seen: Seen | None, spec: WeightSpec) -> Quantized:
     """GPTQ of W + c W D (H + damping)^-1 for `weight` W (out, in), with what was `seen` of its inputs, the
     Hessian H and the drift D: at c = 1 and no damping the least-squares fit of W x0 by W' x. ValueError."""
-    if seen is None or seen.drift is None:
-        raise ValueError(f"qep.seen must have the drift of the layer's inputs; got {seen}")
+    hessian, drift = gptq.with_drift(seen, "qep")
     part = CORRECTION if spec.correction is None else spec.correction
-    held = gptq.damped(seen.hessian, DAMPING)
-    pull = torch.linalg.solve(held, seen.drift.double(), left=False).to(weight.device, torch.float32)
+    held = gptq.damped(hessian, DAMPING)
+    pull = torch.linalg.solve(held, drift.double(), left=False).to(weight.device, torch.float32)
     return gptq.quantize(torch.addmm(weight.float(), weight.float(), pull, alpha=part), seen, spec)
