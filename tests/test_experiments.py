@@ -502,8 +502,8 @@ def test_builds_of_a_row_differ_in_all_that_is_random_and_in_nothing_else(lab, p
                 spec.rotation.first_seed == (first.rotation.first_seed or 0) + n or spec.rotation.name == "NR"
             )
             assert spec.weights.sample == (n or None)
-            assert spec.clips is None or spec.clips.sample == (n or None)
-            drawn = ("rotation", "weights", "sample", "jitter", "clips")
+            assert all(text.sample == (n or None) for text in (spec.clips, spec.scales) if text)
+            drawn = ("rotation", "weights", "sample", "jitter", "clips", "scales")
             same = {name: getattr(first, name) for name in drawn}
             assert spec.with_(**same) == first
             assert (row.labels, list(row.against), row.once) == (

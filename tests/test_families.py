@@ -14,9 +14,21 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.maths import rotations
-from dfrot_lab.model import checkpoint, families, hooks, loading, parts, proof, shapes, stream, surgery
+from dfrot_lab.model import (
+    checkpoint,
+    families,
+    hooks,
+    loading,
+    parts,
+    proof,
+    scales,
+    shapes,
+    stream,
+    surgery,
+)
 from dfrot_lab.model.checkpoint import EMBEDDING, HEAD
 from dfrot_lab.model.loading import LoadedModel
+from dfrot_lab.recipe.grids import SYM4
 from dfrot_lab.recipe.specs import CorpusSpec, ModelSpec, RotationSpec, recipe_of
 from dfrot_lab.score import perplexity
 
@@ -134,6 +146,7 @@ def test_the_logits_stay_through_every_step(case, memory, tmp_path, ids, monkeyp
         "gains": lambda: surgery.fold_gains(
             loaded, {"layers.1.input_norm": torch.linspace(0.5, 2, loaded.channels)}
         ),
+        "scales": lambda: scales.fold(loaded, scales.find(loaded, ids, SYM4)),
         "R2": lambda: surgery.rotate_heads(loaded),
     }
     if case == "olmo" or loaded.roles.online:

@@ -1,5 +1,5 @@
-"""What is free at inference is free: with Offset, Offset+, clips, GPTAQ or QEP a model has the hooks and the stored
-shapes of RH with GPTQ, and does the same operations on tensors of the same shapes.
+"""What is free at inference is free: with Offset, Offset+, clips, scales, GPTAQ or QEP a model has the hooks and the
+stored shapes of RH with GPTQ, and does the same operations on tensors of the same shapes.
 """
 
 from collections import Counter
@@ -17,7 +17,7 @@ from dfrot_lab.score import build
 from dfrot_lab.study.setting import Setting
 
 LENT = ("Offset", "Offset+")
-OPTIONS = ("Offset", "Offset+", "clips", "gptaq", "qep")
+OPTIONS = ("Offset", "Offset+", "clips", "scales", "gptaq", "qep")
 
 
 class Seen(TorchDispatchMode):
@@ -58,7 +58,7 @@ def recipe(setting: Setting, option: str) -> Recipe:
     rotation = option if option in LENT else "RH"
     weights = option if option in ("gptaq", "qep") else "gptq"
     spec = setting.row("4-4-4", setting.method(rotation), weights=weights)
-    return spec.with_(clips=setting.capture) if option == "clips" else spec
+    return spec.with_(**{option: setting.capture}) if option in ("clips", "scales") else spec
 
 
 def inference(spec: Recipe, store: Store, fake: bool) -> tuple[Counter[str], Counter[str], dict[str, Any]]:

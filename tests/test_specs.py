@@ -210,6 +210,7 @@ OTHER_VALUES = {
         "sample": 0,
         "jitter": 0,
         "clips": CaptureSpec(tokens=7),
+        "scales": CaptureSpec(tokens=7),
     },
 }
 DEPENDENT = {

@@ -21,7 +21,7 @@ log = logging.getLogger("dfrot_lab")
 ROTATION = "A row of the rotations listed by --help, or a safetensors file with R1."
 BITS = "Weights-activations-KV, such as 4-4-16."
 RECIPE = "A recipe's YAML, in place of all options but --out, --json."
-SCORED = "model corpus calibration seed out as_json windows window weights clips gamma rule dtype"
+SCORED = "model corpus calibration seed out as_json windows window weights clips scales gamma rule dtype"
 """The options of a command that takes one row: what a recipe needs, and where its result goes."""
 OUT = "Where the result goes; the ending says the format."
 SOURCES = f"{', '.join(specs.PACKAGED)}, a folder, a .gguf file, or hub:owner/name (the network)."
@@ -32,6 +32,7 @@ RULES = f"What makes a row massive: {', '.join(specs.MASSIVE_RULES)}."
 DTYPES = f"What is computed in: {', '.join(specs.DTYPES)}; auto: float32 on a CPU, the weights' own on a GPU."
 BUILDS = "Builds a comparison is made of (seed, sample, jitter, windows); default: 7, sweeps fewer."
 CLIPS = "Give each site the clip ratio of least error on the calibration text."
+SCALES = "Fold channel scales into the weights, those of least error on the calibration text."
 JSON = "Print JSON and nothing else on standard output."
 LONGEST = 500  # characters of an error that are shown
 MALLOC = ((-4, 0), (-1, -1), (-2, 1 << 26))
@@ -57,6 +58,7 @@ class Options:
     weights: Annotated[str, typer.Option(help="A weight quantizer listed by --help.")] = "gptq"
     dtype: Annotated[str, typer.Option(help=DTYPES)] = "auto"
     clips: Annotated[bool, typer.Option("--clips", help=CLIPS)] = False
+    scales: Annotated[bool, typer.Option("--scales", help=SCALES)] = False
 
     @property
     def model_spec(self) -> specs.ModelSpec:
@@ -98,7 +100,8 @@ class Options:
         parts = {"model": self.model_spec, "corpus": text, "rotation": method, "windows": self.windows}
         spec = specs.recipe_of(bits, weights=self.weights, window=self.window, **parts)
         weights = spec.weights.with_(corpus=self.capture.corpus, window=self.window)
-        return spec.with_(weights=weights, clips=self.capture if self.clips else None)
+        clips, scales = (self.capture if asked else None for asked in (self.clips, self.scales))
+        return spec.with_(weights=weights, clips=clips, scales=scales)
 
     def whole_recipe(
         self, context: typer.Context, path: Path | None, rotation: str, bits: str, beside: Sequence[str] = ()

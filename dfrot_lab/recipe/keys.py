@@ -6,7 +6,7 @@ from typing import Any
 
 from dfrot_lab.recipe import registry
 from dfrot_lab.recipe.base import MethodSpec, Spec, content_key
-from dfrot_lab.recipe.specs import CorpusSpec, ModelSpec, Recipe, WeightSpec
+from dfrot_lab.recipe.specs import CaptureSpec, CorpusSpec, ModelSpec, Recipe, WeightSpec
 
 FORMULAS = 5  # version of what artefacts hold and how it is computed; raise it with any change of a formula
 Prints = Callable[[ModelSpec | CorpusSpec | str], str]  # a model's, a text's, a path's hash
@@ -36,6 +36,7 @@ def weights(recipe: Recipe, prints: Prints) -> dict[str, Any]:
     """What quantized weights are keyed by: how, and the rotated model they are of."""
     of = {name: identity(getattr(recipe, name), prints) for name in ("model", "rotation", "weights")}
     calibrated = registry.load(registry.WEIGHTS, recipe.weights.method).CALIBRATED
+    of |= {"scales": scales(recipe, prints)} if recipe.scales else {}
     names = (*recipe.SHAPES, "jitter") if calibrated else recipe.SHAPES  # jitter moves what is calibrated on
     if recipe.weights.sees_rounded:
         of |= {name: identity(getattr(recipe, name), prints) for name in ("activations", "keys", "values")}
@@ -45,11 +46,21 @@ def weights(recipe: Recipe, prints: Prints) -> dict[str, Any]:
 
 
 def clips(recipe: Recipe, prints: Prints) -> dict[str, Any]:
-    """What the clip ratios of a recipe are keyed by: the rotated model, the text, the grid."""
+    """What the clip ratios of a recipe are keyed by: the rotated model, its scales, the text, the grid."""
+    own = {"scales": scales(recipe, prints)} if recipe.scales else {}
+    return _found_on(recipe, recipe.clips, prints) | own
+
+
+def scales(recipe: Recipe, prints: Prints) -> dict[str, Any]:
+    """What the channel scales of a recipe are keyed by: the rotated model, the text, the grid."""
+    return _found_on(recipe, recipe.scales, prints)
+
+
+def _found_on(recipe: Recipe, text: CaptureSpec | None, prints: Prints) -> dict[str, Any]:
+    assert text is not None
     of = {name: identity(getattr(recipe, name), prints) for name in ("model", "rotation", "activations")}
     names = [name for name in (*recipe.SHAPES, "jitter") if name not in recipe.unkeyed]
-    assert recipe.clips is not None
-    return of | {"on": identity(recipe.clips, prints)} | {name: getattr(recipe, name) for name in names}
+    return of | {"on": identity(text, prints)} | {name: getattr(recipe, name) for name in names}
 
 
 def built(recipe: Recipe, prints: Prints) -> dict[str, Any]:

@@ -185,9 +185,10 @@ class Recipe(Spec):
     R2 and R3) and `mlp_block` (of R4): blocks of the Hadamard matrices where not one is wanted, or known.
     `sample`: which of the text's samples of `windows` windows is scored; None: the first, as published.
     `jitter`: the seed of a change in the last bit of the embedding, as rounding makes it; None: no change.
-    `clips`: the text on whose tokens each site's clip ratio is found; None: all have the quantizer's."""
+    `clips`: the text on whose tokens each site's clip ratio is found; None: all have the quantizer's.
+    `scales`: the text on whose tokens channels get scales before R2 and R4 (`model.scales`); None: none."""
 
-    LATER: ClassVar[tuple[str, ...]] = ("head_block", "mlp_block", "sample", "jitter", "clips")
+    LATER: ClassVar[tuple[str, ...]] = ("head_block", "mlp_block", "sample", "jitter", "clips", "scales")
     SHAPES: ClassVar[tuple[str, ...]] = ("head_block", "mlp_block")  # of those, what weights hang on
 
     model: ModelSpec = ModelSpec()
@@ -207,11 +208,14 @@ class Recipe(Spec):
     sample: int | None = ruled(None, SAMPLED, ge=0)
     jitter: int | None = ruled(None, SAMPLED, ge=0)
     clips: CaptureSpec | None = None
+    scales: CaptureSpec | None = None
 
     def _check(self) -> None:
         self._require("activations", self.activations.granularity == "per_token", "per_token")
         free = self.clips is None or self.activations.clip_ratio == 1
         self._require("clips", free, "None with activations that have a clip_ratio, which is every site's")
+        free = self.scales is None or self.is_rotated
+        self._require("scales", free, "None without a rotation, which spreads errors over channels")
         rule = "per_group (one scale a token and head, or a part of a head)"
         self._require("keys", self.keys.granularity == "per_group", rule)
         self._require("values", self.values.granularity == "per_group", rule)
@@ -243,9 +247,11 @@ class Recipe(Spec):
         changes: dict[str, Any] = {"weights": self.weights.canonical(rounds)}
         if self.activations.bits == 16:
             unrounded = ACTIVATIONS.with_(bits=16)
-            changes |= {"activations": unrounded, "keep_out": None, "keep_out_tokens": None, "clips": None}
-        elif self.clips is not None:
-            changes["clips"] = self.clips.with_(model=self.model)
+            changes |= {"activations": unrounded}
+            changes |= dict.fromkeys(("keep_out", "keep_out_tokens", "clips", "scales"))
+        else:
+            texts = {name: text for name in ("clips", "scales") if (text := getattr(self, name)) is not None}
+            changes |= {name: text.with_(model=self.model) for name, text in texts.items()}
         changes |= {name: KV_CACHE for name in ("keys", "values") if getattr(self, name).bits == 16}
         changes |= {"jitter": None} if self.bits == "16-16-16" else {}  # nothing is rounded
         if not self.is_rotated:

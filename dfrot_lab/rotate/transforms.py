@@ -24,12 +24,14 @@ Join = Callable[[list[Tensor]], Tensor]
 class Transforms:
     """The transforms of one model: `R1` (channels, channels) or None; `R2` on each head's values, Hadamard,
     one (head, head) for all layers, one a layer (layers, head, head), or None; `gains` (channels,) a norm,
-    folded after R1, and `clips` a clip ratio, both by site; whether the online Hadamards R3 and R4 act."""
+    folded after R1, `scales` (`model.scales`) and `clips` a clip ratio, all by site; whether the online
+    Hadamards R3 and R4 act."""
 
     R1: Tensor | None
     R2: Tensor | Literal["hadamard"] | None = "hadamard"
     gains: Mapping[str, Tensor] = field(default_factory=dict)
     clips: Mapping[str, float] = field(default_factory=dict)
+    scales: Mapping[str, Tensor] = field(default_factory=dict)
     r3: bool = True
     r4: bool = True
 

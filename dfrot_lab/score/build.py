@@ -13,7 +13,7 @@ from torch import Tensor
 from dfrot_lab.disk.artefacts import Store, Writer
 from dfrot_lab.disk.atomic import still
 from dfrot_lab.maths.quantizers import fake_quantize, squared_error
-from dfrot_lab.model import corpus, door, hooks, integer, loading, noise, surgery
+from dfrot_lab.model import corpus, door, hooks, integer, loading, noise, scales, surgery
 from dfrot_lab.model.loading import LoadedModel
 from dfrot_lab.model.parts import Transform
 from dfrot_lab.model.proof import TOKENS, Proof
@@ -77,6 +77,9 @@ def rotated(
     if made.R1 is not None:
         surgery.rotate_residual(loaded, made.R1)
     surgery.fold_gains(loaded, made.gains)
+    if recipe.scales is not None:
+        made = replace(made, scales=_scales(recipe, loaded, made, store))
+        scales.fold(loaded, made.scales)
     if made.R2 is not None:
         surgery.rotate_heads(loaded, None if isinstance(made.R2, str) else made.R2, recipe.head_block)
     if made.r4:
@@ -99,6 +102,20 @@ def _clips(recipe: Recipe, loaded: LoadedModel, made: Transforms, store: Store) 
     key = still(lambda: keys.clips(recipe, door.prints))
     found: dict[str, float] = store.get_or_make(clips.KIND, key, make).json("clips")
     return found
+
+
+def _scales(recipe: Recipe, loaded: LoadedModel, made: Transforms, store: Store) -> dict[str, Tensor]:
+    """Each site's channel scales, from the store or found now on the model with R1 alone."""
+    text = recipe.scales
+    assert text is not None
+
+    def make(writer: Writer) -> None:
+        how: dict[str, Any] = {"r4": made.r4, "blocks": recipe.blocks}
+        found = scales.find(loaded, token_blocks(text, loaded), recipe.activations, **how)
+        writer.save_tensors("scales", found)
+
+    key = still(lambda: keys.scales(recipe, door.prints))
+    return store.get_or_make(scales.KIND, key, make).tensors("scales")
 
 
 def _rounded_kinds(recipe: Recipe) -> list[str]:
@@ -135,10 +152,11 @@ def require_texts(recipe: Recipe, store: Store) -> None:
     a recipe scores or calibrates its weights on; ValueError."""
     tokenizer, context = loading.words_of(recipe.model, store)
     recipe = recipe.canonical()
-    of, clips_on = recipe.weights, recipe.clips
+    of = recipe.weights
     needed = [(recipe.corpus, recipe.windows, recipe.window)]
     needed += [(of.corpus, of.windows, of.window)] if of.corpus is not None else []
-    needed += [(clips_on.corpus, 1, min(clips_on.tokens, WINDOW))] if clips_on else []
+    looked_at = [text for text in (recipe.clips, recipe.scales) if text is not None]
+    needed += [(text.corpus, 1, min(text.tokens, WINDOW)) for text in looked_at]
     for text, count, window in needed:
         loading.check_window(window, context)
         corpus.token_blocks(text, tokenizer, blocks=count, window=window)

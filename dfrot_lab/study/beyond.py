@@ -1,6 +1,7 @@
 """Beyond the paper, as experiments: one build's rows each."""
 
 from collections.abc import Iterator
+from typing import Any
 
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.recipe.specs import Recipe
@@ -23,8 +24,9 @@ def offset(setting: Setting, _store: Store) -> Iterator[Row]:
 
 
 def free_options(setting: Setting, _store: Store) -> Iterator[Row]:
-    """What else is free at inference, under three rotations: a clip ratio for each site, a range that need
-    not hold 0, both; each against RH without, against the rotation without, and against RH with the same."""
+    """What else is free at inference, under three rotations: a clip ratio for each site, channel scales, a
+    range that need not hold 0, all; each against RH without, against the rotation without, and against RH
+    with the same."""
     of_rh = _with_options(setting, "RH")
     for name in ("RH", "DFRot", "Offset+"):
         own = _with_options(setting, name)
@@ -38,9 +40,11 @@ def free_options(setting: Setting, _store: Store) -> Iterator[Row]:
 def _with_options(setting: Setting, name: str) -> dict[str, Recipe]:
     """The recipes of a rotation with each option."""
     plain = setting.row("16-4-16", setting.method(name))
-    free = plain.with_(activations=plain.activations.with_(scheme="free"))
-    clipped, both = (spec.with_(clips=setting.capture) for spec in (plain, free))
-    return {NONE: plain, "clips": clipped, "free range": free, "clips, free range": both}
+    clips, scales = {"clips": setting.capture}, {"scales": setting.capture}
+    free = {"activations": plain.activations.with_(scheme="free")}
+    options: dict[str, dict[str, Any]] = {NONE: {}, "clips": clips, "scales": scales, "free range": free}
+    options["all"] = clips | scales | free
+    return {said: plain.with_(**fields) for said, fields in options.items()}
 
 
 def better_weights(setting: Setting, _store: Store) -> Iterator[Row]:
