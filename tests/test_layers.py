@@ -226,7 +226,9 @@ def test_files_and_functions_are_short(name: str):
 
 def test_the_package_is_small():
     size = {name: len(file.read_text().splitlines()) for name, file in MODULES.items()}
-    assert sum(size.values()) <= 16_000, "then builds, divergence, offsets; then drift, clips, exports"
+    assert sum(size.values()) <= 17_500, (
+        "builds, divergence, offsets; drift, clips, exports; then scales, rivals"
+    )
     assert sum(lines for name, lines in size.items() if name.startswith("explore")) <= 3_500
 
 

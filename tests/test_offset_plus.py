@@ -14,8 +14,9 @@ from dfrot_lab.observe import massive
 from dfrot_lab.recipe import registry
 from dfrot_lab.recipe.grids import QuantSpec
 from dfrot_lab.recipe.specs import WINDOW, CaptureSpec, CorpusSpec, RotationSpec, recipe_of
-from dfrot_lab.rotate import offset, offset_plus
-from dfrot_lab.rotate.offset_plus import OffsetPlusSpec, Sample, State, descend, descended
+from dfrot_lab.rotate import downhill, offset, offset_plus
+from dfrot_lab.rotate.downhill import Sample, State
+from dfrot_lab.rotate.offset_plus import OffsetPlusSpec, descend, descended
 from dfrot_lab.rotate.steps import HISTORY
 from dfrot_lab.rotate.transforms import Context
 from dfrot_lab.score.perplexity import evaluate
@@ -67,7 +68,7 @@ def test_a_step_goes_down_and_its_angle_is_about_its_length():
     sample, start = problem()
     still = torch.zeros_like(start)
     state = State(start.clone(), start, still, still.clone(), [])
-    offset_plus._step(state, sample.rows, sample.weights, 0, 0.02)
+    downhill.adam(state, sample.rows, sample.weights, 0, offsets.spread, 0.02)
     assert rotations.orthogonality_error(state.R) < 1e-12
     assert objective(sample, state.R) < objective(sample, start)
     assert rotations.distance(state.R, start) == pytest.approx(0.02, rel=0.1)

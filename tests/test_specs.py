@@ -43,7 +43,7 @@ BAD = [
     (ModelSpec, {"dtype": "int4"}, "dtype", "one of auto, float32, float64, bfloat16, float16"),
     (CorpusSpec, {"name": ""}, "name", "auto, wikitext2, wikipedia-sample or a text file"),
     (CorpusSpec, {"split": "dev"}, "split", "one of calibration, evaluation, train, valid, test"),
-    (RotationSpec, {"kind": "HR"}, "kind", "one of NR, RO, RH, file"),
+    (RotationSpec, {"kind": "HR"}, "kind", "one of NR, RO, RH, RHT2, GSR, file"),
     (RotationSpec, {"seed": -1}, "seed", "a whole number in 0..2^63"),
     (RotationSpec, {"block": 0}, "block", "None or a whole number >= 1"),
     (RotationSpec, {"kind": "file"}, "path", "given for kind 'file' and for no other"),
@@ -644,11 +644,11 @@ def test_a_names_odd_characters_survive_the_yaml():
     [
         (
             "rotation: {method: spin}",
-            r"rotation method must be one of random, dfrot, offset, offset_plus; got 'spin'",
+            r"rotation method must be one of random, dfrot, offset, offset_plus, klt, proxy, task; got 'spin'",
         ),
         (
             "rotation: {method: [1]}",
-            r"rotation method must be one of random, dfrot, offset, offset_plus; got \[1\]",
+            r"rotation method must be one of random, dfrot, offset, offset_plus, klt, proxy, task; got \[1\]",
         ),
         ("", r"Recipe must be a mapping of its fields; got None"),
         ("rotation: RH", r"Recipe\.rotation must be a MethodSpec; got 'RH'"),

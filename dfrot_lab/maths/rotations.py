@@ -10,15 +10,22 @@ from dfrot_lab.maths.hadamard import block_of, factors, hadamard_matrix, hadamar
 from dfrot_lab.recipe.base import require
 from dfrot_lab.recipe.specs import RotationSpec
 
+WALSH_BLOCK = 128  # of GSR, where channels allow it: its paper's
 FAST_FROM = 2048  # channels from which a product with a Hadamard matrix is worth a transform of its own
 MAX_ORTHOGONALITY_ERROR = 1e-4  # float32 has about 1e-6; more than this changes the model visibly
 
 
 def _block(kind: str, channels: int, generator: torch.Generator) -> Tensor:
-    """One diagonal block (channels, channels) of NR, RO or RH, float64."""
+    """One diagonal block (channels, channels) of a kind, float64."""
     if kind == "RO":
         q, r = torch.linalg.qr(torch.randn(channels, channels, dtype=torch.float64, generator=generator))
         return q * torch.where(r.diagonal() < 0, -1.0, 1.0)  # else not uniform: Mezzadri, math-ph/0609050
+    if kind == "RHT2":
+        first, second = (_block("RH", channels, generator) for _ in range(2))
+        return first @ second
+    if kind == "GSR":
+        H = hadamard_matrix(channels) / math.sqrt(channels)
+        return H[(H[:, 1:] * H[:, :-1] < 0).sum(1).argsort(stable=True)]
     if kind == "RH":
         signs = torch.randint(0, 2, (channels, 1), generator=generator) * 2 - 1
         return signs * hadamard_matrix(channels).T / math.sqrt(channels)
@@ -28,19 +35,27 @@ def _block(kind: str, channels: int, generator: torch.Generator) -> Tensor:
 def make(spec: RotationSpec, channels: int) -> Tensor:
     """The rotation R (channels, channels) of `spec`, float64 on the CPU. Same spec, same bytes. NR is the
     identity; RO is uniform (Haar); RH is diag(s) @ H.T / sqrt(channels), its random signs s before H, as
-    after it they would only flip output channels (QuaRot, arXiv 2404.00456). `block=b`: independent ones of b
-    channels on the diagonal; None: one, and of RH the largest that there are (`block_of`, which says so).
-    ValueError: a block that does not divide channels, or of which no H is known."""
+    after it they would only flip output channels (QuaRot, arXiv 2404.00456); RHT2 is two of these, one after
+    the other; GSR has Walsh matrices on the diagonal, Hadamard matrices with rows by their changes of sign
+    (arXiv 2505.03810), of up to 128 channels. `block=b`: independent ones of b channels on the diagonal;
+    None: one, and of RH and RHT2 the largest that there are (`block_of`, which says so). ValueError: a block
+    that does not divide channels, or of which no H is known."""
     require("rotation.channels", channels, channels >= 1, ">= 1")
     if spec.kind == "file":
         raise ValueError(f"rotations.make: a file is read by rotate.random.matrix; got {spec.path}")
-    block = spec.block or (block_of(channels) if spec.kind == "RH" else channels)
+    block = spec.block or _default_block(spec.kind, channels)
     if channels % block:
         near = [size for size in range(1, channels + 1) if channels % size == 0]
         said = f"the {channels} channels; got {block}. Use one of {near}"
         raise ValueError(f"RotationSpec.block must divide {said}")
     generator = torch.Generator().manual_seed(spec.seed)
     return torch.block_diag(*(_block(spec.kind, block, generator) for _ in range(channels // block)))
+
+
+def _default_block(kind: str, channels: int) -> int:
+    if kind == "GSR":
+        return math.gcd(channels, WALSH_BLOCK)
+    return block_of(channels) if kind in ("RH", "RHT2") else channels
 
 
 def fast_product(R: Tensor) -> Callable[[Tensor], Tensor] | None:

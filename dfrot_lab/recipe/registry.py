@@ -15,10 +15,15 @@ class Choice(NamedTuple):
 
 
 METHODS = {
-    "random": Choice("dfrot_lab.rotate.random", ("NR", "RO", "RH")),
+    "random": Choice("dfrot_lab.rotate.random", ("NR", "RO", "RH", "RHT2", "GSR")),
     "dfrot": Choice("dfrot_lab.rotate.dfrot", ("DFRot",)),
     "offset": Choice("dfrot_lab.rotate.offset", ("Offset",)),
     "offset_plus": Choice("dfrot_lab.rotate.offset_plus", ("Offset+",)),
+    "klt": Choice("dfrot_lab.rotate.klt", ("KLT",)),
+    "proxy": Choice(
+        "dfrot_lab.rotate.proxy", ("DartQuant", "DartQuant + massive", "KurTail", "KurTail + massive")
+    ),
+    "task": Choice("dfrot_lab.rotate.task", ("SpinQuant", "OSTQuant R1")),
 }
 """Rotation methods: modules with `SPEC`, `spec(row, seed=, capture=)`, `fit(recipe, context)`; `VERSION`."""
 WEIGHTS = {

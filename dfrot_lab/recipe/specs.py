@@ -17,7 +17,7 @@ DEFAULT_MODEL = "smollm2-135m"
 SECOND_MODEL = "qwen2.5-coder-0.5b"  # for "does it hold elsewhere": fetched when it is named
 PACKAGED = (DEFAULT_MODEL, SECOND_MODEL)
 MODEL_SOURCES = "a packaged name, a folder, a .gguf file or hub:owner/name"
-ROTATION_KINDS = ("NR", "RO", "RH", "file")
+ROTATION_KINDS = ("NR", "RO", "RH", "RHT2", "GSR", "file")
 WHOLE = "whole"  # the part of a text file that is all of it
 SPLITS = ("calibration", "evaluation", "train", "valid", "test", WHOLE)
 DTYPES = ("float32", "float64", "bfloat16", "float16")
@@ -62,7 +62,8 @@ def calibration_of(corpus: str, own: str | None) -> CorpusSpec:
 
 
 class RotationSpec(MethodSpec):
-    """One matrix: NR (identity), RO (random orthogonal), RH (random Hadamard), a file; in `block`s."""
+    """One matrix: NR (identity), RO (random orthogonal), RH (random Hadamard), RHT2 (two of these), GSR
+    (Walsh matrices), a file; in `block`s."""
 
     method: ClassVar[str] = "random"
     kind: str = one_of("RH", ROTATION_KINDS)
@@ -83,8 +84,8 @@ class RotationSpec(MethodSpec):
 
     @property
     def first_seed(self) -> int | None:
-        """The seed of a random rotation; None for NR and a file."""
-        return self.seed if self.kind in ("RO", "RH") else None
+        """The seed of a random rotation; None for one that is not."""
+        return self.seed if self.kind in ("RO", "RH", "RHT2") else None
 
 
 class CaptureSpec(Spec):

@@ -11,34 +11,29 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import pandas as pd
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from dfrot_lab.disk.artefacts import Writer
-from dfrot_lab.maths import offsets, rotations
+from dfrot_lab.maths import offsets
 from dfrot_lab.model import door
 from dfrot_lab.observe import massive
 from dfrot_lab.recipe import keys
 from dfrot_lab.recipe.base import MethodSpec, one_of, require, ruled
 from dfrot_lab.recipe.grids import QuantSpec
 from dfrot_lab.recipe.specs import DEFAULT_RULE, MASSIVE_RULES, WINDOW, CaptureSpec, Recipe
-from dfrot_lab.rotate import descent, dfrot, offset
-from dfrot_lab.rotate.steps import ROWS_AT_ONCE, Refined
+from dfrot_lab.rotate import dfrot, downhill, offset
+from dfrot_lab.rotate.downhill import Sample, State, Way
+from dfrot_lab.rotate.steps import Refined
 from dfrot_lab.rotate.transforms import Context, Transforms
 
 log = logging.getLogger(__name__)
 KIND = "offset-plus"
 VERSION = offset.VERSION  # of its start: raise it with any change of either
 WINDOWS = 4  # of calibration text: on one it fits rows that another window does not have
-PARTS = 32  # a step sees all massive rows and one of so many parts of the others, in turn
-CHECK_EVERY = 25  # steps between two looks at all rows
 LENGTH = 0.06  # of the first step: about the angle it turns by, falling to 0 in a line; from 0.5 on it climbs
-BETAS = (0.9, 0.999)  # Adam's, arXiv 1412.6980
 
 
 class OffsetPlusSpec(MethodSpec):
@@ -72,33 +67,6 @@ class OffsetPlusSpec(MethodSpec):
 SPEC = OffsetPlusSpec
 
 
-@dataclass
-class State:
-    """Where a descent is: R of the next step, the best so far, Adam's two moments (channels, channels),
-    history (columns of steps.HISTORY)."""
-
-    R: Tensor
-    best: Tensor
-    first: Tensor
-    second: Tensor
-    history: list[dict[str, float]]
-
-    @property
-    def lowest(self) -> float:
-        """The lowest objective so far."""
-        return min((line["objective"] for line in self.history), default=math.inf)
-
-
-@dataclass(frozen=True)
-class Sample:
-    """What a descent is on: `rows` (tokens, channels), their weights (tokens,), which are massive
-    (tokens,)."""
-
-    rows: Tensor
-    weights: Tensor
-    mask: Tensor
-
-
 def spec(_row: str, *, seed: int = 0, capture: CaptureSpec | None = None) -> OffsetPlusSpec:
     """The row Offset+: of a capture of one whole window, four."""
     capture = capture or CaptureSpec()
@@ -125,10 +93,10 @@ def descended(
         started = time.perf_counter()
 
         def save(state: State) -> None:
-            _save_state(writer, state)
+            downhill.save(writer, state)
             checkpoint(state)
 
-        result = descend(sample, begin, spec, _resume(writer), save)
+        result = descend(sample, begin, spec, downhill.resume(writer), save)
         dfrot.keep(writer, result, time.perf_counter() - started)
 
     return dfrot.kept(context.store.get_or_make(KIND, lambda: keys.identity(spec, door.prints), make))
@@ -158,72 +126,10 @@ def descend(
     checkpoint: Callable[[State], None] = lambda _state: None,
 ) -> Refined:  # fmt: skip
     """Go downhill from `start` (channels, channels) for `spec.updates` steps; history has a line a look."""
-    still = torch.zeros_like(start.to(sample.rows))
-    state = state or State(start.to(still), start.to(still), still, still.clone(), [])
-    moved = (part.to(still) for part in (state.R, state.best, state.first, state.second))
-    state.R, state.best, state.first, state.second = moved
-    parts = descent.parts(sample.mask, sample.weights, PARTS)
-    bar = tqdm(total=spec.updates, desc="descend", unit="step", leave=False)
-    while not state.history or state.history[-1]["step"] < spec.updates:
-        done = int(state.history[-1]["step"]) if state.history else 0
-        bar.update(done - bar.n)
-        if state.history:
-            for step in range(done, done := min(done + CHECK_EVERY, spec.updates)):
-                at, weights = parts[step % len(parts)]
-                _step(state, sample.rows[at], weights.flatten(), step, LENGTH * (1 - step / spec.updates))
-                bar.update()
-            state.R = descent.orthonormal(state.R)
-        _look(state, sample, start, done, spec)
-        checkpoint(state)
-    bar.close()
-    best = (
-        start if state.history[0]["objective"] <= state.lowest else descent.orthonormal(state.best.double())
-    )
-    return Refined(rotations.check(best).cpu(), pd.DataFrame(state.history))
 
+    def step(state: State, rows: Tensor, weights: Tensor, number: int) -> None:
+        length = LENGTH * (1 - number / spec.updates)
+        downhill.adam(state, rows, weights, number, offsets.spread, length)
 
-def _step(state: State, rows: Tensor, weights: Tensor, step: int, length: float) -> None:
-    """One step of Adam on the rotations, of an angle of about `length`."""
-    rotated = rows @ state.R
-    skew = rotated.T @ offsets.spread(rotated, weights)[1]
-    skew = skew - skew.T
-    state.first.lerp_(skew, 1 - BETAS[0])
-    state.second.lerp_(skew.square(), 1 - BETAS[1])
-    first, second = (
-        m / (1 - b ** (step + 1)) for m, b in zip((state.first, state.second), BETAS, strict=True)
-    )
-    least = 1e-8 * second.max().sqrt() + torch.finfo(skew.dtype).tiny
-    half = first.div_(second.sqrt_().add_(least)).mul_(length / (2 * math.sqrt(len(skew))))
-    turned = torch.linalg.solve(torch.eye(len(half)).to(half) - half, state.R.T + half @ state.R.T)
-    state.R = turned.T.contiguous()
-
-
-def _look(state: State, sample: Sample, start: Tensor, step: int, spec: OffsetPlusSpec) -> None:
-    """A line of history about the state's R; back to the best one, at rest, where nothing was gained."""
-    pairs = zip(sample.rows.split(ROWS_AT_ONCE), sample.weights.split(ROWS_AT_ONCE), strict=True)
-    objective = sum(offsets.spread(rows @ state.R, weights)[0] for rows, weights in pairs)
-    places = offset.sample(sample.mask.cpu(), offset.ROWS, spec.seed).to(sample.mask.device)
-    found: dict[str, Any] = offset.losses(sample.rows[places] @ state.R, sample.mask[places], spec.quantizer)
-    if objective < state.lowest:
-        state.best = state.R
-    else:  # also where it is not a number
-        state.R, state.first = state.best, torch.zeros_like(state.first)
-    best = min(objective, state.lowest)
-    line = {**found, "step": step, "objective": objective, "best": best}
-    state.history.append({**line, "distance": rotations.distance(state.R.cpu(), start)})
-
-
-def _save_state(writer: Writer, state: State) -> None:
-    """One file: a kill cannot leave a rotation and a history that do not belong together."""
-    history = dfrot.as_tensor(state.history)
-    moments = {"first": state.first, "second": state.second}
-    writer.save_tensors("state", {"R": state.R, "best": state.best, **moments, "history": history})
-
-
-def _resume(writer: Writer) -> State | None:
-    if not writer.has("state"):
-        return None
-    saved = writer.load_tensors("state")
-    history = dfrot.as_lines(saved.pop("history"))
-    log.info("going on with the descent at step %d", history[-1]["step"])
-    return State(**saved, history=history)
+    way = Way(offsets.spread, step, spec.updates, spec.quantizer, spec.seed)
+    return downhill.descend(sample, start, way, state, checkpoint)

@@ -1,4 +1,5 @@
-"""Random rotations: none (NR), random orthogonal (RO), random Hadamard (RH); and a rotation from a file."""
+"""Rotations that look at nothing: none (NR), random orthogonal (RO), random Hadamard (RH), two of these
+(RHT2), Walsh matrices in blocks (GSR); and a rotation from a file."""
 
 from torch import Tensor
 
@@ -13,8 +14,8 @@ VERSION = 1
 
 
 def spec(row: str, *, seed: int = 0, **_capture: object) -> RotationSpec:
-    """The rotation of a row, NR, RO or RH, with its seed."""
-    return RotationSpec(kind=row, seed=0 if row == "NR" else seed)
+    """The rotation of a row, with its seed where it is random."""
+    return RotationSpec(kind=row, seed=0 if row in ("NR", "GSR") else seed)
 
 
 def fit(recipe: Recipe, context: Context) -> Transforms:

@@ -1,0 +1,222 @@
+"""Rotations descended for the loss of the quantized network itself, all activations rounded, weights as they
+are. SpinQuant (arXiv 2405.16406): the next-token loss, Cayley steps of plain descent. OSTQuant's residual
+rotation (2501.13987): KL-Top, the divergence from full precision over its most likely words, Adam on
+rotations; its scales are `Recipe.scales`' kin and not learned here. A rounding passes the gradient as if it
+were not there. R2 to R4 stay Hadamard."""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, ClassVar
+
+import pandas as pd
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from dfrot_lab.disk.artefacts import Writer
+from dfrot_lab.maths import hadamard, rotations
+from dfrot_lab.maths.quantizers import fake_quantize
+from dfrot_lab.model import door, hooks, loading, stream, surgery
+from dfrot_lab.model.checkpoint import HEAD
+from dfrot_lab.model.loading import LoadedModel
+from dfrot_lab.recipe import keys
+from dfrot_lab.recipe.base import MethodSpec, one_of, ruled
+from dfrot_lab.recipe.grids import ACTIVATIONS, KV_CACHE, QuantSpec
+from dfrot_lab.recipe.specs import WINDOW, CaptureSpec, Recipe, RotationSpec
+from dfrot_lab.rotate import descent, dfrot, downhill
+from dfrot_lab.rotate.steps import Refined
+from dfrot_lab.rotate.transforms import Context, Transforms
+
+log = logging.getLogger(__name__)
+KIND = "task"
+VERSION = 1
+NAMES = {"cross_entropy": "SpinQuant", "kl_top": "OSTQuant R1"}
+RATES = {"cross_entropy": 1.5, "kl_top": 0.001}  # the papers' (of OSTQuant's two the one of its Table 5)
+WINDOWS = 16  # of calibration text; the papers have 800 and 1000
+TOP = 1000  # words of KL-Top
+INNER = 5  # fixed-point iterations of a Cayley step
+SAVE_EVERY = 5
+LossOf = Callable[[Tensor], Tensor]
+"""The loss of what leaves the last layer (1, tokens, channels)."""
+
+
+class TaskSpec(MethodSpec):
+    """The loss, the text it is of, in stretches of `length` tokens, one a step of `updates`; the grids of the
+    linears' inputs and of the KV cache; `seed` of the random Hadamard it starts from."""
+
+    method: ClassVar[str] = "task"
+    loss: str = one_of("cross_entropy", tuple(NAMES))
+    capture: CaptureSpec = CaptureSpec(tokens=WINDOWS * WINDOW)
+    seed: int = ruled(0, "a whole number in 0..2^63", ge=0, lt=1 << 63)
+    activations: QuantSpec = ACTIVATIONS
+    cache: QuantSpec = KV_CACHE
+    length: int = ruled(1024, "a whole number >= 2", ge=2)
+    updates: int = ruled(60, "a whole number >= 1", ge=1)
+
+    def _check(self) -> None:
+        fits = self.activations.bits < 16 and self.activations.granularity == "per_token"
+        self._require("activations", fits, "per_token, of fewer than 16 bits")
+        self._require("capture", self.capture.tokens > 1, "of 2 tokens or more: one alone has no loss")
+
+    @property
+    def name(self) -> str:
+        """Name for tables and figures."""
+        return NAMES[self.loss]
+
+
+SPEC = TaskSpec
+
+
+def spec(row: str, *, seed: int = 0, capture: CaptureSpec | None = None) -> TaskSpec:
+    """The row of a loss: of a capture of one whole window, sixteen."""
+    loss = next(loss for loss, name in NAMES.items() if name == row)
+    capture = capture or CaptureSpec()
+    tokens = WINDOWS * WINDOW if capture.tokens == WINDOW else capture.tokens
+    return TaskSpec(loss=loss, capture=capture.with_(tokens=tokens), seed=seed)
+
+
+def fit(recipe: Recipe, context: Context) -> Transforms:
+    """R1 by the descent, R2 to R4 Hadamard."""
+    assert isinstance(recipe.rotation, TaskSpec)
+    return Transforms(R1=descended(recipe.rotation, context).R)
+
+
+def descended(spec: TaskSpec, context: Context) -> Refined:
+    """The rotation `spec` describes, from the store or made now on a model of its own; a stopped run goes on
+    where it was. Its history has a line a step: step, objective (the loss before it, of that step's tokens)
+    and distance from the start."""
+    spec = door.resolved(spec)
+
+    def make(writer: Writer) -> None:
+        loaded = loading.load_model(context.recipe.model, context.store)
+        surgery.prepare(loaded)
+        surgery.rotate_heads(loaded, block=context.recipe.head_block)
+        surgery.rotate_down(loaded, context.recipe.mlp_block)
+        started = time.perf_counter()
+        result = descend(loaded, context.text(spec.capture), spec, context.recipe.blocks, writer)
+        dfrot.keep(writer, result, time.perf_counter() - started)
+
+    return dfrot.kept(context.store.get_or_make(KIND, lambda: keys.identity(spec, door.prints), make))
+
+
+def descend(
+    loaded: LoadedModel, ids: Tensor, spec: TaskSpec, blocks: surgery.Blocks, writer: Writer | None = None
+) -> Refined:
+    """Go down from a random Hadamard on a text `ids` (windows, window) of a model with R2 and R4 in its
+    weights, in those blocks."""
+    kind = "RH" if hadamard.block_of(loaded.channels) > 1 else "RO"
+    start = rotations.make(RotationSpec(kind=kind, seed=spec.seed), loaded.channels).to(loaded.device).float()
+    still = torch.zeros_like(start)
+    state = downhill.State(start, start, still, still.clone(), [])
+    if writer:
+        state = downhill.resume(writer) or state
+    stretches = [part for window in ids for part in window.split(spec.length) if len(part) > 1]
+    bar = tqdm(range(len(state.history), spec.updates), NAMES[spec.loss], unit="step", leave=False)
+    for number in bar:
+        text = stretches[number % len(stretches)]
+        value, slope = gradient(loaded, state.R, text, spec, blocks)
+        length = RATES[spec.loss] * (1 + math.cos(math.pi * number / spec.updates)) / 2  # falls to 0
+        line = {"step": number, "objective": value, "best": min(value, state.lowest)}
+        distance = rotations.distance(state.R.cpu().double(), start.cpu().double())
+        state.history.append({**line, "ordinary": math.nan, "massive": math.nan, "distance": distance})
+        if spec.loss == "cross_entropy":
+            state.R = cayley(state.R, slope, length)
+        else:
+            skew = state.R.T @ slope
+            downhill.adam_turn(state, skew - skew.T, number, length * math.sqrt(len(skew)))
+        state.R = descent.orthonormal(state.R)
+        if writer and (number + 1) % SAVE_EVERY == 0:
+            downhill.save(writer, state)
+    return Refined(rotations.check(descent.orthonormal(state.R.double()).cpu()), pd.DataFrame(state.history))
+
+
+def cayley(R: Tensor, slope: Tensor, rate: float) -> Tensor:
+    """SpinQuant's step (its release: Cayley SGD without momentum): along W = (R g^T - g R^T) / 2, not longer
+    than 1 / |W|_1, as Y = R + alpha W (R + Y) / 2 found in a few iterations."""
+    W = (R @ slope.T - slope @ R.T) / 2
+    alpha = min(rate, 1 / (float(W.abs().sum(0).max()) + 1e-8))
+    moved = R + alpha * (W @ R)
+    for _ in range(INNER):
+        moved = R + alpha / 2 * (W @ (R + moved))
+    return moved
+
+
+def gradient(
+    loaded: LoadedModel, R: Tensor, ids: Tensor, spec: TaskSpec, blocks: surgery.Blocks
+) -> tuple[float, Tensor]:
+    """The loss of the quantized network on a text `ids` (tokens,) and its slope at R (channels, channels):
+    layer by layer forward, then back from the loss, each layer run again."""
+    R = R.detach().clone().requires_grad_()
+    loss = _cross_entropy(loaded, ids) if spec.loss == "cross_entropy" else _kl_top(loaded, ids, blocks)
+    with _rounded(loaded, R, spec, blocks):
+        entered: list[Tensor] = []
+        with torch.no_grad():
+            walk = stream.Walk(loaded, [ids[None]])
+            for number in walk.layers():
+                entered.append(walk.hidden[0])
+                walk.step(number)
+        with stream.part(loaded, HEAD):
+            value, back = _back(walk.hidden[0], loss)
+        for number in reversed(range(len(loaded.layers))):
+            with stream.part(loaded, number):
+                _, back = _back(entered.pop(), partial(walk.run, number), back)
+    assert R.grad is not None
+    return value, R.grad
+
+
+def _back(x: Tensor, function: LossOf, back: Tensor | None = None) -> tuple[float, Tensor]:
+    """The value of a function at `x` where it is one number, and the gradient at x for that at its value."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        out = function(x)
+        out.backward(back)
+    assert x.grad is not None
+    return (float(out.detach()) if out.numel() == 1 else math.nan), x.grad
+
+
+@contextmanager
+def _rounded(loaded: LoadedModel, R: Tensor, spec: TaskSpec, blocks: surgery.Blocks) -> Iterator[None]:
+    """While it runs, what R1 would turn is turned by R, rounded, turned back; all else rounded as is."""
+
+    def function(site: str, x: Tensor) -> Tensor:
+        kind = site.rpartition(".")[2]
+        if kind not in hooks.NORMS:
+            return _straight_through(x, spec.cache if kind in hooks.ATTENTION else spec.activations)
+        return _straight_through(x @ R.to(x), spec.activations) @ R.to(x).T
+
+    kinds = (*hooks.LINEAR_INPUTS, *(("k", "v") if spec.cache.bits < 16 else ()))
+    own: dict[str, Any] = {"function": function, "sites": hooks.sites_of(loaded, *kinds), "blocks": blocks}
+    with surgery.online(loaded, r3=spec.cache.bits < 16, r4=True, **own):
+        yield
+
+
+def _straight_through(x: Tensor, grid: QuantSpec) -> Tensor:
+    return x + (fake_quantize(x.detach(), grid) - x.detach())
+
+
+def _cross_entropy(loaded: LoadedModel, ids: Tensor) -> LossOf:
+    return lambda hidden: stream.loss(loaded, hidden[0], ids)
+
+
+def _kl_top(loaded: LoadedModel, ids: Tensor, blocks: surgery.Blocks) -> LossOf:
+    """The mean divergence in nats from full precision, over its most likely words, both made to sum to 1."""
+    with surgery.online(loaded, r4=True, blocks=blocks):
+        full = stream.through(loaded, [ids[None]])[0].clone()
+
+    def loss(hidden: Tensor) -> Tensor:
+        total = hidden.new_zeros((), dtype=torch.float64)
+        pairs = zip(hidden[0].split(stream.LOGIT_ROWS), full[0].split(stream.LOGIT_ROWS), strict=True)
+        for own, wanted in pairs:
+            with torch.no_grad():
+                top = stream.logits(loaded, wanted[None])[0].float()
+                top, words = top.topk(min(TOP, top.shape[-1]), dim=-1)
+                p = top.log_softmax(-1)
+            q = stream.logits(loaded, own[None])[0].float().gather(-1, words).log_softmax(-1)
+            total = total + torch.nn.functional.kl_div(q, p, reduction="sum", log_target=True).double()
+        return total / hidden.shape[1]
+
+    return loss
