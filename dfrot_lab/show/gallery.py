@@ -1,6 +1,8 @@
 """What is kept of an experiment and of the main job: tables, figures, findings in words."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +44,20 @@ def save_experiment(
     about["recipes"] = sorted(set(table["recipe"].dropna())) if "recipe" in table else []
     written = [kept, _save_question(name, setting, kept)]
     if about["recipes"]:
-        store = store or artefacts.Store()
-        made = [each.json("recipe") for each in store.list() if each.kind == perplexity.KIND]
-        found = {recipe.key: recipe for recipe in map(public, map(Recipe.of, made))}
+        found = {recipe.key: recipe for recipe in _evaluated(store or artefacts.Store())}
         asked = [found[key] for key in table["recipe"].dropna().unique() if key in found]
         written.append(row_files.save_recipes(kept, asked))
     with figures.theme():
         return [*written, _save_figure(FIGURES[name](table), name, pictures, setting, about)]
+
+
+def _evaluated(store: artefacts.Store) -> Iterator[Recipe]:
+    """The recipes, as they may be shown, of all evaluations in a store; one of another version of the package
+    that this one cannot read is left out."""
+    for each in store.list():
+        if each.kind == perplexity.KIND:
+            with suppress(ValueError):
+                yield public(Recipe.of(each.json("recipe")))
 
 
 def _stem(name: str, setting: Setting) -> str:
