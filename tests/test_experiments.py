@@ -28,7 +28,7 @@ from scipy import stats
 from test_evaluate import resolved, save_lively
 
 from dfrot_lab.disk import row_files
-from dfrot_lab.disk.artefacts import Store
+from dfrot_lab.disk.artefacts import Store, Writer
 from dfrot_lab.maths import tables
 from dfrot_lab.maths.quantizers import fake_quantize, squared_error
 from dfrot_lab.model import corpus
@@ -967,6 +967,20 @@ def test_table_and_figure_are_kept_with_what_they_were_made_from(
     assert (about["experiment"], about["rows"]) == ("clip-sweep", len(table))
     assert set(about["recipes"]) == set(table["recipe"])
     assert written[3].with_suffix(".svg").exists()
+
+
+def test_a_table_is_kept_beside_evaluations_of_another_version(lab: Lab, tmp_path):
+    """Whose recipe has a field that this one does not know."""
+    table = lab.table("clip-sweep")
+
+    def put(writer: Writer) -> None:
+        writer.save_json("recipe", {"spec": "Recipe", "warp": 1})
+
+    with pytest.raises(ValueError, match="Recipe has no field 'warp'"):
+        Recipe.of({"spec": "Recipe", "warp": 1})
+    lab.store.get_or_make(perplexity.KIND, {"by": "another version"}, put)
+    written = gallery.save_experiment("clip-sweep", table, lab.setting, tmp_path, tmp_path, lab.store)
+    assert set(yaml.safe_load(written[2].read_text())) == set(table["recipe"])
 
 
 def test_replacing_a_table_leaves_the_old_one_where_writing_fails(tmp_path):
