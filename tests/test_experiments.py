@@ -63,7 +63,7 @@ EVALUATING = (
     "free-options", "better-weights",
 )  # fmt: skip
 LOOKING = ("token-errors-3d", "token-errors-2d", "token-orders", "massive-token", "massive-magnitudes")
-ELSEWHERE = ("zero-shot", "measuring")
+ELSEWHERE = ("zero-shot", "measuring", "leaderboard")
 FEW_ROWS = (3, 1)
 """Calibration rows for a tiny model, in units of the window: two layers have four sites, fewer than the least
 of the paper's counts.

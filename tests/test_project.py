@@ -18,7 +18,7 @@ from dfrot_lab.maths import tables
 from dfrot_lab.recipe.keys import FORMULAS
 from dfrot_lab.recipe.specs import MASSIVE_RULES, ModelSpec
 from dfrot_lab.show import gallery
-from dfrot_lab.study import experiments
+from dfrot_lab.study import experiments, leaderboard
 from dfrot_lab.study.experiments import EXPERIMENTS
 from dfrot_lab.study.setting import Setting
 
@@ -215,6 +215,7 @@ OWN = {
     "offset": (),
     "free-options": ("option",),
     "better-weights": ("option",),
+    "leaderboard": ("group", "option", "seconds", "needs", *leaderboard.COLUMNS),
     "main-table": ("extra_minutes",),
     "calibration": ("varied", "level"),
     "clip-sweep": ("clip", "scored_on"),

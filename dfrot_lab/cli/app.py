@@ -273,4 +273,4 @@ def recipe_command(
     typer.echo(f"written: {said.out}" if said.out else text, nl=bool(said.out))
 
 
-from dfrot_lab.cli import export, here  # noqa: E402, F401 their commands come last
+from dfrot_lab.cli import export, here, leaderboard  # noqa: E402, F401 their commands come last

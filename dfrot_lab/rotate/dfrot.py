@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 SPEC = RefineSpec
 KIND = "refine"
 VERSION = 2  # as_released: the QR is the turn's, not the whole R's
+NEEDS = "activations"
 
 
 def spec(_row: str, *, seed: int = 0, capture: CaptureSpec | None = None) -> RefineSpec:
@@ -34,7 +35,8 @@ def spec(_row: str, *, seed: int = 0, capture: CaptureSpec | None = None) -> Ref
 def fit(recipe: Recipe, context: Context) -> Transforms:
     """R1 refined, R2 to R4 Hadamard."""
     assert isinstance(recipe.rotation, RefineSpec)
-    return Transforms(R1=refined(recipe.rotation, context.store).R)
+    found = refined(recipe.rotation, context.store)
+    return Transforms(R1=found.R, seconds=found.seconds)
 
 
 def stored(spec: RefineSpec, store: Store) -> Refined | None:

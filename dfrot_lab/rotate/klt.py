@@ -3,6 +3,7 @@
 orthogonal matrix; here all are in 4 bits). Each channel then has the same second moment over those rows."""
 
 import logging
+import time
 from typing import ClassVar
 
 import torch
@@ -20,6 +21,7 @@ from dfrot_lab.rotate.transforms import Context, Transforms
 log = logging.getLogger(__name__)
 KIND = "klt"
 VERSION = 1
+NEEDS = "activations"
 
 
 class KltSpec(MethodSpec):
@@ -46,21 +48,25 @@ def spec(_row: str, *, seed: int = 0, capture: CaptureSpec | None = None) -> Klt
 def fit(recipe: Recipe, context: Context) -> Transforms:
     """R1 of the principal directions, R2 to R4 Hadamard."""
     assert isinstance(recipe.rotation, KltSpec)
-    return Transforms(R1=principal(recipe.rotation, context.store))
+    R, seconds = principal(recipe.rotation, context.store)
+    return Transforms(R1=R, seconds=seconds)
 
 
-def principal(spec: KltSpec, store: Store | None = None) -> Tensor:
-    """R1 (channels, channels) float64 of `spec`, from the store or made now from the rows of its capture."""
+def principal(spec: KltSpec, store: Store | None = None) -> tuple[Tensor, float]:
+    """R1 (channels, channels) float64 of `spec`, from the store or made now from the rows of its capture; the
+    seconds that took."""
     spec, store = door.resolved(spec), store or Store()
 
     def make(writer: Writer) -> None:
-        U = torch.linalg.eigh(second_moment(captured(spec.capture, store))).eigenvectors.flip(1)
+        recorded, started = captured(spec.capture, store), time.perf_counter()
+        U = torch.linalg.eigh(second_moment(recorded)).eigenvectors.flip(1)
         kind = "RH" if hadamard.block_of(len(U)) > 1 else "RO"
         mixed = rotations.make(RotationSpec(kind=kind, seed=spec.seed), len(U))
         writer.save_tensors("R1", {"R1": rotations.check(U @ mixed)})
+        writer.note.update(seconds=time.perf_counter() - started)
 
     made = store.get_or_make(KIND, lambda: keys.identity(spec, door.prints), make)
-    return made.tensors("R1")["R1"]
+    return made.tensors("R1")["R1"], float(made.manifest["note"]["seconds"])
 
 
 def second_moment(recorded: Capture) -> Tensor:

@@ -30,6 +30,7 @@ from dfrot_lab.rotate.transforms import Context, Transforms
 log = logging.getLogger(__name__)
 KIND = "offset"
 VERSION = 1
+NEEDS = "activations"
 MIXTURES = tuple(step / 20 for step in range(20))  # the error is flat about its least: 0.05 apart is enough
 ROWS = 8192  # ordinary rows that a mixture is judged by: their mean error is known to 1%
 TRIED = ("mixture", "objective", "ordinary", "massive")
@@ -77,7 +78,8 @@ def spec(_row: str, *, seed: int = 0, capture: CaptureSpec | None = None) -> Off
 def fit(recipe: Recipe, context: Context) -> Transforms:
     """R1 by the plane map, R2 to R4 Hadamard."""
     assert isinstance(recipe.rotation, OffsetSpec)
-    return Transforms(R1=pointed(recipe.rotation, context.store).R)
+    found = pointed(recipe.rotation, context.store)
+    return Transforms(R1=found.R, seconds=found.seconds)
 
 
 def pointed(spec: OffsetSpec, store: Store | None = None) -> Pointed:

@@ -32,6 +32,7 @@ from dfrot_lab.rotate.transforms import Context, Transforms
 log = logging.getLogger(__name__)
 KIND = "offset-plus"
 VERSION = offset.VERSION  # of its start: raise it with any change of either
+NEEDS = "activations, gradients"
 WINDOWS = 4  # of calibration text: on one it fits rows that another window does not have
 LENGTH = 0.06  # of the first step: about the angle it turns by, falling to 0 in a line; from 0.5 on it climbs
 
@@ -77,7 +78,8 @@ def spec(_row: str, *, seed: int = 0, capture: CaptureSpec | None = None) -> Off
 def fit(recipe: Recipe, context: Context) -> Transforms:
     """R1 by the descent, R2 to R4 Hadamard."""
     assert isinstance(recipe.rotation, OffsetPlusSpec)
-    return Transforms(R1=descended(recipe.rotation, context).R)
+    found = descended(recipe.rotation, context)
+    return Transforms(R1=found.R, seconds=found.seconds)
 
 
 def descended(

@@ -28,6 +28,7 @@ from dfrot_lab.rotate.transforms import Context, Transforms
 log = logging.getLogger(__name__)
 KIND = "proxy"
 VERSION = 1
+NEEDS = "activations"
 MOMENTUM = 0.9  # DartQuant's
 UNIFORM = 1.8  # kurtosis of the uniform distribution
 NAMES = {"whip": "DartQuant", "kurtosis": "KurTail"}
@@ -67,7 +68,8 @@ def spec(row: str, *, seed: int = 0, capture: CaptureSpec | None = None) -> Prox
 def fit(recipe: Recipe, context: Context) -> Transforms:
     """R1 by the descent, R2 to R4 Hadamard."""
     assert isinstance(recipe.rotation, ProxySpec)
-    return Transforms(R1=descended(recipe.rotation, context.store).R)
+    found = descended(recipe.rotation, context.store)
+    return Transforms(R1=found.R, seconds=found.seconds)
 
 
 def descended(spec: ProxySpec, store: Store | None = None) -> Refined:

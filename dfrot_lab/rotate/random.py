@@ -11,6 +11,7 @@ from dfrot_lab.rotate.transforms import Context, Transforms
 
 SPEC = RotationSpec
 VERSION = 1
+NEEDS = "nothing"
 
 
 def spec(row: str, *, seed: int = 0, **_capture: object) -> RotationSpec:

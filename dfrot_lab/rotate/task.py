@@ -34,6 +34,7 @@ from dfrot_lab.rotate.transforms import Context, Transforms
 log = logging.getLogger(__name__)
 KIND = "task"
 VERSION = 1
+NEEDS = "gradients of the network"
 NAMES = {"cross_entropy": "SpinQuant", "kl_top": "OSTQuant R1"}
 RATES = {"cross_entropy": 1.5, "kl_top": 0.001}  # the papers' (of OSTQuant's two the one of its Table 5)
 WINDOWS = 16  # of calibration text; the papers have 800 and 1000
@@ -82,7 +83,8 @@ def spec(row: str, *, seed: int = 0, capture: CaptureSpec | None = None) -> Task
 def fit(recipe: Recipe, context: Context) -> Transforms:
     """R1 by the descent, R2 to R4 Hadamard."""
     assert isinstance(recipe.rotation, TaskSpec)
-    return Transforms(R1=descended(recipe.rotation, context).R)
+    found = descended(recipe.rotation, context)
+    return Transforms(R1=found.R, seconds=found.seconds)
 
 
 def descended(spec: TaskSpec, context: Context) -> Refined:

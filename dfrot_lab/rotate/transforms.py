@@ -25,7 +25,7 @@ class Transforms:
     """The transforms of one model: `R1` (channels, channels) or None; `R2` on each head's values, Hadamard,
     one (head, head) for all layers, one a layer (layers, head, head), or None; `gains` (channels,) a norm,
     folded after R1, `scales` (`model.scales`) and `clips` a clip ratio, all by site; whether the online
-    Hadamards R3 and R4 act."""
+    Hadamards R3 and R4 act; the seconds it took to find them."""
 
     R1: Tensor | None
     R2: Tensor | Literal["hadamard"] | None = "hadamard"
@@ -34,6 +34,7 @@ class Transforms:
     scales: Mapping[str, Tensor] = field(default_factory=dict)
     r3: bool = True
     r4: bool = True
+    seconds: float = 0.0
 
 
 class Context:

@@ -221,6 +221,7 @@ def _plot_price(part: pd.DataFrame, x: str, y: str, *, ax: Axes) -> None:
     ax.minorticks_off()
 
 
+RANKED = "{rotation}, {weights}, {option}"
 FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {  # by experiment, what draws its table
     "main": figures.figure_perplexity, "token-errors-3d": figure_errors_3d, "token-orders": figure_orders,
     "token-errors-2d": figures.figure_errors, "massive-token": figures.figure_massive_token,
@@ -234,5 +235,6 @@ FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {  # by experiment, what 
     "offset": partial(figure_differences, label="{rotation}"), "measuring": figure_measuring,
     "gain": partial(figure_differences, label="{rotation}"),
     "free-options": partial(figure_differences, label="{rotation}, {option}"),
-    "better-weights": partial(figure_differences, label="{rotation}, {weights}, {option}"),
+    "leaderboard": partial(figure_differences, label=RANKED, panel="{group}, {bits}"),
+    "better-weights": partial(figure_differences, label=RANKED),
 }  # fmt: skip

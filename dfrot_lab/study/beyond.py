@@ -27,9 +27,9 @@ def free_options(setting: Setting, _store: Store) -> Iterator[Row]:
     """What else is free at inference, under three rotations: a clip ratio for each site, channel scales, a
     range that need not hold 0, all; each against RH without, against the rotation without, and against RH
     with the same."""
-    of_rh = _with_options(setting, "RH")
+    of_rh = options(setting, "RH")
     for name in ("RH", "DFRot", "Offset+"):
-        own = _with_options(setting, name)
+        own = options(setting, name)
         for said in setting.few(list(own)):
             against = {} if own[said] == of_rh[NONE] else {"RH": of_rh[NONE]}
             against |= {} if said == NONE else {"without": own[NONE]}
@@ -37,14 +37,14 @@ def free_options(setting: Setting, _store: Store) -> Iterator[Row]:
             yield Row(own[said], {"option": said}, against)
 
 
-def _with_options(setting: Setting, name: str) -> dict[str, Recipe]:
-    """The recipes of a rotation with each option."""
+def options(setting: Setting, name: str) -> dict[str, Recipe]:
+    """The recipes of a rotation at 16-4-16 with each free option, by its name."""
     plain = setting.row("16-4-16", setting.method(name))
     clips, scales = {"clips": setting.capture}, {"scales": setting.capture}
     free = {"activations": plain.activations.with_(scheme="free")}
-    options: dict[str, dict[str, Any]] = {NONE: {}, "clips": clips, "scales": scales, "free range": free}
-    options["all"] = clips | scales | free
-    return {said: plain.with_(**fields) for said, fields in options.items()}
+    found: dict[str, dict[str, Any]] = {NONE: {}, "clips": clips, "scales": scales, "free range": free}
+    found["all"] = clips | scales | free
+    return {said: plain.with_(**fields) for said, fields in found.items()}
 
 
 def better_weights(setting: Setting, _store: Store) -> Iterator[Row]:

@@ -1,0 +1,119 @@
+"""Every rotation, free extra and weight quantizer under one pipeline: the same model, text, windows and
+grids, a verdict against RH. Groups are never mixed: what is compared costs the same when the model runs."""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import pandas as pd
+
+from dfrot_lab.disk.artefacts import Store
+from dfrot_lab.recipe import registry
+from dfrot_lab.recipe.specs import Recipe
+from dfrot_lab.rotate import transforms
+from dfrot_lab.study.beyond import NONE, options
+from dfrot_lab.study.main import Row, evaluated
+from dfrot_lab.study.setting import Setting
+
+BITS = ("16-4-16", "4-4-16")
+PUBLISHED = {"SpinQuant": (5.9, 7.3), "OSTQuant R1": (5.91, 7.29), "DartQuant": (5.93, 7.43)}
+"""Perplexity of WikiText-2 at 4-4-4 on LLaMA-2-7B and LLaMA-3-8B (full precision 5.47 and 6.14) as published,
+each by a pipeline of its own (other weight groups, clips, what is learned beside R1), so they cannot be
+ranked; SpinQuant's was not found again by its own release (8.0 in place of 7.3)."""
+COLUMNS = ("published LLaMA-2-7B", "published LLaMA-3-8B")
+
+
+def fused(setting: Setting) -> Iterator[tuple[str, Recipe]]:
+    """One fused R1, R2 to R4 Hadamard, nothing else: no cost at inference beyond RH's."""
+    for bits in setting.few(BITS):
+        for name in registry.rows():
+            if name != "NR":
+                yield NONE, setting.row(bits, setting.method(name))
+
+
+def extras(setting: Setting) -> Iterator[tuple[str, Recipe]]:
+    """A fused R1 with what else costs nothing when the model runs."""
+    for name in ("RH", "DFRot", "Offset+"):
+        yield from setting.few(
+            [(said, spec) for said, spec in options(setting, name).items() if said != NONE]
+        )
+
+
+def unrotated(setting: Setting) -> Iterator[tuple[str, Recipe]]:
+    """No rotation at all."""
+    for bits in setting.few(BITS):
+        yield NONE, setting.row(bits, setting.rotation("NR"))
+
+
+def weights(setting: Setting) -> Iterator[tuple[str, Recipe]]:
+    """Weights of 4 bits by every quantizer, under RH and under the best R1 of this lab."""
+    for name in ("RH", "Offset+"):
+        for by in setting.few(list(registry.WEIGHTS)):
+            yield NONE, setting.row(BITS[1], setting.method(name), weights=by)
+
+
+GROUPS: dict[str, Callable[[Setting], Iterator[tuple[str, Recipe]]]] = {
+    "fused R1": fused, "free extras": extras, "weights": weights, "no rotation": unrotated
+}  # fmt: skip
+
+
+def rows(group: str, setting: Setting) -> Iterator[Row]:
+    """One build's rows of a group, each against RH at its bits with the setting's weights; RH itself first."""
+    seen = set[str]()
+    for option, spec in GROUPS[group](setting):
+        rh = setting.row(spec.bits, setting.rotation("RH"))
+        if spec.bits not in seen:
+            yield Row(rh, {"group": group, "option": NONE})
+            seen.add(spec.bits)
+        if spec != rh:
+            yield Row(spec, {"group": group, "option": option}, {"RH": rh})
+
+
+def leaderboard(setting: Setting, store: Store, groups: Sequence[str] = tuple(GROUPS)) -> pd.DataFrame:
+    """The table of some groups: a results table with the group, the option, the seconds in which the first
+    build's rotation was found once it had what it `needs` to look at, and published numbers."""
+    asked = [partial(rows, group) for group in groups]
+    tables = [evaluated(asks, setting, store)[0] for asks in asked]
+    table = pd.concat(tables, ignore_index=True)
+    first = setting.with_(build=0)
+    about = {name: _about(first.row(BITS[0], first.method(name)), store) for name in _rotations(table)}
+    known = table["rotation"].map(PUBLISHED)
+    for place, column in enumerate(COLUMNS):
+        table[column] = known.map(lambda pair, place=place: pair[place], na_action="ignore")
+    return table.assign(
+        seconds=table["rotation"].map({name: seconds for name, (seconds, _) in about.items()}),
+        needs=table["rotation"].map({name: needs for name, (_, needs) in about.items()}),
+    )
+
+
+def _rotations(table: pd.DataFrame) -> list[str]:
+    return [name for name in table["rotation"].unique() if name in registry.rows()]
+
+
+def _about(spec: Recipe, store: Store) -> tuple[float, str]:
+    """How long the rotation of a recipe took to be found, and what it looks at."""
+    needs = registry.load(registry.METHODS, spec.rotation.method).NEEDS
+    return transforms.fit(spec, transforms.Context(spec, store)).seconds, needs
+
+
+def ranked(table: pd.DataFrame) -> pd.DataFrame:
+    """A line a row of the table, best first within group and bits: KL divergence, loss and perplexity with
+    intervals, and the change against RH with its verdict."""
+    keys = ["group", "bits", "rotation", "weights", "option"]
+    lines = []
+    for place, own in table.fillna({"weights": "none"}).groupby(keys, sort=False):
+        by = own.set_index("metric")
+        line = dict(zip(keys, place, strict=True))
+        for metric in ("KL divergence", "perplexity"):
+            line[metric] = by.loc[metric, "value"] if metric in by.index else float("nan")
+        change = [metric for metric in by.index if metric.startswith("change of perplexity")]
+        if change:
+            found = by.loc[change[0]]
+            line |= {"change, %": found["value"], "interval": found["ci95"], "verdict": found["verdict"]}
+        line |= {name: own[name].iloc[0] for name in ("builds", "seconds", "needs", *COLUMNS)}
+        lines.append(line)
+    found = pd.DataFrame(lines)
+    return found.sort_values(["group", "bits", "KL divergence"], key=_in_order, ignore_index=True)
+
+
+def _in_order(column: pd.Series) -> pd.Series:
+    return column.map(list(GROUPS).index) if column.name == "group" else column

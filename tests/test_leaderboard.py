@@ -1,0 +1,113 @@
+"""The leaderboard: all rows of all groups, each beside RH of its own bits; ranked within its group; it goes on."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from conftest import TEXT
+from test_evaluate import save_lively
+from typer.testing import CliRunner
+
+from dfrot_lab.cli.app import app
+from dfrot_lab.disk.artefacts import Store
+from dfrot_lab.recipe import registry
+from dfrot_lab.rotate import task
+from dfrot_lab.score import perplexity
+from dfrot_lab.show.experiment_figures import FIGURES
+from dfrot_lab.study import leaderboard
+from dfrot_lab.study.leaderboard import GROUPS, ranked, rows
+from dfrot_lab.study.setting import Setting
+
+FEW = ("fused R1", "no rotation")
+SOME = ["RH", "DFRot", "Offset+", "KLT", "DartQuant", "SpinQuant"]
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory) -> Setting:
+    folder = tmp_path_factory.mktemp("board")
+    text = folder / "text.txt"
+    text.write_text(TEXT)
+    model = save_lively(folder / "model")
+    own = {"windows": 1, "window": 64, "gptq_windows": 2, "builds": 2, "weights": "rtn"}
+    return Setting(model=model, corpus=str(text), **own)
+
+
+@pytest.fixture(scope="module")
+def board(setting, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "rows", lambda: ["NR", *SOME])
+        patch.setattr(task, "spec", lambda *of, spec=task.spec, **how: spec(*of, **how).with_(updates=4))
+        store = Store(tmp_path_factory.mktemp("store"))
+        yield leaderboard.leaderboard(setting.with_(quick=True), store, FEW), store
+
+
+def test_every_rotation_and_quantizer_is_in_a_group(setting):
+    found = {group: [row.spec for row in rows(group, setting)] for group in GROUPS}
+    for bits in leaderboard.BITS:
+        fused = [spec.rotation.name for spec in found["fused R1"] if spec.bits == bits]
+        assert sorted(fused) == sorted(name for name in registry.rows() if name != "NR")
+    assert {spec.weights.method for spec in found["weights"]} == set(registry.WEIGHTS)
+    assert {spec.rotation.name for spec in found["weights"]} == {"RH", "Offset+"}
+    assert {spec.rotation.name for spec in found["no rotation"]} == {"NR", "RH"}
+    extras = [spec for spec in found["free extras"] if spec.clips or spec.scales]
+    assert {spec.rotation.name for spec in extras} == {"RH", "DFRot", "Offset+"}
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_each_row_is_once_and_is_compared_with_rh_of_its_bits(group, setting):
+    found = list(rows(group, setting))
+    assert len({row.spec for row in found}) == len(found)
+    for row in found:
+        is_reference = row.spec == setting.row(row.spec.bits, setting.rotation("RH"))
+        assert list(row.against) == ([] if is_reference else ["RH"])
+        assert all(rh.rotation.name == "RH" and rh.bits == row.spec.bits for rh in row.against.values())
+        assert row.labels["group"] == group
+
+
+def test_the_table_says_seconds_needs_and_what_was_published(board):
+    table, _ = board
+    by = table.drop_duplicates("rotation").set_index("rotation")
+    assert by.loc["RH", "seconds"] == 0 and by.loc["RH", "needs"] == "nothing"
+    for name in ("DFRot", "Offset+", "KLT", "DartQuant", "SpinQuant"):
+        assert by.loc[name, "seconds"] > 0 and by.loc[name, "needs"] != "nothing"
+    assert by.loc["SpinQuant", list(leaderboard.COLUMNS)].tolist() == [5.9, 7.3]
+    assert by.loc["KLT", list(leaderboard.COLUMNS)].isna().all()
+
+
+def test_it_is_ranked_by_divergence_within_group_and_bits(board):
+    table, _ = board
+    found = ranked(table)
+    assert found["group"].drop_duplicates().tolist() == list(FEW)
+    assert len(found) == len(SOME) + 2 and set(found["bits"]) == {"16-4-16"}
+    for _, own in found.groupby(["group", "bits"]):
+        assert own["KL divergence"].is_monotonic_increasing and own["perplexity"].gt(1).all()
+        reference = own[own["rotation"] == "RH"]
+        assert len(reference) == 1 and math.isnan(reference["change, %"].iloc[0])
+    line = found[(found["rotation"] == "KLT") & (found["bits"] == "16-4-16")].iloc[0]
+    change = table[(table["rotation"] == "KLT") & (table["bits"] == "16-4-16")].set_index("metric")
+    (name,) = [metric for metric in change.index if metric.startswith("change of perplexity")]
+    assert (line["change, %"], line["verdict"]) == (change.loc[name, "value"], change.loc[name, "verdict"])
+    assert FIGURES["leaderboard"](table).axes
+
+
+def test_again_nothing_is_computed(board, setting, monkeypatch):
+    table, store = board
+    monkeypatch.setattr(perplexity, "build", lambda *_: pytest.fail("a row was built again"))
+    again = leaderboard.leaderboard(setting.with_(quick=True), store, FEW)
+    np.testing.assert_array_equal(again["value"], table["value"])
+
+
+def test_the_command_prints_a_group_and_refuses_another(setting, tmp_path, monkeypatch):
+    monkeypatch.setenv("DFROT_LAB_CACHE", str(tmp_path))
+    said = ["--model", setting.model.source, "--corpus", setting.corpus, "--window", "64"]
+    said += ["--windows", "1", "--builds", "1"]
+    out = tmp_path / "board.csv"
+    result = CliRunner().invoke(
+        app, ["leaderboard", *said, "--group", "no rotation", "--json", "--out", str(out)]
+    )
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)["rows"]
+    assert {row["rotation"] for row in found} == {"NR", "RH"} and out.exists()
+    wrong = CliRunner().invoke(app, ["leaderboard", *said, "--group", "best"])
+    assert wrong.exit_code != 0 and "--group must be one of fused R1" in wrong.output + str(wrong.exception)
