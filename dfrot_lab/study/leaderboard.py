@@ -57,7 +57,7 @@ GROUPS: dict[str, Callable[[Setting], Iterator[tuple[str, Recipe]]]] = {
 
 
 def rows(group: str, setting: Setting) -> Iterator[Row]:
-    """One build's rows of a group, each against RH at its bits with the setting's weights; RH itself first."""
+    """One build's rows of a group, each against RH at its bits, weights by the setting; RH itself first."""
     seen = set[str]()
     for option, spec in GROUPS[group](setting):
         rh = setting.row(spec.bits, setting.rotation("RH"))
