@@ -65,7 +65,7 @@ def figure_keep_out(table: pd.DataFrame) -> Figure:
     rows = rows.sort_values(["rotation", "keep_out"], ascending=[False, True])
     alone = rows.assign(low=rows["value"], high=rows["value"])  # only paired intervals would count here
     axes = {"xlabel": "perplexity (hollow: massive tokens kept out)"}
-    return panels(alone, "bits", plot_rows, size=(4.3, 3), axes=axes, sharex=True, sharey=True)
+    return panels(alone, "bits", plot_rows, size=(4.3, 3), axes=axes, sharey=True)
 
 
 def figure_clip(table: pd.DataFrame) -> Figure:
