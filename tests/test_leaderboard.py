@@ -10,6 +10,7 @@ from test_evaluate import save_lively
 from typer.testing import CliRunner
 
 from dfrot_lab.cli.app import app
+from dfrot_lab.cli.options import Options
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.recipe import registry
 from dfrot_lab.rotate import task
@@ -91,6 +92,14 @@ def test_it_is_ranked_by_divergence_within_group_and_bits(board):
     assert FIGURES["leaderboard"](table).axes
 
 
+def test_quick_cuts_what_was_not_said(setting):
+    said = Options(window=64, builds=3)
+    found = said.quickened(setting.with_(window=64, builds=3))
+    assert (found.window, found.builds, found.gptq_windows, found.quick) == (64, 3, 2, True)
+    assert found.method("SpinQuant").updates == found.method("DartQuant").updates == found.steps == 20
+    assert setting.method("DartQuant").updates == 100
+
+
 def test_again_nothing_is_computed(board, setting, monkeypatch):
     table, store = board
     monkeypatch.setattr(perplexity, "build", lambda *_: pytest.fail("a row was built again"))
@@ -109,5 +118,7 @@ def test_the_command_prints_a_group_and_refuses_another(setting, tmp_path, monke
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)["rows"]
     assert {row["rotation"] for row in found} == {"NR", "RH"} and out.exists()
+    nowhere = CliRunner().invoke(app, ["leaderboard", *said, "--out", str(out / "board.csv")])
+    assert nowhere.exit_code != 0 and "--out must be where files can be written" in nowhere.output
     wrong = CliRunner().invoke(app, ["leaderboard", *said, "--group", "best"])
     assert wrong.exit_code != 0 and "--group must be one of fused R1" in wrong.output + str(wrong.exception)

@@ -22,7 +22,7 @@ from dfrot_lab.observe.capture import capture
 from dfrot_lab.recipe import registry
 from dfrot_lab.recipe.base import MethodSpec
 from dfrot_lab.recipe.grids import ACTIVATIONS, KV_CACHE, QuantSpec
-from dfrot_lab.recipe.specs import CaptureSpec, CorpusSpec, RotationSpec
+from dfrot_lab.recipe.specs import CaptureSpec, CorpusSpec, RotationSpec, recipe_of
 from dfrot_lab.rotate import klt, proxy, task
 from dfrot_lab.rotate.downhill import Sample, State
 from dfrot_lab.rotate.proxy import ProxySpec
@@ -293,6 +293,55 @@ def test_a_killed_descent_of_the_network_goes_on(rows_of, store, monkeypatch, tm
     whole = task.descended(spec, Context(recipe, Store(tmp_path / "other")))
     assert resumed.history["step"].tolist() == whole.history["step"].tolist()
     assert_near(resumed.R, whole.R, 1e-4)
+
+
+def test_blocks_of_hadamards_are_part_of_what_a_descent_is_of(rows_of, store):
+    base, recorded = rows_of
+    from dfrot_lab.rotate.transforms import Context
+
+    spec = TaskSpec(capture=recorded, updates=2, length=32)
+    for block in (None, 4):
+        task.descended(spec, Context(base.with_(rotation=spec, mlp_block=block), store))
+    assert len([artefact for artefact in store.list() if artefact.kind == task.KIND]) == 2
+
+
+def test_seconds_of_runs_that_were_stopped_count(rows_of, store, monkeypatch):
+    _, recorded = rows_of
+    spec, save = ProxySpec(capture=recorded, updates=50), proxy.downhill.save
+
+    def stop(writer, state):
+        state.seconds = 1000.0
+        save(writer, state)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(proxy.downhill, "save", stop)
+    with pytest.raises(KeyboardInterrupt):
+        proxy.descended(spec, store)
+    monkeypatch.setattr(proxy.downhill, "save", save)
+    assert 1000 < proxy.descended(spec, store).seconds < 1100
+
+
+def test_a_step_that_leads_nowhere_leaves_the_start_and_says_so(caplog):
+    x, mask = planted(heavy=4)
+    result = proxy.descend(Sample(x, proxy.weights(mask, None), mask), ProxySpec(rate=1e300, updates=25))
+    torch.testing.assert_close(result.R, rotations.make(RotationSpec(), C))
+    assert "no step lowered the objective" in caplog.text
+
+
+def test_the_rule_moves_no_row_that_counts_every_row_the_same(rows_of, store):
+    _, recorded = rows_of
+    one, other = (
+        proxy.descended(ProxySpec(capture=recorded, updates=10, rule=rule), store).R
+        for rule in ("ratio_8", "ro_vs_nr")
+    )
+    assert torch.equal(one, other)
+
+
+def test_gsr_says_where_it_turns_nothing_and_has_no_seed(caplog):
+    rotations.make(RotationSpec(kind="GSR"), 81)
+    assert "what is 81 wide is rotated not at all" in caplog.text
+    first, second = (recipe_of("4-4-4", rotation=RotationSpec(kind="GSR", seed=seed)) for seed in (0, 5))
+    assert first.canonical() == second.canonical()
 
 
 @pytest.mark.parametrize(("made", "fields", "said"), [

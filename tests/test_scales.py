@@ -11,13 +11,15 @@ from test_stream import TOKENS, folder_of, recipe
 from torch import Tensor
 
 from dfrot_lab.disk.artefacts import Store
+from dfrot_lab.export import hf
 from dfrot_lab.maths import rotations
 from dfrot_lab.maths.quantizers import fake_quantize
 from dfrot_lab.model import checkpoint, hooks, scales, surgery
 from dfrot_lab.model.hooks import LINEAR_INPUTS
 from dfrot_lab.model.loading import LoadedModel
+from dfrot_lab.model.parts import feeds
 from dfrot_lab.recipe.grids import ACTIVATIONS, QuantSpec
-from dfrot_lab.recipe.specs import CaptureSpec, CorpusSpec, Recipe, RotationSpec
+from dfrot_lab.recipe.specs import CaptureSpec, CorpusSpec, ModelSpec, Recipe, RotationSpec
 from dfrot_lab.score import build, perplexity, rows
 
 IDS = torch.arange(2 * 48).reshape(2, 48) * 7 % 90 + 32
@@ -77,8 +79,7 @@ def test_no_scales_lose_less_than_the_balanced_ones(seed, channels):
     s = scales.balanced(torch.from_numpy(e2), torch.from_numpy(w2)).numpy()
     best = scipy.optimize.minimize(lost, np.zeros(channels), tol=1e-12).fun
     assert lost(np.log(s)) == pytest.approx(best, abs=1e-8)
-    share = scales.gain(torch.from_numpy(e2), torch.from_numpy(w2))
-    assert np.exp(best - lost(np.zeros(channels))) == pytest.approx(share, rel=1e-7) and share <= 1
+    assert best == pytest.approx(2 * np.log(np.sqrt(e2 * w2).sum()), abs=1e-8)
     assert np.log(s).mean() == pytest.approx(0, abs=1e-12)
 
 
@@ -201,6 +202,42 @@ def test_clips_are_found_on_the_scaled_model(scaled, store):
 def test_where_nothing_is_rounded_there_are_none(scaled):
     unrounded = scaled.with_(activations=ACTIVATIONS.with_(bits=16))
     assert unrounded.canonical() == unrounded.with_(scales=None).canonical()
+
+
+def test_an_export_before_or_after_changes_no_row(scaled, tmp_path):
+    """It has no R4, and still the scales that the recipe's own R4 asks for."""
+    plain, exported = Store(tmp_path / "a"), Store(tmp_path / "b")
+    hf.export(scaled, tmp_path / "folder", exported)
+    expected = perplexity.evaluate(scaled, plain)
+    assert perplexity.evaluate(scaled, exported).losses.tolist() == expected.losses.tolist()
+    assert "channels got scales" in (tmp_path / "folder" / "README.md").read_text()
+    again = scaled.with_(model=ModelSpec(source=str(tmp_path / "folder")))
+    whole = [
+        spec.with_(
+            rotation=RotationSpec(kind="NR"),
+            scales=None,
+            activations=spec.activations.with_(bits=16),
+            keys=spec.keys.with_(bits=16),
+            values=spec.values.with_(bits=16),
+            weights=spec.weights.with_(quantizer=spec.weights.quantizer.with_(bits=16)),
+        )
+        for spec in (scaled, again)
+    ]
+    found = [perplexity.evaluate(spec, plain).losses for spec in whole]
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+
+
+def test_a_router_does_not_weigh_for_it_sees_no_rounding(tmp_path):
+    loaded = load(family_folder("mixtral", tmp_path / "m"))
+    surgery.prepare(loaded)
+    reads, _ = scales._readers(loaded, 0)["layers.0.post_attention_norm"]
+    every = feeds(loaded, 0)["layers.0.post_attention_norm"][1]
+    assert len(reads) == len(every) - 1 and all(one is not every[0] for one in reads)
+
+
+def test_no_rows_kept_out_by_rules_that_scaled_rows_would_mislead(scaled):
+    with pytest.raises(ValueError, match=r"Recipe\.scales must be None with keep_out"):
+        scaled.with_(keep_out="ro_vs_nr")
 
 
 def test_no_rotation_no_scales(scaled):

@@ -102,11 +102,11 @@ def experiment(
     """One of the paper's tables or figures by name; a stopped one goes on. --out: runs/experiments/."""
     from dfrot_lab.show import gallery
     from dfrot_lab.study import experiments
-    from dfrot_lab.study.setting import QUICK
 
     if not name:
         return said.show_table(experiments.listing(), {})
-    setting = said.setting(limit=limit or None).resolved().with_(**QUICK if quick else {})
+    setting = said.setting(limit=limit or None).resolved()
+    setting = said.quickened(setting) if quick else setting
     out = said.out or Path("runs") / "experiments"
     if name in experiments.EXPERIMENTS:
         out.mkdir(parents=True, exist_ok=True)  # what cannot be written to is refused before hours of work

@@ -20,12 +20,12 @@ def leaderboard_command(
     .parquet, .json. Groups are not compared with each other: what they cost when the model runs differs."""
     from dfrot_lab.disk.artefacts import Store
     from dfrot_lab.study import experiments, leaderboard
-    from dfrot_lab.study.setting import QUICK
 
     if group and group not in leaderboard.GROUPS:
         raise ValueError(f"--group must be one of {', '.join(leaderboard.GROUPS)}; got {group!r}")
     said.require_table()
-    setting = experiments.setting_of("leaderboard", said.setting().resolved().with_(**QUICK if quick else {}))
+    asked = said.setting().resolved()
+    setting = experiments.setting_of("leaderboard", said.quickened(asked) if quick else asked)
     chosen = [group] if group else list(leaderboard.GROUPS)
     table = leaderboard.leaderboard(setting, Store(), chosen)
-    said.show_table(leaderboard.ranked(table), {"out": said.out}, table)
+    said.show_table(leaderboard.ranked(table), {"out": said.out}, table, most=None)

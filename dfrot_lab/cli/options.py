@@ -39,6 +39,13 @@ MALLOC = ((-4, 0), (-1, -1), (-2, 1 << 26))
 """No mapping of its own for a large piece, no trimming, 64 MB at a time: M_MMAP_MAX and so on in malloc.h."""
 
 
+def _require_place(path: Path) -> None:
+    """Refuse an --out that no file can be written to; ValueError."""
+    place = next(folder for folder in path.absolute().parents if folder.exists())
+    if not (place.is_dir() and os.access(place, os.W_OK)):
+        raise ValueError(f"--out must be where files can be written; {place} is not, got {path}")
+
+
 @dataclass(frozen=True)
 class Options:
     """The options that commands share, with their defaults, and the specs that they say together."""
@@ -124,9 +131,7 @@ class Options:
         require_file("--out", path, or_none=True)
         if endings and path.suffix not in endings:
             raise ValueError(f"--out must be a file ending in {' or '.join(endings)}; got {path}")
-        place = next(folder for folder in path.absolute().parents if folder.exists())
-        if not (place.is_dir() and os.access(place, os.W_OK)):
-            raise ValueError(f"--out must be where files can be written; {place} is not, got {path}")
+        _require_place(path)
         return path
 
     def require_table(self) -> None:
@@ -135,19 +140,29 @@ class Options:
 
         if self.out:
             row_files.require_table(self.out)
+            _require_place(self.out)
+
+    def quickened(self, setting: Any) -> Any:
+        """A setting as the quick profile has it, but for what was said otherwise than by default."""
+        from dfrot_lab.study.setting import QUICK
+
+        said = {name for name in QUICK if getattr(self, name, None) != getattr(Options, name, None)}
+        return setting.with_(**{name: value for name, value in QUICK.items() if name not in said})
 
     def show(self, value: Any, text: str) -> None:
         """On standard output: `value` as indented JSON with --json, else `text`."""
         typer.echo(strict_json(value) if self.as_json else text)
 
-    def show_table(self, table: Any, about: Mapping[str, Any], kept: Any = None) -> None:
-        """A pandas table and facts about it; the table `kept` goes to --out, if that is said."""
+    def show_table(
+        self, table: Any, about: Mapping[str, Any], kept: Any = None, most: int | None = 30
+    ) -> None:
+        """A pandas table, at `most` so many rows of it, and facts; the table `kept` goes to --out."""
         from dfrot_lab.disk import row_files
 
         if self.out and kept is not None:
             row_files.write_table(kept, self.out)
         facts = [f"{name}: {value}" for name, value in about.items() if value is not None]
-        text = "\n".join([table.to_string(index=False, max_rows=30), "", *facts])
+        text = "\n".join([table.to_string(index=False, max_rows=most), "", *facts])
         self.show({**about, "rows": row_files.rows(table)} if self.as_json else None, text)
 
     def show_facts(self, about: Mapping[str, Any], out: Path | None = None) -> None:

@@ -20,7 +20,8 @@ def of_hf(recipe: Recipe, loaded: LoadedModel, store: Store) -> str:
     """The card of a plain rotated folder, as Markdown."""
     about: dict[str, Any] = {"name": public(recipe.model).source, "family": loaded.family, "ours": OURS}
     about |= {"dtype": loaded.spec.dtype, "rotation": recipe.rotation.name, "bits": recipe.bits}
-    about |= {"is_rotated": recipe.is_rotated, "origin": origin(loaded.provenance, recipe.model)}
+    about |= {"is_rotated": recipe.is_rotated, "is_scaled": recipe.scales is not None}
+    about |= {"origin": origin(loaded.provenance, recipe.model)}
     about |= {"licence": LICENCE if recipe.model.source in PACKAGED else "", "version": __version__}
     about |= measured(recipe, store)
     loader = PackageLoader("dfrot_lab", "export")

@@ -1,5 +1,6 @@
 """Orthogonal matrices R (channels, channels), used as `x @ R`: make them from a spec, check, measure."""
 
+import logging
 import math
 from collections.abc import Callable
 
@@ -10,6 +11,7 @@ from dfrot_lab.maths.hadamard import block_of, factors, hadamard_matrix, hadamar
 from dfrot_lab.recipe.base import require
 from dfrot_lab.recipe.specs import RotationSpec
 
+log = logging.getLogger(__name__)
 WALSH_BLOCK = 128  # of GSR, where channels allow it: its paper's
 FAST_FROM = 2048  # channels from which a product with a Hadamard matrix is worth a transform of its own
 MAX_ORTHOGONALITY_ERROR = 1e-4  # float32 has about 1e-6; more than this changes the model visibly
@@ -54,7 +56,10 @@ def make(spec: RotationSpec, channels: int) -> Tensor:
 
 def _default_block(kind: str, channels: int) -> int:
     if kind == "GSR":
-        return math.gcd(channels, WALSH_BLOCK)
+        block = math.gcd(channels, WALSH_BLOCK)
+        if block == 1:
+            log.warning("GSR has blocks of a power of two: what is %d wide is rotated not at all", channels)
+        return block
     return block_of(channels) if kind in ("RH", "RHT2") else channels
 
 

@@ -99,16 +99,19 @@ def _by_head(head: int, block: int | None, x: Tensor) -> Tensor:
 
 
 def _readers(loaded: LoadedModel, number: int) -> dict[str, tuple[list[nn.Linear], Tensor]]:
-    """By site that may have scales the linears that read it, and the channel of each input."""
-    of = torch.arange(loaded.channels)
-    norms = {} if loaded.roles.online else feeds(loaded, number)
-    found = {site: (reads, of) for site, (norm, reads) in norms.items() if hasattr(norm, "weight")}
-    found = {site: own for site, own in found.items() if getattr(norms[site][0], "weight", None) is not None}
+    """By site that may have scales the linears that read it rounded (no router), and the channel of each
+    input."""
+    layer, roles, of = loaded.layers[number], loaded.roles, torch.arange(loaded.channels)
+    rounds = {id(linear(layer, name)) for name in roles.linears(layer)}
+    found: dict[str, tuple[list[nn.Linear], Tensor]] = {}
+    for site, (norm, reads) in ({} if roles.online else feeds(loaded, number)).items():
+        if getattr(norm, "weight", None) is not None:
+            found[site] = [one for one in reads if id(one) in rounds], of
     return found | {site: ([pair.reads], pair.of) for site, pair in pairs(loaded, number).items()}
 
 
 def weight_energy(reads: list[nn.Linear]) -> Tensor:
-    """w^2: of each input the energy of all weights that read it (inputs,) float64."""
+    """w^2: of each input the energy of the weights that read it (inputs,) float64."""
     return torch.stack([one.weight.double().square().sum(0) for one in reads]).sum(0)
 
 
@@ -137,12 +140,6 @@ def balanced(e2: Tensor, w2: Tensor) -> Tensor:
     e2, w2 = (x.double().clamp(min=LEAST * float(x.mean())) for x in (e2, w2))
     s = (w2 / e2) ** 0.25
     return s / s.log().mean().exp()
-
-
-def gain(e2: Tensor, w2: Tensor) -> float:
-    """What the best scales make of the error, (sum e w)^2 / (sum e^2 sum w^2): 0 to 1."""
-    e2, w2 = e2.double(), w2.double()
-    return float((e2 * w2).sqrt().sum() ** 2 / (e2.sum() * w2.sum()))
 
 
 def _by_channel(x: Tensor, of: Tensor) -> Tensor:

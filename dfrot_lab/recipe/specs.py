@@ -217,6 +217,8 @@ class Recipe(Spec):
         self._require("clips", free, "None with activations that have a clip_ratio, which is every site's")
         free = self.scales is None or self.is_rotated
         self._require("scales", free, "None without a rotation, which spreads errors over channels")
+        free = self.scales is None or self.keep_out is None
+        self._require("scales", free, "None with keep_out, whose rules judge rows that are not scaled")
         rule = "per_group (one scale a token and head, or a part of a head)"
         self._require("keys", self.keys.granularity == "per_group", rule)
         self._require("values", self.values.granularity == "per_group", rule)
@@ -258,9 +260,10 @@ class Recipe(Spec):
         if not self.is_rotated:
             changes |= {"rotation": RotationSpec(kind="NR"), "head_block": None, "mlp_block": None}
         else:  # what a method looks at is of this very model
+            drawn = not isinstance(self.rotation, RotationSpec) or self.rotation.kind != "GSR"
             rows = {name: of for name, of in self.rotation if isinstance(of, CaptureSpec)}
             own = {name: of.with_(model=self.model) for name, of in rows.items()}
-            changes["rotation"] = self.rotation.with_(**own)
+            changes["rotation"] = self.rotation.with_(**own, **({} if drawn else {"seed": 0}))
         return self.with_(**changes)
 
     def to_yaml(self) -> str:

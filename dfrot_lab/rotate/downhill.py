@@ -3,8 +3,9 @@ the loss of rotated rows, and whatever makes a step of its slope. The best R of 
 
 import logging
 import math
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
@@ -33,14 +34,22 @@ Checkpoint = Callable[["State"], None]
 
 @dataclass
 class State:
-    """Where a descent is: R of the next step, the best so far, Adam's two moments (channels, channels),
-    history (columns of steps.HISTORY)."""
+    """Where a descent is: R of the next step, the best so far, `first` and `second` (channels, channels), of
+    which its steps make what they need (Adam's moments; QR-Orth's momentum and Z), history (columns of
+    steps.HISTORY); the `seconds` of runs that were stopped, and when this one began."""
 
     R: Tensor
     best: Tensor
     first: Tensor
     second: Tensor
     history: list[dict[str, float]]
+    seconds: float = 0.0
+    began: float = field(default_factory=time.perf_counter)
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds so far, those of runs that were stopped included."""
+        return self.seconds + time.perf_counter() - self.began
 
     @property
     def lowest(self) -> float:
@@ -63,12 +72,13 @@ class Way:
 
 @dataclass(frozen=True)
 class Sample:
-    """What a descent is on: `rows` (tokens, channels), their weights (tokens,), which are massive
-    (tokens,)."""
+    """What a descent is on: `rows` (tokens, channels), their weights (tokens,), which are massive (tokens,);
+    which are seen at every step, `often` (tokens,), by default the massive ones."""
 
     rows: Tensor
     weights: Tensor
     mask: Tensor
+    often: Tensor | None = None
 
 
 def descend(
@@ -80,7 +90,8 @@ def descend(
     state = state or State(start.to(still), start.to(still), still, still.clone(), [])
     moved = (part.to(still) for part in (state.R, state.best, state.first, state.second))
     state.R, state.best, state.first, state.second = moved
-    parts = descent.parts(sample.mask, sample.weights, PARTS)
+    often = sample.mask if sample.often is None else sample.often
+    parts = descent.parts(often, sample.weights, PARTS)
     bar = tqdm(total=way.updates, desc="descend", unit="step", leave=False)
     while not state.history or state.history[-1]["step"] < way.updates:
         done = int(state.history[-1]["step"]) if state.history else 0
@@ -94,10 +105,11 @@ def descend(
         _look(state, sample, start, done, way)
         checkpoint(state)
     bar.close()
-    best = (
-        start if state.history[0]["objective"] <= state.lowest else descent.orthonormal(state.best.double())
-    )
-    return Refined(rotations.check(best).cpu(), pd.DataFrame(state.history))
+    best = descent.orthonormal(state.best.double())
+    if not state.lowest < state.history[0]["objective"]:
+        log.warning("no step lowered the objective: R1 is the rotation it started from")
+        best = start
+    return Refined(rotations.check(best).cpu(), pd.DataFrame(state.history), state.elapsed)
 
 
 def adam(state: State, rows: Tensor, weights: Tensor, step: int, loss: Loss, length: float) -> None:
@@ -122,7 +134,8 @@ def adam_turn(state: State, skew: Tensor, step: int, length: float) -> None:
 
 
 def _look(state: State, sample: Sample, start: Tensor, step: int, way: Way) -> None:
-    """A line of history about the state's R; back to the best one, at rest, where nothing was gained."""
+    """A line of history about the state's R; where nothing was gained, back to the best one, at rest, if the
+    way goes `back`."""
     pairs = zip(sample.rows.split(ROWS_AT_ONCE), sample.weights.split(ROWS_AT_ONCE), strict=True)
     objective = sum(way.loss(rows @ state.R, weights)[0] for rows, weights in pairs)
     places = offset.sample(sample.mask.cpu(), offset.ROWS, way.seed).to(sample.mask.device)
@@ -140,6 +153,7 @@ def save(writer: Writer, state: State) -> None:
     """One file: a kill cannot leave a rotation and a history that do not belong together."""
     history = dfrot.as_tensor(state.history)
     moments = {"first": state.first, "second": state.second}
+    moments["seconds"] = torch.tensor(state.elapsed, dtype=torch.float64)
     writer.save_tensors("state", {"R": state.R, "best": state.best, **moments, "history": history})
 
 
@@ -148,6 +162,7 @@ def resume(writer: Writer) -> State | None:
     if not writer.has("state"):
         return None
     saved = writer.load_tensors("state")
-    history = dfrot.as_lines(saved.pop("history"))
+    history, seconds = dfrot.as_lines(saved.pop("history")), float(saved.pop("seconds", 0.0))
     log.info("going on with the descent at step %d", history[-1]["step"])
-    return State(**saved, history=history)
+    R, best, first, second = (saved[name] for name in ("R", "best", "first", "second"))
+    return State(R, best, first, second, history, seconds)

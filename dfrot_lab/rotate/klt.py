@@ -1,8 +1,8 @@
 """KLT: the principal directions of captured rows, then a random Hadamard (the basis of SliceGPT, arXiv
 2401.15024, and of ResQ, 2412.14363, which keeps some directions in 8 bits and mixes the others by a random
-orthogonal matrix; here all are in 4 bits). Each channel then has the same second moment over those rows."""
+orthogonal matrix; here all are in 4 bits). Each channel then has the same second moment over those rows, or
+nearly, where no Hadamard matrix is known and a random orthogonal one stands for it."""
 
-import logging
 import time
 from typing import ClassVar
 
@@ -18,7 +18,6 @@ from dfrot_lab.recipe.base import MethodSpec, ruled
 from dfrot_lab.recipe.specs import CaptureSpec, Recipe, RotationSpec
 from dfrot_lab.rotate.transforms import Context, Transforms
 
-log = logging.getLogger(__name__)
 KIND = "klt"
 VERSION = 1
 NEEDS = "activations"
@@ -60,7 +59,7 @@ def principal(spec: KltSpec, store: Store | None = None) -> tuple[Tensor, float]
     def make(writer: Writer) -> None:
         recorded, started = captured(spec.capture, store), time.perf_counter()
         U = torch.linalg.eigh(second_moment(recorded)).eigenvectors.flip(1)
-        kind = "RH" if hadamard.block_of(len(U)) > 1 else "RO"
+        kind = "RH" if hadamard.factors(len(U)) else "RO"  # blocks would mix large directions with large ones
         mixed = rotations.make(RotationSpec(kind=kind, seed=spec.seed), len(U))
         writer.save_tensors("R1", {"R1": rotations.check(U @ mixed)})
         writer.note.update(seconds=time.perf_counter() - started)

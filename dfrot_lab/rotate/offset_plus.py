@@ -9,7 +9,6 @@ kept."""
 
 import logging
 import math
-import time
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -92,14 +91,13 @@ def descended(
     def make(writer: Writer) -> None:
         sample = _sample(spec, context)
         begin = offset.pointed(spec.start, context.store).R
-        started = time.perf_counter()
 
         def save(state: State) -> None:
             downhill.save(writer, state)
             checkpoint(state)
 
         result = descend(sample, begin, spec, downhill.resume(writer), save)
-        dfrot.keep(writer, result, time.perf_counter() - started)
+        dfrot.keep(writer, result, result.seconds)
 
     return dfrot.kept(context.store.get_or_make(KIND, lambda: keys.identity(spec, door.prints), make))
 

@@ -4,8 +4,6 @@ KurTail's distance of a row's kurtosis from the uniform distribution's (2503.014
 steps: here QR-Orth's). Both count every row the same; `massive` gives the mean of massive rows a weight
 beside that of the others, as DFRot would."""
 
-import logging
-import time
 from typing import ClassVar
 
 import torch
@@ -25,7 +23,6 @@ from dfrot_lab.rotate.downhill import Loss, Sample, State, Way
 from dfrot_lab.rotate.steps import Refined
 from dfrot_lab.rotate.transforms import Context, Transforms
 
-log = logging.getLogger(__name__)
 KIND = "proxy"
 VERSION = 1
 NEEDS = "activations"
@@ -37,7 +34,8 @@ RATES = {"whip": 0.01, "kurtosis": 0.03}  # DartQuant's 0.001 has gone half of t
 
 class ProxySpec(MethodSpec):
     """The proxy, the rows it is of, `updates` steps at a `rate` (None: its own), each on some of the rows;
-    `massive`: the weight of the mean over massive rows by `rule`; None: all rows alike, as published."""
+    `massive`: the weight of the mean over massive rows by `rule`; None: all rows alike, as published,
+    and the rule says only which rows the history tells apart."""
 
     method: ClassVar[str] = "proxy"
     loss: str = one_of("whip", tuple(NAMES))
@@ -81,10 +79,10 @@ def descended(spec: ProxySpec, store: Store | None = None) -> Refined:
         mask = massive.find(recorded, spec.rule).flatten()
         if spec.massive is not None:
             massive.warn(recorded, spec.rule)
-        started = time.perf_counter()
-        sample = Sample(recorded.all_rows(), weights(mask, spec.massive), mask)
+        often = mask if spec.massive is not None else torch.zeros_like(mask)
+        sample = Sample(recorded.all_rows(), weights(mask, spec.massive), mask, often)
         result = descend(sample, spec, downhill.resume(writer), lambda state: downhill.save(writer, state))
-        dfrot.keep(writer, result, time.perf_counter() - started)
+        dfrot.keep(writer, result, result.seconds)
 
     return dfrot.kept(store.get_or_make(KIND, lambda: keys.identity(spec, door.prints), make))
 

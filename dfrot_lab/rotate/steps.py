@@ -35,7 +35,8 @@ OnStep = Callable[[int, Callable[[], Tensor]], None]  # told of each step: its n
 class Refined:
     """The refined rotation R (channels, channels) float64; its history, one row a step: step, objective (the
     weighted loss a row), ordinary, massive (their mean squared errors), best (objective so far), distance
-    (||R - R0||_F / sqrt(C)). `seconds`: of a stopped run its last part; NaN: not measured."""
+    (||R - R0||_F / sqrt(C)). `seconds`: of a refinement that was stopped its last part, of another descent
+    all of it; NaN: not measured."""
 
     R: Tensor
     history: pd.DataFrame

@@ -4,9 +4,7 @@ rotation (2501.13987): KL-Top, the divergence from full precision over its most 
 rotations; its scales are `Recipe.scales`' kin and not learned here. A rounding passes the gradient as if it
 were not there. R2 to R4 stay Hadamard."""
 
-import logging
 import math
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -31,7 +29,6 @@ from dfrot_lab.rotate import descent, dfrot, downhill
 from dfrot_lab.rotate.steps import Refined
 from dfrot_lab.rotate.transforms import Context, Transforms
 
-log = logging.getLogger(__name__)
 KIND = "task"
 VERSION = 1
 NEEDS = "gradients of the network"
@@ -98,11 +95,14 @@ def descended(spec: TaskSpec, context: Context) -> Refined:
         surgery.prepare(loaded)
         surgery.rotate_heads(loaded, block=context.recipe.head_block)
         surgery.rotate_down(loaded, context.recipe.mlp_block)
-        started = time.perf_counter()
         result = descend(loaded, context.text(spec.capture), spec, context.recipe.blocks, writer)
-        dfrot.keep(writer, result, time.perf_counter() - started)
+        dfrot.keep(writer, result, result.seconds)
 
-    return dfrot.kept(context.store.get_or_make(KIND, lambda: keys.identity(spec, door.prints), make))
+    def key() -> Any:
+        blocks = context.recipe.blocks
+        return keys.identity(spec, door.prints) | ({"blocks": blocks} if any(blocks) else {})
+
+    return dfrot.kept(context.store.get_or_make(KIND, key, make))
 
 
 def descend(
@@ -133,7 +133,8 @@ def descend(
         state.R = descent.orthonormal(state.R)
         if writer and (number + 1) % SAVE_EVERY == 0:
             downhill.save(writer, state)
-    return Refined(rotations.check(descent.orthonormal(state.R.double()).cpu()), pd.DataFrame(state.history))
+    found = rotations.check(descent.orthonormal(state.R.double()).cpu())
+    return Refined(found, pd.DataFrame(state.history), state.elapsed)
 
 
 def cayley(R: Tensor, slope: Tensor, rate: float) -> Tensor:

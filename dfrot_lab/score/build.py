@@ -71,7 +71,6 @@ def rotated(
     proof = Proof(loaded, ids[:1, :TOKENS])
     surgery.prepare(loaded)
     made = transforms.fit(recipe, transforms.Context(recipe, store, loaded))
-    made = made if online else replace(made, r3=False, r4=False)
     if recipe.jitter is not None:  # after a method's look: what it keeps is of the model itself
         noise.jitter(loaded, recipe.jitter)
     if made.R1 is not None:
@@ -80,6 +79,7 @@ def rotated(
     if recipe.scales is not None:
         made = replace(made, scales=_scales(recipe, loaded, made, store))
         scales.fold(loaded, made.scales)
+    made = made if online else replace(made, r3=False, r4=False)
     if made.R2 is not None:
         surgery.rotate_heads(loaded, None if isinstance(made.R2, str) else made.R2, recipe.head_block)
     if made.r4:

@@ -81,14 +81,18 @@ class Setting(Spec):
         return cast(specs.RefineSpec, self.method("DFRot"))
 
     def rotation(self, kind: str) -> specs.RotationSpec:
-        """NR, RO or RH with the build's seed."""
+        """A rotation that looks at nothing, with the build's seed."""
         return specs.RotationSpec(kind=kind, seed=self.seed + self.build)
 
     def method(self, row: str) -> MethodSpec:
         """A row of the table of methods; the build's seed, capture, those it has of gamma, rule, steps."""
         spec: MethodSpec = registry.spec_of(row, seed=self.seed + self.build, capture=self.capture)
-        own = {"gamma", "rule", "steps"} & set(type(spec).model_fields)
-        return spec.with_(**{name: getattr(self, name) for name in own})
+        fields = set(type(spec).model_fields)
+        own: dict[str, Any] = {
+            name: getattr(self, name) for name in ("gamma", "rule", "steps") if name in fields
+        }
+        own |= {"updates": self.steps} if self.quick and "updates" in fields else {}
+        return spec.with_(**own)
 
     def row(self, bits: str, rotation: MethodSpec, *, weights: str = "", **fields: Any) -> specs.Recipe:
         """The recipe of one row: this setting's model and text, weights by the text's other half; windows,
