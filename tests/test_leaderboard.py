@@ -47,10 +47,11 @@ def test_every_rotation_and_quantizer_is_in_a_group(setting):
     found = {group: [row.spec for row in rows(group, setting)] for group in GROUPS}
     for bits in leaderboard.BITS:
         fused = [spec.rotation.name for spec in found["fused R1"] if spec.bits == bits]
-        assert sorted(fused) == sorted(name for name in registry.rows() if name != "NR")
+        rotated = [name for name in registry.rows() if name not in leaderboard.UNROTATED]
+        assert sorted(fused) == sorted(rotated)
     assert {spec.weights.method for spec in found["weights"]} == set(registry.WEIGHTS)
     assert {spec.rotation.name for spec in found["weights"]} == {"RH", "Offset+"}
-    assert {spec.rotation.name for spec in found["no rotation"]} == {"NR", "RH"}
+    assert {spec.rotation.name for spec in found["no rotation"]} == {"NR", "SmoothQuant", "RH"}
     extras = [spec for spec in found["free extras"] if spec.clips or spec.scales]
     assert {spec.rotation.name for spec in extras} == {"RH", "DFRot", "Offset+"}
 
@@ -80,7 +81,7 @@ def test_it_is_ranked_by_divergence_within_group_and_bits(board):
     table, _ = board
     found = ranked(table)
     assert found["group"].drop_duplicates().tolist() == list(FEW)
-    assert len(found) == len(SOME) + 2 and set(found["bits"]) == {"16-4-16"}
+    assert len(found) == len(SOME) + 3 and set(found["bits"]) == {"16-4-16"}
     for _, own in found.groupby(["group", "bits"]):
         assert own["KL divergence"].is_monotonic_increasing and own["perplexity"].gt(1).all()
         reference = own[own["rotation"] == "RH"]
@@ -117,7 +118,7 @@ def test_the_command_prints_a_group_and_refuses_another(setting, tmp_path, monke
     )
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)["rows"]
-    assert {row["rotation"] for row in found} == {"NR", "RH"} and out.exists()
+    assert {row["rotation"] for row in found} == {"NR", "SmoothQuant", "RH"} and out.exists()
     nowhere = CliRunner().invoke(app, ["leaderboard", *said, "--out", str(out / "board.csv")])
     assert nowhere.exit_code != 0 and "--out must be where files can be written" in nowhere.output
     wrong = CliRunner().invoke(app, ["leaderboard", *said, "--group", "best"])

@@ -18,15 +18,18 @@ from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.maths import rotations
 from dfrot_lab.maths.quantizers import fake_quantize
 from dfrot_lab.model import hooks, stream, surgery
-from dfrot_lab.observe.capture import capture
+from dfrot_lab.model.parts import feeds
+from dfrot_lab.observe.capture import capture, token_blocks
 from dfrot_lab.recipe import registry
 from dfrot_lab.recipe.base import MethodSpec
 from dfrot_lab.recipe.grids import ACTIVATIONS, KV_CACHE, QuantSpec
 from dfrot_lab.recipe.specs import CaptureSpec, CorpusSpec, RotationSpec, recipe_of
-from dfrot_lab.rotate import klt, proxy, task
+from dfrot_lab.rotate import klt, proxy, smoothquant, task
 from dfrot_lab.rotate.downhill import Sample, State
 from dfrot_lab.rotate.proxy import ProxySpec
+from dfrot_lab.rotate.smoothquant import SmoothQuantSpec
 from dfrot_lab.rotate.task import TaskSpec
+from dfrot_lab.score import build
 from dfrot_lab.score.perplexity import evaluate
 
 RIVALS = [row for row in registry.rows() if row not in ("NR", "RO", "RH", "DFRot", "Offset", "Offset+")]
@@ -92,6 +95,45 @@ def test_klt_gives_every_channel_the_same_second_moment(rows_of, store):
     U = torch.linalg.svd(x, full_matrices=False).Vh.T
     mixed = (U.T @ R).abs() * math.sqrt(len(R))
     torch.testing.assert_close(mixed, torch.ones_like(mixed), rtol=1e-3, atol=1e-3)
+
+
+# ---- no rotation
+
+
+@torch.no_grad()
+def test_smoothquant_levels_channels_and_weights_and_rotates_nothing(rows_of, store):
+    """With alpha 1/2 a channel's largest value and its column's are then the same."""
+    base, recorded = rows_of
+    spec = SmoothQuantSpec(capture=recorded)
+    plain = base.with_(rotation=RotationSpec(kind="NR"))
+    smooth, was = (build.build(of, store) for of in (base.with_(rotation=spec), plain))
+    assert smooth.R is None and not smooth.transforms.r4 and set(smooth.transforms.gains)
+    rows = {}
+    for built in (smooth, was):
+        ids = token_blocks(recorded, built.loaded)
+        own: dict[str, Tensor] = {}
+        with hooks.at_sites(
+            built.loaded,
+            lambda site, x, own=own: own.update({site: x.flatten(0, -2).clone()}),
+            hooks.sites_of(built.loaded, *hooks.NORMS),
+        ):
+            built.loaded.model(ids)
+        rows[built is smooth] = own
+    for site, (_, readers) in feeds(smooth.loaded, 0).items():
+        largest = rows[True][site].abs().amax(0)
+        columns = torch.stack([one.weight.abs().amax(0) for one in readers]).amax(0)
+        torch.testing.assert_close(largest, columns, rtol=1e-3, atol=0)
+        gain = smooth.transforms.gains[site]
+        torch.testing.assert_close(rows[True][site], rows[False][site] * gain.float(), rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+def test_alpha_0_and_1_leave_one_side_level():
+    readers = [torch.nn.Linear(6, 3, bias=False), torch.nn.Linear(6, 4, bias=False)]
+    largest = torch.tensor([1.0, 2, 4, 8, 16, 32]).double()
+    columns = torch.cat([one.weight for one in readers]).abs().amax(0).double()
+    torch.testing.assert_close(smoothquant.smoothing(largest, readers, 1.0), largest)
+    torch.testing.assert_close(smoothquant.smoothing(largest, readers, 0.0), 1 / columns)
 
 
 # ---- proxies

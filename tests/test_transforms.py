@@ -58,7 +58,14 @@ def context(tiny_spec: ModelSpec, text_file: Path, store: Store) -> Context:
 
 def test_every_row_has_the_spec_of_its_method():
     found = ["NR", "RO", "RH", "RHT2", "GSR", "DFRot", "Offset", "Offset+", "KLT", "DartQuant"]
-    found += ["DartQuant + massive", "KurTail", "KurTail + massive", "SpinQuant", "OSTQuant R1"]
+    found += [
+        "DartQuant + massive",
+        "KurTail",
+        "KurTail + massive",
+        "SpinQuant",
+        "OSTQuant R1",
+        "SmoothQuant",
+    ]
     assert registry.rows() == found
     for row in registry.rows():
         spec = registry.spec_of(row, seed=3)
@@ -66,7 +73,7 @@ def test_every_row_has_the_spec_of_its_method():
         module = registry.load(registry.METHODS, spec.method)
         assert isinstance(spec, module.SPEC)
         assert MethodSpec.of(spec.plain()) == spec
-        assert spec.first_seed == (None if row in ("NR", "GSR") else 3)
+        assert spec.first_seed == (None if row in ("NR", "GSR", "SmoothQuant") else 3)
     assert registry.spec_of("NR", seed=3) == registry.spec_of("NR"), "nothing is random in it"
     own = CaptureSpec(tokens=64)
     assert registry.spec_of("DFRot", seed=3, capture=own) == RefineSpec(
@@ -76,7 +83,7 @@ def test_every_row_has_the_spec_of_its_method():
 
 def test_an_unknown_row_is_refused_with_those_there_are():
     with pytest.raises(
-        ValueError, match=r"a rotation must be one of NR, RO, RH, .*, OSTQuant R1; got 'SpinQuant2'"
+        ValueError, match=r"a rotation must be one of NR, RO, RH, .*, SmoothQuant; got 'SpinQuant2'"
     ):
         registry.spec_of("SpinQuant2")
 

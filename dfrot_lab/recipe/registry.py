@@ -24,6 +24,7 @@ METHODS = {
         "dfrot_lab.rotate.proxy", ("DartQuant", "DartQuant + massive", "KurTail", "KurTail + massive")
     ),
     "task": Choice("dfrot_lab.rotate.task", ("SpinQuant", "OSTQuant R1")),
+    "smoothquant": Choice("dfrot_lab.rotate.smoothquant", ("SmoothQuant",)),
 }
 """Rotation methods: modules with `SPEC`, `spec(row, seed=, capture=)`, `fit(recipe, context)`; `VERSION`."""
 WEIGHTS = {

@@ -15,6 +15,7 @@ from dfrot_lab.study.main import Row, evaluated
 from dfrot_lab.study.setting import Setting
 
 BITS = ("16-4-16", "4-4-16")
+UNROTATED = ("NR", "SmoothQuant")
 PUBLISHED = {"SpinQuant": (5.9, 7.3), "OSTQuant R1": (5.91, 7.29), "DartQuant": (5.93, 7.43)}
 """Perplexity of WikiText-2 at 4-4-4 on LLaMA-2-7B and LLaMA-3-8B (full precision 5.47 and 6.14) as published,
 each by a pipeline of its own (other weight groups, clips, what is learned beside R1), so they cannot be
@@ -26,7 +27,7 @@ def fused(setting: Setting) -> Iterator[tuple[str, Recipe]]:
     """One fused R1, R2 to R4 Hadamard, nothing else: no cost at inference beyond RH's."""
     for bits in setting.few(BITS):
         for name in registry.rows():
-            if name != "NR":
+            if name not in UNROTATED:
                 yield NONE, setting.row(bits, setting.method(name))
 
 
@@ -41,7 +42,8 @@ def extras(setting: Setting) -> Iterator[tuple[str, Recipe]]:
 def unrotated(setting: Setting) -> Iterator[tuple[str, Recipe]]:
     """No rotation at all."""
     for bits in setting.few(BITS):
-        yield NONE, setting.row(bits, setting.rotation("NR"))
+        for name in UNROTATED:
+            yield NONE, setting.row(bits, setting.method(name))
 
 
 def weights(setting: Setting) -> Iterator[tuple[str, Recipe]]:
