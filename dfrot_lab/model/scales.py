@@ -84,9 +84,10 @@ def find(
         for number in walk.layers():
             walk.step(number)
             for site, (reads, of) in _readers(loaded, number).items():
-                rows = torch.cat(seen.pop(site, [torch.empty(0)]))
-                rows = rows[rows.any(-1)] if rows.numel() else rows
-                turn = turned.get(site.rpartition(".")[2])
+                if site not in seen:  # no token reached it, or it is not turned
+                    continue
+                rows, turn = torch.cat(seen[site]), turned.get(site.rpartition(".")[2])
+                rows = rows[rows.any(-1)]
                 scale = best(rows, weight_energy(reads), of, grid, turn) if len(rows) else None
                 if scale is not None:
                     found[site] = scale.cpu()

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from tqdm.auto import tqdm
 
 from dfrot_lab.disk.artefacts import Writer
 from dfrot_lab.model import loading
-from dfrot_lab.model.checkpoint import EMBEDDING
+from dfrot_lab.model.checkpoint import EMBEDDING, HEAD
 from dfrot_lab.model.loading import LoadedModel
 
 log = logging.getLogger(__name__)
@@ -196,6 +197,48 @@ class Walk:
 def through(loaded: LoadedModel, ids: Sequence[Tensor], name: str = "") -> list[Tensor]:
     """What leaves the last layer for each of `ids` (windows, tokens): (windows, tokens, channels)."""
     return Walk(loaded, ids, name=name).through()
+
+
+def kept(loaded: LoadedModel, ids: Sequence[Tensor]) -> tuple[Walk, list[list[Tensor]]]:
+    """A walk through all layers, and what entered each: of every layer for each of `ids` (windows, tokens,
+    channels). What `back` starts from."""
+    entered: list[list[Tensor]] = []
+    with torch.no_grad():
+        walk = Walk(loaded, ids)
+        for number in walk.layers():
+            entered.append(list(walk.hidden))
+            walk.step(number)
+    return walk, entered
+
+
+def back(
+    walk: Walk, entered: list[list[Tensor]], losses: Sequence[Callable[[Tensor], Tensor]]
+) -> list[float]:
+    """Each text's loss, by its own function of what left the last layer; then back from it through the
+    layers, each run again, for whatever takes a gradient on the way. Empties `entered`."""
+    values, gradients = list[float](), list[Tensor]()
+    with part(walk.loaded, HEAD):
+        for x, loss_of in zip(walk.hidden, losses, strict=True):
+            value, gradient = _gradient(x, loss_of)
+            values.append(float(value))
+            gradients.append(gradient)
+    for number in reversed(range(len(entered))):
+        with part(walk.loaded, number):
+            for i, x in enumerate(entered.pop()):
+                gradients[i] = _gradient(x, partial(walk.run, number), gradients[i])[1]
+    return values
+
+
+def _gradient(
+    x: Tensor, function: Callable[[Tensor], Tensor], above: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """A function's value at `x`, and the gradient at x for the gradient `above` at that value."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        value = function(x)
+        value.backward(above)
+    assert x.grad is not None
+    return value.detach(), x.grad
 
 
 def logits(loaded: LoadedModel, hidden: Tensor) -> Tensor:

@@ -184,6 +184,10 @@ class MethodSpec(Spec):
         """The seed of what is random in it; None where nothing is."""
         return getattr(self, "seed", None)
 
+    def canonical(self) -> Self:
+        """The same with what has no effect set to defaults, so that equal work has one key."""
+        return self
+
     def plain(self) -> dict[str, Any]:
         """As of any spec, with the method's name first."""
         return {"method": self.method, **super().plain()}

@@ -26,7 +26,8 @@ METHODS = {
     "task": Choice("dfrot_lab.rotate.task", ("SpinQuant", "OSTQuant R1")),
     "smoothquant": Choice("dfrot_lab.rotate.smoothquant", ("SmoothQuant",)),
 }
-"""Rotation methods: modules with `SPEC`, `spec(row, seed=, capture=)`, `fit(recipe, context)`; `VERSION`."""
+"""Rotation methods: modules with `SPEC`, `spec(row, seed=, capture=)`, `fit(recipe, context)`; `VERSION`,
+`NEEDS` (what it looks at, in a few words)."""
 WEIGHTS = {
     "rtn": Choice("dfrot_lab.weights.rtn"),
     "gptq": Choice("dfrot_lab.weights.gptq"),

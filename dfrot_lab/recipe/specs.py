@@ -87,6 +87,10 @@ class RotationSpec(MethodSpec):
         """The seed of a random rotation; None for one that is not."""
         return self.seed if self.kind in ("RO", "RH", "RHT2") else None
 
+    def canonical(self) -> "RotationSpec":
+        """The same with the default seed where nothing is random."""
+        return self.with_(seed=0) if self.first_seed is None else self
+
 
 class CaptureSpec(Spec):
     """Which activations: all norm outputs, norms fused, of `tokens` tokens after the first `skip` windows, or
@@ -260,10 +264,9 @@ class Recipe(Spec):
         if not self.is_rotated:
             changes |= {"rotation": RotationSpec(kind="NR"), "head_block": None, "mlp_block": None}
         else:  # what a method looks at is of this very model
-            drawn = not isinstance(self.rotation, RotationSpec) or self.rotation.kind != "GSR"
             rows = {name: of for name, of in self.rotation if isinstance(of, CaptureSpec)}
             own = {name: of.with_(model=self.model) for name, of in rows.items()}
-            changes["rotation"] = self.rotation.with_(**own, **({} if drawn else {"seed": 0}))
+            changes["rotation"] = self.rotation.with_(**own).canonical()
         return self.with_(**changes)
 
     def to_yaml(self) -> str:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dfrot_lab.disk.artefacts import Artefact, Store, Writer
-from dfrot_lab.maths import hadamard, offsets, rotations
+from dfrot_lab.maths import offsets, rotations
 from dfrot_lab.maths.quantizers import squared_error
 from dfrot_lab.model import door
 from dfrot_lab.observe import massive
@@ -24,7 +24,8 @@ from dfrot_lab.observe.capture import Capture, capture as captured
 from dfrot_lab.recipe import keys
 from dfrot_lab.recipe.base import MethodSpec, one_of, ruled
 from dfrot_lab.recipe.grids import QuantSpec
-from dfrot_lab.recipe.specs import DEFAULT_RULE, MASSIVE_RULES, CaptureSpec, Recipe, RotationSpec
+from dfrot_lab.recipe.specs import DEFAULT_RULE, MASSIVE_RULES, CaptureSpec, Recipe
+from dfrot_lab.rotate import random
 from dfrot_lab.rotate.transforms import Context, Transforms
 
 log = logging.getLogger(__name__)
@@ -131,7 +132,7 @@ def point(rows: Tensor, mask: Tensor, mean: Tensor, spec: OffsetSpec) -> Pointed
     """The plane map of least error of `rows` (tokens, channels), massive where `mask` (tokens,) is, that
     share the `mean` (channels,); or the random Hadamard, where no map loses less. Ordinary and massive rows
     count the same, each kind by its mean error: nothing to weigh by hand."""
-    start = rotations.make(_start(spec, rows.shape[1]), rows.shape[1])
+    start = random.start(spec.seed, rows.shape[1])
     length = float(rows.double().square().sum(1).mean().sqrt())
     mean = mean.double() if float(mean.norm()) > NO_MEAN * length else torch.zeros_like(mean)
     heavy = spike(rows[mask])
@@ -153,12 +154,6 @@ def point(rows: Tensor, mask: Tensor, mean: Tensor, spec: OffsetSpec) -> Pointed
     before = offsets.plane(mean, heavy, best)
     R = offsets.carried(start, before @ start, flat[: len(before)])
     return Pointed(rotations.check(R), pd.DataFrame(tried))
-
-
-def _start(spec: OffsetSpec, channels: int) -> RotationSpec:
-    """The random Hadamard of the seed, in the largest blocks; where there are none a random orthogonal
-    one."""
-    return RotationSpec(kind="RH" if hadamard.block_of(channels) > 1 else "RO", seed=spec.seed)
 
 
 def losses(rotated: Tensor, mask: Tensor, quantizer: QuantSpec) -> dict[str, float]:

@@ -9,7 +9,6 @@ kept."""
 
 import logging
 import math
-from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -82,7 +81,7 @@ def fit(recipe: Recipe, context: Context) -> Transforms:
 
 
 def descended(
-    spec: OffsetPlusSpec, context: Context, checkpoint: Callable[[State], None] = lambda _state: None
+    spec: OffsetPlusSpec, context: Context, checkpoint: downhill.Checkpoint = lambda _state: None
 ) -> Refined:
     """The rotation `spec` describes, from the store or made now on the model of `context`; a stopped run goes
     on at its last look. `checkpoint` sees each state once saved; it may raise to stop."""
@@ -123,7 +122,7 @@ def _sample(spec: OffsetPlusSpec, context: Context) -> Sample:
 
 def descend(
     sample: Sample, start: Tensor, spec: OffsetPlusSpec, state: State | None = None,
-    checkpoint: Callable[[State], None] = lambda _state: None,
+    checkpoint: downhill.Checkpoint = lambda _state: None,
 ) -> Refined:  # fmt: skip
     """Go downhill from `start` (channels, channels) for `spec.updates` steps; history has a line a look."""
 

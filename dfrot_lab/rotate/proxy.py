@@ -10,15 +10,14 @@ import torch
 from torch import Tensor
 
 from dfrot_lab.disk.artefacts import Store, Writer
-from dfrot_lab.maths import hadamard, rotations
 from dfrot_lab.model import door
 from dfrot_lab.observe import massive
 from dfrot_lab.observe.capture import capture as captured
 from dfrot_lab.recipe import keys
 from dfrot_lab.recipe.base import MethodSpec, one_of, ruled
 from dfrot_lab.recipe.grids import QuantSpec
-from dfrot_lab.recipe.specs import DEFAULT_RULE, MASSIVE_RULES, CaptureSpec, Recipe, RotationSpec
-from dfrot_lab.rotate import dfrot, downhill
+from dfrot_lab.recipe.specs import DEFAULT_RULE, MASSIVE_RULES, CaptureSpec, Recipe
+from dfrot_lab.rotate import dfrot, downhill, random
 from dfrot_lab.rotate.downhill import Loss, Sample, State, Way
 from dfrot_lab.rotate.steps import Refined
 from dfrot_lab.rotate.transforms import Context, Transforms
@@ -101,13 +100,9 @@ def descend(
     checkpoint: downhill.Checkpoint = lambda _state: None,
 ) -> Refined:  # fmt: skip
     """QR-Orth from a random Hadamard on the rows of a sample; the best of its looks."""
-    channels = sample.rows.shape[1]
-    kind = "RH" if hadamard.block_of(channels) > 1 else "RO"
-    start = rotations.make(RotationSpec(kind=kind, seed=spec.seed), channels)
-    still = torch.zeros_like(start)
-    state = state or State(start, start, still, start, [])  # momentum; Z
-    loss = LOSSES[spec.loss]
-    rate = spec.rate or RATES[spec.loss]
+    start = random.start(spec.seed, sample.rows.shape[1])
+    state = state or State(start, start, torch.zeros_like(start), start, [])  # momentum; Z
+    loss, rate = LOSSES[spec.loss], spec.rate or RATES[spec.loss]
 
     def step(state: State, rows: Tensor, weights: Tensor, _number: int) -> None:
         slope = rows.T @ loss(rows @ state.R, weights)[1]

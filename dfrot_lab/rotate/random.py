@@ -4,7 +4,7 @@
 from torch import Tensor
 
 from dfrot_lab.disk import rotation_files
-from dfrot_lab.maths import rotations
+from dfrot_lab.maths import hadamard, rotations
 from dfrot_lab.recipe.base import require
 from dfrot_lab.recipe.specs import Recipe, RotationSpec
 from dfrot_lab.rotate.transforms import Context, Transforms
@@ -16,7 +16,7 @@ NEEDS = "nothing"
 
 def spec(row: str, *, seed: int = 0, **_capture: object) -> RotationSpec:
     """The rotation of a row, with its seed where it is random."""
-    return RotationSpec(kind=row, seed=0 if row in ("NR", "GSR") else seed)
+    return RotationSpec(kind=row, seed=seed).canonical()
 
 
 def fit(recipe: Recipe, context: Context) -> Transforms:
@@ -25,6 +25,13 @@ def fit(recipe: Recipe, context: Context) -> Transforms:
     if not recipe.is_rotated:
         return Transforms(R1=None, R2=None, r3=False, r4=False)
     return Transforms(R1=matrix(recipe.rotation, context.model.channels))
+
+
+def start(seed: int, channels: int) -> Tensor:
+    """Where a descent starts (channels, channels), float64: a random Hadamard in the largest blocks; where
+    there are none, a random orthogonal matrix."""
+    kind = "RH" if hadamard.block_of(channels) > 1 else "RO"
+    return rotations.make(RotationSpec(kind=kind, seed=seed), channels)
 
 
 def matrix(spec: RotationSpec, channels: int) -> Tensor:

@@ -7,7 +7,6 @@ were not there. R2 to R4 stay Hadamard."""
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, ClassVar
 
 import pandas as pd
@@ -16,16 +15,15 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from dfrot_lab.disk.artefacts import Writer
-from dfrot_lab.maths import hadamard, rotations
+from dfrot_lab.maths import rotations
 from dfrot_lab.maths.quantizers import fake_quantize
 from dfrot_lab.model import door, hooks, loading, stream, surgery
-from dfrot_lab.model.checkpoint import HEAD
 from dfrot_lab.model.loading import LoadedModel
 from dfrot_lab.recipe import keys
 from dfrot_lab.recipe.base import MethodSpec, one_of, ruled
 from dfrot_lab.recipe.grids import ACTIVATIONS, KV_CACHE, QuantSpec
-from dfrot_lab.recipe.specs import WINDOW, CaptureSpec, Recipe, RotationSpec
-from dfrot_lab.rotate import descent, dfrot, downhill
+from dfrot_lab.recipe.specs import WINDOW, CaptureSpec, Recipe
+from dfrot_lab.rotate import descent, dfrot, downhill, random
 from dfrot_lab.rotate.steps import Refined
 from dfrot_lab.rotate.transforms import Context, Transforms
 
@@ -110,8 +108,7 @@ def descend(
 ) -> Refined:
     """Go down from a random Hadamard on a text `ids` (windows, window) of a model with R2 and R4 in its
     weights, in those blocks."""
-    kind = "RH" if hadamard.block_of(loaded.channels) > 1 else "RO"
-    start = rotations.make(RotationSpec(kind=kind, seed=spec.seed), loaded.channels).to(loaded.device).float()
+    start = random.start(spec.seed, loaded.channels).to(loaded.device).float()
     still = torch.zeros_like(start)
     state = downhill.State(start, start, still, still.clone(), [])
     if writer:
@@ -151,34 +148,14 @@ def cayley(R: Tensor, slope: Tensor, rate: float) -> Tensor:
 def gradient(
     loaded: LoadedModel, R: Tensor, ids: Tensor, spec: TaskSpec, blocks: surgery.Blocks
 ) -> tuple[float, Tensor]:
-    """The loss of the quantized network on a text `ids` (tokens,) and its slope at R (channels, channels):
-    layer by layer forward, then back from the loss, each layer run again."""
+    """The loss of the quantized network on a text `ids` (tokens,) and its slope at R (channels,
+    channels)."""
     R = R.detach().clone().requires_grad_()
     loss = _cross_entropy(loaded, ids) if spec.loss == "cross_entropy" else _kl_top(loaded, ids, blocks)
     with _rounded(loaded, R, spec, blocks):
-        entered: list[Tensor] = []
-        with torch.no_grad():
-            walk = stream.Walk(loaded, [ids[None]])
-            for number in walk.layers():
-                entered.append(walk.hidden[0])
-                walk.step(number)
-        with stream.part(loaded, HEAD):
-            value, back = _back(walk.hidden[0], loss)
-        for number in reversed(range(len(loaded.layers))):
-            with stream.part(loaded, number):
-                _, back = _back(entered.pop(), partial(walk.run, number), back)
+        [value] = stream.back(*stream.kept(loaded, [ids[None]]), [loss])
     assert R.grad is not None
     return value, R.grad
-
-
-def _back(x: Tensor, function: LossOf, back: Tensor | None = None) -> tuple[float, Tensor]:
-    """The value of a function at `x` where it is one number, and the gradient at x for that at its value."""
-    with torch.enable_grad():
-        x = x.detach().requires_grad_()
-        out = function(x)
-        out.backward(back)
-    assert x.grad is not None
-    return (float(out.detach()) if out.numel() == 1 else math.nan), x.grad
 
 
 @contextmanager

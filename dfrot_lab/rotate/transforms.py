@@ -10,7 +10,6 @@ from torch import Tensor
 
 from dfrot_lab.disk.artefacts import Store, Writer
 from dfrot_lab.model import door, hooks, loading, stream, surgery
-from dfrot_lab.model.checkpoint import HEAD
 from dfrot_lab.model.loading import LoadedModel
 from dfrot_lab.observe.capture import Capture, capture, token_blocks
 from dfrot_lab.recipe import keys, registry
@@ -87,7 +86,7 @@ class Context:
 
 def _squared_gradients(loaded: LoadedModel, ids: Tensor, of: Squares) -> dict[str, list[Tensor]]:
     """By site, of each window what `of` makes of the loss's squared gradient (tokens, channels) at the norm's
-    output: through the layers once, what enters each kept, then back from the loss, each layer run again."""
+    output."""
     found: dict[str, list[Tensor]] = {}
 
     def see(site: str, x: Tensor) -> Tensor:
@@ -99,36 +98,16 @@ def _squared_gradients(loaded: LoadedModel, ids: Tensor, of: Squares) -> dict[st
         x.register_hook(add)
         return x
 
-    entered: list[list[Tensor]] = []
-    with torch.no_grad():
-        walk = stream.Walk(loaded, ids.split(1))
-        for number in walk.layers():
-            entered.append(list(walk.hidden))
-            walk.step(number)
-    gradients = list[Tensor]()
+    walk, entered = stream.kept(loaded, ids.split(1))
+    losses = [partial(_window_loss, loaded, window) for window in walk.ids]
     with hooks.at_sites(loaded, see, hooks.sites_of(loaded, *hooks.NORMS)):
-        with stream.part(loaded, HEAD):
-            for x, window in zip(walk.hidden, walk.ids, strict=True):
-                gradients.append(_gradient(x, partial(_window_loss, loaded, window)))
-        for number in reversed(range(len(loaded.layers))):
-            with stream.part(loaded, number):
-                for i, x in enumerate(entered.pop()):
-                    gradients[i] = _gradient(x, partial(walk.run, number), gradients[i])
+        stream.back(walk, entered, losses)
     return found
 
 
 def _window_loss(loaded: LoadedModel, ids: Tensor, hidden: Tensor) -> Tensor:
     """The loss of one window (1, window) from what leaves the last layer (1, window, channels)."""
     return stream.loss(loaded, hidden[0], ids[0])
-
-
-def _gradient(x: Tensor, function: Callable[[Tensor], Tensor], back: Tensor | None = None) -> Tensor:
-    """The gradient at `x` of a function of it, for the gradient `back` at what it returns."""
-    with torch.enable_grad():
-        x = x.detach().requires_grad_()
-        function(x).backward(back)
-    assert x.grad is not None
-    return x.grad
 
 
 def fit(recipe: Recipe, context: Context) -> Transforms:

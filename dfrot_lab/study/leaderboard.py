@@ -7,6 +7,8 @@ from functools import partial
 import pandas as pd
 
 from dfrot_lab.disk.artefacts import Store
+from dfrot_lab.model import door
+from dfrot_lab.model.loading import LoadedModel
 from dfrot_lab.recipe import registry
 from dfrot_lab.recipe.specs import Recipe
 from dfrot_lab.rotate import transforms
@@ -76,8 +78,7 @@ def leaderboard(setting: Setting, store: Store, groups: Sequence[str] = tuple(GR
     asked = [partial(rows, group) for group in groups]
     tables = [evaluated(asks, setting, store)[0] for asks in asked]
     table = pd.concat(tables, ignore_index=True)
-    first = setting.with_(build=0)
-    about = {name: _about(first.row(BITS[0], first.method(name)), store) for name in _rotations(table)}
+    about = _about(table, setting.with_(build=0), store)
     known = table["rotation"].map(PUBLISHED)
     for place, column in enumerate(COLUMNS):
         table[column] = known.map(lambda pair, place=place: pair[place], na_action="ignore")
@@ -87,19 +88,22 @@ def leaderboard(setting: Setting, store: Store, groups: Sequence[str] = tuple(GR
     )
 
 
-def _rotations(table: pd.DataFrame) -> list[str]:
-    return [name for name in table["rotation"].unique() if name in registry.rows()]
-
-
-def _about(spec: Recipe, store: Store) -> tuple[float, str]:
-    """How long the rotation of a recipe took to be found, and what it looks at."""
-    needs = registry.load(registry.METHODS, spec.rotation.method).NEEDS
-    return transforms.fit(spec, transforms.Context(spec, store)).seconds, needs
+def _about(table: pd.DataFrame, setting: Setting, store: Store) -> dict[str, tuple[float, str]]:
+    """By rotation of a table how long one was to be found, and what its method looks at."""
+    found: dict[str, tuple[float, str]] = {}
+    model: LoadedModel | None = None
+    for name in set(table["rotation"]) & set(registry.rows()):
+        recipe = door.resolved(setting.row(BITS[0], setting.method(name))).canonical()
+        context = transforms.Context(recipe, store, model)
+        model = context.model
+        needs = getattr(registry.load(registry.METHODS, recipe.rotation.method), "NEEDS", "not said")
+        found[name] = transforms.fit(recipe, context).seconds, needs
+    return found
 
 
 def ranked(table: pd.DataFrame) -> pd.DataFrame:
-    """A line a row of the table, best first within group and bits: KL divergence, loss and perplexity with
-    intervals, and the change against RH with its verdict."""
+    """A line a row of the table, best first within group and bits: KL divergence, perplexity, and the
+    change against RH with its interval and verdict."""
     keys = ["group", "bits", "rotation", "weights", "option"]
     lines = []
     for place, own in table.fillna({"weights": "none"}).groupby(keys, sort=False):
