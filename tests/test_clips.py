@@ -1,12 +1,13 @@
 """A clip ratio for each site: the one of least error, found on the rotated model, used wherever it is rounded."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from test_families import folder_of as family_folder
 from test_gptq import fresh
-from test_stream import TOKENS, folder_of, recipe
+from test_stream import TOKENS, folder_of, looking, recipe
 from torch import Tensor
 
 from dfrot_lab.disk.artefacts import Store
@@ -15,7 +16,7 @@ from dfrot_lab.model import checkpoint, hooks, surgery
 from dfrot_lab.observe import clips
 from dfrot_lab.observe.capture import token_blocks
 from dfrot_lab.recipe.grids import ACTIVATIONS, QuantSpec
-from dfrot_lab.recipe.specs import CaptureSpec, CorpusSpec, Recipe
+from dfrot_lab.recipe.specs import CorpusSpec, Recipe
 from dfrot_lab.score import build, perplexity, rows
 
 
@@ -24,9 +25,7 @@ def clipped(tmp_path, text_file) -> Recipe:
     return with_clips(recipe(folder_of(tmp_path / "m"), text_file, "4-4-4", weights="rtn"))
 
 
-def with_clips(spec: Recipe) -> Recipe:
-    text = spec.corpus.with_(split="calibration")
-    return spec.with_(clips=CaptureSpec(model=spec.model, corpus=text, tokens=TOKENS))
+with_clips = partial(looking, field="clips")
 
 
 def inputs(loaded, ids: Tensor, *, r4: bool) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from dfrot_lab.cli.app import app
 from dfrot_lab.cli.options import Options
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.recipe import registry
-from dfrot_lab.rotate import task
+from dfrot_lab.rotate import klt, task
 from dfrot_lab.score import perplexity
 from dfrot_lab.show.experiment_figures import FIGURES
 from dfrot_lab.study import leaderboard
@@ -75,6 +75,13 @@ def test_the_table_says_seconds_needs_and_what_was_published(board):
         assert by.loc[name, "seconds"] > 0 and by.loc[name, "needs"] != "nothing"
     assert by.loc["SpinQuant", list(leaderboard.COLUMNS)].tolist() == [5.9, 7.3]
     assert by.loc["KLT", list(leaderboard.COLUMNS)].isna().all()
+
+
+def test_a_method_that_does_not_say_what_it_needs_has_its_row_all_the_same(board, setting, monkeypatch):
+    table, store = board
+    monkeypatch.delattr(klt, "NEEDS")
+    found = leaderboard._about(table, setting.with_(quick=True, build=0), store)
+    assert found["KLT"][1] == "not said" and found["DartQuant"][1] == "activations"
 
 
 def test_it_is_ranked_by_divergence_within_group_and_bits(board):

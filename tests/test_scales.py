@@ -1,5 +1,7 @@
 """Channel scales: those of least error, folded on both sides, so that the function stays and what is rounded is x s."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import scipy.optimize
@@ -7,7 +9,7 @@ import torch
 from conftest import CHANNELS, HEAD_SIZE, INNER, KV_HEADS, tiny_model
 from hypothesis import given, settings, strategies as st
 from test_families import folder_of as family_folder, load
-from test_stream import TOKENS, folder_of, recipe
+from test_stream import folder_of, looking, recipe
 from torch import Tensor
 
 from dfrot_lab.disk.artefacts import Store
@@ -19,7 +21,7 @@ from dfrot_lab.model.hooks import LINEAR_INPUTS
 from dfrot_lab.model.loading import LoadedModel
 from dfrot_lab.model.parts import feeds
 from dfrot_lab.recipe.grids import ACTIVATIONS, QuantSpec
-from dfrot_lab.recipe.specs import CaptureSpec, CorpusSpec, ModelSpec, Recipe, RotationSpec
+from dfrot_lab.recipe.specs import CorpusSpec, ModelSpec, Recipe, RotationSpec
 from dfrot_lab.score import build, perplexity, rows
 
 IDS = torch.arange(2 * 48).reshape(2, 48) * 7 % 90 + 32
@@ -31,9 +33,7 @@ def scaled(tmp_path, text_file) -> Recipe:
     return with_scales(recipe(folder_of(tmp_path / "m"), text_file, "4-4-4", weights="rtn"))
 
 
-def with_scales(spec: Recipe) -> Recipe:
-    text = spec.corpus.with_(split="calibration")
-    return spec.with_(scales=CaptureSpec(model=spec.model, corpus=text, tokens=TOKENS))
+with_scales = partial(looking, field="scales")
 
 
 def turned(family: str = "llama") -> LoadedModel:

@@ -207,6 +207,12 @@ def recipe(model: Path, text: Path, bits: str = "4-4-4", **fields: object) -> Re
     return spec.with_(weights=spec.weights.with_(**short))
 
 
+def looking(spec: Recipe, field: str) -> Recipe:
+    """The same with a field (clips, scales) found on a window of the text's other half."""
+    text = spec.corpus.with_(split="calibration")
+    return spec.with_(**{field: CaptureSpec(model=spec.model, corpus=text, tokens=TOKENS)})
+
+
 @pytest.fixture
 def small_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """No model fits: each is read layer by layer."""
