@@ -18,7 +18,7 @@ from dfrot_lab.maths import rotations
 from dfrot_lab.maths.hadamard import hadamard_matrix
 from dfrot_lab.model import corpus, loading
 from dfrot_lab.recipe.grids import KV_CACHE
-from dfrot_lab.recipe.specs import RotationSpec
+from dfrot_lab.recipe.specs import ONLINE, RotationSpec
 from dfrot_lab.score.build import build, quantized
 
 BOUND = 0.01
@@ -62,7 +62,7 @@ def each_head(weight: Tensor) -> Tensor:
     return (weight.reshape(len(weight), -1, HEAD_SIZE) @ orthogonal(HEAD_SIZE).T).reshape(weight.shape)
 
 
-def rotated(w: dict[str, Tensor], layer: int, R1: Tensor) -> dict[str, Tensor]:
+def rotated(w: dict[str, Tensor], layer: int, R1: Tensor, r4: bool = True) -> dict[str, Tensor]:
     """One layer's weights with norm gains, R1, R2 and the offline half of R4 in them."""
     own = {name.split(".")[-2]: x for name, x in w.items() if name.startswith(f"model.layers.{layer}.")}
     reads = {
@@ -72,7 +72,7 @@ def rotated(w: dict[str, Tensor], layer: int, R1: Tensor) -> dict[str, Tensor]:
     made = {name: own[name] * own[gain] @ R1 for gain, names in reads.items() for name in names}
     made["v_proj"] = each_head(made["v_proj"].T).T
     made["o_proj"] = R1.T @ each_head(own["o_proj"])
-    made["down_proj"] = R1.T @ own["down_proj"] @ orthogonal(INNER).T
+    made["down_proj"] = R1.T @ own["down_proj"] @ (orthogonal(INNER).T if r4 else torch.eye(INNER).double())
     return made
 
 
@@ -85,12 +85,13 @@ def forward(
     a_bits: int = 16,
     kv_bits: int = 16,
     v_bits: int | None = None,
+    online: tuple[str, ...] = ("R3", "R4"),
 ) -> Tensor:
     """Logits (windows, window, vocabulary) of token ids (windows, window); values in `v_bits` of their own."""
     window, theta, eps = ids.shape[1], config.rope_parameters["rope_theta"], config.rms_norm_eps
     x = w["model.embed_tokens.weight"][ids] @ R1
     for layer in range(LAYERS):
-        own = rotated(w, layer, R1)
+        own = rotated(w, layer, R1, "R4" in online)
 
         def linear(name: str, y: Tensor, layer: int = layer, own: dict[str, Tensor] = own) -> Tensor:
             return y @ weight(layer, name, own[name], y.flatten(0, 1)).T
@@ -98,7 +99,7 @@ def forward(
         y = rounded(norm(x, eps), a_bits)
         q, k, v = (linear(f"{n}_proj", y).unflatten(-1, (-1, HEAD_SIZE)).transpose(1, 2) for n in "qkv")
         q, k = rope(q, theta), rope(k, theta)
-        if kv_bits < 16:
+        if kv_bits < 16 and "R3" in online:
             q, k = (each @ orthogonal(HEAD_SIZE).T for each in (q, k))
         both = (k, kv_bits), (v, kv_bits if v_bits is None else v_bits)
         k, v = (rounded(*each).repeat_interleave(HEADS // KV_HEADS, 1) for each in both)
@@ -108,7 +109,8 @@ def forward(
         x = x + linear("o_proj", rounded(heads, a_bits))
         y = rounded(norm(x, eps), a_bits)
         inner = torch.nn.functional.silu(linear("gate_proj", y)) * linear("up_proj", y)
-        x = x + linear("down_proj", rounded(inner @ orthogonal(INNER).T, a_bits))
+        inner = inner @ orthogonal(INNER).T if "R4" in online else inner
+        x = x + linear("down_proj", rounded(inner, a_bits))
     return norm(x, eps) @ (w["lm_head.weight"] * w["model.norm.weight"] @ R1).T
 
 
@@ -156,6 +158,27 @@ def test_a_quantized_model_is_the_one_written_out_by_hand(model, store, text_fil
     with quantized(built, recipe), torch.inference_mode():
         found = built.loaded.model(ids).logits
     assert apart(found.double(), wanted) < (BOUND if bits != "16-16-16" else 1e-6)
+
+
+@pytest.mark.parametrize("bits", ["16-16-16", "16-4-4", "4-4-4"])
+@pytest.mark.parametrize("online", ONLINE)
+def test_which_hadamards_act_online_is_as_the_recipe_says(model, store, text_file, bits, online):
+    """Integer products and rounded floats, and weights rounded as down_proj is without R4."""
+    spec, w, config = model
+    recipe = spec_for(spec, text_file, bits, rotation=RH).with_(online=online)
+    recipe = recipe.with_(weights=recipe.weights.with_(clip_search=False))
+    ids, (a_bits, kv_bits) = (torch.arange(96) * 7 % 250).reshape(2, 48), map(int, bits.split("-")[1:])
+    weight = as_it_is if bits.startswith("16") else to_nearest
+    built = build(recipe, store)
+    with quantized(built, recipe), torch.inference_mode():
+        found = built.loaded.model(ids).logits.double()
+    R1, which = rotations.make(RH, 64), () if online == "none" else (online,)
+    right, both = (
+        forward(w, config, ids, R1, weight, a_bits, kv_bits, online=acting)
+        for acting in (which, ("R3", "R4"))
+    )
+    assert apart(found, right) < (BOUND if bits != "16-16-16" else 1e-6)
+    assert bits == "16-16-16" or apart(found, both) > BOUND
 
 
 @pytest.mark.parametrize(("k_bits", "v_bits"), [(4, 16), (16, 4), (3, 4)])

@@ -241,6 +241,7 @@ def loud(family: str = "llama"):
 
 
 IDS = torch.arange(24) * 7 % 90 + 32
+BOTH = {"r3": True, "r4": True, "blocks": (None, None)}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -250,7 +251,7 @@ def test_the_gradient_is_the_whole_networks(loss, family):
     loaded = loud(family)
     R = rotations.make(RotationSpec(kind="RO", seed=2), loaded.channels)
     spec = TaskSpec(loss=loss, cache=KV_CACHE.with_(bits=4))
-    value, slope = task.gradient(loaded, R, IDS, spec, (None, None))
+    value, slope = task.gradient(loaded, R, IDS, spec, BOTH)
     leaf = R.clone().requires_grad_()
 
     def function(site: str, x: Tensor) -> Tensor:
@@ -279,7 +280,7 @@ def test_turning_back_what_r1_turns_is_the_rotated_model():
     """The loss that is descended is that of the model with R1 in its weights, its activations rounded."""
     loaded, fused = loud(), loud()
     R = rotations.make(RotationSpec(kind="RO", seed=2), loaded.channels)
-    value, _ = task.gradient(loaded, R, IDS, TaskSpec(), (None, None))
+    value, _ = task.gradient(loaded, R, IDS, TaskSpec(), BOTH)
     surgery.rotate_residual(fused, R)
     sites = hooks.sites_of(fused, *hooks.LINEAR_INPUTS)
     with surgery.online(fused, r4=True, function=lambda _, x: fake_quantize(x, ACTIVATIONS), sites=sites):
@@ -306,7 +307,7 @@ def test_the_loss_of_the_network_falls(loss):
     loaded = loud()
     text = torch.arange(120) * 7 % 90 + 32
     spec = TaskSpec(loss=loss, updates=40, length=120, activations=QuantSpec(bits=2, scheme="asymmetric"))
-    result = task.descend(loaded, text[None], spec, (None, None))
+    result = task.descend(loaded, text[None], spec, BOTH)
     history = result.history
     assert rotations.orthogonality_error(result.R) < 1e-12 and len(history) == 40
     assert history["objective"].tail(5).mean() < 0.985 * history["objective"].iloc[0]
@@ -337,14 +338,15 @@ def test_a_killed_descent_of_the_network_goes_on(rows_of, store, monkeypatch, tm
     assert_near(resumed.R, whole.R, 1e-4)
 
 
-def test_blocks_of_hadamards_are_part_of_what_a_descent_is_of(rows_of, store):
+def test_the_other_hadamards_are_part_of_what_a_descent_is_of(rows_of, store):
     base, recorded = rows_of
     from dfrot_lab.rotate.transforms import Context
 
     spec = TaskSpec(capture=recorded, updates=2, length=32)
-    for block in (None, 4):
-        task.descended(spec, Context(base.with_(rotation=spec, mlp_block=block), store))
-    assert len([artefact for artefact in store.list() if artefact.kind == task.KIND]) == 2
+    base = base.with_(rotation=spec)
+    for changed in (base, base.with_(mlp_block=4), base.with_(online="none")):
+        task.descended(spec, Context(changed, store))
+    assert len([artefact for artefact in store.list() if artefact.kind == task.KIND]) == 3
 
 
 def test_seconds_of_runs_that_were_stopped_count(rows_of, store, monkeypatch):

@@ -18,6 +18,7 @@ from dfrot_lab.recipe.grids import ACTIVATIONS, GRANULARITIES, KV_CACHE, SCHEMES
 from dfrot_lab.recipe.specs import (
     KEEP_OUT_COUNTS,
     MASSIVE_RULES,
+    ONLINE,
     REFINE_VARIANTS,
     ROW_RULES,
     CaptureSpec,
@@ -211,6 +212,7 @@ OTHER_VALUES = {
         "jitter": 0,
         "clips": CaptureSpec(tokens=7),
         "scales": CaptureSpec(tokens=7),
+        "online": "none",
     },
 }
 DEPENDENT = {
@@ -520,6 +522,7 @@ PLAIN_RECIPES = st.builds(
     window=st.integers(2, 4096),
     head_block=st.none() | COUNTS,
     mlp_block=st.none() | COUNTS,
+    online=st.sampled_from((None, *ONLINE)),
     sample=SAMPLES,
     jitter=SAMPLES,
 )
@@ -598,6 +601,12 @@ def test_canonical_drops_what_has_no_effect():
     assert rtn.with_(jitter=0).canonical() != rtn.canonical(), "where something is rounded, jitter shows"
     assert rtn.with_(weights=rtn.weights.with_(sample=1)).canonical() == rtn.canonical()
     assert gptq.with_(weights=gptq.weights.with_(sample=1)).canonical() != gptq.canonical()
+    bare_keys = recipe_of("4-4-16").canonical()
+    none = bare_keys.with_(online="none")
+    assert bare_keys.with_(online="R4").canonical() == bare_keys, "with keys of 16 bits there is no R3"
+    assert none.with_(online="R3", mlp_block=8).canonical() == none.canonical() != bare_keys
+    assert rtn.with_(online="R4").canonical() != rtn.canonical(), "keys of 4 bits are rotated by R3"
+    assert bare.with_(online="none").canonical() == bare.canonical(), "NR has neither"
 
 
 def test_a_recipe_file_says_only_what_is_not_the_default(tmp_path: Path):

@@ -14,14 +14,16 @@ from typing import Annotated, Any
 import typer
 
 from dfrot_lab.recipe import registry, specs
-from dfrot_lab.recipe.base import require_file, strict_json
+from dfrot_lab.recipe.base import require, require_file, strict_json
 
 log = logging.getLogger("dfrot_lab")
 
 ROTATION = "A row of the rotations listed by --help, or a safetensors file with R1."
 BITS = "Weights-activations-KV, such as 4-4-16."
 RECIPE = "A recipe's YAML, in place of all options but --out, --json."
-SCORED = "model corpus calibration seed out as_json windows window weights clips scales gamma rule dtype"
+SCORED = (
+    "model corpus calibration seed out as_json windows window weights clips scales online gamma rule dtype"
+)
 """The options of a command that takes one row: what a recipe needs, and where its result goes."""
 OUT = "Where the result goes; the ending says the format."
 SOURCES = f"{', '.join(specs.PACKAGED)}, a folder, a .gguf file, or hub:owner/name (the network)."
@@ -33,6 +35,7 @@ DTYPES = f"What is computed in: {', '.join(specs.DTYPES)}; auto: float32 on a CP
 BUILDS = "Builds a comparison is made of (seed, sample, jitter, windows); default: 7, sweeps fewer."
 CLIPS = "Give each site the clip ratio of least error on the calibration text."
 SCALES = "Fold channel scales into the weights, those of least error on the calibration text."
+ONLINE = "Which online Hadamards act: both (R3 and R4), R3, R4 or none, as where nothing runs beside weights."
 JSON = "Print JSON and nothing else on standard output."
 LONGEST = 500  # characters of an error that are shown
 MALLOC = ((-4, 0), (-1, -1), (-2, 1 << 26))
@@ -66,6 +69,7 @@ class Options:
     dtype: Annotated[str, typer.Option(help=DTYPES)] = "auto"
     clips: Annotated[bool, typer.Option("--clips", help=CLIPS)] = False
     scales: Annotated[bool, typer.Option("--scales", help=SCALES)] = False
+    online: Annotated[str, typer.Option(help=ONLINE)] = "both"
 
     @property
     def model_spec(self) -> specs.ModelSpec:
@@ -108,7 +112,13 @@ class Options:
         spec = specs.recipe_of(bits, weights=self.weights, window=self.window, **parts)
         weights = spec.weights.with_(corpus=self.capture.corpus, window=self.window)
         clips, scales = (self.capture if asked else None for asked in (self.clips, self.scales))
-        return spec.with_(weights=weights, clips=clips, scales=scales)
+        own = {"weights": weights, "clips": clips, "scales": scales, "online": self._online()}
+        return spec.with_(**own)
+
+    def _online(self) -> str | None:
+        """What a recipe calls --online; ValueError."""
+        require("--online", self.online, self.online in ("both", *specs.ONLINE), "both, R3, R4 or none")
+        return None if self.online == "both" else self.online
 
     def whole_recipe(
         self, context: typer.Context, path: Path | None, rotation: str, bits: str, beside: Sequence[str] = ()

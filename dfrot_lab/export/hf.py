@@ -38,7 +38,7 @@ def export(recipe: Recipe, folder: Path, store: Store | None = None) -> Path:
     recipe, store = door.resolved(recipe).canonical(), store or Store()
     with atomic.new_folder(folder) as temporary:
         _require_plain(loading.roles_for(recipe.model, store))
-        loaded, made = build.rotated(recipe.with_(jitter=None), store, online=False)
+        loaded, made = build.rotated(recipe.with_(jitter=None, online="none"), store)
         _write_weights(loaded, temporary)
         loaded.config.architectures = [loaded.family]
         loaded.config.save_pretrained(temporary)

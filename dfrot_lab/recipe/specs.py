@@ -30,6 +30,7 @@ REFINE_VARIANTS = ("accelerated", "guarded", "as_paper", "as_released")
 KEEP_OUT_COUNTS = ("most_massive", "worst", "random")  # by largest value, largest error, or any
 BLOCK = "None or a whole number >= 1"  # None: the largest that there is
 SAMPLED = "None or a whole number >= 0"
+ONLINE = ("none", "R3", "R4")  # which of the two Hadamards that act while a model runs, where not both
 KEPT_COUNTED = f"a number with keep_out {', '.join(KEEP_OUT_COUNTS)}, and None with any other"
 
 
@@ -191,10 +192,13 @@ class Recipe(Spec):
     `sample`: which of the text's samples of `windows` windows is scored; None: the first, as published.
     `jitter`: the seed of a change in the last bit of the embedding, as rounding makes it; None: no change.
     `clips`: the text on whose tokens each site's clip ratio is found; None: all have the quantizer's.
-    `scales`: the text on whose tokens channels get scales before R2 and R4 (`model.scales`); None: none."""
+    `scales`: the text on whose tokens channels get scales before R2 and R4 (`model.scales`); None: none.
+    `online`: which of the online Hadamards R3 and R4 acts; None: both, where the rotation wants them."""
 
-    LATER: ClassVar[tuple[str, ...]] = ("head_block", "mlp_block", "sample", "jitter", "clips", "scales")
-    SHAPES: ClassVar[tuple[str, ...]] = ("head_block", "mlp_block")  # of those, what weights hang on
+    LATER: ClassVar[tuple[str, ...]] = (
+        "head_block", "mlp_block", "sample", "jitter", "clips", "scales", "online",
+    )  # fmt: skip
+    SHAPES: ClassVar[tuple[str, ...]] = ("head_block", "mlp_block", "online")  # what weights hang on
 
     model: ModelSpec = ModelSpec()
     corpus: CorpusSpec = CorpusSpec()
@@ -214,6 +218,7 @@ class Recipe(Spec):
     jitter: int | None = ruled(None, SAMPLED, ge=0)
     clips: CaptureSpec | None = None
     scales: CaptureSpec | None = None
+    online: str | None = one_of(None, (None, *ONLINE))
 
     def _check(self) -> None:
         self._require("activations", self.activations.granularity == "per_token", "per_token")
@@ -235,6 +240,10 @@ class Recipe(Spec):
     def is_rotated(self) -> bool:
         """Whether R1 to R4 act: NR means no rotation anywhere, as in the paper's tables."""
         return not (isinstance(self.rotation, RotationSpec) and self.rotation.kind == "NR")
+
+    def acts(self, hadamard: str) -> bool:
+        """Whether R3 or R4 acts online, where the rotation wants it."""
+        return self.is_rotated and self.online in (None, hadamard)
 
     @property
     def blocks(self) -> tuple[int | None, int | None]:
@@ -263,10 +272,14 @@ class Recipe(Spec):
         changes |= {"jitter": None} if self.bits == "16-16-16" else {}  # nothing is rounded
         if not self.is_rotated:
             changes |= {"rotation": RotationSpec(kind="NR"), "head_block": None, "mlp_block": None}
+            changes |= {"online": None}
         else:  # what a method looks at is of this very model
             rows = {name: of for name, of in self.rotation if isinstance(of, CaptureSpec)}
             own = {name: of.with_(model=self.model) for name, of in rows.items()}
             changes["rotation"] = self.rotation.with_(**own).canonical()
+            r4 = self.acts("R4")
+            changes |= {} if r4 else {"mlp_block": None}
+            changes |= {"online": None if r4 else "none"} if self.keys.bits == 16 else {}  # R3 never acts
         return self.with_(**changes)
 
     def to_yaml(self) -> str:

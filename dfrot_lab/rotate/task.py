@@ -38,6 +38,7 @@ INNER = 5  # fixed-point iterations of a Cayley step
 SAVE_EVERY = 5
 LossOf = Callable[[Tensor], Tensor]
 """The loss of what leaves the last layer (1, tokens, channels)."""
+Online = dict[str, Any]  # which of R3 and R4 act, and their blocks, as `surgery.online` takes them
 
 
 class TaskSpec(MethodSpec):
@@ -86,28 +87,31 @@ def descended(spec: TaskSpec, context: Context) -> Refined:
     """The rotation `spec` describes, from the store or made now on a model of its own; a stopped run goes on
     where it was. Its history has a line a step: step, objective (the loss before it, of that step's tokens)
     and distance from the start."""
-    spec = door.resolved(spec)
+    spec, recipe = door.resolved(spec), context.recipe
+    online = {"r3": recipe.acts("R3"), "r4": recipe.acts("R4"), "blocks": recipe.blocks}
 
     def make(writer: Writer) -> None:
-        loaded = loading.load_model(context.recipe.model, context.store)
+        loaded = loading.load_model(recipe.model, context.store)
         surgery.prepare(loaded)
-        surgery.rotate_heads(loaded, block=context.recipe.head_block)
-        surgery.rotate_down(loaded, context.recipe.mlp_block)
-        result = descend(loaded, context.text(spec.capture), spec, context.recipe.blocks, writer)
+        surgery.rotate_heads(loaded, block=recipe.head_block)
+        if online["r4"]:
+            surgery.rotate_down(loaded, recipe.mlp_block)
+        result = descend(loaded, context.text(spec.capture), spec, online, writer)
         dfrot.keep(writer, result, result.seconds)
 
     def key() -> Any:
-        blocks = context.recipe.blocks
-        return keys.identity(spec, door.prints) | ({"blocks": blocks} if any(blocks) else {})
+        own: dict[str, Any] = {"blocks": recipe.blocks} if any(recipe.blocks) else {}
+        own |= {"online": recipe.online} if recipe.online else {}
+        return keys.identity(spec, door.prints) | own
 
     return dfrot.kept(context.store.get_or_make(KIND, key, make))
 
 
 def descend(
-    loaded: LoadedModel, ids: Tensor, spec: TaskSpec, blocks: surgery.Blocks, writer: Writer | None = None
+    loaded: LoadedModel, ids: Tensor, spec: TaskSpec, online: Online, writer: Writer | None = None
 ) -> Refined:
-    """Go down from a random Hadamard on a text `ids` (windows, window) of a model with R2 and R4 in its
-    weights, in those blocks."""
+    """Go down from a random Hadamard on a text `ids` (windows, window) of a model with R2 in its weights, and
+    R4's half where it acts `online`."""
     start = random.start(spec.seed, loaded.channels).to(loaded.device).float()
     still = torch.zeros_like(start)
     state = downhill.State(start, start, still, still.clone(), [])
@@ -117,7 +121,7 @@ def descend(
     bar = tqdm(range(len(state.history), spec.updates), NAMES[spec.loss], unit="step", leave=False)
     for number in bar:
         text = stretches[number % len(stretches)]
-        value, slope = gradient(loaded, state.R, text, spec, blocks)
+        value, slope = gradient(loaded, state.R, text, spec, online)
         length = RATES[spec.loss] * (1 + math.cos(math.pi * number / spec.updates)) / 2  # falls to 0
         line = {"step": number, "objective": value, "best": min(value, state.lowest)}
         distance = rotations.distance(state.R.cpu().double(), start.cpu().double())
@@ -146,20 +150,20 @@ def cayley(R: Tensor, slope: Tensor, rate: float) -> Tensor:
 
 
 def gradient(
-    loaded: LoadedModel, R: Tensor, ids: Tensor, spec: TaskSpec, blocks: surgery.Blocks
+    loaded: LoadedModel, R: Tensor, ids: Tensor, spec: TaskSpec, online: Online
 ) -> tuple[float, Tensor]:
     """The loss of the quantized network on a text `ids` (tokens,) and its slope at R (channels,
     channels)."""
     R = R.detach().clone().requires_grad_()
-    loss = _cross_entropy(loaded, ids) if spec.loss == "cross_entropy" else _kl_top(loaded, ids, blocks)
-    with _rounded(loaded, R, spec, blocks):
+    loss = _cross_entropy(loaded, ids) if spec.loss == "cross_entropy" else _kl_top(loaded, ids, online)
+    with _rounded(loaded, R, spec, online):
         [value] = stream.back(*stream.kept(loaded, [ids[None]]), [loss])
     assert R.grad is not None
     return value, R.grad
 
 
 @contextmanager
-def _rounded(loaded: LoadedModel, R: Tensor, spec: TaskSpec, blocks: surgery.Blocks) -> Iterator[None]:
+def _rounded(loaded: LoadedModel, R: Tensor, spec: TaskSpec, online: Online) -> Iterator[None]:
     """While it runs, what R1 would turn is turned by R, rounded, turned back; all else rounded as is."""
 
     def function(site: str, x: Tensor) -> Tensor:
@@ -169,8 +173,9 @@ def _rounded(loaded: LoadedModel, R: Tensor, spec: TaskSpec, blocks: surgery.Blo
         return _straight_through(x @ R.to(x), spec.activations) @ R.to(x).T
 
     kinds = (*hooks.LINEAR_INPUTS, *(("k", "v") if spec.cache.bits < 16 else ()))
-    own: dict[str, Any] = {"function": function, "sites": hooks.sites_of(loaded, *kinds), "blocks": blocks}
-    with surgery.online(loaded, r3=spec.cache.bits < 16, r4=True, **own):
+    r3 = online["r3"] and spec.cache.bits < 16
+    own = {**online, "r3": r3, "function": function, "sites": hooks.sites_of(loaded, *kinds)}
+    with surgery.online(loaded, **own):
         yield
 
 
@@ -182,9 +187,9 @@ def _cross_entropy(loaded: LoadedModel, ids: Tensor) -> LossOf:
     return lambda hidden: stream.loss(loaded, hidden[0], ids)
 
 
-def _kl_top(loaded: LoadedModel, ids: Tensor, blocks: surgery.Blocks) -> LossOf:
+def _kl_top(loaded: LoadedModel, ids: Tensor, online: Online) -> LossOf:
     """The mean divergence in nats from full precision, over its most likely words, both made to sum to 1."""
-    with surgery.online(loaded, r4=True, blocks=blocks):
+    with surgery.online(loaded, **{**online, "r3": False}):
         full = stream.through(loaded, [ids[None]])[0].clone()
 
     def loss(hidden: Tensor) -> Tensor:

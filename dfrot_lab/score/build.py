@@ -57,20 +57,21 @@ def build(recipe: Recipe, store: Store, on_part: OnPart = nothing, *, whole: boo
     if recipe.weights.sees_rounded:
         spare = keep_out(recipe, R) if recipe.keep_out else None
         rounding = rounded(recipe, made.clips, spare), hooks.sites_of(loaded, *_rounded_kinds(recipe))
-    how: dict[str, Any] = {"r4": made.r4, "blocks": recipe.blocks, "on_part": on_part, "rounding": rounding}
+    r3 = made.r3 and rounding is not None and recipe.keys.bits < 16
+    how: dict[str, Any] = {"r3": r3, "r4": made.r4, "blocks": recipe.blocks, "on_part": on_part}
+    how |= {"rounding": rounding}
     return Built(loaded, made, R, run.quantize_weights(loaded, recipe.weights, key, store, **how))
 
 
-def rotated(
-    recipe: Recipe, store: Store, *, whole: bool = False, online: bool = True
-) -> tuple[LoadedModel, Transforms]:
+def rotated(recipe: Recipe, store: Store, *, whole: bool = False) -> tuple[LoadedModel, Transforms]:
     """The model of a canonical recipe with its transforms fused and nothing quantized; they leave its
-    function as it is, which a few tokens prove. Without `online` there is neither R3 nor R4."""
+    function as it is, which a few tokens prove."""
     loaded = loading.load_model(recipe.model, store, whole=whole)
     ids = windows(recipe, loaded)  # before minutes of work on weights: is there so much text? does it fit?
     proof = Proof(loaded, ids[:1, :TOKENS])
     surgery.prepare(loaded)
     made = transforms.fit(recipe, transforms.Context(recipe, store, loaded))
+    made = replace(made, r3=made.r3 and recipe.acts("R3"), r4=made.r4 and recipe.acts("R4"))
     if recipe.jitter is not None:  # after a method's look: what it keeps is of the model itself
         noise.jitter(loaded, recipe.jitter)
     if made.R1 is not None:
@@ -79,7 +80,6 @@ def rotated(
     if recipe.scales is not None:
         made = replace(made, scales=_scales(recipe, loaded, made, store))
         scales.fold(loaded, made.scales)
-    made = made if online else replace(made, r3=False, r4=False)
     if made.R2 is not None:
         surgery.rotate_heads(loaded, None if isinstance(made.R2, str) else made.R2, recipe.head_block)
     if made.r4:

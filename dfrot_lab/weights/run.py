@@ -26,17 +26,16 @@ def nothing(_part: str, _done: int, _total: int) -> None:
 
 def quantize_weights(
     loaded: LoadedModel, spec: WeightSpec, key: Inputs, store: Store, *,
-    r4: bool = True, blocks: surgery.Blocks = (None, None), on_part: OnPart = nothing,
+    r3: bool = False, r4: bool = True, blocks: surgery.Blocks = (None, None), on_part: OnPart = nothing,
     rounding: Rounding | None = None,
 ) -> Sequence[LayerCodes]:  # fmt: skip
-    """Put quantized weights into every linear of `loaded` (rotated as wanted; `r4`: down_proj gets R4 of
-    `blocks`) but lm_head and embedding; from the store, under `key` (`keys.weights`), or computed now. The
-    codes, one mapping a layer, memory-mapped; none at 16 bits. `on_part` is told of each layer once kept;
-    with `rounding` what a quantizer is calibrated on is rounded, queries and keys after R3."""
+    """Put quantized weights into every linear of `loaded` (rotated as wanted; `r3`, `r4`: which of the two
+    acts online, in `blocks`) but lm_head and embedding; from the store, under `key` (`keys.weights`), or
+    computed now. The codes, one mapping a layer, memory-mapped; none at 16 bits. `on_part` is told of each
+    layer once kept; with `rounding` what a quantizer is calibrated on is rounded."""
     if spec.quantizer.bits == 16:
         return []
     is_calibrated = registry.load(registry.WEIGHTS, spec.method).CALIBRATED
-    r3 = rounding is not None and any(site.endswith(".k") for site in rounding[1])
     online = partial(surgery.online, loaded, r3=r3, r4=r4, blocks=blocks)
     linears = ((layer, name) for layer in loaded.layers for name in loaded.roles.linears(layer))
     size = sum(loading.linear(*place).weight.numel() for place in linears)  # a byte a code
