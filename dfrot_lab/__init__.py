@@ -17,7 +17,7 @@ _HOME = {
     "QuantSpec": "recipe.specs", "CaptureSpec": "recipe.specs", "RefineSpec": "recipe.specs",
     "WeightSpec": "recipe.specs", "Recipe": "recipe.specs", "recipe_of": "recipe.specs",
     "load_model": "model.loading", "token_blocks": "model.corpus", "Store": "disk.artefacts",
-    "token_errors": "observe.errors",
+    "token_errors": "observe.errors", "load_export": "export.compressed",
 }  # fmt: skip
 
 

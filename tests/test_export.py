@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from dfrot_lab.cli.app import app
 from dfrot_lab.disk import atomic, rotation_files
 from dfrot_lab.disk.artefacts import Store
-from dfrot_lab.export import hf, r1
+from dfrot_lab.export import folders, hf, r1
 from dfrot_lab.maths import rotations
 from dfrot_lab.model import checkpoint, loading
 from dfrot_lab.recipe import registry
@@ -129,7 +129,7 @@ def test_a_model_read_layer_by_layer_is_written_the_same(tiny, tmp_path, store, 
     """In several files, each with as much as may be held."""
     whole = hf.export(tiny, tmp_path / "whole", store)
     monkeypatch.setenv(checkpoint.MEMORY, "0")
-    monkeypatch.setattr(hf, "SHARD_BYTES", 1)
+    monkeypatch.setattr(folders, "SHARD_BYTES", 1)
     parts = hf.export(tiny, tmp_path / "parts", Store(tmp_path / "other"))
     files = sorted(p.name for p in parts.glob("*.safetensors"))
     assert len(files) == 5 and files[0] == "model-00001-of-00005.safetensors"
@@ -169,7 +169,9 @@ def test_a_name_that_is_taken_is_refused(taken, tiny, tmp_path, store):
 
 def test_an_empty_folder_is_filled_and_one_that_failed_goes(tiny, tmp_path, store, monkeypatch):
     (tmp_path / "made").mkdir()
-    monkeypatch.setattr(hf, "_write_weights", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+    monkeypatch.setattr(
+        folders, "_write_weights", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left"))
+    )
     with pytest.raises(OSError, match="No space left"):
         hf.export(tiny, tmp_path / "made", store)
     assert not list((tmp_path / "made").iterdir()) and not list(tmp_path.glob(".made*"))
@@ -246,7 +248,7 @@ def test_the_command(tiny, tmp_path, text_file, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--to", "onnx", "--out", "x"], "--to must be one of hf, r1; got 'onnx'"),
+        (["--to", "onnx", "--out", "x"], "--to must be one of hf, compressed-tensors, r1; got 'onnx'"),
         (["--to", "hf"], "--out"),
         (["--recipe", "r.yaml", "--rotation", "RO", "--out", "x"], "--recipe says everything: put rotation"),
     ],

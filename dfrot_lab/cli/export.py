@@ -1,5 +1,6 @@
 """`dfrot-lab export`: take a rotated model, or its rotation, away."""
 
+import inspect
 from pathlib import Path
 from typing import Annotated
 
@@ -8,22 +9,30 @@ import typer
 from dfrot_lab.cli.options import BITS, RECIPE, ROTATION, SCORED, Options, command
 from dfrot_lab.recipe import registry
 
-TO = f"{', '.join(registry.EXPORTS)}: a Hugging Face folder, or R1 alone as a safetensors file."
+TO = f"{', '.join(registry.EXPORTS)}: a plain folder, a quantized one as vLLM reads it, or R1 alone."
+WITH_R4 = "compressed-tensors: keep R4, which dfrot_lab.load_export and vLLM apply and transformers does not."
+TAKEN = SCORED.replace("online ", "")
 
 
-@command("export", SCORED)
+@command("export", TAKEN)
 def export(
     said: Options, context: typer.Context, rotation: Annotated[str, typer.Option(help=ROTATION)] = "RH",
     bits: Annotated[str, typer.Option(help=BITS)] = "4-4-16",
     to: Annotated[str, typer.Option(help=TO)] = "hf",
+    with_r4: Annotated[bool, typer.Option("--with-r4", help=WITH_R4)] = False,
     recipe: Annotated[Path | None, typer.Option(help=RECIPE)] = None,
 ) -> None:  # fmt: skip
-    """Write a rotated model, its logits the original's, for others to load; or R1 alone. --out: where."""
+    """Write a rotated model for others to load: its logits the original's, or quantized; or R1 alone. --out:
+    where."""
     module = registry.load(registry.EXPORTS, to, "--to")
     if said.out is None:
         raise typer.BadParameter("say where it goes", param_hint="--out")
-    spec = said.whole_recipe(context, recipe, rotation, bits, beside=("to",))
-    path = module.export(spec, said.out)
+    own = {"with_r4": True} if with_r4 else {}
+    unknown = next((name for name in own if name not in inspect.signature(module.export).parameters), None)
+    if unknown:
+        raise typer.BadParameter(f"{to} has no such choice", param_hint=f"--{unknown.replace('_', '-')}")
+    spec = said.whole_recipe(context, recipe, rotation, bits, beside=("to", *own))
+    path = module.export(spec, said.out, **own)
     size = sum(file.stat().st_size for file in ([path] if path.is_file() else path.rglob("*")))
     about = {"written": path.name, "format": to, "rotation": spec.rotation.name, "bytes": size}
     said.show(about, f"{path}: {spec.rotation.name} as {to}, {size / 1e6:,.0f} MB")

@@ -18,15 +18,26 @@ LICENCE = "Apache-2.0"  # of the packaged models
 
 def of_hf(recipe: Recipe, loaded: LoadedModel, store: Store) -> str:
     """The card of a plain rotated folder, as Markdown."""
+    return _page("hf.md.j2", recipe, loaded, store)
+
+
+def of_compressed(recipe: Recipe, loaded: LoadedModel, store: Store) -> str:
+    """The card of a folder in the compressed-tensors format, as Markdown."""
+    grids = {name: getattr(recipe, name) for name in ("weights", "activations")}
+    r4 = {"r4": recipe.acts("R4"), "block": recipe.mlp_block}
+    return _page("compressed.md.j2", recipe, loaded, store, **grids, **r4)
+
+
+def _page(template: str, recipe: Recipe, loaded: LoadedModel, store: Store, **more: Any) -> str:
     about: dict[str, Any] = {"name": public(recipe.model).source, "family": loaded.family, "ours": OURS}
     about |= {"dtype": loaded.spec.dtype, "rotation": recipe.rotation.name, "bits": recipe.bits}
     about |= {"is_rotated": recipe.is_rotated, "is_scaled": recipe.scales is not None}
     about |= {"origin": origin(loaded.provenance, recipe.model)}
     about |= {"licence": LICENCE if recipe.model.source in PACKAGED else "", "version": __version__}
-    about |= measured(recipe, store)
+    about |= measured(recipe, store) | more
     loader = PackageLoader("dfrot_lab", "export")
     pages = Environment(loader=loader, undefined=StrictUndefined, autoescape=False)  # Markdown, not HTML
-    return pages.get_template("hf.md.j2").render(about) + "\n"
+    return pages.get_template(template).render(about) + "\n"
 
 
 def measured(recipe: Recipe, store: Store) -> dict[str, Any]:

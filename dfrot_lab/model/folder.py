@@ -1,6 +1,8 @@
 """What transformers makes of a model's folder: config, model, tokenizer. No code of the folder runs, no one
 is asked whether it may, and what cannot be made is a ValueError of one line."""
 
+import json
+import tempfile
 from functools import cache
 from inspect import signature
 from pathlib import Path
@@ -9,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dfrot_lab.model import files
+from dfrot_lab.disk.artefacts import Writer
+from dfrot_lab.model import files, packed
 from dfrot_lab.model.checkpoint import check, check_shape, places_of, quiet
 from dfrot_lab.model.families import CAUSAL, attention, oddity, roles_of
 from dfrot_lab.recipe.base import require
@@ -29,12 +32,13 @@ def config_of(folder: Path, source: str) -> Any:
     is_list = isinstance(names, list) and isinstance(names[0], str) and f"_{names[0]}".isidentifier()
     require(f"architectures in {file}", repr(names)[:40], is_list, "a list of classes' names")
     if told := said.get("quantization_config"):
-        method = told.get("quant_method", "a method it does not name") if isinstance(told, dict) else told
-        raise ValueError(f"{source} is already quantized, by {method}: use the unquantized model")
+        packed.bits_of(source, told)
     files.check_pointer(file, "configuration_files", file.name)
     files.check_numbers(file, said)
     with files.explained(f"the config in {folder} cannot be used", files.AGAIN), quiet():
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, attn_implementation="eager")
+    if told:
+        del config.quantization_config  # its weights are made plain ones before they are loaded
     config.fusion_config = None  # it would replace parts of the model
     config.return_dict, config.output_attentions, config.output_hidden_states = True, False, False
     causal = class_name(config)
@@ -45,6 +49,18 @@ def config_of(folder: Path, source: str) -> Any:
     if why := oddity(config):
         raise ValueError(f"this {causal} cannot be rotated here without changing it: {why}")
     return config
+
+
+def keep_words(writer: Writer, config: Any, tokenizer: Any) -> None:
+    """Put a config and a tokenizer into an artefact that is a model's folder."""
+    with tempfile.TemporaryDirectory() as scratch:
+        config.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch, save_jinja_files=False)
+        for made in Path(scratch).glob("*.json"):
+            said = json.loads(made.read_text(encoding="utf-8"))
+            if own := said.get("added_tokens"):  # transformers adds <|endoftext|>, be there a row or not
+                said["added_tokens"] = [each for each in own if each["id"] < config.vocab_size]
+            writer.save_json(made.stem, said)
 
 
 def class_name(config: Any) -> str:

@@ -1,7 +1,6 @@
 """A GGUF file, or the parts of a split one, as a folder of float32 weights: exactly the values it holds. What
 cannot be kept of it is refused by name, before any weight is dequantised."""
 
-import json
 import logging
 import re
 import tempfile
@@ -22,6 +21,7 @@ from dfrot_lab.model import gguf_config
 from dfrot_lab.model.checkpoint import check_finite
 from dfrot_lab.model.families import attention
 from dfrot_lab.model.files import AGAIN, INDEX, explained
+from dfrot_lab.model.folder import keep_words
 from dfrot_lab.recipe.base import content_key, require
 
 log = logging.getLogger(__name__)
@@ -239,14 +239,7 @@ def folder(find: Callable[[], Path], key: str, key_now: Callable[[], str], store
                 writer.save_tensors(file, {header.targets[name]: _weight(header, name) for name in lot})
             places |= {header.targets[name]: f"{file}.safetensors" for name in lot}
         writer.save_json(Path(INDEX).stem, {"metadata": {}, "weight_map": places})
-        with tempfile.TemporaryDirectory() as scratch:
-            header.config.save_pretrained(scratch)
-            tokenizer.save_pretrained(scratch, save_jinja_files=False)
-            for made in Path(scratch).glob("*.json"):
-                said = json.loads(made.read_text())
-                if own := said.get("added_tokens"):  # transformers adds <|endoftext|>, be there a row or not
-                    said["added_tokens"] = [each for each in own if each["id"] < header.config.vocab_size]
-                writer.save_json(made.stem, said)
+        keep_words(writer, header.config, tokenizer)
         writer.note["provenance"] = f"dequantised {header.kinds} of {path.name}"
         if key_now() != key:
             raise Changed(f"{path} was changed while it was read: run the same command again")

@@ -16,7 +16,7 @@ from torch import nn
 from dfrot_lab.disk import downloads
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.disk.atomic import Changed, digest
-from dfrot_lab.model import files, folder, gguf_files
+from dfrot_lab.model import files, folder, gguf_files, packed_files
 from dfrot_lab.model.checkpoint import Checkpoint, check_finite, memory
 from dfrot_lab.model.experts import unfuse
 from dfrot_lab.model.families import Roles, roles_of
@@ -201,6 +201,8 @@ def _folder(spec: ModelSpec, key: str, store: Store) -> tuple[Path, str]:
     if kind == "gguf":
         return gguf_files.folder(lambda: Path(place), key, partial(_bytes_key, spec), store)
     found = Path(place) if kind == "folder" else _hub_folder(str(place), spec.revision)
+    if packed_files.told(found):
+        return packed_files.plain(found, spec.source, key, partial(_bytes_key, spec), store)
     return found, f"{kind} {place}"
 
 

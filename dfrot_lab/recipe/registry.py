@@ -38,7 +38,11 @@ WEIGHTS = {
 full-precision model has in its inputs' place); `VERSION`."""
 
 
-EXPORTS = {"hf": Choice("dfrot_lab.export.hf"), "r1": Choice("dfrot_lab.export.r1")}
+EXPORTS = {
+    "hf": Choice("dfrot_lab.export.hf"),
+    "compressed-tensors": Choice("dfrot_lab.export.compressed"),
+    "r1": Choice("dfrot_lab.export.r1"),
+}
 """Formats to take a model away in: `export(recipe, out, store)` writes it and returns where it is."""
 
 

@@ -237,8 +237,8 @@ def massive_activations(setting: Setting, store: Store) -> pd.DataFrame:
 def zero_shot(setting: Setting, store: Store) -> pd.DataFrame:
     """Table 5 and the README's: six tasks by lm-eval; plain, NR, RH in full, RO, RH, DFRot at 4 bits."""
     named: dict[str, specs.Recipe | None] = {"plain transformers": None}
-    quantized = ("4-4-16",) if setting.quick else ("4-4-16", "4-4-4")
-    for bits, name in [*product(["16-16-16"], ("NR", "RH")), *product(quantized, ("RO", "RH", "DFRot"))]:
+    bits_of, names = (["4-4-16"], ["RH"]) if setting.quick else (["4-4-16", "4-4-4"], ["RO", "RH", "DFRot"])
+    for bits, name in [*product(["16-16-16"], ("NR", "RH")), *product(bits_of, names)]:
         named[f"{name} {bits}"] = setting.row(bits, setting.method(name))
     tables = [zeroshot.table(name, spec, setting.model, setting.limit, store) for name, spec in named.items()]
     return pd.concat(tables, ignore_index=True)
