@@ -220,7 +220,7 @@ def test_the_command(tiny, tmp_path, text_file, monkeypatch):
 def test_r4_is_not_read_as_plain_weights(tiny, tmp_path, store):
     folder = compressed.export(at(tiny, 4, 16), tmp_path / "made", store, with_r4=True)
     with pytest.raises(
-        ValueError, match="has a transform 'R4' that acts while it runs: use dfrot_lab.load_export"
+        ValueError, match=r"has a transform 'R4' that acts while it runs: use dfrot_lab\.load_export"
     ):
         loading.load_model(ModelSpec(source=str(folder)), store)
 
@@ -279,7 +279,7 @@ TOLD = {"quant_method": "compressed-tensors", "format": "pack-quantized", "confi
 def test_other_forms_are_refused_in_one_line(change):
     assert packed.bits_of("m", TOLD) == 4
     with pytest.raises(
-        ValueError, match="^m is already quantized, by compressed-tensors, and not as one group"
+        ValueError, match=r"^m is already quantized, by compressed-tensors, and not as one group"
     ):
         packed.bits_of("m", TOLD | change)
 

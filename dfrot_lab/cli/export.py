@@ -9,8 +9,11 @@ import typer
 from dfrot_lab.cli.options import BITS, RECIPE, ROTATION, SCORED, Options, command
 from dfrot_lab.recipe import registry
 
-TO = f"{', '.join(registry.EXPORTS)}: a plain folder, a quantized one as vLLM reads it, or R1 alone."
+TO = f"{', '.join(registry.EXPORTS)}: a plain folder, a quantized one for vLLM, llama.cpp's file, R1 alone."
 WITH_R4 = "compressed-tensors: keep R4, which dfrot_lab.load_export and vLLM apply and transformers does not."
+KIND = (
+    "gguf: F32, F16 (default), BF16, Q8_0, Q5_1, Q5_0, Q4_1, Q4_0, MXFP4; with libgguf Q6_K, Q4_K and others."
+)
 TAKEN = SCORED.replace("online ", "")
 
 
@@ -20,6 +23,7 @@ def export(
     bits: Annotated[str, typer.Option(help=BITS)] = "4-4-16",
     to: Annotated[str, typer.Option(help=TO)] = "hf",
     with_r4: Annotated[bool, typer.Option("--with-r4", help=WITH_R4)] = False,
+    kind: Annotated[str | None, typer.Option(help=KIND)] = None,
     recipe: Annotated[Path | None, typer.Option(help=RECIPE)] = None,
 ) -> None:  # fmt: skip
     """Write a rotated model for others to load: its logits the original's, or quantized; or R1 alone. --out:
@@ -27,7 +31,7 @@ def export(
     module = registry.load(registry.EXPORTS, to, "--to")
     if said.out is None:
         raise typer.BadParameter("say where it goes", param_hint="--out")
-    own = {"with_r4": True} if with_r4 else {}
+    own = {name: value for name, value in (("with_r4", with_r4), ("kind", kind)) if value}
     unknown = next((name for name in own if name not in inspect.signature(module.export).parameters), None)
     if unknown:
         raise typer.BadParameter(f"{to} has no such choice", param_hint=f"--{unknown.replace('_', '-')}")

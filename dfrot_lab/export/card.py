@@ -28,6 +28,11 @@ def of_compressed(recipe: Recipe, loaded: LoadedModel, store: Store) -> str:
     return _page("compressed.md.j2", recipe, loaded, store, **grids, **r4)
 
 
+def of_gguf(recipe: Recipe, loaded: LoadedModel, store: Store, kind: str, names: list[str]) -> str:
+    """The card of a GGUF file, or of its parts by name, as Markdown."""
+    return _page("gguf.md.j2", recipe, loaded, store, kind=kind, file=names[0], parts=len(names))
+
+
 def _page(template: str, recipe: Recipe, loaded: LoadedModel, store: Store, **more: Any) -> str:
     about: dict[str, Any] = {"name": public(recipe.model).source, "family": loaded.family, "ours": OURS}
     about |= {"dtype": loaded.spec.dtype, "rotation": recipe.rotation.name, "bits": recipe.bits}

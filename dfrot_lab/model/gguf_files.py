@@ -145,6 +145,11 @@ def read(path: Path) -> Header:
     return Header(path, said, tensors, config, targets)
 
 
+def fields(path: Path) -> dict[str, Any]:
+    """The keys of a file's header, as gguf reads them, long lists among them."""
+    return dict(_reader(parts(path)[0]).fields)
+
+
 def _reader(path: Path) -> _Reader:
     """A file's reader; a ValueError if it is no GGUF file, or ends before what its header announces."""
     with path.open("rb") as file:

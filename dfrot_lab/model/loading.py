@@ -212,6 +212,12 @@ def config_of(place: Path | str, spec: ModelSpec) -> Any:
     return folder.config_of(at, spec.source)
 
 
+def folder_of(spec: ModelSpec, store: Store | None = None) -> Path:
+    """The folder of plain weights that a model is loaded from."""
+    spec = placed(spec)
+    return _folder(spec, _bytes_key(spec), store or Store())[0]
+
+
 def words_of(spec: ModelSpec, store: Store | None = None) -> tuple[Any, int]:
     """The tokenizer of a model and its context in tokens, without its weights."""
     spec = placed(spec)
@@ -223,9 +229,7 @@ def words_of(spec: ModelSpec, store: Store | None = None) -> tuple[Any, int]:
 
 def roles_for(spec: ModelSpec, store: Store | None = None) -> Roles:
     """The roles of a model's family, without its weights."""
-    spec = placed(spec)
-    place, _ = _folder(spec, _bytes_key(spec), store or Store())
-    return roles_of(folder.class_name(config_of(place, spec)))
+    return roles_of(folder.class_name(config_of(folder_of(spec, store), spec)))
 
 
 def load_model(

@@ -41,6 +41,7 @@ full-precision model has in its inputs' place); `VERSION`."""
 EXPORTS = {
     "hf": Choice("dfrot_lab.export.hf"),
     "compressed-tensors": Choice("dfrot_lab.export.compressed"),
+    "gguf": Choice("dfrot_lab.export.gguf"),
     "r1": Choice("dfrot_lab.export.r1"),
 }
 """Formats to take a model away in: `export(recipe, out, store)` writes it and returns where it is."""
