@@ -116,13 +116,13 @@ def _names(loaded: LoadedModel, arch: str) -> dict[str, str]:
 
 
 def _kind_of(name: str, shape: tuple[int, ...], kind: str) -> Kind:
-    """What a tensor is written as: vectors in full, the two ends in 8 bits at least, and in 16 what no block
-    divides."""
+    """What a tensor is written as: vectors in full, the two ends in 8 bits at least; a matrix whose rows no
+    block divides in 8 bits, whose blocks are the smallest, or in 16."""
     if len(shape) == 1:
         return Kind.F32
-    wanted = Kind[kind if kind in KINDS[:4] or name not in ENDS else END_KIND]
-    block = gguf.GGML_QUANT_SIZES[wanted][0]
-    return wanted if shape[-1] % block == 0 else Kind.F16
+    wanted = kind if kind in KINDS[:4] or name not in ENDS else END_KIND
+    blocks = ((Kind[each], gguf.GGML_QUANT_SIZES[Kind[each]][0]) for each in (wanted, END_KIND, "F16"))
+    return next(each for each, block in blocks if shape[-1] % block == 0)
 
 
 def _values(
