@@ -70,7 +70,7 @@ def test_plain_transformers_computes_what_was_scored(weights, activations, tiny,
     folder = compressed.export(recipe, tmp_path / "made", store)
     found = logits(plain(folder))
     assert apart(found, fake_quantized(recipe, store)) < 1e-6
-    assert torch.equal(found, logits(dfrot_lab.load_export(folder)))
+    assert apart(found, logits(dfrot_lab.load_export(folder))) < 1e-5
     said = json.loads((folder / "config.json").read_text())["quantization_config"]
     assert said["format"] == compressed.FORMATS[weights, activations] and "transform_config" not in said
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from dfrot_lab.disk.artefacts import Store
-from dfrot_lab.export import gguf, hf
+from dfrot_lab.export import gguf, hf, llama_cpp
 from dfrot_lab.model import checkpoint, loading
 from dfrot_lab.recipe.specs import ModelSpec, Recipe
 
@@ -50,14 +50,7 @@ def file_of(folder: Path) -> Path:
 
 def by_llama_cpp(path: Path, prompts: list[list[int]], words: int) -> Tensor:
     """The log-probabilities (prompts, words) of what follows each prompt, by llama.cpp itself."""
-    import xllamacpp
-
-    asked = xllamacpp.CommonParams()
-    asked.model.path, asked.n_ctx, asked.n_parallel, asked.warmup = str(path), 256, 1, False
-    asked.cache_type_k = asked.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32  # not 16 bits
-    asked.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    asked.cpuparams.n_threads = asked.cpuparams_batch.n_threads = 1
-    server, found = xllamacpp.Server(asked), torch.full((len(prompts), words), torch.nan)
+    server, found = llama_cpp.server(path), torch.full((len(prompts), words), torch.nan)
     for row, prompt in zip(found, prompts, strict=True):
         request = {"prompt": prompt, "n_predict": 1, "temperature": 0, "logit_bias": [[LETTER, 100]]}
         answer = server.handle_completions(request | {"logprobs": True, "n_probs": words})
@@ -213,6 +206,17 @@ def test_a_kind_is_one_of_those_there_are(tiny, tmp_path, store, monkeypatch):
     with pytest.raises(ValueError, match=r"--kind Q6_K needs the package libgguf, .*: pip install libgguf"):
         gguf.export(tiny, tmp_path / "made", store, kind="Q6_K")
     assert not (tmp_path / "made").exists()
+
+
+def test_llama_cpp_answers_or_says_why_not(tmp_path, text_file, store, monkeypatch):
+    file = file_of(gguf.export(of_case(tmp_path, text_file, "llama"), tmp_path / "made", store))
+    assert isinstance(llama_cpp.answer(file, "the sheep", tokens=4), str)
+    (tmp_path / "no.gguf").write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"llama.cpp cannot load .*no.gguf"):
+        llama_cpp.answer(tmp_path / "no.gguf", "the sheep")
+    monkeypatch.setattr(llama_cpp, "is_here", lambda: False)
+    with pytest.raises(ValueError, match=r"xllamacpp must be installed: pip install xllamacpp"):
+        llama_cpp.server(file)
 
 
 def test_the_command(tmp_path, text_file, monkeypatch):

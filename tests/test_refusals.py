@@ -79,17 +79,34 @@ def test_a_loss_that_is_no_number_is_not_kept(
     assert math.isfinite(perplexity.evaluate(recipe, store).perplexity)
 
 
-@pytest.mark.parametrize(
-    ("ending", "kind"), [("bin", "torch's own format"), ("pt", "torch's own"), ("npy", "a NumPy array")]
-)
-def test_a_rotation_in_another_format_is_called_what_it_is(tmp_path: Path, ending: str, kind: str):
+@pytest.mark.parametrize("ending", ["bin", "pt"])
+def test_a_rotation_in_torchs_own_format_is_called_what_it_is(tmp_path: Path, ending: str):
     path = tmp_path / f"R1.{ending}"
-    if ending == "npy":
-        np.save(path, np.eye(8))
-    else:
-        torch.save({"R1": torch.eye(8)}, path)
+    torch.save({"R1": torch.eye(8)}, path)
+    said = rf"must be a safetensors file; got .*R1\.{ending}, which is torch's own format.*save_file"
+    with pytest.raises(ValueError, match=said):
+        rotation_files.load(path, 8)
+
+
+def test_a_rotation_in_a_numpy_file_is_read_and_nothing_else_of_one(tmp_path: Path):
+    R = np.linalg.qr(np.random.default_rng(0).standard_normal((8, 8)))[0]
+    path = tmp_path / "R1.npy"
+    for kind in (np.float64, np.float32):
+        np.save(path, R.astype(kind))
+        assert rotation_files.load(path, 8).numpy() == pytest.approx(R, abs=1e-6)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-8])
+    with pytest.raises(ValueError, match=r"rotation.path must be a whole array of floats; got .*R1\.npy"):
+        rotation_files.load(path, 8)
+    np.save(path, np.array([[print]], dtype=object), allow_pickle=True)
+    with pytest.raises(ValueError, match=r"must be a whole array of floats; got .*npy"):
+        rotation_files.load(path, 1)
+    np.save(path, np.array([["a"]]))
+    with pytest.raises(ValueError, match=r"must be a whole array of floats"):
+        rotation_files.load(path, 1)
+    np.save(path, np.eye(8, dtype=np.int64))
     with pytest.raises(
-        ValueError, match=rf"must be a safetensors file; got .*R1\.{ending}, which is {kind}.*save_file"
+        ValueError, match=r"rotation.dtype must be a float dtype; got torch.int64 \(in .*npy\)"
     ):
         rotation_files.load(path, 8)
 

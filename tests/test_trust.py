@@ -362,7 +362,10 @@ def dangerous(tree: ast.AST) -> Iterator[str]:
             continue
         called, said = ast.unparse(node.func), {word.arg: ast.unparse(word.value) for word in node.keywords}
         loader = [*map(ast.unparse, node.args[1:]), *said.values()]
-        if called in DANGEROUS or (called == "yaml.load" and not {"yaml.SafeLoader", "Once"} & {*loader}):
+        is_plain = called == "np.load" and said.get("allow_pickle") == "False"
+        if (called in DANGEROUS and not is_plain) or (
+            called == "yaml.load" and not {"yaml.SafeLoader", "Once"} & {*loader}
+        ):
             yield f"line {node.lineno}: {called}("
         yield from (
             f"line {node.lineno}: {word}={value}"
@@ -396,6 +399,8 @@ def test_no_call_in_the_package_runs_what_a_file_says(walk: Callable[[ast.AST], 
         (dangerous, "yaml.load(x)"),
         (dangerous, "yaml.load(x, yaml.Loader)"),
         (dangerous, "np.load(x, allow_pickle=True)"),
+        (dangerous, "np.load(x)"),
+        (dangerous, "np.load(x, allow_pickle=trust)"),
         (dangerous, "os.system(x)"),
     ],
 )

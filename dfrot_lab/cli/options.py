@@ -18,7 +18,7 @@ from dfrot_lab.recipe.base import require, require_file, strict_json
 
 log = logging.getLogger("dfrot_lab")
 
-ROTATION = "A row of the rotations listed by --help, or a safetensors file with R1."
+ROTATION = "A row of the rotations listed by --help, or a safetensors or npy file with R1."
 BITS = "Weights-activations-KV, such as 4-4-16."
 RECIPE = "A recipe's YAML, in place of all options but --out, --json."
 SCORED = (

@@ -163,7 +163,9 @@ def load_export(folder: Path | str) -> Any:
 
     said = files.read_object(Path(folder) / "config.json").get("quantization_config") or {}
     with quiet():  # that R4 is not expected
-        model = AutoModelForCausalLM.from_pretrained(Path(folder), dtype="auto", trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(
+            Path(folder), dtype="auto", trust_remote_code=False, attn_implementation="eager"
+        )
     if told := said.get("transform_config"):
         apply_transform_config(model, TransformConfig.model_validate(told))
     return model.eval()
