@@ -46,6 +46,16 @@ from dfrot_lab.score.build import build
 spec = recipe_of("4-16-16", model=model, corpus=text, windows=1)
 build(spec.with_(weights=spec.weights.with_(windows=4, corpus=calibration)), Store())
 """
+EXPORT = """
+import tempfile
+with tempfile.TemporaryDirectory(dir=folder + "/..") as out:
+    sys.argv = ["dfrot-lab", "export", *{words!r}, "--out", out + "/made", "--corpus", name, "--model", folder]
+    try:
+        runpy.run_module("dfrot_lab", run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        if end.code:
+            raise
+"""
 PEAK = """
 if torch.cuda.is_available():
     print(f"peak on the GPU: {torch.cuda.max_memory_reserved() / 1e9:.2f} GB")
@@ -56,6 +66,11 @@ STAGES = {
     "capture": COMMAND.format(words=["capture"]),
     "refine": REFINE,
     "gptq": GPTQ,
+    "hf": EXPORT.format(words=["--to", "hf", "--dtype", "bfloat16"]),
+    "compressed": EXPORT.format(
+        words=["--to", "compressed-tensors", "--bits", "4-16-16", "--weights", "rtn", "--dtype", "bfloat16"]
+    ),
+    "gguf": EXPORT.format(words=["--to", "gguf", "--kind", "Q8_0"]),
 }
 
 

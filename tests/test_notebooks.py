@@ -66,7 +66,8 @@ def texts(path: Path) -> str:
 
 
 def test_notebooks_are_there():
-    assert [path.stem[:2] for path in NOTEBOOKS] == [f"{n:02d}" for n in range(len(NOTEBOOKS))]
+    numbers = [int(path.stem[:2]) for path in NOTEBOOKS]
+    assert numbers == sorted(set(numbers)) and numbers[:12] == list(range(12))
     assert {path.stem for path in NOTEBOOKS} >= WITH_TASKS | EXPLORERS
 
 

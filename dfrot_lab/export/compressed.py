@@ -71,7 +71,7 @@ def adapted(recipe: Recipe, with_r4: bool = False) -> Recipe:
         said = "activations are %s, not %s: its kernels have no zero point, and a scale of their own"
         log.warning(said, found.activations.name, before.activations.name)
     if before.acts(R4) and not with_r4:
-        log.warning("R4 is left out, which nobody but dfrot_lab.load_export and vLLM would apply: --with-r4")
+        log.warning("R4 is left out: transformers would not apply it. --with-r4 keeps it for what does")
     elif found.mlp_block != before.mlp_block:
         log.warning("R4 is in blocks of %d: vLLM has Hadamard matrices of powers of 2", found.mlp_block)
     return found
