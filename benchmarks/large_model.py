@@ -83,8 +83,9 @@ def make(folder: Path, shape: str, layers: int) -> None:
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    from dfrot_lab.model.checkpoint import INDEX, part_of
+    from dfrot_lab.model.checkpoint import part_of
     from dfrot_lab.model.families import FAMILIES
+    from dfrot_lab.model.files import INDEX
 
     config = LlamaConfig(**dict(zip(NAMES, SHAPES[shape], strict=True)), num_hidden_layers=layers, max_position_embeddings=4096, dtype="bfloat16",
                          architectures=["LlamaForCausalLM"], bos_token_id=None, eos_token_id=None)  # fmt: skip

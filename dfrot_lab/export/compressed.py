@@ -19,7 +19,7 @@ from dfrot_lab.export import card, folders
 from dfrot_lab.maths.quantizers import Quantized
 from dfrot_lab.model import door, files, shapes
 from dfrot_lab.model.checkpoint import quiet
-from dfrot_lab.model.families import Roles
+from dfrot_lab.model.families import Roles, attention
 from dfrot_lab.model.loading import LoadedModel
 from dfrot_lab.model.packed import pack
 from dfrot_lab.recipe.base import require
@@ -159,12 +159,13 @@ def load_export(folder: Path | str) -> Any:
     """The transformers model in an exported folder, on the CPU, R4 before its down_proj where the folder has
     it: what transformers alone leaves out. ValueError: no such folder."""
     from compressed_tensors.transform import TransformConfig, apply_transform_config
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     said = files.read_object(Path(folder) / "config.json").get("quantization_config") or {}
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, attn_implementation="eager")
     with quiet():  # that R4 is not expected
         model = AutoModelForCausalLM.from_pretrained(
-            Path(folder), dtype="auto", trust_remote_code=False, attn_implementation="eager"
+            folder, dtype="auto", trust_remote_code=False, attn_implementation=attention(config)
         )
     if told := said.get("transform_config"):
         apply_transform_config(model, TransformConfig.model_validate(told))
