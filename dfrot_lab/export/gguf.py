@@ -6,6 +6,7 @@ all. A model that came out of a GGUF file takes all of its header along; of a fo
 import logging
 import re
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 
 import gguf
@@ -95,7 +96,8 @@ def _write(
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for values in (*header.tensors.values(), *_values(loaded, header.arch, names, kind, quantize)):
+        made = _values(loaded, header.arch, names, kind, quantize)  # one at a time
+        for values in chain(header.tensors.values(), made):
             writer.write_tensor_data(values)
         writer.close()
 
