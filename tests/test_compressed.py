@@ -75,6 +75,34 @@ def test_plain_transformers_computes_what_was_scored(weights, activations, tiny,
     assert said["format"] == compressed.FORMATS[weights, activations] and "transform_config" not in said
 
 
+@pytest.mark.parametrize("method", ["rtn", "gptq", "qep"])
+def test_a_scale_for_each_group_of_inputs(method, tiny, tmp_path, store):
+    recipe = at(tiny, 4, 16)
+    grid = recipe.weights.quantizer.with_(granularity="per_group", group_size=32)
+    recipe = recipe.with_(weights=recipe.weights.with_(quantizer=grid, method=method))
+    folder = compressed.export(recipe, tmp_path / "made", store)
+    held = load_file(folder / "model.safetensors")
+    assert held["model.layers.0.mlp.down_proj.weight_scale"].shape == (64, 3)
+    assert apart(logits(plain(folder)), fake_quantized(recipe, store)) < 1e-6
+    own = compressed.adapted(recipe)
+    again = at(own, 16, 16).with_(model=ModelSpec(source=str(folder)), rotation=RotationSpec(kind="NR"))
+    one, other = (perplexity.evaluate(each, store) for each in (own, again))
+    assert other.losses == pytest.approx(one.losses, rel=1e-6)
+    assert "a scale for 32 inputs" in (folder / "README.md").read_text()
+
+
+def test_a_group_that_divides_no_linear_is_refused_before_any_work(tiny, tmp_path, store):
+    grid = tiny.weights.quantizer.with_(granularity="per_group", group_size=48)
+    recipe = tiny.with_(weights=tiny.weights.with_(quantizer=grid))
+    with pytest.raises(
+        ValueError, match=r"WeightSpec.quantizer.group_size must be a divisor of 64, 96; got 48"
+    ):
+        compressed.export(recipe, tmp_path / "made", store)
+    with pytest.raises(ValueError, match=r"must be a divisor of 64, 96; got 48"):
+        perplexity.evaluate(recipe, store)
+    assert not store.list()
+
+
 @pytest.mark.parametrize("case", ["qwen2", "phi3", "gemma", "mistral", "qwen3"])
 def test_other_families(case, tmp_path, text_file, store):
     recipe = at(spec_of(tmp_path, text_file, case, dtype="float32"), 4, 16)
@@ -205,11 +233,11 @@ def test_the_command(tiny, tmp_path, text_file, monkeypatch):
     monkeypatch.setenv("DFROT_LAB_CACHE", str(tmp_path / "cache"))
     of = ["--model", str(tmp_path / "original"), "--corpus", str(text_file), "--window", str(TOKENS)]
     of += ["--weights", "rtn", "--to", "compressed-tensors", "--with-r4", "--out", str(tmp_path / "made")]
-    found = ask(*of, "--bits", "4-4-16", "--json")
+    found = ask(*of, "--bits", "4-4-16", "--group-size", "32", "--json")
     assert found.exit_code == 0, found.output
     assert json.loads(found.stdout)["format"] == "compressed-tensors"
     said = Recipe.from_yaml(tmp_path / "made/dfrot_lab/recipe.yaml")
-    assert said.mlp_block == 32 and said.activations.symmetric
+    assert said.mlp_block == 32 and said.activations.symmetric and said.weights.quantizer.group_size == 32
     refused = ask("--to", "hf", "--with-r4", "--out", str(tmp_path / "other"))
     assert refused.exit_code != 0 and "hf has no such choice" in refused.output
 

@@ -88,6 +88,34 @@ def test_gptq_equals_its_definition(channels, spec):
     assert error == pytest.approx(output_error(weight, expected, found.scale, hessian), rel=0.03, abs=1e-6)
 
 
+GROUPED = SPEC.with_(quantizer=QuantSpec(granularity="per_group", group_size=16))
+
+
+def test_a_group_of_inputs_is_rounded_as_if_it_were_a_channel_of_its_own():
+    weight = gaussian(12, 96, seed=1)
+    found = rtn.quantize(weight, None, GROUPED)
+    alone = rtn.quantize(weight.reshape(-1, 16), None, SPEC)
+    assert torch.equal(found.codes, alone.codes) and torch.equal(found.scale, alone.scale)
+    lost = dequantize(found, weight.shape) - weight
+    assert lost.norm() < (dequantize(rtn.quantize(weight, None, SPEC), weight.shape) - weight).norm()
+
+
+@pytest.mark.parametrize("channels", [96, 160])
+def test_gptq_of_groups_takes_each_column_in_its_groups_steps(channels):
+    """By the definition, the scales being those of the weights before any is rounded."""
+    weight, hessian = gaussian(12, channels, seed=channels), hessian_of(channels, seed=channels)
+    found = gptq.quantize(weight, Seen(hessian), GROUPED)
+    scale = rtn.quantize(weight, None, GROUPED).scale.reshape(12, -1).repeat_interleave(16, 1).double()
+    wide, inverse = weight.double(), hessian.double()
+    inverse = torch.linalg.inv(inverse + SPEC.damping * inverse.diagonal().mean() * torch.eye(channels))
+    codes = torch.zeros_like(wide)
+    for i in range(channels):
+        codes[:, i] = (wide[:, i] / scale[:, i]).round().clamp(-8, 7)
+        wide -= torch.outer((wide[:, i] - codes[:, i] * scale[:, i]) / inverse[i, i], inverse[i])
+        inverse = inverse - torch.outer(inverse[:, i], inverse[i]) / inverse[i, i]
+    assert (found.codes.reshape(12, -1).double() == codes).double().mean() > 0.98
+
+
 @given(seed=st.integers(0, 10_000), channels=st.integers(2, 40), scale=st.floats(1e-3, 1e3))
 @settings(max_examples=30, deadline=None)
 def test_an_identity_hessian_gives_round_to_nearest(seed, channels, scale):

@@ -22,7 +22,8 @@ ROTATION = "A row of the rotations listed by --help, or a safetensors or npy fil
 BITS = "Weights-activations-KV, such as 4-4-16."
 RECIPE = "A recipe's YAML, in place of all options but --out, --json."
 SCORED = (
-    "model corpus calibration seed out as_json windows window weights clips scales online gamma rule dtype"
+    "model corpus calibration seed out as_json windows window weights group_size clips scales online "
+    "gamma rule dtype"
 )
 """The options of a command that takes one row: what a recipe needs, and where its result goes."""
 OUT = "Where the result goes; the ending says the format."
@@ -36,6 +37,7 @@ BUILDS = "Builds a comparison is made of (seed, sample, jitter, windows); defaul
 CLIPS = "Give each site the clip ratio of least error on the calibration text."
 SCALES = "Fold channel scales into the weights, those of least error on the calibration text."
 ONLINE = "Which online Hadamards act: both (R3 and R4), R3, R4 or none, as where nothing runs beside weights."
+GROUP = "Weights have a scale for so many inputs, which must divide all of the model's; default: a row's."
 JSON = "Print JSON and nothing else on standard output."
 LONGEST = 500  # characters of an error that are shown
 MALLOC = ((-4, 0), (-1, -1), (-2, 1 << 26))
@@ -66,6 +68,7 @@ class Options:
     gamma: Annotated[float, typer.Option(help="Weight of massive rows; inf fits them alone.")] = 100.0
     rule: Annotated[str, typer.Option(help=RULES)] = specs.DEFAULT_RULE
     weights: Annotated[str, typer.Option(help="A weight quantizer listed by --help.")] = "gptq"
+    group_size: Annotated[int | None, typer.Option(help=GROUP, min=1)] = None
     dtype: Annotated[str, typer.Option(help=DTYPES)] = "auto"
     clips: Annotated[bool, typer.Option("--clips", help=CLIPS)] = False
     scales: Annotated[bool, typer.Option("--scales", help=SCALES)] = False
@@ -110,7 +113,9 @@ class Options:
         text, method = specs.CorpusSpec(name=self.corpus), self.rotation(rotation)
         parts = {"model": self.model_spec, "corpus": text, "rotation": method, "windows": self.windows}
         spec = specs.recipe_of(bits, weights=self.weights, window=self.window, **parts)
-        weights = spec.weights.with_(corpus=self.capture.corpus, window=self.window)
+        shared = {"granularity": "per_group", "group_size": self.group_size} if self.group_size else {}
+        grid = spec.weights.quantizer.with_(**shared)
+        weights = spec.weights.with_(corpus=self.capture.corpus, window=self.window, quantizer=grid)
         clips, scales = (self.capture if asked else None for asked in (self.clips, self.scales))
         own = {"weights": weights, "clips": clips, "scales": scales, "online": self._online()}
         return spec.with_(**own)

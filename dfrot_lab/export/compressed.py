@@ -17,7 +17,7 @@ from dfrot_lab.disk import atomic
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.export import card, folders
 from dfrot_lab.maths.quantizers import Quantized
-from dfrot_lab.model import door, files, shapes
+from dfrot_lab.model import door, files, loading, shapes
 from dfrot_lab.model.checkpoint import quiet
 from dfrot_lab.model.families import Roles, attention
 from dfrot_lab.model.loading import LoadedModel
@@ -101,18 +101,24 @@ def _held(built: build.Built, recipe: Recipe, part: int, own: Mapping[str, Tenso
     for name, quantized in built.codes[part].items():
         linear = f"{loaded.roles.layers}.{part}.{name}"
         dtype = held.pop(f"{linear}.weight").dtype
-        held |= {f"{linear}.{each}": x for each, x in _coded(quantized, dtype, kind, recipe).items()}
+        rows = len(loading.linear(loaded.layers[part], name).weight)
+        coded = _coded(quantized, rows, dtype, kind, recipe)
+        held |= {f"{linear}.{each}": x for each, x in coded.items()}
     if built.transforms.r4 and recipe.is_rotated:
         held |= _matrices(loaded, part, recipe)
     return held
 
 
-def _coded(quantized: Quantized, dtype: torch.dtype, kind: str, recipe: Recipe) -> dict[str, Tensor]:
-    """A linear's weight as the format has it: scales in the model's dtype, codes a byte each or packed."""
-    scale = {"weight_scale": quantized.scale.to(dtype)}
+def _coded(
+    quantized: Quantized, rows: int, dtype: torch.dtype, kind: str, recipe: Recipe
+) -> dict[str, Tensor]:
+    """A linear's weight (rows, in) as the format has it: scales in the model's dtype, codes a byte each or
+    packed."""
+    codes, scale = (part.reshape(rows, -1) for part in (quantized.codes, quantized.scale))
+    said = {"weight_scale": scale.to(dtype)}
     if kind == "int-quantized":
-        return scale | {"weight": quantized.codes}
-    return scale | pack(quantized.codes, recipe.weights.quantizer.bits)
+        return said | {"weight": codes}
+    return said | pack(codes, recipe.weights.quantizer.bits)
 
 
 def _matrices(loaded: LoadedModel, part: int, recipe: Recipe) -> dict[str, Tensor]:
@@ -131,7 +137,9 @@ def config_of(recipe: Recipe, roles: Roles) -> dict[str, Any]:
 
     w_bits, a_bits = recipe.weights.quantizer.bits, recipe.activations.bits
     kind = FORMATS[w_bits, a_bits]
-    weights = QuantizationArgs(num_bits=w_bits, symmetric=True, strategy="channel")
+    size = recipe.weights.quantizer.group_size
+    shared: dict[str, Any] = {"strategy": "group", "group_size": size} if size else {"strategy": "channel"}
+    weights = QuantizationArgs(num_bits=w_bits, symmetric=True, **shared)
     inputs = QuantizationArgs(num_bits=a_bits, symmetric=True, strategy="token", dynamic=True)
     scheme = QuantizationScheme(
         targets=["Linear"], weights=weights, input_activations=None if a_bits == 16 else inputs, format=kind

@@ -6,7 +6,7 @@ from typing import Any, TypeVar, cast
 from dfrot_lab.disk.atomic import digest
 from dfrot_lab.maths.hadamard import block_of
 from dfrot_lab.model import corpus, loading, shapes
-from dfrot_lab.recipe.base import Spec
+from dfrot_lab.recipe.base import Spec, require
 from dfrot_lab.recipe.specs import CaptureSpec, CorpusSpec, ModelSpec, Recipe, RotationSpec
 
 S = TypeVar("S", bound=Spec)
@@ -27,6 +27,10 @@ def resolved(spec: S, model: ModelSpec | None = None) -> S:
     }
     if model is not None and isinstance(spec, RotationSpec | Recipe):
         changed |= _blocks(spec, model)
+    if model is not None and isinstance(spec, Recipe) and (size := spec.weights.quantizer.group_size):
+        inputs = sorted(set(_shape_of(model).inputs))
+        fits = all(width % size == 0 for width in inputs)
+        require("WeightSpec.quantizer.group_size", size, fits, f"a divisor of {', '.join(map(str, inputs))}")
     return spec.with_(**changed) if changed else spec
 
 
@@ -36,7 +40,7 @@ def _blocks(spec: RotationSpec | Recipe, model: ModelSpec) -> dict[str, int | No
         return {}
     if isinstance(spec, Recipe) and not spec.is_rotated:
         return {}
-    shape = _shape(model.with_(device="cpu"), loading.fingerprint(model))
+    shape = _shape_of(model)
     sizes = {"head_block": shape.head, "mlp_block": shape.mlp, "block": shape.channels}
     asked = {name: value for name, value in spec if name in sizes}
     if shape.experts > 1 and asked.get("mlp_block", 0) is None:  # MLPs of several widths: each its largest
@@ -44,6 +48,10 @@ def _blocks(spec: RotationSpec | Recipe, model: ModelSpec) -> dict[str, int | No
     found = {name: block_of(sizes[name], block, f"Recipe.{name}") for name, block in asked.items()}
     named = {name: None if block == sizes[name] else block for name, block in found.items()}
     return {name: block for name, block in named.items() if block != asked[name]}
+
+
+def _shape_of(model: ModelSpec) -> shapes.Shape:
+    return _shape(model.with_(device="cpu"), loading.fingerprint(model))
 
 
 @cache

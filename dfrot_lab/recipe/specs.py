@@ -164,8 +164,10 @@ class WeightSpec(Spec):
 
     def _check(self) -> None:
         self._require("method", self.method in registry.WEIGHTS, f"one of {', '.join(registry.WEIGHTS)}")
-        fits = self.quantizer.granularity == "per_channel" and self.quantizer.symmetric
-        self._require("quantizer", fits, "per_channel and symmetric")
+        grid = self.quantizer
+        shared = grid.granularity == "per_channel" or (grid.granularity == "per_group" and grid.group_size)
+        rule = "symmetric, and per_channel or per_group with a group_size"
+        self._require("quantizer", bool(shared and grid.symmetric), rule)
 
     @property
     def sees_rounded(self) -> bool:

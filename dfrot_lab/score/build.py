@@ -163,8 +163,10 @@ def require_texts(recipe: Recipe, store: Store) -> None:
 
 
 def is_integer(recipe: Recipe) -> bool:
-    """Whether both sides of every linear are codes that fit int8: then it is an integer product."""
-    return recipe.weights.quantizer.bits <= 8 and integer.fits(recipe.activations)
+    """Whether both sides of every linear are codes that fit int8, a scale a channel and a token: then it is
+    an integer product."""
+    grid = recipe.weights.quantizer
+    return grid.bits <= 8 and grid.group_size is None and integer.fits(recipe.activations)
 
 
 def keep_out(recipe: Recipe, R: Tensor | None) -> Transform:

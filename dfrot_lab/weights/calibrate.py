@@ -40,7 +40,8 @@ def quantize(layer: nn.Module, names: Sequence[str], seen: Seen | None, spec: We
     weights = [loading.linear(layer, name).weight.detach() for name in names]
     together = torch.cat(weights) if len(weights) > 1 else weights[0]
     found = registry.load(registry.WEIGHTS, spec.method).quantize(together, seen, spec)
-    sizes = [len(weight) for weight in weights]
+    groups = len(found.codes) // len(together)
+    sizes = [len(weight) * groups for weight in weights]
     parts = (part.split(sizes) for part in (found.codes, found.scale, found.zero))
     return {name: Quantized(*own) for name, *own in zip(names, *parts, strict=True)}
 

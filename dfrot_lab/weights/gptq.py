@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dfrot_lab.maths.quantizers import Quantized, code_range
 from dfrot_lab.recipe.specs import WeightSpec
-from dfrot_lab.weights.rtn import packed, scale_of
+from dfrot_lab.weights.rtn import packed, scale_of, steps
 
 CALIBRATED = True  # it needs the Hessian of a layer's inputs
 VERSION = 2  # clips of 2 and 3 bits are searched down to 0.02, not 0.4
@@ -33,9 +33,9 @@ def with_drift(seen: Seen | None, method: str) -> tuple[Tensor, Tensor]:
 
 
 def quantize(weight: Tensor, seen: Seen | None, spec: WeightSpec) -> Quantized:
-    """GPTQ of `weight` (out, in) for what was `seen` of its inputs: codes, scale (out, 1), zero 0. Each
-    column's error is spread over those not yet rounded by the inverse Hessian's Cholesky factor; an input
-    that is always zero has weight 0. ValueError: a damped Hessian that is not positive definite."""
+    """GPTQ of `weight` (out, in) for what was `seen` of its inputs, as `rtn.packed` has it. Each column's
+    error is spread over those not yet rounded by the inverse Hessian's Cholesky factor; an input that is
+    always zero has weight 0. ValueError: a damped Hessian that is not positive definite."""
     if seen is None:
         raise ValueError("gptq.seen must have the Hessian of the layer's inputs; got None")
     return in_order(weight, seen.hessian, spec, inverse_factor(seen.hessian, spec.damping))
@@ -48,13 +48,14 @@ def in_order(
     (`inverse_factor`) and, with `drag` (in, in; 0 on and below its diagonal), so do its value times that."""
     weight = weight.float().clone()
     weight[:, hessian.diagonal() == 0] = 0
-    scale = scale_of(weight, spec)
+    scale = scale_of(weight, spec)  # of the weights before any is rounded, also where groups have their own
+    every = steps(scale, weight.shape[1]).expand_as(weight)
     low, high = code_range(spec.quantizer)
     codes = torch.empty_like(weight)
     for start in range(0, weight.shape[1], COLUMNS):
         block = slice(start, min(start + COLUMNS, weight.shape[1]))
         own = factor[block, block], None if drag is None else drag[block, block]
-        codes[:, block], errors, values = _block(weight[:, block], *own, scale, low, high)
+        codes[:, block], errors, values = _block(weight[:, block], *own, every[:, block], low, high)
         weight[:, block.stop :] -= errors @ factor[block, block.stop :]
         if drag is not None:
             weight[:, block.stop :] += values @ drag[block, block.stop :]
@@ -67,13 +68,13 @@ def _block(
     """Codes, scaled errors and values before rounding of one block of columns (out, columns): on the
     transpose, where a column is contiguous, and on the CPU: a GPU would take longer to start these many small
     steps than to do them."""
-    columns, factor, step = weight.T.contiguous().cpu(), factor.cpu(), scale.flatten().cpu()
+    columns, factor, step = weight.T.contiguous().cpu(), factor.cpu(), scale.T.cpu()
     drag = None if drag is None else drag.cpu()
     codes, errors = torch.empty_like(columns), torch.empty_like(columns)
     for i, diagonal in enumerate(factor.diagonal().tolist()):
         end = i - i % FEW + FEW  # columns up to here hear of the error now, the block's others with FEW more
-        torch.div(columns[i], step, out=codes[i]).round_().clamp_(low, high)
-        torch.addcmul(columns[i], codes[i], step, value=-1, out=errors[i]).div_(diagonal)
+        torch.div(columns[i], step[i], out=codes[i]).round_().clamp_(low, high)
+        torch.addcmul(columns[i], codes[i], step[i], value=-1, out=errors[i]).div_(diagonal)
         columns[i + 1 : end].addr_(factor[i, i + 1 : end], errors[i], alpha=-1)
         if drag is not None:
             columns[i + 1 : end].addr_(drag[i, i + 1 : end], columns[i])
