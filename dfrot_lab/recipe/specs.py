@@ -10,18 +10,24 @@ import yaml
 from dfrot_lab.recipe import registry
 from dfrot_lab.recipe.base import MethodSpec, Once, Spec, one_of, require_file, ruled
 from dfrot_lab.recipe.grids import ACTIVATIONS, KV_CACHE, QuantSpec
+from dfrot_lab.recipe.sources import (  # noqa: F401 all specs are found here
+    CALIBRATION,
+    DEFAULT_MODEL,
+    DEVICES,
+    DTYPES,
+    MODEL_SOURCES,
+    PACKAGED,
+    SECOND_MODEL,
+    SPLITS,
+    WHOLE,
+    CorpusSpec,
+    ModelSpec,
+    calibration_of,
+)  # fmt: skip
 
 WINDOW = 2048  # tokens in one window: the length DFRot, QuaRot and GPTQ calibrate and evaluate with
 WINDOWS = 2  # scored in one build: more builds tell more than more windows (docs/measuring.md)
-DEFAULT_MODEL = "smollm2-135m"
-SECOND_MODEL = "qwen2.5-coder-0.5b"  # for "does it hold elsewhere": fetched when it is named
-PACKAGED = (DEFAULT_MODEL, SECOND_MODEL)
-MODEL_SOURCES = "a packaged name, a folder, a .gguf file or hub:owner/name"
 ROTATION_KINDS = ("NR", "RO", "RH", "RHT2", "GSR", "file")
-WHOLE = "whole"  # the part of a text file that is all of it
-SPLITS = ("calibration", "evaluation", "train", "valid", "test", WHOLE)
-DTYPES = ("float32", "float64", "bfloat16", "float16")
-DEVICES = ("auto", "cpu", "cuda")
 ROW_RULES = ("nr_error_8.5", "nr_error_9.5", "ro_vs_nr")  # they judge a row alone, as `QuaRot.FP16()`
 MASSIVE_RULES = ("ratio_8", "ratio_64", "sun", *ROW_RULES)
 DEFAULT_RULE = "ratio_8"  # portable: finds the first token, no plain embeddings, in different families
@@ -32,34 +38,6 @@ BLOCK = "None or a whole number >= 1"  # None: the largest that there is
 SAMPLED = "None or a whole number >= 0"
 ONLINE = ("none", "R3", "R4")  # which of the two Hadamards that act while a model runs, where not both
 KEPT_COUNTED = f"a number with keep_out {', '.join(KEEP_OUT_COUNTS)}, and None with any other"
-
-
-class ModelSpec(Spec):
-    """Which language model (`hub:owner/name` alone uses the network), on which device, and computed in which
-    dtype: `auto` is float32 on a CPU, the weights' own on a GPU."""
-
-    source: str = ruled(DEFAULT_MODEL, MODEL_SOURCES, pattern=r"\S")
-    dtype: str = one_of("auto", ("auto", *DTYPES))
-    revision: str | None = None
-    device: str = one_of("auto", DEVICES)
-
-
-class CorpusSpec(Spec):
-    """Which text, and which part: a corpus's own halves (WikiText-2: valid and test split), or a split."""
-
-    name: str = ruled("auto", "auto, wikitext2, wikipedia-sample or a text file", pattern=r"\S")
-    split: str = one_of("evaluation", SPLITS)
-
-
-CALIBRATION = CorpusSpec(split="calibration")
-
-
-def calibration_of(corpus: str, own: str | None) -> CorpusSpec:
-    """What to capture, refine and calibrate on: a text file of its `own`, whole, where it is not the scored
-    `corpus` itself; else the half of a corpus that is not scored."""
-    same = own is None or (Path(corpus).is_file() and Path(own).is_file() and Path(own).samefile(corpus))
-    is_file = own is not None and Path(own).is_file()
-    return CorpusSpec(name=own or corpus, split=WHOLE if is_file and not same else "calibration")
 
 
 class RotationSpec(MethodSpec):
