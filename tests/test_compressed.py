@@ -320,6 +320,12 @@ def test_other_forms_are_refused_in_one_line(change):
         ({"a.weight_shape": torch.tensor([3, 16, 2])}, "a.weight_shape must be what"),
         ({"a.weight_packed": None}, "a.weight must be int8, with a scale; got none"),
         ({"a.weight_packed": None, "a.weight": torch.zeros(3, 16)}, "a.weight must be int8"),
+        (
+            {"a.weight_packed": None, "a.weight": torch.full((3, 16), 8, dtype=torch.int8)},
+            "of 4 bits; got 8 to 8",
+        ),
+        ({"a.weight_scale": torch.ones(3, 1, dtype=torch.int32)}, "a.weight_scale must be floats"),
+        ({"a.weight_scale": None}, "a.weight_scale must be floats, beside codes; got none"),
         ({"a.weight_scale": torch.ones(3, 3)}, "a.weight_scale's shape must be"),
         ({"a.weight_scale": torch.ones(2, 1)}, "a.weight_scale's shape must be"),
         ({"a.weight_scale": torch.ones(3)}, "a.weight_scale's shape must be"),
@@ -331,6 +337,52 @@ def test_codes_that_do_not_fit_are_refused(change, said):
     assert torch.equal(packed.weights(whole, 4)["a.weight"], torch.full((3, 16), -8.0))
     with pytest.raises(ValueError, match=said):
         packed.weights({name: x for name, x in (whole | change).items() if x is not None}, 4)
+
+
+def test_tensors_of_a_linear_may_lie_in_different_files(tiny, tmp_path, store):
+    folder = compressed.export(at(tiny, 4, 16), tmp_path / "made", store)
+    wanted = loading.load_model(ModelSpec(source=str(folder)), store).model
+    held = load_file(folder / "model.safetensors")
+    scales = {name: x for name, x in held.items() if name.endswith("scale")}
+    rest = {name: x for name, x in held.items() if name not in scales}
+    (folder / "model.safetensors").unlink()
+    for name, part in (("a", scales), ("b", rest)):
+        save_file(part, folder / f"{name}.safetensors", {"format": "pt"})
+    places = dict.fromkeys(scales, "a.safetensors") | dict.fromkeys(rest, "b.safetensors")
+    index = json.dumps({"metadata": {}, "weight_map": places})
+    (folder / "model.safetensors.index.json").write_text(index)
+    loaded = loading.load_model(ModelSpec(source=str(folder)), Store(tmp_path / "other")).model
+    for (name, one), other in zip(wanted.named_parameters(), loaded.parameters(), strict=True):
+        assert torch.equal(one, other), name
+
+
+def test_a_copy_elsewhere_tells_no_place(tiny, tmp_path, store):
+    import shutil
+
+    folder = compressed.export(at(tiny, 4, 16), tmp_path / "secret" / "m", store)
+    loading.load_model(ModelSpec(source=str(folder)), store)
+    copy = shutil.copytree(folder, tmp_path / "m")
+    again = at(tiny, 16, 16).with_(model=ModelSpec(source=str(copy)), rotation=RotationSpec(kind="NR"))
+    card = (hf.export(again, tmp_path / "again", store) / "README.md").read_text()
+    assert "4-bit compressed-tensors weights of m." in card and str(tmp_path) not in card
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("weight_zero_point", "must be one of weight_packed, .*; got a tensor that is not read"),
+        ("input_scale", "must be one of weight_packed, .*; got a tensor that is not read"),
+        ("weight_scale", "weight_scale must be floats, beside codes; got none"),
+    ],
+)
+def test_what_is_not_read_is_named(name, said, tiny, tmp_path, store):
+    folder = compressed.export(at(tiny, 4, 16), tmp_path / "made", store)
+    held = load_file(folder / "model.safetensors")
+    full = f"model.layers.0.self_attn.q_proj.{name}"
+    held = {n: x for n, x in held.items() if n != full} if full in held else held | {full: torch.ones(1)}
+    save_file(held, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=said):
+        loading.load_model(ModelSpec(source=str(folder)), store)
 
 
 def test_a_damaged_folder_is_one_line_and_nothing_is_kept(tiny, tmp_path, store):

@@ -184,7 +184,7 @@ import os, signal, sys
 from pathlib import Path
 from dfrot_lab.export import hf
 from dfrot_lab.recipe.specs import Recipe
-hf.card.of_hf = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+hf.folders._write_config = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 hf.export(Recipe.from_yaml(Path(sys.argv[1])), Path(sys.argv[2]))
 """
 
@@ -197,6 +197,7 @@ def test_a_killed_export_leaves_no_folder_that_loads_and_the_next_clears_up(
     assert subprocess.run(command, capture_output=True).returncode == -signal.SIGKILL
     [left] = tmp_path.glob(".made.*.tmp")
     assert not (tmp_path / "made").exists() and (left / "model.safetensors").is_file()
+    assert not (left / "config.json").exists(), "what nothing loads without is written last"
     past = time.time() - 2 * atomic.STALE
     os.utime(left, (past, past))
     hf.export(tiny, tmp_path / "made", store)
@@ -218,6 +219,36 @@ def test_r1_is_that_of_the_recipe(row, tiny, tmp_path, store):
     own = tiny.with_(rotation=RotationSpec(kind="file", path=str(path)))
     same = tiny.with_(rotation=of)
     assert perplexity.evaluate(own, store).losses.tolist() == perplexity.evaluate(same, store).losses.tolist()
+
+
+def test_r1_takes_no_other_file_s_place(tiny, tmp_path, store):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"--out must be a file ending in \.safetensors; got .*notes\.txt"):
+        r1.export(tiny, tmp_path / "notes.txt", store)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_how_the_source_generates_is_taken_along(tiny, tmp_path, store):
+    said = {"eos_token_id": [10, 11], "do_sample": True, "temperature": 0.3}
+    (tmp_path / "original" / "generation_config.json").write_text(json.dumps(said))
+    folder = hf.export(tiny, tmp_path / "made", store)
+    assert json.loads((folder / "generation_config.json").read_text()) == said
+
+
+def test_no_relative_path_is_told(tiny, tmp_path, store, monkeypatch):
+    (tmp_path / "sub").mkdir()
+    monkeypatch.chdir(tmp_path / "sub")
+    folder = hf.export(tiny.with_(model=tiny.model.with_(source="../original")), tmp_path / "made", store)
+    for path in (folder / "README.md", folder / "dfrot_lab" / "recipe.yaml"):
+        assert "../" not in path.read_text() and "original@" in path.read_text()
+
+
+def test_scales_that_help_nothing_are_said_to_be_left_out(tiny, tmp_path, store, caplog):
+    from test_stream import looking
+
+    recipe = looking(tiny, "scales").with_(activations=A16)
+    hf.export(recipe, tmp_path / "made", store)
+    assert "channel scales are left out" in caplog.text
 
 
 def test_nr_has_no_matrix(tiny, tmp_path, store):
@@ -248,7 +279,7 @@ def test_the_command(tiny, tmp_path, text_file, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--to", "onnx", "--out", "x"], "--to must be one of hf, compressed-tensors, r1; got 'onnx'"),
+        (["--to", "onnx", "--out", "x"], "--to must be one of hf, compressed-tensors, gguf, r1; got 'onnx'"),
         (["--to", "hf"], "--out"),
         (["--recipe", "r.yaml", "--rotation", "RO", "--out", "x"], "--recipe says everything: put rotation"),
     ],

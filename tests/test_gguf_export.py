@@ -189,14 +189,60 @@ def test_rope_of_another_form_is_refused(tiny, tmp_path, store):
         gguf.export(tiny, tmp_path / "made", store)
 
 
-def test_a_tokenizer_that_llama_cpp_is_not_known_to_have_is_refused(tiny, tmp_path, store):
+@pytest.mark.parametrize(
+    "change",
+    [
+        {
+            "pre_tokenizer": {
+                "type": "Split",
+                "pattern": {"Regex": "a+"},
+                "behavior": "Isolated",
+                "invert": False,
+            }
+        },
+        {
+            "pre_tokenizer": {
+                "type": "ByteLevel",
+                "add_prefix_space": True,
+                "trim_offsets": True,
+                "use_regex": True,
+            }
+        },
+        {
+            "pre_tokenizer": {
+                "type": "ByteLevel",
+                "add_prefix_space": False,
+                "trim_offsets": True,
+                "use_regex": False,
+            }
+        },
+        {"normalizer": {"type": "Lowercase"}},
+        {"model": {"byte_fallback": True}},
+        {"model": {"ignore_merges": True}},
+    ],
+    ids=["cut", "prefix", "no regex", "lower", "bytes", "merges"],
+)
+def test_a_tokenizer_that_llama_cpp_is_not_known_to_have_is_refused(change, tiny, tmp_path, store):
     path = tmp_path / "original" / "tokenizer.json"
-    cut = {"type": "Split", "pattern": {"Regex": "a+"}, "behavior": "Isolated", "invert": False}
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"pre_tokenizer": cut}))
-    with pytest.raises(
-        ValueError, match=r"how the tokenizer cuts a text must be one that llama.cpp .*; got a\+$"
-    ):
+    said = json.loads(path.read_text())
+    path.write_text(json.dumps(said | {k: said[k] | v if k == "model" else v for k, v in change.items()}))
+    rule = r"the tokenizer must be a byte-level one as llama.cpp is known to have it .*; got BPE"
+    with pytest.raises(ValueError, match=rule):
         gguf.export(tiny, tmp_path / "made", store)
+    assert not (tmp_path / "made").exists()
+
+
+def test_biases_that_llama_cpp_does_not_read_are_refused(tmp_path, text_file, store):
+    recipe = of_case(tmp_path, text_file, "qwen3")
+    path = tmp_path / "original" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"attention_bias": True}))
+    with pytest.raises(ValueError, match=r"attention_bias in config.json must be false for Qwen3ForCausalLM"):
+        gguf.export(recipe, tmp_path / "made", store)
+
+
+def test_the_card_counts_what_fell_back(tiny, tmp_path, store):
+    card = (gguf.export(tiny, tmp_path / "made", store, kind="Q4_K") / "README.md").read_text()
+    assert "Of its matrices 23 Q8_0: embedding and head have 8 bits at least" in card
 
 
 def test_a_kind_is_one_of_those_there_are(tiny, tmp_path, store, monkeypatch):

@@ -1,5 +1,6 @@
 """The model card of an export: what was done to which model, what it measures, how to load it."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -28,9 +29,13 @@ def of_compressed(recipe: Recipe, loaded: LoadedModel, store: Store) -> str:
     return _page("compressed.md.j2", recipe, loaded, store, **grids, **r4)
 
 
-def of_gguf(recipe: Recipe, loaded: LoadedModel, store: Store, kind: str, names: list[str]) -> str:
-    """The card of a GGUF file, or of its parts by name, as Markdown."""
-    return _page("gguf.md.j2", recipe, loaded, store, kind=kind, file=names[0], parts=len(names))
+def of_gguf(
+    recipe: Recipe, loaded: LoadedModel, store: Store, kind: str, counts: Mapping[str, int], names: list[str]
+) -> str:
+    """The card of a GGUF file, or of its parts by name, with so many matrices of each kind, as Markdown."""
+    each = ", ".join(f"{count} {name}" for name, count in counts.items())
+    more = {"kind": kind, "counts": each, "file": names[0], "parts": len(names)}
+    return _page("gguf.md.j2", recipe, loaded, store, **more)
 
 
 def _page(template: str, recipe: Recipe, loaded: LoadedModel, store: Store, **more: Any) -> str:
@@ -39,7 +44,7 @@ def _page(template: str, recipe: Recipe, loaded: LoadedModel, store: Store, **mo
     about |= {"is_rotated": recipe.is_rotated, "is_scaled": recipe.scales is not None}
     about |= {"origin": origin(loaded.provenance, recipe.model)}
     about |= {"licence": LICENCE if recipe.model.source in PACKAGED else "", "version": __version__}
-    about |= measured(recipe, store) | more
+    about |= measured(recipe, store) | {"is_scored": template == "compressed.md.j2"} | more
     loader = PackageLoader("dfrot_lab", "export")
     pages = Environment(loader=loader, undefined=StrictUndefined, autoescape=False)  # Markdown, not HTML
     return pages.get_template(template).render(about) + "\n"

@@ -17,7 +17,7 @@ from dfrot_lab.disk import atomic
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.export import card, folders
 from dfrot_lab.maths.quantizers import Quantized
-from dfrot_lab.model import door, files, loading, shapes
+from dfrot_lab.model import files, loading, shapes
 from dfrot_lab.model.checkpoint import quiet
 from dfrot_lab.model.families import Roles, attention
 from dfrot_lab.model.loading import LoadedModel
@@ -32,7 +32,8 @@ FORMATS = {
     (4, 16): "pack-quantized", (8, 16): "pack-quantized", (4, 4): "pack-quantized",
     (4, 8): "int-quantized", (8, 8): "int-quantized",
 }  # fmt: skip
-"""Bits of weights and activations that vLLM has integer kernels for, and how each wants its weights."""
+"""Bits of weights and activations that vLLM's code has integer kernels for (none was run here: they need a
+GPU), and how each wants its weights."""
 BITS = ", ".join(f"{weights}-{activations}-16" for weights, activations in FORMATS)
 NO_KEEP_OUT = "None for compressed-tensors, whose kernels round every token"
 NO_CLIPS = "None for compressed-tensors, whose activations have no clip ratio a site"
@@ -43,14 +44,14 @@ def export(recipe: Recipe, folder: Path, store: Store | None = None, *, with_r4:
     """Write the quantized model of `recipe`, as far as the format can hold it (`adapted`), into a new
     `folder` (returned), with that recipe, R1 and a card. ValueError, before any work: what it cannot hold."""
     store = store or Store()
-    recipe = adapted(door.resolved(recipe), with_r4)
+    recipe = adapted(folders.resolved(recipe), with_r4)
     with atomic.new_folder(folder) as temporary:
         folders.require_plain(recipe, store)
         built = build.build(recipe, store)
-        said = config_of(recipe, built.loaded.roles)
-        folders.write(built.loaded, temporary, partial(_held, built, recipe), quantization_config=said)
         page = card.of_compressed(recipe, built.loaded, store)
         folders.describe(temporary, recipe, built.transforms.R1, page)
+        said = config_of(recipe, built.loaded.roles)
+        folders.write(built.loaded, temporary, partial(_held, built, recipe), quantization_config=said)
     return folder
 
 

@@ -2,6 +2,7 @@
 Written a few parts at a time, which is all that is held of a model that does not fit into memory."""
 
 import json
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,14 @@ from tqdm.auto import tqdm
 from dfrot_lab.disk import atomic, rotation_files
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.export.card import OURS
-from dfrot_lab.model import loading, stream
+from dfrot_lab.model import door, loading, stream
 from dfrot_lab.model.checkpoint import EMBEDDING, HEAD, parameters_of
 from dfrot_lab.model.loading import LoadedModel
 from dfrot_lab.model.public import public
 from dfrot_lab.recipe.specs import Recipe
 
+log = logging.getLogger(__name__)
+GENERATION = "generation_config.json"
 SHARD_BYTES = 2e9  # what the parts in one file may fill: so much is held, too
 WHY = {
     "layer": "its LayerNorms subtract a mean that a rotated residual stream has elsewhere",
@@ -27,6 +30,16 @@ WHY = {
 }
 As = Callable[[int, Mapping[str, Tensor]], Mapping[str, Tensor]]
 """From a part's number and its parameters by name: the tensors that are written of it."""
+
+
+def resolved(recipe: Recipe) -> Recipe:
+    """The recipe with every `auto` named and what has no effect at its default; scales that then fall away
+    are said."""
+    recipe = door.resolved(recipe)
+    found = recipe.canonical()
+    if recipe.scales is not None and found.scales is None:
+        log.warning("channel scales are left out: with activations of 16 bits there is nothing they help")
+    return found
 
 
 def fused(recipe: Recipe) -> Recipe:
@@ -43,16 +56,22 @@ def require_plain(recipe: Recipe, store: Store) -> None:
 
 
 def write(loaded: LoadedModel, folder: Path, held_as: As = lambda _, held: held, **config: Any) -> None:
-    """The weights, a part's tensors `held_as` it says, the config with `config` in it, the tokenizer."""
+    """The weights, a part's tensors `held_as` it says, the tokenizer, how the source generates; last the
+    config, with `config` in it: without one nothing loads the folder."""
     _write_weights(loaded, folder, held_as)
-    loaded.config.architectures = [loaded.family]
-    loaded.config.save_pretrained(folder)
-    if config:
-        said = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        atomic.write_text(folder / "config.json", json.dumps(said | config, indent=2) + "\n")
     loaded.tokenizer.save_pretrained(folder)
-    if generation := getattr(loaded.model, "generation_config", None):
+    source = loading.folder_of(loaded.spec) / GENERATION
+    if source.is_file():
+        atomic.write_text(folder / GENERATION, source.read_text(encoding="utf-8"))
+    elif generation := getattr(loaded.model, "generation_config", None):
         generation.save_pretrained(folder)
+    _write_config(loaded, folder, config)
+
+
+def _write_config(loaded: LoadedModel, folder: Path, more: Mapping[str, Any]) -> None:
+    loaded.config.architectures = [loaded.family]
+    said = json.loads(loaded.config.to_json_string(use_diff=True)) | dict(more)
+    atomic.write_text(folder / "config.json", json.dumps(said, indent=2) + "\n")
 
 
 def describe(folder: Path, recipe: Recipe, R1: Tensor | None, card: str) -> None:

@@ -3,8 +3,8 @@ nor R4 (llama.cpp has none before down_proj); then rounded to a kind of block th
 all. A model that came out of a GGUF file takes all of its header along; of a folder the header is made
 (`gguf_header`). Written part by part, which is all that is held of a model that does not fit into memory."""
 
-import logging
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from dfrot_lab.disk import atomic
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.export import card, folders, gguf_header
-from dfrot_lab.model import door, stream
+from dfrot_lab.model import stream
 from dfrot_lab.model.checkpoint import EMBEDDING, HEAD, parameters_of
 from dfrot_lab.model.families import heads_of
 from dfrot_lab.model.loading import LoadedModel
@@ -26,8 +26,8 @@ from dfrot_lab.recipe.base import require
 from dfrot_lab.recipe.specs import Recipe
 from dfrot_lab.score import build
 
-log = logging.getLogger(__name__)
-KINDS = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "MXFP4")
+WIDE = ("F32", "F16", "BF16", "Q8_0")  # kinds that embedding and head have as well
+KINDS = (*WIDE, "Q5_1", "Q5_0", "Q4_1", "Q4_0", "MXFP4")
 MORE = ("Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K", "IQ4_NL", "IQ4_XS", "NVFP4")  # by the package libgguf
 ENDS = ("token_embd.weight", "output.weight")
 END_KIND = "Q8_0"  # of the embedding and the head, where the other weights have fewer bits
@@ -40,14 +40,15 @@ def export(recipe: Recipe, folder: Path, store: Store | None = None, *, kind: st
     GB) into a new `folder` (returned), with the recipe, R1 and a card. ValueError, before any work: a kind
     or a model that llama.cpp does not have."""
     quantize = _quantizer(kind)
-    recipe, store = door.resolved(recipe).canonical(), store or Store()
+    recipe, store = folders.resolved(recipe), store or Store()
     header = gguf_header.of(recipe.model, store)
     with atomic.new_folder(folder) as temporary:
         folders.require_plain(recipe, store)
         loaded, made = build.rotated(folders.fused(recipe), store)
         file = temporary / f"{_plain_name(recipe)}-{kind}.gguf"
-        _write(loaded, header, file, kind, quantize)
-        page = card.of_gguf(recipe, loaded, store, kind, sorted(p.name for p in temporary.glob("*.gguf")))
+        counts = _write(loaded, header, file, kind, quantize)
+        names = sorted(path.name for path in temporary.glob("*.gguf"))
+        page = card.of_gguf(recipe, loaded, store, kind, counts, names)
         folders.describe(temporary, recipe, made.R1, page)
     return folder
 
@@ -74,13 +75,14 @@ def _plain_name(recipe: Recipe) -> str:
 
 def _write(
     loaded: LoadedModel, header: gguf_header.Header, file: Path, kind: str, quantize: Quantize
-) -> None:
-    """The file, or its parts: first what lies where, then the tensors in that order."""
+) -> dict[str, int]:
+    """Write the file, or its parts: first what lies where, then the tensors in that order. How many matrices
+    are of each kind."""
     writer = gguf.GGUFWriter(file, header.arch, split_max_size=SPLIT_BYTES)
     header.fill(writer, loaded)
     writer.add_file_type(_file_type(kind))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    names, total = _names(loaded, header.arch), 0
+    names, total, counts = _names(loaded, header.arch), 0, Counter[str]()
     for name, values in header.tensors.items():
         writer.add_tensor_info(name, values.shape, values.dtype, values.nbytes)
     for part in _parts(loaded):
@@ -90,7 +92,7 @@ def _write(
             count = x.numel() // block * size
             writer.add_tensor_info(names[own], tuple(x.shape), np.dtype(np.float32), count, to)
             total += count
-    logging.getLogger("gguf").setLevel(logging.ERROR)  # it tells where it writes, and what it need not split
+            counts.update([to.name] if x.ndim > 1 else [])
     with atomic.told(file, total):
         atomic.require_room(file.parent, total)
         writer.write_header_to_file()
@@ -100,6 +102,7 @@ def _write(
         for values in chain(header.tensors.values(), made):
             writer.write_tensor_data(values)
         writer.close()
+    return dict(counts.most_common())
 
 
 def _parts(loaded: LoadedModel) -> tuple[int, ...]:
@@ -122,7 +125,7 @@ def _kind_of(name: str, shape: tuple[int, ...], kind: str) -> Kind:
     block divides in 8 bits, whose blocks are the smallest, or in 16."""
     if len(shape) == 1:
         return Kind.F32
-    wanted = kind if kind in KINDS[:4] or name not in ENDS else END_KIND
+    wanted = kind if kind in WIDE or name not in ENDS else END_KIND
     blocks = ((Kind[each], gguf.GGML_QUANT_SIZES[Kind[each]][0]) for each in (wanted, END_KIND, "F16"))
     return next(each for each, block in blocks if shape[-1] % block == 0)
 

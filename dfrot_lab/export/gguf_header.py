@@ -2,6 +2,7 @@
 what llama.cpp needs to compute the same and to split a text into the same tokens."""
 
 import json
+import logging
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -33,13 +34,23 @@ OF_FOLDERS = {
 BY_HAND = "dfrot-lab export --to hf, then llama.cpp's own convert_hf_to_gguf.py, does others"
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-PATTERNS = {
-    CONTRACTIONS + r"\p{N}" + REST: "qwen2",
-    CONTRACTIONS + r"\p{N}{1,3}" + REST: "llama-bpe",
-    "Digits ByteLevel": "smollm",
-    "ByteLevel": "gpt-2",
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+
+
+def _split(pattern: str) -> list[dict[str, Any]]:
+    cut = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    return [cut, BYTES | {"use_regex": False}]
+
+
+CUTS: dict[str, tuple[list[dict[str, Any]], bool]] = {
+    "qwen2": (_split(CONTRACTIONS + r"\p{N}" + REST), False),
+    "llama-bpe": (_split(CONTRACTIONS + r"\p{N}{1,3}" + REST), True),
+    "smollm": ([{"type": "Digits", "individual_digits": True}, BYTES], False),
+    "gpt-2": ([BYTES], False),
 }
-"""How a byte-level tokenizer cuts a text before merging, and llama.cpp's name for it."""
+"""llama.cpp's name of each way to cut a text before merging: its steps as tokenizer.json has them, and
+whether a piece that is a token is taken whole."""
+logging.getLogger("gguf").setLevel(logging.ERROR)  # it tells where it writes, and what it need not split
 
 
 @dataclass(frozen=True)
@@ -62,9 +73,11 @@ def of(spec: ModelSpec, store: Store) -> Header:
     known = f"one of {', '.join(OF_FOLDERS)} to be a GGUF file ({BY_HAND})"
     require("the model's family", family, family in OF_FOLDERS, known)
     window = getattr(config, "sliding_window", None)
+    biased = family == "Qwen3ForCausalLM" and config.attention_bias
+    require("attention_bias in config.json", "true", not biased, f"false for {family} ({BY_HAND})")
     require("sliding_window in config.json", window, window is None, f"null to be a GGUF file ({BY_HAND})")
     tokenizer, _ = loading.words_of(spec, store)
-    words = _words(tokenizer, config)
+    words = _tokenizer(tokenizer, config)
     rope, tensors = _rope(config)
 
     def fill(writer: gguf.GGUFWriter, loaded: LoadedModel) -> None:
@@ -129,27 +142,21 @@ def _rope(config: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     return found, {}
 
 
-def _words(tokenizer: Any, config: Any) -> Callable[[gguf.GGUFWriter], None]:
+def _tokenizer(tokenizer: Any, config: Any) -> Callable[[gguf.GGUFWriter], None]:
     """What puts a tokenizer into a writer. ValueError: one that llama.cpp is not known to have."""
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer.save_pretrained(scratch, save_jinja_files=False)
         (Path(scratch) / "config.json").write_text(config.to_json_string(), encoding="utf-8")
         said = json.loads((Path(scratch) / "tokenizer.json").read_text(encoding="utf-8"))
-        is_bytes = not said["model"].get("byte_fallback")
-        special = gguf.SpecialVocab(scratch, load_merges=is_bytes, n_vocab=config.vocab_size)
-        pieces = [] if is_bytes else list(gguf.LlamaHfVocab(Path(scratch)).all_tokens())
-    pre = _cut(said) if is_bytes else "default"
+        pre = _pre_tokenizer(said)
+        special = gguf.SpecialVocab(scratch, load_merges=True, n_vocab=config.vocab_size)
     tokens, kinds = _tokens(tokenizer, int(config.vocab_size))
 
     def fill(writer: gguf.GGUFWriter) -> None:
-        writer.add_tokenizer_model("gpt2" if is_bytes else "llama")
+        writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(pre)
         writer.add_token_list(tokens)
         writer.add_token_types(kinds)
-        if pieces:
-            scores = [score for _, score, _ in pieces]
-            writer.add_token_scores(scores + [-1000.0] * (len(tokens) - len(scores)))
-            writer.add_add_space_prefix(_begins_with_space(said))
         special.add_to_gguf(writer, quiet=True)
 
     return fill
@@ -165,30 +172,22 @@ def _tokens(tokenizer: Any, rows: int) -> tuple[list[bytes], list[int]]:
         kind = gguf.TokenType.UNUSED if text is None else gguf.TokenType.NORMAL
         if number in added:
             kind = gguf.TokenType.CONTROL if added[number].special else gguf.TokenType.USER_DEFINED
-        elif text is not None and len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
-            kind = gguf.TokenType.BYTE
         found.append((text if text is not None else f"[PAD{number}]").encode())
         kinds.append(int(kind))
     return found, kinds
 
 
-def _cut(said: Any) -> str:
+def _pre_tokenizer(said: Any) -> str:
     """llama.cpp's name of how a byte-level tokenizer cuts a text. ValueError: none that is known here."""
     whole = said.get("pre_tokenizer") or {}
-    steps = whole.get("pretokenizers", [whole])
-    pattern = next((step["pattern"].get("Regex") for step in steps if step.get("type") == "Split"), None)
-    named = pattern or " ".join(str(step.get("type")) for step in steps)
-    rule = f"one that llama.cpp is known to have ({', '.join(PATTERNS.values())}; {BY_HAND})"
-    require("how the tokenizer cuts a text", named[:80], named in PATTERNS and _normalizes_not(said), rule)
-    return PATTERNS[named]
-
-
-def _normalizes_not(said: Any) -> bool:
-    """Whether a tokenizer takes a text as it is, or in NFC, as llama.cpp's do."""
-    return (said.get("normalizer") or {"type": "NFC"}).get("type") == "NFC"
-
-
-def _begins_with_space(said: Any) -> bool:
-    """Whether a sentencepiece tokenizer puts a space before a text."""
-    text = json.dumps([said.get("normalizer"), said.get("pre_tokenizer")])
-    return '"Prepend"' in text or '"always"' in text or '"first"' in text
+    steps = [
+        {k: v for k, v in step.items() if k != "trim_offsets"} for step in whole.get("pretokenizers", [whole])
+    ]
+    model, normal = said["model"], (said.get("normalizer") or {"type": "NFC"}).get("type") == "NFC"
+    plain = model.get("type") == "BPE" and not model.get("byte_fallback") and normal
+    merges = bool(model.get("ignore_merges"))
+    name = next((name for name, own in CUTS.items() if own == (steps, merges) and plain), "")
+    kind = " ".join([str(model.get("type")), *(str(step.get("type")) for step in steps)])
+    rule = f"a byte-level one as llama.cpp is known to have it ({', '.join(CUTS)}; {BY_HAND})"
+    require("the tokenizer", kind, name, rule)
+    return name

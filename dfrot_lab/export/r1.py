@@ -6,12 +6,14 @@ from dfrot_lab.disk import rotation_files
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.model import door
 from dfrot_lab.model.public import public
+from dfrot_lab.recipe.base import require
 from dfrot_lab.recipe.specs import Recipe
 from dfrot_lab.rotate import transforms
 
 
 def export(recipe: Recipe, path: Path, store: Store | None = None) -> Path:
     """Write R1 of `recipe` to `path` (returned), for `--rotation FILE` and other programs. ValueError: NR."""
+    require("--out", path, path.suffix == ".safetensors", "a file ending in .safetensors")
     recipe, store = door.resolved(recipe).canonical(), store or Store()
     R = transforms.fit(recipe, transforms.Context(recipe, store)).R1
     if R is None:

@@ -1,7 +1,7 @@
 """Weights in the compressed-tensors format: symmetric integer codes, a scale an output channel or a group of
 inputs, a byte each (`int-quantized`) or packed into int32 (`pack-quantized`)."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,10 +11,11 @@ from dfrot_lab.recipe.base import require
 
 METHOD = "compressed-tensors"
 FORMATS = ("pack-quantized", "int-quantized")
+CODED = ("weight_packed", "weight_scale", "weight_shape", "weight")  # what a linear's codes are kept in
 
 
 def pack(codes: Tensor, bits: int) -> dict[str, Tensor]:
-    """A linear's `codes` (out, in) int8 as the format names and packs them, 32 / `bits` to an int32."""
+    """A linear's `codes` (out, in) int8 as the format names and packs them, on end into int32."""
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
     return {"weight_packed": pack_to_int32(codes.cpu(), bits), "weight_shape": torch.tensor(codes.shape)}
@@ -43,13 +44,37 @@ def bits_of(source: str, told: Any) -> int:
     return bits
 
 
+def groups(names: Iterable[str]) -> list[list[str]]:
+    """Names of tensors, those of a linear's codes together. ValueError: one of them is read as nothing."""
+    together = dict[str, list[str]]()
+    for name in sorted(names):
+        linear, dot, last = name.rpartition(".")
+        strange = last.startswith(("weight_", "input_", "output_")) and last not in CODED
+        require(
+            f"{name}", "a tensor that is not read", not strange, f"one of {', '.join(CODED)}, of a linear"
+        )
+        together.setdefault(f"{linear}{dot}weight" if last in CODED else name, []).append(name)
+    return list(together.values())
+
+
 def weights(tensors: Mapping[str, Tensor], bits: int) -> dict[str, Tensor]:
     """Each tensor by name, those of a linear's codes replaced by its weight (out, in) in its scale's dtype.
     ValueError: codes without a scale, or of another shape than is said."""
     found = dict(tensors)
-    for name in [name for name in tensors if name.endswith(".weight_scale")]:
-        linear = name.removesuffix(".weight_scale")
-        scale = found.pop(name)
+    scaled = {
+        name.rpartition(".")[0]
+        for name, x in tensors.items()
+        if name.endswith(f".{CODED[0]}") or not x.is_floating_point()
+    }
+    for linear in sorted(scaled):
+        name = f"{linear}.weight_scale"
+        scale = found.pop(name, torch.empty(0))
+        require(
+            name,
+            scale.dtype if scale.numel() else "none",
+            scale.numel() and scale.is_floating_point(),
+            "floats, beside codes",
+        )
         codes = _codes(linear, found, bits)
         groups = scale.shape[-1] if scale.ndim == 2 and len(scale) == len(codes) else 0
         fits = groups and codes.shape[1] % groups == 0
@@ -68,6 +93,9 @@ def _codes(linear: str, found: dict[str, Tensor], bits: int) -> Tensor:
         is_codes = plain is not None and plain.dtype == torch.int8 and plain.ndim == 2
         require(f"{linear}.weight", "none" if plain is None else plain.dtype, is_codes, "int8, with a scale")
         assert plain is not None
+        half = 1 << (bits - 1)
+        low, high = int(plain.min()), int(plain.max())
+        require(f"{linear}.weight", f"{low} to {high}", -half <= low and high < half, f"of {bits} bits")
         return plain
     shape = found.pop(f"{linear}.weight_shape", torch.empty(0)).tolist()
     wide = packed.ndim == 2 and packed.dtype == torch.int32 and len(shape) == 2 and shape[0] == len(packed)

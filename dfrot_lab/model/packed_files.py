@@ -2,6 +2,7 @@
 for. Kept in the store, made once."""
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def plain(place: Path, source: str, key: str, key_now: Callable[[], str], store:
         writer.save_json(Path(files.INDEX).stem, {"metadata": {}, "weight_map": places})
         config = folder.config_of(place, source)
         folder.keep_words(writer, config, folder.tokenizer_of(str(place), config.vocab_size, key))
-        writer.note["provenance"] = f"{bits}-bit {packed.METHOD} weights of {source}"
+        writer.note["provenance"] = f"{bits}-bit {packed.METHOD} weights of {Path(source).name}"
         if key_now() != key:
             raise Changed(f"{source} was changed while it was read: run the same command again")
 
@@ -47,8 +48,8 @@ def plain(place: Path, source: str, key: str, key_now: Callable[[], str], store:
 def _lots(place: Path, bits: int) -> Iterator[dict[str, Tensor]]:
     """The tensors of a folder, codes made weights, as many together as SHARD holds."""
     lot, filled = dict[str, Tensor](), 0
-    for path in files.weights_of(place):
-        for name, x in _unpacked(path, bits):
+    with files.explained(f"the weights in {place} are damaged or not this model's", files.AGAIN):
+        for name, x in _unpacked(place, bits):
             if lot and filled + x.nbytes > SHARD:
                 yield lot
                 lot, filled = {}, 0
@@ -57,15 +58,10 @@ def _lots(place: Path, bits: int) -> Iterator[dict[str, Tensor]]:
     yield lot
 
 
-def _unpacked(path: Path, bits: int) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a weight file, codes made weights."""
-    with (
-        files.explained(f"the weights in {path} are damaged or not this model's", files.AGAIN),
-        safe_open(path, framework="pt") as file,
-    ):
-        names = sorted(file.keys())
-        linears = {name.removesuffix(".weight_scale") for name in names if name.endswith(".weight_scale")}
-        own = {linear: [n for n in names if n.startswith(f"{linear}.weight")] for linear in linears}
-        taken = {name for each in own.values() for name in each}
-        for group in (*own.values(), *([name] for name in names if name not in taken)):
-            yield from packed.weights({name: file.get_tensor(name) for name in group}, bits).items()
+def _unpacked(place: Path, bits: int) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a folder, those of one linear together, in whatever files they lie."""
+    with ExitStack() as stack:
+        opened = [stack.enter_context(safe_open(path, framework="pt")) for path in files.weights_of(place)]
+        where = {name: file for file in opened for name in file.keys()}  # noqa: SIM118 it is no dict
+        for group in packed.groups(where):
+            yield from packed.weights({name: where[name].get_tensor(name) for name in group}, bits).items()

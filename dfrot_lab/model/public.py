@@ -14,12 +14,12 @@ DIGITS = 12
 
 
 def public(spec: S) -> S:
-    """`spec` without an absolute path in it: `/home/me/tiny` is `tiny@f96e104cfc96`, whatever the device and
+    """`spec` without a path in it: `/home/me/tiny` is `tiny@f96e104cfc96`, whatever the device and
     the dtype; `tiny` where there is no such file any more. What is no such path stays as it is."""
     changed: dict[str, Any] = {name: public(value) for name, value in spec if isinstance(value, Spec)}
     for field in PATHS:
         said = getattr(spec, field) if field in type(spec).model_fields else None
-        if isinstance(said, str) and _is_absolute(said):
+        if isinstance(said, str) and _is_place(said):
             changed[field] = PureWindowsPath(said).name
             with suppress(OSError, ValueError):
                 of = spec.with_(dtype="float32", device="cpu") if isinstance(spec, ModelSpec) else said
@@ -32,5 +32,6 @@ def origin(provenance: str, spec: ModelSpec) -> str:
     return provenance.replace(str(Path(spec.source).expanduser()), public(spec).source)
 
 
-def _is_absolute(said: str) -> bool:
-    return said.startswith("~") or Path(said).is_absolute() or PureWindowsPath(said).is_absolute()
+def _is_place(said: str) -> bool:
+    is_absolute = said.startswith("~") or Path(said).is_absolute() or PureWindowsPath(said).is_absolute()
+    return is_absolute or (len(Path(said).parts) > 1 and Path(said).exists())
