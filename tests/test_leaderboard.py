@@ -51,7 +51,8 @@ def test_every_rotation_and_quantizer_is_in_a_group(setting):
         assert sorted(fused) == sorted(rotated)
     assert {spec.weights.method for spec in found["weights"]} == set(registry.WEIGHTS)
     assert {spec.rotation.name for spec in found["weights"]} == {"RH", "Offset+"}
-    assert {spec.rotation.name for spec in found["no rotation"]} == {"NR", "SmoothQuant", "RH"}
+    unrotated = {"NR", "SmoothQuant", "AWQ", "OS+"}
+    assert {spec.rotation.name for spec in found["no rotation"]} == {*unrotated, "RH"}
     extras = [spec for spec in found["free extras"] if spec.clips or spec.scales]
     assert {spec.rotation.name for spec in extras} == {"RH", "DFRot", "Offset+"}
 
@@ -88,7 +89,7 @@ def test_it_is_ranked_by_divergence_within_group_and_bits(board):
     table, _ = board
     found = ranked(table)
     assert found["group"].drop_duplicates().tolist() == list(FEW)
-    assert len(found) == len(SOME) + 3 and set(found["bits"]) == {"16-4-16"}
+    assert len(found) == len(SOME) + len(leaderboard.UNROTATED) + 1 and set(found["bits"]) == {"16-4-16"}
     for _, own in found.groupby(["group", "bits"]):
         assert own["KL divergence"].is_monotonic_increasing and own["perplexity"].gt(1).all()
         reference = own[own["rotation"] == "RH"]
@@ -125,7 +126,7 @@ def test_the_command_prints_a_group_and_refuses_another(setting, tmp_path, monke
     )
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)["rows"]
-    assert {row["rotation"] for row in found} == {"NR", "SmoothQuant", "RH"} and out.exists()
+    assert {row["rotation"] for row in found} == {"NR", "SmoothQuant", "AWQ", "OS+", "RH"} and out.exists()
     nowhere = CliRunner().invoke(app, ["leaderboard", *said, "--out", str(out / "board.csv")])
     assert nowhere.exit_code != 0 and "--out must be where files can be written" in nowhere.output
     wrong = CliRunner().invoke(app, ["leaderboard", *said, "--group", "best"])

@@ -65,6 +65,10 @@ def test_every_row_has_the_spec_of_its_method():
         "SpinQuant",
         "OSTQuant R1",
         "SmoothQuant",
+        "OptRot",
+        "DuQuant R1",
+        "AWQ",
+        "OS+",
     ]
     assert registry.rows() == found
     for row in registry.rows():
@@ -73,7 +77,7 @@ def test_every_row_has_the_spec_of_its_method():
         module = registry.load(registry.METHODS, spec.method)
         assert isinstance(spec, module.SPEC)
         assert MethodSpec.of(spec.plain()) == spec
-        assert spec.first_seed == (None if row in ("NR", "GSR", "SmoothQuant") else 3)
+        assert spec.first_seed == (None if row in ("NR", "GSR", "SmoothQuant", "AWQ", "OS+") else 3)
     assert registry.spec_of("NR", seed=3) == registry.spec_of("NR"), "nothing is random in it"
     own = CaptureSpec(tokens=64)
     assert registry.spec_of("DFRot", seed=3, capture=own) == RefineSpec(
@@ -82,9 +86,7 @@ def test_every_row_has_the_spec_of_its_method():
 
 
 def test_an_unknown_row_is_refused_with_those_there_are():
-    with pytest.raises(
-        ValueError, match=r"a rotation must be one of NR, RO, RH, .*, SmoothQuant; got 'SpinQuant2'"
-    ):
+    with pytest.raises(ValueError, match=r"a rotation must be one of NR, RO, RH, .*, OS\+; got 'SpinQuant2'"):
         registry.spec_of("SpinQuant2")
 
 

@@ -37,6 +37,13 @@ def writers(loaded: LoadedModel, number: int) -> list[nn.Linear]:
     return [linear(layer, name) for name in (loaded.roles.o, *loaded.roles.downs(layer))]
 
 
+def rounded(loaded: LoadedModel, number: int, linears: list[nn.Linear]) -> list[nn.Linear]:
+    """Those of a layer's `linears` whose weights are quantized: a router's are not."""
+    layer = loaded.layers[number]
+    own = {id(linear(layer, name)) for name in loaded.roles.linears(layer)}
+    return [one for one in linears if id(one) in own]
+
+
 def edit_rows(modules: Iterable[nn.Linear], function: Transform) -> None:
     """Replace weights by a function of their rows, in float64 and cast once, a few at a time."""
     for module in modules:

@@ -19,7 +19,7 @@ from dfrot_lab.maths.quantizers import squared_error
 from dfrot_lab.model import hooks
 from dfrot_lab.model.families import heads_of
 from dfrot_lab.model.loading import LoadedModel, linear
-from dfrot_lab.model.parts import Transform, edit, feeds
+from dfrot_lab.model.parts import Transform, edit, feeds, rounded
 from dfrot_lab.model.stream import Walk, change
 from dfrot_lab.model.surgery import Blocks, fold_gains, hadamard
 from dfrot_lab.recipe.grids import QuantSpec
@@ -102,12 +102,10 @@ def _by_head(head: int, block: int | None, x: Tensor) -> Tensor:
 def _readers(loaded: LoadedModel, number: int) -> dict[str, tuple[list[nn.Linear], Tensor]]:
     """By site that may have scales the linears that read it rounded (no router), and the channel of each
     input."""
-    layer, roles, of = loaded.layers[number], loaded.roles, torch.arange(loaded.channels)
-    rounds = {id(linear(layer, name)) for name in roles.linears(layer)}
-    found: dict[str, tuple[list[nn.Linear], Tensor]] = {}
-    for site, (norm, reads) in ({} if roles.online else feeds(loaded, number)).items():
+    of, found = torch.arange(loaded.channels), dict[str, tuple[list[nn.Linear], Tensor]]()
+    for site, (norm, reads) in ({} if loaded.roles.online else feeds(loaded, number)).items():
         if getattr(norm, "weight", None) is not None:
-            found[site] = [one for one in reads if id(one) in rounds], of
+            found[site] = rounded(loaded, number, reads), of
     return found | {site: ([pair.reads], pair.of) for site, pair in pairs(loaded, number).items()}
 
 

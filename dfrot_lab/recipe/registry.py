@@ -25,6 +25,9 @@ METHODS = {
     ),
     "task": Choice("dfrot_lab.rotate.task", ("SpinQuant", "OSTQuant R1")),
     "smoothquant": Choice("dfrot_lab.rotate.smoothquant", ("SmoothQuant",)),
+    "optrot": Choice("dfrot_lab.rotate.optrot", ("OptRot",)),
+    "duquant": Choice("dfrot_lab.rotate.duquant", ("DuQuant R1",)),
+    "scale_search": Choice("dfrot_lab.rotate.scale_search", ("AWQ", "OS+")),
 }
 """Rotation methods: modules with `SPEC`, `spec(row, seed=, capture=)`, `fit(recipe, context)`; `VERSION`,
 `NEEDS` (what it looks at, in a few words)."""

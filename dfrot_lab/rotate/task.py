@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from dfrot_lab.disk.artefacts import Writer
 from dfrot_lab.maths import rotations
 from dfrot_lab.maths.quantizers import fake_quantize
-from dfrot_lab.model import door, hooks, loading, stream, surgery
+from dfrot_lab.model import door, hooks, stream, surgery
 from dfrot_lab.model.loading import LoadedModel
 from dfrot_lab.recipe import keys
 from dfrot_lab.recipe.base import MethodSpec, one_of, ruled
@@ -91,18 +91,12 @@ def descended(spec: TaskSpec, context: Context) -> Refined:
     online = {"r3": recipe.acts("R3"), "r4": recipe.acts("R4"), "blocks": recipe.blocks}
 
     def make(writer: Writer) -> None:
-        loaded = loading.load_model(recipe.model, context.store)
-        surgery.prepare(loaded)
-        surgery.rotate_heads(loaded, block=recipe.head_block)
-        if online["r4"]:
-            surgery.rotate_down(loaded, recipe.mlp_block)
-        result = descend(loaded, context.text(spec.capture), spec, online, writer)
+        text = context.text(spec.capture)
+        result = descend(context.turned(), text, spec, online, writer)
         dfrot.keep(writer, result, result.seconds)
 
     def key() -> Any:
-        own: dict[str, Any] = {"blocks": recipe.blocks} if any(recipe.blocks) else {}
-        own |= {"online": recipe.online} if recipe.online else {}
-        return keys.identity(spec, door.prints) | own
+        return keys.identity(spec, door.prints) | context.others
 
     return dfrot.kept(context.store.get_or_make(KIND, key, make))
 

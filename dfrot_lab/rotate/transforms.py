@@ -50,6 +50,23 @@ class Context:
             surgery.prepare(self._model)
         return self._model
 
+    def turned(self) -> LoadedModel:
+        """A model of its own for who asks: untied, with fused norms, R2 and R4, where it acts, in its
+        weights, R1 not."""
+        loaded = loading.load_model(self.recipe.model, self.store)
+        surgery.prepare(loaded)
+        surgery.rotate_heads(loaded, block=self.recipe.head_block)
+        if self.recipe.acts("R4"):
+            surgery.rotate_down(loaded, self.recipe.mlp_block)
+        return loaded
+
+    @property
+    def others(self) -> dict[str, Any]:
+        """What the key of a descent that sees the other Hadamards holds of them; of the usual ones none."""
+        recipe = self.recipe
+        own: dict[str, Any] = {"blocks": recipe.blocks} if any(recipe.blocks) else {}
+        return own | ({"online": recipe.online} if recipe.online else {})
+
     def _own(self, spec: CaptureSpec) -> CaptureSpec:
         return door.resolved(spec.with_(model=self.recipe.model))
 
