@@ -40,7 +40,8 @@ def bits_of(source: str, told: Any) -> int:
     bits = said.get("num_bits")
     if not (fits and type(bits) is int and 2 <= bits <= 8):
         rule = "one group of linears with symmetric integer weights of 2 to 8 bits"
-        raise ValueError(f"{source} is already quantized, by {METHOD}, and not as {rule}: it cannot be read")
+        read = f"by {METHOD}, and what is read of it is {rule}"
+        raise ValueError(f"{source} is already quantized, {read}: use the unquantized model")
     return bits
 
 
