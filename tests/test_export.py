@@ -4,6 +4,7 @@ it what it put there, and an export that failed or was killed leaves nothing.
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from dfrot_lab.disk import atomic, rotation_files
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.export import folders, hf, r1
 from dfrot_lab.maths import rotations
-from dfrot_lab.model import checkpoint, loading
+from dfrot_lab.model import checkpoint, loading, public
 from dfrot_lab.recipe import registry
 from dfrot_lab.recipe.specs import ModelSpec, Recipe, RotationSpec
 from dfrot_lab.score import perplexity
@@ -257,6 +258,34 @@ def test_nr_has_no_matrix(tiny, tmp_path, store):
     assert not (tmp_path / "R1.safetensors").exists()
 
 
+def test_of_two_exports_to_one_name_the_first_is_kept(tmp_path):
+    with (
+        pytest.raises(
+            ValueError, match=r"--out must be a name that is free; another process .*; got .*made$"
+        ),
+        atomic.new_folder(tmp_path / "made") as temporary,
+    ):
+        (temporary / "mine").touch()
+        (tmp_path / "made").mkdir()
+        (tmp_path / "made/theirs").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["made", "theirs"]
+
+
+@pytest.mark.parametrize("name", ["x" * 255, "é" * 127])
+def test_a_name_as_long_as_names_can_be_is_taken_and_a_longer_one_refused(name, tmp_path):
+    with atomic.new_folder(tmp_path / name) as temporary:
+        (temporary / "mine").touch()
+    assert [path.name for path in (tmp_path / name).iterdir()] == ["mine"]
+    atomic.write_text(tmp_path / f"{name[:-5]}.json", "text")
+    for write in (atomic.new_folder, atomic.replacing):
+        with (
+            pytest.raises(OSError, match=r"^\[Errno 36\] x+ must be a shorter name"),
+            write(tmp_path / ("x" * 256)),
+        ):
+            pytest.fail("work was begun")
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def ask(*words: str):
     return CliRunner().invoke(app, ["export", *words])
 
@@ -281,14 +310,35 @@ def test_the_command(tiny, tmp_path, text_file, monkeypatch):
     [
         (["--to", "onnx", "--out", "x"], "--to must be one of hf, compressed-tensors, gguf, r1; got 'onnx'"),
         (["--to", "hf"], "--out"),
-        (["--recipe", "r.yaml", "--rotation", "RO", "--out", "x"], "--recipe says everything: put rotation"),
+        (["--recipe", "r.yaml", "--rotation", "RO", "--out", "x"], "--rotation must be left out: the"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(words, said, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "r.yaml").write_text(Recipe().to_yaml())
     found = ask(*words)
     assert found.exit_code != 0 and said in found.output
     assert not (tmp_path / "x").exists()
+
+
+def test_the_recipe_of_an_export_is_run_where_its_files_lie_now(tiny, tmp_path, text_file, store):
+    """It names them by the hash of their bytes: no others are taken for them."""
+    hf.export(tiny, tmp_path / "made", store)
+    printed = Recipe.from_yaml(tmp_path / "made/dfrot_lab/recipe.yaml")
+    assert "@" in printed.model.source and "@" in printed.corpus.name
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(tmp_path / "original", moved / "m")
+    (moved / "t.txt").write_bytes(text_file.read_bytes())
+    places = {"model": str(moved / "m"), "corpus": str(moved / "t.txt")}
+    found = public.found(printed, places)
+    assert found.model.source == places["model"] and str(tmp_path / "original") not in found.to_yaml()
+    one, other = (perplexity.evaluate(spec, store).losses for spec in (tiny, found))
+    assert torch.equal(torch.as_tensor(one), torch.as_tensor(other))
+    (moved / "t.txt").write_text("another text")
+    with pytest.raises(ValueError, match=r"t.txt must be what .*@[0-9a-f]{12} names; got one with"):
+        public.found(printed, places)
+    with pytest.raises(ValueError, match="--calibration must be left out: the recipe names no calibration"):
+        public.found(printed, {"calibration": str(moved / "t.txt")})
 
 
 def test_every_format_is_in_the_help():

@@ -20,7 +20,10 @@ log = logging.getLogger("dfrot_lab")
 
 ROTATION = "A row of the rotations listed by --help, or a safetensors or npy file with R1."
 BITS = "Weights-activations-KV, such as 4-4-16."
-RECIPE = "A recipe's YAML, in place of all options but --out, --json."
+RECIPE = (
+    "A recipe's YAML, in place of all options but --out, --json; and --model, --corpus, --calibration, "
+    "--rotation FILE, which say where it lies now."
+)
 SCORED = (
     "model corpus calibration seed out as_json windows window weights group_size clips scales online "
     "gamma rule dtype"
@@ -128,15 +131,18 @@ class Options:
     def whole_recipe(
         self, context: typer.Context, path: Path | None, rotation: str, bits: str, beside: Sequence[str] = ()
     ) -> specs.Recipe:
-        """The recipe in a file, with which no option may be said but --out, --json and those `beside`; or
-        that of a rotation at some bits. ValueError."""
+        """The recipe in a file, with which no option may be said but --out, --json, those `beside` and where
+        what it names lies; or that of a rotation at some bits. ValueError."""
         if path is None:
             return self.recipe(rotation, bits)
+        from dfrot_lab.model import public
+
         sources = {name: context.get_parameter_source(name) for name in context.params}
         given = {name for name, source in sources.items() if source and source.name == "COMMANDLINE"}
-        if others := given - {"recipe", "out", "as_json", *beside}:
+        places = [name for name in public.FIELDS if name in given]
+        if others := given - {"recipe", "out", "as_json", *beside, *places}:
             raise ValueError(f"--recipe says everything: put {', '.join(sorted(others))} into {path} instead")
-        return specs.Recipe.from_yaml(path)
+        return public.found(specs.Recipe.from_yaml(path), {name: context.params[name] for name in places})
 
     def file(self, default: str, *endings: str) -> Path:
         """--out, or `default`, to be written as one file of one of `endings`; ValueError, before any work."""

@@ -28,6 +28,7 @@ LARGE = 1 << 30  # bytes above which reading a file takes long enough to show a 
 SETTLED = 2_000_000_000  # ns: a file changed more recently may change again under the same time
 ENTRIES = 10_000
 STALE = 3600  # seconds after which what a writer left is nobody's any more
+LONG_NAME = 200  # bytes of a name; file systems take 255
 PATIENCE = 2  # seconds to wait for a lock before saying so
 _known: dict[str, list[Any]] = {}
 _read_here: dict[str, list[Any]] = {}  # what of it this process has read
@@ -59,7 +60,8 @@ def new_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder beside `folder` that becomes it when the block ends, readable by whom that may be
     read, and goes if it fails, as does what a killed writer left. ValueError: the name is taken by more than
     an empty folder."""
-    taken = folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
+    with told(folder):
+        taken = folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
     if taken or folder.is_symlink():
         raise ValueError(f"--out must be a name that is free or an empty folder; got {folder}")
     temp = _temporary(folder)
@@ -72,9 +74,15 @@ def new_folder(folder: Path) -> Iterator[Path]:
         with told(folder):
             for file in temp.rglob("*"):  # safetensors writes for its owner alone
                 file.chmod(file.stat().st_mode | temp.stat().st_mode & 0o444)
-            if folder.exists():
-                folder.rmdir()
-            temp.rename(folder)
+            try:
+                if folder.exists():
+                    folder.rmdir()
+                temp.rename(folder)
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                    raise
+                kept = "another process has made it meanwhile, and this one's is given up"
+                raise ValueError(f"--out must be a name that is free; {kept}; got {folder}") from None
     except BaseException:
         shutil.rmtree(temp, ignore_errors=True)
         raise
@@ -82,13 +90,20 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 def _temporary(path: Path) -> Path:
     """What this process writes before it takes the place of `path`."""
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    return path.with_name(f".{_stem(path)}.{os.getpid()}.tmp")
+
+
+def _stem(path: Path) -> str:
+    """The name of `path`, or its hash where it leaves no room for what is put around it."""
+    name = os.fsencode(path.name)
+    return path.name if len(name) <= LONG_NAME else hashlib.sha256(name).hexdigest()
 
 
 def _clear(path: Path) -> None:
     """Make the folder that `path` is in; remove what killed writers of `path` have left there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+    path.exists()  # an OSError before any work, where a name is too long
+    for left in path.parent.glob(f".{glob.escape(_stem(path))}.*.tmp"):
         with suppress(FileNotFoundError):  # it may be another writer's, done meanwhile
             if time.time() - left.stat().st_mtime <= STALE:
                 continue
@@ -111,6 +126,8 @@ def told(path: Path, wanted: int | None = None) -> Iterator[None]:
         free = shutil.disk_usage(next(folder for folder in path.absolute().parents if folder.exists())).free
         room = f"{free:,} bytes free" if wanted is None else f"{wanted:,} bytes wanted, {free:,} free"
         said = f"cannot write {path.name} to {path.parent} ({os.strerror(code)}): {room}"
+        if code == errno.ENAMETOOLONG:
+            raise OSError(code, f"{path.name} must be a shorter name ({os.strerror(code)})") from error
         full = "free some space or " if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else ""
         raise OSError(code, f"{said}; {full}write elsewhere (DFROT_LAB_CACHE moves the cache)") from error
 

@@ -1,16 +1,20 @@
-"""What may be sent away: a file or folder of one's own becomes its name and the start of its bytes' hash."""
+"""What may be sent away: a file or folder of one's own becomes its name and the start of its bytes' hash; and
+how such a name is given a place again."""
 
+import re
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path, PureWindowsPath
 from typing import Any, TypeVar
 
 from dfrot_lab.model import door
-from dfrot_lab.recipe.base import Spec
-from dfrot_lab.recipe.specs import ModelSpec
+from dfrot_lab.recipe.base import Spec, require
+from dfrot_lab.recipe.specs import CorpusSpec, ModelSpec, Recipe
 
 S = TypeVar("S", bound=Spec)
 PATHS = ("source", "path", "name", "corpus", "calibration")  # fields of specs that may hold a path
 DIGITS = 12
+FIELDS = {"model": "source", "corpus": "name", "calibration": "name", "rotation": "path"}
 
 
 def public(spec: S) -> S:
@@ -22,9 +26,52 @@ def public(spec: S) -> S:
         if isinstance(said, str) and _is_place(said):
             changed[field] = PureWindowsPath(said).name
             with suppress(OSError, ValueError):
-                of = spec.with_(dtype="float32", device="cpu") if isinstance(spec, ModelSpec) else said
-                changed[field] += f"@{door.prints(of)[:DIGITS]}"
+                changed[field] += f"@{_hash(spec, said)}"
     return spec.with_(**changed) if changed else spec
+
+
+def found(recipe: Recipe, places: Mapping[str, str]) -> Recipe:
+    """`recipe` with its "model", "corpus" (the text that is scored), "calibration" (another text) or
+    "rotation" (a file) at these places, wherever it names them. ValueError: it has none, or a name ends in
+    the hash of other bytes than lie there, as those that `public` gave do."""
+    texts = {text.name for text in _texts(recipe)} - {recipe.corpus.name}
+    named = {
+        "model": [recipe.model.source],
+        "corpus": [recipe.corpus.name],
+        "calibration": sorted(texts),
+        "rotation": [path for path in [getattr(recipe.rotation, "path", None)] if path],
+    }
+    moved = dict[tuple[str, str], str]()
+    for what, place in places.items():
+        rule = f"left out: the recipe names no {what} that could lie elsewhere"
+        require(f"--{what}", place, len(named[what]) == 1, rule)
+        moved[FIELDS[what], named[what][0]] = place
+    return _moved(recipe, moved)
+
+
+def _texts(spec: Spec) -> list[CorpusSpec]:
+    """Every text that is named in a spec."""
+    if isinstance(spec, CorpusSpec):
+        return [spec]
+    return [text for _, value in spec if isinstance(value, Spec) for text in _texts(value)]
+
+
+def _moved(spec: S, moved: Mapping[tuple[str, str], str]) -> S:
+    """`spec` with fields of some names and values changed; ValueError: to the place of other bytes."""
+    changed: dict[str, Any] = {name: _moved(value, moved) for name, value in spec if isinstance(value, Spec)}
+    for (field, name), place in moved.items():
+        if getattr(spec, field, None) == name:
+            changed[field] = place
+            signed = re.fullmatch(rf".*@([0-9a-f]{{{DIGITS}}})", name)
+            here = _hash(spec, place) if signed else ""
+            require(place, f"one with {here}", not signed or here == signed[1], f"what {name} names")
+    return spec.with_(**changed) if changed else spec
+
+
+def _hash(spec: Spec, place: str) -> str:
+    """The start of the hash of what lies at a place that `spec` names, whatever the device and the dtype."""
+    of = ModelSpec(source=place, dtype="float32", device="cpu") if isinstance(spec, ModelSpec) else place
+    return door.prints(of)[:DIGITS]
 
 
 def origin(provenance: str, spec: ModelSpec) -> str:
