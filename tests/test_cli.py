@@ -347,7 +347,10 @@ BAD = [
     (["refine", "--gamma", "0"], "RefineSpec.gamma must be > 0; got 0"),
     (["refine", "--rule", "big"], f"RefineSpec.rule must be one of {', '.join(MASSIVE_RULES)}; got 'big'"),
     (["evaluate", "--rotation", "DFRot", "--rule", "big"], "RefineSpec.rule must be one of ratio_8, "),
-    (["evaluate", "--weights", "awq"], "WeightSpec.method must be one of rtn, gptq, gptaq, qep; got 'awq'"),
+    (
+        ["evaluate", "--weights", "awq"],
+        "WeightSpec.method must be one of rtn, gptq, gptaq, qep, foem; got 'awq'",
+    ),
     (
         ["evaluate", "--dtype", "int8"],
         "ModelSpec.dtype must be one of auto, float32, float64, bfloat16, float16;",

@@ -1,4 +1,4 @@
-"""Weights that know their inputs: GPTAQ and QEP against their definitions, what they are told of a model, and
+"""Weights that know their inputs: GPTAQ, QEP and FOEM against their definitions, what they are told of a model, and
 calibration on activations that are rounded.
 """
 
@@ -17,7 +17,7 @@ from dfrot_lab.recipe import keys, registry
 from dfrot_lab.recipe.grids import QuantSpec
 from dfrot_lab.recipe.specs import WeightSpec
 from dfrot_lab.score import build
-from dfrot_lab.weights import calibrate, codes, gptaq, gptq, qep
+from dfrot_lab.weights import calibrate, codes, foem, gptaq, gptq, qep, rtn
 from dfrot_lab.weights.gptq import Seen
 from dfrot_lab.weights.run import quantize_weights
 
@@ -68,6 +68,34 @@ def test_qep_is_the_least_squares_fit_of_full_precision_s_outputs(monkeypatch):
     found = qep.quantize(weight, seen(full, x), FINE.with_(correction=1.0))
     expected = torch.linalg.lstsq(x.double(), full.double() @ weight.double().T).solution.T
     torch.testing.assert_close(dequantize(found, weight.shape).double(), expected, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("channels", [20, 128, 150])
+def test_foem_equals_its_definition(channels):
+    """Column by column and in float64: drawn back to its first value, rounded, its error spread."""
+    weight, (_, x) = gaussian(12, channels), inputs(channels)
+    spec = UNCLIPPED.with_(correction=0.3)
+    found = foem.quantize(weight, Seen(x.T @ x), spec)
+    factor, scale = gptq.inverse_factor(x.T @ x, spec.damping).double(), found.scale[:, 0].double()
+    w, made = weight.double().clone(), torch.zeros(12, channels, dtype=torch.float64)
+    for j in range(channels):
+        w[:, j] -= 0.3 * (w[:, j] - weight[:, j])
+        made[:, j] = (w[:, j] / scale).round().clamp(-8, 7)
+        error = (w[:, j] - made[:, j] * scale) / factor[j, j]
+        w[:, j + 1 :] -= torch.outer(error, factor[j, j + 1 :])
+    assert (found.codes.double() == made).double().mean() > 0.99
+
+
+def test_foem_goes_from_gptq_to_rounding_to_nearest():
+    weight, (_, x) = gaussian(12, 150), inputs(150)
+    gone = [
+        foem.quantize(weight, Seen(x.T @ x), WeightSpec(correction=part)).codes for part in (0.0, 0.5, 1.0)
+    ]
+    assert torch.equal(gone[0], gptq.quantize(weight, Seen(x.T @ x), WeightSpec()).codes)
+    assert torch.equal(gone[2], rtn.quantize(weight, None, WeightSpec()).codes)
+    assert not any(torch.equal(gone[1], end) for end in (gone[0], gone[2]))
+    with pytest.raises(ValueError, match=r"foem\.seen must have the Hessian of the layer's inputs; got None"):
+        foem.quantize(weight, None, WeightSpec())
 
 
 @pytest.mark.parametrize("method", DRIFTING)

@@ -1,4 +1,4 @@
-"""What is free at inference is free: with Offset, Offset+, clips, scales, GPTAQ or QEP a model has the hooks and the
+"""What is free at inference is free: with Offset, Offset+, clips, scales, GPTAQ, QEP or FOEM a model has the hooks and the
 stored shapes of RH with GPTQ, and does the same operations on tensors of the same shapes.
 """
 
@@ -17,7 +17,7 @@ from dfrot_lab.score import build
 from dfrot_lab.study.setting import Setting
 
 LENT = ("Offset", "Offset+")
-OPTIONS = ("Offset", "Offset+", "clips", "scales", "gptaq", "qep")
+OPTIONS = ("Offset", "Offset+", "clips", "scales", "gptaq", "qep", "foem")
 
 
 class Seen(TorchDispatchMode):
@@ -56,7 +56,7 @@ def setting(tmp_path_factory) -> Setting:
 def recipe(setting: Setting, option: str) -> Recipe:
     """RH with GPTQ at 4-4-4, but for the option."""
     rotation = option if option in LENT else "RH"
-    weights = option if option in ("gptaq", "qep") else "gptq"
+    weights = option if option in ("gptaq", "qep", "foem") else "gptq"
     spec = setting.row("4-4-4", setting.method(rotation), weights=weights)
     return spec.with_(**{option: setting.capture}) if option in ("clips", "scales") else spec
 

@@ -91,7 +91,10 @@ def test_toys_can_be_picked_in_explorers(toys, setting, store, explorer):
 
 def test_toys_are_named_in_the_report(toys, setting, store):
     page = report.page(report.values(report.collect(setting, store)))
-    assert "OSTQuant R1, SmoothQuant, OptRot, DuQuant R1, AWQ, OS+, TOY; rtn, gptq, gptaq, qep, down" in page
+    assert (
+        "OSTQuant R1, SmoothQuant, OptRot, DuQuant R1, AWQ, OS+, TOY; rtn, gptq, gptaq, qep, foem, down"
+        in page
+    )
     assert "LlamaForCausalLM, cpu" in page
 
 

@@ -36,9 +36,10 @@ WEIGHTS = {
     "gptq": Choice("dfrot_lab.weights.gptq"),
     "gptaq": Choice("dfrot_lab.weights.gptaq"),
     "qep": Choice("dfrot_lab.weights.qep"),
+    "foem": Choice("dfrot_lab.weights.foem"),
 }
 """Weight quantizers: `quantize(weight, seen, spec)`, `CALIBRATED` (needs the Hessian), `DRIFT` (and what the
-full-precision model has in its inputs' place); `VERSION`."""
+full-precision model has in its inputs' place), `CORRECTION` (its usual `correction`); `VERSION`."""
 
 
 EXPORTS = {

@@ -125,7 +125,7 @@ class WeightSpec(Spec):
     """How the linears' weights are quantized: by `method`, if calibrated on `windows` of `corpus`, the first
     or those of a `sample`, as Recipe has it. `rounded`: on activations as the recipe rounds them, or as they
     are (None: rounded for gptaq and qep alone). `correction`: the part of the inputs' drift that these two
-    make good (None: each's own)."""
+    make good, of the way back to a weight's first value with foem (None: each's own)."""
 
     LATER: ClassVar[tuple[str, ...]] = ("sample", "rounded", "correction")
 
@@ -156,11 +156,12 @@ class WeightSpec(Spec):
         """The same with what has no effect set to defaults, in a recipe that `rounds` activations or not."""
         if self.quantizer.bits == 16:
             return WeightSpec(method="rtn", quantizer=self.quantizer, corpus=None)
-        if not registry.load(registry.WEIGHTS, self.method).CALIBRATED:
+        method = registry.load(registry.WEIGHTS, self.method)
+        if not method.CALIBRATED:
             kept = {name: getattr(self, name) for name in ("method", "quantizer", "clip_search")}
             return WeightSpec(**kept, corpus=None)
         drifts, rounded = registry.drifts(self.method), rounds and self.sees_rounded
-        own = {"correction": self.correction if drifts else None}
+        own = {"correction": self.correction if hasattr(method, "CORRECTION") else None}
         return self.with_(rounded=rounded if rounded or drifts else None, **own)
 
 

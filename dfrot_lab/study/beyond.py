@@ -51,8 +51,8 @@ def better_weights(setting: Setting, _store: Store) -> Iterator[Row]:
     """Weight quantizers that know what their inputs have lost, under RH and Offset+ at 4-4-16."""
     rh = setting.row("4-4-16", setting.method("RH"), weights="gptq")
     for name in ("RH", "Offset+"):
-        gptq, gptaq, qep = (
-            setting.row("4-4-16", setting.method(name), weights=by) for by in ("gptq", "gptaq", "qep")
+        gptq, gptaq, qep, foem = (
+            setting.row("4-4-16", setting.method(name), weights=by) for by in ("gptq", "gptaq", "qep", "foem")
         )
         against = {"RH": rh, "GPTQ": gptq}
         yield Row(gptq, {"option": NONE}, {} if name == "RH" else {"RH": rh})
@@ -60,6 +60,7 @@ def better_weights(setting: Setting, _store: Store) -> Iterator[Row]:
             rounded = gptq.with_(weights=gptq.weights.with_(rounded=True))
             yield Row(rounded, {"option": "rounded inputs"}, against)
             yield Row(gptaq, {"option": NONE}, against)
+            yield Row(foem, {"option": NONE}, against)
         yield Row(qep, {"option": NONE}, against)
         clipped = qep.with_(clips=setting.capture)
         yield Row(clipped, {"option": "clips"}, {**against, "QEP": qep})

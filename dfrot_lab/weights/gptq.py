@@ -32,13 +32,19 @@ def with_drift(seen: Seen | None, method: str) -> tuple[Tensor, Tensor]:
     return seen.hessian, seen.drift
 
 
+def hessian_seen(seen: Seen | None, method: str) -> Tensor:
+    """The Hessian that a method was told of; ValueError: it was not."""
+    if seen is None:
+        raise ValueError(f"{method}.seen must have the Hessian of the layer's inputs; got None")
+    return seen.hessian
+
+
 def quantize(weight: Tensor, seen: Seen | None, spec: WeightSpec) -> Quantized:
     """GPTQ of `weight` (out, in) for what was `seen` of its inputs, as `rtn.packed` has it. Each column's
     error is spread over those not yet rounded by the inverse Hessian's Cholesky factor; an input that is
     always zero has weight 0. ValueError: a damped Hessian that is not positive definite."""
-    if seen is None:
-        raise ValueError("gptq.seen must have the Hessian of the layer's inputs; got None")
-    return in_order(weight, seen.hessian, spec, inverse_factor(seen.hessian, spec.damping))
+    hessian = hessian_seen(seen, "gptq")
+    return in_order(weight, hessian, spec, inverse_factor(hessian, spec.damping))
 
 
 def in_order(
