@@ -35,6 +35,7 @@ from dfrot_lab.model import corpus
 from dfrot_lab.model.public import public
 from dfrot_lab.observe import capture as capturing, errors, massive
 from dfrot_lab.observe.capture import capture
+from dfrot_lab.recipe import registry
 from dfrot_lab.recipe.grids import QuantSpec
 from dfrot_lab.recipe.keys import FORMULAS
 from dfrot_lab.recipe.specs import (
@@ -60,7 +61,7 @@ from dfrot_lab.weights import run as weighing
 EVALUATING = (
     "main", "gamma-sweep", "keep-out", "main-table", "calibration", "clip-sweep", "symmetric-or-not",
     "variants", "massive-activations", "intervene", "gain", "offset",
-    "free-options", "better-weights",
+    "free-options", "better-weights", "kv-caches",
 )  # fmt: skip
 LOOKING = ("token-errors-3d", "token-errors-2d", "token-orders", "massive-token", "massive-magnitudes")
 ELSEWHERE = ("zero-shot", "measuring", "leaderboard")
@@ -105,6 +106,8 @@ class Lab:
 
 def few_rows(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(experiments, "ROW_COUNTS", FEW_ROWS)
+    small = {"scheme": "free", "group_size": 8, "residual": 16}
+    patch.setitem(registry.CACHES, "kivi", registry.CACHES["kivi"]._replace(fields=small))
 
 
 def evaluated_rows(asked: list[list[Row]]) -> list[Row]:
@@ -156,6 +159,7 @@ def planned(monkeypatch: pytest.MonkeyPatch, store: Store):
 
     def rows_of(name: str, setting: Setting) -> list[list[Row]]:
         with monkeypatch.context() as patch:
+            few_rows(patch)
             found = seen_rows(patch, then=Enough)
             patch.setattr(dfrot, "refined", lambda *_: Refined(torch.eye(64), pd.DataFrame(), 60.0))
             patch.setattr(experiments, "_final_losses", lambda *_: [])
@@ -503,7 +507,11 @@ def test_builds_of_a_row_differ_in_all_that_is_random_and_in_nothing_else(lab, p
             )
             assert spec.weights.sample == (n or None)
             assert all(text.sample == (n or None) for text in (spec.clips, spec.scales) if text)
-            drawn = ("rotation", "weights", "sample", "jitter", "clips", "scales")
+            caches = ((spec.keys, first.keys), (spec.values, first.values))
+            assert all(
+                own == of.with_(seed=of.seed if of.seed is None else of.seed + n) for own, of in caches
+            )
+            drawn = ("rotation", "weights", "sample", "jitter", "clips", "scales", "keys", "values")
             same = {name: getattr(first, name) for name in drawn}
             assert spec.with_(**same) == first
             assert (row.labels, list(row.against), row.once) == (

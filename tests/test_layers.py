@@ -18,7 +18,7 @@ PACKAGE = Path(dfrot_lab.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 FLOORS = (
-    "recipe", "maths", "disk", "model", "observe", "rotate", "weights", "score", "study", "export", "show",
+    "recipe", "maths", "disk", "model", "observe", "rotate", "weights", "caches", "score", "study", "export", "show",
     "explore", "cli",
 )  # fmt: skip
 """The folders of the package, lowest floor first: imports only go down."""
@@ -225,8 +225,8 @@ def test_files_and_functions_are_short(name: str):
 
 def test_the_package_is_small():
     size = {name: len(file.read_text().splitlines()) for name, file in MODULES.items()}
-    assert sum(size.values()) <= 18_000, (
-        "builds, divergence, offsets; drift, clips, exports; then scales, rivals, formats"
+    assert sum(size.values()) <= 18_300, (
+        "builds, divergence, offsets; drift, clips, exports; then scales, rivals, formats, KV caches"
     )
     assert sum(lines for name, lines in size.items() if name.startswith("explore")) <= 3_500
 

@@ -37,6 +37,7 @@ SYMMETRIC, ASYMMETRIC = QuantSpec(), QuantSpec(scheme="asymmetric")
 NOTHING = QuantSpec(bits=16)
 PER_HEAD = QuantSpec(granularity="per_group")
 UNROTATED = RotationSpec(kind="NR")
+HEADS = {"granularity": "per_group"}
 COUNTED = "a number with keep_out most_massive, worst, random, and None with any other"
 
 BAD = [
@@ -60,6 +61,33 @@ BAD = [
     (QuantSpec, {"group_size": 32}, "group_size", "a whole number >= 1, with granularity per_group"),
     (QuantSpec, {"group_size": 0, "granularity": "per_group"}, "group_size", "a whole number >= 1"),
     (QuantSpec, {"group_size": 2.5, "granularity": "per_group"}, "group_size", "a whole number >= 1"),
+    (QuantSpec, {"method": "kvquant"}, "method", "None or one of kivi, qjl, turboquant"),
+    (QuantSpec, {"method": "qjl", "granularity": "per_token"}, "granularity", "'per_group' with method qjl"),
+    (QuantSpec, {"method": "kivi", "scheme": "symmetric", **HEADS}, "scheme", "'free' with method kivi"),
+    (QuantSpec, {"method": "qjl", "clip_ratio": 0.9, **HEADS}, "clip_ratio", "1 with method qjl"),
+    (QuantSpec, {"method": "qjl", **HEADS}, "seed", "given with method qjl"),
+    (QuantSpec, {"method": "qjl", "seed": -1, **HEADS}, "seed", "None or a whole number in 0..2^63"),
+    (
+        QuantSpec,
+        {"method": "qjl", "seed": 0, "group_size": 32, **HEADS},
+        "group_size",
+        "None with method qjl",
+    ),
+    (
+        QuantSpec,
+        {"method": "kivi", "scheme": "free", "residual": 1, **HEADS},
+        "group_size",
+        "given with method",
+    ),
+    (QuantSpec, {"method": "kivi", "scheme": "free", "group_size": 8, **HEADS}, "residual", "given with"),
+    (
+        QuantSpec,
+        {"method": "turboquant", "seed": 0, "residual": 1, **HEADS},
+        "residual",
+        "None with method tu",
+    ),
+    (QuantSpec, {"residual": 128}, "residual", "None with method None"),
+    (QuantSpec, {"seed": 0}, "seed", "None with method None"),
     (CaptureSpec, {"tokens": 0}, "tokens", "a whole number >= 1"),
     (CaptureSpec, {"tokens": -2048}, "tokens", "a whole number >= 1"),
     (CaptureSpec, {"skip": -1}, "skip", "a whole number >= 0"),
@@ -168,6 +196,9 @@ OTHER_VALUES = {
         "clip_ratio": 0.9,
         "granularity": "per_group",
         "group_size": None,
+        "method": "qjl",
+        "residual": 7,
+        "seed": 7,
     },
     CaptureSpec: {
         "model": ModelSpec(dtype="float64"),
@@ -223,6 +254,9 @@ OTHER_VALUES = {
 DEPENDENT = {
     (RotationSpec, "path"),
     (QuantSpec, "group_size"),
+    (QuantSpec, "method"),
+    (QuantSpec, "residual"),
+    (QuantSpec, "seed"),
     (Recipe, "keep_out_tokens"),
     (Recipe, "set_massive"),
 }
@@ -297,6 +331,9 @@ def test_the_key_differs_in_the_fields_that_need_another():
     assert RotationSpec(kind="file", path="a").key != RotationSpec(kind="file", path="b").key
     keys = {QuantSpec(granularity="per_group", group_size=size).key for size in (None, 16, 32)}
     assert len(keys) == 3
+    held = [grids.cache_of(name, 2, seed=seed) for name in registry.CACHES for seed in (0, 1)]
+    held += [grids.cache_of("kivi", 2, **{name: 7}) for name in ("group_size", "residual")]
+    assert len({KV_CACHE.with_(bits=2).key, *(one["keys"].key for one in held)}) == 1 + 1 + 2 * 2 + 2
     keys = {
         Recipe(keep_out=which, keep_out_tokens=count).key
         for which in ("most_massive", "worst", "random")
@@ -314,11 +351,14 @@ def test_the_key_differs_in_the_fields_that_need_another():
 def test_each_sample_and_jitter_has_a_key_and_none_has_that_of_before(spec, names):
     """What is not sampled and not jittered is what it was before there were samples: its key hangs on none."""
     assert set(names) <= spec().unkeyed
-    plain = {name: value for name, value in spec().to_dict().items() if name not in spec.LATER}
-    for inner in [part for part in plain.values() if isinstance(part, dict)]:
-        for name in (*CaptureSpec.LATER, *WeightSpec.LATER):
-            inner.pop(name, None)
-    assert spec().key == content_key(plain), "nor does that of a spec with one in it"
+    later = {*spec.LATER, *CaptureSpec.LATER, *WeightSpec.LATER, *QuantSpec.LATER}
+
+    def before(part: dict[str, object]) -> dict[str, object]:
+        kept = {name: value for name, value in part.items() if name not in later}
+        kept |= {name: part[name] for name in ("seed", "method") if part.get(name) is not None}
+        return {name: before(value) if isinstance(value, dict) else value for name, value in kept.items()}
+
+    assert spec().key == content_key(before(spec().to_dict())), "nor does that of a spec with one in it"
     for name in names:
         found = [spec(**{name: value}) for value in (None, 0, 1, 2**40)]
         assert len({one.key for one in found}) == 4 and found[0] == spec()

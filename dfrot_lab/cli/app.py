@@ -260,7 +260,9 @@ def evaluate_command(
     )
 
 
-@command("recipe", "weights clips scales model corpus calibration seed gamma rule dtype windows window out")
+@command(
+    "recipe", "weights clips scales kv model corpus calibration seed gamma rule dtype windows window out"
+)
 def recipe_command(
     said: Options,
     rotation: Annotated[str, typer.Argument(help="A row such as RO, or a safetensors file with R1.")] = "RH",

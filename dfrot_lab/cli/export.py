@@ -14,7 +14,7 @@ WITH_R4 = "compressed-tensors: keep R4, which dfrot_lab.load_export and vLLM app
 KIND = (
     "gguf: F32, F16 (default), BF16, Q8_0, Q5_1, Q5_0, Q4_1, Q4_0, MXFP4; with libgguf Q6_K, Q4_K and others."
 )
-TAKEN = SCORED.replace("online ", "")
+TAKEN = SCORED.replace("online kv ", "")
 
 
 @command("export", TAKEN)

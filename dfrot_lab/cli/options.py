@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dfrot_lab.recipe import registry, specs
+from dfrot_lab.recipe import grids, registry, specs
 from dfrot_lab.recipe.base import require, require_file, strict_json
 
 log = logging.getLogger("dfrot_lab")
@@ -26,7 +26,7 @@ RECIPE = (
 )
 SCORED = (
     "model corpus calibration seed out as_json windows window weights group_size clips scales online "
-    "gamma rule dtype"
+    "kv gamma rule dtype"
 )
 """The options of a command that takes one row: what a recipe needs, and where its result goes."""
 OUT = "Where the result goes; the ending says the format."
@@ -40,6 +40,7 @@ BUILDS = "Builds a comparison is made of (seed, sample, jitter, windows); defaul
 CLIPS = "Give each site the clip ratio of least error on the calibration text."
 SCALES = "Fold channel scales into the weights, those of least error on the calibration text."
 ONLINE = "Which online Hadamards act: both (R3 and R4), R3, R4 or none, as where nothing runs beside weights."
+KV = "A quantizer of the KV cache listed by --help."
 GROUP = "Weights have a scale for so many inputs, which must divide all of the model's; default: a row's."
 JSON = "Print JSON and nothing else on standard output."
 LONGEST = 500  # characters of an error that are shown
@@ -76,6 +77,7 @@ class Options:
     clips: Annotated[bool, typer.Option("--clips", help=CLIPS)] = False
     scales: Annotated[bool, typer.Option("--scales", help=SCALES)] = False
     online: Annotated[str, typer.Option(help=ONLINE)] = "both"
+    kv: Annotated[str, typer.Option(help=KV)] = grids.PER_TOKEN
 
     @property
     def model_spec(self) -> specs.ModelSpec:
@@ -121,12 +123,20 @@ class Options:
         weights = spec.weights.with_(corpus=self.capture.corpus, window=self.window, quantizer=grid)
         clips, scales = (self.capture if asked else None for asked in (self.clips, self.scales))
         own = {"weights": weights, "clips": clips, "scales": scales, "online": self._online()}
-        return spec.with_(**own)
+        return spec.with_(**own, **self._cache(spec.keys.bits))
 
     def _online(self) -> str | None:
         """What a recipe calls --online; ValueError."""
         require("--online", self.online, self.online in ("both", *specs.ONLINE), "both, R3, R4 or none")
         return None if self.online == "both" else self.online
+
+    def _cache(self, bits: int) -> dict[str, grids.QuantSpec]:
+        """The keys and values of --kv at `bits`; ValueError."""
+        names = (grids.PER_TOKEN, *registry.CACHES)
+        require("--kv", self.kv, self.kv in names, f"one of {', '.join(names)}")
+        rule = f"{grids.PER_TOKEN} with a KV cache of 16 bits, which nothing rounds"
+        require("--kv", self.kv, bits < 16 or self.kv == grids.PER_TOKEN, rule)
+        return grids.cache_of(self.kv, bits, seed=self.seed)
 
     def whole_recipe(
         self, context: typer.Context, path: Path | None, rotation: str, bits: str, beside: Sequence[str] = ()
@@ -203,11 +213,12 @@ class Group(typer.core.TyperGroup):
     """The commands; below them, what can be chosen by name."""
 
     def format_epilog(self, _ctx: Any, formatter: Any) -> None:
-        """List rotations, weight quantizers and families as the tables have them now."""
+        """List rotations, quantizers and families as the tables have them now."""
         from dfrot_lab.model.families import FAMILIES
 
         methods = (f"{name} ({', '.join(choice.rows)})" for name, choice in registry.METHODS.items())
         lists = {"Rotations": methods, "Weights": registry.WEIGHTS, "Families": FAMILIES}
+        lists["KV"] = (grids.PER_TOKEN, *registry.CACHES)
         lists["Rules"] = specs.MASSIVE_RULES
         with formatter.section("What can be chosen"):
             formatter.write_dl([(title, ", ".join(names)) for title, names in lists.items()])

@@ -32,7 +32,11 @@ def code_range(spec: QuantSpec) -> tuple[int, int]:
 
 
 def grouped(x: Tensor, spec: QuantSpec) -> Tensor:
-    """`x` as (groups, n), each row with one scale. ValueError: a group size that does not divide channels."""
+    """`x` as (groups, n), each row with one scale. ValueError: a group size that does not divide channels, a
+    spec of another quantizer than a grid."""
+    require(
+        "QuantSpec.method", repr(spec.method), spec.method is None, "None where tensors are rounded to grids"
+    )
     if spec.granularity == "per_tensor":
         return x.reshape(1, -1)
     size = spec.group_size or x.shape[-1]

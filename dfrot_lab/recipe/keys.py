@@ -6,6 +6,7 @@ from typing import Any
 
 from dfrot_lab.recipe import registry
 from dfrot_lab.recipe.base import MethodSpec, Spec, content_key
+from dfrot_lab.recipe.grids import QuantSpec
 from dfrot_lab.recipe.specs import CaptureSpec, CorpusSpec, ModelSpec, Recipe, WeightSpec
 
 FORMULAS = 5  # version of what artefacts hold and how it is computed; raise it with any change of a formula
@@ -23,8 +24,9 @@ def identity(spec: Spec, prints: Prints) -> Any:
         return prints(spec)
     fields = {name: value for name, value in spec if name not in spec.unkeyed}
     said = {name: identity(v, prints) if isinstance(v, Spec) else v for name, v in fields.items()}
-    if isinstance(spec, MethodSpec | WeightSpec):
-        table = registry.WEIGHTS if isinstance(spec, WeightSpec) else registry.METHODS
+    tables = {WeightSpec: registry.WEIGHTS, QuantSpec: registry.CACHES}
+    if isinstance(spec, MethodSpec | WeightSpec | QuantSpec) and spec.method is not None:
+        table = tables.get(type(spec), registry.METHODS)
         if (code := registry.code(table, spec.method)) != 1:  # a first version adds nothing to a key
             said["code"] = code
     if said.get("path") is not None:

@@ -1,17 +1,22 @@
-"""The tables of what can be chosen by name: rotation methods and weight quantizers.
+"""The tables of what can be chosen by name: rotation methods, quantizers of weights and of the KV cache.
 A choice's module is imported when asked for. A new method or quantizer: one file, one line here."""
 
 import hashlib
 import importlib
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 
 class Choice(NamedTuple):
-    """Where a choice lives; of a method also the names of the rows it offers, as tables show them."""
+    """Where a choice lives; of a method also the names of the rows it offers, as tables show them; of a KV
+    quantizer the fields of QuantSpec that it takes, as they usually are, and what it `holds`."""
 
     module: str
     rows: tuple[str, ...] = ()
+    fields: Mapping[str, Any] = MappingProxyType({})
+    holds: tuple[str, ...] = ("keys", "values")
 
 
 METHODS = {
@@ -40,7 +45,14 @@ WEIGHTS = {
 }
 """Weight quantizers: `quantize(weight, seen, spec)`, `CALIBRATED` (needs the Hessian), `DRIFT` (and what the
 full-precision model has in its inputs' place), `CORRECTION` (its usual `correction`); `VERSION`."""
-
+KIVI = {"scheme": "free", "group_size": 32, "residual": 128}  # its release's
+CACHES = {
+    "kivi": Choice("dfrot_lab.caches.kivi", fields=KIVI),
+    "qjl": Choice("dfrot_lab.caches.qjl", fields={"seed": 0}, holds=("keys",)),
+    "turboquant": Choice("dfrot_lab.caches.turboquant", fields={"seed": 0}),
+}
+"""Quantizers of keys and values beside the grids: `keys(x, spec)` and `values(x, spec)`, what is read of
+x (batch, heads, tokens, head size) once it is held; `VERSION`."""
 
 EXPORTS = {
     "hf": Choice("dfrot_lab.export.hf"),

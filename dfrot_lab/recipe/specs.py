@@ -9,7 +9,7 @@ import yaml
 
 from dfrot_lab.recipe import registry
 from dfrot_lab.recipe.base import MethodSpec, Once, Spec, one_of, require_file, ruled
-from dfrot_lab.recipe.grids import ACTIVATIONS, KV_CACHE, QuantSpec
+from dfrot_lab.recipe.grids import ACTIVATIONS, KV_CACHE, QuantSpec, require_cache
 from dfrot_lab.recipe.sources import (  # noqa: F401 all specs are found here
     CALIBRATION,
     DEFAULT_MODEL,
@@ -209,9 +209,8 @@ class Recipe(Spec):
         self._require("scales", free, "None without a rotation, which spreads errors over channels")
         free = self.scales is None or self.keep_out is None
         self._require("scales", free, "None with keep_out, whose rules judge rows that are not scaled")
-        rule = "per_group (one scale a token and head, or a part of a head)"
-        self._require("keys", self.keys.granularity == "per_group", rule)
-        self._require("values", self.values.granularity == "per_group", rule)
+        for held in ("keys", "values"):
+            require_cache(held, getattr(self, held), self.window)
         counted = self.keep_out in KEEP_OUT_COUNTS
         self._require("keep_out_tokens", (self.keep_out_tokens is not None) == counted, KEPT_COUNTED)
         free = self.set_massive is None or not self.is_rotated

@@ -57,6 +57,7 @@ class TaskSpec(MethodSpec):
     def _check(self) -> None:
         fits = self.activations.bits < 16 and self.activations.granularity == "per_token"
         self._require("activations", fits, "per_token, of fewer than 16 bits")
+        self._require("cache", self.cache.method is None, "a grid, of method None")
         self._require("capture", self.capture.tokens > 1, "of 2 tokens or more: one alone has no loss")
 
     @property

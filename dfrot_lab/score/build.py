@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dfrot_lab.caches import run as caches
 from dfrot_lab.disk.artefacts import Store, Writer
 from dfrot_lab.disk.atomic import still
 from dfrot_lab.maths.quantizers import fake_quantize, squared_error
 from dfrot_lab.model import corpus, door, hooks, integer, loading, noise, scales, surgery
+from dfrot_lab.model.families import heads_of
 from dfrot_lab.model.loading import LoadedModel
 from dfrot_lab.model.parts import Transform
 from dfrot_lab.model.proof import TOKENS, Proof
@@ -68,6 +70,8 @@ def rotated(recipe: Recipe, store: Store, *, whole: bool = False) -> tuple[Loade
     function as it is, which a few tokens prove."""
     loaded = loading.load_model(recipe.model, store, whole=whole)
     ids = windows(recipe, loaded)  # before minutes of work on weights: is there so much text? does it fit?
+    for kind, spec in (("k", recipe.keys), ("v", recipe.values)):
+        caches.check(spec, kind, recipe.window, heads_of(loaded.config)[2])
     proof = Proof(loaded, ids[:1, :TOKENS])
     surgery.prepare(loaded)
     made = transforms.fit(recipe, transforms.Context(recipe, store, loaded))
@@ -227,7 +231,9 @@ def rounded(recipe: Recipe, ratios: Mapping[str, float], spare: Transform | None
 
     def function(site: str, x: Tensor) -> Tensor:
         kind = site.rpartition(".")[2]
-        x_rounded = fake_quantize(x, cache.get(kind) or grids.get(site, recipe.activations))
+        if kind in cache:
+            return caches.held(x, cache[kind], kind)
+        x_rounded = fake_quantize(x, grids.get(site, recipe.activations))
         if spare is None or kind not in hooks.NORMS:
             return x_rounded
         return torch.where(spare(x)[..., None], x, x_rounded)

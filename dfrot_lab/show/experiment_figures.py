@@ -104,6 +104,15 @@ def figure_differences(table: pd.DataFrame, label: str, panel: str = "{bits}") -
     return fig
 
 
+def figure_caches(table: pd.DataFrame) -> Figure:
+    """Changes of perplexity against full precision by KV quantizer, with R3 and without; a panel a number of
+    bits, each with its own axis: what is least bad at 2 bits is far off the axis of 4."""
+    rows = rows_of(table, change("full precision"))
+    rows = rows.assign(label=rows["cache"] + ", " + rows["option"])
+    axes = {"xlabel": change("full precision"), "xscale": "symlog"}
+    return panels(rows, "bits", plot_rows, size=(4.6, 3.6), axes=axes, sharey=True)
+
+
 def figure_zero_shot(table: pd.DataFrame) -> Figure:
     """Accuracy with one standard error, a panel a task and for their average; acc_norm where there is one."""
     rows = table.drop_duplicates(["row", "task"], keep="last").fillna({"rotation": "plain"})
@@ -236,5 +245,5 @@ FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {  # by experiment, what 
     "gain": partial(figure_differences, label="{rotation}"),
     "free-options": partial(figure_differences, label="{rotation}, {option}"),
     "leaderboard": partial(figure_differences, label=RANKED, panel="{group}, {bits}"),
-    "better-weights": partial(figure_differences, label=RANKED),
+    "better-weights": partial(figure_differences, label=RANKED), "kv-caches": figure_caches,
 }  # fmt: skip

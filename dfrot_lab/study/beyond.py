@@ -1,15 +1,18 @@
 """Beyond the paper, as experiments: one build's rows each."""
 
 from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 from dfrot_lab.disk.artefacts import Store
+from dfrot_lab.recipe import grids, registry
 from dfrot_lab.recipe.specs import Recipe
 from dfrot_lab.study import main
 from dfrot_lab.study.main import Row
 from dfrot_lab.study.setting import Setting
 
 NONE = "none"  # the option of a row without one
+CACHE_BITS = (4, 3, 2)
 
 
 def offset(setting: Setting, _store: Store) -> Iterator[Row]:
@@ -64,3 +67,19 @@ def better_weights(setting: Setting, _store: Store) -> Iterator[Row]:
         yield Row(qep, {"option": NONE}, against)
         clipped = qep.with_(clips=setting.capture)
         yield Row(clipped, {"option": "clips"}, {**against, "QEP": qep})
+
+
+def kv_caches(setting: Setting, _store: Store) -> Iterator[Row]:
+    """Quantizers of the KV cache, which alone is rounded, with R3 and without; each against full precision,
+    against rounding per token with the same R3, and with R3 against without. R1 and R4 do not touch keys."""
+    rh, names = setting.rotation("RH"), (grids.PER_TOKEN, *registry.CACHES)
+    full = setting.row("16-16-16", rh)
+    yield Row(full, {"cache": NONE, "option": NONE})
+    for says, only in (("without R3", "R4"), ("R3", None)):  # rows that share a built model side by side
+        for bits, name in product(setting.few(CACHE_BITS), names):
+            cache: dict[str, Any] = grids.cache_of(name, bits, seed=rh.seed)
+            own = setting.row(f"16-16-{bits}", rh, **cache, online=only)
+            plain = own.with_(**grids.cache_of(grids.PER_TOKEN, bits))
+            against = {"full precision": full} | ({} if own == plain else {"per token": plain})
+            against |= {} if only else {"without R3": own.with_(online="R4")}
+            yield Row(own, {"cache": name, "option": says}, against)
