@@ -4,14 +4,18 @@ from dfrot_lab.recipe.base import Spec, one_of, ruled
 
 SCHEMES = {"symmetric": "sym", "asymmetric": "asym", "free": "free"}
 """Ranges and short names: in asymmetric 0 always lies (released code), free is min to max (DFRot, Eq. 5)."""
-GRANULARITIES = {"per_token": "", "per_channel": "-channel", "per_group": "-head", "per_tensor": "-tensor"}
+GRANULARITIES = {
+    "per_token": "", "per_channel": "-channel", "per_group": "-head", "per_tensor": "-tensor",
+    "static": "-static",
+}  # fmt: skip
 """What shares one scale, and its mark in a quantizer's name; a group of a given size is marked `-g128`."""
 GROUPED = "a whole number >= 1, with granularity per_group"
 
 
 class QuantSpec(Spec):
     """How one tensor is quantized; `bits=16`: not at all. `granularity` says what shares one scale: a token,
-    a weight's output channel, a group of `group_size` channels (a head where none is given), the tensor."""
+    a weight's output channel, a group of `group_size` channels (a head where none is given), the tensor; or,
+    `static`, whatever passes one place in the model, by a scale that was found before it ran."""
 
     bits: int = ruled(4, "a whole number in 2..16", ge=2, le=16)
     scheme: str = one_of("symmetric", tuple(SCHEMES))

@@ -6,7 +6,7 @@ from typing import Any
 
 from dfrot_lab.recipe import registry
 from dfrot_lab.recipe.base import MethodSpec, Spec, content_key
-from dfrot_lab.recipe.specs import CaptureSpec, CorpusSpec, ModelSpec, Recipe, WeightSpec
+from dfrot_lab.recipe.specs import CaptureSpec, CorpusSpec, ModelSpec, Recipe, StaticSpec, WeightSpec
 
 FORMULAS = 5  # version of what artefacts hold and how it is computed; raise it with any change of a formula
 Prints = Callable[[ModelSpec | CorpusSpec | str], str]  # a model's, a text's, a path's hash
@@ -40,7 +40,8 @@ def weights(recipe: Recipe, prints: Prints) -> dict[str, Any]:
     names = (*recipe.SHAPES, "jitter") if calibrated else recipe.SHAPES  # jitter moves what is calibrated on
     if recipe.weights.sees_rounded:
         of |= {name: identity(getattr(recipe, name), prints) for name in ("activations", "keys", "values")}
-        of |= {"clips": identity(recipe.clips, prints)} if recipe.clips else {}
+        looks = {name: text for name in ("clips", "static") if (text := getattr(recipe, name)) is not None}
+        of |= {name: identity(text, prints) for name, text in looks.items()}
         names = (*names, "keep_out", "keep_out_tokens")
     return of | {name: getattr(recipe, name) for name in names if name not in recipe.unkeyed}
 
@@ -56,7 +57,12 @@ def scales(recipe: Recipe, prints: Prints) -> dict[str, Any]:
     return _found_on(recipe, recipe.scales, prints)
 
 
-def _found_on(recipe: Recipe, text: CaptureSpec | None, prints: Prints) -> dict[str, Any]:
+def static(recipe: Recipe, prints: Prints) -> dict[str, Any]:
+    """What the static scales of a recipe are keyed by: the rotated model, the text, the grid."""
+    return _found_on(recipe, recipe.static, prints)
+
+
+def _found_on(recipe: Recipe, text: CaptureSpec | StaticSpec | None, prints: Prints) -> dict[str, Any]:
     assert text is not None
     of = {name: identity(getattr(recipe, name), prints) for name in ("model", "rotation", "activations")}
     names = [name for name in (*recipe.SHAPES, "jitter") if name not in recipe.unkeyed]
@@ -66,6 +72,7 @@ def _found_on(recipe: Recipe, text: CaptureSpec | None, prints: Prints) -> dict[
 def built(recipe: Recipe, prints: Prints) -> dict[str, Any]:
     """What the whole model of a recipe is keyed by: its weights, its embedding, its clips."""
     own = {"clips": clips(recipe, prints)} if recipe.clips else {}
+    own |= {"static": static(recipe, prints)} if recipe.static else {}
     return weights(recipe, prints) | {"jitter": recipe.jitter} | own
 
 

@@ -1,7 +1,7 @@
 """The model of a recipe: rotated, its weights quantized; while a block runs, quantized altogether: linears as
 integer products where both sides have codes, all else fake-quantized (rounded to its grid, then float)."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,14 +12,15 @@ from torch import Tensor
 
 from dfrot_lab.disk.artefacts import Store, Writer
 from dfrot_lab.disk.atomic import still
-from dfrot_lab.maths.quantizers import fake_quantize, squared_error
+from dfrot_lab.maths.quantizers import Fixed, fake_quantize, squared_error
 from dfrot_lab.model import corpus, door, hooks, integer, loading, noise, scales, surgery
 from dfrot_lab.model.loading import LoadedModel
 from dfrot_lab.model.parts import Transform
 from dfrot_lab.model.proof import TOKENS, Proof
-from dfrot_lab.observe import clips, massive, residual
+from dfrot_lab.observe import clips, massive, residual, static
 from dfrot_lab.observe.capture import token_blocks
 from dfrot_lab.recipe import keys
+from dfrot_lab.recipe.grids import QuantSpec
 from dfrot_lab.recipe.specs import KEEP_OUT_COUNTS, WINDOW, Recipe
 from dfrot_lab.rotate import transforms
 from dfrot_lab.rotate.transforms import Transforms
@@ -53,10 +54,12 @@ def build(recipe: Recipe, store: Store, on_part: OnPart = nothing, *, whole: boo
     R = None if made.R1 is None else made.R1.to(loaded.device, next(loaded.model.parameters()).dtype)
     if recipe.clips is not None:
         made = replace(made, clips=_clips(recipe, loaded, made, store))
+    if recipe.static is not None:
+        made = replace(made, static=_static(recipe, loaded, made, store))
     rounding: Rounding | None = None
     if recipe.weights.sees_rounded:
         spare = keep_out(recipe, R) if recipe.keep_out else None
-        rounding = rounded(recipe, made.clips, spare), hooks.sites_of(loaded, *_rounded_kinds(recipe))
+        rounding = rounded(recipe, made, spare), hooks.sites_of(loaded, *_rounded_kinds(recipe))
     r3 = made.r3 and rounding is not None and recipe.keys.bits < 16
     how: dict[str, Any] = {"r3": r3, "r4": made.r4, "blocks": recipe.blocks, "on_part": on_part}
     how |= {"rounding": rounding}
@@ -118,6 +121,22 @@ def _scales(recipe: Recipe, loaded: LoadedModel, made: Transforms, store: Store)
     return store.get_or_make(scales.KIND, key, make).tensors("scales")
 
 
+def _static(recipe: Recipe, loaded: LoadedModel, made: Transforms, store: Store) -> dict[str, Fixed]:
+    """Each site's scale and zero point, from the store or found now on the rotated model."""
+    text = recipe.static
+    assert text is not None
+
+    def make(writer: Writer) -> None:
+        of: dict[str, Any] = {"blocks": text.windows, "window": text.window, "sample": text.sample}
+        ids = corpus.sampled_blocks(text.corpus, loaded.tokenizer, **of)
+        online = partial(surgery.online, loaded, r4=made.r4, blocks=recipe.blocks)
+        writer.save_json("static", static.find(loaded, ids, recipe.activations, online))
+
+    key = still(lambda: keys.static(recipe, door.prints))
+    found = store.get_or_make(static.KIND, key, make).json("static")
+    return {site: Fixed(*both) for site, both in found.items()}
+
+
 def _rounded_kinds(recipe: Recipe) -> list[str]:
     """The kinds of site that a recipe rounds."""
     kinds = [kind for kind, grid in (("k", recipe.keys), ("v", recipe.values)) if grid.bits < 16]
@@ -157,14 +176,15 @@ def require_texts(recipe: Recipe, store: Store) -> None:
     needed += [(of.corpus, of.windows, of.window)] if of.corpus is not None else []
     looked_at = [text for text in (recipe.clips, recipe.scales) if text is not None]
     needed += [(text.corpus, 1, min(text.tokens, WINDOW)) for text in looked_at]
+    needed += [(own.corpus, own.windows, own.window)] if (own := recipe.static) is not None else []
     for text, count, window in needed:
         loading.check_window(window, context)
         corpus.token_blocks(text, tokenizer, blocks=count, window=window)
 
 
 def is_integer(recipe: Recipe) -> bool:
-    """Whether both sides of every linear are codes that fit int8, a scale a channel and a token: then it is
-    an integer product."""
+    """Whether both sides of every linear are codes that fit int8, a scale a channel and a token or a site:
+    then it is an integer product."""
     grid = recipe.weights.quantizer
     return grid.bits <= 8 and grid.group_size is None and integer.fits(recipe.activations)
 
@@ -197,7 +217,7 @@ def quantized(built: Built, recipe: Recipe, *, fake: bool = False, only: str | N
     """While the block runs the built model has the recipe's online rotations, quantization and keep-out, with
     integer products where `is_integer`, but for `fake` and on a GPU (there they are slower); with `only` a
     kind of site (of hooks.KINDS), of the activations, keys and values those alone are rounded."""
-    loaded, made, act = built.loaded, built.transforms, recipe.activations
+    loaded, made, act = built.loaded, built.transforms, _moving(recipe.activations)
     spare = keep_out(recipe, built.R) if recipe.keep_out else None
     fake = fake or only is not None
     in_integers = is_integer(recipe) and not fake and loaded.device.type == "cpu"
@@ -210,24 +230,32 @@ def quantized(built: Built, recipe: Recipe, *, fake: bool = False, only: str | N
         if in_integers:
             r4 = partial(surgery.hadamard, block=recipe.mlp_block) if made.r4 else None
             how: dict[str, Any] = {"r4": r4, "spare": spare, "clips": made.clips}
+            how |= {"static": made.static}
             stack.enter_context(integer.integer_linears(loaded, built.codes, act, **how))
             kinds = [kind for kind in kinds if kind not in hooks.LINEAR_INPUTS]
         r3, r4_online = made.r3 and recipe.keys.bits < 16, made.r4 and not in_integers
-        function, sites = rounded(recipe, made.clips, spare), hooks.sites_of(loaded, *kinds)
+        function, sites = rounded(recipe, made, spare), hooks.sites_of(loaded, *kinds)
         seen: dict[str, Any] = {"function": function, "sites": sites, "blocks": recipe.blocks}
         stack.enter_context(surgery.online(loaded, r3=r3, r4=r4_online, **seen))
         yield
 
 
-def rounded(recipe: Recipe, ratios: Mapping[str, float], spare: Transform | None) -> hooks.At:
+def _moving(grid: QuantSpec) -> QuantSpec:
+    """The grid of each token by its own range, which a static one is where no scale was found."""
+    return grid.with_(granularity="per_token") if grid.granularity == "static" else grid
+
+
+def rounded(recipe: Recipe, made: Transforms, spare: Transform | None) -> hooks.At:
     """The function (site, x) -> x that rounds keys, values and the linears' inputs to the grids of `recipe`,
-    clipped by `ratios` where a site has one; tokens of a norm's output that `spare` marks pass."""
-    grids = {site: recipe.activations.with_(clip_ratio=clip) for site, clip in ratios.items()}
+    by the clip or the static scale that a site has in `made`; tokens of a norm's output that `spare` marks
+    pass."""
+    act = _moving(recipe.activations)
+    grids = {site: act.with_(clip_ratio=clip) for site, clip in made.clips.items()}
     cache = {"k": recipe.keys, "v": recipe.values}
 
     def function(site: str, x: Tensor) -> Tensor:
         kind = site.rpartition(".")[2]
-        x_rounded = fake_quantize(x, cache.get(kind) or grids.get(site, recipe.activations))
+        x_rounded = fake_quantize(x, cache.get(kind) or grids.get(site, act), made.static.get(site))
         if spare is None or kind not in hooks.NORMS:
             return x_rounded
         return torch.where(spare(x)[..., None], x, x_rounded)
