@@ -60,7 +60,7 @@ from dfrot_lab.weights import run as weighing
 EVALUATING = (
     "main", "gamma-sweep", "keep-out", "main-table", "calibration", "clip-sweep", "symmetric-or-not",
     "variants", "massive-activations", "intervene", "gain", "offset",
-    "free-options", "better-weights",
+    "free-options", "better-weights", "static-activations",
 )  # fmt: skip
 LOOKING = ("token-errors-3d", "token-errors-2d", "token-orders", "massive-token", "massive-magnitudes")
 ELSEWHERE = ("zero-shot", "measuring", "leaderboard")
@@ -502,8 +502,8 @@ def test_builds_of_a_row_differ_in_all_that_is_random_and_in_nothing_else(lab, p
                 spec.rotation.first_seed == (first.rotation.first_seed or 0) + n or spec.rotation.name == "NR"
             )
             assert spec.weights.sample == (n or None)
-            assert all(text.sample == (n or None) for text in (spec.clips, spec.scales) if text)
-            drawn = ("rotation", "weights", "sample", "jitter", "clips", "scales")
+            assert all(text.sample == (n or None) for text in (spec.clips, spec.scales, spec.static) if text)
+            drawn = ("rotation", "weights", "sample", "jitter", "clips", "scales", "static")
             same = {name: getattr(first, name) for name in drawn}
             assert spec.with_(**same) == first
             assert (row.labels, list(row.against), row.once) == (

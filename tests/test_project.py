@@ -215,6 +215,7 @@ OWN = {
     "offset": (),
     "free-options": ("option",),
     "better-weights": ("option",),
+    "static-activations": ("acts",),
     "leaderboard": ("group", "option", "seconds", "needs", *leaderboard.COLUMNS),
     "main-table": ("extra_minutes",),
     "calibration": ("varied", "level"),

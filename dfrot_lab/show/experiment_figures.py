@@ -206,6 +206,14 @@ def figure_compare(table: pd.DataFrame) -> Figure:
     return fig
 
 
+def figure_acts(table: pd.DataFrame) -> Figure:
+    """Perplexity of each rotation, a line, against what shares a scale in activations; a panel the bits."""
+    rows = rows_of(table)
+    draw = partial(plot_sweep, x="acts", line="rotation")
+    axes = {"yscale": "log", "xlabel": "one scale for"}
+    return panels(rows, "bits", draw, size=(5, 3.8), axes=axes, legend=True)
+
+
 def figure_measuring(table: pd.DataFrame) -> Figure:
     """Minutes on two cores against the smallest change of perplexity that a 95% interval can tell."""
     rows = table[table["target"].notna()]
@@ -236,5 +244,5 @@ FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {  # by experiment, what 
     "gain": partial(figure_differences, label="{rotation}"),
     "free-options": partial(figure_differences, label="{rotation}, {option}"),
     "leaderboard": partial(figure_differences, label=RANKED, panel="{group}, {bits}"),
-    "better-weights": partial(figure_differences, label=RANKED),
+    "better-weights": partial(figure_differences, label=RANKED), "static-activations": figure_acts,
 }  # fmt: skip

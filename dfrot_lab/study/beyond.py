@@ -4,12 +4,15 @@ from collections.abc import Iterator
 from typing import Any
 
 from dfrot_lab.disk.artefacts import Store
-from dfrot_lab.recipe.specs import Recipe
+from dfrot_lab.model import shapes
+from dfrot_lab.recipe.specs import Recipe, StaticSpec
 from dfrot_lab.study import main
 from dfrot_lab.study.main import Row
 from dfrot_lab.study.setting import Setting
 
 NONE = "none"  # the option of a row without one
+PER_TOKEN, STATIC = "per token", "static"
+GROUP = 128  # channels of a group at most: what group-wise papers and kernels have
 
 
 def offset(setting: Setting, _store: Store) -> Iterator[Row]:
@@ -64,3 +67,36 @@ def better_weights(setting: Setting, _store: Store) -> Iterator[Row]:
         yield Row(qep, {"option": NONE}, against)
         clipped = qep.with_(clips=setting.capture)
         yield Row(clipped, {"option": "clips"}, {**against, "QEP": qep})
+
+
+def static_activations(setting: Setting, _store: Store) -> Iterator[Row]:
+    """What shares a scale in activations: a token, a group of its channels, a whole site (static). Each row
+    against RH with the same, and against its own rotation with a scale a token."""
+    for bits in setting.few(("16-4-16", "16-8-16")):
+        of_rh = shared(setting, "RH", bits)
+        for name in ("NR", "RO", "RH", "DFRot", "Offset+"):
+            own = shared(setting, name, bits)
+            for said in setting.few(list(own)):
+                against = {} if name == "RH" else {"RH": of_rh[said]}
+                against |= {} if said == PER_TOKEN else {PER_TOKEN: own[PER_TOKEN]}
+                yield Row(own[said], {"acts": said}, against, once=name == "NR")
+
+
+def shared(setting: Setting, name: str, bits: str) -> dict[str, Recipe]:
+    """The recipes of a rotation by what shares a scale in their activations: static scales are found on the
+    build's own sample of the calibration text."""
+    plain = setting.row(bits, setting.method(name))
+    act, size = plain.activations, group_of(setting)
+    text = StaticSpec(corpus=setting.calibration_text, window=setting.window, sample=setting.build or None)
+    groups = act.with_(granularity="per_group", group_size=size)
+    return {
+        PER_TOKEN: plain,
+        f"groups of {size}": plain.with_(activations=groups),
+        STATIC: plain.with_(activations=act.with_(granularity="static"), static=text),
+    }
+
+
+def group_of(setting: Setting) -> int:
+    """The largest power of 2, up to GROUP, that divides the inputs of all of a model's linears."""
+    widths = shapes.shape(setting.model).inputs
+    return next(GROUP >> n for n in range(8) if all(width % (GROUP >> n) == 0 for width in widths))

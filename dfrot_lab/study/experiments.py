@@ -30,12 +30,18 @@ CLIPPED = ("RO", "RH", "DFRot")
 CLIPS = (0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)
 ROW_COUNTS = (48, 32, 24, 16, 8)  # Table 3, in windows; a model of n layers has 2n: more is left out
 SAMPLES, BITS = 5, ("16-4-16", "4-4-16")
-SWEEPS = ("gamma-sweep", "calibration", "clip-sweep", "intervene", "better-weights", "leaderboard")
+SWEEPS = (
+    "gamma-sweep", "calibration", "clip-sweep", "intervene", "better-weights", "leaderboard",
+    "static-activations",
+)  # fmt: skip
 BUILDS_OF = {"gain": 24, **dict.fromkeys(SWEEPS, 3)}
 """Builds of an experiment where it has not as many as the main job: the one that is to see least has most,
 sweeps, where a curve is what is looked at, fewer."""
 GAIN_WINDOWS = 5  # times the setting's: what a build of DFRot against RH varies by is mostly its windows
-OWN_RULE = ("main", "compare", "gain", "measuring", "offset", "free-options", "better-weights", "leaderboard")
+OWN_RULE = (
+    "main", "compare", "gain", "measuring", "offset", "free-options", "better-weights", "leaderboard",
+    "static-activations",
+)  # fmt: skip
 """The experiments that refine by the setting's rule."""
 CALIBRATED = "calibration text"
 CHOSEN = "perplexity at the clip chosen on the calibration text"
@@ -263,6 +269,11 @@ EXPERIMENTS: dict[str, tuple[str, str, Callable[[Setting, Store], Any]]] = {
     "offset": ("not in the paper", "Is there a better R1, if the zero point may take a part?", beyond.offset),
     "free-options": ("not in the paper", "What else costs nothing when the model runs?", beyond.free_options),
     "better-weights": ("not in the paper", "How much of GPTQ's loss is its inputs'?", beyond.better_weights),
+    "static-activations": (
+        "asked by a reviewer",
+        "What shares a scale in activations?",
+        beyond.static_activations,
+    ),
     "leaderboard": ("rivals", "What is the best R1, and what does it cost?", leaderboard.leaderboard),
     "zero-shot": ("Table 5, README", "Does what holds for perplexity hold for tasks?", zero_shot),
     "clip-sweep": ("asked by a reviewer", "Is it the rotation, or would a clip do?", clip_sweep),
