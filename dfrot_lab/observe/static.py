@@ -8,6 +8,7 @@ there are bins, not values; what that leaves out, a bin's width squared / 12 a v
 
 import logging
 from collections.abc import Iterable
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from dfrot_lab.maths.quantizers import Fixed, fake_quantize, scale_zero
 from dfrot_lab.model import hooks
 from dfrot_lab.model.loading import LoadedModel
 from dfrot_lab.model.stream import Walk
+from dfrot_lab.recipe.base import require
 from dfrot_lab.recipe.grids import QuantSpec
 
 log = logging.getLogger(__name__)
@@ -39,8 +41,8 @@ class _Site:
 
     def count(self, x: Tensor) -> None:
         """Count the values of `x`, which lie in the range."""
-        low, high = self.ends()
-        found = torch.histc(x.float(), BINS, low, high).double()
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        found = torch.histc(wide, BINS, *self.ends()).double()
         self.counts = found if self.counts is None else self.counts.add_(found)
 
     def ends(self) -> tuple[float, float]:
@@ -88,6 +90,8 @@ def find(loaded: LoadedModel, ids: Tensor, grid: QuantSpec, online: hooks.Online
             for x in walk.hidden:
                 walk.run(number, x)
             is_counting = True
+            for site, own in seen.items():
+                require(f"activations of {site}", own.ends(), all(map(isfinite, own.ends())), "finite")
             walk.step(number)
             found |= {site: own.best(grid) for site, own in seen.items()}
             seen.clear()
