@@ -570,7 +570,7 @@ def test_keeping_all_tokens_out_leaves_norm_outputs_unquantized(base, store, whi
     ids = torch.arange(64) * 3 % 250
 
     kinds = ("o_proj_in", "down_proj_in", *(("k", "v") if spec.keys.bits < 16 else ()))
-    sites, act = hooks.sites_of(built.loaded, *kinds), rounded(spec, {}, None)
+    sites, act = hooks.sites_of(built.loaded, *kinds), rounded(spec, built.transforms, None)
     with surgery.online(built.loaded, r3=spec.keys.bits < 16, r4=True, function=act, sites=sites):
         expected = window_loss(built.loaded, ids)
     kept = spec.with_(keep_out=which, keep_out_tokens=64)
