@@ -16,6 +16,7 @@ from torch import Tensor
 from dfrot_lab.maths.quantizers import Fixed, fake_quantize, scale_zero
 from dfrot_lab.model import hooks
 from dfrot_lab.model.loading import LoadedModel
+from dfrot_lab.model.prefix import after
 from dfrot_lab.model.stream import Walk
 from dfrot_lab.recipe.base import require
 from dfrot_lab.recipe.grids import QuantSpec
@@ -70,9 +71,12 @@ def candidates(ends: Tensor, grid: QuantSpec) -> Iterable[Fixed]:
         yield Fixed(float(scale), float(zero))
 
 
-def find(loaded: LoadedModel, ids: Tensor, grid: QuantSpec, online: hooks.Online) -> dict[str, Fixed]:
+def find(
+    loaded: LoadedModel, ids: Tensor, grid: QuantSpec, online: hooks.Online, skip: int = 0
+) -> dict[str, Fixed]:
     """By site the scale and zero point of the linears' inputs with the least squared error on a text `ids`
-    (windows, window), while what is `online` acts. A site that no token reaches has none, and is named."""
+    (windows, window), but for the first tokens of each window to `skip`, while what is `online` acts. A site
+    that no token reaches has none, and is named."""
     sites = hooks.sites_of(loaded, *hooks.LINEAR_INPUTS)
     seen: dict[str, _Site] = {}
     found: dict[str, Fixed] = {}
@@ -81,7 +85,7 @@ def find(loaded: LoadedModel, ids: Tensor, grid: QuantSpec, online: hooks.Online
     def see(site: str, x: Tensor) -> None:
         if x.numel():
             own = seen.setdefault(site, _Site())
-            (own.count if is_counting else own.widen)(x)
+            (own.count if is_counting else own.widen)(after(x, skip))
 
     with torch.inference_mode(), online(function=see, sites=sites):
         walk = Walk(loaded, ids.split(1), name="static scales")

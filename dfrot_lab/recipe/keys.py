@@ -1,7 +1,7 @@
 """Every content key and fingerprint: what an artefact is named by, the hash of plain values. A model, a text
 and a file stand for their bytes, so that what moved is found again and what changed is not."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from dfrot_lab.recipe import registry
@@ -37,6 +37,7 @@ def weights(recipe: Recipe, prints: Prints) -> dict[str, Any]:
     of = {name: identity(getattr(recipe, name), prints) for name in ("model", "rotation", "weights")}
     calibrated = registry.load(registry.WEIGHTS, recipe.weights.method).CALIBRATED
     of |= {"scales": scales(recipe, prints)} if recipe.scales else {}
+    of |= prefix(recipe, prints) if calibrated and recipe.prefix else {}
     names = (*recipe.SHAPES, "jitter") if calibrated else recipe.SHAPES  # jitter moves what is calibrated on
     if recipe.weights.sees_rounded:
         of |= {name: identity(getattr(recipe, name), prints) for name in ("activations", "keys", "values")}
@@ -62,10 +63,18 @@ def static(recipe: Recipe, prints: Prints) -> dict[str, Any]:
     return _found_on(recipe, recipe.static, prints)
 
 
+def prefix(recipe: Recipe, prints: Prints) -> dict[str, Any]:
+    """What the tokens of a recipe's prefix are keyed by: the model, the text, the rule."""
+    assert recipe.prefix is not None
+    own = recipe.prefix.with_(reference="plain")  # which is a matter of what they are compared with
+    return {"prefixed": prints(recipe.model), "prefix": identity(own, prints)}
+
+
 def _found_on(recipe: Recipe, text: CaptureSpec | StaticSpec | None, prints: Prints) -> dict[str, Any]:
     assert text is not None
     of = {name: identity(getattr(recipe, name), prints) for name in ("model", "rotation", "activations")}
     names = [name for name in (*recipe.SHAPES, "jitter") if name not in recipe.unkeyed]
+    of |= prefix(recipe, prints) if recipe.prefix else {}
     return of | {"on": identity(text, prints)} | {name: getattr(recipe, name) for name in names}
 
 
@@ -73,6 +82,7 @@ def built(recipe: Recipe, prints: Prints) -> dict[str, Any]:
     """What the whole model of a recipe is keyed by: its weights, its embedding, its clips."""
     own = {"clips": clips(recipe, prints)} if recipe.clips else {}
     own |= {"static": static(recipe, prints)} if recipe.static else {}
+    own |= prefix(recipe, prints) if recipe.prefix else {}
     return weights(recipe, prints) | {"jitter": recipe.jitter} | own
 
 
@@ -84,9 +94,10 @@ def evaluation(recipe: Recipe, prints: Prints) -> dict[str, Any]:
     return found
 
 
-def reference(model: ModelSpec, ids: list[int], prints: Prints) -> dict[str, Any]:
-    """What the full-precision model makes of one window of token ids is keyed by: the two."""
-    return {"model": prints(model), "ids": content_key(ids)}
+def reference(model: ModelSpec, ids: list[int], prints: Prints, before: Sequence[int] = ()) -> dict[str, Any]:
+    """What the full-precision model makes of one window of token ids is keyed by: the two, and the ids of
+    what is `before` them, where anything is."""
+    return {"model": prints(model), "ids": content_key(ids)} | ({"before": [*before]} if before else {})
 
 
 def tasks(of: Spec, prints: Prints, digests: dict[str, str], limit: int | None, version: str) -> Any:

@@ -63,6 +63,18 @@ class StaticSpec(Spec):
     sample: int | None = ruled(None, SAMPLED, ge=0)
 
 
+class PrefixSpec(Spec):
+    """Tokens before every window whose keys and values stay float, found on `windows` of `corpus` as those
+    with a value of more than `ratio` times the median token's at a down_proj's input (PrefixQuant, arXiv
+    2410.05265). `reference`: the full-precision model that divergences are from has none, or has them."""
+
+    corpus: CorpusSpec = CALIBRATION
+    windows: int = ruled(64, "a whole number >= 1", ge=1)
+    window: int = ruled(512, "a whole number >= 2", ge=2)
+    ratio: float = ruled(64.0, "> 1 and finite", gt=1, allow_inf_nan=False)
+    reference: str = one_of("plain", ("plain", "prefix"))
+
+
 def calibration_of(corpus: str, own: str | None) -> CorpusSpec:
     """What to capture, refine and calibrate on: a text file of its `own`, whole, where it is not the scored
     `corpus` itself; else the half of a corpus that is not scored."""

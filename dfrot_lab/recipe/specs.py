@@ -25,6 +25,7 @@ from dfrot_lab.recipe.sources import (  # noqa: F401 all specs are found here
     CaptureSpec,
     CorpusSpec,
     ModelSpec,
+    PrefixSpec,
     StaticSpec,
     calibration_of,
 )  # fmt: skip
@@ -161,10 +162,12 @@ class Recipe(Spec):
     `clips`: the text on whose tokens each site's clip ratio is found; None: all have the quantizer's.
     `scales`: the text on whose tokens channels get scales before R2 and R4 (`model.scales`); None: none.
     `online`: which of the online Hadamards R3 and R4 acts; None: both, where the rotation wants them.
-    `static`: the text on which the scales of static activations are found; None with any other."""
+    `static`: the text on which the scales of static activations are found; None with any other.
+    `prefix`: how tokens put before every window are found; None: there are none."""
 
     LATER: ClassVar[tuple[str, ...]] = (
         "head_block", "mlp_block", "sample", "jitter", "clips", "scales", "online", "static",
+        "prefix",
     )  # fmt: skip
     SHAPES: ClassVar[tuple[str, ...]] = ("head_block", "mlp_block", "online")  # what weights hang on
 
@@ -188,6 +191,7 @@ class Recipe(Spec):
     scales: CaptureSpec | None = None
     online: str | None = one_of(None, (None, *ONLINE))
     static: StaticSpec | None = None
+    prefix: PrefixSpec | None = None
 
     def _check(self) -> None:
         grid, is_static = self.activations, self.activations.granularity == "static"
@@ -205,6 +209,9 @@ class Recipe(Spec):
         self._require("scales", free, "None without a rotation, which spreads errors over channels")
         free = self.scales is None or self.keep_out is None
         self._require("scales", free, "None with keep_out, whose rules judge rows that are not scaled")
+        for name in ("keep_out", "set_massive"):
+            free = getattr(self, name) is None or self.prefix is None
+            self._require(name, free, "None with a prefix, after which no token is massive")
         rule = "per_group (one scale a token and head, or a part of a head)"
         self._require("keys", self.keys.granularity == "per_group", rule)
         self._require("values", self.values.granularity == "per_group", rule)

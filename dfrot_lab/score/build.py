@@ -10,20 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dfrot_lab.disk.artefacts import Store, Writer
+from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.disk.atomic import still
-from dfrot_lab.maths.quantizers import Fixed, fake_quantize, squared_error
-from dfrot_lab.model import corpus, door, hooks, integer, loading, noise, scales, surgery
+from dfrot_lab.maths.quantizers import fake_quantize, squared_error
+from dfrot_lab.model import corpus, door, hooks, integer, loading, noise, prefix, scales, surgery
 from dfrot_lab.model.loading import LoadedModel
 from dfrot_lab.model.parts import Transform
+from dfrot_lab.model.prefix import Prefix
 from dfrot_lab.model.proof import TOKENS, Proof
-from dfrot_lab.observe import clips, massive, residual, static
-from dfrot_lab.observe.capture import token_blocks
+from dfrot_lab.observe import massive, residual
 from dfrot_lab.recipe import keys
 from dfrot_lab.recipe.grids import QuantSpec
 from dfrot_lab.recipe.specs import KEEP_OUT_COUNTS, WINDOW, Recipe
 from dfrot_lab.rotate import transforms
 from dfrot_lab.rotate.transforms import Transforms
+from dfrot_lab.score import found
 from dfrot_lab.weights import run
 from dfrot_lab.weights.calibrate import Rounding
 from dfrot_lab.weights.codes import LayerCodes
@@ -32,12 +33,14 @@ from dfrot_lab.weights.run import OnPart, nothing
 
 @dataclass(frozen=True)
 class Built:
-    """A model, transforms fused, weights quantized; R1 in its dtype or None; codes, none at 16 bits."""
+    """A model, transforms fused, weights quantized; R1 in its dtype or None; codes, none at 16 bits; what is
+    before every window, if anything."""
 
     loaded: LoadedModel
     transforms: Transforms
     R: Tensor | None
     codes: Sequence[LayerCodes]
+    prefix: Prefix | None = None
 
 
 def build_key(recipe: Recipe) -> str:
@@ -53,22 +56,40 @@ def build(recipe: Recipe, store: Store, on_part: OnPart = nothing, *, whole: boo
     loaded, made = rotated(recipe, store, whole=whole)
     R = None if made.R1 is None else made.R1.to(loaded.device, next(loaded.model.parameters()).dtype)
     if recipe.clips is not None:
-        made = replace(made, clips=_clips(recipe, loaded, made, store))
+        made = replace(made, clips=found.clips_of(recipe, loaded, made, store))
     if recipe.static is not None:
-        made = replace(made, static=_static(recipe, loaded, made, store))
+        made = replace(made, static=found.static_of(recipe, loaded, made, store))
+    before: Prefix | None = None
+    if (ids := found.prefix_of(recipe, store)) is not None:
+        before = prefix.keep(loaded, ids, r4=made.r4, blocks=recipe.blocks)
+    built = Built(loaded, made, R, [], before)
     rounding: Rounding | None = None
-    if recipe.weights.sees_rounded:
+    if is_rounding := recipe.weights.sees_rounded:
         spare = keep_out(recipe, R) if recipe.keep_out else None
-        rounding = rounded(recipe, made, spare), hooks.sites_of(loaded, *_rounded_kinds(recipe))
-    r3 = made.r3 and rounding is not None and recipe.keys.bits < 16
+        rounding = _rounding(built, recipe, _rounded_kinds(recipe), spare)
+    elif before:
+        rounding = _rounding(built, recipe, [], None)
+    r3 = made.r3 and is_rounding and recipe.keys.bits < 16
     how: dict[str, Any] = {"r3": r3, "r4": made.r4, "blocks": recipe.blocks, "on_part": on_part}
-    how |= {"rounding": rounding}
-    return Built(loaded, made, R, run.quantize_weights(loaded, recipe.weights, key, store, **how))
+    how |= {"rounding": rounding, "prefix": before and before.ids}
+    return replace(built, codes=run.quantize_weights(loaded, recipe.weights, key, store, **how))
+
+
+def _rounding(built: Built, recipe: Recipe, kinds: Sequence[str], spare: Transform | None) -> Rounding:
+    """What rounds some kinds of site of a built model as its recipe says, and holds what its prefix has; and
+    the sites at which it acts."""
+    function, sites = rounded(recipe, built.transforms, spare), hooks.sites_of(built.loaded, *kinds)
+    if (own := built.prefix) is None:
+        return function, sites
+    r3 = built.transforms.r3 and recipe.keys.bits < 16 and "k" in kinds
+    held = own.holding(function, sites, r3=r3, block=recipe.head_block)
+    return held, {*sites, *prefix.cached(built.loaded)}
 
 
 def rotated(recipe: Recipe, store: Store, *, whole: bool = False) -> tuple[LoadedModel, Transforms]:
     """The model of a canonical recipe with its transforms fused and nothing quantized; they leave its
     function as it is, which a few tokens prove."""
+    found.prefix_of(recipe, store)  # of a model of its own, before this one is loaded
     loaded = loading.load_model(recipe.model, store, whole=whole)
     ids = windows(recipe, loaded)  # before minutes of work on weights: is there so much text? does it fit?
     proof = Proof(loaded, ids[:1, :TOKENS])
@@ -81,7 +102,7 @@ def rotated(recipe: Recipe, store: Store, *, whole: bool = False) -> tuple[Loade
         surgery.rotate_residual(loaded, made.R1)
     surgery.fold_gains(loaded, made.gains)
     if recipe.scales is not None:
-        made = replace(made, scales=_scales(recipe, loaded, made, store))
+        made = replace(made, scales=found.scales_of(recipe, loaded, made, store))
         scales.fold(loaded, made.scales)
     if made.R2 is not None:
         surgery.rotate_heads(loaded, None if isinstance(made.R2, str) else made.R2, recipe.head_block)
@@ -90,51 +111,6 @@ def rotated(recipe: Recipe, store: Store, *, whole: bool = False) -> tuple[Loade
     with surgery.online(loaded, r3=made.r3, r4=made.r4, blocks=recipe.blocks):
         proof.check(None if loaded.roles.online else made.R1)
     return loaded, made
-
-
-def _clips(recipe: Recipe, loaded: LoadedModel, made: Transforms, store: Store) -> dict[str, float]:
-    """Each site's clip ratio, from the store or found now on the rotated model."""
-    text = recipe.clips
-    assert text is not None
-
-    def make(writer: Writer) -> None:
-        online = partial(surgery.online, loaded, r4=made.r4, blocks=recipe.blocks)
-        found = clips.find(loaded, token_blocks(text, loaded), recipe.activations, online)
-        writer.save_json("clips", found)
-
-    key = still(lambda: keys.clips(recipe, door.prints))
-    found: dict[str, float] = store.get_or_make(clips.KIND, key, make).json("clips")
-    return found
-
-
-def _scales(recipe: Recipe, loaded: LoadedModel, made: Transforms, store: Store) -> dict[str, Tensor]:
-    """Each site's channel scales, from the store or found now on the model with R1 alone."""
-    text = recipe.scales
-    assert text is not None
-
-    def make(writer: Writer) -> None:
-        how: dict[str, Any] = {"r4": made.r4, "blocks": recipe.blocks}
-        found = scales.find(loaded, token_blocks(text, loaded), recipe.activations, **how)
-        writer.save_tensors("scales", found)
-
-    key = still(lambda: keys.scales(recipe, door.prints))
-    return store.get_or_make(scales.KIND, key, make).tensors("scales")
-
-
-def _static(recipe: Recipe, loaded: LoadedModel, made: Transforms, store: Store) -> dict[str, Fixed]:
-    """Each site's scale and zero point, from the store or found now on the rotated model."""
-    text = recipe.static
-    assert text is not None
-
-    def make(writer: Writer) -> None:
-        of: dict[str, Any] = {"blocks": text.windows, "window": text.window, "sample": text.sample}
-        ids = corpus.sampled_blocks(text.corpus, loaded.tokenizer, **of)
-        online = partial(surgery.online, loaded, r4=made.r4, blocks=recipe.blocks)
-        writer.save_json("static", static.find(loaded, ids, recipe.activations, online))
-
-    key = still(lambda: keys.static(recipe, door.prints))
-    found = store.get_or_make(static.KIND, key, make).json("static")
-    return {site: Fixed(*both) for site, both in found.items()}
 
 
 def _rounded_kinds(recipe: Recipe) -> list[str]:
@@ -176,7 +152,8 @@ def require_texts(recipe: Recipe, store: Store) -> None:
     needed += [(of.corpus, of.windows, of.window)] if of.corpus is not None else []
     looked_at = [text for text in (recipe.clips, recipe.scales) if text is not None]
     needed += [(text.corpus, 1, min(text.tokens, WINDOW)) for text in looked_at]
-    needed += [(own.corpus, own.windows, own.window)] if (own := recipe.static) is not None else []
+    looks = [own for own in (recipe.static, recipe.prefix) if own is not None]
+    needed += [(own.corpus, own.windows, own.window) for own in looks]
     for text, count, window in needed:
         loading.check_window(window, context)
         corpus.token_blocks(text, tokenizer, blocks=count, window=window)
@@ -234,7 +211,7 @@ def quantized(built: Built, recipe: Recipe, *, fake: bool = False, only: str | N
             stack.enter_context(integer.integer_linears(loaded, built.codes, act, **how))
             kinds = [kind for kind in kinds if kind not in hooks.LINEAR_INPUTS]
         r3, r4_online = made.r3 and recipe.keys.bits < 16, made.r4 and not in_integers
-        function, sites = rounded(recipe, made, spare), hooks.sites_of(loaded, *kinds)
+        function, sites = _rounding(built, recipe, kinds, spare)
         seen: dict[str, Any] = {"function": function, "sites": sites, "blocks": recipe.blocks}
         stack.enter_context(surgery.online(loaded, r3=r3, r4=r4_online, **seen))
         yield
