@@ -24,6 +24,7 @@ from dfrot_lab.recipe.specs import (
     CaptureSpec,
     CorpusSpec,
     ModelSpec,
+    PrefixSpec,
     Recipe,
     RefineSpec,
     RotationSpec,
@@ -41,6 +42,7 @@ SPECS = (
     RefineSpec,
     WeightSpec,
     StaticSpec,
+    PrefixSpec,
     Recipe,
 )
 
@@ -127,6 +129,19 @@ BAD = [
     (StaticSpec, {"windows": 0}, "windows", "a whole number >= 1"),
     (StaticSpec, {"window": 1}, "window", "a whole number >= 2"),
     (StaticSpec, {"sample": -1}, "sample", "None or a whole number >= 0"),
+    (PrefixSpec, {"windows": 0}, "windows", "a whole number >= 1"),
+    (PrefixSpec, {"window": 1}, "window", "a whole number >= 2"),
+    (PrefixSpec, {"ratio": 1.0}, "ratio", "> 1 and finite"),
+    (PrefixSpec, {"ratio": math.inf}, "ratio", "> 1 and finite"),
+    (PrefixSpec, {"ratio": math.nan}, "ratio", "> 1 and finite"),
+    (PrefixSpec, {"reference": "none"}, "reference", "one of plain, prefix"),
+    (Recipe, {"prefix": PrefixSpec(), "keep_out": "ro_vs_nr"}, "keep_out", "None with a prefix"),
+    (
+        Recipe,
+        {"prefix": PrefixSpec(), "set_massive": "zero", "rotation": UNROTATED},
+        "set_massive",
+        "None with a prefix, after which no token is massive",
+    ),
     *(
         (Recipe, {"activations": grid}, "activations", "per_token, per_group with a group_size, or static")
         for grid in (QuantSpec(granularity="per_tensor"), QuantSpec(granularity="per_channel"), PER_HEAD)
@@ -250,8 +265,10 @@ OTHER_VALUES = {
         "scales": CaptureSpec(tokens=7),
         "online": "none",
         "static": None,  # with static activations only: below
+        "prefix": PrefixSpec(),
     },
     StaticSpec: {"corpus": CorpusSpec(), "windows": 7, "window": 7, "sample": 0},
+    PrefixSpec: {"corpus": CorpusSpec(), "windows": 7, "window": 7, "ratio": 8.0, "reference": "prefix"},
 }
 DEPENDENT = {
     (RotationSpec, "path"),
@@ -567,6 +584,14 @@ PLAIN_RECIPES = st.builds(
     sample=SAMPLES,
     jitter=SAMPLES,
 )
+PREFIXES = st.builds(
+    PrefixSpec,
+    corpus=CORPORA,
+    windows=COUNTS,
+    window=st.integers(2, 4096),
+    ratio=st.floats(1, 1e9, exclude_min=True),
+    reference=st.sampled_from(("plain", "prefix")),
+)
 RECIPES = st.one_of(
     st.builds(lambda r, rule: r.with_(keep_out=rule), PLAIN_RECIPES, st.sampled_from([None, *ROW_RULES])),
     st.builds(
@@ -586,6 +611,7 @@ RECIPES = st.one_of(
         quantizers("per_token"),
         CAPTURES,
     ),
+    st.builds(lambda r, prefix: r.with_(prefix=prefix), PLAIN_RECIPES, PREFIXES),
     st.builds(
         lambda r, bits, scheme, text: r.with_(
             activations=QuantSpec(bits=bits, scheme=scheme, granularity="static"), static=text

@@ -152,13 +152,9 @@ class _Hook:
 
 @torch.no_grad()
 def layers(
-    loaded: LoadedModel,
-    spec: WeightSpec,
-    writer: Writer,
-    online: hooks.Online,
-    rounding: Rounding | None = None,
-    prefix: Tensor | None = None,
-) -> Generator[int]:
+    loaded: LoadedModel, spec: WeightSpec, writer: Writer, online: hooks.Online,
+    rounding: Rounding | None = None, prefix: Tensor | None = None,
+) -> Generator[int]:  # fmt: skip
     """Quantize layer after layer, each kept once done, and named by its number; one that was kept before is
     put in place. The ids of a `prefix` (tokens,) are before every window. ValueError: no text or too short;
     experts, for a quantizer that asks for the drift."""
