@@ -129,12 +129,13 @@ def test_as_many_as_a_window_has_of_those_that_are_outliers_most_often(counts, e
     assert prefix.find(planted(counts), ids, 64.0) == expected
 
 
-def test_where_no_token_is_an_outlier_there_is_none_to_find(lively, store):
-    spec = with_prefix(lively, ratio=1e6)
-    with pytest.raises(
-        ValueError, match=r"PrefixSpec\.ratio must be a ratio that some token's .*; got 1000000.0"
-    ):
-        perplexity.evaluate(spec, store)
+@torch.no_grad()
+def test_where_no_token_is_an_outlier_that_is_said(caplog):
+    ids = torch.arange(10, 18).expand(20, -1)
+    assert prefix.find(planted([[]] * 20), ids, 64.0) == [10]
+    assert "no token of 160 has a value above 64 times the median" in caplog.text
+    caplog.clear()
+    assert prefix.find(planted([[0]] * 20), ids, 64.0) == [10] and not caplog.text
 
 
 # ---- held

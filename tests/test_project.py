@@ -216,6 +216,7 @@ OWN = {
     "free-options": ("option",),
     "better-weights": ("option",),
     "static-activations": ("acts",),
+    "prefix": ("acts", "prefix"),
     "leaderboard": ("group", "option", "seconds", "needs", *leaderboard.COLUMNS),
     "main-table": ("extra_minutes",),
     "calibration": ("varied", "level"),

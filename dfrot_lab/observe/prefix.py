@@ -3,6 +3,7 @@ token is an outlier where its largest value at a down_proj's input is more than 
 its window. As many as a window has of them, on average in the layer with most, of those that are outliers
 most often when they are not first, go before the token that texts begin with."""
 
+import logging
 import math
 from collections import Counter
 
@@ -11,15 +12,16 @@ from torch import Tensor
 
 from dfrot_lab.model import hooks, stream
 from dfrot_lab.model.loading import LoadedModel
-from dfrot_lab.recipe.base import require
 
+log = logging.getLogger(__name__)
 KIND = "prefix"
 RARE = 0.1  # of the windows: a token, the only one, that is an outlier less often is left out
 
 
 def find(loaded: LoadedModel, ids: Tensor, ratio: float) -> list[int]:
     """The ids of a model's prefix, from a text `ids` (windows, window), of which a token is an outlier above
-    `ratio` times the median. ValueError: no token is one; experts."""
+    `ratio` times the median; where none is, that is said, and a prefix is what texts begin with alone.
+    ValueError: experts."""
     if loaded.roles.experts:
         why = "the tokens that an expert reads are not told apart"
         raise ValueError(f"the model must be without experts for a prefix: {why}")
@@ -36,8 +38,9 @@ def find(loaded: LoadedModel, ids: Tensor, ratio: float) -> list[int]:
     with hooks.at_sites(loaded, see, hooks.sites_of(loaded, "down_proj_in")):
         stream.through(loaded, ids.split(1), "prefix")
     many = math.ceil(max(sum(own) / len(own) for own in counts.values()))
-    said = f"a ratio that some token's largest value at a down_proj's input is above, of {ids.numel()}"
-    require("PrefixSpec.ratio", ratio, many > 0, said)
+    if not many:
+        said = "no token of %d has a value above %g times the median token's at a down_proj's input: a prefix"
+        log.warning(f"{said} of one token is put before windows, with nothing to gather", ids.numel(), ratio)
     often = sorted(later.items(), key=lambda one: (-one[1], one[0]))
     if len(often) == 1 and often[0][1] < RARE * len(ids):
         often = []

@@ -21,8 +21,8 @@ from dfrot_lab.rotate.transforms import Transforms
 
 
 def prefix_of(recipe: Recipe, store: Store) -> Tensor | None:
-    """The ids (tokens,) of a recipe's prefix; None where it has none. ValueError: nothing to find; a window
-    that is too long with it."""
+    """The ids (tokens,) of a recipe's prefix; None where it has none. ValueError: experts; a window that is
+    too long with it."""
     spec = recipe.prefix
     if spec is None:
         return None

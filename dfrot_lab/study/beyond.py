@@ -5,7 +5,7 @@ from typing import Any
 
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.model import shapes
-from dfrot_lab.recipe.specs import Recipe, StaticSpec
+from dfrot_lab.recipe.specs import PrefixSpec, Recipe, StaticSpec
 from dfrot_lab.study import main
 from dfrot_lab.study.main import Row
 from dfrot_lab.study.setting import Setting
@@ -100,3 +100,26 @@ def group_of(setting: Setting) -> int:
     """The largest power of 2, up to GROUP, that divides the inputs of all of a model's linears."""
     widths = shapes.shape(setting.model).inputs
     return next(GROUP >> n for n in range(8) if all(width % (GROUP >> n) == 0 for width in widths))
+
+
+def prefix(setting: Setting, _store: Store) -> Iterator[Row]:
+    """PrefixQuant's prefix beside rotations, with a scale a token and static, at 16-4-16; and in full
+    precision, which it changes, too. Divergences are from full precision without it, and again with it: rows
+    that are compared have one reference."""
+    whole = setting.row("16-16-16", setting.rotation("NR"))
+    yield Row(whole, {"acts": NONE, "prefix": NONE})
+    yield Row(with_prefix(setting, whole, "plain"), {"acts": NONE, "prefix": "plain"}, {"without": whole})
+    for name in setting.few(("RH", "RO", "DFRot", "Offset+")):
+        for said in (PER_TOKEN, STATIC):
+            own, of_rh = shared(setting, name, "16-4-16")[said], shared(setting, "RH", "16-4-16")[said]
+            yield Row(own, {"acts": said, "prefix": NONE}, {} if name == "RH" else {"RH": of_rh})
+            for to in ("plain", "prefix"):
+                against = {} if name == "RH" else {"RH": with_prefix(setting, of_rh, to)}
+                against |= {"without": own} if to == "plain" else {}
+                yield Row(with_prefix(setting, own, to), {"acts": said, "prefix": to}, against)
+
+
+def with_prefix(setting: Setting, recipe: Recipe, reference: str) -> Recipe:
+    """The recipe with a prefix found on the setting's calibration text."""
+    spec = PrefixSpec(corpus=setting.calibration_text, reference=reference)
+    return recipe.with_(prefix=spec.with_(window=min(setting.window, spec.window)))

@@ -32,7 +32,7 @@ ROW_COUNTS = (48, 32, 24, 16, 8)  # Table 3, in windows; a model of n layers has
 SAMPLES, BITS = 5, ("16-4-16", "4-4-16")
 SWEEPS = (
     "gamma-sweep", "calibration", "clip-sweep", "intervene", "better-weights", "leaderboard",
-    "static-activations",
+    "static-activations", "prefix",
 )  # fmt: skip
 BUILDS_OF = {"gain": 24, **dict.fromkeys(SWEEPS, 3)}
 """Builds of an experiment where it has not as many as the main job: the one that is to see least has most,
@@ -40,7 +40,7 @@ sweeps, where a curve is what is looked at, fewer."""
 GAIN_WINDOWS = 5  # times the setting's: what a build of DFRot against RH varies by is mostly its windows
 OWN_RULE = (
     "main", "compare", "gain", "measuring", "offset", "free-options", "better-weights", "leaderboard",
-    "static-activations",
+    "static-activations", "prefix",
 )  # fmt: skip
 """The experiments that refine by the setting's rule."""
 CALIBRATED = "calibration text"
@@ -274,6 +274,7 @@ EXPERIMENTS: dict[str, tuple[str, str, Callable[[Setting, Store], Any]]] = {
         "What shares a scale in activations?",
         beyond.static_activations,
     ),
+    "prefix": ("asked here", "What is a prefix worth beside a rotation?", beyond.prefix),
     "leaderboard": ("rivals", "What is the best R1, and what does it cost?", leaderboard.leaderboard),
     "zero-shot": ("Table 5, README", "Does what holds for perplexity hold for tasks?", zero_shot),
     "clip-sweep": ("asked by a reviewer", "Is it the rotation, or would a clip do?", clip_sweep),
