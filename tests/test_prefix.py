@@ -19,7 +19,7 @@ from transformers import DynamicCache
 
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.export import compressed, gguf, hf
-from dfrot_lab.model import checkpoint, door, hooks, loading, prefix as prefixes, stream, surgery
+from dfrot_lab.model import checkpoint, corpus, door, hooks, loading, prefix as prefixes, stream, surgery
 from dfrot_lab.model.loading import LoadedModel
 from dfrot_lab.observe import prefix, static
 from dfrot_lab.recipe import keys
@@ -316,15 +316,35 @@ def test_clips_and_scales_are_found_after_the_prefix_too(field, lively, store):
 
 
 @pytest.mark.parametrize("rounded", [False, True])
+@torch.no_grad()
 def test_weights_are_calibrated_on_the_windows_own_rows_after_the_prefix(rounded, lively, store, monkeypatch):
-    """Rows before R4 and after it, with the prefix's keys and values in their place while they pass."""
-    seen: list[int] = []
+    """On what the built model has at each site of the calibration windows after the prefix, its rows left out;
+    its keys and values in their place."""
+    seen: list[Tensor] = []
     whole = calibrate.hessian_of
-    monkeypatch.setattr(calibrate, "hessian_of", lambda x: seen.append(len(x)) or whole(x))
+    monkeypatch.setattr(calibrate, "hessian_of", lambda x: seen.append(x.clone()) or whole(x))
     gptq = lively.with_(weights=lively.weights.with_(method="gptq", rounded=rounded))
-    one, other = (build.build(each, store) for each in (with_prefix(gptq), gptq))
-    assert set(seen) == {gptq.weights.windows * TOKENS}
-    assert any(not torch.equal(a.codes, other.codes[0][name].codes) for name, a in one.codes[0].items())
+    spec = with_prefix(gptq)
+    built, count = build.build(spec, store), len(hooks.LINEAR_INPUTS) * LAYERS
+    loaded, tokens, of = built.loaded, len(built.prefix.ids), gptq.weights
+    ids = corpus.sampled_blocks(of.corpus, loaded.tokenizer, blocks=of.windows, window=TOKENS, sample=None)
+    rows: dict[str, Tensor] = {}
+    function, sites = build._rounding(built, spec, build._rounded_kinds(spec) if rounded else [], None)
+    with (
+        surgery.online(loaded, r3=rounded, r4=True, function=function, sites=sites),
+        hooks.at_sites(
+            loaded,
+            lambda site, x: rows.update({site: x[:, tokens:].flatten(0, 1)}),
+            hooks.sites_of(loaded, *hooks.LINEAR_INPUTS),
+        ),
+    ):
+        loaded.model(prefixes.before(ids, built.prefix.ids))
+    assert len(seen) == count == len(rows)
+    for x in rows.values():
+        apart = min(float((own - x).norm() / x.norm()) for own in seen if own.shape == x.shape)
+        assert apart < (0.05 if rounded else 1e-4)  # a value near a code's edge may fall on either side
+    other = build.build(gptq, store)
+    assert any(not torch.equal(a.codes, other.codes[0][name].codes) for name, a in built.codes[0].items())
     nearest = [door.resolved(each).canonical() for each in (lively, with_prefix(lively))]
     assert keys.weights(nearest[0], door.prints) == keys.weights(nearest[1], door.prints)
 
