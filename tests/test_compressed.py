@@ -20,8 +20,11 @@ from dfrot_lab.maths.hadamard import hadamard_matrix
 from dfrot_lab.maths.quantizers import dequantize, quantize
 from dfrot_lab.model import checkpoint, hooks, loading, packed, packed_files, surgery
 from dfrot_lab.recipe.grids import QuantSpec
-from dfrot_lab.recipe.specs import ModelSpec, Recipe, RotationSpec
+from dfrot_lab.recipe.specs import ModelSpec, Recipe, RotationSpec, StaticSpec
 from dfrot_lab.score import build, perplexity
+
+GROUPS = QuantSpec(granularity="per_group", group_size=32)
+STATIC = QuantSpec(bits=8, granularity="static")
 
 BOTH = list(compressed.FORMATS)
 MOST = {4: 7.5, 8: 127.5}
@@ -202,6 +205,14 @@ def test_a_prepared_bfloat16_model_has_scales_of_its_dtype(tmp_path, text_file, 
         ({"kv": 4}, "--bits must be one of .*; got 4-16-4"),
         ({"keep_out": "ro_vs_nr", "bits": (4, 4)}, "Recipe.keep_out must be None .*; got ro_vs_nr"),
         ({"clips": True, "bits": (4, 4)}, "Recipe.clips must be None for compressed-tensors"),
+        (
+            {"activations": GROUPS, "bits": (4, 4)},
+            "Recipe.activations must be per_token for compressed-tensors.*; got per_group",
+        ),
+        (
+            {"activations": STATIC, "static": StaticSpec(), "bits": (4, 8)},
+            "Recipe.activations must be per_token for compressed-tensors.*; got static",
+        ),
     ],
 )
 def test_what_the_format_cannot_hold_is_refused_before_any_work(change, said, tiny, tmp_path, store):

@@ -410,7 +410,8 @@ def test_a_clip_at_every_site_is_the_clip_of_the_activations(base, store):
     wanted = logits({}, recipe.with_(activations=recipe.activations.with_(clip_ratio=0.7)))
     for fake in (True, False):
         assert_near(logits(dict.fromkeys(sites, 0.7), recipe, fake), wanted)
-    one = rounded(recipe, {sites[1]: 0.7}, None)
+    own = dataclasses.replace(built.transforms, clips={sites[1]: 0.7})
+    one = rounded(recipe, own, None)
     x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
     for site in sites:
         grid = recipe.activations.with_(clip_ratio=0.7 if site == sites[1] else 1.0)
@@ -569,7 +570,7 @@ def test_keeping_all_tokens_out_leaves_norm_outputs_unquantized(base, store, whi
     ids = torch.arange(64) * 3 % 250
 
     kinds = ("o_proj_in", "down_proj_in", *(("k", "v") if spec.keys.bits < 16 else ()))
-    sites, act = hooks.sites_of(built.loaded, *kinds), rounded(spec, {}, None)
+    sites, act = hooks.sites_of(built.loaded, *kinds), rounded(spec, built.transforms, None)
     with surgery.online(built.loaded, r3=spec.keys.bits < 16, r4=True, function=act, sites=sites):
         expected = window_loss(built.loaded, ids)
     kept = spec.with_(keep_out=which, keep_out_tokens=64)

@@ -61,7 +61,7 @@ from dfrot_lab.weights import run as weighing
 EVALUATING = (
     "main", "gamma-sweep", "keep-out", "main-table", "calibration", "clip-sweep", "symmetric-or-not",
     "variants", "massive-activations", "intervene", "gain", "offset",
-    "free-options", "better-weights", "kv-caches",
+    "free-options", "better-weights", "kv-caches", "static-activations", "prefix",
 )  # fmt: skip
 LOOKING = ("token-errors-3d", "token-errors-2d", "token-orders", "massive-token", "massive-magnitudes")
 ELSEWHERE = ("zero-shot", "measuring", "leaderboard")
@@ -506,12 +506,12 @@ def test_builds_of_a_row_differ_in_all_that_is_random_and_in_nothing_else(lab, p
                 spec.rotation.first_seed == (first.rotation.first_seed or 0) + n or spec.rotation.name == "NR"
             )
             assert spec.weights.sample == (n or None)
-            assert all(text.sample == (n or None) for text in (spec.clips, spec.scales) if text)
+            assert all(text.sample == (n or None) for text in (spec.clips, spec.scales, spec.static) if text)
             caches = ((spec.keys, first.keys), (spec.values, first.values))
             assert all(
                 own == of.with_(seed=of.seed if of.seed is None else of.seed + n) for own, of in caches
             )
-            drawn = ("rotation", "weights", "sample", "jitter", "clips", "scales", "keys", "values")
+            drawn = ("rotation", "weights", "sample", "jitter", "clips", "scales", "static", "keys", "values")
             same = {name: getattr(first, name) for name in drawn}
             assert spec.with_(**same) == first
             assert (row.labels, list(row.against), row.once) == (

@@ -216,6 +216,8 @@ OWN = {
     "free-options": ("option",),
     "better-weights": ("option",),
     "kv-caches": ("cache", "option"),
+    "static-activations": ("acts",),
+    "prefix": ("acts", "prefix"),
     "leaderboard": ("group", "option", "seconds", "needs", *leaderboard.COLUMNS),
     "main-table": ("extra_minutes",),
     "calibration": ("varied", "level"),

@@ -24,18 +24,32 @@ from dfrot_lab.recipe.specs import (
     CaptureSpec,
     CorpusSpec,
     ModelSpec,
+    PrefixSpec,
     Recipe,
     RefineSpec,
     RotationSpec,
+    StaticSpec,
     WeightSpec,
     recipe_of,
 )
 
-SPECS = (ModelSpec, CorpusSpec, RotationSpec, QuantSpec, CaptureSpec, RefineSpec, WeightSpec, Recipe)
+SPECS = (
+    ModelSpec,
+    CorpusSpec,
+    RotationSpec,
+    QuantSpec,
+    CaptureSpec,
+    RefineSpec,
+    WeightSpec,
+    StaticSpec,
+    PrefixSpec,
+    Recipe,
+)
 
 SYMMETRIC, ASYMMETRIC = QuantSpec(), QuantSpec(scheme="asymmetric")
 NOTHING = QuantSpec(bits=16)
 PER_HEAD = QuantSpec(granularity="per_group")
+STATIC = {"activations": QuantSpec(granularity="static"), "static": StaticSpec()}
 UNROTATED = RotationSpec(kind="NR")
 HEADS = {"granularity": "per_group"}
 COUNTED = "a number with keep_out most_massive, worst, random, and None with any other"
@@ -140,7 +154,39 @@ BAD = [
     (Recipe, {"windows": 0}, "windows", "a whole number >= 1"),
     (Recipe, {"window": 1}, "window", "a whole number >= 2"),
     (Recipe, {"jitter": -1}, "jitter", "None or a whole number >= 0"),
-    (Recipe, {"activations": QuantSpec(granularity="per_tensor")}, "activations", "per_token"),
+    (StaticSpec, {"windows": 0}, "windows", "a whole number >= 1"),
+    (StaticSpec, {"window": 1}, "window", "a whole number >= 2"),
+    (StaticSpec, {"sample": -1}, "sample", "None or a whole number >= 0"),
+    (PrefixSpec, {"windows": 0}, "windows", "a whole number >= 1"),
+    (PrefixSpec, {"window": 1}, "window", "a whole number >= 2"),
+    (PrefixSpec, {"ratio": 1.0}, "ratio", "> 1 and finite"),
+    (PrefixSpec, {"ratio": math.inf}, "ratio", "> 1 and finite"),
+    (PrefixSpec, {"ratio": math.nan}, "ratio", "> 1 and finite"),
+    (PrefixSpec, {"reference": "none"}, "reference", "one of plain, prefix"),
+    (Recipe, {"prefix": PrefixSpec(), "keep_out": "ro_vs_nr"}, "keep_out", "None with a prefix"),
+    (
+        Recipe,
+        {"prefix": PrefixSpec(), "set_massive": "zero", "rotation": UNROTATED},
+        "set_massive",
+        "None with a prefix, after which no token is massive",
+    ),
+    *(
+        (Recipe, {"activations": grid}, "activations", "per_token, per_group with a group_size, or static")
+        for grid in (QuantSpec(granularity="per_tensor"), QuantSpec(granularity="per_channel"), PER_HEAD)
+    ),
+    (
+        Recipe,
+        STATIC | {"activations": QuantSpec(granularity="static", clip_ratio=0.9)},
+        "activations",
+        "of clip_ratio 1 where static",
+    ),
+    (Recipe, {"static": StaticSpec()}, "static", "the text for static activations, and None with any other"),
+    (Recipe, STATIC | {"static": None}, "static", "the text for static activations"),
+    *(
+        (Recipe, STATIC | {name: value}, name, "None with static activations, whose scales are found without")
+        for name, value in (("clips", CaptureSpec()), ("scales", CaptureSpec()), ("keep_out", "ro_vs_nr"))
+    ),
+    (Recipe, STATIC | {"set_massive": "zero", "rotation": UNROTATED}, "set_massive", "None with static"),
     (Recipe, {"keys": SYMMETRIC}, "keys", "per_group"),
     (Recipe, {"values": SYMMETRIC}, "values", "per_group"),
     (Recipe, {"keep_out": "sun"}, "keep_out", f"one of None, {', '.join((*ROW_RULES, *KEEP_OUT_COUNTS))}"),
@@ -249,7 +295,11 @@ OTHER_VALUES = {
         "clips": CaptureSpec(tokens=7),
         "scales": CaptureSpec(tokens=7),
         "online": "none",
+        "static": None,  # with static activations only: below
+        "prefix": PrefixSpec(),
     },
+    StaticSpec: {"corpus": CorpusSpec(), "windows": 7, "window": 7, "sample": 0},
+    PrefixSpec: {"corpus": CorpusSpec(), "windows": 7, "window": 7, "ratio": 8.0, "reference": "prefix"},
 }
 DEPENDENT = {
     (RotationSpec, "path"),
@@ -259,6 +309,7 @@ DEPENDENT = {
     (QuantSpec, "seed"),
     (Recipe, "keep_out_tokens"),
     (Recipe, "set_massive"),
+    (Recipe, "static"),
 }
 """Fields that may leave their default only together with another: tested by themselves."""
 
@@ -341,6 +392,8 @@ def test_the_key_differs_in_the_fields_that_need_another():
     }
     assert len(keys) == 6
     assert len({Recipe(rotation=UNROTATED, set_massive=to).key for to in (None, "zero", "mean")}) == 3
+    texts = (StaticSpec(), StaticSpec(windows=4), StaticSpec(sample=0), StaticSpec(window=64))
+    assert len({Recipe().key, *(Recipe(**STATIC | {"static": text}).key for text in texts)}) == 5
 
 
 @pytest.mark.parametrize(
@@ -571,6 +624,14 @@ PLAIN_RECIPES = st.builds(
     sample=SAMPLES,
     jitter=SAMPLES,
 )
+PREFIXES = st.builds(
+    PrefixSpec,
+    corpus=CORPORA,
+    windows=COUNTS,
+    window=st.integers(2, 4096),
+    ratio=st.floats(1, 1e9, exclude_min=True),
+    reference=st.sampled_from(("plain", "prefix")),
+)
 RECIPES = st.one_of(
     st.builds(lambda r, rule: r.with_(keep_out=rule), PLAIN_RECIPES, st.sampled_from([None, *ROW_RULES])),
     st.builds(
@@ -589,6 +650,22 @@ RECIPES = st.one_of(
         PLAIN_RECIPES,
         quantizers("per_token"),
         CAPTURES,
+    ),
+    st.builds(lambda r, prefix: r.with_(prefix=prefix), PLAIN_RECIPES, PREFIXES),
+    st.builds(
+        lambda r, bits, scheme, text: r.with_(
+            activations=QuantSpec(bits=bits, scheme=scheme, granularity="static"), static=text
+        ),
+        PLAIN_RECIPES,
+        st.integers(2, 16),
+        st.sampled_from(tuple(SCHEMES)),
+        st.builds(StaticSpec, corpus=CORPORA, windows=COUNTS, window=st.integers(2, 4096), sample=SAMPLES),
+    ),
+    st.builds(
+        lambda r, grid, size: r.with_(activations=grid.with_(granularity="per_group", group_size=size)),
+        PLAIN_RECIPES,
+        quantizers("per_token"),
+        COUNTS,
     ),
 )
 ANY_SPEC = st.one_of(MODELS, CORPORA, ROTATIONS, quantizers(*GRANULARITIES), CAPTURES, REFINEMENTS, WEIGHTS)

@@ -260,9 +260,7 @@ def evaluate_command(
     )
 
 
-@command(
-    "recipe", "weights clips scales kv model corpus calibration seed gamma rule dtype windows window out"
-)
+@command("recipe", SCORED.replace("as_json ", ""))
 def recipe_command(
     said: Options,
     rotation: Annotated[str, typer.Argument(help="A row such as RO, or a safetensors file with R1.")] = "RH",

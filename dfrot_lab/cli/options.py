@@ -25,8 +25,8 @@ RECIPE = (
     "--rotation FILE, which say where it lies now."
 )
 SCORED = (
-    "model corpus calibration seed out as_json windows window weights group_size clips scales online "
-    "kv gamma rule dtype"
+    "model corpus calibration seed out as_json windows window weights group_size acts prefix clips scales "
+    "online kv gamma rule dtype"
 )
 """The options of a command that takes one row: what a recipe needs, and where its result goes."""
 OUT = "Where the result goes; the ending says the format."
@@ -42,6 +42,8 @@ SCALES = "Fold channel scales into the weights, those of least error on the cali
 ONLINE = "Which online Hadamards act: both (R3 and R4), R3, R4 or none, as where nothing runs beside weights."
 KV = "A quantizer of the KV cache listed by --help."
 GROUP = "Weights have a scale for so many inputs, which must divide all of the model's; default: a row's."
+ACTS = "What has one scale in activations: token, so many channels of one such as 64, or a site (static)."
+PREFIX = "Put before every window the tokens that massive values gather on, their keys and values in float."
 JSON = "Print JSON and nothing else on standard output."
 LONGEST = 500  # characters of an error that are shown
 MALLOC = ((-4, 0), (-1, -1), (-2, 1 << 26))
@@ -73,6 +75,8 @@ class Options:
     rule: Annotated[str, typer.Option(help=RULES)] = specs.DEFAULT_RULE
     weights: Annotated[str, typer.Option(help="A weight quantizer listed by --help.")] = "gptq"
     group_size: Annotated[int | None, typer.Option(help=GROUP, min=1)] = None
+    acts: Annotated[str, typer.Option(help=ACTS)] = "token"
+    prefix: Annotated[bool, typer.Option("--prefix", help=PREFIX)] = False
     dtype: Annotated[str, typer.Option(help=DTYPES)] = "auto"
     clips: Annotated[bool, typer.Option("--clips", help=CLIPS)] = False
     scales: Annotated[bool, typer.Option("--scales", help=SCALES)] = False
@@ -123,7 +127,21 @@ class Options:
         weights = spec.weights.with_(corpus=self.capture.corpus, window=self.window, quantizer=grid)
         clips, scales = (self.capture if asked else None for asked in (self.clips, self.scales))
         own = {"weights": weights, "clips": clips, "scales": scales, "online": self._online()}
-        return spec.with_(**own, **self._cache(spec.keys.bits))
+        before = specs.PrefixSpec(corpus=self.capture.corpus) if self.prefix else None
+        before = before and before.with_(window=min(self.window, before.window))
+        own |= self._acts(spec.activations) | self._cache(spec.keys.bits)
+        return spec.with_(**own, prefix=before)
+
+    def _acts(self, grid: grids.QuantSpec) -> dict[str, Any]:
+        """The fields of a recipe, whose activations have this grid, that --acts says; ValueError."""
+        if self.acts == "token":
+            return {}
+        if self.acts == "static":
+            text = specs.StaticSpec(corpus=self.capture.corpus, window=self.window)
+            return {"activations": grid.with_(granularity="static"), "static": text}
+        is_size = self.acts.isascii() and self.acts.isdecimal() and int(self.acts) > 0
+        require("--acts", self.acts, is_size, "token, static, or so many channels of a token such as 64")
+        return {"activations": grid.with_(granularity="per_group", group_size=int(self.acts))}
 
     def _online(self) -> str | None:
         """What a recipe calls --online; ValueError."""

@@ -37,6 +37,7 @@ GPU), and how each wants its weights."""
 BITS = ", ".join(f"{weights}-{activations}-16" for weights, activations in FORMATS)
 NO_KEEP_OUT = "None for compressed-tensors, whose kernels round every token"
 NO_CLIPS = "None for compressed-tensors, whose activations have no clip ratio a site"
+PER_TOKEN = "per_token for compressed-tensors, as this export writes them"
 R4 = "R4"  # the name of its transform in a folder
 
 
@@ -62,6 +63,8 @@ def adapted(recipe: Recipe, with_r4: bool = False) -> Recipe:
     require("--bits", recipe.bits, fits, f"one of {BITS} for compressed-tensors")
     require("Recipe.keep_out", recipe.keep_out, recipe.keep_out is None, NO_KEEP_OUT)
     require("Recipe.set_massive", recipe.set_massive, recipe.set_massive is None, NO_KEEP_OUT)
+    shared = recipe.activations.granularity
+    require("Recipe.activations", shared, shared == "per_token" or bits[1] == 16, PER_TOKEN)
     require("Recipe.clips", "a text", recipe.clips is None, NO_CLIPS)
     own = {"activations": grid(bits[1]), "online": "none", "mlp_block": None, "jitter": None}
     if with_r4:

@@ -18,10 +18,14 @@ from dfrot_lab.model import door, loading, stream
 from dfrot_lab.model.checkpoint import EMBEDDING, HEAD, parameters_of
 from dfrot_lab.model.loading import LoadedModel
 from dfrot_lab.model.public import public
+from dfrot_lab.recipe.base import require
 from dfrot_lab.recipe.specs import Recipe
 
 log = logging.getLogger(__name__)
 GENERATION = "generation_config.json"
+NO_PREFIX = (
+    "None to export: keys and values before every window are no weights, and nothing would put them there"
+)
 SHARD_BYTES = 2e9  # what the parts in one file may fill: so much is held, too
 WHY = {
     "layer": "its LayerNorms subtract a mean that a rotated residual stream has elsewhere",
@@ -34,7 +38,8 @@ As = Callable[[int, Mapping[str, Tensor]], Mapping[str, Tensor]]
 
 def resolved(recipe: Recipe) -> Recipe:
     """The recipe with every `auto` named and what has no effect at its default; scales that then fall away
-    are said."""
+    are said. ValueError: a prefix."""
+    require("Recipe.prefix", "one", recipe.prefix is None, NO_PREFIX)
     recipe = door.resolved(recipe)
     found = recipe.canonical()
     if recipe.scales is not None and found.scales is None:

@@ -25,6 +25,17 @@ class Quantized(NamedTuple):
     zero: Tensor
 
 
+class Fixed(NamedTuple):
+    """The scale and the zero point of a static quantizer, found before what it quantizes is seen."""
+
+    scale: float
+    zero: float
+
+    def of(self, groups: Tensor) -> tuple[Tensor, Tensor]:
+        """Both for rows (groups, n), as `scale_zero` has them: (1, 1), in their dtype, on their device."""
+        return groups.new_full((1, 1), self.scale), groups.new_full((1, 1), self.zero)
+
+
 def code_range(spec: QuantSpec) -> tuple[int, int]:
     """Smallest and largest code: (-8, 7) for symmetric, (0, 15) for asymmetric 4 bits."""
     half = 1 << (spec.bits - 1)
@@ -46,7 +57,10 @@ def grouped(x: Tensor, spec: QuantSpec) -> Tensor:
 
 
 def scale_zero(groups: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """Scale and zero point (groups, 1) of rows (groups, n); a row of zeros gets scale 1 and stays zeros."""
+    """Scale and zero point (groups, 1) of rows (groups, n); a row of zeros gets scale 1 and stays zeros.
+    ValueError: a static quantizer, whose are not the rows' own."""
+    rule = "another than static, whose scale is found before (observe.static), to quantize by its own range"
+    require("QuantSpec.granularity", spec.granularity, spec.granularity != "static", rule)
     low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)  # a CPU's aminmax is 6x slower
     top, still = code_range(spec)[1], torch.ones_like(low)
     if spec.symmetric:
@@ -82,12 +96,13 @@ def quantize(x: Tensor, spec: QuantSpec) -> Quantized:
     return Quantized(_rounded(groups, scale, zero, spec).add_(zero).to(kind), scale, zero)
 
 
-def centred(x: Tensor, spec: QuantSpec, out: Tensor) -> Tensor:
-    """Codes of `x` (rows, n) less their zero points, written into `out` (int8); the scales (rows, 1)."""
+def centred(x: Tensor, spec: QuantSpec, out: Tensor, fixed: Fixed | None = None) -> Tensor:
+    """Codes of `x` (rows, n) less their zero points, written into `out` (int8); the scales (rows, 1). By a
+    `fixed` scale and zero point, or each row's own."""
     groups = grouped(x, spec)
-    scale, zero = scale_zero(groups, spec)
+    scale, zero = scale_zero(groups, spec) if fixed is None else fixed.of(groups)
     out.copy_(_rounded(groups, scale, zero, spec))
-    return scale
+    return scale.expand(len(groups), 1)
 
 
 def dequantize(quantized: Quantized, shape: torch.Size | tuple[int, ...]) -> Tensor:
@@ -96,15 +111,16 @@ def dequantize(quantized: Quantized, shape: torch.Size | tuple[int, ...]) -> Ten
     return (codes.to(scale.dtype) - zero).mul_(scale).reshape(shape)
 
 
-def fake_quantize(x: Tensor, spec: QuantSpec) -> Tensor:
-    """`x` rounded to its codes' values, same shape, dtype; itself at 16 bits. Q(a x) = a Q(x), a > 0."""
+def fake_quantize(x: Tensor, spec: QuantSpec, fixed: Fixed | None = None) -> Tensor:
+    """`x` rounded to its codes' values, same shape, dtype; itself at 16 bits. Q(a x) = a Q(x), a > 0; but for
+    a `fixed` scale and zero point, the same whatever is in x."""
     if spec.bits == 16:
         return x
     groups = grouped(x, spec)
     out = torch.empty_like(groups)
     rows = len(groups) if x.is_cuda else max(1, _CHUNK // max(1, groups.shape[-1]))
     for part, result in zip(groups.split(rows), out.split(rows), strict=True):
-        scale, zero = scale_zero(part, spec)
+        scale, zero = scale_zero(part, spec) if fixed is None else fixed.of(part)
         _rounded(part, scale, zero, spec, out=result).mul_(scale)
     return out.reshape(x.shape)
 

@@ -7,6 +7,7 @@ from dfrot_lab.disk.atomic import digest
 from dfrot_lab.maths.hadamard import block_of
 from dfrot_lab.model import corpus, loading, shapes
 from dfrot_lab.recipe.base import Spec, require
+from dfrot_lab.recipe.grids import QuantSpec
 from dfrot_lab.recipe.specs import CaptureSpec, CorpusSpec, ModelSpec, Recipe, RotationSpec
 
 S = TypeVar("S", bound=Spec)
@@ -27,11 +28,18 @@ def resolved(spec: S, model: ModelSpec | None = None) -> S:
     }
     if model is not None and isinstance(spec, RotationSpec | Recipe):
         changed |= _blocks(spec, model)
-    if model is not None and isinstance(spec, Recipe) and (size := spec.weights.quantizer.group_size):
+    if model is not None and isinstance(spec, Recipe):
+        _require_groups("WeightSpec.quantizer", spec.weights.quantizer, model)
+        _require_groups("Recipe.activations", spec.activations, model)
+    return spec.with_(**changed) if changed else spec
+
+
+def _require_groups(name: str, grid: QuantSpec, model: ModelSpec) -> None:
+    """Refuse groups of which the inputs of the model's linears have no whole number; ValueError."""
+    if size := grid.group_size:
         inputs = sorted(set(_shape_of(model).inputs))
         fits = all(width % size == 0 for width in inputs)
-        require("WeightSpec.quantizer.group_size", size, fits, f"a divisor of {', '.join(map(str, inputs))}")
-    return spec.with_(**changed) if changed else spec
+        require(f"{name}.group_size", size, fits, f"a divisor of {', '.join(map(str, inputs))}")
 
 
 def _blocks(spec: RotationSpec | Recipe, model: ModelSpec) -> dict[str, int | None]:

@@ -11,7 +11,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
-from dfrot_lab.maths.quantizers import Quantized, centred
+from dfrot_lab.maths.quantizers import Fixed, Quantized, centred
 from dfrot_lab.model.loading import LoadedModel, linear
 from dfrot_lab.model.parts import Transform
 from dfrot_lab.model.stream import dressed
@@ -23,8 +23,9 @@ _ROWS = 512  # tokens worked on at once: what is between input, codes, int32 sum
 
 
 def fits(spec: QuantSpec) -> bool:
-    """Whether codes less their zero point fit int8; in the free scheme the zero point may lie anywhere."""
-    return spec.scheme != "free" and spec.bits <= (8 if spec.symmetric else 7)
+    """Whether codes less their zero point fit int8, one scale a token; in the free scheme the zero point may
+    lie anywhere."""
+    return spec.group_size is None and spec.scheme != "free" and spec.bits <= (8 if spec.symmetric else 7)
 
 
 @cache
@@ -48,33 +49,38 @@ class _Input:
     def __init__(self) -> None:
         self.last: _Coded | None = None
 
-    def take(self, x: Tensor, spec: QuantSpec, before: Maybe, spare: Maybe) -> _Coded:
-        """`x` as codes; what was held before is dropped first."""
+    def take(
+        self, x: Tensor, spec: QuantSpec, before: Maybe, spare: Maybe, fixed: Fixed | None = None
+    ) -> _Coded:
+        """`x` as codes, by a `fixed` scale where there is one; what was held before is dropped first."""
         if self.last is None or self.last[0] is not x:
             self.last = None
             rows = x.reshape(-1, x.shape[-1])
             codes = torch.empty(rows.shape, dtype=torch.int8, device=x.device)
             parts = zip(rows.split(_ROWS), codes.split(_ROWS), strict=True)
             before = before or (lambda part: part)
-            scale = torch.cat([centred(before(part), spec, out=out) for part, out in parts])
+            scale = torch.cat([centred(before(part), spec, out, fixed) for part, out in parts])
             self.last = (x, codes, scale, spare(rows).nonzero().flatten() if spare else None)
         return self.last
 
 
 class IntegerLinear(nn.Module):
-    """In place of a linear with quantized weights: quantizes its input per token, multiplies codes, scales;
-    `before` transforms the input first (R4), rows that `spare` marks (tokens,) stay in floats."""
+    """In place of a linear with quantized weights: quantizes its input per token, or by a `fixed` scale, and
+    multiplies codes, scales; `before` transforms the input first (R4), rows that `spare` marks (tokens,) stay
+    in floats."""
 
     def __init__(
-        self, own: nn.Linear, weight: Quantized, source: _Input, spec: QuantSpec, before: Maybe, spare: Maybe
-    ) -> None:
+        self, own: nn.Linear, weight: Quantized, source: _Input, spec: QuantSpec, before: Maybe,
+        spare: Maybe, fixed: Fixed | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
+        self.fixed = fixed
         self.original, self.codes, self.scale = own, weight.codes, weight.scale.flatten()
         self.source, self.spec, self.before, self.spare = source, spec, before, spare
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) to (..., out), in x's dtype."""
-        _, all_codes, scales, spared = self.source.take(x, self.spec, self.before, self.spare)
+        _, all_codes, scales, spared = self.source.take(x, self.spec, self.before, self.spare, self.fixed)
         wide = torch.promote_types(x.dtype, torch.float32)  # an int32 sum may be too large for 16 bits
         out = x.new_empty(len(all_codes), len(self.codes), dtype=wide)
         for codes, scale, result in zip(
@@ -97,9 +103,10 @@ def _rounded_at(loaded: LoadedModel, site: str) -> str:
 def integer_linears(
     loaded: LoadedModel, codes: Sequence[Mapping[str, Quantized]], spec: QuantSpec, *, r4: Maybe,
     spare: Maybe, clips: Mapping[str, float] = MappingProxyType({}),
+    static: Mapping[str, Fixed] = MappingProxyType({}),
 ) -> Iterator[None]:  # fmt: skip
     """While it runs, linears are `IntegerLinear`s on `codes`; `r4` is on down_proj, `spare` at norms; `clips`
-    are clip ratios by site, where one has its own."""
+    are clip ratios and `static` fixed scales by site, where one has its own."""
     source = _Input()
     after_norm = [name for _, _, names in loaded.roles.feeds for name in names]
 
@@ -113,8 +120,9 @@ def integer_linears(
             for name, weight in codes[number].items():
                 original, before = linear(layer, name), r4 if name in downs else None
                 spared = spare if name in after_norm else None
-                ratio = clips.get(f"layers.{number}.{sites[name]}", spec.clip_ratio)
-                own = spec.with_(clip_ratio=ratio), before, spared
+                site = f"layers.{number}.{sites[name]}"
+                grid = spec.with_(clip_ratio=clips.get(site, spec.clip_ratio))
+                own = grid, before, spared, static.get(site)
                 layer.set_submodule(name, IntegerLinear(original, weight, source, *own))
                 stack.callback(layer.set_submodule, name, original)
             yield

@@ -20,6 +20,7 @@ from dfrot_lab.model import hooks
 from dfrot_lab.model.families import heads_of
 from dfrot_lab.model.loading import LoadedModel, linear
 from dfrot_lab.model.parts import Transform, edit, feeds, rounded
+from dfrot_lab.model.prefix import after
 from dfrot_lab.model.stream import Walk, change
 from dfrot_lab.model.surgery import Blocks, fold_gains, hadamard
 from dfrot_lab.recipe.grids import QuantSpec
@@ -63,11 +64,12 @@ def pairs(loaded: LoadedModel, number: int) -> dict[str, Pair]:
 
 
 def find(
-    loaded: LoadedModel, ids: Tensor, grid: QuantSpec, *, r4: bool = True, blocks: Blocks = (None, None)
-) -> dict[str, Tensor]:
-    """By site the scales (channels,) float64 on a text `ids` (windows, window), of a model with R1 in its
-    weights and R2 and R4 not yet; none for a site that has no gain or pair, or where none lowers the error.
-    Geometric mean 1."""
+    loaded: LoadedModel, ids: Tensor, grid: QuantSpec, *, r4: bool = True, blocks: Blocks = (None, None),
+    skip: int = 0,
+) -> dict[str, Tensor]:  # fmt: skip
+    """By site the scales (channels,) float64 on a text `ids` (windows, window), but for the first tokens of
+    each window to `skip`, of a model with R1 in its weights and R2 and R4 not yet; none for a site that has
+    no gain or pair, or where none lowers the error. Geometric mean 1."""
     kinds = [kind for kind in hooks.LINEAR_INPUTS if r4 or kind != "down_proj_in"]
     turned: dict[str, Transform] = {
         "o_proj_in": partial(_by_head, heads_of(loaded.config)[2], blocks[0]),
@@ -76,7 +78,8 @@ def find(
     seen: dict[str, list[Tensor]] = {}
 
     def see(site: str, x: Tensor) -> None:
-        seen.setdefault(site, []).append(x.reshape(-1, x.shape[-1])[::EVERY].float())
+        rows = after(x, skip).reshape(-1, x.shape[-1])
+        seen.setdefault(site, []).append(rows[::EVERY].float())
 
     found: dict[str, Tensor] = {}
     with hooks.at_sites(loaded, see, hooks.sites_of(loaded, *kinds)):

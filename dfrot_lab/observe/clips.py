@@ -8,6 +8,7 @@ from torch import Tensor
 from dfrot_lab.maths.quantizers import squared_error
 from dfrot_lab.model import hooks, stream
 from dfrot_lab.model.loading import LoadedModel
+from dfrot_lab.model.prefix import after
 from dfrot_lab.recipe.grids import QuantSpec
 
 KIND = "clips"
@@ -15,14 +16,17 @@ RATIOS = tuple(1 - step / 20 for step in range(13))  # 1 to 0.4: the error is fl
 EVERY = 4  # of a text's tokens every so many are looked at: their sum is known to 1%
 
 
-def find(loaded: LoadedModel, ids: Tensor, quantizer: QuantSpec, online: hooks.Online) -> dict[str, float]:
+def find(
+    loaded: LoadedModel, ids: Tensor, quantizer: QuantSpec, online: hooks.Online, skip: int = 0
+) -> dict[str, float]:
     """By site the clip ratio of the linears' inputs with the least squared error on a text `ids` (windows,
-    window), while what is `online` acts. A site that no token reaches has none."""
+    window), but for the first tokens of each window to `skip`, while what is `online` acts. A site that no
+    token reaches has none."""
     grids = [quantizer.with_(clip_ratio=ratio) for ratio in RATIOS]
     lost: dict[str, Tensor] = {}
 
     def see(site: str, x: Tensor) -> None:
-        rows = x.reshape(-1, x.shape[-1])[::EVERY].float()
+        rows = after(x, skip).reshape(-1, x.shape[-1])[::EVERY].float()
         errors = torch.stack([squared_error(rows, grid).double().sum() for grid in grids])
         lost[site] = lost[site] + errors if site in lost else errors
 

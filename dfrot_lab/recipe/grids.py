@@ -7,16 +7,20 @@ from dfrot_lab.recipe.base import Spec, one_of, require, ruled
 
 SCHEMES = {"symmetric": "sym", "asymmetric": "asym", "free": "free"}
 """Ranges and short names: in asymmetric 0 always lies (released code), free is min to max (DFRot, Eq. 5)."""
-GRANULARITIES = {"per_token": "", "per_channel": "-channel", "per_group": "-head", "per_tensor": "-tensor"}
+GRANULARITIES = {
+    "per_token": "", "per_channel": "-channel", "per_group": "-head", "per_tensor": "-tensor",
+    "static": "-static",
+}  # fmt: skip
 """What shares one scale, and its mark in a quantizer's name; a group of a given size is marked `-g128`."""
 GROUPED = "a whole number >= 1, with granularity per_group"
 
 
 class QuantSpec(Spec):
     """How one tensor is quantized; `bits=16`: not at all. `granularity` says what shares one scale: a token,
-    a weight's output channel, a group of `group_size` channels (a head where none is given), the tensor.
-    `method`: of the KV cache another quantizer than a grid for each token (registry.CACHES), with `residual`
-    (the last tokens, which stay float) or `seed` (of what is random in it), where it takes them."""
+    a weight's output channel, a group of `group_size` channels (a head where none is given), the tensor; or,
+    `static`, whatever passes one place in the model, by a scale that was found before it ran. `method`: of
+    the KV cache another quantizer than a grid for each token (registry.CACHES), with `residual` (the last
+    tokens, which stay float) or `seed` (of what is random in it), where it takes them."""
 
     LATER: ClassVar[tuple[str, ...]] = ("method", "residual", "seed")
 

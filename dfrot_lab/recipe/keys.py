@@ -1,13 +1,13 @@
 """Every content key and fingerprint: what an artefact is named by, the hash of plain values. A model, a text
 and a file stand for their bytes, so that what moved is found again and what changed is not."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from dfrot_lab.recipe import registry
 from dfrot_lab.recipe.base import MethodSpec, Spec, content_key
 from dfrot_lab.recipe.grids import QuantSpec
-from dfrot_lab.recipe.specs import CaptureSpec, CorpusSpec, ModelSpec, Recipe, WeightSpec
+from dfrot_lab.recipe.specs import CaptureSpec, CorpusSpec, ModelSpec, Recipe, StaticSpec, WeightSpec
 
 FORMULAS = 5  # version of what artefacts hold and how it is computed; raise it with any change of a formula
 Prints = Callable[[ModelSpec | CorpusSpec | str], str]  # a model's, a text's, a path's hash
@@ -39,10 +39,12 @@ def weights(recipe: Recipe, prints: Prints) -> dict[str, Any]:
     of = {name: identity(getattr(recipe, name), prints) for name in ("model", "rotation", "weights")}
     calibrated = registry.load(registry.WEIGHTS, recipe.weights.method).CALIBRATED
     of |= {"scales": scales(recipe, prints)} if recipe.scales else {}
+    of |= prefix(recipe, prints) if calibrated and recipe.prefix else {}
     names = (*recipe.SHAPES, "jitter") if calibrated else recipe.SHAPES  # jitter moves what is calibrated on
     if recipe.weights.sees_rounded:
         of |= {name: identity(getattr(recipe, name), prints) for name in ("activations", "keys", "values")}
-        of |= {"clips": identity(recipe.clips, prints)} if recipe.clips else {}
+        looks = {name: text for name in ("clips", "static") if (text := getattr(recipe, name)) is not None}
+        of |= {name: identity(text, prints) for name, text in looks.items()}
         names = (*names, "keep_out", "keep_out_tokens")
     return of | {name: getattr(recipe, name) for name in names if name not in recipe.unkeyed}
 
@@ -58,16 +60,31 @@ def scales(recipe: Recipe, prints: Prints) -> dict[str, Any]:
     return _found_on(recipe, recipe.scales, prints)
 
 
-def _found_on(recipe: Recipe, text: CaptureSpec | None, prints: Prints) -> dict[str, Any]:
+def static(recipe: Recipe, prints: Prints) -> dict[str, Any]:
+    """What the static scales of a recipe are keyed by: the rotated model, the text, the grid."""
+    return _found_on(recipe, recipe.static, prints)
+
+
+def prefix(recipe: Recipe, prints: Prints) -> dict[str, Any]:
+    """What the tokens of a recipe's prefix are keyed by: the model, the text, the rule."""
+    assert recipe.prefix is not None
+    own = recipe.prefix.with_(reference="plain")  # which is a matter of what they are compared with
+    return {"prefixed": prints(recipe.model), "prefix": identity(own, prints)}
+
+
+def _found_on(recipe: Recipe, text: CaptureSpec | StaticSpec | None, prints: Prints) -> dict[str, Any]:
     assert text is not None
     of = {name: identity(getattr(recipe, name), prints) for name in ("model", "rotation", "activations")}
     names = [name for name in (*recipe.SHAPES, "jitter") if name not in recipe.unkeyed]
+    of |= prefix(recipe, prints) if recipe.prefix else {}
     return of | {"on": identity(text, prints)} | {name: getattr(recipe, name) for name in names}
 
 
 def built(recipe: Recipe, prints: Prints) -> dict[str, Any]:
     """What the whole model of a recipe is keyed by: its weights, its embedding, its clips."""
     own = {"clips": clips(recipe, prints)} if recipe.clips else {}
+    own |= {"static": static(recipe, prints)} if recipe.static else {}
+    own |= prefix(recipe, prints) if recipe.prefix else {}
     return weights(recipe, prints) | {"jitter": recipe.jitter} | own
 
 
@@ -79,9 +96,10 @@ def evaluation(recipe: Recipe, prints: Prints) -> dict[str, Any]:
     return found
 
 
-def reference(model: ModelSpec, ids: list[int], prints: Prints) -> dict[str, Any]:
-    """What the full-precision model makes of one window of token ids is keyed by: the two."""
-    return {"model": prints(model), "ids": content_key(ids)}
+def reference(model: ModelSpec, ids: list[int], prints: Prints, before: Sequence[int] = ()) -> dict[str, Any]:
+    """What the full-precision model makes of one window of token ids is keyed by: the two, and the ids of
+    what is `before` them, where anything is."""
+    return {"model": prints(model), "ids": content_key(ids)} | ({"before": [*before]} if before else {})
 
 
 def tasks(of: Spec, prints: Prints, digests: dict[str, str], limit: int | None, version: str) -> Any:

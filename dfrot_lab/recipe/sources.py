@@ -1,6 +1,7 @@
 """Which model and which text, said immutably: names that stand for bytes."""
 
 from pathlib import Path
+from typing import ClassVar
 
 from dfrot_lab.recipe.base import Spec, one_of, ruled
 
@@ -12,6 +13,8 @@ WHOLE = "whole"  # the part of a text file that is all of it
 SPLITS = ("calibration", "evaluation", "train", "valid", "test", WHOLE)
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
+WINDOW = 2048  # tokens in one window: the length DFRot, QuaRot and GPTQ calibrate and evaluate with
+SAMPLED = "None or a whole number >= 0"
 
 
 class ModelSpec(Spec):
@@ -32,6 +35,44 @@ class CorpusSpec(Spec):
 
 
 CALIBRATION = CorpusSpec(split="calibration")
+
+
+class CaptureSpec(Spec):
+    """Which activations: all norm outputs, norms fused, of `tokens` tokens after the first `skip` windows, or
+    of a `sample`'s windows."""
+
+    LATER: ClassVar[tuple[str, ...]] = ("sample",)
+
+    model: ModelSpec = ModelSpec()
+    corpus: CorpusSpec = CALIBRATION
+    tokens: int = ruled(WINDOW, "a whole number >= 1", ge=1)
+    skip: int = ruled(0, "a whole number >= 0", ge=0)
+    sample: int | None = ruled(None, SAMPLED, ge=0)
+
+    def _check(self) -> None:
+        self._require("skip", self.skip == 0 or self.sample is None, "0 with a sample, which says where")
+
+
+class StaticSpec(Spec):
+    """The text on which static scales are found: `windows` of `corpus`, the first or those of a `sample`; as
+    many as PrefixQuant's (arXiv 2410.05265)."""
+
+    corpus: CorpusSpec = CALIBRATION
+    windows: int = ruled(8, "a whole number >= 1", ge=1)
+    window: int = ruled(WINDOW, "a whole number >= 2", ge=2)
+    sample: int | None = ruled(None, SAMPLED, ge=0)
+
+
+class PrefixSpec(Spec):
+    """Tokens before every window whose keys and values stay float, found on `windows` of `corpus` as those
+    with a value of more than `ratio` times the median token's at a down_proj's input (PrefixQuant, arXiv
+    2410.05265). `reference`: the full-precision model that divergences are from has none, or has them."""
+
+    corpus: CorpusSpec = CALIBRATION
+    windows: int = ruled(64, "a whole number >= 1", ge=1)
+    window: int = ruled(512, "a whole number >= 2", ge=2)
+    ratio: float = ruled(64.0, "> 1 and finite", gt=1, allow_inf_nan=False)
+    reference: str = one_of("plain", ("plain", "prefix"))
 
 
 def calibration_of(corpus: str, own: str | None) -> CorpusSpec:

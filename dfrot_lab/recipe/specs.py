@@ -17,15 +17,19 @@ from dfrot_lab.recipe.sources import (  # noqa: F401 all specs are found here
     DTYPES,
     MODEL_SOURCES,
     PACKAGED,
+    SAMPLED,
     SECOND_MODEL,
     SPLITS,
     WHOLE,
+    WINDOW,
+    CaptureSpec,
     CorpusSpec,
     ModelSpec,
+    PrefixSpec,
+    StaticSpec,
     calibration_of,
 )  # fmt: skip
 
-WINDOW = 2048  # tokens in one window: the length DFRot, QuaRot and GPTQ calibrate and evaluate with
 WINDOWS = 2  # scored in one build: more builds tell more than more windows (docs/measuring.md)
 ROTATION_KINDS = ("NR", "RO", "RH", "RHT2", "GSR", "file")
 ROW_RULES = ("nr_error_8.5", "nr_error_9.5", "ro_vs_nr")  # they judge a row alone, as `QuaRot.FP16()`
@@ -35,7 +39,6 @@ PAPER_RULE, RELEASED_KEEP_OUT = "nr_error_8.5", "nr_error_9.5"  # the released c
 REFINE_VARIANTS = ("accelerated", "guarded", "as_paper", "as_released")
 KEEP_OUT_COUNTS = ("most_massive", "worst", "random")  # by largest value, largest error, or any
 BLOCK = "None or a whole number >= 1"  # None: the largest that there is
-SAMPLED = "None or a whole number >= 0"
 ONLINE = ("none", "R3", "R4")  # which of the two Hadamards that act while a model runs, where not both
 KEPT_COUNTED = f"a number with keep_out {', '.join(KEEP_OUT_COUNTS)}, and None with any other"
 
@@ -69,22 +72,6 @@ class RotationSpec(MethodSpec):
     def canonical(self) -> "RotationSpec":
         """The same with the default seed where nothing is random."""
         return self.with_(seed=0) if self.first_seed is None else self
-
-
-class CaptureSpec(Spec):
-    """Which activations: all norm outputs, norms fused, of `tokens` tokens after the first `skip` windows, or
-    of a `sample`'s windows."""
-
-    LATER: ClassVar[tuple[str, ...]] = ("sample",)
-
-    model: ModelSpec = ModelSpec()
-    corpus: CorpusSpec = CALIBRATION
-    tokens: int = ruled(WINDOW, "a whole number >= 1", ge=1)
-    skip: int = ruled(0, "a whole number >= 0", ge=0)
-    sample: int | None = ruled(None, SAMPLED, ge=0)
-
-    def _check(self) -> None:
-        self._require("skip", self.skip == 0 or self.sample is None, "0 with a sample, which says where")
 
 
 class RefineSpec(MethodSpec):
@@ -174,10 +161,13 @@ class Recipe(Spec):
     `jitter`: the seed of a change in the last bit of the embedding, as rounding makes it; None: no change.
     `clips`: the text on whose tokens each site's clip ratio is found; None: all have the quantizer's.
     `scales`: the text on whose tokens channels get scales before R2 and R4 (`model.scales`); None: none.
-    `online`: which of the online Hadamards R3 and R4 acts; None: both, where the rotation wants them."""
+    `online`: which of the online Hadamards R3 and R4 acts; None: both, where the rotation wants them.
+    `static`: the text on which the scales of static activations are found; None with any other.
+    `prefix`: how tokens put before every window are found; None: there are none."""
 
     LATER: ClassVar[tuple[str, ...]] = (
-        "head_block", "mlp_block", "sample", "jitter", "clips", "scales", "online",
+        "head_block", "mlp_block", "sample", "jitter", "clips", "scales", "online", "static",
+        "prefix",
     )  # fmt: skip
     SHAPES: ClassVar[tuple[str, ...]] = ("head_block", "mlp_block", "online")  # what weights hang on
 
@@ -200,15 +190,28 @@ class Recipe(Spec):
     clips: CaptureSpec | None = None
     scales: CaptureSpec | None = None
     online: str | None = one_of(None, (None, *ONLINE))
+    static: StaticSpec | None = None
+    prefix: PrefixSpec | None = None
 
     def _check(self) -> None:
-        self._require("activations", self.activations.granularity == "per_token", "per_token")
+        grid, is_static = self.activations, self.activations.granularity == "static"
+        shared = is_static or grid.granularity == "per_token" or grid.group_size is not None
+        self._require("activations", shared, "per_token, per_group with a group_size, or static")
+        self._require("activations", not is_static or grid.clip_ratio == 1, "of clip_ratio 1 where static")
+        rule = "the text for static activations, and None with any other"
+        self._require("static", (self.static is not None) == is_static, rule)
+        for name in ("clips", "scales", "keep_out", "set_massive"):
+            rule = "None with static activations, whose scales are found without"
+            self._require(name, getattr(self, name) is None or not is_static, rule)
         free = self.clips is None or self.activations.clip_ratio == 1
         self._require("clips", free, "None with activations that have a clip_ratio, which is every site's")
         free = self.scales is None or self.is_rotated
         self._require("scales", free, "None without a rotation, which spreads errors over channels")
         free = self.scales is None or self.keep_out is None
         self._require("scales", free, "None with keep_out, whose rules judge rows that are not scaled")
+        for name in ("keep_out", "set_massive"):
+            free = getattr(self, name) is None or self.prefix is None
+            self._require(name, free, "None with a prefix, after which no token is massive")
         for held in ("keys", "values"):
             require_cache(held, getattr(self, held), self.window)
         counted = self.keep_out in KEEP_OUT_COUNTS
@@ -244,7 +247,7 @@ class Recipe(Spec):
         if self.activations.bits == 16:
             unrounded = ACTIVATIONS.with_(bits=16)
             changes |= {"activations": unrounded}
-            changes |= dict.fromkeys(("keep_out", "keep_out_tokens", "clips", "scales"))
+            changes |= dict.fromkeys(("keep_out", "keep_out_tokens", "clips", "scales", "static"))
         else:
             texts = {name: text for name in ("clips", "scales") if (text := getattr(self, name)) is not None}
             changes |= {name: text.with_(model=self.model) for name, text in texts.items()}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dfrot_lab.disk.artefacts import Store, Writer
+from dfrot_lab.maths.quantizers import Fixed
 from dfrot_lab.model import door, hooks, loading, stream, surgery
 from dfrot_lab.model.loading import LoadedModel
 from dfrot_lab.observe.capture import Capture, capture, token_blocks
@@ -23,14 +24,15 @@ Join = Callable[[list[Tensor]], Tensor]
 class Transforms:
     """The transforms of one model: `R1` (channels, channels) or None; `R2` on each head's values, Hadamard,
     one (head, head) for all layers, one a layer (layers, head, head), or None; `gains` (channels,) a norm,
-    folded after R1, `scales` (`model.scales`) and `clips` a clip ratio, all by site; whether the online
-    Hadamards R3 and R4 act; the seconds it took to find them."""
+    folded after R1, `scales` (`model.scales`), `clips` a clip ratio and `static` a scale and zero point, all
+    by site; whether the online Hadamards R3 and R4 act; the seconds it took to find them."""
 
     R1: Tensor | None
     R2: Tensor | Literal["hadamard"] | None = "hadamard"
     gains: Mapping[str, Tensor] = field(default_factory=dict)
     clips: Mapping[str, float] = field(default_factory=dict)
     scales: Mapping[str, Tensor] = field(default_factory=dict)
+    static: Mapping[str, Fixed] = field(default_factory=dict)
     r3: bool = True
     r4: bool = True
     seconds: float = 0.0

@@ -1,7 +1,7 @@
 """The model of a recipe: rotated, its weights quantized; while a block runs, quantized altogether: linears as
 integer products where both sides have codes, all else fake-quantized (rounded to its grid, then float)."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,20 +11,22 @@ import torch
 from torch import Tensor
 
 from dfrot_lab.caches import run as caches
-from dfrot_lab.disk.artefacts import Store, Writer
+from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.disk.atomic import still
 from dfrot_lab.maths.quantizers import fake_quantize, squared_error
-from dfrot_lab.model import corpus, door, hooks, integer, loading, noise, scales, surgery
+from dfrot_lab.model import corpus, door, hooks, integer, loading, noise, prefix, scales, surgery
 from dfrot_lab.model.families import heads_of
 from dfrot_lab.model.loading import LoadedModel
 from dfrot_lab.model.parts import Transform
+from dfrot_lab.model.prefix import Prefix
 from dfrot_lab.model.proof import TOKENS, Proof
-from dfrot_lab.observe import clips, massive, residual
-from dfrot_lab.observe.capture import token_blocks
+from dfrot_lab.observe import massive, residual
 from dfrot_lab.recipe import keys
+from dfrot_lab.recipe.grids import QuantSpec
 from dfrot_lab.recipe.specs import KEEP_OUT_COUNTS, WINDOW, Recipe
 from dfrot_lab.rotate import transforms
 from dfrot_lab.rotate.transforms import Transforms
+from dfrot_lab.score import found
 from dfrot_lab.weights import run
 from dfrot_lab.weights.calibrate import Rounding
 from dfrot_lab.weights.codes import LayerCodes
@@ -33,12 +35,14 @@ from dfrot_lab.weights.run import OnPart, nothing
 
 @dataclass(frozen=True)
 class Built:
-    """A model, transforms fused, weights quantized; R1 in its dtype or None; codes, none at 16 bits."""
+    """A model, transforms fused, weights quantized; R1 in its dtype or None; codes, none at 16 bits; what is
+    before every window, if anything."""
 
     loaded: LoadedModel
     transforms: Transforms
     R: Tensor | None
     codes: Sequence[LayerCodes]
+    prefix: Prefix | None = None
 
 
 def build_key(recipe: Recipe) -> str:
@@ -54,20 +58,40 @@ def build(recipe: Recipe, store: Store, on_part: OnPart = nothing, *, whole: boo
     loaded, made = rotated(recipe, store, whole=whole)
     R = None if made.R1 is None else made.R1.to(loaded.device, next(loaded.model.parameters()).dtype)
     if recipe.clips is not None:
-        made = replace(made, clips=_clips(recipe, loaded, made, store))
+        made = replace(made, clips=found.clips_of(recipe, loaded, made, store))
+    if recipe.static is not None:
+        made = replace(made, static=found.static_of(recipe, loaded, made, store))
+    before: Prefix | None = None
+    if (ids := found.prefix_of(recipe, store)) is not None:
+        before = prefix.keep(loaded, ids, r4=made.r4, blocks=recipe.blocks)
+    built = Built(loaded, made, R, [], before)
     rounding: Rounding | None = None
-    if recipe.weights.sees_rounded:
+    if is_rounding := recipe.weights.sees_rounded:
         spare = keep_out(recipe, R) if recipe.keep_out else None
-        rounding = rounded(recipe, made.clips, spare), hooks.sites_of(loaded, *_rounded_kinds(recipe))
-    r3 = made.r3 and rounding is not None and recipe.keys.bits < 16
+        rounding = _rounding(built, recipe, _rounded_kinds(recipe), spare)
+    elif before:
+        rounding = _rounding(built, recipe, [], None)
+    r3 = made.r3 and is_rounding and recipe.keys.bits < 16
     how: dict[str, Any] = {"r3": r3, "r4": made.r4, "blocks": recipe.blocks, "on_part": on_part}
-    how |= {"rounding": rounding}
-    return Built(loaded, made, R, run.quantize_weights(loaded, recipe.weights, key, store, **how))
+    how |= {"rounding": rounding, "prefix": before and before.ids}
+    return replace(built, codes=run.quantize_weights(loaded, recipe.weights, key, store, **how))
+
+
+def _rounding(built: Built, recipe: Recipe, kinds: Sequence[str], spare: Transform | None) -> Rounding:
+    """What rounds some kinds of site of a built model as its recipe says, and holds what its prefix has; and
+    the sites at which it acts."""
+    function, sites = rounded(recipe, built.transforms, spare), hooks.sites_of(built.loaded, *kinds)
+    if (own := built.prefix) is None:
+        return function, sites
+    r3 = built.transforms.r3 and recipe.keys.bits < 16 and "k" in kinds
+    held = own.holding(function, sites, r3=r3, block=recipe.head_block)
+    return held, {*sites, *prefix.cached(built.loaded)}
 
 
 def rotated(recipe: Recipe, store: Store, *, whole: bool = False) -> tuple[LoadedModel, Transforms]:
     """The model of a canonical recipe with its transforms fused and nothing quantized; they leave its
     function as it is, which a few tokens prove."""
+    found.prefix_of(recipe, store)  # of a model of its own, before this one is loaded
     loaded = loading.load_model(recipe.model, store, whole=whole)
     ids = windows(recipe, loaded)  # before minutes of work on weights: is there so much text? does it fit?
     for kind, spec in (("k", recipe.keys), ("v", recipe.values)):
@@ -82,7 +106,7 @@ def rotated(recipe: Recipe, store: Store, *, whole: bool = False) -> tuple[Loade
         surgery.rotate_residual(loaded, made.R1)
     surgery.fold_gains(loaded, made.gains)
     if recipe.scales is not None:
-        made = replace(made, scales=_scales(recipe, loaded, made, store))
+        made = replace(made, scales=found.scales_of(recipe, loaded, made, store))
         scales.fold(loaded, made.scales)
     if made.R2 is not None:
         surgery.rotate_heads(loaded, None if isinstance(made.R2, str) else made.R2, recipe.head_block)
@@ -91,35 +115,6 @@ def rotated(recipe: Recipe, store: Store, *, whole: bool = False) -> tuple[Loade
     with surgery.online(loaded, r3=made.r3, r4=made.r4, blocks=recipe.blocks):
         proof.check(None if loaded.roles.online else made.R1)
     return loaded, made
-
-
-def _clips(recipe: Recipe, loaded: LoadedModel, made: Transforms, store: Store) -> dict[str, float]:
-    """Each site's clip ratio, from the store or found now on the rotated model."""
-    text = recipe.clips
-    assert text is not None
-
-    def make(writer: Writer) -> None:
-        online = partial(surgery.online, loaded, r4=made.r4, blocks=recipe.blocks)
-        found = clips.find(loaded, token_blocks(text, loaded), recipe.activations, online)
-        writer.save_json("clips", found)
-
-    key = still(lambda: keys.clips(recipe, door.prints))
-    found: dict[str, float] = store.get_or_make(clips.KIND, key, make).json("clips")
-    return found
-
-
-def _scales(recipe: Recipe, loaded: LoadedModel, made: Transforms, store: Store) -> dict[str, Tensor]:
-    """Each site's channel scales, from the store or found now on the model with R1 alone."""
-    text = recipe.scales
-    assert text is not None
-
-    def make(writer: Writer) -> None:
-        how: dict[str, Any] = {"r4": made.r4, "blocks": recipe.blocks}
-        found = scales.find(loaded, token_blocks(text, loaded), recipe.activations, **how)
-        writer.save_tensors("scales", found)
-
-    key = still(lambda: keys.scales(recipe, door.prints))
-    return store.get_or_make(scales.KIND, key, make).tensors("scales")
 
 
 def _rounded_kinds(recipe: Recipe) -> list[str]:
@@ -161,14 +156,16 @@ def require_texts(recipe: Recipe, store: Store) -> None:
     needed += [(of.corpus, of.windows, of.window)] if of.corpus is not None else []
     looked_at = [text for text in (recipe.clips, recipe.scales) if text is not None]
     needed += [(text.corpus, 1, min(text.tokens, WINDOW)) for text in looked_at]
+    looks = [own for own in (recipe.static, recipe.prefix) if own is not None]
+    needed += [(own.corpus, own.windows, own.window) for own in looks]
     for text, count, window in needed:
         loading.check_window(window, context)
         corpus.token_blocks(text, tokenizer, blocks=count, window=window)
 
 
 def is_integer(recipe: Recipe) -> bool:
-    """Whether both sides of every linear are codes that fit int8, a scale a channel and a token: then it is
-    an integer product."""
+    """Whether both sides of every linear are codes that fit int8, a scale a channel and a token or a site:
+    then it is an integer product."""
     grid = recipe.weights.quantizer
     return grid.bits <= 8 and grid.group_size is None and integer.fits(recipe.activations)
 
@@ -201,7 +198,7 @@ def quantized(built: Built, recipe: Recipe, *, fake: bool = False, only: str | N
     """While the block runs the built model has the recipe's online rotations, quantization and keep-out, with
     integer products where `is_integer`, but for `fake` and on a GPU (there they are slower); with `only` a
     kind of site (of hooks.KINDS), of the activations, keys and values those alone are rounded."""
-    loaded, made, act = built.loaded, built.transforms, recipe.activations
+    loaded, made, act = built.loaded, built.transforms, _moving(recipe.activations)
     spare = keep_out(recipe, built.R) if recipe.keep_out else None
     fake = fake or only is not None
     in_integers = is_integer(recipe) and not fake and loaded.device.type == "cpu"
@@ -214,26 +211,34 @@ def quantized(built: Built, recipe: Recipe, *, fake: bool = False, only: str | N
         if in_integers:
             r4 = partial(surgery.hadamard, block=recipe.mlp_block) if made.r4 else None
             how: dict[str, Any] = {"r4": r4, "spare": spare, "clips": made.clips}
+            how |= {"static": made.static}
             stack.enter_context(integer.integer_linears(loaded, built.codes, act, **how))
             kinds = [kind for kind in kinds if kind not in hooks.LINEAR_INPUTS]
         r3, r4_online = made.r3 and recipe.keys.bits < 16, made.r4 and not in_integers
-        function, sites = rounded(recipe, made.clips, spare), hooks.sites_of(loaded, *kinds)
+        function, sites = _rounding(built, recipe, kinds, spare)
         seen: dict[str, Any] = {"function": function, "sites": sites, "blocks": recipe.blocks}
         stack.enter_context(surgery.online(loaded, r3=r3, r4=r4_online, **seen))
         yield
 
 
-def rounded(recipe: Recipe, ratios: Mapping[str, float], spare: Transform | None) -> hooks.At:
+def _moving(grid: QuantSpec) -> QuantSpec:
+    """The grid of each token by its own range, which a static one is where no scale was found."""
+    return grid.with_(granularity="per_token") if grid.granularity == "static" else grid
+
+
+def rounded(recipe: Recipe, made: Transforms, spare: Transform | None) -> hooks.At:
     """The function (site, x) -> x that rounds keys, values and the linears' inputs to the grids of `recipe`,
-    clipped by `ratios` where a site has one; tokens of a norm's output that `spare` marks pass."""
-    grids = {site: recipe.activations.with_(clip_ratio=clip) for site, clip in ratios.items()}
+    by the clip or the static scale that a site has in `made`; tokens of a norm's output that `spare` marks
+    pass."""
+    act = _moving(recipe.activations)
+    grids = {site: act.with_(clip_ratio=clip) for site, clip in made.clips.items()}
     cache = {"k": recipe.keys, "v": recipe.values}
 
     def function(site: str, x: Tensor) -> Tensor:
         kind = site.rpartition(".")[2]
         if kind in cache:
             return caches.held(x, cache[kind], kind)
-        x_rounded = fake_quantize(x, grids.get(site, recipe.activations))
+        x_rounded = fake_quantize(x, grids.get(site, act), made.static.get(site))
         if spare is None or kind not in hooks.NORMS:
             return x_rounded
         return torch.where(spare(x)[..., None], x, x_rounded)

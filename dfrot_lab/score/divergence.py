@@ -5,6 +5,7 @@ layer in full precision, its head(h R1) is that model's head(h), since a rotatio
 So of full precision h alone is kept, once for every window, whatever is scored on it later."""
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -15,10 +16,12 @@ from dfrot_lab.disk.artefacts import Artefact, Store, Writer
 from dfrot_lab.model import door, loading, stream, surgery
 from dfrot_lab.model.checkpoint import HEAD
 from dfrot_lab.model.loading import LoadedModel
+from dfrot_lab.model.prefix import before
 from dfrot_lab.model.stream import LOGIT_ROWS, LOSS_ROWS, Walk
 from dfrot_lab.recipe import keys
 from dfrot_lab.recipe.base import require
 from dfrot_lab.recipe.specs import Recipe
+from dfrot_lab.score import found
 from dfrot_lab.score.build import Built
 from dfrot_lab.weights.run import OnPart, nothing
 
@@ -55,7 +58,9 @@ def measures(loaded: LoadedModel, hidden: Tensor, reference: Tensor, ids: Tensor
 
 def is_full_precision(recipe: Recipe) -> bool:
     """Whether nothing of a canonical recipe's model is quantized, rotated or set: it is its own reference."""
-    return recipe.bits == "16-16-16" and not recipe.is_rotated and recipe.set_massive is None
+    changed = recipe.prefix is not None and recipe.prefix.reference == "plain"
+    is_whole = recipe.bits == "16-16-16" and not recipe.is_rotated and recipe.set_massive is None
+    return is_whole and not changed
 
 
 def in_basis(built: Built, hidden: Tensor) -> Tensor:
@@ -67,12 +72,23 @@ def in_basis(built: Built, hidden: Tensor) -> Tensor:
     return (hidden.to(*at) @ R.to(*at)).to(hidden.dtype)
 
 
+def walk(built: Built, ids: Sequence[Tensor], **how: Any) -> Walk:
+    """A walk of windows of ids (tokens,), one at a time, each with what the model has before every window."""
+    own = built.prefix.ids if built.prefix else None
+    return Walk(built.loaded, [before(each[None], own) for each in ids], **how)
+
+
+def skipped(built: Built) -> int:
+    """How many tokens are before every window."""
+    return len(built.prefix.ids) if built.prefix else 0
+
+
 @torch.inference_mode()
 def window_measures(built: Built, ids: Tensor, reference: Artefact, hidden: Tensor | None = None) -> Tensor:
     """`measures` (tokens - 1, 3) of a window `ids` (tokens,), beside its `reference`; `hidden` (tokens,
     channels) by default from a pass through the model as it is now, which then must be kept in memory."""
     if hidden is None:
-        hidden = Walk(built.loaded, [ids[None]]).through()[0][0]
+        [hidden] = walk(built, [ids]).through()[0][:, skipped(built) :]
     return measures(built.loaded, hidden, in_basis(built, states_of(reference)), ids)
 
 
@@ -80,32 +96,38 @@ def references(recipe: Recipe, ids: Tensor, store: Store, on_part: OnPart = noth
     """The full-precision model's reference for each of the windows `ids` (windows, tokens), whatever recipe
     asks for it: `states_of` it, once norms are fused, in the model's dtype; in its note the mean `loss` in
     nats and the `seconds` it took. What is not stored is made, and goes on where it was stopped: window by
-    window, or, of a model read layer by layer, all in one walk. ValueError: NaN or Inf."""
-    asked = [partial(keys.reference, recipe.model, window.tolist(), door.prints) for window in ids]
+    window, or, of a model read layer by layer, all in one walk. With the recipe's prefix before each, where
+    that is what it is compared with. ValueError: NaN or Inf."""
+    own = found.prefix_of(recipe, store) if recipe.prefix and recipe.prefix.reference == "prefix" else None
+    said = [] if own is None else own.tolist()
+    asked = [partial(keys.reference, recipe.model, window.tolist(), door.prints, said) for window in ids]
     loaded: LoadedModel | None = None
     while True:
-        found = [store.open(KIND, ask()) for ask in asked]
-        lacking = {keys.content_key(asked[i]()): i for i, each in enumerate(found) if each is None}
+        kept = [store.open(KIND, ask()) for ask in asked]
+        lacking = {keys.content_key(asked[i]()): i for i, each in enumerate(kept) if each is None}
         if not lacking:
-            return [each for each in found if each is not None]
+            return [each for each in kept if each is not None]
         if loaded is None:
             loaded = loading.load_model(recipe.model, store)
             surgery.prepare(loaded)
         lot = [lacking[key] for key in sorted(lacking)]  # in one order, so that no two wait for each other
         lot = lot if loaded.checkpoint else [min(lot)]
         on_part(KIND, len(ids) - len(lacking), len(ids))
-        _make([asked[i] for i in lot], [ids[i] for i in lot], loaded, store)
+        _make([asked[i] for i in lot], [ids[i] for i in lot], own, loaded, store)
 
 
 @torch.inference_mode()
 def _make(
-    asked: list[partial[dict[str, Any]]], texts: list[Tensor], loaded: LoadedModel, store: Store
-) -> None:
-    """Keep the references of some windows, by one walk; the first holds its state."""
+    asked: list[partial[dict[str, Any]]], texts: list[Tensor], prefix: Tensor | None, loaded: LoadedModel,
+    store: Store,
+) -> None:  # fmt: skip
+    """Keep the references of some windows, a prefix before each, by one walk; the first holds its state."""
 
     def make(writer: Writer) -> None:
-        walk = Walk(loaded, [ids[None] for ids in texts], name="full precision", writer=writer)
-        states, seconds = walk.through(), walk.seconds / len(texts)
+        own = [before(ids[None], prefix) for ids in texts]
+        walk = Walk(loaded, own, name="full precision", writer=writer)
+        states = [x[:, x.shape[1] - len(ids) :] for x, ids in zip(walk.through(), texts, strict=True)]
+        seconds = walk.seconds / len(texts)
         with stream.part(loaded, HEAD):
             for ask, ids, (hidden,) in reversed(list(zip(asked, texts, states, strict=True))):
                 loss = float(stream.loss(loaded, hidden, ids))

@@ -168,8 +168,9 @@ def _measured(
     states: list[Tensor | None] = [divergence.states_of(each) if own else None for each in found]
     with quantized(built, spec):
         if by_layer:
-            walk = Walk(built.loaded, ids.split(1), name=row, writer=writer)
-            states = [x[0] for x in walk.through(lambda done, of: on_part("layer", done, of))]
+            walk = divergence.walk(built, list(ids), name=row, writer=writer)
+            through = walk.through(lambda done, of: on_part("layer", done, of))
+            states = [x[0, divergence.skipped(built) :] for x in through]
             passed = walk.seconds
         bar = tqdm(names, desc=row, unit="window", leave=False)
         with stream.part(built.loaded, HEAD):

@@ -20,6 +20,7 @@ from dfrot_lab.model.checkpoint import HEAD
 from dfrot_lab.model.loading import LoadedModel
 from dfrot_lab.model.public import public
 from dfrot_lab.recipe import keys
+from dfrot_lab.recipe.base import require
 from dfrot_lab.recipe.specs import ModelSpec, Recipe
 from dfrot_lab.score import build
 
@@ -49,6 +50,8 @@ def table(name: str, spec: Recipe | None, model: ModelSpec, limit: int | None, s
     model, or with None the plain one. Columns: row, task, metric, value, stderr, items, version, source, then
     what a results row says of the model. Tasks without a local file are left out where others have one; where
     none has, all come from the hub (ConnectionError)."""
+    plain = spec is None or spec.prefix is None
+    require("Recipe.prefix", "one", plain, "None for tasks, whose texts have nothing before them")
     model = door.resolved(model)
     recipe = door.resolved(spec.with_(windows=1)).canonical() if spec else None  # tasks need no windows
     local = {task: path for task in TASKS if (path := local_file(task))}

@@ -11,7 +11,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dfrot_lab.maths.tables import PERPLEXITY, change
+from dfrot_lab.maths.tables import DIVERGENCE, PERPLEXITY, change
 from dfrot_lab.observe.massive import SUN_ABSOLUTE, SUN_RATIO
 from dfrot_lab.show import figures
 from dfrot_lab.show.figures import plot_rows, rows_of
@@ -215,6 +215,23 @@ def figure_compare(table: pd.DataFrame) -> Figure:
     return fig
 
 
+def figure_acts(table: pd.DataFrame) -> Figure:
+    """Perplexity of each rotation, a line, against what shares a scale in activations; a panel the bits."""
+    rows = rows_of(table)
+    draw = partial(plot_sweep, x="acts", line="rotation")
+    axes = {"yscale": "log", "xlabel": "one scale for"}
+    return panels(rows, "bits", draw, size=(5, 3.8), axes=axes, legend=True)
+
+
+def figure_prefix(table: pd.DataFrame) -> Figure:
+    """KL divergence of each rotation, a line, without a prefix and with it, from full precision without and
+    with it; a panel what shares a scale."""
+    rows = rows_of(table[table["bits"] != "16-16-16"], DIVERGENCE)
+    draw = partial(plot_sweep, x="prefix", line="rotation")
+    axes = {"yscale": "log", "xlabel": "prefix (full precision: plain without, prefix with it)"}
+    return panels(rows, "acts", draw, size=(5, 3.8), axes=axes, legend=True)
+
+
 def figure_measuring(table: pd.DataFrame) -> Figure:
     """Minutes on two cores against the smallest change of perplexity that a 95% interval can tell."""
     rows = table[table["target"].notna()]
@@ -246,4 +263,5 @@ FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {  # by experiment, what 
     "free-options": partial(figure_differences, label="{rotation}, {option}"),
     "leaderboard": partial(figure_differences, label=RANKED, panel="{group}, {bits}"),
     "better-weights": partial(figure_differences, label=RANKED), "kv-caches": figure_caches,
+    "static-activations": figure_acts, "prefix": figure_prefix,
 }  # fmt: skip

@@ -5,14 +5,17 @@ from itertools import product
 from typing import Any
 
 from dfrot_lab.disk.artefacts import Store
+from dfrot_lab.model import shapes
 from dfrot_lab.recipe import grids, registry
-from dfrot_lab.recipe.specs import Recipe
+from dfrot_lab.recipe.specs import PrefixSpec, Recipe, StaticSpec
 from dfrot_lab.study import main
 from dfrot_lab.study.main import Row
 from dfrot_lab.study.setting import Setting
 
 NONE = "none"  # the option of a row without one
 CACHE_BITS = (4, 3, 2)
+PER_TOKEN, STATIC = "per token", "static"
+GROUP = 128  # channels of a group at most: what group-wise papers and kernels have
 
 
 def offset(setting: Setting, _store: Store) -> Iterator[Row]:
@@ -83,3 +86,59 @@ def kv_caches(setting: Setting, _store: Store) -> Iterator[Row]:
             against = {"full precision": full} | ({} if own == plain else {"per token": plain})
             against |= {} if only else {"without R3": own.with_(online="R4")}
             yield Row(own, {"cache": name, "option": says}, against)
+
+
+def static_activations(setting: Setting, _store: Store) -> Iterator[Row]:
+    """What shares a scale in activations: a token, a group of its channels, a whole site (static). Each row
+    against RH with the same, and against its own rotation with a scale a token."""
+    for bits in setting.few(("16-4-16", "16-8-16")):
+        of_rh = shared(setting, "RH", bits)
+        for name in ("NR", "RO", "RH", "DFRot", "Offset+"):
+            own = shared(setting, name, bits)
+            for said in setting.few(list(own)):
+                against = {} if name == "RH" else {"RH": of_rh[said]}
+                against |= {} if said == PER_TOKEN else {PER_TOKEN: own[PER_TOKEN]}
+                yield Row(own[said], {"acts": said}, against, once=name == "NR")
+
+
+def shared(setting: Setting, name: str, bits: str) -> dict[str, Recipe]:
+    """The recipes of a rotation by what shares a scale in their activations: static scales are found on the
+    build's own sample of the calibration text."""
+    plain = setting.row(bits, setting.method(name))
+    act, size = plain.activations, group_of(setting)
+    text = StaticSpec(corpus=setting.calibration_text, window=setting.window, sample=setting.build or None)
+    groups = act.with_(granularity="per_group", group_size=size)
+    return {
+        PER_TOKEN: plain,
+        f"groups of {size}": plain.with_(activations=groups),
+        STATIC: plain.with_(activations=act.with_(granularity="static"), static=text),
+    }
+
+
+def group_of(setting: Setting) -> int:
+    """The largest power of 2, up to GROUP, that divides the inputs of all of a model's linears."""
+    widths = shapes.shape(setting.model).inputs
+    return next(GROUP >> n for n in range(8) if all(width % (GROUP >> n) == 0 for width in widths))
+
+
+def prefix(setting: Setting, _store: Store) -> Iterator[Row]:
+    """PrefixQuant's prefix beside rotations, with a scale a token and static, at 16-4-16; and in full
+    precision, which it changes, too. Divergences are from full precision without it, and again with it: rows
+    that are compared have one reference."""
+    whole = setting.row("16-16-16", setting.rotation("NR"))
+    yield Row(whole, {"acts": NONE, "prefix": NONE})
+    yield Row(with_prefix(setting, whole, "plain"), {"acts": NONE, "prefix": "plain"}, {"without": whole})
+    for name in setting.few(("RH", "RO", "DFRot", "Offset+")):
+        for said in (PER_TOKEN, STATIC):
+            own, of_rh = shared(setting, name, "16-4-16")[said], shared(setting, "RH", "16-4-16")[said]
+            yield Row(own, {"acts": said, "prefix": NONE}, {} if name == "RH" else {"RH": of_rh})
+            for to in ("plain", "prefix"):
+                against = {} if name == "RH" else {"RH": with_prefix(setting, of_rh, to)}
+                against |= {"without": own} if to == "plain" else {}
+                yield Row(with_prefix(setting, own, to), {"acts": said, "prefix": to}, against)
+
+
+def with_prefix(setting: Setting, recipe: Recipe, reference: str) -> Recipe:
+    """The recipe with a prefix found on the setting's calibration text."""
+    spec = PrefixSpec(corpus=setting.calibration_text, reference=reference)
+    return recipe.with_(prefix=spec.with_(window=min(setting.window, spec.window)))

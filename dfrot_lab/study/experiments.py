@@ -32,12 +32,16 @@ ROW_COUNTS = (48, 32, 24, 16, 8)  # Table 3, in windows; a model of n layers has
 SAMPLES, BITS = 5, ("16-4-16", "4-4-16")
 SWEEPS = (
     "gamma-sweep", "calibration", "clip-sweep", "intervene", "better-weights", "kv-caches", "leaderboard",
+    "static-activations", "prefix",
 )  # fmt: skip
 BUILDS_OF = {"gain": 24, **dict.fromkeys(SWEEPS, 3)}
 """Builds of an experiment where it has not as many as the main job: the one that is to see least has most,
 sweeps, where a curve is what is looked at, fewer."""
 GAIN_WINDOWS = 5  # times the setting's: what a build of DFRot against RH varies by is mostly its windows
-OWN_RULE = ("main", "compare", "gain", "measuring", "offset", "free-options", "better-weights", "leaderboard")
+OWN_RULE = (
+    "main", "compare", "gain", "measuring", "offset", "free-options", "better-weights", "leaderboard",
+    "static-activations", "prefix",
+)  # fmt: skip
 """The experiments that refine by the setting's rule."""
 CALIBRATED = "calibration text"
 CHOSEN = "perplexity at the clip chosen on the calibration text"
@@ -270,6 +274,12 @@ EXPERIMENTS: dict[str, tuple[str, str, Callable[[Setting, Store], Any]]] = {
         "Which KV cache loses least at 4, 3, 2 bits, and does R3 help?",
         beyond.kv_caches,
     ),
+    "static-activations": (
+        "asked by a reviewer",
+        "What shares a scale in activations?",
+        beyond.static_activations,
+    ),
+    "prefix": ("asked here", "What is a prefix worth beside a rotation?", beyond.prefix),
     "leaderboard": ("rivals", "What is the best R1, and what does it cost?", leaderboard.leaderboard),
     "zero-shot": ("Table 5, README", "Does what holds for perplexity hold for tasks?", zero_shot),
     "clip-sweep": ("asked by a reviewer", "Is it the rotation, or would a clip do?", clip_sweep),

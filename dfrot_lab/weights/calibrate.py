@@ -19,6 +19,7 @@ from dfrot_lab.maths.quantizers import Quantized
 from dfrot_lab.model import corpus, hooks, loading, stream
 from dfrot_lab.model.experts import widths
 from dfrot_lab.model.loading import LoadedModel
+from dfrot_lab.model.prefix import after, before
 from dfrot_lab.recipe import registry
 from dfrot_lab.recipe.specs import WeightSpec
 from dfrot_lab.weights import codes
@@ -121,7 +122,8 @@ class _Hook:
     """What is done at every site while windows pass a layer (if it is to be quantized, `layer`): activations
     are rounded and noted; of the full-precision model's windows (`is_full`) noted as they are."""
 
-    def __init__(self, rounding: Rounding | None) -> None:
+    def __init__(self, rounding: Rounding | None, skip: int) -> None:
+        self.skip = skip  # tokens of each window that nothing is calibrated on: a prefix's
         self.round, self.rounded = rounding or (lambda _site, x: x, ())
         self.layer: _Layer | None = None
         self.is_full = False
@@ -131,13 +133,13 @@ class _Hook:
         inner = site.split(".", 2)[2]
         if self.is_full:
             if self.layer:
-                self.layer.note_full(inner, x)
+                self.layer.note_full(inner, after(x, self.skip))
             return x
         if site in self.rounded:
             new = self.round(site, x)
             x = x if new is None else new
         if self.layer:
-            self.layer.arrive(inner, x)
+            self.layer.arrive(inner, after(x, self.skip))
         return x
 
     def pass_full(self, walk: stream.Walk | None, number: int) -> None:
@@ -150,14 +152,12 @@ class _Hook:
 
 @torch.no_grad()
 def layers(
-    loaded: LoadedModel,
-    spec: WeightSpec,
-    writer: Writer,
-    online: hooks.Online,
-    rounding: Rounding | None = None,
-) -> Generator[int]:
+    loaded: LoadedModel, spec: WeightSpec, writer: Writer, online: hooks.Online,
+    rounding: Rounding | None = None, prefix: Tensor | None = None,
+) -> Generator[int]:  # fmt: skip
     """Quantize layer after layer, each kept once done, and named by its number; one that was kept before is
-    put in place. ValueError: no text or too short; experts, for a quantizer that asks for the drift."""
+    put in place. The ids of a `prefix` (tokens,) are before every window. ValueError: no text or too short;
+    experts, for a quantizer that asks for the drift."""
     if spec.corpus is None:
         raise ValueError(f"WeightSpec.corpus must be a text to calibrate {spec.method} on; got None")
     is_drifting = registry.drifts(spec.method)
@@ -166,11 +166,12 @@ def layers(
         raise ValueError(f"the model must be without experts for {spec.method}: {why}")
     loading.check_tokens(loaded, spec.window)
     of: dict[str, Any] = {"blocks": spec.windows, "window": spec.window, "sample": spec.sample}
-    ids = corpus.sampled_blocks(spec.corpus, loaded.tokenizer, **of)
+    ids = before(corpus.sampled_blocks(spec.corpus, loaded.tokenizer, **of), prefix)
+    skip = 0 if prefix is None else len(prefix)
     name = spec.method.upper()
     log.info("%s to %d bits on %d x %d tokens of %s", name, spec.quantizer.bits, *ids.shape, spec.corpus.name)
-    chunks = ids.split(windows_at_once(spec.window, max(widths(loaded.layers, loaded.roles))))
-    hook = _Hook(rounding)
+    chunks = ids.split(windows_at_once(ids.shape[1], max(widths(loaded.layers, loaded.roles))))
+    hook = _Hook(rounding, skip)
     sites = {*hooks.sites_of(loaded, *hooks.LINEAR_INPUTS, "mlp_in"), *hook.rounded}
     with online(function=hook, sites=sites):
         walk = stream.Walk(loaded, chunks, name=name, writer=writer)

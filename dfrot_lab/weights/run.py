@@ -4,6 +4,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from functools import partial
 
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from dfrot_lab.disk.artefacts import Store, Writer
@@ -27,12 +28,13 @@ def nothing(_part: str, _done: int, _total: int) -> None:
 def quantize_weights(
     loaded: LoadedModel, spec: WeightSpec, key: Inputs, store: Store, *,
     r3: bool = False, r4: bool = True, blocks: surgery.Blocks = (None, None), on_part: OnPart = nothing,
-    rounding: Rounding | None = None,
+    rounding: Rounding | None = None, prefix: Tensor | None = None,
 ) -> Sequence[LayerCodes]:  # fmt: skip
     """Put quantized weights into every linear of `loaded` (rotated as wanted; `r3`, `r4`: which of the two
     acts online, in `blocks`) but lm_head and embedding; from the store, under `key` (`keys.weights`), or
     computed now. The codes, one mapping a layer, memory-mapped; none at 16 bits. `on_part` is told of each
-    layer once kept; with `rounding` what a quantizer is calibrated on is rounded."""
+    layer once kept; with `rounding` what a quantizer is calibrated on is rounded, with the ids of a `prefix`
+    (tokens,) they are before every window."""
     if spec.quantizer.bits == 16:
         return []
     is_calibrated = registry.load(registry.WEIGHTS, spec.method).CALIBRATED
@@ -42,7 +44,7 @@ def quantize_weights(
 
     def make(writer: Writer) -> None:
         writer.reserve(size)
-        calibrated = partial(calibrate.layers, loaded, spec, writer, online, rounding)
+        calibrated = partial(calibrate.layers, loaded, spec, writer, online, rounding, prefix)
         with closing(calibrated() if is_calibrated else _alone(loaded, spec, writer)) as numbers:
             for number in numbers:
                 on_part("layer", number + 1, len(loaded.layers))
