@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from dfrot_lab.cli.errors import line_of, one_line
 from dfrot_lab.recipe import grids, registry, specs
 from dfrot_lab.recipe.base import require, require_file, strict_json
 
@@ -45,7 +46,6 @@ GROUP = "Weights have a scale for so many inputs, which must divide all of the m
 ACTS = "What has one scale in activations: token, so many channels of one such as 64, or a site (static)."
 PREFIX = "Put before every window the tokens that massive values gather on, their keys and values in float."
 JSON = "Print JSON and nothing else on standard output."
-LONGEST = 500  # characters of an error that are shown
 MALLOC = ((-4, 0), (-1, -1), (-2, 1 << 26))
 """No mapping of its own for a large piece, no trimming, 64 MB at a time: M_MMAP_MAX and so on in malloc.h."""
 
@@ -256,25 +256,8 @@ class Group(typer.core.TyperGroup):
                 raise
             if log.isEnabledFor(logging.DEBUG):
                 raise
-            typer.echo(f"Error: {one_line(_line(error))}", err=True)
+            typer.echo(f"Error: {one_line(line_of(error))}", err=True)
             raise typer.Exit(1) from None
-
-
-def one_line(text: str) -> str:
-    """Text as one line: what cannot be printed as its escape, and the middle cut out of what is too long."""
-    half = LONGEST // 2
-    if len(text) > LONGEST:
-        text = f"{text[:half]} [... {len(text) - 2 * half:,} characters ...] {text[-half:]}"
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def _line(error: Exception) -> str:
-    """What went wrong, without a traceback: in our own words, else the kind of error with its own."""
-    said = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
-    if isinstance(error, ValueError | OSError | RuntimeError | KeyError) and " " in said:
-        return said
-    why = f"{type(error).__name__}: {' '.join(said.split())[:300] or 'no reason given'}"
-    return f"{why}. No rule forbids this, so it is a fault here: dfrot-lab --verbose COMMAND says where"
 
 
 app = typer.Typer(cls=Group, no_args_is_help=True, add_completion=False, rich_markup_mode=None,
