@@ -305,6 +305,8 @@ TOLD = {"quant_method": "compressed-tensors", "format": "pack-quantized", "confi
     [
         {"format": "nvfp4-pack-quantized"},
         {"kv_cache_scheme": {"num_bits": 8}},
+        {"config_groups": {"a": {"weights": GROUP["weights"] | {"dynamic": True}}}},
+        {"config_groups": {"a": {"weights": GROUP["weights"] | {"actorder": "group"}}}},
         {"config_groups": {"a": GROUP, "b": GROUP}},
         {"config_groups": {}},
         {"config_groups": [GROUP]},
@@ -339,6 +341,13 @@ def test_other_forms_are_refused_in_one_line(change):
         ({"a.weight_scale": torch.ones(3, 3)}, "a.weight_scale's shape must be"),
         ({"a.weight_scale": torch.ones(2, 1)}, "a.weight_scale's shape must be"),
         ({"a.weight_scale": torch.ones(3)}, "a.weight_scale's shape must be"),
+        ({"a.weight_scale": torch.ones(3, 2)}, "a.weight_scale's shape must be .3, 1., as its config says"),
+        ({"a.weight_shape": torch.tensor(3)}, "a.weight_shape must be what"),
+        ({"a.weight": torch.zeros(3, 16)}, "a.weight must be packed, or there as it is; got both"),
+        (
+            {"a.weight_packed": None, "a.weight": torch.zeros(0, 0, dtype=torch.int8)},
+            "a.weight_scale's shape must be",
+        ),
     ],
 )
 def test_codes_that_do_not_fit_are_refused(change, said):
@@ -347,6 +356,30 @@ def test_codes_that_do_not_fit_are_refused(change, said):
     assert torch.equal(packed.weights(whole, 4)["a.weight"], torch.full((3, 16), -8.0))
     with pytest.raises(ValueError, match=said):
         packed.weights({name: x for name, x in (whole | change).items() if x is not None}, 4)
+
+
+def test_int8_kernels_have_no_groups(tiny, store, tmp_path):
+    recipe = at(tiny, 8, 8)
+    weights = recipe.weights.with_(quantizer=GROUPS.with_(bits=8))
+    with pytest.raises(ValueError, match=r"--group-size must be None with 8-8-16, .*; got 32"):
+        compressed.export(recipe.with_(weights=weights), tmp_path / "made", store)
+    with pytest.raises(ValueError, match=r"load_export.folder must be a folder with config.json"):
+        dfrot_lab.load_export(tmp_path / "nowhere")
+
+
+def test_scales_are_of_as_many_inputs_as_the_config_says():
+    codes = torch.arange(-8, 8).repeat(3, 1).to(torch.int8)
+    whole = {"a.weight": codes, "a.weight_scale": torch.tensor([[1.0, 2], [3, 4], [5, 6]])}
+    wanted = codes * whole["a.weight_scale"].repeat_interleave(8, 1)
+    assert torch.equal(packed.weights(whole, 4, 8)["a.weight"], wanted)
+    for size in (4, 5, 16, None):
+        with pytest.raises(
+            ValueError, match=r"a.weight_scale's shape must be .* as its config says; got \(3, 2\)"
+        ):
+            packed.weights(whole, 4, size)
+    assert packed.group_of(TOLD) is None
+    by_eight = GROUP["weights"] | {"strategy": "group", "group_size": 8}
+    assert packed.group_of(TOLD | {"config_groups": {"a": {"weights": by_eight}}}) == 8
 
 
 def test_tensors_of_a_linear_may_lie_in_different_files(tiny, tmp_path, store):

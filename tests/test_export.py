@@ -200,9 +200,50 @@ def test_a_killed_export_leaves_no_folder_that_loads_and_the_next_clears_up(
     assert not (tmp_path / "made").exists() and (left / "model.safetensors").is_file()
     assert not (left / "config.json").exists(), "what nothing loads without is written last"
     past = time.time() - 2 * atomic.STALE
-    os.utime(left, (past, past))
+    for path in (left, *left.rglob("*")):
+        os.utime(path, (past, past))
     hf.export(tiny, tmp_path / "made", store)
     assert not left.exists() and (tmp_path / "made" / "README.md").is_file()
+
+
+def test_what_a_living_writer_or_another_name_has_begun_stays(tmp_path):
+    """However long ago: weights of a large model take hours before the first file is written."""
+    past = time.time() - 2 * atomic.STALE
+    with atomic.new_folder(tmp_path / "made.v2") as theirs, atomic.new_folder(tmp_path / "made") as mine:
+        gone = tmp_path / f".made.{1 << 22}.tmp"  # more than any pid of Linux
+        gone.mkdir()
+        for path in (theirs, mine, gone):
+            os.utime(path, (past, past))
+        atomic._clear(tmp_path / "made")
+        assert theirs.is_dir() and mine.is_dir() and not gone.exists()
+    assert (tmp_path / "made").is_dir() and (tmp_path / "made.v2").is_dir()
+
+
+def test_a_folder_that_cannot_be_replaced_is_refused_before_work(tmp_path, monkeypatch):
+    (tmp_path / "new").mkdir()
+    (tmp_path / "mine").touch()
+    rule = "--out must be a name that is free or an empty folder"
+    with pytest.raises(ValueError, match=rule), atomic.new_folder(tmp_path / "new/.."):
+        pytest.fail("work was begun")
+    monkeypatch.setattr(type(tmp_path), "is_mount", lambda path: path.name == "new")
+    with (
+        pytest.raises(ValueError, match=r"--out must be a name in .*new, which is a mount point"),
+        atomic.new_folder(tmp_path / "new"),
+    ):
+        pytest.fail("work was begun")
+
+
+def test_a_disk_that_fills_up_with_the_tokenizer_is_said(tiny, tmp_path, store, monkeypatch):
+    """tokenizers raises an error of its own, with no errno."""
+    loaded = loading.load_model(tiny.model, store)
+
+    def full(_folder):
+        raise Exception("No space left on device (os error 28)")
+
+    monkeypatch.setattr(type(loaded.tokenizer), "save_pretrained", lambda self, folder: full(folder))
+    with pytest.raises(OSError, match=r"cannot write .*No space left on device.*free some space"):
+        hf.export(tiny, tmp_path / "made", store)
+    assert not list(tmp_path.glob("*made*"))
 
 
 # ---- R1 alone, and the command
@@ -227,6 +268,11 @@ def test_r1_takes_no_other_file_s_place(tiny, tmp_path, store):
     with pytest.raises(ValueError, match=r"--out must be a file ending in \.safetensors; got .*notes\.txt"):
         r1.export(tiny, tmp_path / "notes.txt", store)
     assert (tmp_path / "notes.txt").read_text() == "mine"
+    weights = tmp_path / "original" / "model.safetensors"
+    before = weights.read_bytes()
+    with pytest.raises(ValueError, match=r"--out must be a name that is free; got .*model\.safetensors"):
+        r1.export(tiny, weights, store)
+    assert weights.read_bytes() == before
 
 
 def test_how_the_source_generates_is_taken_along(tiny, tmp_path, store):
@@ -337,6 +383,10 @@ def test_the_recipe_of_an_export_is_run_where_its_files_lie_now(tiny, tmp_path, 
     (moved / "t.txt").write_text("another text")
     with pytest.raises(ValueError, match=r"t.txt must be what .*@[0-9a-f]{12} names; got one with"):
         public.found(printed, places)
+    with pytest.raises(
+        ValueError, match=r"wikitext2 must be what .*@.* names; got no file or folder that is"
+    ):
+        public.found(printed, {"corpus": "wikitext2"})
     with pytest.raises(ValueError, match="--calibration must be left out: the recipe names no calibration"):
         public.found(printed, {"calibration": str(moved / "t.txt")})
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
 from gguf_writer import write_gguf
+from safetensors.torch import load_file, save_file
 from test_export import ask, spec_of
 from test_stream import TOKENS
 from torch import Tensor
@@ -243,6 +244,18 @@ def test_biases_that_llama_cpp_does_not_read_are_refused(tmp_path, text_file, st
 def test_the_card_counts_what_fell_back(tiny, tmp_path, store):
     card = (gguf.export(tiny, tmp_path / "made", store, kind="Q4_K") / "README.md").read_text()
     assert "Of its matrices 23 Q8_0: embedding and head have 8 bits at least" in card
+
+
+def test_a_weight_that_f16_cannot_hold_is_refused(tiny, tmp_path, store):
+    recipe = tiny.with_(rotation=tiny.rotation.with_(kind="NR"))
+    weights = load_file(tmp_path / "original" / "model.safetensors")
+    weights["model.embed_tokens.weight"][7] = 2e5
+    save_file(weights, tmp_path / "original" / "model.safetensors", {"format": "pt"})
+    rule = r"--kind must be F32 or BF16, where a weight is larger than 65,504, .*; got F16, and 200,000 in "
+    with pytest.raises(ValueError, match=rule):
+        gguf.export(recipe, tmp_path / "made", store)
+    assert not (tmp_path / "made").exists()
+    gguf.export(recipe, tmp_path / "made", store, kind="BF16")
 
 
 def test_a_kind_is_one_of_those_there_are(tiny, tmp_path, store, monkeypatch):

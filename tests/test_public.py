@@ -41,6 +41,16 @@ def test_names_and_hashes_in_place_of_paths(tmp_path: Path) -> None:
     assert (own.corpus, own.calibration) == ("wikitext2", said.corpus.name)
 
 
+@pytest.mark.parametrize("name", ["tiny", "./tiny", "here/../tiny", "."])
+def test_a_name_in_the_current_folder_is_a_place_too(name: str, tmp_path: Path, monkeypatch) -> None:
+    spec = save_tiny(tmp_path / "tiny")
+    (tmp_path / "here").mkdir()
+    (tmp_path / "wikitext2").write_text("not the text of that name")
+    monkeypatch.chdir(tmp_path / "tiny" if name == "." else tmp_path)
+    assert public(ModelSpec(source=name)).source == public(spec).source
+    assert public(CorpusSpec(name="wikitext2")).name == "wikitext2"
+
+
 @pytest.mark.parametrize("spec", [Recipe(), RefineSpec(), Setting(), ModelSpec(source="models/tiny")])
 def test_what_has_no_absolute_path_is_left_alone(spec) -> None:
     assert public(spec) == spec and public(spec).key == spec.key

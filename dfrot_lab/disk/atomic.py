@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import xxhash
 from filelock import FileLock, Timeout
 from platformdirs import user_cache_path
@@ -60,8 +61,11 @@ def new_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder beside `folder` that becomes it when the block ends, readable by whom that may be
     read, and goes if it fails, as does what a killed writer left. ValueError: the name is taken by more than
     an empty folder."""
+    folder = folder.resolve() if ".." in folder.parts else folder
     with told(folder):
         taken = folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
+    if folder.is_mount():  # nothing can be renamed to it
+        raise ValueError(f"--out must be a name in {folder}, which is a mount point; got {folder} itself")
     if taken or folder.is_symlink():
         raise ValueError(f"--out must be a name that is free or an empty folder; got {folder}")
     temp = _temporary(folder)
@@ -104,13 +108,21 @@ def _clear(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.exists()  # an OSError before any work, where a name is too long
     for left in path.parent.glob(f".{glob.escape(_stem(path))}.*.tmp"):
+        writer = left.name[len(_stem(path)) + 2 : -len(".tmp")]  # of `x` also .x.y.PID.tmp would fit
+        if not writer.isdecimal() or psutil.pid_exists(int(writer)):
+            continue
         with suppress(FileNotFoundError):  # it may be another writer's, done meanwhile
-            if time.time() - left.stat().st_mtime <= STALE:
+            if time.time() - _changed(left) <= STALE:
                 continue
             if left.is_dir() and not left.is_symlink():
                 shutil.rmtree(left, ignore_errors=True)
             else:
                 left.unlink()
+
+
+def _changed(path: Path) -> float:
+    """When a file, or anything in a folder, was last written: what another machine writes has no pid here."""
+    return max(each.stat().st_mtime for each in (path, *path.rglob("*")))
 
 
 @contextmanager

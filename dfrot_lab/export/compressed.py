@@ -37,6 +37,7 @@ GPU), and how each wants its weights."""
 BITS = ", ".join(f"{weights}-{activations}-16" for weights, activations in FORMATS)
 NO_KEEP_OUT = "None for compressed-tensors, whose kernels round every token"
 NO_CLIPS = "None for compressed-tensors, whose activations have no clip ratio a site"
+NO_GROUPS = "None with 8-8-16, whose kernel has a scale an output channel"
 PER_TOKEN = "per_token for compressed-tensors, as this export writes them"
 R4 = "R4"  # the name of its transform in a folder
 
@@ -61,6 +62,8 @@ def adapted(recipe: Recipe, with_r4: bool = False) -> Recipe:
     bits = recipe.weights.quantizer.bits, recipe.activations.bits
     fits = bits in FORMATS and min(recipe.keys.bits, recipe.values.bits) == 16
     require("--bits", recipe.bits, fits, f"one of {BITS} for compressed-tensors")
+    size = recipe.weights.quantizer.group_size
+    require("--group-size", size, size is None or bits != (8, 8), NO_GROUPS)
     require("Recipe.keep_out", recipe.keep_out, recipe.keep_out is None, NO_KEEP_OUT)
     require("Recipe.set_massive", recipe.set_massive, recipe.set_massive is None, NO_KEEP_OUT)
     shared = recipe.activations.granularity
@@ -173,7 +176,9 @@ def load_export(folder: Path | str) -> Any:
     from compressed_tensors.transform import TransformConfig, apply_transform_config
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    said = files.read_object(Path(folder) / "config.json").get("quantization_config") or {}
+    place = Path(folder)
+    require("load_export.folder", folder, files.is_model(place), "a folder with config.json and weights")
+    said = files.read_object(place / "config.json").get("quantization_config") or {}
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False, attn_implementation="eager")
     with quiet():  # that R4 is not expected
         model = AutoModelForCausalLM.from_pretrained(

@@ -64,7 +64,8 @@ def write(loaded: LoadedModel, folder: Path, held_as: As = lambda _, held: held,
     """The weights, a part's tensors `held_as` it says, the tokenizer, how the source generates; last the
     config, with `config` in it: without one nothing loads the folder."""
     _write_weights(loaded, folder, held_as)
-    loaded.tokenizer.save_pretrained(folder)
+    with atomic.told(folder):
+        loaded.tokenizer.save_pretrained(folder)
     source = loading.folder_of(loaded.spec) / GENERATION
     if source.is_file():
         atomic.write_text(folder / GENERATION, source.read_text(encoding="utf-8"))

@@ -6,6 +6,7 @@ all. A model that came out of a GGUF file takes all of its header along; of a fo
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from itertools import chain
 from pathlib import Path
 
@@ -31,6 +32,7 @@ KINDS = (*WIDE, "Q5_1", "Q5_0", "Q4_1", "Q4_0", "MXFP4")
 MORE = ("Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K", "IQ4_NL", "IQ4_XS", "NVFP4")  # by the package libgguf
 ENDS = ("token_embd.weight", "output.weight")
 END_KIND = "Q8_0"  # of the embedding and the head, where the other weights have fewer bits
+F16_MOST = float(np.finfo(np.float16).max)
 SPLIT_BYTES = 4_000_000_000  # after which another file is begun: some file systems hold no more
 Quantize = Callable[[np.ndarray, Kind], np.ndarray]
 
@@ -69,8 +71,9 @@ def _quantizer(kind: str) -> Quantize:
 def _plain_name(recipe: Recipe) -> str:
     """The model's name and its rotation's, as a file may be called."""
     source = recipe.model.source.removeprefix("hub:")
-    model = Path(source).stem if Path(source).suffix == ".gguf" else Path(source).name
-    return re.sub(r"[^\w.-]+", "-", f"{model}-{recipe.rotation.name}")
+    place = Path(source).resolve() if Path(source).exists() else Path(source)
+    model = place.stem if place.suffix == ".gguf" else place.name
+    return re.sub(r"[^\w.-]+", "-", f"{model}-{recipe.rotation.name}").lstrip("-.")  # no option of a command
 
 
 def _write(
@@ -93,7 +96,7 @@ def _write(
             writer.add_tensor_info(names[own], tuple(x.shape), np.dtype(np.float32), count, to)
             total += count
             counts.update([to.name] if x.ndim > 1 else [])
-    with atomic.told(file, total):
+    with atomic.told(file, total), closing(writer):
         atomic.require_room(file.parent, total)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -101,7 +104,6 @@ def _write(
         made = _values(loaded, header.arch, names, kind, quantize)  # one at a time
         for values in chain(header.tensors.values(), made):
             writer.write_tensor_data(values)
-        writer.close()
     return dict(counts.most_common())
 
 
@@ -139,6 +141,10 @@ def _values(
             for own, x in parameters_of(loaded.model, loaded.roles, part):
                 values = _arranged(loaded, arch, names[own], x.detach().cpu().float()).numpy()
                 to = _kind_of(names[own], values.shape, kind)
+                if to == Kind.F16:
+                    most = float(np.abs(values).max(initial=0))
+                    rule = f"F32 or BF16, where a weight is larger than {F16_MOST:,.0f}, the most of F16"
+                    require("--kind", f"{kind}, and {most:,.0f} in {own}", most <= F16_MOST, rule)
                 if to in (Kind.F32, Kind.F16):
                     yield values.astype(np.float32 if to == Kind.F32 else np.float16)
                 else:

@@ -12,8 +12,10 @@ from dfrot_lab.rotate import transforms
 
 
 def export(recipe: Recipe, path: Path, store: Store | None = None) -> Path:
-    """Write R1 of `recipe` to `path` (returned), for `--rotation FILE` and other programs. ValueError: NR."""
+    """Write R1 of `recipe` to `path` (returned), for `--rotation FILE` and other programs. ValueError: NR, a
+    name that is taken."""
     require("--out", path, path.suffix == ".safetensors", "a file ending in .safetensors")
+    require("--out", path, not path.exists() and not path.is_symlink(), "a name that is free")
     recipe, store = door.resolved(recipe).canonical(), store or Store()
     R = transforms.fit(recipe, transforms.Context(recipe, store)).R1
     if R is None:

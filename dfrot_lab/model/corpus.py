@@ -27,6 +27,7 @@ SPAN, GOLDEN = 1 << 19, (math.sqrt(5) - 1) / 2  # tokens that samples are taken 
 CHARACTERS, SPARE = 8, 64  # of a text read for each token wanted, at first; tokens read beyond those
 WIKITEXT2 = "wikitext2"
 SAMPLE = "wikipedia-sample"
+NAMED = (WIKITEXT2, SAMPLE)  # texts that are no file of one's own
 DATA_FOLDER = "DFROT_LAB_DATA"  # environment variable: a folder with wiki.*.raw, or its wikitext2 with them
 _HALVES = {"calibration": "valid", "evaluation": "test"}
 _WIKITEXT2_ROWS = {"train": 36718, "valid": 3760, "test": 4358}
@@ -48,7 +49,7 @@ def resolve(spec: CorpusSpec) -> CorpusSpec:
         name, where = (WIKITEXT2, "in") if here else (SAMPLE, "not in")
         log.info("Corpus auto is %s: WikiText-2's raw files are %s $%s", name, where, DATA_FOLDER)
         return spec.with_(name=name)
-    if spec.name not in (WIKITEXT2, SAMPLE) and not Path(spec.name).is_file():
+    if spec.name not in NAMED and not Path(spec.name).is_file():
         rule = f"auto, {WIKITEXT2}, {SAMPLE} or the path of a text file"
         raise ValueError(f"CorpusSpec.name must be {rule}; got {spec.name!r}, which is no file here")
     return spec

@@ -37,12 +37,19 @@ def bits_of(source: str, told: Any) -> int:
     said: dict[str, Any] = weights if isinstance(weights, dict) else {}
     fits = told.get("format") in FORMATS and not told.get("kv_cache_scheme")
     fits = fits and said.get("type") == "int" and said.get("symmetric") is True
+    fits = fits and not said.get("dynamic") and said.get("actorder") in (None, "weight", "static")
     bits = said.get("num_bits")
     if not (fits and type(bits) is int and 2 <= bits <= 8):
         rule = "one group of linears with symmetric integer weights of 2 to 8 bits"
         read = f"by {METHOD}, and what is read of it is {rule}"
         raise ValueError(f"{source} is already quantized, {read}: use the unquantized model")
     return bits
+
+
+def group_of(told: Any) -> int | None:
+    """Of how many inputs a scale is, as a config says that `bits_of` has taken; None: of a whole row."""
+    (group,) = told["config_groups"].values()
+    return group["weights"].get("group_size") if group["weights"].get("strategy") == "group" else None
 
 
 def groups(names: Iterable[str]) -> list[list[str]]:
@@ -58,9 +65,10 @@ def groups(names: Iterable[str]) -> list[list[str]]:
     return list(together.values())
 
 
-def weights(tensors: Mapping[str, Tensor], bits: int) -> dict[str, Tensor]:
-    """Each tensor by name, those of a linear's codes replaced by its weight (out, in) in its scale's dtype.
-    ValueError: codes without a scale, or of another shape than is said."""
+def weights(tensors: Mapping[str, Tensor], bits: int, size: int | None = None) -> dict[str, Tensor]:
+    """Each tensor by name, those of a linear's codes replaced by its weight (out, in) in its scale's dtype; a
+    scale is of `size` inputs, or a row's. ValueError: codes without a scale, or of another shape than is
+    said."""
     found = dict(tensors)
     scaled = {
         name.rpartition(".")[0]
@@ -77,9 +85,9 @@ def weights(tensors: Mapping[str, Tensor], bits: int) -> dict[str, Tensor]:
             "floats, beside codes",
         )
         codes = _codes(linear, found, bits)
-        groups = scale.shape[-1] if scale.ndim == 2 and len(scale) == len(codes) else 0
-        fits = groups and codes.shape[1] % groups == 0
-        require(f"{name}'s shape", tuple(scale.shape), fits, f"({len(codes)}, a number of groups)")
+        groups = codes.shape[1] // (size or codes.shape[1]) if codes.numel() else 0
+        fits = groups and codes.shape[1] % groups == 0 and scale.shape == (len(codes), groups)
+        require(f"{name}'s shape", tuple(scale.shape), fits, f"{(len(codes), groups)}, as its config says")
         spread = codes.to(scale.dtype).unflatten(1, (groups, -1)) * scale[..., None]
         found[f"{linear}.weight"] = spread.flatten(1)
     return found
@@ -95,10 +103,11 @@ def _codes(linear: str, found: dict[str, Tensor], bits: int) -> Tensor:
         require(f"{linear}.weight", "none" if plain is None else plain.dtype, is_codes, "int8, with a scale")
         assert plain is not None
         half = 1 << (bits - 1)
-        low, high = int(plain.min()), int(plain.max())
+        low, high = (int(plain.min()), int(plain.max())) if plain.numel() else (0, 0)
         require(f"{linear}.weight", f"{low} to {high}", -half <= low and high < half, f"of {bits} bits")
         return plain
-    shape = found.pop(f"{linear}.weight_shape", torch.empty(0)).tolist()
+    require(f"{linear}.weight", "both", plain is None, "packed, or there as it is")
+    shape = found.pop(f"{linear}.weight_shape", torch.empty(0)).flatten().tolist()
     wide = packed.ndim == 2 and packed.dtype == torch.int32 and len(shape) == 2 and shape[0] == len(packed)
     fits = wide and packed.shape[1] == -(-int(shape[1]) * bits // 32)
     require(f"{linear}.weight_shape", shape, fits, f"what {tuple(packed.shape)} int32 of {bits} bits hold")

@@ -12,10 +12,11 @@ from torch import Tensor
 from dfrot_lab.disk.artefacts import Store, Writer
 from dfrot_lab.disk.atomic import Changed
 from dfrot_lab.model import files, folder, packed
+from dfrot_lab.recipe.base import require
 
 KIND = "model"
 SHARD = 2 << 30  # bytes of weights after which another file is begun
-VERSION = 1  # of what is made of a folder: raise it when the same folder becomes something else
+VERSION = 2  # of what is made of a folder: raise it when the same folder becomes something else
 
 
 def told(place: Path) -> Any:
@@ -26,11 +27,12 @@ def told(place: Path) -> Any:
 def plain(place: Path, source: str, key: str, key_now: Callable[[], str], store: Store) -> tuple[Path, str]:
     """The quantized folder with this key, as a folder of weights in the store, and words that say what it
     is. ValueError: it is quantized in no form that is read. Changed: `key_now` is another one afterwards."""
-    bits = packed.bits_of(source, told(place))
+    said = told(place)
+    bits = packed.bits_of(source, said)
 
     def convert(writer: Writer) -> None:
         places = dict[str, str]()
-        for number, tensors in enumerate(_lots(place, bits), 1):
+        for number, tensors in enumerate(_lots(place, bits, packed.group_of(said)), 1):
             name = f"model-{number:05d}"
             writer.save_tensors(name, tensors)
             places |= dict.fromkeys(tensors, f"{name}.safetensors")
@@ -45,11 +47,11 @@ def plain(place: Path, source: str, key: str, key_now: Callable[[], str], store:
     return artefact.path, str(artefact.manifest["note"]["provenance"])
 
 
-def _lots(place: Path, bits: int) -> Iterator[dict[str, Tensor]]:
+def _lots(place: Path, bits: int, size: int | None) -> Iterator[dict[str, Tensor]]:
     """The tensors of a folder, codes made weights, as many together as SHARD holds."""
     lot, filled = dict[str, Tensor](), 0
     with files.explained(f"the weights in {place} are damaged or not this model's", files.AGAIN):
-        for name, x in _unpacked(place, bits):
+        for name, x in _unpacked(place, bits, size):
             if lot and filled + x.nbytes > SHARD:
                 yield lot
                 lot, filled = {}, 0
@@ -58,10 +60,15 @@ def _lots(place: Path, bits: int) -> Iterator[dict[str, Tensor]]:
     yield lot
 
 
-def _unpacked(place: Path, bits: int) -> Iterator[tuple[str, Tensor]]:
+def _unpacked(place: Path, bits: int, size: int | None) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a folder, those of one linear together, in whatever files they lie."""
     with ExitStack() as stack:
         opened = [stack.enter_context(safe_open(path, framework="pt")) for path in files.weights_of(place)]
-        where = {name: file for file in opened for name in file.keys()}  # noqa: SIM118 it is no dict
+        where = dict[str, Any]()
+        for file in opened:
+            for name in file.keys():  # noqa: SIM118 it is no dict
+                require(name, "again in another file", name not in where, "in one file")
+                where[name] = file
         for group in packed.groups(where):
-            yield from packed.weights({name: where[name].get_tensor(name) for name in group}, bits).items()
+            own = {name: where[name].get_tensor(name) for name in group}
+            yield from packed.weights(own, bits, size).items()

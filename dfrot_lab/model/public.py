@@ -7,9 +7,9 @@ from contextlib import suppress
 from pathlib import Path, PureWindowsPath
 from typing import Any, TypeVar
 
-from dfrot_lab.model import door
+from dfrot_lab.model import corpus, door
 from dfrot_lab.recipe.base import Spec, require
-from dfrot_lab.recipe.specs import CorpusSpec, ModelSpec, Recipe
+from dfrot_lab.recipe.specs import PACKAGED, CorpusSpec, ModelSpec, Recipe
 
 S = TypeVar("S", bound=Spec)
 PATHS = ("source", "path", "name", "corpus", "calibration")  # fields of specs that may hold a path
@@ -24,7 +24,7 @@ def public(spec: S) -> S:
     for field in PATHS:
         said = getattr(spec, field) if field in type(spec).model_fields else None
         if isinstance(said, str) and _is_place(said):
-            changed[field] = PureWindowsPath(said).name
+            changed[field] = _name(said)
             with suppress(OSError, ValueError):
                 changed[field] += f"@{_hash(spec, said)}"
     return spec.with_(**changed) if changed else spec
@@ -63,8 +63,10 @@ def _moved(spec: S, moved: Mapping[tuple[str, str], str]) -> S:
         if getattr(spec, field, None) == name:
             changed[field] = place
             signed = re.fullmatch(rf".*@([0-9a-f]{{{DIGITS}}})", name)
-            here = _hash(spec, place) if signed else ""
-            require(place, f"one with {here}", not signed or here == signed[1], f"what {name} names")
+            is_here = Path(place).expanduser().exists()
+            here = _hash(spec, place) if signed and is_here else ""
+            said = f"one with {here}" if is_here else "no file or folder that is here"
+            require(place, said, not signed or here == signed[1], f"what {name} names")
     return spec.with_(**changed) if changed else spec
 
 
@@ -80,5 +82,12 @@ def origin(provenance: str, spec: ModelSpec) -> str:
 
 
 def _is_place(said: str) -> bool:
+    """Whether a name is that of a file or folder: by its form, or because one is there and nothing else is
+    called so."""
     is_absolute = said.startswith("~") or Path(said).is_absolute() or PureWindowsPath(said).is_absolute()
-    return is_absolute or (len(Path(said).parts) > 1 and Path(said).exists())
+    return is_absolute or (said not in (*PACKAGED, "auto", *corpus.NAMED) and Path(said).exists())
+
+
+def _name(place: str) -> str:
+    """What a place is called in the folder that it is in."""
+    return PureWindowsPath(place).name or Path(place).resolve().name
