@@ -17,6 +17,7 @@ from test_stream import TOKENS, looking, recipe
 from torch import Tensor
 from transformers import DynamicCache
 
+from dfrot_lab.caches import run as caches
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.export import compressed, gguf, hf
 from dfrot_lab.model import checkpoint, corpus, door, hooks, loading, prefix as prefixes, stream, surgery
@@ -181,6 +182,23 @@ def test_keys_and_values_of_the_prefix_are_full_precisions_and_the_windows_own_a
             if spec.keys.bits < 16:
                 levels = [len(row.unique()) for row in x[:, :, tokens:].flatten(0, 2)]
                 assert max(levels) <= 16 and len(x[0, 0, 0].unique()) > 8
+
+
+@torch.no_grad()
+def test_a_cache_that_groups_over_tokens_groups_the_windows_own(lively, store):
+    """KIVI has one range of a channel for 8 tokens: none of them is the prefix's."""
+    kivi = QuantSpec(bits=2, scheme="free", granularity="per_group", group_size=8, method="kivi", residual=8)
+    spec = with_prefix(lively.with_(keys=kivi, values=kivi))
+    built = build.build(spec, store)
+    function, sites = build._rounding(built, spec, build._rounded_kinds(spec), None)
+    tokens = len(built.prefix.ids)
+    for site, kind in (("layers.1.k", "k"), ("layers.1.v", "v")):
+        x = torch.randn(2, 2, tokens + TOKENS, 16, generator=torch.Generator().manual_seed(0))
+        expected = caches.held(x[:, :, tokens:], kivi, kind)
+        assert site in sites and torch.equal(function(site, x)[:, :, tokens:], expected)
+        same = torch.equal(caches.held(x, kivi, kind)[:, :, tokens:], expected)
+        assert same == (kind == "v")  # which has groups of a token's channels
+    assert math.isfinite(perplexity.evaluate(spec, store).divergence)
 
 
 @torch.no_grad()

@@ -49,6 +49,7 @@ SPECS = (
 SYMMETRIC, ASYMMETRIC = QuantSpec(), QuantSpec(scheme="asymmetric")
 NOTHING = QuantSpec(bits=16)
 PER_HEAD = QuantSpec(granularity="per_group")
+KIVI_LIKE = QuantSpec(scheme="free", granularity="per_group", group_size=32, method="kivi", residual=128)
 STATIC = {"activations": QuantSpec(granularity="static"), "static": StaticSpec()}
 UNROTATED = RotationSpec(kind="NR")
 HEADS = {"granularity": "per_group"}
@@ -180,6 +181,7 @@ BAD = [
         "activations",
         "of clip_ratio 1 where static",
     ),
+    (Recipe, {"activations": KIVI_LIKE}, "activations", "of method None, the others being of the KV cache"),
     (Recipe, {"static": StaticSpec()}, "static", "the text for static activations, and None with any other"),
     (Recipe, STATIC | {"static": None}, "static", "the text for static activations"),
     *(

@@ -197,6 +197,7 @@ class Recipe(Spec):
         grid, is_static = self.activations, self.activations.granularity == "static"
         shared = is_static or grid.granularity == "per_token" or grid.group_size is not None
         self._require("activations", shared, "per_token, per_group with a group_size, or static")
+        self._require("activations", grid.method is None, "of method None, the others being of the KV cache")
         self._require("activations", not is_static or grid.clip_ratio == 1, "of clip_ratio 1 where static")
         rule = "the text for static activations, and None with any other"
         self._require("static", (self.static is not None) == is_static, rule)
