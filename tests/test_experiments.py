@@ -35,7 +35,6 @@ from dfrot_lab.model import corpus
 from dfrot_lab.model.public import public
 from dfrot_lab.observe import capture as capturing, errors, massive
 from dfrot_lab.observe.capture import capture
-from dfrot_lab.recipe import registry
 from dfrot_lab.recipe.grids import QuantSpec
 from dfrot_lab.recipe.keys import FORMULAS
 from dfrot_lab.recipe.specs import (
@@ -106,8 +105,6 @@ class Lab:
 
 def few_rows(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(experiments, "ROW_COUNTS", FEW_ROWS)
-    small = {"scheme": "free", "group_size": 8, "residual": 16}
-    patch.setitem(registry.CACHES, "kivi", registry.CACHES["kivi"]._replace(fields=small))
 
 
 def evaluated_rows(asked: list[list[Row]]) -> list[Row]:
@@ -159,7 +156,6 @@ def planned(monkeypatch: pytest.MonkeyPatch, store: Store):
 
     def rows_of(name: str, setting: Setting) -> list[list[Row]]:
         with monkeypatch.context() as patch:
-            few_rows(patch)
             found = seen_rows(patch, then=Enough)
             patch.setattr(dfrot, "refined", lambda *_: Refined(torch.eye(64), pd.DataFrame(), 60.0))
             patch.setattr(experiments, "_final_losses", lambda *_: [])

@@ -30,7 +30,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from dfrot_lab.cli.app import app
-from dfrot_lab.cli.options import _line
+from dfrot_lab.cli.errors import line_of
 from dfrot_lab.disk import atomic, downloads
 from dfrot_lab.disk.artefacts import MANIFEST, Store
 from dfrot_lab.model import checkpoint, files, folder, gguf_files, stream
@@ -802,7 +802,7 @@ def test_a_hostile_folder_is_one_line_on_the_command_line(what: str, bench: list
     ids=repr,
 )
 def test_any_error_is_a_line_that_can_be_read(error: Exception, said: str):
-    assert _line(error).startswith(said) and "\n" not in _line(error)
+    assert line_of(error).startswith(said) and "\n" not in line_of(error)
 
 
 FORGED = "a\nError: all fine\r\x1b[2K\u202eb"

@@ -80,12 +80,19 @@ def kv_caches(setting: Setting, _store: Store) -> Iterator[Row]:
     yield Row(full, {"cache": NONE, "option": NONE})
     for says, only in (("without R3", "R4"), ("R3", None)):  # rows that share a built model side by side
         for bits, name in product(setting.few(CACHE_BITS), names):
-            cache: dict[str, Any] = grids.cache_of(name, bits, seed=rh.seed)
+            cache: dict[str, Any] = grids.cache_of(name, bits, seed=rh.seed, **fitted(name, setting.window))
             own = setting.row(f"16-16-{bits}", rh, **cache, online=only)
             plain = own.with_(**grids.cache_of(grids.PER_TOKEN, bits))
             against = {"full precision": full} | ({} if own == plain else {"per token": plain})
             against |= {} if only else {"without R3": own.with_(online="R4")}
             yield Row(own, {"cache": name, "option": says}, against)
+
+
+def fitted(name: str, window: int) -> dict[str, int]:
+    """The fields of a KV quantizer that a window is too short for: a quarter of it, and no more, as float."""
+    usual = registry.CACHES[name].fields if name in registry.CACHES else {}
+    is_short = "residual" in usual and window < usual["residual"] + usual["group_size"]
+    return {"residual": window // 4, "group_size": min(usual["group_size"], window // 4)} if is_short else {}
 
 
 def static_activations(setting: Setting, _store: Store) -> Iterator[Row]:
