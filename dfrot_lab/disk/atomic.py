@@ -64,10 +64,10 @@ def new_folder(folder: Path) -> Iterator[Path]:
     folder = folder.resolve() if ".." in folder.parts else folder
     with told(folder):
         taken = folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
-    if folder.is_mount():  # nothing can be renamed to it
-        raise ValueError(f"--out must be a name in {folder}, which is a mount point; got {folder} itself")
     if taken or folder.is_symlink():
         raise ValueError(f"--out must be a name that is free or an empty folder; got {folder}")
+    if folder.is_mount():  # nothing can be renamed to it
+        raise ValueError(f"--out must be a name in {folder}, which is a mount point; got {folder} itself")
     temp = _temporary(folder)
     try:
         with told(folder):
