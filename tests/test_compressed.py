@@ -397,6 +397,11 @@ def test_tensors_of_a_linear_may_lie_in_different_files(tiny, tmp_path, store):
     loaded = loading.load_model(ModelSpec(source=str(folder)), Store(tmp_path / "other")).model
     for (name, one), other in zip(wanted.named_parameters(), loaded.parameters(), strict=True):
         assert torch.equal(one, other), name
+    save_file(rest | scales, folder / "b.safetensors", {"format": "pt"})
+    with pytest.raises(
+        ValueError, match=r"weight_scale in .*b.safetensors must be there once; got also in .*a.safet"
+    ):
+        loading.load_model(ModelSpec(source=str(folder)), Store(tmp_path / "other"))
 
 
 def test_a_copy_elsewhere_tells_no_place(tiny, tmp_path, store):

@@ -127,8 +127,7 @@ class Options:
         weights = spec.weights.with_(corpus=self.capture.corpus, window=self.window, quantizer=grid)
         clips, scales = (self.capture if asked else None for asked in (self.clips, self.scales))
         own = {"weights": weights, "clips": clips, "scales": scales, "online": self._online()}
-        before = specs.PrefixSpec(corpus=self.capture.corpus) if self.prefix else None
-        before = before and before.with_(window=min(self.window, before.window))
+        before = specs.prefix_on(self.capture.corpus, self.window) if self.prefix else None
         own |= self._acts(spec.activations) | self._cache(spec.keys.bits)
         return spec.with_(**own, prefix=before)
 

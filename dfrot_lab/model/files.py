@@ -116,10 +116,14 @@ def headers(folder: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
         for name, (kind, shape) in said.items():
             is_float = kind in FLOATS or name.endswith(HARMLESS)
             require(f"{name} in {path}", kind, is_float, f"of {', '.join(FLOATS)}")
-            before = found[name][0] if name in found else None
-            require(f"{name} in {path}", f"also in {before}", before is None, "there once")
+            require_once(name, path, found[name][0] if name in found else None)
             found[name] = path, shape
     return found
+
+
+def require_once(name: str, path: Path, before: Path | None) -> None:
+    """Refuse a tensor that is in a file `before` this one, too; ValueError."""
+    require(f"{name} in {path}", f"also in {before}", before is None, "there once")
 
 
 def weight_bytes(found: Mapping[str, tuple[Path, tuple[int, ...]]], dtype: str) -> int:

@@ -12,7 +12,6 @@ from torch import Tensor
 from dfrot_lab.disk.artefacts import Store, Writer
 from dfrot_lab.disk.atomic import Changed
 from dfrot_lab.model import files, folder, packed
-from dfrot_lab.recipe.base import require
 
 KIND = "model"
 SHARD = 2 << 30  # bytes of weights after which another file is begun
@@ -63,12 +62,12 @@ def _lots(place: Path, bits: int, size: int | None) -> Iterator[dict[str, Tensor
 def _unpacked(place: Path, bits: int, size: int | None) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a folder, those of one linear together, in whatever files they lie."""
     with ExitStack() as stack:
-        opened = [stack.enter_context(safe_open(path, framework="pt")) for path in files.weights_of(place)]
-        where = dict[str, Any]()
-        for file in opened:
+        where = dict[str, tuple[Path, Any]]()
+        for path in files.weights_of(place):
+            file = stack.enter_context(safe_open(path, framework="pt"))
             for name in file.keys():  # noqa: SIM118 it is no dict
-                require(name, "again in another file", name not in where, "in one file")
-                where[name] = file
+                files.require_once(name, path, where[name][0] if name in where else None)
+                where[name] = path, file
         for group in packed.groups(where):
-            own = {name: where[name].get_tensor(name) for name in group}
+            own = {name: where[name][1].get_tensor(name) for name in group}
             yield from packed.weights(own, bits, size).items()

@@ -20,9 +20,21 @@ def before(ids: Tensor, prefix: Tensor | None) -> Tensor:
     return ids if prefix is None else torch.cat([prefix.to(ids).expand(len(ids), -1), ids], 1)
 
 
-def after(x: Tensor, tokens: int) -> Tensor:
-    """Rows (windows, tokens, channels) without those of the first `tokens` of each window."""
-    return x[:, tokens:] if tokens else x
+def tokens(prefix: Tensor | None) -> int:
+    """How many tokens are before every window."""
+    return 0 if prefix is None else len(prefix)
+
+
+def require_no_experts(loaded: LoadedModel) -> None:
+    """Refuse a model in which a prefix's rows cannot be told from a window's; ValueError."""
+    if loaded.roles.experts:
+        why = "the tokens that an expert reads are not told apart"
+        raise ValueError(f"the model must be without experts for a prefix: {why}")
+
+
+def after(x: Tensor, skip: int) -> Tensor:
+    """Rows (windows, tokens, channels) without those of the first tokens of each window to `skip`."""
+    return x[:, skip:] if skip else x
 
 
 @dataclass(frozen=True)
@@ -60,9 +72,7 @@ def cached(loaded: LoadedModel) -> tuple[str, ...]:
 def keep(loaded: LoadedModel, ids: Tensor, *, r4: bool, blocks: tuple[int | None, int | None]) -> Prefix:
     """The keys and values of a prefix of `ids` (tokens,) in a model of which nothing is quantized, R4 acting
     or not. ValueError: experts, whose tokens are not told apart."""
-    if loaded.roles.experts:
-        why = "the tokens that an expert reads are not told apart"
-        raise ValueError(f"the model must be without experts for a prefix: {why}")
+    require_no_experts(loaded)
     found: dict[str, Tensor] = {}
 
     def note(site: str, x: Tensor) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dfrot_lab.model import hooks, stream
 from dfrot_lab.model.loading import LoadedModel
+from dfrot_lab.model.prefix import require_no_experts
 
 log = logging.getLogger(__name__)
 KIND = "prefix"
@@ -22,9 +23,7 @@ def find(loaded: LoadedModel, ids: Tensor, ratio: float) -> list[int]:
     """The ids of a model's prefix, from a text `ids` (windows, window), of which a token is an outlier above
     `ratio` times the median; where none is, that is said, and a prefix is what texts begin with alone.
     ValueError: experts."""
-    if loaded.roles.experts:
-        why = "the tokens that an expert reads are not told apart"
-        raise ValueError(f"the model must be without experts for a prefix: {why}")
+    require_no_experts(loaded)
     counts: dict[str, list[int]] = {}
     later: Counter[int] = Counter()
 

@@ -75,6 +75,12 @@ class PrefixSpec(Spec):
     reference: str = one_of("plain", ("plain", "prefix"))
 
 
+def prefix_on(corpus: CorpusSpec, window: int, reference: str = "plain") -> PrefixSpec:
+    """A prefix found on a text, in windows that are no longer than `window`."""
+    spec = PrefixSpec(corpus=corpus, reference=reference)
+    return spec.with_(window=min(window, spec.window))
+
+
 def calibration_of(corpus: str, own: str | None) -> CorpusSpec:
     """What to capture, refine and calibrate on: a text file of its `own`, whole, where it is not the scored
     `corpus` itself; else the half of a corpus that is not scored."""

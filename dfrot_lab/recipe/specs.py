@@ -28,6 +28,7 @@ from dfrot_lab.recipe.sources import (  # noqa: F401 all specs are found here
     PrefixSpec,
     StaticSpec,
     calibration_of,
+    prefix_on,
 )  # fmt: skip
 
 WINDOWS = 2  # scored in one build: more builds tell more than more windows (docs/measuring.md)

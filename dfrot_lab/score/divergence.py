@@ -16,7 +16,7 @@ from dfrot_lab.disk.artefacts import Artefact, Store, Writer
 from dfrot_lab.model import door, loading, stream, surgery
 from dfrot_lab.model.checkpoint import HEAD
 from dfrot_lab.model.loading import LoadedModel
-from dfrot_lab.model.prefix import before
+from dfrot_lab.model.prefix import before, tokens
 from dfrot_lab.model.stream import LOGIT_ROWS, LOSS_ROWS, Walk
 from dfrot_lab.recipe import keys
 from dfrot_lab.recipe.base import require
@@ -80,7 +80,7 @@ def walk(built: Built, ids: Sequence[Tensor], **how: Any) -> Walk:
 
 def skipped(built: Built) -> int:
     """How many tokens are before every window."""
-    return len(built.prefix.ids) if built.prefix else 0
+    return tokens(built.prefix.ids if built.prefix else None)
 
 
 @torch.inference_mode()

@@ -2,13 +2,14 @@
 the model itself; channel scales, of the model with R1; clips and static scales, of the rotated model. All but
 the first are found with the prefix before every window, and without its rows."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dfrot_lab.disk.artefacts import Store, Writer
+from dfrot_lab.disk.artefacts import Artefact, Store, Writer
 from dfrot_lab.disk.atomic import still
 from dfrot_lab.maths.quantizers import Fixed
 from dfrot_lab.model import corpus, door, loading, prefix as prefixes, scales, surgery
@@ -32,8 +33,7 @@ def prefix_of(recipe: Recipe, store: Store) -> Tensor | None:
         found = prefix.find(loaded, _windows(spec, loaded), spec.ratio)
         writer.save_json("prefix", {"ids": found, "texts": [loaded.tokenizer.decode([i]) for i in found]})
 
-    key = still(lambda: keys.prefix(recipe, door.prints))
-    ids = torch.tensor(store.get_or_make(prefix.KIND, key, make).json("prefix")["ids"])
+    ids = torch.tensor(_stored(prefix.KIND, keys.prefix, recipe, store, make).json("prefix")["ids"])
     longest = max(recipe.window, recipe.weights.window if recipe.weights.corpus else 0)
     loading.check_window(longest + len(ids), loading.words_of(recipe.model, store)[1])
     return ids
@@ -49,8 +49,7 @@ def scales_of(recipe: Recipe, loaded: LoadedModel, made: Transforms, store: Stor
         how: dict[str, Any] = {"r4": made.r4, "blocks": recipe.blocks, "skip": skip}
         writer.save_tensors("scales", scales.find(loaded, ids, recipe.activations, **how))
 
-    key = still(lambda: keys.scales(recipe, door.prints))
-    return store.get_or_make(scales.KIND, key, make).tensors("scales")
+    return _stored(scales.KIND, keys.scales, recipe, store, make).tensors("scales")
 
 
 def clips_of(recipe: Recipe, loaded: LoadedModel, made: Transforms, store: Store) -> dict[str, float]:
@@ -63,8 +62,7 @@ def clips_of(recipe: Recipe, loaded: LoadedModel, made: Transforms, store: Store
         online = partial(surgery.online, loaded, r4=made.r4, blocks=recipe.blocks)
         writer.save_json("clips", clips.find(loaded, ids, recipe.activations, online, skip))
 
-    key = still(lambda: keys.clips(recipe, door.prints))
-    found: dict[str, float] = store.get_or_make(clips.KIND, key, make).json("clips")
+    found: dict[str, float] = _stored(clips.KIND, keys.clips, recipe, store, make).json("clips")
     return found
 
 
@@ -78,15 +76,25 @@ def static_of(recipe: Recipe, loaded: LoadedModel, made: Transforms, store: Stor
         online = partial(surgery.online, loaded, r4=made.r4, blocks=recipe.blocks)
         writer.save_json("static", static.find(loaded, ids, recipe.activations, online, skip))
 
-    key = still(lambda: keys.static(recipe, door.prints))
-    found = store.get_or_make(static.KIND, key, make).json("static")
+    found = _stored(static.KIND, keys.static, recipe, store, make).json("static")
     return {site: Fixed(*both) for site, both in found.items()}
+
+
+def _stored(
+    kind: str,
+    key: Callable[..., dict[str, Any]],
+    recipe: Recipe,
+    store: Store,
+    make: Callable[[Writer], None],
+) -> Artefact:
+    """What is named by a `key` of keys.py, from the store or made now."""
+    return store.get_or_make(kind, still(lambda: key(recipe, door.prints)), make)
 
 
 def _before(recipe: Recipe, ids: Tensor, store: Store) -> tuple[Tensor, int]:
     """Windows with the recipe's prefix, if any, before each; its length."""
     own = prefix_of(recipe, store)
-    return prefixes.before(ids, own), 0 if own is None else len(own)
+    return prefixes.before(ids, own), prefixes.tokens(own)
 
 
 def _windows(text: StaticSpec | PrefixSpec, loaded: LoadedModel) -> Tensor:

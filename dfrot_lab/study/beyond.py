@@ -7,7 +7,7 @@ from typing import Any
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.model import shapes
 from dfrot_lab.recipe import grids, registry
-from dfrot_lab.recipe.specs import PrefixSpec, Recipe, StaticSpec
+from dfrot_lab.recipe.specs import Recipe, StaticSpec, prefix_on
 from dfrot_lab.study import main
 from dfrot_lab.study.main import Row
 from dfrot_lab.study.setting import Setting
@@ -147,5 +147,4 @@ def prefix(setting: Setting, _store: Store) -> Iterator[Row]:
 
 def with_prefix(setting: Setting, recipe: Recipe, reference: str) -> Recipe:
     """The recipe with a prefix found on the setting's calibration text."""
-    spec = PrefixSpec(corpus=setting.calibration_text, reference=reference)
-    return recipe.with_(prefix=spec.with_(window=min(setting.window, spec.window)))
+    return recipe.with_(prefix=prefix_on(setting.calibration_text, setting.window, reference=reference))

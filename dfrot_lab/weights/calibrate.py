@@ -19,7 +19,7 @@ from dfrot_lab.maths.quantizers import Quantized
 from dfrot_lab.model import corpus, hooks, loading, stream
 from dfrot_lab.model.experts import widths
 from dfrot_lab.model.loading import LoadedModel
-from dfrot_lab.model.prefix import after, before
+from dfrot_lab.model.prefix import after, before, tokens
 from dfrot_lab.recipe import registry
 from dfrot_lab.recipe.specs import WeightSpec
 from dfrot_lab.weights import codes
@@ -167,11 +167,10 @@ def layers(
     loading.check_tokens(loaded, spec.window)
     of: dict[str, Any] = {"blocks": spec.windows, "window": spec.window, "sample": spec.sample}
     ids = before(corpus.sampled_blocks(spec.corpus, loaded.tokenizer, **of), prefix)
-    skip = 0 if prefix is None else len(prefix)
     name = spec.method.upper()
     log.info("%s to %d bits on %d x %d tokens of %s", name, spec.quantizer.bits, *ids.shape, spec.corpus.name)
     chunks = ids.split(windows_at_once(ids.shape[1], max(widths(loaded.layers, loaded.roles))))
-    hook = _Hook(rounding, skip)
+    hook = _Hook(rounding, tokens(prefix))
     sites = {*hooks.sites_of(loaded, *hooks.LINEAR_INPUTS, "mlp_in"), *hook.rounded}
     with online(function=hook, sites=sites):
         walk = stream.Walk(loaded, chunks, name=name, writer=writer)
