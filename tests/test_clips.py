@@ -79,6 +79,16 @@ def test_the_built_model_has_them_and_they_are_kept(clipped, store):
 W16 = QuantSpec(bits=16, granularity="per_channel")
 
 
+@torch.no_grad()
+def by_both(built: build.Built, spec: Recipe, ids: Tensor) -> dict[bool, Tensor]:
+    """The logits of a quantized model in floats on rounded values (True), and by integer products (False)."""
+    logits = {}
+    for fake in (True, False):
+        with build.quantized(built, spec, fake=fake):
+            logits[fake] = built.loaded.model(ids).logits
+    return logits
+
+
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
 @torch.no_grad()
 def test_integer_products_are_clipped_as_rounded_values_are(family, tmp_path, text_file, store):
@@ -87,10 +97,7 @@ def test_integer_products_are_clipped_as_rounded_values_are(family, tmp_path, te
     spec = with_clips(recipe(made, text_file, "4-4-4", weights="rtn"))
     built = build.build(spec, store)
     ids = build.windows(spec, built.loaded)
-    logits = {}
-    for fake in (True, False):
-        with build.quantized(built, spec, fake=fake):
-            logits[fake] = built.loaded.model(ids).logits
+    logits = by_both(built, spec, ids)
     plain = replace(built, transforms=replace(built.transforms, clips={}))
     with build.quantized(plain, spec):
         without = built.loaded.model(ids).logits

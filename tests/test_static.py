@@ -9,7 +9,7 @@ import torch
 from conftest import LAYERS
 from hypothesis import given, settings, strategies as st
 from test_cli import invoke
-from test_clips import inputs
+from test_clips import by_both, inputs
 from test_evaluate import at, save_lively, spec_for
 from test_families import folder_of as family_folder
 from test_gptq import fresh
@@ -240,10 +240,7 @@ def test_integer_products_are_those_of_rounded_values(family, tmp_path, text_fil
     assert not build.is_integer(spec.with_(activations=spec.activations.with_(bits=8)))
     built = build.build(spec, store)
     ids = build.windows(spec, built.loaded)
-    logits = {}
-    for fake in (True, False):
-        with build.quantized(built, spec, fake=fake):
-            logits[fake] = built.loaded.model(ids).logits
+    logits = by_both(built, spec, ids)
     own = {site: Fixed(1.1 * fixed.scale, fixed.zero) for site, fixed in built.transforms.static.items()}
     other = replace(built, transforms=replace(built.transforms, static=own))
     with build.quantized(other, spec):
