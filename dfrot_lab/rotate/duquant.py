@@ -7,23 +7,20 @@ prefixes of the steps the one is kept after which the entries span the smallest 
 and channels as in its release. Steps see all massive rows and a sample of the others."""
 
 import logging
-import time
 from typing import ClassVar
 
 import scipy.linalg
 import torch
 from torch import Tensor
 
-from dfrot_lab.disk.artefacts import Store, Writer
+from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.maths import rotations
-from dfrot_lab.model import door
 from dfrot_lab.observe import massive
-from dfrot_lab.observe.capture import capture as captured
-from dfrot_lab.recipe import keys
+from dfrot_lab.observe.capture import Capture
 from dfrot_lab.recipe.base import MethodSpec, one_of, ruled
 from dfrot_lab.recipe.specs import DEFAULT_RULE, MASSIVE_RULES, CaptureSpec, Recipe, RotationSpec
 from dfrot_lab.rotate import offset
-from dfrot_lab.rotate.transforms import Context, Transforms
+from dfrot_lab.rotate.transforms import Context, Transforms, of_rows
 
 log = logging.getLogger(__name__)
 KIND = "duquant"
@@ -65,20 +62,15 @@ def fit(recipe: Recipe, context: Context) -> Transforms:
 def spread(spec: DuQuantSpec, store: Store | None = None) -> tuple[Tensor, float]:
     """R1 (channels, channels) float64 of `spec`, from the store or made now from the rows of its capture; the
     seconds that took."""
-    spec, store = door.resolved(spec), store or Store()
 
-    def make(writer: Writer) -> None:
-        recorded, started = captured(spec.capture, store), time.perf_counter()
+    def make(recorded: Capture) -> Tensor:
         massive.warn(recorded, spec.rule)
         places = offset.sample(massive.find(recorded, spec.rule).flatten(), offset.ROWS, spec.seed)
-        rows = recorded.all_rows(places).to(spec.capture.model.device)
+        rows = recorded.all_rows(places).to(recorded.spec.model.device)
         B = base(recorded.channels, spec.seed)
-        R = product(B, greedy(rows, B, spec.updates))
-        writer.save_tensors("R1", {"R1": rotations.check(R)})
-        writer.note.update(seconds=time.perf_counter() - started)
+        return product(B, greedy(rows, B, spec.updates))
 
-    made = store.get_or_make(KIND, lambda: keys.identity(spec, door.prints), make)
-    return made.tensors("R1")["R1"], float(made.manifest["note"]["seconds"])
+    return of_rows(KIND, spec, store or Store(), make)
 
 
 def base(channels: int, seed: int) -> Tensor:

@@ -3,20 +3,17 @@
 orthogonal matrix; here all are in 4 bits). Each channel then has the same second moment over those rows, or
 nearly, where no Hadamard matrix is known and a random orthogonal one stands for it."""
 
-import time
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from dfrot_lab.disk.artefacts import Store, Writer
+from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.maths import hadamard, rotations
-from dfrot_lab.model import door
-from dfrot_lab.observe.capture import Capture, capture as captured
-from dfrot_lab.recipe import keys
+from dfrot_lab.observe.capture import Capture
 from dfrot_lab.recipe.base import MethodSpec, ruled
 from dfrot_lab.recipe.specs import CaptureSpec, Recipe, RotationSpec
-from dfrot_lab.rotate.transforms import Context, Transforms
+from dfrot_lab.rotate.transforms import Context, Transforms, of_rows
 
 KIND = "klt"
 VERSION = 1
@@ -54,18 +51,14 @@ def fit(recipe: Recipe, context: Context) -> Transforms:
 def principal(spec: KltSpec, store: Store | None = None) -> tuple[Tensor, float]:
     """R1 (channels, channels) float64 of `spec`, from the store or made now from the rows of its capture; the
     seconds that took."""
-    spec, store = door.resolved(spec), store or Store()
 
-    def make(writer: Writer) -> None:
-        recorded, started = captured(spec.capture, store), time.perf_counter()
+    def make(recorded: Capture) -> Tensor:
         U = torch.linalg.eigh(second_moment(recorded)).eigenvectors.flip(1)
         kind = "RH" if hadamard.factors(len(U)) else "RO"  # blocks would mix large directions with large ones
         mixed = rotations.make(RotationSpec(kind=kind, seed=spec.seed), len(U))
-        writer.save_tensors("R1", {"R1": rotations.check(U @ mixed)})
-        writer.note.update(seconds=time.perf_counter() - started)
+        return U @ mixed
 
-    made = store.get_or_make(KIND, lambda: keys.identity(spec, door.prints), make)
-    return made.tensors("R1")["R1"], float(made.manifest["note"]["seconds"])
+    return of_rows(KIND, spec, store or Store(), make)
 
 
 def second_moment(recorded: Capture) -> Tensor:

@@ -1,5 +1,6 @@
 """What a rotation method (of `recipe.registry.METHODS`) makes, and what it may look at."""
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial, reduce
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dfrot_lab.disk.artefacts import Store, Writer
+from dfrot_lab.maths import rotations
 from dfrot_lab.maths.quantizers import Fixed
 from dfrot_lab.model import door, hooks, loading, stream, surgery
 from dfrot_lab.model.loading import LoadedModel
@@ -18,6 +20,20 @@ from dfrot_lab.recipe.specs import CaptureSpec, Recipe
 
 Squares = Callable[[Tensor], Tensor]
 Join = Callable[[list[Tensor]], Tensor]
+
+
+def of_rows(kind: str, spec: Any, store: Store, make: Callable[[Capture], Tensor]) -> tuple[Tensor, float]:
+    """R1 (channels, channels) float64 of a method's `spec`, from the store or what it is to `make` of the
+    rows of its capture; the seconds that took."""
+    spec = door.resolved(spec)
+
+    def write(writer: Writer) -> None:
+        recorded, started = capture(spec.capture, store), time.perf_counter()
+        writer.save_tensors("R1", {"R1": rotations.check(make(recorded))})
+        writer.note.update(seconds=time.perf_counter() - started)
+
+    made = store.get_or_make(kind, lambda: keys.identity(spec, door.prints), write)
+    return made.tensors("R1")["R1"], float(made.manifest["note"]["seconds"])
 
 
 @dataclass(frozen=True)
