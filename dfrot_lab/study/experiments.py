@@ -34,9 +34,10 @@ SWEEPS = (
     "gamma-sweep", "calibration", "clip-sweep", "intervene", "better-weights", "kv-caches", "leaderboard",
     "static-activations", "prefix",
 )  # fmt: skip
-BUILDS_OF = {"gain": 24, **dict.fromkeys(SWEEPS, 3)}
+LONG = ("main-table", "variants", "symmetric-or-not")  # many rows of GPTQ, or refinements that take long
+BUILDS_OF = {"gain": 26, **dict.fromkeys(LONG, 5), **dict.fromkeys(SWEEPS, 3)}
 """Builds of an experiment where it has not as many as the main job: the one that is to see least has most,
-sweeps, where a curve is what is looked at, fewer."""
+long ones as many as a comparison needs, sweeps, where a curve is what is looked at, fewer."""
 GAIN_WINDOWS = 5  # times the setting's: what a build of DFRot against RH varies by is mostly its windows
 OWN_RULE = (
     "main", "compare", "gain", "measuring", "offset", "free-options", "better-weights", "leaderboard",
