@@ -11,9 +11,9 @@ import torch
 from common import RUNS, Row, options, report, seconds
 from tqdm.auto import tqdm
 
-from dfrot_lab.cli.options import keep_freed_memory
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.model import corpus, loading, surgery
+from dfrot_lab.model.malloc import keep_freed_memory
 from dfrot_lab.recipe.specs import CorpusSpec, WeightSpec, recipe_of
 from dfrot_lab.score.build import build
 from dfrot_lab.study.cost import measure_machine

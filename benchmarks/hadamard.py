@@ -5,8 +5,8 @@
 import torch
 from common import Row, options, report, seconds
 
-from dfrot_lab.cli.options import keep_freed_memory
 from dfrot_lab.maths.hadamard import _stages, hadamard_matrix, hadamard_transform
+from dfrot_lab.model.malloc import keep_freed_memory
 from dfrot_lab.study.cost import measure_machine
 
 TOKENS = 2048

@@ -15,8 +15,8 @@ import torch
 from common import RUNS, Row, eager, options, peak_gb, report, seconds
 from tqdm.auto import tqdm
 
-from dfrot_lab.cli.options import keep_freed_memory
 from dfrot_lab.maths import rotations
+from dfrot_lab.model.malloc import keep_freed_memory
 from dfrot_lab.observe import massive
 from dfrot_lab.observe.capture import capture
 from dfrot_lab.recipe.specs import PAPER_RULE, CaptureSpec, CorpusSpec, RefineSpec

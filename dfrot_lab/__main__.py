@@ -2,4 +2,5 @@
 
 from dfrot_lab.cli.app import app
 
-app()
+if __name__ == "__main__":  # not in a worker's process, which reads this file anew
+    app()

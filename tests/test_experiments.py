@@ -878,8 +878,9 @@ def test_a_build_is_another_seed_sample_and_jitter_of_everything():
 def test_an_experiment_has_its_own_number_of_builds_where_none_is_chosen():
     setting = Setting()
     assert [
-        experiments.setting_of(name, setting).builds for name in ("gain", "gamma-sweep", "main-table")
-    ] == [24, 3, BUILDS]
+        experiments.setting_of(name, setting).builds
+        for name in ("gain", "gamma-sweep", "main-table", "offset")
+    ] == [26, 3, 5, BUILDS]
     assert experiments.setting_of("gain", setting.with_(builds=2)).builds == 2
     assert experiments.setting_of("main", setting) == setting.with_(builds=BUILDS)
     for name in EXPERIMENTS:

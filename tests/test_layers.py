@@ -225,9 +225,9 @@ def test_files_and_functions_are_short(name: str):
 
 def test_the_package_is_small():
     size = {name: len(file.read_text().splitlines()) for name, file in MODULES.items()}
-    assert sum(size.values()) <= 19_000, (
+    assert sum(size.values()) <= 19_500, (
         "builds, divergence, offsets; drift, clips, exports; then scales, rivals, formats, KV caches, static and "
-        "grouped activations, prefixes"
+        "grouped activations, prefixes; rows side by side"
     )
     assert sum(lines for name, lines in size.items() if name.startswith("explore")) <= 3_500
 

@@ -11,7 +11,7 @@ from dfrot_lab.cli import options
 COUNT_FAULTS = """
 import resource, sys
 import torch
-from dfrot_lab.cli.options import keep_freed_memory
+from dfrot_lab.model.malloc import keep_freed_memory
 if sys.argv[1] == "kept":
     assert keep_freed_memory()
 for _ in range(10):

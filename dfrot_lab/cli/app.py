@@ -10,18 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from dfrot_lab.cli import cache
-from dfrot_lab.cli.options import (
-    BITS,
-    RECIPE,
-    ROTATION,
-    SCORED,
-    SOURCES,
-    Options,
-    app,
-    command,
-    keep_freed_memory,
-    log,
-)
+from dfrot_lab.cli.options import BITS, MANY, RECIPE, ROTATION, SCORED, SOURCES, Options, app, command, log
+from dfrot_lab.model.malloc import keep_freed_memory
 from dfrot_lab.recipe import grids, specs
 from dfrot_lab.recipe.base import require_file
 
@@ -45,7 +35,7 @@ def _setup(verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log mo
     keep_freed_memory()
 
 
-@command("run", "model corpus calibration seed out as_json windows builds window gamma rule dtype")
+@command("run", f"{MANY} gamma rule")
 def run(
     said: Options, dry_run: Annotated[bool, typer.Option("--dry-run", help=DRY_RUN)] = False,
     yes: Annotated[bool, typer.Option("--yes", help=YES)] = False,
@@ -93,7 +83,7 @@ def _log_into(path: Path) -> None:
     log.addHandler(handler)
 
 
-@command("experiment", "model corpus calibration seed out as_json windows builds window dtype")
+@command("experiment", MANY)
 def experiment(
     said: Options, name: Annotated[str, typer.Argument(help="Which one; without it they are listed.")] = "",
     limit: Annotated[int, typer.Option(help="Items of each zero-shot task; 0 takes all.", min=0)] = 100,
@@ -117,7 +107,7 @@ def experiment(
     return said.show_table(table if said.as_json else table[shown], {"written": ", ".join(map(str, written))})
 
 
-@command("compare", "corpus calibration seed out as_json windows builds window gamma rule dtype")
+@command("compare", MANY.removeprefix("model ") + " gamma rule")
 def compare_command(said: Options, models: Annotated[str, typer.Option(help=MODELS)]) -> None:
     """Models side by side: massive tokens, errors, RO - RH, keep-out, what each kind of site costs.
 
@@ -135,7 +125,7 @@ def compare_command(said: Options, models: Annotated[str, typer.Option(help=MODE
     said.show({"written": written, "rows": row_files.rows(table)}, text)
 
 
-@command("figures", "model corpus seed out as_json windows builds dtype")
+@command("figures", "model corpus seed out as_json windows builds dtype workers scheduler")
 def figures(said: Options) -> None:
     """Rewrite the committed figures/ and data/results/: the main job's and every experiment's.
 

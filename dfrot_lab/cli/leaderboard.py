@@ -4,12 +4,12 @@ from typing import Annotated
 
 import typer
 
-from dfrot_lab.cli.options import Options, command
+from dfrot_lab.cli.options import MANY, Options, command
 
 GROUP = "One of the groups alone: fused R1, free extras, weights, no rotation; default: all."
 
 
-@command("leaderboard", "model corpus calibration seed out as_json windows builds window gamma rule dtype")
+@command("leaderboard", f"{MANY} gamma rule")
 def leaderboard_command(
     said: Options, group: Annotated[str, typer.Option(help=GROUP)] = "",
     quick: Annotated[bool, typer.Option("--quick", help="A few short windows, to see it work.")] = False,

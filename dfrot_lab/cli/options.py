@@ -1,12 +1,11 @@
 """What commands share: options and the specs they say, errors, output. Heavy imports wait until needed."""
 
-import ctypes
 import functools
 import inspect
 import logging
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,6 +29,8 @@ SCORED = (
     "online kv gamma rule dtype"
 )
 """The options of a command that takes one row: what a recipe needs, and where its result goes."""
+MANY = "model corpus calibration seed out as_json windows builds window dtype workers scheduler"
+"""The options of a command that computes tables of rows."""
 OUT = "Where the result goes; the ending says the format."
 SOURCES = f"{', '.join(specs.PACKAGED)}, a folder, a .gguf file, or hub:owner/name (the network)."
 CORPORA = "auto, wikitext2, wikipedia-sample, or a text file."
@@ -45,9 +46,9 @@ KV = "A quantizer of the KV cache listed by --help."
 GROUP = "Weights have a scale for so many inputs, which must divide all of the model's; default: a row's."
 ACTS = "What has one scale in activations: token, so many channels of one such as 64, or a site (static)."
 PREFIX = "Put before every window the tokens that massive values gather on, their keys and values in float."
+WORKERS = "Rows side by side, in so many processes that share the cores; 1: one after the other."
+SCHEDULER = "Address of a Dask scheduler whose workers compute the rows, such as tcp://host:8786."
 JSON = "Print JSON and nothing else on standard output."
-MALLOC = ((-4, 0), (-1, -1), (-2, 1 << 26))
-"""No mapping of its own for a large piece, no trimming, 64 MB at a time: M_MMAP_MAX and so on in malloc.h."""
 
 
 def _require_place(path: Path) -> None:
@@ -82,6 +83,8 @@ class Options:
     scales: Annotated[bool, typer.Option("--scales", help=SCALES)] = False
     online: Annotated[str, typer.Option(help=ONLINE)] = "both"
     kv: Annotated[str, typer.Option(help=KV)] = grids.PER_TOKEN
+    workers: Annotated[int, typer.Option(help=WORKERS, min=1)] = 1
+    scheduler: Annotated[str | None, typer.Option(help=SCHEDULER)] = None
 
     @property
     def model_spec(self) -> specs.ModelSpec:
@@ -170,6 +173,14 @@ class Options:
         if others := given - {"recipe", "out", "as_json", *beside, *places}:
             raise ValueError(f"--recipe says everything: put {', '.join(sorted(others))} into {path} instead")
         return public.found(specs.Recipe.from_yaml(path), {name: context.params[name] for name in places})
+
+    def side_by_side(self) -> AbstractContextManager[None]:
+        """The block in which rows are computed as --workers and --scheduler say."""
+        if self.workers == 1 and self.scheduler is None:
+            return nullcontext()
+        from dfrot_lab.score import sweep
+
+        return sweep.side_by_side(self.workers, self.scheduler)
 
     def file(self, default: str, *endings: str) -> Path:
         """--out, or `default`, to be written as one file of one of `endings`; ValueError, before any work."""
@@ -274,7 +285,9 @@ def command(
     def add(function: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(function)
         def run(**said: Any) -> None:
-            function(Options(**{field.name: said.pop(field.name) for field in taken}), **said)
+            options = Options(**{field.name: said.pop(field.name) for field in taken})
+            with options.side_by_side():
+                function(options, **said)
 
         own = list(inspect.signature(function).parameters.values())[1:]
         needed = sorted([*shared, *own], key=lambda each: each.default is not each.empty)
@@ -282,11 +295,3 @@ def command(
         return group.command(name)(run)
 
     return add
-
-
-def keep_freed_memory() -> bool:
-    """Have glibc's malloc keep what is freed for the rest of this process; False where that cannot be done.
-    Else every tensor above 32 MB is mapped anew and zeroed: a fifth of a batched forward pass on a CPU, half
-    of a large Hadamard transform. In return the process stays as large as its peak: a program decides."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform.startswith("linux") else None
-    return mallopt is not None and all([mallopt(*setting) for setting in MALLOC])

@@ -29,6 +29,7 @@ from dfrot_lab.recipe.specs import MASSIVE_RULES, PACKAGED, WINDOW, CorpusSpec, 
 from dfrot_lab.show import figures, gallery
 from dfrot_lab.show.theme import MASSIVE_COLOUR, ORDINARY_COLOUR, safe, visible
 from dfrot_lab.study import cost, main, paper
+from dfrot_lab.study.progress import Progress
 from dfrot_lab.study.setting import Setting, figure_site
 
 PACKAGES = ("dfrot-lab", "torch", "transformers", "numpy", "matplotlib", "plotly")
@@ -56,7 +57,7 @@ class Findings:
 def collect(setting: Setting, store: Store | None = None) -> Findings:
     """The main results of `setting` that are stored; of long work the capture alone, if it is missing."""
     store, setting = store or Store(), setting.resolved()
-    progress = cost.Progress([cost.preparation(setting, store)[0], 2, 2, 6])  # measured on 2 cores
+    progress = Progress([cost.preparation(setting, store)[0], 2, 2, 6])  # measured on 2 cores
     progress.begin("activations of the first calibration window")
     result = main.stored(setting, store)
     missing = [

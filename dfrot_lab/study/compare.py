@@ -21,6 +21,7 @@ from dfrot_lab.recipe.specs import MASSIVE_RULES, RELEASED_KEEP_OUT, Recipe
 from dfrot_lab.score import build, perplexity, rows as rows_of
 from dfrot_lab.study import cost, keepout, main
 from dfrot_lab.study.main import Row
+from dfrot_lab.study.progress import Progress
 from dfrot_lab.study.setting import Setting
 
 BITS = "16-4-16"  # nothing but activations is rounded
@@ -145,7 +146,7 @@ def site_losses(recipe: Recipe, store: Store) -> Artefact:
     recipe = door.resolved(recipe).canonical()
 
     def make(writer: Writer) -> None:
-        progress = cost.Progress([cost.scoring(recipe).seconds(cost.TWO_CORES)] * len(SITES))
+        progress = Progress([cost.scoring(recipe).seconds(cost.TWO_CORES)] * len(SITES))
         built = build.build(recipe, store)
         ids = build.windows(recipe, built.loaded)
         for kind in SITES:

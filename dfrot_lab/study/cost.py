@@ -1,9 +1,7 @@
 """What work costs: a stage's operations (2 m k n for (m, k) @ (k, n)) and bytes moved (of float32 tensors, a
 pass is one read or one write), counted from the model's shape, over a machine's rates. Disk is left out."""
 
-import logging
 import statistics
-import time
 import timeit
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, field, replace
@@ -23,8 +21,6 @@ from dfrot_lab.rotate.steps import CHECK_EVERY
 from dfrot_lab.score import build, perplexity
 from dfrot_lab.study.setting import Setting
 from dfrot_lab.weights.calibrate import windows_at_once
-
-log = logging.getLogger(__name__)
 
 LOAD, CAPTURE, REFINE, GPTQ = "load and rotate", "capture", "refine", "GPTQ"
 FLOAT, INTEGER, TOTAL = "evaluate, 16-bit weights", "evaluate, integer", "total"
@@ -266,22 +262,3 @@ def duration(seconds: float) -> str:
     if seconds < 90 * 60:
         return f"{max(seconds, 1):.2g} s" if seconds < 90 else f"{seconds / 60:.0f} min"
     return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:,.1f} days"
-
-
-class Progress:
-    """Logs what is done and how long the rest will take; `costs` are its steps' nominal seconds."""
-
-    def __init__(self, costs: Sequence[float] = ()) -> None:
-        self.costs, self.begun, self.at = list(costs), 0, time.perf_counter()
-        self.nominal, self.spent = 1.0, 1.0
-
-    def begin(self, what: str) -> None:
-        """Announce the next step; the pace comes from steps that really ran, not from those the store had."""
-        now = time.perf_counter()
-        cost, took = (self.costs[self.begun - 1], now - self.at) if self.begun else (0.0, 0.0)
-        if took > 0.1 * cost:
-            self.nominal, self.spent = self.nominal + cost, self.spent + took
-        left = sum(self.costs[self.begun :]) * self.spent / self.nominal
-        self.begun, self.at = self.begun + 1, now
-        rest = f"about {duration(left)} left" if left > 1 else "stored"
-        log.info("[%2d/%d] %s; %s", self.begun, len(self.costs), what, rest)

@@ -16,8 +16,9 @@ from dfrot_lab.observe import capture as captures, errors, massive, residual
 from dfrot_lab.recipe.specs import RELEASED_KEEP_OUT, Recipe
 from dfrot_lab.rotate import dfrot
 from dfrot_lab.rotate.steps import Refined
-from dfrot_lab.score import build, perplexity, rows as score_rows
+from dfrot_lab.score import build, perplexity, rows as score_rows, sweep
 from dfrot_lab.study import cost, needs
+from dfrot_lab.study.progress import Progress
 from dfrot_lab.study.setting import FIGURE_LAYER, Setting
 
 log = logging.getLogger(__name__)
@@ -70,7 +71,7 @@ def recipes(asked: Sequence[Sequence[Row]]) -> list[Recipe]:
 def evaluated(asks: Asks, setting: Setting, store: Store) -> Evaluated:
     """Evaluate the rows that `asks` has for each build of a setting: their table (`table_of`), evaluations.
     What is stored is reused. ValueError: a text that is too short, before any work."""
-    return _evaluated(_checked(asks, setting, store), store, cost.Progress())
+    return _evaluated(_checked(asks, setting, store), store, Progress())
 
 
 def _checked(asks: Asks, setting: Setting, store: Store) -> list[list[Row]]:
@@ -82,17 +83,27 @@ def _checked(asks: Asks, setting: Setting, store: Store) -> list[list[Row]]:
     return asked
 
 
-def _evaluated(asked: Sequence[Sequence[Row]], store: Store, progress: cost.Progress) -> Evaluated:
+def _evaluated(asked: Sequence[Sequence[Row]], store: Store, progress: Progress) -> Evaluated:
     specs = recipes(asked)
+    before = len(progress.costs)
     progress.costs += cost.seconds(specs, store)
-    names = map(row_name, specs)
+    names = [row_name(spec) for spec in specs]
+    if sweep.is_on():
 
-    def announce(_done: perplexity.EvalResult | None = None) -> None:
-        if name := next(names, None):
-            progress.begin(name)
+        def finish(place: int, ran: bool) -> None:
+            progress.finish(before + place, names[place], ran)
 
-    announce()
-    found = dict(zip(specs, perplexity.evaluate_all(specs, store, on_result=announce), strict=True))
+        done = sweep.evaluate_all(specs, store, finish)
+    else:
+        left = iter(names)
+
+        def announce(_done: perplexity.EvalResult | None = None) -> None:
+            if name := next(left, None):
+                progress.begin(name)
+
+        announce()
+        done = perplexity.evaluate_all(specs, store, on_result=announce)
+    found = dict(zip(specs, done, strict=True))
     return table_of(asked, found), found
 
 
@@ -145,12 +156,10 @@ class MainResult:
         return errors.wide(errors.token_errors(self.capture, self.matrices, by, sites=sites, rule=rule))
 
 
-def prepared(
-    setting: Setting, store: Store | None = None, progress: cost.Progress | None = None
-) -> MainResult:
+def prepared(setting: Setting, store: Store | None = None, progress: Progress | None = None) -> MainResult:
     """The first build's capture and refinement, and no row."""
     store, setting = store or Store(), setting.resolved().of_builds()
-    progress = progress or cost.Progress(cost.preparation(setting, store))
+    progress = progress or Progress(cost.preparation(setting, store))
     progress.begin("capturing activations")
     recorded = captures.capture(setting.capture, store)
     progress.begin(f"refining R1 with gamma {setting.gamma:g}")
@@ -168,7 +177,7 @@ def run(
     log.info("model %s, corpus %s, device %s", said.model.source, said.corpus, said.model.device)
     log.info("%s", needs.hadamards(shapes.shape(setting.model)))
     asked = _checked(asks, setting, store)
-    progress = cost.Progress(cost.preparation(setting, store))
+    progress = Progress(cost.preparation(setting, store))
     ready = prepared(setting, store, progress)
     if on_ready:
         on_ready(ready)
