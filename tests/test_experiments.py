@@ -54,6 +54,7 @@ from dfrot_lab.show.experiment_figures import ORDER_COLOURS, ORDER_MARKERS
 from dfrot_lab.study import cost, experiments, keepout, main
 from dfrot_lab.study.experiments import CALIBRATED, CHOSEN, EXPERIMENTS, WHOLE
 from dfrot_lab.study.main import Row
+from dfrot_lab.study.progress import Progress
 from dfrot_lab.study.setting import BUILDS, PROFILE, Setting
 from dfrot_lab.weights import run as weighing
 
@@ -726,7 +727,7 @@ def test_a_run_stopped_again_and_again_ends_with_the_same_table(lab, name, stop,
 @pytest.mark.parametrize("at", [1, 9])
 def test_a_run_stopped_between_two_rows_goes_on_at_the_next(lab, at, tmp_path, monkeypatch):
     """Where progress is said: the rows before are stored, and none after."""
-    begin, begun = cost.Progress.begin, []
+    begin, begun = Progress.begin, []
 
     def stop_there(self, what):
         if len(begun) == at:
@@ -736,7 +737,7 @@ def test_a_run_stopped_between_two_rows_goes_on_at_the_next(lab, at, tmp_path, m
 
     store = sharing(lab.store, tmp_path / "store", "capture", "refine")
     with monkeypatch.context() as patch:
-        patch.setattr(cost.Progress, "begin", stop_there)
+        patch.setattr(Progress, "begin", stop_there)
         with pytest.raises(KeyboardInterrupt):
             experiments.run("main-table", lab.setting, store)
     rows = lab.distinct("main-table")

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from dfrot_lab.cli import options
+from dfrot_lab.model import malloc
 
 COUNT_FAULTS = """
 import resource, sys
@@ -37,8 +37,8 @@ def test_pages_are_fetched_once_and_not_for_every_tensor():
 
 
 def test_elsewhere_nothing_happens(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(options.sys, "platform", "win32")
-    assert options.keep_freed_memory() is False
-    monkeypatch.setattr(options.sys, "platform", "linux")
-    monkeypatch.setattr(options.ctypes, "CDLL", lambda _: object())
-    assert options.keep_freed_memory() is False
+    monkeypatch.setattr(malloc.sys, "platform", "win32")
+    assert malloc.keep_freed_memory() is False
+    monkeypatch.setattr(malloc.sys, "platform", "linux")
+    monkeypatch.setattr(malloc.ctypes, "CDLL", lambda _: object())
+    assert malloc.keep_freed_memory() is False
