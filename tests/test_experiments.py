@@ -51,7 +51,7 @@ from dfrot_lab.rotate.steps import Refined
 from dfrot_lab.score import build as building, perplexity
 from dfrot_lab.show import figures, gallery
 from dfrot_lab.show.experiment_figures import ORDER_COLOURS, ORDER_MARKERS
-from dfrot_lab.study import cost, experiments, keepout, main
+from dfrot_lab.study import experiments, keepout, main
 from dfrot_lab.study.experiments import CALIBRATED, CHOSEN, EXPERIMENTS, WHOLE
 from dfrot_lab.study.main import Row
 from dfrot_lab.study.progress import Progress
