@@ -360,8 +360,8 @@ def test_the_share_is_of_the_builds_own_rows(lab, monkeypatch):
     monkeypatch.setattr(keepout, "closed_share", lambda *four: seen.append(four) or [])
     found = experiments.run("keep-out", lab.setting, lab.store)
     pd.testing.assert_frame_equal(found, table[table["metric"] != tables.SHARE], rtol=1e-6)
-    assert len(seen) == 3
-    for four, bits in zip(seen, ("16-4-16", "4-4-4", "4-8-16"), strict=True):
+    assert len(seen) == 4
+    for four, bits in zip(seen, ("16-4-16", "4-4-4", "4-4-16", "4-8-16"), strict=True):
         kinds = [[(r.spec.rotation.name, r.spec.keep_out) for r in builds] for builds in four]
         rule = "nr_error_9.5"
         assert kinds == [[(kind, kept)] * 2 for kind in ("RO", "RH") for kept in (None, rule)]
@@ -377,7 +377,7 @@ def test_keep_out_has_every_build_at_every_setting(lab):
     table = lab.table("keep-out")
     levels = table[(table["metric"] == tables.PERPLEXITY) & (table["rotation"] != "NR")]
     found = {(r["rotation"], r["bits"], r["keep_out"], r["builds"]) for r in levels.to_dict("records")}
-    bits = ("16-4-16", "4-4-4", "4-8-16")
+    bits = ("16-4-16", "4-4-4", "4-4-16", "4-8-16")
     assert found == set(itertools.product(("RO", "RH"), bits, (True, False), (2,)))
     unrotated = table[(table["metric"] == tables.PERPLEXITY) & (table["rotation"] == "NR")]
     assert dict(zip(unrotated["bits"], unrotated["builds"], strict=True)) == {

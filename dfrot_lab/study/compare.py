@@ -70,7 +70,7 @@ def _findings(setting: Setting, store: Store) -> pd.DataFrame:
     result = main.run(setting, store, rows)
     shares = list[dict[str, Any]]()
     for kept in KEPT:
-        shares += keepout.share_of(result.found, setting, BITS, **kept)
+        shares += keepout.share_of(result.found, setting, BITS, "rtn", **kept)
     results = _placed(tables.whole(pd.concat([result.table, pd.DataFrame(shares)], ignore_index=True)))
     about = {**main.named(setting), "device": setting.model.device}
     seen = [*_massive(result.capture), *_errors(result), *_costs(result, store)]

@@ -34,7 +34,12 @@ SWEEPS = (
     "gamma-sweep", "calibration", "clip-sweep", "intervene", "better-weights", "kv-caches", "leaderboard",
     "static-activations", "prefix",
 )  # fmt: skip
-LONG = ("main-table", "variants", "symmetric-or-not")  # many rows of GPTQ, or refinements that take long
+LONG = (
+    "keep-out",
+    "main-table",
+    "variants",
+    "symmetric-or-not",
+)  # many rows of GPTQ, or refinements that take long
 BUILDS_OF = {"gain": 26, **dict.fromkeys(LONG, 5), **dict.fromkeys(SWEEPS, 3)}
 """Builds of an experiment where it has not as many as the main job: the one that is to see least has most,
 long ones as many as a comparison needs, sweeps, where a curve is what is looked at, fewer."""

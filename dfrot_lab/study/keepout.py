@@ -21,29 +21,29 @@ KEPT = (1, 4, 16, 64)  # tokens of a window
 
 def keep_out(setting: Setting, store: Store) -> pd.DataFrame:
     """Table 1: RO and RH with massive tokens quantized or kept out; the share of RO - RH that this closes."""
-    settings = ("16-4-16", "4-4-4", "4-8-16")
+    settings = ("16-4-16", "4-4-4", "4-4-16", "4-8-16")
 
     def asks(own: Setting) -> Iterator[Row]:
         yield Row(own.row("16-16-16", own.rotation("NR")))
         for bits, kind in product(settings, ("RH", "RO")):
-            plain, rh = (own.row(bits, own.rotation(each), weights="rtn") for each in (kind, "RH"))
+            plain, rh = (own.row(bits, own.rotation(each)) for each in (kind, "RH"))
             yield Row(plain, against={"RH": rh} if kind == "RO" else {})
             yield Row(plain.with_(keep_out=specs.RELEASED_KEEP_OUT), against={kind: plain})
         for bits in settings:
-            yield Row(own.row(bits, own.rotation("NR"), weights="rtn"), once=True)
+            yield Row(own.row(bits, own.rotation("NR")), once=True)
 
     table, found = evaluated(asks, setting, store)
     shares = list[dict[str, Any]]()
     for bits in settings:
-        shares += share_of(found, setting, bits, keep_out=specs.RELEASED_KEEP_OUT)
+        shares += share_of(found, setting, bits, setting.weights, keep_out=specs.RELEASED_KEEP_OUT)
     return whole(pd.concat([table, pd.DataFrame(shares)], ignore_index=True))
 
 
-def share_of(found: Found, setting: Setting, bits: str, **kept: Any) -> list[dict[str, Any]]:
-    """`closed_share` of the builds' evaluations at some bits, weights to nearest; `kept` are the fields of
+def share_of(found: Found, setting: Setting, bits: str, weights: str, **kept: Any) -> list[dict[str, Any]]:
+    """`closed_share` of the builds' evaluations at some bits, by a weight quantizer; `kept` are the fields of
     recipes that keep tokens out."""
     ro, ro_kept, rh, rh_kept = (
-        [found[own.row(bits, own.rotation(kind), weights="rtn").with_(**fields)] for own in setting.each()]
+        [found[own.row(bits, own.rotation(kind), weights=weights).with_(**fields)] for own in setting.each()]
         for kind, fields in product(("RO", "RH"), ({}, kept))
     )
     return closed_share(ro, ro_kept, rh, rh_kept)

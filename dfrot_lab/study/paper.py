@@ -22,7 +22,6 @@ RIVALS = "copied by the authors from another paper: the rivals are not run here 
 NOT_YET = "not measured yet: run the experiment"
 ABSENT = {  # metrics, methods and tables that have none of our numbers beside them, and why
     "mmlu": "MMLU's questions are not among the local tasks: `lm_eval` with the hub runs them",
-    "T1": "with weights by GPTQ; here they are rounded to nearest, or not at all: see keep-out",
     "acc_average9": NINE, "c4_ppl": "C4 is not here", "SpinQuant": RIVALS, "OSTQuant": RIVALS,
 }  # fmt: skip
 AS_PRINTED: dict[str, Any] = {"columns": "model", "values": "printed", "aggfunc": "first", "sort": False}
