@@ -34,7 +34,7 @@ SWEEPS = (
     "gamma-sweep", "calibration", "clip-sweep", "intervene", "better-weights", "kv-caches", "leaderboard",
     "static-activations", "prefix",
 )  # fmt: skip
-LONG = (
+LONG = ("keep-out", "main-table", "variants", "symmetric-or-not")  # of GPTQ, or of long refinements
     "keep-out",
     "main-table",
     "variants",
