@@ -35,11 +35,6 @@ SWEEPS = (
     "static-activations", "prefix",
 )  # fmt: skip
 LONG = ("keep-out", "main-table", "variants", "symmetric-or-not")  # of GPTQ, or of long refinements
-    "keep-out",
-    "main-table",
-    "variants",
-    "symmetric-or-not",
-)  # many rows of GPTQ, or refinements that take long
 BUILDS_OF = {"gain": 26, **dict.fromkeys(LONG, 5), **dict.fromkeys(SWEEPS, 3)}
 """Builds of an experiment where it has not as many as the main job: the one that is to see least has most,
 long ones as many as a comparison needs, sweeps, where a curve is what is looked at, fewer."""
