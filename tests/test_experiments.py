@@ -61,7 +61,7 @@ from dfrot_lab.weights import run as weighing
 EVALUATING = (
     "main", "gamma-sweep", "keep-out", "main-table", "calibration", "clip-sweep", "symmetric-or-not",
     "variants", "massive-activations", "intervene", "gain", "offset",
-    "free-options", "better-weights", "kv-caches", "static-activations", "prefix",
+    "free-options", "better-weights", "kv-caches", "static-activations", "prefix", "block-floats",
 )  # fmt: skip
 LOOKING = ("token-errors-3d", "token-errors-2d", "token-orders", "massive-token", "massive-magnitudes")
 ELSEWHERE = ("zero-shot", "measuring", "leaderboard")

@@ -218,6 +218,7 @@ OWN = {
     "kv-caches": ("cache", "option"),
     "static-activations": ("acts",),
     "prefix": ("acts", "prefix"),
+    "block-floats": ("format",),
     "leaderboard": ("group", "option", "seconds", "needs", *leaderboard.COLUMNS),
     "main-table": ("extra_minutes",),
     "calibration": ("varied", "level"),

@@ -420,4 +420,4 @@ def test_the_command_line_says_them(acts, found):
 @pytest.mark.parametrize("acts", ["0", "-64", "channel", "6.4", "", "٣"])
 def test_what_is_no_way_to_share_a_scale_is_refused(acts):
     said = invoke("recipe", "RH", "16-4-16", f"--acts={acts}", code=1)
-    assert said.stderr.startswith("Error: --acts must be token, static, or so many channels of a token")
+    assert said.stderr.startswith("Error: --acts must be token, static, mxfp4, nvfp4, or so many channels")

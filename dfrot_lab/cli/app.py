@@ -16,7 +16,7 @@ from dfrot_lab.recipe import grids, specs
 from dfrot_lab.recipe.base import require_file
 
 MODELS = f"Two or more, with commas between, each: {SOURCES}"
-SCHEME = f"The quantizer's range: {', '.join(grids.SCHEMES)}."
+SCHEME = f"The quantizer's range, or float format: {', '.join((*grids.SCHEMES, *grids.BLOCK_FLOATS))}."
 VARIANT = f"{', '.join(specs.REFINE_VARIANTS)}."
 YES = "Go on where the estimate says that memory or disk will not do."
 DRY_RUN = "Only say what it would take; --model may also be llama-2-7b or llama-3-70b."
@@ -192,7 +192,7 @@ def errors_command(
     from dfrot_lab.observe import capture, errors
 
     said.require_table()
-    quantizer, recorded = grids.QuantSpec(bits=bits, scheme=scheme), capture.capture(said.capture)
+    quantizer, recorded = grids.of_scheme(scheme, bits), capture.capture(said.capture)
     rotations = errors.default_rotations(recorded.channels, said.seed)
     table = errors.token_errors(recorded, rotations, [quantizer], rule=said.rule)
     said.show_table(errors.summary(table), {"rows": len(table), "out": said.out}, table)

@@ -44,7 +44,7 @@ SCALES = "Fold channel scales into the weights, those of least error on the cali
 ONLINE = "Which online Hadamards act: both (R3 and R4), R3, R4 or none, as where nothing runs beside weights."
 KV = "A quantizer of the KV cache listed by --help."
 GROUP = "Weights have a scale for so many inputs, which must divide all of the model's; default: a row's."
-ACTS = "What has one scale in activations: token, so many channels of one such as 64, or a site (static)."
+ACTS = "Activations: a scale a token, for so many channels such as 64, a site (static), or mxfp4, nvfp4."
 PREFIX = "Put before every window the tokens that massive values gather on, their keys and values in float."
 WORKERS = "Rows side by side, in so many processes that share the cores; 1: one after the other."
 SCHEDULER = "Address of a Dask scheduler whose workers compute the rows, such as tcp://host:8786."
@@ -138,11 +138,13 @@ class Options:
         """The fields of a recipe, whose activations have this grid, that --acts says; ValueError."""
         if self.acts == "token":
             return {}
+        if self.acts in grids.BLOCK_FLOATS:
+            return {"activations": grids.of_scheme(self.acts, grid.bits)}
         if self.acts == "static":
             text = specs.StaticSpec(corpus=self.capture.corpus, window=self.window)
             return {"activations": grid.with_(granularity="static"), "static": text}
         is_size = self.acts.isascii() and self.acts.isdecimal() and int(self.acts) > 0
-        require("--acts", self.acts, is_size, "token, static, or so many channels of a token such as 64")
+        require("--acts", self.acts, is_size, "token, static, mxfp4, nvfp4, or so many channels such as 64")
         return {"activations": grid.with_(granularity="per_group", group_size=int(self.acts))}
 
     def _online(self) -> str | None:

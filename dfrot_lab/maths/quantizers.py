@@ -11,8 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dfrot_lab.maths import block_floats
 from dfrot_lab.recipe.base import require
-from dfrot_lab.recipe.grids import QuantSpec
+from dfrot_lab.recipe.grids import BLOCK_FLOATS, QuantSpec
 
 _CHUNK = 1 << 19  # elements worked on at once: 2 MiB of float32 stays in a core's cache
 
@@ -59,6 +60,8 @@ def grouped(x: Tensor, spec: QuantSpec) -> Tensor:
 def scale_zero(groups: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     """Scale and zero point (groups, 1) of rows (groups, n); a row of zeros gets scale 1 and stays zeros.
     ValueError: a static quantizer, whose are not the rows' own."""
+    is_grid = spec.scheme not in BLOCK_FLOATS
+    require("QuantSpec.scheme", spec.scheme, is_grid, "a grid's where codes are asked for")
     rule = "another than static, whose scale is found before (observe.static), to quantize by its own range"
     require("QuantSpec.granularity", spec.granularity, spec.granularity != "static", rule)
     low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)  # a CPU's aminmax is 6x slower
@@ -117,6 +120,8 @@ def fake_quantize(x: Tensor, spec: QuantSpec, fixed: Fixed | None = None) -> Ten
     if spec.bits == 16:
         return x
     groups = grouped(x, spec)
+    if spec.scheme in BLOCK_FLOATS:
+        return block_floats.fake_quantize(x, spec)
     out = torch.empty_like(groups)
     rows = len(groups) if x.is_cuda else max(1, _CHUNK // max(1, groups.shape[-1]))
     for part, result in zip(groups.split(rows), out.split(rows), strict=True):

@@ -7,6 +7,8 @@ from dfrot_lab.recipe.base import Spec, one_of, require, ruled
 
 SCHEMES = {"symmetric": "sym", "asymmetric": "asym", "free": "free"}
 """Ranges and short names: in asymmetric 0 always lies (released code), free is min to max (DFRot, Eq. 5)."""
+BLOCK_FLOATS = {"mxfp4": 32, "nvfp4": 16}
+"""Formats of 4-bit floats (`maths.block_floats`), by the channels that share a scale."""
 GRANULARITIES = {
     "per_token": "", "per_channel": "-channel", "per_group": "-head", "per_tensor": "-tensor",
     "static": "-static",
@@ -18,14 +20,15 @@ GROUPED = "a whole number >= 1, with granularity per_group"
 class QuantSpec(Spec):
     """How one tensor is quantized; `bits=16`: not at all. `granularity` says what shares one scale: a token,
     a weight's output channel, a group of `group_size` channels (a head where none is given), the tensor; or,
-    `static`, whatever passes one place in the model, by a scale that was found before it ran. `method`: of
+    `static`, whatever passes one place in the model, by a scale that was found before it ran. A `scheme` of
+    BLOCK_FLOATS is not a grid but a format of floats, with blocks of its own size. `method`: of
     the KV cache another quantizer than a grid for each token (registry.CACHES), with `residual` (the last
     tokens, which stay float) or `seed` (of what is random in it), where it takes them."""
 
     LATER: ClassVar[tuple[str, ...]] = ("method", "residual", "seed")
 
     bits: int = ruled(4, "a whole number in 2..16", ge=2, le=16)
-    scheme: str = one_of("symmetric", tuple(SCHEMES))
+    scheme: str = one_of("symmetric", (*SCHEMES, *BLOCK_FLOATS))
     clip_ratio: float = ruled(1.0, "in (0, 1]", gt=0, le=1)
     granularity: str = one_of("per_token", tuple(GRANULARITIES))
     group_size: int | None = ruled(None, GROUPED, ge=1)
@@ -35,17 +38,23 @@ class QuantSpec(Spec):
 
     def _check(self) -> None:
         self._require("group_size", self.group_size is None or self.granularity == "per_group", GROUPED)
+        if size := BLOCK_FLOATS.get(self.scheme):
+            fixed = {"bits": 4, "clip_ratio": 1, "granularity": "per_group", "group_size": size}
+            self._require_fixed({"method": None, **fixed}, f"scheme {self.scheme}")
         known, own = list(registry.CACHES), dict[str, Any]()
         if self.method is not None:
             self._require("method", self.method in known, f"None or one of {', '.join(known)}")
             own = dict(registry.CACHES[self.method].fields)
             fixed = {"granularity": "per_group", "clip_ratio": 1, "scheme": own.get("scheme", "symmetric")}
-            for name, value in fixed.items():
-                self._require(name, getattr(self, name) == value, f"{value!r} with method {self.method}")
+            self._require_fixed(fixed, f"method {self.method}")
         for name in ("residual", "seed", *(("group_size",) if self.method else ())):
             fits = (getattr(self, name) is not None) == (name in own)
             rule = "given" if name in own else "None"
             self._require(name, fits, f"{rule} with method {self.method}")
+
+    def _require_fixed(self, fixed: dict[str, Any], why: str) -> None:
+        for name, value in fixed.items():
+            self._require(name, getattr(self, name) == value, f"{value!r} with {why}")
 
     @property
     def symmetric(self) -> bool:
@@ -55,9 +64,11 @@ class QuantSpec(Spec):
     @property
     def name(self) -> str:
         """Short name for tables: `sym4`, `asym4-c0.9`, `sym4-channel`, `asym4-g128`; with a method
-        `kivi2-g32-r128`, `qjl4-s0`; `none` at 16 bits."""
+        `kivi2-g32-r128`, `qjl4-s0`; a format's own; `none` at 16 bits."""
         if self.bits == 16:
             return "none"
+        if self.scheme in BLOCK_FLOATS:
+            return self.scheme
         if self.method is not None:
             said = {"g": self.group_size, "r": self.residual, "s": self.seed}
             own = [f"-{letter}{value}" for letter, value in said.items() if value is not None]
@@ -65,6 +76,13 @@ class QuantSpec(Spec):
         clip = f"-c{self.clip_ratio}" if self.clip_ratio != 1 else ""
         shared = f"-g{self.group_size}" if self.group_size else GRANULARITIES[self.granularity]
         return f"{SCHEMES[self.scheme]}{self.bits}{clip}{shared}"
+
+
+def of_scheme(scheme: str, bits: int) -> QuantSpec:
+    """The spec of a token's grid of a scheme at `bits`, or of a format of BLOCK_FLOATS. ValueError."""
+    if size := BLOCK_FLOATS.get(scheme):
+        return QuantSpec(bits=bits, scheme=scheme, granularity="per_group", group_size=size)
+    return QuantSpec(bits=bits, scheme=scheme)
 
 
 SYM4 = QuantSpec()  # symmetric, 4 bits, a scale a token: what the paper's errors are measured with

@@ -223,6 +223,14 @@ def figure_acts(table: pd.DataFrame) -> Figure:
     return panels(rows, "bits", draw, size=(5, 3.8), axes=axes, legend=True)
 
 
+def figure_formats(table: pd.DataFrame) -> Figure:
+    """KL divergence of each rotation, a line, against the format of activations."""
+    rows = rows_of(table, DIVERGENCE)
+    axes = {"yscale": "log", "xlabel": "activations"}
+    draw = partial(plot_sweep, x="format", line="rotation")
+    return panels(rows, "bits", draw, size=(7, 3.8), axes=axes, legend=True)
+
+
 def figure_prefix(table: pd.DataFrame) -> Figure:
     """KL divergence of each rotation, a line, without a prefix and with it, from full precision without and
     with it; a panel what shares a scale."""
@@ -263,5 +271,5 @@ FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {  # by experiment, what 
     "free-options": partial(figure_differences, label="{rotation}, {option}"),
     "leaderboard": partial(figure_differences, label=RANKED, panel="{group}, {bits}"),
     "better-weights": partial(figure_differences, label=RANKED), "kv-caches": figure_caches,
-    "static-activations": figure_acts, "prefix": figure_prefix,
+    "static-activations": figure_acts, "prefix": figure_prefix, "block-floats": figure_formats,
 }  # fmt: skip

@@ -15,6 +15,8 @@ from dfrot_lab.study.setting import Setting
 NONE = "none"  # the option of a row without one
 CACHE_BITS = (4, 3, 2)
 PER_TOKEN, STATIC = "per token", "static"
+MX = grids.BLOCK_FLOATS["mxfp4"]
+ROTATED = ("RO", "DFRot", "Offset+")  # beside RH; what they are fitted by is a grid with a scale a token
 GROUP = 128  # channels of a group at most: what group-wise papers and kernels have
 
 
@@ -120,6 +122,31 @@ def shared(setting: Setting, name: str, bits: str) -> dict[str, Recipe]:
         f"groups of {size}": plain.with_(activations=groups),
         STATIC: plain.with_(activations=act.with_(granularity="static"), static=text),
     }
+
+
+def block_floats(setting: Setting, _store: Store) -> Iterator[Row]:
+    """Activations in 4-bit floats with a scale a block, beside 4-bit integers with a scale a token or the
+    same blocks: does a rotation still help where a spike has few channels to hurt? Each row against NR."""
+    for said, grid in formats().items():
+        plain = setting.row("16-4-16", setting.rotation("NR"), activations=grid)
+        yield Row(plain, {"format": said})
+        rh = setting.row("16-4-16", setting.rotation("RH"), activations=grid)
+        others = [setting.row("16-4-16", setting.method(name), activations=grid) for name in ROTATED]
+        for spec in setting.few([rh, in_blocks(rh), *others]):
+            yield Row(spec, {"format": said}, {"NR": plain})
+
+
+def formats() -> dict[str, grids.QuantSpec]:
+    """The quantizers of `block_floats` by name."""
+    blocks = grids.ACTIVATIONS.with_(granularity="per_group", group_size=MX)
+    floats = {name: grids.of_scheme(name, 4) for name in grids.BLOCK_FLOATS}
+    return {"int4, a token": grids.ACTIVATIONS, f"int4, blocks of {MX}": blocks, **floats}
+
+
+def in_blocks(recipe: Recipe) -> Recipe:
+    """The recipe of RH with R1 to R4 in blocks of MX channels: none mixes what has two scales."""
+    rotation = recipe.rotation.with_(block=MX)
+    return recipe.with_(rotation=rotation, head_block=MX, mlp_block=MX)
 
 
 def group_of(setting: Setting) -> int:
