@@ -304,7 +304,7 @@ def test_the_performance_page_shows_the_committed_benchmark():
 def test_every_benchmark_runs_with_make_bench_or_says_it_does_not():
     named = set(re.search(r"^BENCHMARKS := (.*)$", (ROOT / "Makefile").read_text(), re.M)[1].split())
     scripts = {path.stem for path in (ROOT / "benchmarks").glob("*.py")}
-    assert scripts - named == {"common", "page", "jitter", "large_model"}
+    assert scripts - named == {"common", "page", "jitter", "large_model", "workers"}
     rows = [json.loads(line) for line in (ROOT / "data" / "results" / "bench.jsonl").read_text().splitlines()]
     assert {"refinement", "evaluation", "Hadamard", "GPTQ", "capture", "growth", "explorers"} == {
         row["stage"] for row in rows
