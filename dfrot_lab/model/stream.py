@@ -145,7 +145,9 @@ class Walk:
         while it is the current one. Who listens must `step` before the next."""
         count = len(self.loaded.layers[:first])
         options: dict[str, Any] = {"initial": self.next, "total": count, "unit": "layer", "leave": False}
-        bar = tqdm(range(self.next, count), self.name, disable=not self.name, **options)
+        if not self.name:
+            options["disable"] = True  # said False it would overrule TQDM_DISABLE
+        bar = tqdm(range(self.next, count), self.name, **options)
         for number in bar:
             started = time.monotonic()
             with part(self.loaded, number):
