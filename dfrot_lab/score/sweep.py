@@ -97,8 +97,7 @@ def evaluate_all(
             on_done(place, False)
             continue
         chain = content_key({"model": spec.model.plain(), "rotation": spec.rotation.plain()})
-        said: dict[str, Any] = {"key": f"row-{place}-{chain}", "pure": False, "priority": -place}
-        last[chain] = _client.submit(_row, spec, store.root, last.get(chain), **said)
+        last[chain] = _client.submit(_row, spec, store.root, last.get(chain), pure=False, priority=-place)
         places[last[chain]] = place
     try:
         for future in distributed.as_completed(places):
