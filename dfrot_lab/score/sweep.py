@@ -5,6 +5,7 @@ not kept yet, and another goes on with it."""
 
 import logging
 import os
+import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -48,7 +49,9 @@ def side_by_side(workers: int = 1, scheduler: str | None = None) -> Iterator[Non
         ):
             yield
         return
-    try:
+    try:  # by hand: a Client that finds none keeps a thread, which the next one may wait for
+        place = distributed.comm.get_address_host_port(scheduler, strict=True)
+        socket.create_connection(place, PATIENCE).close()
         found = distributed.Client(scheduler, timeout=PATIENCE)
     except (OSError, ValueError) as error:
         rule = "the address of a running Dask scheduler such as tcp://host:8786"
