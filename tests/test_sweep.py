@@ -36,7 +36,7 @@ def test_a_scheduler_is_used_and_one_that_is_not_there_is_refused(
     import distributed
 
     asked, store = rows_of(tiny_spec, text_file)[:1], Store(tmp_path / "store")
-    cluster = distributed.LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None)
+    cluster = distributed.LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=":0")
     with cluster, sweep.side_by_side(scheduler=cluster.scheduler_address):
         assert sweep.is_on() and len(sweep.evaluate_all(asked, store)) == 1
     assert not sweep.is_on()
