@@ -91,6 +91,7 @@ def claims() -> list[str]:
         "make all of it.",
         f"- **DFRot against RH**: {compared('DFRot', 'RH')}.{''.join(map(many, texts()))}",
     ]
+    found += by_gptq()
     if is_there("offset-wikitext2"):
         table, said = load("offset-wikitext2"), []
         for name in ("Offset", "Offset+"):
@@ -101,6 +102,26 @@ def claims() -> list[str]:
             said.append(f"{name} {', '.join(cells)}")
         found.append(f"- **Beyond DFRot**, on WikiText-2: {'; '.join(said)}.")
     return found
+
+
+def by_gptq() -> list[str]:
+    """What `main-table` and `keep-out` say of rows whose weights are GPTQ's, in a line; none where they were
+    not run."""
+    if not (is_there("main-table-wikitext2") and is_there("keep-out-wikitext2")):
+        return []
+    table, kept = load("main-table-wikitext2"), load("keep-out-wikitext2")
+    own, at = table[table["weights"] == "gptq"], ("4-4-16", "4-4-4")
+    said = list[str]()
+    for name in ("RO", "DFRot"):
+        cells = [f"{cell(own, tables.change('RH'), name, bits)} at {bits}" for bits in at]
+        said.append(f"{name} against RH {' and '.join(cells)}")
+    shares = kept[kept["metric"] == tables.SHARE].set_index("bits")
+    parts = [f"{tables.cell(shares.loc[bits].to_dict()).removeprefix('+')} at {bits}" for bits in at]
+    size = f"{table['builds'].max()} builds on WikiText-2"
+    return [
+        f"- **Weights by GPTQ**, as in the paper, {size}: {'; '.join(said)}. Kept out, massive tokens take with them "
+        f"{' and '.join(parts)} of the gap in loss between RO and RH (1 would be all of it)."
+    ]
 
 
 def many(corpus: str) -> str:
