@@ -355,7 +355,10 @@ BAD = [
         ["evaluate", "--dtype", "int8"],
         "ModelSpec.dtype must be one of auto, float32, float64, bfloat16, float16;",
     ),
-    (["errors", "--scheme", "sym"], "QuantSpec.scheme must be one of symmetric, asymmetric, free; got 'sym'"),
+    (
+        ["errors", "--scheme", "sym"],
+        "QuantSpec.scheme must be one of symmetric, asymmetric, free, mxfp4, nvfp4; got 'sym'",
+    ),
     (["capture", "--tokens", "0"], "CaptureSpec.tokens must be a whole number >= 1; got 0"),
     (["capture", "--tokens", "-5"], "CaptureSpec.tokens must be a whole number >= 1; got -5"),
     (
