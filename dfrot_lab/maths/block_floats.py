@@ -9,8 +9,6 @@ NVFP4: blocks of 16, scale g round_E4M3(max|x| / (6 g)); g = max|x| of all that 
 import torch
 from torch import Tensor
 
-from dfrot_lab.recipe.grids import QuantSpec
-
 LARGEST, EXPONENT = 6.0, 2  # of E2M1: its largest number, and that one's exponent
 E4M3 = 2.0**-9, 448.0  # the smallest and the largest number of E4M3
 
@@ -39,8 +37,7 @@ def nv_scale(blocks: Tensor, whole: Tensor) -> Tensor:
     return held * common
 
 
-def fake_quantize(x: Tensor, spec: QuantSpec) -> Tensor:
-    """`x` (..., channels) rounded to the format that `spec` names, same shape and dtype."""
-    blocks = x.reshape(-1, int(spec.group_size or 1))
-    scale = mx_scale(blocks) if spec.scheme == "mxfp4" else nv_scale(blocks, blocks.abs().amax())
-    return e2m1(blocks / scale).mul_(scale).reshape(x.shape)
+def fake_quantize(blocks: Tensor, scheme: str) -> Tensor:
+    """`blocks` (blocks, n), each with a scale, rounded to the format of a name; same shape and dtype."""
+    scale = mx_scale(blocks) if scheme == "mxfp4" else nv_scale(blocks, blocks.abs().amax())
+    return e2m1(blocks / scale).mul_(scale)

@@ -121,7 +121,7 @@ def fake_quantize(x: Tensor, spec: QuantSpec, fixed: Fixed | None = None) -> Ten
         return x
     groups = grouped(x, spec)
     if spec.scheme in BLOCK_FLOATS:
-        return block_floats.fake_quantize(x, spec)
+        return block_floats.fake_quantize(groups, spec.scheme).reshape(x.shape)
     out = torch.empty_like(groups)
     rows = len(groups) if x.is_cuda else max(1, _CHUNK // max(1, groups.shape[-1]))
     for part, result in zip(groups.split(rows), out.split(rows), strict=True):

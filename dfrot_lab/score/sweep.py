@@ -8,7 +8,7 @@ import os
 import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,24 +40,32 @@ def side_by_side(workers: int = 1, scheduler: str | None = None) -> Iterator[Non
         return
     import distributed
 
+    global _client
     logging.getLogger("distributed").setLevel(logging.ERROR)  # it says each process that comes and goes
-    if scheduler is None:
-        with (
-            distributed.LocalCluster(**_local(workers)) as cluster,
-            distributed.Client(cluster) as client,
-            _as_current(client),
-        ):
+    with ExitStack() as stack:
+        if scheduler is None:
+            where: Any = stack.enter_context(distributed.LocalCluster(**_local(workers)))
+        else:
+            where = _reached(scheduler)
+        client = stack.enter_context(distributed.Client(where, timeout=PATIENCE))
+        before, _client = _client, client
+        try:
             yield
-        return
-    try:  # by hand: a Client that finds none keeps a thread, which the next one may wait for
-        place = distributed.comm.get_address_host_port(scheduler, strict=True)
-        socket.create_connection(place, PATIENCE).close()
-        found = distributed.Client(scheduler, timeout=PATIENCE)
+        finally:
+            _client = before
+
+
+def _reached(scheduler: str) -> str:
+    """The address of a scheduler, once something answers there; ValueError. A Client that finds nothing keeps
+    a thread, which the next one may wait for."""
+    from distributed.comm import get_address_host_port
+
+    try:
+        socket.create_connection(get_address_host_port(scheduler, strict=True), PATIENCE).close()
     except (OSError, ValueError) as error:
         rule = "the address of a running Dask scheduler such as tcp://host:8786"
         raise ValueError(f"scheduler must be {rule}; got {scheduler!r} ({error})") from None
-    with found, _as_current(found):
-        yield
+    return scheduler
 
 
 def _local(workers: int) -> dict[str, Any]:
@@ -68,16 +76,6 @@ def _local(workers: int) -> dict[str, Any]:
         own[checkpoint.MEMORY] = f"{room / workers / 1e9:.3f}"
     more = {"memory_limit": 0, "dashboard_address": ":0", "silence_logs": logging.ERROR}
     return {"n_workers": workers, "threads_per_worker": 1, "env": own, **more}
-
-
-@contextmanager
-def _as_current(client: "Client") -> Iterator[None]:
-    global _client
-    before, _client = _client, client
-    try:
-        yield
-    finally:
-        _client = before
 
 
 def is_on() -> bool:
