@@ -44,6 +44,10 @@ def brought(base: Recipe, tmp_path: Path) -> Brought:
     return path, there, specs, found
 
 
+def read_rows(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
 def test_what_is_brought_is_found_and_not_computed_again(brought, monkeypatch):
     path, there, specs, found = brought
     monkeypatch.setattr(perplexity, "build", None)
@@ -58,12 +62,23 @@ def test_what_is_brought_is_found_and_not_computed_again(brought, monkeypatch):
 def test_a_file_brought_on_is_the_same_file(brought, tmp_path):
     path, there, _, found = brought
     exchange.write(tmp_path / "on.jsonl", [result.key for result in found], there)
-    lines = [
-        [json.loads(line) for line in file.read_text().splitlines()] for file in (path, tmp_path / "on.jsonl")
-    ]
-    for one, other in zip(*lines, strict=True):
-        one["note"].pop("made", None), other["note"].pop("made", None)
-        assert one == other
+    assert read_rows(path) == read_rows(tmp_path / "on.jsonl")
+
+
+def test_a_folder_of_files_brings_the_same(brought, tmp_path):
+    path, there, specs, found = brought
+    (folder := tmp_path / "kept").mkdir()
+    (folder / "0.jsonl").write_text("what an older export left\n")
+    keys = [result.key for result in found]
+    assert exchange.write(folder, keys, there) == 2
+    rows = [(file.stem, row) for file in sorted(folder.glob("*.jsonl")) for row in read_rows(file)]
+    assert all(row["key"][0] == digit for digit, row in rows)
+    assert [row for _, row in rows] == read_rows(path)
+    fourth = Store(tmp_path / "fourth")
+    assert exchange.read(folder, fourth) == 2
+    for spec, result in zip(specs, found, strict=True):
+        again = perplexity.stored(spec, fourth)
+        assert again is not None and (again.losses == result.losses).all()
 
 
 def test_tokens_are_not_brought_and_that_is_said(brought):

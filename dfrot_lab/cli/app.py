@@ -129,7 +129,7 @@ def compare_command(said: Options, models: Annotated[str, typer.Option(help=MODE
 def figures(said: Options) -> None:
     """Rewrite the committed figures/ and data/results/: the main job's and every experiment's.
 
-    What is neither stored nor in data/results/evaluations.jsonl is computed: hours, resumable. --out: another
+    What is neither stored nor in data/results/evaluations/ is computed: hours, resumable. --out: another
     folder for both."""
     from dfrot_lab.disk.artefacts import Store
     from dfrot_lab.score import exchange
@@ -138,7 +138,7 @@ def figures(said: Options) -> None:
 
     root, setting = said.out or Path(), said.setting().resolved()
     tables, pictures = root / "data" / "results", root / "figures" / setting.corpus
-    if (kept := tables / "evaluations.jsonl").exists():
+    if (kept := tables / "evaluations").is_dir():
         log.info("%d evaluations taken from %s", exchange.read(kept, Store()), kept)
     written = gallery.save(main.run(setting), tables / f"main-{setting.corpus}.jsonl", pictures)
     for name in experiments.EXPERIMENTS:

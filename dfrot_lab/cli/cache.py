@@ -23,8 +23,8 @@ REPAIR = "Set aside what is damaged: the next command that needs it makes it aga
 OLDER = f"What was last changed more days ago; of what a stopped run left {KEEP_DAYS:g}, unless said."
 KIND = "Artefacts of this kind."
 KEEP_RESULTS = "All artefacts but evaluations, zero-shot accuracies and site losses."
-EXPORT = "A file of JSON lines to write."
-IMPORT = "A file that `cache export` wrote."
+EXPORT = "A file of JSON lines to write, or a folder that is there, for sixteen."
+IMPORT = "What `cache export` wrote."
 DRY_RUN, YES = "Only say what would go.", "Go on though it took long to make."
 
 
@@ -213,7 +213,7 @@ def _show(said: Options, rows: list[dict[str, Any]], about: Mapping[str, Any]) -
 
 @command("export", "as_json", group)
 def export_command(said: Options, file: Annotated[Path, typer.Argument(help=EXPORT)]) -> None:
-    """Write all evaluations of the store into one file, to be read into another machine's store."""
+    """Write all evaluations of the store into a file, to be read into another machine's store."""
     from dfrot_lab.disk import upkeep
     from dfrot_lab.disk.artefacts import Store
     from dfrot_lab.score import exchange, perplexity

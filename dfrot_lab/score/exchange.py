@@ -1,5 +1,5 @@
-"""Evaluations on their way from one store to another: computed on a cluster or a GPU, or last week. A file of
-JSON lines; each names all that its numbers hang on, and is taken in under that name alone."""
+"""Evaluations on their way from one store to another: computed on a cluster or a GPU, or last week. As JSON,
+in a file or in a folder's; each names all that its numbers hang on, and is taken in under that name alone."""
 
 import json
 import logging
@@ -19,40 +19,46 @@ from dfrot_lab.recipe.specs import Recipe
 from dfrot_lab.score import perplexity
 
 log = logging.getLogger(__name__)
+DIGITS = "0123456789abcdef"  # that a key may start with
 MADE = ("versions", "commit", "created")  # of the manifest: by which code, and when
 
 
-def write(path: Path, keys: Iterable[str], store: Store) -> int:
-    """Write the stored evaluations of `keys` into a file, by key, whole or not at all; how many there are."""
+def write(place: Path, keys: Iterable[str], store: Store) -> int:
+    """Write the stored evaluations of `keys`, by key, each file whole or not at all; how many there are. In a
+    folder that is there, a file for each first digit of a key: of few new evaluations few lines change."""
     found = [made for key in sorted(set(keys)) if (made := store.at(perplexity.KIND, key))]
-    row_files.replace(path, map(_line, found))
+    files = {place / f"{digit}.jsonl": digit for digit in DIGITS} if place.is_dir() else {place: ""}
+    for file, start in files.items():
+        row_files.replace(file, (_line(made) for made in found if made.key.startswith(start)))
     return len(found)
 
 
 def _line(made: Artefact) -> dict[str, Any]:
-    told = made.manifest
-    said = {"key": made.key, "formulas": told["formulas"], "inputs": told["inputs"], "note": told["note"]}
-    said["made"] = told["note"].get("made") or {name: told[name] for name in MADE}
-    spec = Recipe.of(made.json("recipe"))
-    said["note"] = told["note"] | {"provenance": public.origin(told["note"]["provenance"], spec.model)}
-    said["recipe"] = public.public(spec).plain()
-    return said | {name: made.json(name) for name in ("losses", "means")}
+    told, spec = made.manifest, Recipe.of(made.json("recipe"))
+    note = told["note"] | {"provenance": public.origin(told["note"]["provenance"], spec.model)}
+    by = note.pop("made", None) or {name: told[name] for name in MADE}
+    said = {"key": made.key, "formulas": told["formulas"], "inputs": told["inputs"], "note": note, "made": by}
+    results = {name: made.json(name) for name in ("losses", "means")}
+    return said | {"recipe": public.public(spec).plain()} | results
 
 
-def read(path: Path, store: Store) -> int:
-    """Put the evaluations of a file into the store, but for those of other formulas, and what it has already;
-    how many were new. ValueError: a line that is none, or whose key is not that of what it says."""
-    require_file("a file of evaluations", path)
+def read(place: Path, store: Store) -> int:
+    """Put the evaluations of a file, or of a folder's, into the store, but for those of other formulas, and
+    what it has already; how many were new. ValueError: a line that is none, or whose key is not that of what
+    it says."""
+    if not place.is_dir():
+        require_file("a file of evaluations", place)
     new, others = 0, 0
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        said = _checked(text, f"{path} line {number}")
-        if said["formulas"] != FORMULAS:
-            others += 1
-        elif store.at(perplexity.KIND, said["key"]) is None:
-            store.get_or_make(perplexity.KIND, said["inputs"], partial(_put, said))
-            new += 1
+    for file in sorted(place.glob("*.jsonl")) if place.is_dir() else [place]:
+        for number, text in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+            said = _checked(text, f"{file} line {number}")
+            if said["formulas"] != FORMULAS:
+                others += 1
+            elif store.at(perplexity.KIND, said["key"]) is None:
+                store.get_or_make(perplexity.KIND, said["inputs"], partial(_put, said))
+                new += 1
     if others:
-        log.warning("%s: %d evaluations are by other formulas than these and are left out", path, others)
+        log.warning("%s: %d evaluations are by other formulas than these and are left out", place, others)
     return new
 
 
