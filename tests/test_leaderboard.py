@@ -12,16 +12,17 @@ from typer.testing import CliRunner
 from dfrot_lab.cli.app import app
 from dfrot_lab.cli.options import Options
 from dfrot_lab.disk.artefacts import Store
+from dfrot_lab.model import door
 from dfrot_lab.recipe import registry
-from dfrot_lab.rotate import klt, task
+from dfrot_lab.rotate import klt, task, transforms
 from dfrot_lab.score import perplexity
 from dfrot_lab.show.experiment_figures import FIGURES
-from dfrot_lab.study import leaderboard
+from dfrot_lab.study import fits, leaderboard
 from dfrot_lab.study.leaderboard import GROUPS, ranked, rows
 from dfrot_lab.study.setting import Setting
 
 FEW = ("fused R1", "no rotation")
-SOME = ["RH", "DFRot", "Offset+", "KLT", "DartQuant", "SpinQuant"]
+SOME = ["RH", "DFRot", "KLT", "SpinQuant"]
 
 
 @pytest.fixture(scope="module")
@@ -72,17 +73,39 @@ def test_the_table_says_seconds_needs_and_what_was_published(board):
     table, _ = board
     by = table.drop_duplicates("rotation").set_index("rotation")
     assert by.loc["RH", "seconds"] == 0 and by.loc["RH", "needs"] == "nothing"
-    for name in ("DFRot", "Offset+", "KLT", "DartQuant", "SpinQuant"):
+    for name in ("DFRot", "KLT", "SpinQuant", "AWQ"):
         assert by.loc[name, "seconds"] > 0 and by.loc[name, "needs"] != "nothing"
+        assert 0.1 < by.loc[name, leaderboard.PEAK] < 10, "torch, a tiny model and its rows"
+    assert math.isnan(by.loc["RH", leaderboard.PEAK])
     assert by.loc["SpinQuant", list(leaderboard.COLUMNS)].tolist() == [5.9, 7.3]
     assert by.loc["KLT", list(leaderboard.COLUMNS)].isna().all()
 
 
 def test_a_method_that_does_not_say_what_it_needs_has_its_row_all_the_same(board, setting, monkeypatch):
-    table, store = board
+    _, store = board
     monkeypatch.delattr(klt, "NEEDS")
-    found = leaderboard._about(table, setting.with_(quick=True, build=0), store)
-    assert found["KLT"][1] == "not said" and found["DartQuant"][1] == "activations"
+    recipe = setting.with_(quick=True, build=0).row("16-4-16", setting.method("KLT"))
+    found = fits.cost(recipe, store)
+    assert found.needs == "not said" and found.seconds > 0
+
+
+def test_of_a_fit_that_was_stored_before_no_peak_is_told(setting, tmp_path):
+    store, recipe = Store(tmp_path), setting.row("16-4-16", setting.method("KLT"))
+    here = transforms.fit(door.resolved(recipe).canonical(), transforms.Context(recipe, store))
+    found = fits.cost(recipe, store)
+    assert found.seconds == here.seconds and math.isnan(found.peak)
+
+
+def test_what_fails_in_a_process_of_its_own_is_tried_here_and_an_interrupt_is_one(
+    setting, tmp_path, monkeypatch
+):
+    store, recipe = Store(tmp_path), setting.row("16-4-16", setting.method("KLT"))
+    monkeypatch.setattr(fits, "CHILD", f"raise SystemExit({fits.INTERRUPTED})")
+    with pytest.raises(KeyboardInterrupt):
+        fits.cost(recipe, store)
+    monkeypatch.setattr(fits, "CHILD", "raise SystemExit(1)")
+    found = fits.cost(recipe, store)
+    assert found.seconds > 0 and math.isnan(found.peak)
 
 
 def test_it_is_ranked_by_divergence_within_group_and_bits(board):
@@ -112,6 +135,8 @@ def test_quick_cuts_what_was_not_said(setting):
 def test_again_nothing_is_computed(board, setting, monkeypatch):
     table, store = board
     monkeypatch.setattr(perplexity, "build", lambda *_: pytest.fail("a row was built again"))
+    monkeypatch.setattr(fits, "CHILD", "raise SystemExit(1)")
+    monkeypatch.setattr(transforms, "fit", lambda *_: pytest.fail("a rotation was found again"))
     again = leaderboard.leaderboard(setting.with_(quick=True), store, FEW)
     np.testing.assert_array_equal(again["value"], table["value"])
 

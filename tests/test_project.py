@@ -219,7 +219,7 @@ OWN = {
     "static-activations": ("acts",),
     "prefix": ("acts", "prefix"),
     "block-floats": ("format",),
-    "leaderboard": ("group", "option", "seconds", "needs", *leaderboard.COLUMNS),
+    "leaderboard": ("group", "option", "seconds", leaderboard.PEAK, "needs", *leaderboard.COLUMNS),
     "main-table": ("extra_minutes",),
     "calibration": ("varied", "level"),
     "clip-sweep": ("clip", "scored_on"),

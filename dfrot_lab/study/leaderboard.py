@@ -7,11 +7,9 @@ from functools import partial
 import pandas as pd
 
 from dfrot_lab.disk.artefacts import Store
-from dfrot_lab.model import door
-from dfrot_lab.model.loading import LoadedModel
 from dfrot_lab.recipe import registry
 from dfrot_lab.recipe.specs import Recipe
-from dfrot_lab.rotate import transforms
+from dfrot_lab.study import fits
 from dfrot_lab.study.beyond import NONE, options
 from dfrot_lab.study.main import Row, evaluated
 from dfrot_lab.study.setting import Setting
@@ -23,6 +21,7 @@ PUBLISHED = {"SpinQuant": (5.9, 7.3), "OSTQuant R1": (5.91, 7.29), "DartQuant": 
 each by a pipeline of its own (other weight groups, clips, what is learned beside R1), so they cannot be
 ranked; SpinQuant's was not found again by its own release (8.0 in place of 7.3)."""
 COLUMNS = ("published LLaMA-2-7B", "published LLaMA-3-8B")
+PEAK = "peak, GB"  # of memory
 
 
 def fused(setting: Setting) -> Iterator[tuple[str, Recipe]]:
@@ -73,32 +72,26 @@ def rows(group: str, setting: Setting) -> Iterator[Row]:
 
 
 def leaderboard(setting: Setting, store: Store, groups: Sequence[str] = tuple(GROUPS)) -> pd.DataFrame:
-    """The table of some groups: a results table with the group, the option, the seconds in which the first
-    build's rotation was found once it had what it `needs` to look at, and published numbers."""
+    """The table of some groups: a results table with the group, the option, what the first build's rotation
+    took to be found (`fits`) and published numbers."""
     asked = [partial(rows, group) for group in groups]
-    tables = [evaluated(asks, setting, store)[0] for asks in asked]
-    table = pd.concat(tables, ignore_index=True)
-    about = _about(table, setting.with_(build=0), store)
-    known = table["rotation"].map(PUBLISHED)
+    found = fits.costs(_rotations(asked, setting.with_(build=0)), store)
+    table = pd.concat([evaluated(asks, setting, store)[0] for asks in asked], ignore_index=True)
+    known, cost = table["rotation"].map(PUBLISHED), table["rotation"].map(found)
     for place, column in enumerate(COLUMNS):
         table[column] = known.map(lambda pair, place=place: pair[place], na_action="ignore")
-    return table.assign(
-        seconds=table["rotation"].map({name: seconds for name, (seconds, _) in about.items()}),
-        needs=table["rotation"].map({name: needs for name, (_, needs) in about.items()}),
-    )
+    costs = {
+        "seconds": lambda fit: fit.seconds,
+        PEAK: lambda fit: fit.peak / 1e9,
+        "needs": lambda fit: fit.needs,
+    }
+    return table.assign(**{name: cost.map(of) for name, of in costs.items()})
 
 
-def _about(table: pd.DataFrame, setting: Setting, store: Store) -> dict[str, tuple[float, str]]:
-    """By rotation of a table how long one was to be found, and what its method looks at."""
-    found: dict[str, tuple[float, str]] = {}
-    model: LoadedModel | None = None
-    for name in set(table["rotation"]) & set(registry.rows()):
-        recipe = door.resolved(setting.row(BITS[0], setting.method(name))).canonical()
-        context = transforms.Context(recipe, store, model)
-        model = context.model
-        needs = getattr(registry.load(registry.METHODS, recipe.rotation.method), "NEEDS", "not said")
-        found[name] = transforms.fit(recipe, context).seconds, needs
-    return found
+def _rotations(asked: Sequence[Callable[[Setting], Iterator[Row]]], setting: Setting) -> list[Recipe]:
+    """A recipe for each rotation of the rows, at the same bits whichever they have."""
+    names = dict.fromkeys(row.spec.rotation.name for asks in asked for row in asks(setting))
+    return [setting.row(BITS[0], setting.method(name)) for name in names]
 
 
 def ranked(table: pd.DataFrame) -> pd.DataFrame:
@@ -115,7 +108,7 @@ def ranked(table: pd.DataFrame) -> pd.DataFrame:
         if change:
             found = by.loc[change[0]]
             line |= {"change, %": found["value"], "interval": found["ci95"], "verdict": found["verdict"]}
-        line |= {name: own[name].iloc[0] for name in ("builds", "seconds", "needs", *COLUMNS)}
+        line |= {name: own[name].iloc[0] for name in ("builds", "seconds", PEAK, "needs", *COLUMNS)}
         lines.append(line)
     found = pd.DataFrame(lines)
     return found.sort_values(["group", "bits", "KL divergence"], key=_in_order, ignore_index=True)
