@@ -78,7 +78,7 @@ def test_plain_transformers_computes_what_was_scored(weights, activations, tiny,
     assert said["format"] == compressed.FORMATS[weights, activations] and "transform_config" not in said
 
 
-@pytest.mark.parametrize("method", ["rtn", "gptq", "qep", "foem"])
+@pytest.mark.parametrize("method", ["rtn", "gptq", "qep", "foem", "lwc"])
 def test_a_scale_for_each_group_of_inputs(method, tiny, tmp_path, store):
     recipe = at(tiny, 4, 16)
     grid = recipe.weights.quantizer.with_(granularity="per_group", group_size=32)

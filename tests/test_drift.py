@@ -11,13 +11,13 @@ from test_stream import folder_of, recipe
 from torch import Tensor
 
 from dfrot_lab.disk.artefacts import Store
-from dfrot_lab.maths.quantizers import dequantize
+from dfrot_lab.maths.quantizers import clip_ratios, dequantize
 from dfrot_lab.model import corpus, door, hooks, surgery
 from dfrot_lab.recipe import keys, registry
 from dfrot_lab.recipe.grids import QuantSpec
 from dfrot_lab.recipe.specs import WeightSpec
 from dfrot_lab.score import build
-from dfrot_lab.weights import calibrate, codes, foem, gptaq, gptq, qep, rtn
+from dfrot_lab.weights import calibrate, codes, foem, gptaq, gptq, lwc, qep, rtn
 from dfrot_lab.weights.gptq import Seen
 from dfrot_lab.weights.run import quantize_weights
 
@@ -96,6 +96,40 @@ def test_foem_goes_from_gptq_to_rounding_to_nearest():
     assert not any(torch.equal(gone[1], end) for end in (gone[0], gone[2]))
     with pytest.raises(ValueError, match=r"foem\.seen must have the Hessian of the layer's inputs; got None"):
         foem.quantize(weight, None, WeightSpec())
+
+
+GROUPED = QuantSpec(granularity="per_group", group_size=20)
+
+
+@pytest.mark.parametrize("grid", [WeightSpec().quantizer, GROUPED, GROUPED.with_(bits=2)])
+def test_lwc_takes_the_clip_of_least_error_of_what_is_computed(grid):
+    """A slow loop over channels, groups and clips, on the inputs themselves, in float64."""
+    weight, (x, _) = gaussian(7, 60), inputs(60)
+    found = lwc.quantize(weight, Seen(x.T @ x), WeightSpec(quantizer=grid))
+    size, top = grid.group_size or 60, 2 ** (grid.bits - 1)
+    groups = [(row[n : n + size], x[:, n : n + size]) for row in weight.double() for n in range(0, 60, size)]
+    for (w, rows), scale, chosen in zip(groups, found.scale[:, 0], found.codes, strict=True):
+        tried = {}
+        for ratio in clip_ratios(grid.bits):
+            step = float(w.abs().max()) / (top - 1) * ratio
+            made = (w / step).round().clamp(-top, top - 1)
+            tried[float((rows.double() @ (made * step - w)).square().sum())] = step, made
+        step, made = tried[min(tried)]
+        assert float(scale) == pytest.approx(step, rel=1e-5) and torch.equal(chosen.double(), made)
+
+
+def test_lwc_of_inputs_that_are_alike_is_rounding_to_nearest():
+    weight, (x, _) = gaussian(12, 60), inputs(60)
+    alike, plain = (lwc.quantize(weight, Seen(h), WeightSpec()) for h in (torch.eye(60), x.T @ x))
+    nearest = rtn.quantize(weight, None, WeightSpec())
+    assert torch.equal(alike.codes, nearest.codes) and torch.equal(alike.scale, nearest.scale)
+    assert lost(weight, dequantize(plain, weight.shape), x, x) < lost(
+        weight, dequantize(nearest, weight.shape), x, x
+    )
+    unclipped = lwc.quantize(weight, Seen(x.T @ x), UNCLIPPED)
+    assert torch.equal(unclipped.codes, rtn.quantize(weight, None, UNCLIPPED).codes)
+    with pytest.raises(ValueError, match=r"lwc\.seen must have the Hessian"):
+        lwc.quantize(weight, None, WeightSpec())
 
 
 @pytest.mark.parametrize("method", DRIFTING)

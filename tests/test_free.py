@@ -17,7 +17,7 @@ from dfrot_lab.score import build
 from dfrot_lab.study.setting import Setting
 
 LENT = ("Offset", "Offset+")
-OPTIONS = ("Offset", "Offset+", "clips", "scales", "gptaq", "qep", "foem")
+OPTIONS = ("Offset", "Offset+", "clips", "scales", "gptaq", "qep", "foem", "lwc")
 
 
 class Seen(TorchDispatchMode):
@@ -56,7 +56,7 @@ def setting(tmp_path_factory) -> Setting:
 def recipe(setting: Setting, option: str) -> Recipe:
     """RH with GPTQ at 4-4-4, but for the option."""
     rotation = option if option in LENT else "RH"
-    weights = option if option in ("gptaq", "qep", "foem") else "gptq"
+    weights = option if option in ("gptaq", "qep", "foem", "lwc") else "gptq"
     spec = setting.row("4-4-4", setting.method(rotation), weights=weights)
     return spec.with_(**{option: setting.capture}) if option in ("clips", "scales") else spec
 

@@ -42,6 +42,7 @@ WEIGHTS = {
     "gptaq": Choice("dfrot_lab.weights.gptaq"),
     "qep": Choice("dfrot_lab.weights.qep"),
     "foem": Choice("dfrot_lab.weights.foem"),
+    "lwc": Choice("dfrot_lab.weights.lwc"),
 }
 """Weight quantizers: `quantize(weight, seen, spec)`, `CALIBRATED` (needs the Hessian), `DRIFT` (and what the
 full-precision model has in its inputs' place), `CORRECTION` (its usual `correction`); `VERSION`."""

@@ -1,12 +1,14 @@
 """Every rotation, free extra and weight quantizer under one pipeline: the same model, text, windows and
 grids, a verdict against RH. Groups are never mixed: what is compared costs the same when the model runs."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import pandas as pd
 
 from dfrot_lab.disk.artefacts import Store
+from dfrot_lab.model import shapes
 from dfrot_lab.recipe import registry
 from dfrot_lab.recipe.specs import Recipe
 from dfrot_lab.study import fits
@@ -15,6 +17,8 @@ from dfrot_lab.study.main import Row, evaluated
 from dfrot_lab.study.setting import Setting
 
 BITS = ("16-4-16", "4-4-16")
+FEW_BITS = ("3-16-16", "2-16-16")
+GROUP = 64  # inputs that share a scale, or their largest common divisor with it
 UNROTATED = ("NR", "SmoothQuant", "AWQ", "OS+")
 PUBLISHED = {"SpinQuant": (5.9, 7.3), "OSTQuant R1": (5.91, 7.29), "DartQuant": (5.93, 7.43)}
 """Perplexity of WikiText-2 at 4-4-4 on LLaMA-2-7B and LLaMA-3-8B (full precision 5.47 and 6.14) as published,
@@ -54,8 +58,22 @@ def weights(setting: Setting) -> Iterator[tuple[str, Recipe]]:
             yield NONE, setting.row(BITS[1], setting.method(name), weights=by)
 
 
+def few_bits(setting: Setting) -> Iterator[tuple[str, Recipe]]:
+    """Weights alone, of 3 and 2 bits: what incoherence was made for (QuIP's LDLQ is GPTQ, its basis for the
+    inputs RH); with a scale for each group of inputs too."""
+    for bits in setting.few(FEW_BITS):
+        for name in ("NR", "RH", "Offset+"):
+            for by in ("rtn", "gptq"):
+                yield NONE, setting.row(bits, setting.method(name), weights=by)
+        spec = setting.row(bits, setting.method("RH"), weights="gptq")
+        size = math.gcd(GROUP, *shapes.shape(setting.model).inputs)
+        grid = spec.weights.quantizer.with_(granularity="per_group", group_size=size)
+        yield f"groups of {size}", spec.with_(weights=spec.weights.with_(quantizer=grid))
+
+
 GROUPS: dict[str, Callable[[Setting], Iterator[tuple[str, Recipe]]]] = {
-    "fused R1": fused, "free extras": extras, "weights": weights, "no rotation": unrotated
+    "fused R1": fused, "free extras": extras, "weights": weights,
+    "few-bit weights": few_bits, "no rotation": unrotated,
 }  # fmt: skip
 
 
