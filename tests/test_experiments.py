@@ -52,7 +52,7 @@ from dfrot_lab.score import build as building, perplexity
 from dfrot_lab.show import figures, gallery
 from dfrot_lab.show.experiment_figures import ORDER_COLOURS, ORDER_MARKERS
 from dfrot_lab.study import experiments, keepout, main
-from dfrot_lab.study.experiments import CALIBRATED, CHOSEN, EXPERIMENTS, WHOLE
+from dfrot_lab.study.experiments import CALIBRATED, CHOSEN, EACH_CLIP, EXPERIMENTS, WHOLE
 from dfrot_lab.study.main import Row
 from dfrot_lab.study.progress import Progress
 from dfrot_lab.study.setting import BUILDS, PROFILE, Setting
@@ -185,6 +185,7 @@ def assert_same_rows(found: pd.DataFrame, table: pd.DataFrame) -> None:
         np.testing.assert_allclose(one, other, rtol=FLIPPED_PERPLEXITY)
 
 
+EACH = tables.change(EACH_CLIP), tables.further(EACH_CLIP)
 PERPLEXITIES = (tables.PERPLEXITY, f"{tables.PERPLEXITY} of the {CALIBRATED}")
 
 # ---- tables of evaluations
@@ -258,7 +259,9 @@ def test_each_line_is_what_its_builds_say(lab, name):
             text = f" of the {CALIBRATED}" if builds[0].spec.corpus.split == "calibration" else ""
             said = public(resolved(builds[0].spec)).key, dict(builds[0].labels)
             expected.append((*said, metric + text, values, verdict))
-    lines = table[table["recipe"].notna() & ~table["metric"].isin([tables.SHARE, CHOSEN])].to_dict("records")
+    lines = table[table["recipe"].notna() & ~table["metric"].isin([tables.SHARE, CHOSEN, *EACH])].to_dict(
+        "records"
+    )
     assert len(lines) == len(expected)
     for line, (key, labels, metric, (value, *ends), verdict) in zip(lines, expected, strict=True):
         assert (line["recipe"], line["metric"]) == (key, metric)
@@ -610,7 +613,9 @@ def test_a_clip_is_chosen_on_the_calibration_text_and_told_on_the_other(lab, mon
     told, chosen_by, chosen = (
         table[table["metric"] == metric].set_index(["rotation", "clip"]) for metric in (*PERPLEXITIES, CHOSEN)
     )
-    names = ["RO", "DFRot"]  # the quick profile's
+    names = ["RH", "DFRot"]  # the quick profile's
+    each = table[table["metric"] == tables.change(EACH_CLIP)].set_index(["rotation", "clip"])
+    assert each["value"].to_dict() == {("DFRot", best): 0.0}, "of the chosen clips, both told 2.0"
     assert list(chosen.index) == [(name, best) for name in names]
     assert set(told.index) == set(chosen_by.index) == set(itertools.product(names, (0.6, 1.0)))
     assert chosen["value"].tolist() == pytest.approx([math.exp(2)] * len(names)), (
