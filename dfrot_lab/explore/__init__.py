@@ -1,5 +1,6 @@
 """Explorers: widgets to look, touch and teach with in JupyterLab, such as `explore.massive(acts)`."""
 
+from .dial.widget import Dial as dial
 from .errors.widget import errors as errors
 from .generate.widget import Generate as generate
 from .invariance.widget import Invariance as invariance

@@ -1,0 +1,1 @@
+"""One token on a dial from no rotation to a whole one."""
