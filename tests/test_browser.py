@@ -223,6 +223,25 @@ def test_clicking_a_point_opens_its_values_also_in_a_brushed_region(book):
     errors.shoot("4-figure-4")
 
 
+# ---- dial
+
+
+def test_the_dial_turns_the_token(book):
+    dial = book.explorer("dial")
+    dial.shoot("1-open")
+    error = "plot => plot._fullData[2].y[0]"
+    start = dial.plot(1).evaluate(error)
+    dial.slider("dial (%)").focus()
+    book.page.keyboard.press("End")
+    wait_until(lambda: dial.plot(1).evaluate("plot => plot._fullData[2].x[0]") == 100)
+    dial.shoot("2-turned")
+    assert dial.plot(1).evaluate(error) < 0.5 * start
+    assert "under the whole of" in dial.root.text_content()
+    dial.button("Offset").last.click()
+    dial.status("to Offset", 90)
+    dial.shoot("3-offset")
+
+
 # ---- worth and generate
 
 
@@ -268,7 +287,7 @@ def test_the_dark_theme(book):
     book.page.locator('body[data-jp-theme-light="false"]').wait_for(
         state="attached", timeout=browser.STEP_S * 1000
     )
-    for name in ("massive", "errors", "worth", "generate"):
+    for name in ("massive", "errors", "dial", "worth", "generate"):
         explorer = book.explorer(name)
         explorer.shoot("dark")
         assert explorer.plot().evaluate("plot => plot._fullLayout.paper_bgcolor") == "rgba(0,0,0,0)"
