@@ -40,7 +40,7 @@ class Values(Plot):
     def __init__(self) -> None:
         bars = go.Bar(marker={"color": MASSIVE_COLOUR, "line": {"width": 0}}, name="channels")
         grid = go.Scatter(mode="lines", line=LINE, hoverinfo="skip", name="levels of the grid")
-        x, y = {"title": "value"}, {"title": "channels (logarithmic)", "type": "log"}
+        x, y = {"title": "value", "showgrid": False}, {"title": "channels (logarithmic)", "type": "log"}
         super().__init__([grid, bars], bargap=0, xaxis=x, yaxis=y)
 
     def draw(self, y: Tensor, grid: Tensor) -> None:
