@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,19 +55,18 @@ def chromium() -> Iterator[Browser]:
         browser.close()
 
 
-def lend_cache(own: Path) -> None:
-    """A cache of its own that shares with the user's what is only read here: models, texts, captures, refined
-    rotations. Results are its own.
+def lend_cache(own: Path, lent: Sequence[str]) -> None:
+    """A cache of its own that shares with the user's these folders, and what is only read here: models,
+    texts, captures, refined rotations.
     """
-    shared = ("downloads", "corpora", "store/model", "store/capture", "store/refine")
     (own / "store").mkdir(parents=True)
-    for name in shared:
+    for name in ("downloads", "corpora", "store/model", "store/capture", "store/refine", *lent):
         there = cache_dir() / name
         there.mkdir(parents=True, exist_ok=True)
         (own / name).symlink_to(there, target_is_directory=True)
 
 
-def surroundings(root: Path) -> dict[str, str]:
+def surroundings(root: Path, profile: str) -> dict[str, str]:
     """The environment of a server that changes nothing of the user's."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("JUPYTER", "IPYTHON"))}
     names = (
@@ -84,7 +83,7 @@ def surroundings(root: Path) -> dict[str, str]:
         **kept,
         **own,
         "HF_HUB_OFFLINE": "1",
-        "DFROT_LAB_PROFILE": "quick",
+        "DFROT_LAB_PROFILE": profile,
         "TOKENIZERS_PARALLELISM": "false",
     }
 
@@ -101,14 +100,14 @@ def stop(server: subprocess.Popen[bytes]) -> None:
 
 
 @contextmanager
-def jupyter_lab(root: Path) -> Iterator[str]:
+def jupyter_lab(root: Path, profile: str = "quick", lent: Sequence[str] = ()) -> Iterator[str]:
     """A notebook's address, its name to be filled in, in a JupyterLab on a copy of our notebooks below
-    `root`; RuntimeError if it does not start.
+    `root`, `lent` more of the user's cache; RuntimeError if it does not start.
     """
     folder, log = root / "notebooks", root / "server.log"
     shutil.copytree(NOTEBOOKS, folder, ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
-    environment = surroundings(root)
-    lend_cache(root / "cache")
+    environment = surroundings(root, profile)
+    lend_cache(root / "cache", lent)
     quiet = (
         Path(environment["JUPYTERLAB_SETTINGS_DIR"])
         / "@jupyterlab/apputils-extension/notification.jupyterlab-settings"
@@ -281,6 +280,10 @@ class Explorer:
     def shoot(self, step: str) -> None:
         """A picture of it for people to look at."""
         ARTEFACTS.mkdir(exist_ok=True)
+        (ARTEFACTS / f"{self.name}-{step}.png").write_bytes(self.picture())
+
+    def picture(self, wait_ms: int = 300) -> bytes:
+        """It as PNG, after a while for plotly's own animation."""
         box, usual = self.root.bounding_box(), self.page.viewport_size
         assert box and usual
         if (
@@ -288,6 +291,7 @@ class Explorer:
         ):  # a notebook scrolls inside the page: what is out of sight would be grey
             self.page.set_viewport_size({"width": usual["width"], "height": int(box["height"]) + 300})
         self.root.scroll_into_view_if_needed()
-        self.page.wait_for_timeout(300)  # for plotly's own animation
-        self.root.screenshot(path=ARTEFACTS / f"{self.name}-{step}.png")
+        self.page.wait_for_timeout(wait_ms)
+        picture = self.root.screenshot()
         self.page.set_viewport_size(usual)
+        return picture

@@ -30,6 +30,7 @@ LOOK |= {"font": {"color": GREY, "size": 12}, "margin": {"l": 60, "r": 16, "t": 
 LOOK |= {"hovermode": "closest", "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}}
 LOOK["hoverlabel"] = {"namelength": -1, "align": "left", "bgcolor": "#303030", "font": {"color": "#ffffff"}}
 LOOK["modebar"] = {"bgcolor": CLEAR, "color": GREY, "activecolor": "#0072B2"}
+PICKED = ("NR", "RO", "RH", "DFRot", "Offset")  # rotations to start with: found in seconds
 EDGE_TO_EDGE = dict.fromkeys("lrtb", 0)
 TABLE: Any = {"index": False, "border": 0, "classes": "dfrot-table"}  # pandas' table without token texts
 SCHEMES: Any = {True: "symmetric", False: "asymmetric"}  # by the box that says whether a grid is symmetric

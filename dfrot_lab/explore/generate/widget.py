@@ -15,7 +15,7 @@ from traitlets import Enum, Float, HasTraits, Int, Tuple, Unicode
 
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.explore.generate import numbers
-from dfrot_lab.explore.page import GREY, Plot, drawing, label, panel
+from dfrot_lab.explore.page import GREY, PICKED, Plot, drawing, label, panel
 from dfrot_lab.explore.shell import Explorer, Job, control
 from dfrot_lab.explore.worth.numbers import BITS, FULL
 from dfrot_lab.model import door
@@ -81,8 +81,7 @@ class Generate(Explorer):
 
     def __init__(self, setting: Setting | None = None, store: Store | None = None) -> None:
         names = tuple(registry.rows())
-        first = tuple(name for name in names if name != "Offset+")  # whose descent takes minutes
-        super().__init__(_State(rotations=first), rotations=names, weights=[*registry.WEIGHTS])
+        super().__init__(_State(rotations=PICKED), rotations=names, weights=[*registry.WEIGHTS])
         self.setting, self.store = (setting or Setting.of_profile()).resolved(), store or Store()
         self.tokenizer: Any = None
         self.kept, self.prompt_ids = dict[str, build.Built](), list[int]()

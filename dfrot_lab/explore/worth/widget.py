@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from traitlets import Enum, HasTraits, Int, Tuple, Unicode
 
 from dfrot_lab.disk.artefacts import Store
-from dfrot_lab.explore.page import CLEAR, GREY, Plot, panel, plain
+from dfrot_lab.explore.page import CLEAR, GREY, PICKED, Plot, panel, plain
 from dfrot_lab.explore.shell import Explorer, beside, control
 from dfrot_lab.explore.worth import numbers
 from dfrot_lab.explore.worth.numbers import BITS, DIFFERENCE, FULL, KEPT, Tally, interval
@@ -40,23 +40,24 @@ class Bars(Plot):
         error: dict[str, Any] = {"type": "data", "symmetric": False, "color": GREY}
         text = {"textposition": "inside", "textangle": -90, "insidetextanchor": "start"}
         look = {**text, "error_y": error, "visible": False, "hovertemplate": "%{customdata}<extra></extra>"}
-        bars = []
-        for name in registry.rows():
-            colour = theme.COLOURS.get(name, GREY)
+        bars, colours = [], theme.looks(registry.rows())["palette"]
+        for name, colour in colours.items():
             line, white = {"color": colour, "width": 2}, {"color": "#ffffff"}
             bars.append(go.Bar(look, name=name, marker={"color": colour, "line": line}, insidetextfont=white))
             hollow = {"marker": {"color": CLEAR, "line": line}, "insidetextfont": {"color": GREY}}
             bars.append(go.Bar(look, name=f"{name}, kept out", **hollow))
-        gaps: dict[str, Any] = {"barmode": "group", "bargap": 0.2, "bargroupgap": 0.08, "margin": {"t": 96}}
+        gaps: dict[str, Any] = {"barmode": "group", "bargap": 0.2, "bargroupgap": 0.08, "margin": {"t": 64}}
         title, x = {"y": 0.96, "font": {"size": 13}}, {"type": "category"}
-        super().__init__(bars, title=title, xaxis=x, yaxis_title="perplexity", **gaps)
+        under = {"y": -0.12, "yanchor": "top"}
+        super().__init__(bars, title=title, xaxis=x, yaxis_title="perplexity", legend=under, **gaps)
 
     def draw(self, table: pd.DataFrame, title: str) -> None:
         """The stored rows of `rows_table`; a value far above the best is cut off at the top and written."""
         rows = table[(table["bits"] != FULL) & table["stored"]]
         exact = table.loc[(table["bits"] == FULL) & table["stored"], "perplexity"].tolist()
         near = rows[rows["perplexity"] <= figures.FAR * rows["perplexity"].min()]
-        top = 1.08 * float(max([*near["high"].fillna(near["perplexity"]), *exact, 1.0]))
+        highest = float(max([*near["perplexity"], *exact, 1.0]))
+        top = 1.08 * max(highest, min(1.5 * highest, float(near["high"].max())))  # one build's reach far
         across = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "line": DOTTED}
         with self.batch_update():
             for trace in self.data:
@@ -104,7 +105,9 @@ class Worth(Explorer):
         names, same = tuple(registry.rows()), setting.model_dump(include={"weights", "corpus", "windows"})
         texts = dict.fromkeys([setting.corpus, corpus.WIKITEXT2, corpus.SAMPLE])
         late = {"rotations": names, "weights": [*registry.WEIGHTS]}
-        super().__init__(_State(rotations=names, **same), **late, corpus=[(Path(t).name, t) for t in texts])
+        super().__init__(
+            _State(rotations=(*PICKED, "Offset+"), **same), **late, corpus=[(Path(t).name, t) for t in texts]
+        )
         self.found, self.missing = dict[str, perplexity.EvalResult](), list[Recipe]()
         self.plot, self.paper_plot = Bars(), Bars()
         self.note, self.rows, self.paper = panel(60), panel(250, width="100%"), panel(220, width="100%")

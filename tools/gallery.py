@@ -1,0 +1,97 @@
+"""Makes docs/gallery/: pictures and short films of the explorers, in a real JupyterLab and Chromium.
+
+    python tools/gallery.py
+
+It needs what `make test` installs, and the store of a finished `make run`, whose rows the third picture shows; some
+minutes. What the pictures show is said in docs/gallery.md.
+"""
+
+import io
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+
+import browser  # noqa: E402 it lies with the tests
+
+OUT, WIDTH, COLOURS = ROOT / "docs" / "gallery", 1280, 48
+FRAME_MS, HOLD_MS = 130, 1200  # of a film: a frame, its ends
+
+
+def save(name: str, picture: bytes) -> None:
+    """Write a PNG of few colours, a third of the bytes."""
+    image = Image.open(io.BytesIO(picture)).convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    image.save(OUT / f"{name}.png", optimize=True)
+
+
+def film(name: str, frames: list[bytes]) -> None:
+    """Write frames as a GIF that goes on for ever, its first and last frame longer on view."""
+    images = [Image.open(io.BytesIO(frame)).convert("RGB") for frame in frames]
+    width, height = min(image.width for image in images), min(image.height for image in images)
+    cut = [image.crop((0, 0, width, height)).resize((width * 3 // 4, height * 3 // 4)) for image in images]
+    few = [image.quantize(COLOURS, dither=Image.Dither.NONE) for image in cut]
+    held = [HOLD_MS, *[FRAME_MS] * (len(few) - 2), HOLD_MS]
+    few[0].save(
+        OUT / f"{name}.gif", save_all=True, append_images=few[1:], duration=held, loop=0, optimize=True
+    )
+
+
+def moved(explorer: browser.Explorer, slider: str, keys: list[str], plot: int, now: str) -> Iterator[bytes]:
+    """A picture after each key on a slider, once what `now` says of a plot is another."""
+    for key in keys:
+        before = explorer.plot(plot).evaluate(now)
+        explorer.slider(slider).focus()
+        explorer.page.keyboard.press(key)
+        explorer.page.wait_for_function(
+            f"([plot, before]) => JSON.stringify(({now})(plot)) !== JSON.stringify(before)",
+            arg=[explorer.plot(plot).element_handle(), before],
+            timeout=browser.STEP_S * 1000,
+        )
+        yield explorer.picture(150)
+
+
+def pictures(book: browser.Notebook) -> None:
+    """All of the gallery's, from 09-explorer with all its cells run."""
+    massive = book.explorer("massive")
+    save("massive", massive.picture())
+    errors = book.explorer("errors")
+    save("errors", errors.picture())
+    dial = book.explorer("dial")
+    start = [dial.picture()]
+    turned = "plot => plot._fullData[2].x[0]"
+    film("dial", start + list(moved(dial, "dial (%)", ["PageUp"] * 10, 1, turned)))
+    save("worth", book.explorer("worth").picture())
+    massive.slider("layer").focus()
+    book.page.keyboard.press("Home")
+    massive.status("layer 0,")
+    layer = "plot => plot._fullData[0].x[0]"
+    film("layers", [massive.picture(), *moved(massive, "layer", ["ArrowRight"] * 29, 1, layer)])
+
+
+def main() -> None:
+    """Write all pictures, or say what went wrong on the page."""
+    OUT.mkdir(exist_ok=True)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        browser.chromium() as chromium,
+        browser.jupyter_lab(Path(folder), "full", ["store/evaluation"]) as server,
+    ):
+        page = chromium.new_context(viewport={"width": WIDTH, "height": 900}).new_page()
+        book = browser.Notebook(page, browser.Watch())
+        book.watch.look_at(page)
+        page.goto(server.format(notebook="09-explorer.ipynb"))
+        page.locator(".jp-Notebook .jp-CodeCell").first.wait_for(timeout=browser.START_S * 1000)
+        book.start_all()
+        book.wait_all()
+        pictures(book)
+    if book.watch.faults:
+        raise SystemExit("\n".join(book.watch.faults))
+
+
+if __name__ == "__main__":
+    main()
