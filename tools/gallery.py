@@ -41,6 +41,16 @@ def film(name: str, frames: list[bytes]) -> None:
     )
 
 
+def plots(explorer: browser.Explorer, picture: bytes) -> bytes:
+    """The part of an explorer's picture that its first two plots fill."""
+    root, *own = (place.bounding_box() for place in (explorer.root, explorer.plot(0), explorer.plot(1)))
+    assert root and all(own)
+    top = min(box["y"] for box in own) - root["y"]
+    cut = Image.open(io.BytesIO(picture)).crop((0, top, root["width"], top + own[0]["height"]))
+    cut.save(out := io.BytesIO(), format="PNG")
+    return out.getvalue()
+
+
 def moved(explorer: browser.Explorer, slider: str, keys: list[str], plot: int, now: str) -> Iterator[bytes]:
     """A picture after each key on a slider, once what `now` says of a plot is another."""
     for key in keys:
@@ -70,7 +80,8 @@ def pictures(book: browser.Notebook) -> None:
     book.page.keyboard.press("Home")
     massive.status("layer 0,")
     layer = "plot => plot._fullData[0].x[0]"
-    film("layers", [massive.picture(), *moved(massive, "layer", ["ArrowRight"] * 29, 1, layer)])
+    films = [massive.picture(), *moved(massive, "layer", ["ArrowRight"] * 29, 1, layer)]
+    film("layers", [plots(massive, picture) for picture in films[1::2]])
 
 
 def main() -> None:
