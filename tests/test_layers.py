@@ -227,7 +227,8 @@ def test_the_package_is_small():
     size = {name: len(file.read_text().splitlines()) for name, file in MODULES.items()}
     assert sum(size.values()) <= 20_000, (
         "builds, divergence, offsets; drift, clips, exports; then scales, rivals, formats, KV caches, static and "
-        "grouped activations, prefixes; rows side by side; what fits take, weights by what they compute"
+        "grouped activations, prefixes; rows side by side; what fits take, weights by what they compute; "
+        "rotations before every linear"
     )
     assert sum(lines for name, lines in size.items() if name.startswith("explore")) <= 3_500
 

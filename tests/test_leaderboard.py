@@ -48,8 +48,10 @@ def test_every_rotation_and_quantizer_is_in_a_group(setting):
     found = {group: [row.spec for row in rows(group, setting)] for group in GROUPS}
     for bits in leaderboard.BITS:
         fused = [spec.rotation.name for spec in found["fused R1"] if spec.bits == bits]
-        rotated = [name for name in registry.rows() if name not in leaderboard.UNROTATED]
-        assert sorted(fused) == sorted(rotated)
+        apart = (*leaderboard.UNROTATED, *leaderboard.ONLINE)
+        assert sorted(fused) == sorted(name for name in registry.rows() if name not in apart)
+    acting = [name for name in registry.rows() if registry.spec_of(name).acts_online]
+    assert {spec.rotation.name for spec in found["online"]} == {*acting, "RH"}
     assert {spec.weights.method for spec in found["weights"]} == set(registry.WEIGHTS)
     assert {spec.rotation.name for spec in found["weights"]} == {"RH", "Offset+"}
     unrotated = {"NR", "SmoothQuant", "AWQ", "OS+"}
@@ -73,6 +75,7 @@ def test_the_table_says_seconds_needs_and_what_was_published(board):
     table, _ = board
     by = table.drop_duplicates("rotation").set_index("rotation")
     assert by.loc["RH", "seconds"] == 0 and by.loc["RH", "needs"] == "nothing"
+    assert by[leaderboard.ONLINE_OPS].eq(0).all(), "of a fused R1, beside R3 and R4"
     for name in ("DFRot", "KLT", "SpinQuant", "AWQ"):
         assert by.loc[name, "seconds"] > 0 and by.loc[name, "needs"] != "nothing"
         assert 0.1 < by.loc[name, leaderboard.PEAK] < 10, "torch, a tiny model and its rows"

@@ -242,9 +242,15 @@ def test_the_greedy_steps_are_those_of_a_slow_loop_and_the_prefix_of_smallest_ra
     assert y.max() - y.min() < 0.5 * (x.max() - x.min())
 
 
-def test_where_no_step_helps_nothing_is_turned_and_that_is_said(caplog):
+def test_where_no_step_helps_nothing_is_turned_and_that_is_said(
+    lively, text_file, store, monkeypatch, caplog
+):
     rows = torch.where(draw(50, C) > 0, 1.0, -1.0)
     assert duquant.greedy(rows, duquant.base(C, 0), 5) == []
+    monkeypatch.setattr(duquant, "greedy", lambda *_: [])
+    assert torch.equal(
+        duquant.spread(rotated_by("DuQuant R1", lively, text_file).rotation, store)[0], torch.eye(C).double()
+    )
     assert "DuQuant R1 turns nothing" in caplog.text
     assert torch.equal(duquant.product(duquant.base(C, 0), []), torch.eye(C).double())
 

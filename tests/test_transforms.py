@@ -67,6 +67,7 @@ def test_every_row_has_the_spec_of_its_method():
         "SmoothQuant",
         "OptRot",
         "DuQuant R1",
+        "DuQuant",
         "AWQ",
         "OS+",
     ]

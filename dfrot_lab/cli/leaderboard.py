@@ -6,7 +6,9 @@ import typer
 
 from dfrot_lab.cli.options import MANY, Options, command
 
-GROUP = "One of the groups alone: fused R1, free extras, weights, few-bit weights, no rotation; default: all."
+GROUP = (
+    "One of the groups alone: fused R1, free extras, weights, few-bit weights, no rotation, online; or all."
+)
 
 
 @command("leaderboard", f"{MANY} gamma rule")

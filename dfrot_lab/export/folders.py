@@ -26,6 +26,7 @@ GENERATION = "generation_config.json"
 NO_PREFIX = (
     "None to export: keys and values before every window are no weights, and nothing would put them there"
 )
+NO_TURNS = "one that weights can hold to export: what acts before every linear is no weight"
 SHARD_BYTES = 2e9  # what the parts in one file may fill: so much is held, too
 WHY = {
     "layer": "its LayerNorms subtract a mean that a rotated residual stream has elsewhere",
@@ -38,8 +39,9 @@ As = Callable[[int, Mapping[str, Tensor]], Mapping[str, Tensor]]
 
 def resolved(recipe: Recipe) -> Recipe:
     """The recipe with every `auto` named and what has no effect at its default; scales that then fall away
-    are said. ValueError: a prefix."""
+    are said. ValueError: a prefix, a rotation that acts online."""
     require("Recipe.prefix", "one", recipe.prefix is None, NO_PREFIX)
+    require("Recipe.rotation", recipe.rotation.name, not recipe.rotation.acts_online, NO_TURNS)
     recipe = door.resolved(recipe)
     found = recipe.canonical()
     if recipe.scales is not None and found.scales is None:

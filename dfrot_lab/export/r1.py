@@ -17,7 +17,8 @@ def export(recipe: Recipe, path: Path, store: Store | None = None) -> Path:
     require("--out", path, path.suffix == ".safetensors", "a file ending in .safetensors")
     require("--out", path, not path.exists() and not path.is_symlink(), "a name that is free")
     recipe, store = door.resolved(recipe).canonical(), store or Store()
-    R = transforms.fit(recipe, transforms.Context(recipe, store)).R1
+    acts_online = recipe.rotation.acts_online  # none of these has an R1: that is known before it is fitted
+    R = None if acts_online else transforms.fit(recipe, transforms.Context(recipe, store)).R1
     if R is None:
         raise ValueError(f"--rotation must be one with a matrix R1 to export; got {recipe.rotation.name}")
     rotation_files.save(R, path, public(recipe.rotation), model=public(recipe.model).source)

@@ -170,9 +170,11 @@ class Spec(BaseModel):
 
 
 class MethodSpec(Spec):
-    """Base of the specs of rotation methods: which, with its parameters. Each has a `name` for tables."""
+    """Base of the specs of rotation methods: which, with its parameters. Each has a `name` for tables.
+    `acts_online`: on what each linear reads while the model runs, so no weights hold all of it."""
 
     method: ClassVar[str] = ""
+    acts_online: ClassVar[bool] = False
 
     @property
     def name(self) -> str:

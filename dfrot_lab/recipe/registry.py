@@ -32,6 +32,7 @@ METHODS = {
     "smoothquant": Choice("dfrot_lab.rotate.smoothquant", ("SmoothQuant",)),
     "optrot": Choice("dfrot_lab.rotate.optrot", ("OptRot",)),
     "duquant": Choice("dfrot_lab.rotate.duquant", ("DuQuant R1",)),
+    "duquant_online": Choice("dfrot_lab.rotate.duquant_blocks", ("DuQuant",)),
     "scale_search": Choice("dfrot_lab.rotate.scale_search", ("AWQ", "OS+")),
 }
 """Rotation methods: modules with `SPEC`, `spec(row, seed=, capture=)`, `fit(recipe, context)`; `VERSION`,

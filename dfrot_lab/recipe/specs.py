@@ -211,6 +211,9 @@ class Recipe(Spec):
         self._require("scales", free, "None without a rotation, which spreads errors over channels")
         free = self.scales is None or self.keep_out is None
         self._require("scales", free, "None with keep_out, whose rules judge rows that are not scaled")
+        for name in ("scales", "keep_out"):
+            free = getattr(self, name) is None or not self.rotation.acts_online
+            self._require(name, free, "None with a rotation that acts before every linear")
         for name in ("keep_out", "set_massive"):
             free = getattr(self, name) is None or self.prefix is None
             self._require(name, free, "None with a prefix, after which no token is massive")

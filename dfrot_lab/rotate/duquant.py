@@ -68,7 +68,10 @@ def spread(spec: DuQuantSpec, store: Store | None = None) -> tuple[Tensor, float
         places = offset.sample(massive.find(recorded, spec.rule).flatten(), offset.ROWS, spec.seed)
         rows = recorded.all_rows(places).to(recorded.spec.model.device)
         B = base(recorded.channels, spec.seed)
-        return product(B, greedy(rows, B, spec.updates))
+        steps = greedy(rows, B, spec.updates)
+        if not steps:
+            log.warning("no step makes the range of entries smaller: DuQuant R1 turns nothing")
+        return product(B, steps)
 
     return of_rows(KIND, spec, store or Store(), make)
 
@@ -95,8 +98,6 @@ def greedy(rows: Tensor, B: Tensor, updates: int) -> list[int]:
         channel, span = extremes(rows)
         if span < least:
             least, best = span, step
-    if not best:
-        log.warning("no step makes the range of entries smaller: DuQuant R1 turns nothing")
     return channels[:best]
 
 

@@ -14,6 +14,7 @@ from dfrot_lab.maths import rotations
 from dfrot_lab.maths.quantizers import Fixed
 from dfrot_lab.model import door, hooks, loading, stream, surgery
 from dfrot_lab.model.loading import LoadedModel
+from dfrot_lab.model.turns import Turn
 from dfrot_lab.observe.capture import Capture, capture, token_blocks
 from dfrot_lab.recipe import keys, registry
 from dfrot_lab.recipe.specs import CaptureSpec, Recipe
@@ -41,7 +42,8 @@ class Transforms:
     """The transforms of one model: `R1` (channels, channels) or None; `R2` on each head's values, Hadamard,
     one (head, head) for all layers, one a layer (layers, head, head), or None; `gains` (channels,) a norm,
     folded after R1, `scales` (`model.scales`), `clips` a clip ratio and `static` a scale and zero point, all
-    by site; whether the online Hadamards R3 and R4 act; the seconds it took to find them."""
+    by site; `turns` what acts online before the linears of a site (`model.turns`); whether the online
+    Hadamards R3 and R4 act; the seconds it took to find them."""
 
     R1: Tensor | None
     R2: Tensor | Literal["hadamard"] | None = "hadamard"
@@ -49,6 +51,7 @@ class Transforms:
     clips: Mapping[str, float] = field(default_factory=dict)
     scales: Mapping[str, Tensor] = field(default_factory=dict)
     static: Mapping[str, Fixed] = field(default_factory=dict)
+    turns: Mapping[str, Turn] = field(default_factory=dict)
     r3: bool = True
     r4: bool = True
     seconds: float = 0.0

@@ -14,7 +14,7 @@ from dfrot_lab.caches import run as caches
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.disk.atomic import still
 from dfrot_lab.maths.quantizers import fake_quantize, squared_error
-from dfrot_lab.model import corpus, door, hooks, integer, loading, noise, prefix, scales, surgery
+from dfrot_lab.model import corpus, door, hooks, integer, loading, noise, prefix, scales, surgery, turns
 from dfrot_lab.model.families import heads_of
 from dfrot_lab.model.loading import LoadedModel
 from dfrot_lab.model.parts import Transform
@@ -112,6 +112,7 @@ def rotated(recipe: Recipe, store: Store, *, whole: bool = False) -> tuple[Loade
         surgery.rotate_heads(loaded, None if isinstance(made.R2, str) else made.R2, recipe.head_block)
     if made.r4:
         surgery.rotate_down(loaded, recipe.mlp_block)
+    turns.act(loaded, made.turns)
     with surgery.online(loaded, r3=made.r3, r4=made.r4, blocks=recipe.blocks):
         proof.check(None if loaded.roles.online else made.R1)
     return loaded, made
@@ -165,8 +166,10 @@ def require_texts(recipe: Recipe, store: Store) -> None:
 
 def is_integer(recipe: Recipe) -> bool:
     """Whether both sides of every linear are codes that fit int8, a scale a channel and a token or a site:
-    then it is an integer product."""
+    then it is an integer product; never with a rotation that acts before every linear, where floats are."""
     grid = recipe.weights.quantizer
+    if recipe.rotation.acts_online:
+        return False
     return grid.bits <= 8 and grid.group_size is None and integer.fits(recipe.activations)
 
 

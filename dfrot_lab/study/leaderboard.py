@@ -20,19 +20,21 @@ BITS = ("16-4-16", "4-4-16")
 FEW_BITS = ("3-16-16", "2-16-16")
 GROUP = 64  # inputs that share a scale, or their largest common divisor with it
 UNROTATED = ("NR", "SmoothQuant", "AWQ", "OS+")
+ONLINE = ("DuQuant",)
 PUBLISHED = {"SpinQuant": (5.9, 7.3), "OSTQuant R1": (5.91, 7.29), "DartQuant": (5.93, 7.43)}
 """Perplexity of WikiText-2 at 4-4-4 on LLaMA-2-7B and LLaMA-3-8B (full precision 5.47 and 6.14) as published,
 each by a pipeline of its own (other weight groups, clips, what is learned beside R1), so they cannot be
 ranked; SpinQuant's was not found again by its own release (8.0 in place of 7.3)."""
 COLUMNS = ("published LLaMA-2-7B", "published LLaMA-3-8B")
 PEAK = "peak, GB"  # of memory
+ONLINE_OPS = "online, %"  # of the linears' products
 
 
 def fused(setting: Setting) -> Iterator[tuple[str, Recipe]]:
     """One fused R1, R2 to R4 Hadamard, nothing else: no cost at inference beyond RH's."""
     for bits in setting.few(BITS):
         for name in registry.rows():
-            if name not in UNROTATED:
+            if name not in (*UNROTATED, *ONLINE):
                 yield NONE, setting.row(bits, setting.method(name))
 
 
@@ -48,6 +50,13 @@ def unrotated(setting: Setting) -> Iterator[tuple[str, Recipe]]:
     """No rotation at all."""
     for bits in setting.few(BITS):
         for name in UNROTATED:
+            yield NONE, setting.row(bits, setting.method(name))
+
+
+def online(setting: Setting) -> Iterator[tuple[str, Recipe]]:
+    """What acts before every linear while the model runs: it costs more than any fused R1, as is said."""
+    for bits in setting.few(BITS):
+        for name in ONLINE:
             yield NONE, setting.row(bits, setting.method(name))
 
 
@@ -73,7 +82,7 @@ def few_bits(setting: Setting) -> Iterator[tuple[str, Recipe]]:
 
 GROUPS: dict[str, Callable[[Setting], Iterator[tuple[str, Recipe]]]] = {
     "fused R1": fused, "free extras": extras, "weights": weights,
-    "few-bit weights": few_bits, "no rotation": unrotated,
+    "few-bit weights": few_bits, "no rotation": unrotated, "online": online,
 }  # fmt: skip
 
 
@@ -91,9 +100,10 @@ def rows(group: str, setting: Setting) -> Iterator[Row]:
 
 def leaderboard(setting: Setting, store: Store, groups: Sequence[str] = tuple(GROUPS)) -> pd.DataFrame:
     """The table of some groups: a results table with the group, the option, what the first build's rotation
-    took to be found (`fits`) and published numbers."""
+    took to be found (`fits`), what it costs `ONLINE_OPS` and published numbers."""
     asked = [partial(rows, group) for group in groups]
-    found = fits.costs(_rotations(asked, setting.with_(build=0)), store)
+    recipes = _rotations(asked, setting.with_(build=0))
+    found = fits.costs(recipes, store)
     table = pd.concat([evaluated(asks, setting, store)[0] for asks in asked], ignore_index=True)
     known, cost = table["rotation"].map(PUBLISHED), table["rotation"].map(found)
     for place, column in enumerate(COLUMNS):
@@ -103,7 +113,21 @@ def leaderboard(setting: Setting, store: Store, groups: Sequence[str] = tuple(GR
         PEAK: lambda fit: fit.peak / 1e9,
         "needs": lambda fit: fit.needs,
     }
+    acting = {recipe.rotation.name: online_share(recipe) for recipe in recipes}
+    table[ONLINE_OPS] = table["rotation"].map(acting)
     return table.assign(**{name: cost.map(of) for name, of in costs.items()})
+
+
+def online_share(recipe: Recipe) -> float:
+    """The products that a recipe's rotation takes before the linears while the model runs, beside R3 and R4,
+    in % of the linears' own, for one token; of experts those that a token passes."""
+    products = getattr(registry.load(registry.METHODS, recipe.rotation.method), "products", None)
+    if products is None:
+        return 0.0
+    shape = shapes.shape(recipe.model)
+    times = zip(shape.inputs, (1, 1, 1, shape.active), strict=True)
+    taken = shape.layers * sum(count * products(recipe.rotation, into) for into, count in times)
+    return float(100 * taken / shape.active_weights)
 
 
 def _rotations(asked: Sequence[Callable[[Setting], Iterator[Row]]], setting: Setting) -> list[Recipe]:
@@ -126,7 +150,9 @@ def ranked(table: pd.DataFrame) -> pd.DataFrame:
         if change:
             found = by.loc[change[0]]
             line |= {"change, %": found["value"], "interval": found["ci95"], "verdict": found["verdict"]}
-        line |= {name: own[name].iloc[0] for name in ("builds", "seconds", PEAK, "needs", *COLUMNS)}
+        line |= {
+            name: own[name].iloc[0] for name in ("builds", "seconds", PEAK, "needs", ONLINE_OPS, *COLUMNS)
+        }
         lines.append(line)
     found = pd.DataFrame(lines)
     return found.sort_values(["group", "bits", "KL divergence"], key=_in_order, ignore_index=True)
