@@ -187,7 +187,7 @@ def test_a_recipe_that_was_printed_gives_the_row_of_its_options(bench, tmp_path,
         ("rotations: {kind: RO}", "Recipe has no field 'rotations'; it has model, "),
         (
             "rotation: {method: quip}",
-            "rotation method must be one of random, dfrot, offset, offset_plus, klt, proxy, task, smoothquant, optrot, duquant, duquant_online, scale_search; got 'quip'",
+            "rotation method must be one of random, dfrot, offset, offset_plus, klt, proxy, task, smoothquant, optrot, duquant, duquant_online, flatquant, scale_search; got 'quip'",
         ),
         ("rotation: {kind: RX}", "RotationSpec.kind must be one of NR, RO, RH, RHT2, GSR, file; got 'RX'"),
         ("- a\n- b", "Recipe must be a mapping of its fields; got ['a', 'b']"),
@@ -340,7 +340,7 @@ BAD = [
     (["evaluate", "--bits", "4-4-17"], "QuantSpec.bits must be a whole number in 2..16; got 17"),
     (
         ["evaluate", "--rotation", "XX"],
-        "KurTail + massive, SpinQuant, OSTQuant R1, SmoothQuant, OptRot, DuQuant R1, DuQuant, AWQ, OS+, one in blocks such as RH-b64, or a safetensors file; got 'XX'",
+        "KurTail + massive, SpinQuant, OSTQuant R1, SmoothQuant, OptRot, DuQuant R1, DuQuant, FlatQuant, AWQ, OS+, one in blocks such as RH-b64, or a safetensors file; got 'XX'",
     ),
     (["evaluate", "--windows", "0"], "Recipe.windows must be a whole number >= 1; got 0"),
     (["evaluate", "--windows", "100000", "--bits", "16-4-16"], "windows"),

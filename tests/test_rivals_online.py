@@ -1,4 +1,4 @@
-"""Rivals that act while the model runs, before every linear: the seam (`model.turns`), DuQuant. A turn against
+"""Rivals that act while the model runs, before every linear: the seam (`model.turns`), DuQuant, FlatQuant. A turn against
 the dense matrix, each formula against a slow loop, logits that stay, weights and roundings that see what was turned.
 """
 
@@ -13,13 +13,14 @@ from torch import Tensor
 
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.maths import rotations
-from dfrot_lab.maths.quantizers import squared_error
+from dfrot_lab.maths.quantizers import fake_quantize, squared_error
 from dfrot_lab.model import checkpoint, hooks, loading, stream, surgery, turns
 from dfrot_lab.recipe import registry
-from dfrot_lab.recipe.grids import ACTIVATIONS
+from dfrot_lab.recipe.grids import ACTIVATIONS, SYM4, QuantSpec
 from dfrot_lab.recipe.specs import CaptureSpec, ModelSpec, Recipe, RotationSpec
-from dfrot_lab.rotate import duquant_blocks, inputs, transforms
+from dfrot_lab.rotate import duquant_blocks, flatquant, inputs, transforms
 from dfrot_lab.rotate.duquant_blocks import DuQuantBlocksSpec
+from dfrot_lab.rotate.flatquant import FlatQuantSpec
 from dfrot_lab.rotate.transforms import Context
 from dfrot_lab.score import build
 from dfrot_lab.study import leaderboard
@@ -349,6 +350,132 @@ def test_smoothing_comes_first_and_is_smoothquant_s(lively, text_file, store):
     scale, *rest = found.turns["layers.1.post_attention_norm"]
     torch.testing.assert_close(scale, (w**0.4 / x**0.6).double(), rtol=1e-5, atol=0)
     assert len(rest) == 3 and not found.r3
+
+
+# ---- FlatQuant
+
+
+def test_sizes_are_the_nearest_factors():
+    found = [flatquant.sizes(n) for n in (576, 1536, 96, 7, 1)]
+    assert found == [(24, 24), (32, 48), (8, 12), (1, 7), (1, 1)]
+
+
+@pytest.mark.parametrize("scheme", ["symmetric", "asymmetric", "free"])
+def test_a_rounding_s_gradient_is_that_of_codes_held_still_and_a_scale_that_moves(scheme):
+    x, above, grid = draw(6, 20) + 0.3, draw(6, 20, seed=1), ACTIVATIONS.with_(scheme=scheme)
+    gradients = []
+    for way in ("ours", "written out"):
+        leaf = x.clone().requires_grad_()
+        if way == "ours":
+            y = flatquant.rounded(leaf, grid)
+        else:
+            low, high = leaf.amin(1, keepdim=True), leaf.amax(1, keepdim=True)
+            if scheme == "symmetric":
+                scale = torch.maximum(-low, high) / 7
+            else:
+                zero = torch.zeros_like(low)
+                low, high = (low, high) if scheme == "free" else (low.minimum(zero), high.maximum(zero))
+                scale = (high - low) / 15
+            codes = (fake_quantize(x, grid) / scale).detach()
+            units = leaf / scale
+            y = scale * (units + (codes - units).detach())
+        torch.testing.assert_close(y.detach(), fake_quantize(x, grid))
+        (y * above).sum().backward()
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(*gradients)
+    assert not torch.allclose(gradients[0], above, atol=1e-3), "the scale has a part in it"
+
+
+def test_a_row_of_zeros_has_a_gradient_and_16_bits_round_nothing():
+    x = torch.zeros(2, 8, requires_grad=True)
+    flatquant.rounded(x, ACTIVATIONS).sum().backward()
+    assert x.grad.isfinite().all()
+    assert flatquant.rounded(x, ACTIVATIONS.with_(bits=16)) is x
+
+
+def learned_affine() -> flatquant.Affine:
+    """An affine whose every parameter is away from its start."""
+    affine = flatquant.Affine(torch.linspace(0.5, 2, 24).double(), seed=1)
+    with torch.no_grad():
+        for n, parameter in enumerate(affine.parameters()):
+            parameter.add_(0.2 * draw(*parameter.shape, seed=n))
+    return affine
+
+
+def test_an_affine_is_scales_and_a_kronecker_product_of_svds_with_an_exact_inverse():
+    affine = learned_affine()
+    A = turns.dense([step.detach() for step in affine.steps()], 24)
+    back = turns.dense([step.detach() for step in affine.steps(-1)], 24)
+    torch.testing.assert_close(back, torch.linalg.inv(A).T)
+    factors = []
+    for n, start in enumerate(affine.starts):
+        U, V = start @ flatquant.cayley(affine.skew_u[n]), flatquant.cayley(affine.skew_v[n])
+        assert max(rotations.orthogonality_error(one) for one in (U, V)) < 1e-12
+        factors.append((U @ affine.d[n].exp().diag() @ V.T).detach())
+    scales = affine.logs.exp().detach().diag()
+    np.testing.assert_allclose(A.numpy(), (scales @ torch.from_numpy(np.kron(*factors))).numpy(), atol=1e-12)
+
+
+def test_the_loss_is_what_rounded_linears_miss():
+    affine, spec = learned_affine(), FlatQuantSpec()
+    rows, weight = draw(10, 24), draw(7, 24, seed=1)
+    A = turns.dense([step.detach() for step in affine.steps()], 24)
+    x, w = fake_quantize(rows @ A, ACTIVATIONS), fake_quantize(weight @ torch.linalg.inv(A).T, spec.weights)
+    missed = (x @ w.T - rows @ weight.T).square().sum() / (rows @ weight.T).square().sum()
+    assert float(flatquant.loss(rows, weight, affine, spec).detach()) == pytest.approx(
+        float(missed), rel=1e-9
+    )
+
+
+def outlying() -> tuple[Tensor, Tensor, Tensor]:
+    """Rows with a large channel and a massive value, weights, and scales that make neither smaller."""
+    return spiked(200, 48), draw(32, 48, seed=1).float(), torch.ones(48).double()
+
+
+def lost(turn: list[Tensor], rows: Tensor, weight: Tensor) -> float:
+    """What linears miss by a turn, through the seam."""
+    x, w = turns.apply(turn, rows), turns.apply(turns.taken_back(turn), weight)
+    found = fake_quantize(x, ACTIVATIONS) @ fake_quantize(w, FlatQuantSpec().weights).T
+    return float((found - rows @ weight.T).square().sum())
+
+
+def test_learning_lowers_what_linears_miss_below_its_start_and_a_hadamard_s():
+    rows, weight, s = outlying()
+    start = [step.detach() for step in flatquant.Affine(s, 0).steps()]
+    found = flatquant.learned(rows, weight, s, FlatQuantSpec(updates=60))
+    assert lost(found, rows, weight) < 0.8 * lost(start, rows, weight)
+    hadamard = rotations.make(RotationSpec(), 48)
+    assert lost(found, rows, weight) < 0.9 * lost([hadamard], rows, weight) < lost([], rows, weight)
+
+
+def test_of_its_looks_the_best_is_kept_the_start_among_them(monkeypatch):
+    rows, weight, s = outlying()
+    monkeypatch.setattr(flatquant, "RATE", 30.0)  # every step goes astray
+    found = flatquant.learned(rows, weight, s, FlatQuantSpec(updates=5))
+    for step, own in zip(found, flatquant.Affine(s, 0).steps(), strict=True):
+        torch.testing.assert_close(step, own.detach())
+
+
+def test_flatquant_starts_from_smoothquant_s_scales_and_keeps_r3(lively, text_file, store, monkeypatch):
+    recipe, seen = rotated_by("FlatQuant", lively, text_file), []
+    monkeypatch.setattr(
+        flatquant, "learned", lambda rows, weight, s, spec: seen.append((rows, weight, s)) or [s]
+    )
+    made = transforms.fit(recipe, Context(recipe, store))
+    assert made.r3 and not made.r4 and len(seen) == 4 * LAYERS
+    for rows, weight, s in seen:
+        wanted = rows.abs().amax(0).double() ** 0.3 / weight.abs().amax(0).double() ** 0.7
+        torch.testing.assert_close(s, wanted, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize(("fields", "said"), [
+    ({"updates": 0}, r"FlatQuantSpec\.updates must be a whole number >= 1; got 0"),
+    ({"weights": SYM4}, r"FlatQuantSpec\.weights must be per_channel; got"),
+    ({"activations": QuantSpec(granularity="per_channel")}, r"FlatQuantSpec\.activations must be per_token; got"),
+])  # fmt: skip
+def test_flatquant_s_errors_name_the_field(fields, said):
+    with pytest.raises(ValueError, match=said):
+        FlatQuantSpec(**fields)
 
 
 def test_the_row_and_its_recipe_round_trip(tmp_path, text_file, lively):

@@ -777,11 +777,11 @@ def test_a_names_odd_characters_survive_the_yaml():
     [
         (
             "rotation: {method: spin}",
-            r"rotation method must be one of random, dfrot, offset, offset_plus, klt, proxy, task, smoothquant, optrot, duquant, duquant_online, scale_search; got 'spin'",
+            r"rotation method must be one of random, dfrot, offset, offset_plus, klt, proxy, task, smoothquant, optrot, duquant, duquant_online, flatquant, scale_search; got 'spin'",
         ),
         (
             "rotation: {method: [1]}",
-            r"rotation method must be one of random, dfrot, offset, offset_plus, klt, proxy, task, smoothquant, optrot, duquant, duquant_online, scale_search; got \[1\]",
+            r"rotation method must be one of random, dfrot, offset, offset_plus, klt, proxy, task, smoothquant, optrot, duquant, duquant_online, flatquant, scale_search; got \[1\]",
         ),
         ("", r"Recipe must be a mapping of its fields; got None"),
         ("rotation: RH", r"Recipe\.rotation must be a MethodSpec; got 'RH'"),

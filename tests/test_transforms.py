@@ -68,6 +68,7 @@ def test_every_row_has_the_spec_of_its_method():
         "OptRot",
         "DuQuant R1",
         "DuQuant",
+        "FlatQuant",
         "AWQ",
         "OS+",
     ]

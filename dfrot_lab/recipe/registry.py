@@ -33,6 +33,7 @@ METHODS = {
     "optrot": Choice("dfrot_lab.rotate.optrot", ("OptRot",)),
     "duquant": Choice("dfrot_lab.rotate.duquant", ("DuQuant R1",)),
     "duquant_online": Choice("dfrot_lab.rotate.duquant_blocks", ("DuQuant",)),
+    "flatquant": Choice("dfrot_lab.rotate.flatquant", ("FlatQuant",)),
     "scale_search": Choice("dfrot_lab.rotate.scale_search", ("AWQ", "OS+")),
 }
 """Rotation methods: modules with `SPEC`, `spec(row, seed=, capture=)`, `fit(recipe, context)`; `VERSION`,

@@ -20,7 +20,7 @@ BITS = ("16-4-16", "4-4-16")
 FEW_BITS = ("3-16-16", "2-16-16")
 GROUP = 64  # inputs that share a scale, or their largest common divisor with it
 UNROTATED = ("NR", "SmoothQuant", "AWQ", "OS+")
-ONLINE = ("DuQuant",)
+ONLINE = ("DuQuant", "FlatQuant")
 PUBLISHED = {"SpinQuant": (5.9, 7.3), "OSTQuant R1": (5.91, 7.29), "DartQuant": (5.93, 7.43)}
 """Perplexity of WikiText-2 at 4-4-4 on LLaMA-2-7B and LLaMA-3-8B (full precision 5.47 and 6.14) as published,
 each by a pipeline of its own (other weight groups, clips, what is learned beside R1), so they cannot be
