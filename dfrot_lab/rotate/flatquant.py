@@ -7,6 +7,7 @@ rounded no worse. Here linears are matched site by site on full precision's inpu
 with learned clips and a transform of keys and of values, too."""
 
 import math
+from collections.abc import Iterable
 from typing import ClassVar
 
 import torch
@@ -86,10 +87,8 @@ class Affine(nn.Module):
         kinds = ("RH" if hadamard.factors(n) else "RO" for n in self.sizes)
         made = (RotationSpec(kind=kind, seed=seed) for kind in kinds)
         self.starts = [rotations.make(one, n) for one, n in zip(made, self.sizes, strict=True)]
-        for name in ("skew_u", "skew_v", "d"):
-            shapes = [(n,) if name == "d" else (n, n) for n in self.sizes]
-            zeros = [nn.Parameter(torch.zeros(shape, dtype=torch.float64)) for shape in shapes]
-            setattr(self, name, nn.ParameterList(zeros))
+        square, line = [(n, n) for n in self.sizes], [(n,) for n in self.sizes]
+        self.skew_u, self.skew_v, self.d = (_zeros(shapes) for shapes in (square, square, line))
 
     def steps(self, sign: int = 1) -> list[Tensor]:
         """The steps of A (`model.turns`), or with `sign` -1 of A^-T; float64, with their gradients."""
@@ -98,6 +97,10 @@ class Affine(nn.Module):
             U, V = start @ cayley(self.skew_u[n]), cayley(self.skew_v[n])
             found.append((U * (sign * self.d[n]).exp()) @ V.T)
         return [(sign * self.logs).exp(), *turns.kronecker(*found)]
+
+
+def _zeros(shapes: Iterable[tuple[int, ...]]) -> nn.ParameterList:
+    return nn.ParameterList(torch.zeros(shape, dtype=torch.float64) for shape in shapes)
 
 
 def sizes(channels: int) -> tuple[int, int]:
