@@ -6,15 +6,15 @@ import logging
 import math
 import subprocess
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from dfrot_lab.disk.artefacts import Store, Writer
+from dfrot_lab.disk.artefacts import Artefact, Store, Writer
+from dfrot_lab.disk.atomic import Inputs
 from dfrot_lab.model import door
 from dfrot_lab.recipe import keys, registry
 from dfrot_lab.recipe.base import strict_json
@@ -49,49 +49,66 @@ def cost(recipe: Recipe, store: Store) -> Fit:
     """What the fit of one recipe's rotation costs. Of one that lay in the store before anybody measured it
     the peak is NaN; what a method refuses is refused here, with its words."""
     recipe = door.resolved(recipe).canonical()
-    needs = getattr(registry.load(registry.METHODS, recipe.rotation.method), "NEEDS", "not said")
+    needs = needs_of(recipe)
     if needs == "nothing":
         return Fit(0.0, math.nan, needs)
     inputs = {name: keys.identity(getattr(recipe, name), door.prints) for name in ("model", "rotation")}
     if (made := store.open(KIND, inputs)) is not None:
         note = made.manifest["note"]
         return Fit(note["seconds"], note["peak"], needs)
-    seconds, took, peak = _in_a_process(recipe, store)
-    if not took >= seconds:  # it was read: a part of a search at most was done now
-        return Fit(seconds, math.nan, needs)
-    if took < math.inf:
-        store.get_or_make(KIND, inputs, partial(_note, seconds=seconds, peak=peak))
-        return Fit(seconds, peak, needs)
-    return Fit(transforms.fit(recipe, transforms.Context(recipe, store)).seconds, math.nan, needs)
+    done = _in_a_process(recipe, store)
+    if done is None:
+        return Fit(transforms.fit(recipe, transforms.Context(recipe, store)).seconds, math.nan, needs)
+    if not math.isnan(done.peak):
+        store.get_or_make(KIND, inputs, partial(_note, seconds=done.seconds, peak=done.peak))
+    return done
+
+
+def needs_of(recipe: Recipe) -> str:
+    """What a recipe's method looks at."""
+    return str(getattr(registry.load(registry.METHODS, recipe.rotation.method), "NEEDS", "not said"))
 
 
 def _note(writer: Writer, **numbers: float) -> None:
     writer.note.update(numbers)
 
 
-def _in_a_process(recipe: Recipe, store: Store) -> tuple[float, float, float]:
-    """Of a fit in a process of its own the seconds as the method has them, as the clock has them (infinite:
-    it failed), the peak."""
+def _in_a_process(recipe: Recipe, store: Store) -> Fit | None:
+    """A fit in a process of its own; None where that failed."""
     said = strict_json({"recipe": recipe.plain(), "store": str(store.root)})
     done = subprocess.run([sys.executable, "-c", CHILD], input=said, stdout=subprocess.PIPE, text=True)
     if done.returncode == INTERRUPTED:
         raise KeyboardInterrupt
-    if done.returncode:
-        return math.nan, math.inf, math.nan
-    seconds, took, peak = json.loads(done.stdout.splitlines()[-1])
-    return seconds, took, peak
+    return None if done.returncode else Fit(**json.loads(done.stdout.splitlines()[-1]))
+
+
+class _Watched(Store):
+    """A store that notes the kinds of all that is made and not found in it."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.made = set[str]()
+
+    def get_or_make(self, kind: str, inputs: Inputs, make: Callable[[Writer], None]) -> Artefact:
+        def noted(writer: Writer) -> None:
+            self.made.add(kind)
+            make(writer)
+
+        return super().get_or_make(kind, inputs, noted)
 
 
 def child() -> None:
-    """Fit what stdin says, print seconds, seconds by the clock, peak: what the other process is to run."""
+    """Fit what stdin says and print the Fit as JSON: what the other process is to run."""
     said: dict[str, Any] = json.load(sys.stdin)
-    recipe, store = Recipe.of(said["recipe"]), Store(Path(said["store"]))
+    recipe, store = Recipe.of(said["recipe"]), _Watched(Path(said["store"]))
+    method = registry.load(registry.METHODS, recipe.rotation.method)
     try:
-        began = time.perf_counter()
         seconds = transforms.fit(recipe, transforms.Context(recipe, store)).seconds
-        sys.stdout.write(strict_json([seconds, time.perf_counter() - began, _peak(recipe)], indent=None))
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
+    was_found = not hasattr(method, "KIND") or method.KIND in store.made  # else it was read
+    found = Fit(seconds, _peak(recipe) if was_found else math.nan, needs_of(recipe))
+    sys.stdout.write(json.dumps(found._asdict()))
 
 
 def _peak(recipe: Recipe) -> float:
