@@ -1,6 +1,7 @@
 """Evaluations brought from one store to another: the same numbers under the same name, and nothing else."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from typer.testing import CliRunner
 
 from dfrot_lab.cli.app import app
 from dfrot_lab.disk.artefacts import Store
-from dfrot_lab.recipe.specs import CorpusSpec, ModelSpec, Recipe, recipe_of
+from dfrot_lab.recipe.specs import CaptureSpec, CorpusSpec, ModelSpec, Recipe, RefineSpec, recipe_of
 from dfrot_lab.score import exchange, perplexity
 from dfrot_lab.score.perplexity import EvalResult, by_token, evaluate
 
@@ -79,6 +80,18 @@ def test_a_folder_of_files_brings_the_same(brought, tmp_path):
     for spec, result in zip(specs, found, strict=True):
         again = perplexity.stored(spec, fourth)
         assert again is not None and (again.losses == result.losses).all()
+
+
+def test_an_infinite_gamma_is_brought_too(base, tmp_path):
+    capture = CaptureSpec(model=base.model, corpus=base.corpus, tokens=64)
+    rotation = RefineSpec(capture=capture, gamma=math.inf, rule="ro_vs_nr", steps=1)
+    here, there, spec = Store(tmp_path / "one"), Store(tmp_path / "other"), base.with_(rotation=rotation)
+    result = evaluate(spec, here)
+    assert exchange.write(tmp_path / "inf.jsonl", [result.key], here) == 1
+    json.loads((tmp_path / "inf.jsonl").read_text(), parse_constant=pytest.fail)
+    assert exchange.read(tmp_path / "inf.jsonl", there) == 1
+    again = perplexity.stored(spec, there)
+    assert again is not None and (again.losses == result.losses).all() and again.key == result.key
 
 
 def test_tokens_are_not_brought_and_that_is_said(brought):

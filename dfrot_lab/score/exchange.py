@@ -3,6 +3,7 @@ in a file or in a folder's; each names all that its numbers hang on, and is take
 
 import json
 import logging
+import math
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 from dfrot_lab.disk import row_files
 from dfrot_lab.disk.artefacts import Artefact, Store, Writer
 from dfrot_lab.model import public
-from dfrot_lab.recipe.base import content_key, require, require_file
+from dfrot_lab.recipe.base import content_key, require, require_file, strict_json
 from dfrot_lab.recipe.keys import FORMULAS
 from dfrot_lab.recipe.specs import Recipe
 from dfrot_lab.score import perplexity
@@ -39,7 +40,8 @@ def _line(made: Artefact) -> dict[str, Any]:
     by = note.pop("made", None) or {name: told[name] for name in MADE}
     said = {"key": made.key, "formulas": told["formulas"], "inputs": told["inputs"], "note": note, "made": by}
     results = {name: made.json(name) for name in ("losses", "means")}
-    return said | {"recipe": public.public(spec).plain()} | results
+    line = said | {"recipe": public.public(spec).plain()} | results
+    return dict(json.loads(strict_json(line)))  # an infinite gamma is the word inf
 
 
 def read(place: Path, store: Store) -> int:
@@ -64,7 +66,7 @@ def read(place: Path, store: Store) -> int:
 
 def _checked(text: str, where: str) -> dict[str, Any]:
     try:
-        said = json.loads(text)
+        said = json.loads(text, object_hook=_gamma)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where} must be JSON; {error}, got {text[:60]!r}") from error
     parts = ("key", "formulas", "inputs", "note", "made", "losses", "means", "recipe")
@@ -75,6 +77,11 @@ def _checked(text: str, where: str) -> dict[str, Any]:
     losses = np.array(said["losses"], dtype=float)
     require(f"losses of {where}", losses, losses.ndim == 1 and np.isfinite(losses).all(), "finite numbers")
     return dict(said)
+
+
+def _gamma(part: dict[str, Any]) -> dict[str, Any]:
+    """A part of a line, the word inf for a gamma taken as the number that its key was made of."""
+    return {name: math.inf if (name, value) == ("gamma", "inf") else value for name, value in part.items()}
 
 
 def _put(said: dict[str, Any], writer: Writer) -> None:
