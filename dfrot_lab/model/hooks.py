@@ -13,7 +13,7 @@ In a layer with experts each has a `down_proj_in` of its own (`layers.12.shared.
 tokens share), and `post_attention_norm` is what all experts read: the router never sees what is put there."""
 
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -25,7 +25,9 @@ from dfrot_lab.model.stream import dressed
 
 At = Callable[[str, Tensor], Tensor | None]  # a site, what is there -> what is to be there; None leaves it
 Online = Callable[..., AbstractContextManager[None]]  # `surgery.online` of a model
-Shown = tuple[tuple[At, Collection[str]], ...]
+Call = Callable[[int, list[Tensor | None], Mapping[str, Any]], None]
+"""A layer's number, the [q, k, v, mask] that its attention is about to see, which may be changed in place; how
+it is called (scaling, sliding_window, softcap)."""
 NORMS = ("input_norm", "post_attention_norm")
 NORM_INPUTS = tuple(f"{norm}_in" for norm in NORMS)
 LINEAR_INPUTS = (*NORMS, "o_proj_in", "down_proj_in")  # the kinds of site that the linears of a layer read
@@ -68,8 +70,18 @@ def at_sites(loaded: LoadedModel, function: At, sites: Collection[str] | None = 
     with ExitStack() as stack:
         stack.enter_context(dressed(loaded, hooked))
         if any(site.rpartition(".")[2] in ATTENTION for site in wanted):
-            stack.enter_context(_attention(loaded, function, wanted))
+            stack.enter_context(at_attention(loaded, partial(_at_each, function, wanted)))
         yield
+
+
+def _at_each(
+    function: At, sites: Collection[str], layer: int, seen: list[Tensor | None], _how: Mapping[str, Any]
+) -> None:
+    for place, kind in enumerate(ATTENTION):
+        x = seen[place]
+        if (site := f"layers.{layer}.{kind}") in sites and x is not None:
+            new = function(site, x)
+            seen[place] = x if new is None else new
 
 
 def _places(loaded: LoadedModel, number: int) -> dict[str, tuple[str, bool]]:
@@ -99,26 +111,25 @@ def _hooked(module: nn.Module, site: str, function: At, is_output: bool) -> Any:
     return module.register_forward_pre_hook(see, with_kwargs=True)
 
 
-def _attend(module: Any, *inputs: Any, shown: Shown, eager: bool, **options: Any) -> tuple[Tensor, Any]:
-    """Attention of q, k, v and a mask after the functions in `shown` have seen q, k and v in turn: SDPA, or
-    the family's own (`eager`) where it does what SDPA cannot (Gemma 2 bounds its logits)."""
+def _attend(module: Any, *inputs: Any, shown: tuple[Call, ...], eager: bool, **how: Any) -> tuple[Tensor, Any]:
+    """Attention of q, k, v and a mask after the functions in `shown` have seen them in turn: SDPA, or the
+    family's own (`eager`) where it does what SDPA cannot (Gemma 2 bounds its logits)."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     seen = list(inputs)
-    for function, sites in shown:
-        for place, kind in enumerate(ATTENTION):
-            if (site := f"layers.{module.layer_idx}.{kind}") in sites:
-                new = function(site, seen[place])
-                seen[place] = seen[place] if new is None else new
+    for function in shown:
+        function(module.layer_idx, seen, how)
     own = sys.modules[type(module).__module__]
     attention = own.eager_attention_forward if eager else sdpa_attention_forward
-    found: tuple[Tensor, Any] = attention(module, *seen, **options)
+    found: tuple[Tensor, Any] = attention(module, *seen, **how)
     return found
 
 
 @contextmanager
-def _attention(loaded: LoadedModel, function: At, sites: Collection[str]) -> Iterator[None]:
-    """Have transformers compute attention through an entry of its own table, removed again at the end."""
+def at_attention(loaded: LoadedModel, function: Call) -> Iterator[None]:
+    """While the block runs, `function` sees what each layer's attention is called with; of nested blocks the
+    inner one sees what the outer one put there. transformers computes attention through an entry of its own
+    table, removed again at the end."""
     from transformers import AttentionMaskInterface
     from transformers.masking_utils import eager_mask, sdpa_mask
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -126,7 +137,7 @@ def _attention(loaded: LoadedModel, function: At, sites: Collection[str]) -> Ite
     model: Any = loaded.model
     before = loaded.config._attn_implementation
     outer = getattr(ALL_ATTENTION_FUNCTIONS.get(before), "keywords", {"eager": before == "eager"})
-    attend = partial(_attend, shown=(*outer.get("shown", ()), (function, sites)), eager=outer["eager"])
+    attend = partial(_attend, shown=(*outer.get("shown", ()), function), eager=outer["eager"])
     name = f"dfrot_lab_{id(attend)}"
     ALL_ATTENTION_FUNCTIONS[name] = attend
     mask = eager_mask if outer["eager"] else sdpa_mask

@@ -15,6 +15,7 @@ from dfrot_lab.model.public import public
 from dfrot_lab.model.stream import through
 from dfrot_lab.observe import massive
 from dfrot_lab.observe.capture import token_blocks
+from dfrot_lab.recipe.base import require
 from dfrot_lab.recipe.specs import CaptureSpec
 
 TOP = 3
@@ -91,4 +92,45 @@ def massive_set(loaded: LoadedModel, to: str, ids: Tensor) -> Iterator[None]:
     """While the block runs, massive values are 0 (`to` = zero) or their mean over `ids` (windows, window)."""
     value = torch.zeros(len(loaded.layers), loaded.channels) if to == "zero" else mean_massive(loaded, ids)
     with before_layers(loaded, lambda layer, x: torch.where(massive_mask(x), value[layer].to(x), x)):
+        yield
+
+
+REMOVED = ("zero", "mean of the others", "zero after the norm")
+"""What may become of massive values: 0, as in `massive_set`, or the mean of their channel over the window's
+other tokens: then the norm makes the rest of the row longer. Or the stream is left alone, and what reads
+the norms has 0 there: then the rest of the row stays as short as it was."""
+
+
+@contextmanager
+def massive_removed(loaded: LoadedModel, how: str) -> Iterator[None]:
+    """While the block runs, massive values before every layer are removed in one of the ways REMOVED.
+    ValueError: another one."""
+    require("how", repr(how), how in REMOVED, f"one of {', '.join(REMOVED)}")
+    if how == "zero after the norm":
+        with _hidden_after_norms(loaded):
+            yield
+        return
+    with before_layers(loaded, lambda _, x: torch.where(massive_mask(x), _others(x) if "mean" in how else 0, x)):
+        yield
+
+
+def _others(x: Tensor) -> Tensor:
+    """Each channel's mean over the tokens of x (windows, tokens, channels) with no massive value in it."""
+    mask = massive_mask(x)
+    count = (~mask).sum(1, keepdim=True).clamp(min=1)
+    return torch.where(mask, 0, x).sum(1, keepdim=True) / count
+
+
+@contextmanager
+def _hidden_after_norms(loaded: LoadedModel) -> Iterator[None]:
+    """While the block runs, a norm's output is 0 where what it reads is massive."""
+    masks: dict[str, Tensor] = {}
+
+    def hide(site: str, x: Tensor) -> Tensor | None:
+        if site.endswith("_in"):
+            masks[site.removesuffix("_in")] = massive_mask(x)
+            return None
+        return torch.where(masks.pop(site), 0, x)
+
+    with hooks.at_sites(loaded, hide, hooks.sites_of(loaded, *hooks.NORM_INPUTS, *hooks.NORMS)):
         yield
