@@ -75,9 +75,10 @@ def maps(
 
 def shares(
     loaded: LoadedModel, ids: Tensor, layers: Collection[int] | None = None, queries: int = QUERIES
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """The share of their attention that later tokens give to each token, on average over them: (layers,
-    heads, tokens) float64, from 0 to 1. NaN for the last token, which none comes after."""
+    heads, tokens) float64, from 0 to 1; NaN for the last token, which none comes after. And what leaves the
+    last layer (tokens, channels)."""
     require("ids", f"{len(ids)} tokens", len(ids) > 1, "of two tokens or more: a sink has one behind it")
     given: dict[int, Tensor] = {}
 
@@ -85,6 +86,7 @@ def shares(
         own = part.tril(first - 1).sum(1, dtype=torch.float64).cpu()
         given[layer] = given[layer] + own if layer in given else own
 
-    through(loaded, ids, add, layers, queries)
+    hidden = through(loaded, ids, add, layers, queries)
     after = torch.arange(len(ids) - 1, -1, -1, dtype=torch.float64)
-    return torch.stack([given[layer] for layer in sorted(given)]) / torch.where(after == 0, math.nan, after)
+    found = torch.stack([given[layer] for layer in sorted(given)])
+    return found / torch.where(after == 0, math.nan, after), hidden

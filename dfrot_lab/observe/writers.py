@@ -154,6 +154,14 @@ def _is_gated(readers: list[nn.Linear], width: int) -> bool:
     return len(readers) > 1 or readers[0].weight.shape[0] == 2 * width
 
 
+def has_gate(loaded: LoadedModel) -> bool:
+    """Whether `behind` can tell a neuron's gate from its up: one MLP in each layer, and a gate in it."""
+    if loaded.roles.experts:
+        return False
+    *readers, down = (linear(loaded.layers[0], name) for name in _linears(loaded, ""))
+    return _is_gated(readers, down.weight.shape[1])
+
+
 def _pre(readers: list[nn.Linear], neuron: int, width: int, rows: Tensor) -> tuple[Tensor, Tensor]:
     """A neuron's gate and up of all rows (tokens,), before the activation function."""
     parts = (0, 1) if _is_gated(readers, width) else (0,)
@@ -171,15 +179,14 @@ def behind(loaded: LoadedModel, ids: Tensor, token: int, layer: int, neuron: int
     before its MLP, the layer's own attention with it: they sum to the value, a bias aside. ValueError: experts,
     an MLP without a gate, see `writes`."""
     require_plain(loaded)
-    require("the model", loaded.family, not loaded.roles.experts, "one without experts, whose neurons are many")
+    require("the model", loaded.family, has_gate(loaded), "one with a gate in its MLP, and without experts")
     require("part", repr(part), part in ("gate", "up"), "gate or up")
     kinds = ("post_attention_norm", "post_attention_norm_in")
     [(_, seen)] = walked(loaded, ids, *kinds, layers=[layer])
     *readers, down = (linear(loaded.layers[layer], name) for name in _linears(loaded, ""))
-    width = down.weight.shape[1]
-    require("the model", loaded.family, _is_gated(readers, width), "one with a gate in its MLP")
     after, x = (seen[kind][token].double() for kind in kinds)
-    direction = _row_of(readers, neuron, width, ("gate", "up").index(part))[0] * (after @ x / (x @ x))
+    weight, _ = _row_of(readers, neuron, down.weight.shape[1], ("gate", "up").index(part))
+    direction = weight * (after @ x / (x @ x))
     table = writes(loaded, ids, token, direction, layer + 1)
     return table[(table["layer"] < layer) | (table["writer"] == ATTENTION)].reset_index(drop=True)
 

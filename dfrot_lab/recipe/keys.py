@@ -102,6 +102,13 @@ def reference(model: ModelSpec, ids: list[int], prints: Prints, before: Sequence
     return {"model": prints(model), "ids": content_key(ids)} | ({"before": [*before]} if before else {})
 
 
+def costs(recipe: Recipe, ids: list[int], prints: Prints) -> dict[str, Any]:
+    """What the cost of each place's rounding in one window of token ids is keyed by: the built model, which
+    is the same for all activations' grids, the grid, the ids."""
+    own = {"built": built(recipe, prints), "activations": identity(recipe.activations, prints)}
+    return {**own, "ids": content_key(ids)}
+
+
 def tasks(of: Spec, prints: Prints, digests: dict[str, str], limit: int | None, version: str) -> Any:
     """What zero-shot accuracies are keyed by: of whom, the tasks' items, how many, and lm-eval's version."""
     return {"of": identity(of, prints), "tasks": digests, "limit": limit, "lm_eval": version}

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from dfrot_lab.maths.tables import DIVERGENCE, PERPLEXITY, change
 from dfrot_lab.observe.massive import SUN_ABSOLUTE, SUN_RATIO
-from dfrot_lab.show import figures
+from dfrot_lab.show import figures, inside_figures
 from dfrot_lab.show.figures import plot_rows, rows_of
 from dfrot_lab.show.theme import INK, MASSIVE_COLOUR, ORDINARY_COLOUR, draw_lines, legend_below, looks, panels
 from dfrot_lab.study import compare
@@ -272,4 +272,6 @@ FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {  # by experiment, what 
     "leaderboard": partial(figure_differences, label=RANKED, panel="{group}, {bits}"),
     "better-weights": partial(figure_differences, label=RANKED), "kv-caches": figure_caches,
     "static-activations": figure_acts, "prefix": figure_prefix, "block-floats": figure_formats,
+    "spike-writers": inside_figures.figure_writers, "attention-sink": inside_figures.figure_sink,
+    "token-costs": inside_figures.figure_costs,
 }  # fmt: skip

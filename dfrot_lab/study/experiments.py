@@ -19,7 +19,7 @@ from dfrot_lab.recipe.grids import QuantSpec
 from dfrot_lab.rotate import dfrot, steps
 from dfrot_lab.score import rows as score_rows, zeroshot
 from dfrot_lab.score.perplexity import EvalResult
-from dfrot_lab.study import beyond, keepout, leaderboard, main
+from dfrot_lab.study import beyond, inside, keepout, leaderboard, main
 from dfrot_lab.study.main import Row, evaluated, named
 from dfrot_lab.study.measuring import measuring
 from dfrot_lab.study.setting import BUILDS, Setting
@@ -294,6 +294,7 @@ EXPERIMENTS: dict[str, tuple[str, str, Callable[[Setting, Store], Any]]] = {
     "massive-activations": ("Sun et al.", "How large, and are they needed?", massive_activations),
     "massive-magnitudes": ("Sun et al., Fig. 1", "Which token, which channel?", main.massive_magnitudes),
     "intervene": ("asked here", "Which tokens must be kept out?", keepout.intervene),
+    **inside.EXPERIMENTS,
 }  # by name, in the paper's order: what it reproduces, its question, what makes its table or a build's rows
 WHOLE = {name for name, (*_, made) in EXPERIMENTS.items() if not inspect.isgeneratorfunction(made)}
 """The experiments that make a table; the others yield one build's rows, and are run for every build."""

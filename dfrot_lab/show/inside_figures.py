@@ -1,0 +1,133 @@
+"""Pictures of what is inside: who writes a massive value, the attention sink, whose rounding costs which words."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+
+from dfrot_lab.observe.residual import REMOVED
+from dfrot_lab.observe.writers import ATTENTION, EMBEDDING, MLP
+from dfrot_lab.show.theme import COLOURS, INK, MASSIVE_COLOUR, ORDINARY_COLOUR, draw_lines, looks, visible
+from dfrot_lab.study.inside import LEFT, LOSS, SHARE
+
+WRITER_COLOURS = {EMBEDDING: "#E69F00", ATTENTION: "#56B4E9", MLP: MASSIVE_COLOUR}
+LINEAR = 10.0  # below this a spike's parts are drawn on a linear scale
+LEAST = 1e-4  # nats: of a colour scale
+LABELS = 24  # of an axis of words at most
+
+
+def plot_writers(table: pd.DataFrame, *, ax: Axes) -> None:
+    """What each layer's writers add to the value (bars), and the value before each layer (line)."""
+    sums = table.groupby(["layer", "writer"], observed=True)["value"].sum().unstack(fill_value=0.0)
+    layers, left, right = sums.index.astype(int).to_numpy(), 0.0, 0.0
+    for place, writer in enumerate(name for name in WRITER_COLOURS if name in sums):
+        at = layers + 0.36 * (place - 1)
+        ax.bar(at, sums[writer], width=0.36, color=WRITER_COLOURS[writer], label=writer, zorder=2)
+        left, right = min(left, at.min()), max(right, at.max())
+    ax.plot(layers + 0.5, sums.sum(axis=1).cumsum(), c=INK, lw=1.2, drawstyle="steps-mid", label="value so far")
+    ax.axhline(0, c=INK, lw=0.6)
+    ax.set_yscale("symlog", linthresh=LINEAR)
+    ax.set(xlabel="layer", ylabel="added to the channel", title="Who writes it", xlim=(left - 0.6, right + 0.9))
+    ax.legend(loc="lower left")
+
+
+def plot_neurons(table: pd.DataFrame, *, ax: Axes) -> None:
+    """The neurons' parts of what one layer's MLP adds, largest first, each with its gate and up."""
+    wide = table.pivot(index=["writer", "neuron"], columns="metric", values="value")
+    wide = wide.sort_values("value", key=abs, ascending=False).reset_index()
+    names = [f"{row.writer} {row.neuron}".strip() for row in wide.itertuples()]
+    ax.barh(range(len(wide)), wide["value"], color=MASSIVE_COLOUR)
+    for place, row in enumerate(wide.to_dict("records")):
+        said = f" gate {row['gate']:.3g} ({row['gate_usual']:.2g}), up {row['up']:.3g} ({row['up_usual']:.2g})"
+        ax.text(max(row["value"], 0), place, said, va="center", fontsize=8)
+    ax.set_yticks(range(len(wide)), names)
+    ends = min(0, 1.1 * wide["value"].min()), 2.1 * max(wide["value"].max(), 0) or 1
+    ax.set(ylim=(len(wide) - 0.4, -0.6), xlim=ends, xlabel="added to the channel", ylabel="neuron")
+    ax.set_title(f"Neurons of layer {table['layer'].iloc[0]} (in brackets: other tokens' median size)")
+    ax.grid(axis="y", visible=False)
+
+
+def figure_writers(table: pd.DataFrame) -> Figure:
+    """Who writes a token's massive value: writers by layer, neurons of the one layer, readers by layer."""
+    parts = dict(list(table.groupby("part")))
+    fig = plt.figure(figsize=(11, 7))
+    grid: Any = fig.add_gridspec(2, 2)
+    plot_writers(parts["writes"], ax=fig.add_subplot(grid[0, :]))
+    plot_neurons(parts["neurons"], ax=fig.add_subplot(grid[1, 0]))
+    ax = fig.add_subplot(grid[1, 1])
+    shares = parts["reads"].query("metric == 'share'").assign(layer=lambda rows: rows["layer"].astype(int))
+    draw_lines(shares, "layer", "value", "writer", markersize=4, ax=ax)
+    ax.set(ylabel="share of what it gives", title="Who reads it")
+    ax.set_ylim(min(-0.1, 1.1 * shares["value"].min()), max(1.1, 1.1 * shares["value"].max()))
+    fig.suptitle(title_of(table) + ", channel {channel}".format_map(table.iloc[0]), fontsize=11)
+    return fig
+
+
+def title_of(table: pd.DataFrame) -> str:
+    """The token that a table is of, in words."""
+    return f"token {table['token'].iloc[0]} \u2018{visible(str(table['text'].iloc[0]))}\u2019"
+
+
+def figure_sink(table: pd.DataFrame) -> Figure:
+    """Attention that later tokens give to the massive token: by layer and head; and by layer where its massive
+    values are removed."""
+    shares = table[table["metric"] == SHARE].astype({"layer": int, "head": int})
+    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 5), width_ratios=(2, 3))
+    own = shares[shares["massive"] == LEFT].pivot(index="layer", columns="head", values="value")
+    scale = {"vmin": 0, "vmax": 1, "cmap": "rocket_r", "cbar_kws": {"label": "share of attention"}}
+    sns.heatmap(own, **scale, ax=left)
+    left.set(title="As the model is", xlabel="head", ylabel="layer")
+    left.tick_params(axis="y", rotation=0)
+    losses = table[table["metric"] == LOSS].set_index("massive")["value"]
+    names = {how: f"{how}: loss {losses[how]:.2f}" for how in (LEFT, *REMOVED)}
+    said = shares.assign(massive=shares["massive"].map(names))
+    colours = dict(zip(names.values(), (INK, MASSIVE_COLOUR, "#E69F00", COLOURS["RH"]), strict=True))
+    draw_lines(said, "layer", "value", "massive", palette=colours, markersize=5, ax=right)
+    right.set(ylim=(0, 1), ylabel="share of attention, mean of heads", title="Its massive values")
+    fig.suptitle("What later tokens give to " + title_of(table), fontsize=11)
+    return fig
+
+
+def plot_costs(part: pd.DataFrame, *, ax: Axes, top: float, bar: bool) -> None:
+    """What rounding each token alone (down) costs each word (across), colours on a log scale."""
+    wide = part.assign(place=part["place"].astype(int)).pivot(index="place", columns="word", values="value")
+    texts = part.drop_duplicates("word")["text"].map(visible).tolist()
+    style = {"norm": LogNorm(LEAST, max(top, 10 * LEAST)), "cmap": "rocket_r", "cbar": bar}
+    sns.heatmap(wide.clip(lower=LEAST), **style, cbar_kws={"label": "KL divergence, nats"}, ax=ax)
+    step = max(1, -(-len(texts) // LABELS))
+    ax.set_xticks(np.arange(0, len(texts), step) + 0.5, texts[::step], rotation=90, fontsize=7)
+    ax.set_yticks(np.arange(0, len(wide), step) + 0.5, range(0, len(wide), step), fontsize=7, rotation=0)
+    ax.set(xlabel="what follows the word", ylabel="token that is rounded")
+
+
+def _plot_sums(table: pd.DataFrame, way: str, names: Sequence[str], *, ax: Axes) -> None:
+    """The mean over words of what rounding in each place alone costs, a line a rotation."""
+    rows = table[table["rounded"] == way].groupby(["rotation", "place"], sort=False)["value"].mean().reset_index()
+    rows = rows.assign(place=rows["place"].map(names.index))
+    draw_lines(rows, "place", "value", "rotation", ax=ax)
+    ax.set(xlabel=f"{way} that is rounded", ylabel="mean KL divergence, nats", yscale="log")
+
+
+def figure_costs(table: pd.DataFrame) -> Figure:
+    """Which rounding costs which words: tokens by words, a panel a rotation; means by token, layer and site."""
+    kinds = list(dict.fromkeys(table["rotation"]))
+    ways = [way for way in ("token", "layer", "site") if way in set(table["rounded"])]
+    fig = plt.figure(figsize=(5 * max(2, len(kinds)), 8.4))
+    above, below = fig.subfigures(2, 1, height_ratios=(3, 2))
+    own = table[table["rounded"] == "token"]
+    if len(own):
+        for ax, kind in zip(above.subplots(1, len(kinds), squeeze=False)[0], kinds, strict=True):
+            plot_costs(own[own["rotation"] == kind], ax=ax, top=own["value"].max(), bar=kind == kinds[-1])
+            ax.set_title(kind)
+    for ax, way in zip(below.subplots(1, len(ways), squeeze=False)[0], ways, strict=True):
+        names = list(dict.fromkeys(table.loc[table["rounded"] == way, "place"]))
+        _plot_sums(table, way, names, ax=ax)
+        if way == "site":
+            ax.set_xticks(range(len(names)), [name.replace("_", " ") for name in names], rotation=15, fontsize=8)
+    return fig
