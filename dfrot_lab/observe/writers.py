@@ -1,7 +1,8 @@
 """Where a value of the residual stream comes from, and who reads it. A token's stream x before a layer is what
 was embedded plus all that the layers before have added: each attention head's part of o_proj, each MLP's
 down_proj. So along any direction d the parts d . (what a writer adds) sum to d . x. A neuron's gate is such a
-value, too: its row of gate_proj, over the norm's length, is the direction. Sums are in float64."""
+value, too: its row of gate_proj, over the norm's length, is the direction. Sums are in float64. What comes
+after a token does not change its stream, and is not run."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -56,7 +57,7 @@ def writes(
     last = len(loaded.layers) if before is None else before
     require("before", last, 0 < last <= len(loaded.layers), f"from 1 to {len(loaded.layers)}")
     lines: list[Line] = []
-    for number, seen in walked(loaded, ids, *WRITERS, layers=range(last)):
+    for number, seen in walked(loaded, ids[: token + 1], *WRITERS, layers=range(last)):
         if number == 0:
             value = float(seen["residual"][token].double() @ direction.to(seen["residual"].device))
             lines.append({"layer": -1, "writer": EMBEDDING, "head": None, "value": value})
@@ -182,7 +183,7 @@ def behind(loaded: LoadedModel, ids: Tensor, token: int, layer: int, neuron: int
     require("the model", loaded.family, has_gate(loaded), "one with a gate in its MLP, and without experts")
     require("part", repr(part), part in ("gate", "up"), "gate or up")
     kinds = ("post_attention_norm", "post_attention_norm_in")
-    [(_, seen)] = walked(loaded, ids, *kinds, layers=[layer])
+    [(_, seen)] = walked(loaded, ids[: token + 1], *kinds, layers=[layer])
     *readers, down = (linear(loaded.layers[layer], name) for name in _linears(loaded, ""))
     after, x = (seen[kind][token].double() for kind in kinds)
     weight, _ = _row_of(readers, neuron, down.weight.shape[1], ("gate", "up").index(part))
@@ -199,7 +200,8 @@ def reads(loaded: LoadedModel, ids: Tensor, token: int, channel: int) -> pd.Data
     require_plain(loaded)
     one_hot(channel, loaded.channels)
     lines: list[Line] = []
-    for number, seen in walked(loaded, ids, "input_norm", "post_attention_norm", "down_proj_in"):
+    kinds = ("input_norm", "post_attention_norm", "down_proj_in")
+    for number, seen in walked(loaded, ids[: token + 1], *kinds):
         names = {"input_norm": list(loaded.roles.feeds[0][2]), "post_attention_norm": list[str]()}
         for mlp in _mlps(loaded, number, seen, token):
             names["post_attention_norm"] += _linears(loaded, mlp.name)[:-1]

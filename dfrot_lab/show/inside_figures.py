@@ -32,9 +32,13 @@ def plot_writers(table: pd.DataFrame, *, ax: Axes) -> None:
         left, right = min(left, at.min()), max(right, at.max())
     ax.plot(layers + 0.5, sums.sum(axis=1).cumsum(), c=INK, lw=1.2, drawstyle="steps-mid", label="value so far")
     ax.axhline(0, c=INK, lw=0.6)
+    ax.legend()
     ax.set_yscale("symlog", linthresh=LINEAR)
+    ax.set_yticks([tick for tick in ax.get_yticks() if abs(tick) != LINEAR], minor=False)
     ax.set(xlabel="layer", ylabel="added to the channel", title="Who writes it", xlim=(left - 0.6, right + 0.9))
-    ax.legend(loc="lower left")
+    low, high = ax.get_ylim()
+    ax.set_ylim(1.5 * min(low, 0), 1.5 * max(high, 0))
+    sns.move_legend(ax, "center left", bbox_to_anchor=(1, 0.5))
 
 
 def plot_neurons(table: pd.DataFrame, *, ax: Axes) -> None:
@@ -63,6 +67,7 @@ def figure_writers(table: pd.DataFrame) -> Figure:
     ax = fig.add_subplot(grid[1, 1])
     shares = parts["reads"].query("metric == 'share'").assign(layer=lambda rows: rows["layer"].astype(int))
     draw_lines(shares, "layer", "value", "writer", markersize=4, ax=ax)
+    sns.move_legend(ax, "center left", bbox_to_anchor=(1, 0.5), title=None)
     ax.set(ylabel="share of what it gives", title="Who reads it")
     ax.set_ylim(min(-0.1, 1.1 * shares["value"].min()), max(1.1, 1.1 * shares["value"].max()))
     fig.suptitle(title_of(table) + ", channel {channel}".format_map(table.iloc[0]), fontsize=11)
@@ -89,6 +94,7 @@ def figure_sink(table: pd.DataFrame) -> Figure:
     said = shares.assign(massive=shares["massive"].map(names))
     colours = dict(zip(names.values(), (INK, MASSIVE_COLOUR, "#E69F00", COLOURS["RH"]), strict=True))
     draw_lines(said, "layer", "value", "massive", palette=colours, markersize=5, ax=right)
+    sns.move_legend(right, "upper left", bbox_to_anchor=(0, -0.14), ncols=2, title=None)
     right.set(ylim=(0, 1), ylabel="share of attention, mean of heads", title="Its massive values")
     fig.suptitle("What later tokens give to " + title_of(table), fontsize=11)
     return fig
