@@ -183,11 +183,12 @@ def behind(loaded: LoadedModel, ids: Tensor, token: int, layer: int, neuron: int
     require("the model", loaded.family, has_gate(loaded), "one with a gate in its MLP, and without experts")
     require("part", repr(part), part in ("gate", "up"), "gate or up")
     kinds = ("post_attention_norm", "post_attention_norm_in")
-    [(_, seen)] = walked(loaded, ids[: token + 1], *kinds, layers=[layer])
-    *readers, down = (linear(loaded.layers[layer], name) for name in _linears(loaded, ""))
-    after, x = (seen[kind][token].double() for kind in kinds)
-    weight, _ = _row_of(readers, neuron, down.weight.shape[1], ("gate", "up").index(part))
-    direction = weight * (after @ x / (x @ x))
+    direction = torch.zeros(loaded.channels)
+    for _, seen in walked(loaded, ids[: token + 1], *kinds, layers=[layer]):
+        *readers, down = (linear(loaded.layers[layer], name) for name in _linears(loaded, ""))
+        weight, _ = _row_of(readers, neuron, down.weight.shape[1], ("gate", "up").index(part))
+        after, x = (seen[kind][token].double() for kind in kinds)
+        direction = weight * (after @ x / (x @ x))
     table = writes(loaded, ids, token, direction, layer + 1)
     return table[(table["layer"] < layer) | (table["writer"] == ATTENTION)].reset_index(drop=True)
 
