@@ -63,7 +63,10 @@ EVALUATING = (
     "variants", "massive-activations", "intervene", "gain", "offset",
     "free-options", "better-weights", "kv-caches", "static-activations", "prefix", "block-floats",
 )  # fmt: skip
-LOOKING = ("token-errors-3d", "token-errors-2d", "token-orders", "massive-token", "massive-magnitudes")
+LOOKING = (
+    "token-errors-3d", "token-errors-2d", "token-orders", "massive-token", "massive-magnitudes",
+    "spike-writers", "attention-sink", "token-costs",
+)  # fmt: skip
 ELSEWHERE = ("zero-shot", "measuring", "leaderboard")
 FEW_ROWS = (3, 1)
 """Calibration rows for a tiny model, in units of the window: two layers have four sites, fewer than the least

@@ -66,7 +66,9 @@ def test_weights_keep_to_the_mask_they_are_given(kind: str):
     q, k = torch.randn(2, 2, 6, 8).unbind()
     mask = torch.ones(6, 6, dtype=torch.bool).tril() & ~torch.ones(6, 6, dtype=torch.bool).tril(-3)
     given = mask[None] if kind == "bool" else torch.zeros(1, 6, 6).masked_fill(~mask, -math.inf)
-    found = torch.cat([part for _, part in attention.weights(q, k, given, {"scaling": 0.5, "softcap": 2.0}, 4)], 1)
+    found = torch.cat(
+        [part for _, part in attention.weights(q, k, given, {"scaling": 0.5, "softcap": 2.0}, 4)], 1
+    )
     scores = 2 * torch.tanh(0.5 * q @ k.mT / 2)
     torch.testing.assert_close(found, scores.masked_fill(~mask, -math.inf).softmax(-1))
 
@@ -168,7 +170,9 @@ def test_what_attention_is_called_with_can_be_changed_and_inner_blocks_see_it():
 
 def entered(loaded: LoadedModel, ids: Tensor) -> list[Tensor]:
     found: list[Tensor] = []
-    handles = [x.register_forward_pre_hook(lambda _m, args: found.append(args[0].clone())) for x in loaded.layers]
+    handles = [
+        x.register_forward_pre_hook(lambda _m, args: found.append(args[0].clone())) for x in loaded.layers
+    ]
     loaded.model(ids)
     for handle in handles:
         handle.remove()
@@ -229,7 +233,7 @@ def test_what_cannot_be_looked_at_is_refused_in_words():
         attention.maps(loaded, WINDOW, [0, LAYERS])
     with pytest.raises(ValueError, match=r"ids.shape must be that of one window \(tokens,\); got \(1, 24\)"):
         next(inside.walked(loaded, WINDOW[None], "q"))
-    with pytest.raises(ValueError, match="ids must be of two tokens or more.*; got 1 tokens"):
+    with pytest.raises(ValueError, match=r"ids must be of two tokens or more.*; got 1 tokens"):
         attention.shares(loaded, WINDOW[:1])
     with pytest.raises(KeyError, match="a site's kind must be one of"):
         next(inside.walked(loaded, WINDOW, "scores"))

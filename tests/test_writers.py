@@ -66,7 +66,8 @@ def test_a_head_s_part_is_its_columns_of_o_proj_times_its_values(prepared: dict[
     own = dict(inside.walked(loaded, WINDOW, "o_proj_in"))[1]["o_proj_in"][TOKEN]
     size = len(own) // 4
     wanted = [
-        sum(float(o[CHANNEL, i] * own[i]) for i in range(head * size, head * size + size)) for head in range(4)
+        sum(float(o[CHANNEL, i] * own[i]) for i in range(head * size, head * size + size))
+        for head in range(4)
     ]
     found = table.query("layer == 1 and writer == 'attention'").sort_values("head")["value"]
     assert found.tolist() == pytest.approx(wanted)
@@ -220,9 +221,13 @@ def test_a_model_read_layer_by_layer_has_the_same_writers(tmp_path: Path, monkey
 def test_what_cannot_be_split_is_refused_in_words(tmp_path: Path, prepared: dict[str, LoadedModel]):
     direction = writers.one_hot(0, CHANNELS)
     plain = tiny_model()
-    with pytest.raises(ValueError, match=r"norms must be fused \(surgery.prepare\) before .*; got norms with gains"):
+    with pytest.raises(
+        ValueError, match=r"norms must be fused \(surgery.prepare\) before .*; got norms with gains"
+    ):
         writers.writes(plain, WINDOW, 0, direction)
-    with pytest.raises(ValueError, match="must be one whose layers add what .*, no norm; got Olmo2ForCausalLM"):
+    with pytest.raises(
+        ValueError, match=r"must be one whose layers add what .*, no norm; got Olmo2ForCausalLM"
+    ):
         writers.reads(ready("olmo2", tmp_path), WINDOW, 0, 0)
     loaded = prepared["llama"]
     with pytest.raises(ValueError, match="channel must be from 0 to 63; got 64"):
@@ -234,5 +239,7 @@ def test_what_cannot_be_split_is_refused_in_words(tmp_path: Path, prepared: dict
     with pytest.raises(ValueError, match="part must be gate or up; got 'down'"):
         writers.behind(loaded, WINDOW, 0, 1, 0, "down")
     for case in ("mixtral", "opt"):
-        with pytest.raises(ValueError, match="with a gate in its MLP, and without experts; got .*ForCausalLM"):
+        with pytest.raises(
+            ValueError, match=r"with a gate in its MLP, and without experts; got .*ForCausalLM"
+        ):
             writers.behind(prepared[case], WINDOW, 0, 1, 0, "gate")

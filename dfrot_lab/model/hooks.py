@@ -26,8 +26,8 @@ from dfrot_lab.model.stream import dressed
 At = Callable[[str, Tensor], Tensor | None]  # a site, what is there -> what is to be there; None leaves it
 Online = Callable[..., AbstractContextManager[None]]  # `surgery.online` of a model
 Call = Callable[[int, list[Tensor | None], Mapping[str, Any]], None]
-"""A layer's number, the [q, k, v, mask] that its attention is about to see, which may be changed in place; how
-it is called (scaling, sliding_window, softcap)."""
+"""A layer's number, the [q, k, v, mask] that its attention is about to see, to be changed in place if at all,
+how it is called (scaling, softcap, ...)."""
 NORMS = ("input_norm", "post_attention_norm")
 NORM_INPUTS = tuple(f"{norm}_in" for norm in NORMS)
 LINEAR_INPUTS = (*NORMS, "o_proj_in", "down_proj_in")  # the kinds of site that the linears of a layer read
@@ -111,7 +111,9 @@ def _hooked(module: nn.Module, site: str, function: At, is_output: bool) -> Any:
     return module.register_forward_pre_hook(see, with_kwargs=True)
 
 
-def _attend(module: Any, *inputs: Any, shown: tuple[Call, ...], eager: bool, **how: Any) -> tuple[Tensor, Any]:
+def _attend(
+    module: Any, *inputs: Any, shown: tuple[Call, ...], eager: bool, **how: Any
+) -> tuple[Tensor, Any]:
     """Attention of q, k, v and a mask after the functions in `shown` have seen them in turn: SDPA, or the
     family's own (`eager`) where it does what SDPA cannot (Gemma 2 bounds its logits)."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward

@@ -1,9 +1,9 @@
-"""Attention maps of one window, head by head, and the attention sink (Xiao et al., arXiv 2309.17453; Gu et al.,
-arXiv 2410.10781): what a token gets of the attention that later tokens give away.
+"""Attention maps of one window, head by head, and the attention sink (Xiao et al., arXiv 2309.17453; Gu et
+al., arXiv 2410.10781): what a token gets of the attention that later tokens give away.
 
 A head's weights are softmax(q k^T scaling + mask), where a family bounds its scores with softcap c after
 c tanh(scores / c). They are made again from the q, k, mask and scaling that the model's own attention is
-called with, in float32, a few queries at a time, so that a layer's map is never whole unless it is asked for."""
+called with, in float32, a few queries at a time: a layer's map is never whole unless it is asked for."""
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -69,7 +69,9 @@ def maps(
 ) -> dict[int, Tensor]:
     """The attention weights of some layers (heads, tokens, tokens), query by key, float32 on the CPU."""
     parts: dict[int, list[Tensor]] = {}
-    through(loaded, ids, lambda layer, _, part: parts.setdefault(layer, []).append(part.cpu()), layers, queries)
+    through(
+        loaded, ids, lambda layer, _, part: parts.setdefault(layer, []).append(part.cpu()), layers, queries
+    )
     return {layer: torch.cat(own, 1) for layer, own in parts.items()}
 
 

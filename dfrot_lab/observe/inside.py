@@ -1,5 +1,5 @@
-"""What a layer has inside for one text: what o_proj and down_proj read, each head's q, k and v, the norms, the
-stream, at any sites of `model.hooks`, handed over layer by layer while the layer is there to be used."""
+"""What a layer has inside for one text: what o_proj and down_proj read, each head's q, k and v, the norms,
+the stream, at any sites of `model.hooks`, handed over layer by layer while the layer is there to be used."""
 
 from collections.abc import Collection, Iterator
 

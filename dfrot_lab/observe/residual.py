@@ -110,7 +110,8 @@ def massive_removed(loaded: LoadedModel, how: str) -> Iterator[None]:
         with _hidden_after_norms(loaded):
             yield
         return
-    with before_layers(loaded, lambda _, x: torch.where(massive_mask(x), _others(x) if "mean" in how else 0, x)):
+    zero = how == "zero"
+    with before_layers(loaded, lambda _, x: torch.where(massive_mask(x), 0 if zero else _others(x), x)):
         yield
 
 

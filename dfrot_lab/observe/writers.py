@@ -1,5 +1,5 @@
-"""Where a value of the residual stream comes from, and who reads it. A token's stream x before a layer is what
-was embedded plus all that the layers before have added: each attention head's part of o_proj, each MLP's
+"""Where a value of the residual stream comes from, and who reads it. A token's stream x before a layer is
+what was embedded plus all that the layers before have added: each attention head's part of o_proj, each MLP's
 down_proj. So along any direction d the parts d . (what a writer adds) sum to d . x. A neuron's gate is such a
 value, too: its row of gate_proj, over the norm's length, is the direction. Sums are in float64. What comes
 after a token does not change its stream, and is not run."""
@@ -119,9 +119,9 @@ def _gated(mlp: Any, row: Tensor) -> Tensor:
 def neurons(
     loaded: LoadedModel, ids: Tensor, token: int, channel: int, layer: int, top: int = 8
 ) -> pd.DataFrame:
-    """The `top` neurons of a layer's MLP by what they add to a token's channel: `mlp` (which expert; empty: the
-    only one), `neuron`, `value` (down x gated), `share` of all that the MLP adds; `gate` and `up` (what its
-    rows of gate_proj and up_proj give; an MLP without a gate: `up` is 1), `gated` and `down` (its weight into
+    """The `top` neurons of a layer's MLP by what they add to a token's channel: `mlp` (which expert; empty:
+    the only one), `neuron`, `value` (down x gated), `share` of all that the MLP adds; `gate` and `up` (what
+    its rows of gate_proj and up_proj give; an MLP without a gate: `up` is 1), `gated`, `down` (its weight to
     the channel); `gate_usual` and `up_usual`, the other tokens' median |value|. ValueError: see `writes`."""
     require_plain(loaded)
     direction, lines = one_hot(channel, loaded.channels), list[Line]()
@@ -144,8 +144,8 @@ def neurons(
 
 
 def _row_of(readers: list[nn.Linear], neuron: int, width: int, part: int) -> tuple[Tensor, Tensor | float]:
-    """The weights (channels,) and the bias of a neuron's gate (part 0) or up (1), from linears of their own or
-    one for both."""
+    """The weights (channels,) and the bias of a neuron's gate (part 0) or up (1), from linears of their own
+    or one for both."""
     place = neuron + (width * part if len(readers) == 1 else 0)
     one = readers[part if len(readers) > 1 else 0]
     return one.weight[place].double(), 0.0 if one.bias is None else one.bias[place].double()
@@ -176,9 +176,9 @@ def _usual(values: Tensor, token: int) -> float:
 
 
 def behind(loaded: LoadedModel, ids: Tensor, token: int, layer: int, neuron: int, part: str) -> pd.DataFrame:
-    """What makes a neuron fire: `writes` along the direction that its `gate` or `up` reads of a token's stream
-    before its MLP, the layer's own attention with it: they sum to the value, a bias aside. ValueError: experts,
-    an MLP without a gate, see `writes`."""
+    """What makes a neuron fire: `writes` along the direction that its `gate` or `up` reads of a token's
+    stream before its MLP, the layer's own attention with it: they sum to the value, a bias aside. ValueError:
+    experts, an MLP without a gate, see `writes`."""
     require_plain(loaded)
     require("the model", loaded.family, has_gate(loaded), "one with a gate in its MLP, and without experts")
     require("part", repr(part), part in ("gate", "up"), "gate or up")

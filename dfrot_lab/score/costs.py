@@ -32,14 +32,15 @@ class Place(NamedTuple):
 
 
 def places(loaded: LoadedModel, way: str, tokens: int) -> list[Place]:
-    """The places of a window of `tokens` by one of WAYS: all at once, each token, each layer, each kind of
-    site. ValueError: another way; single tokens of a model with experts, which are not told apart."""
+    """The places of a window of `tokens` by one of WAYS: all at once, each token but the last, which no word
+    follows, each layer, each kind of site. ValueError: another way; single tokens of a model with experts,
+    which are not told apart."""
     require("way", repr(way), way in WAYS, f"one of {', '.join(WAYS)}")
     sites = hooks.sites_of(loaded, *hooks.LINEAR_INPUTS)
     if way == "token":
         plain = not loaded.roles.experts
         require("the model", loaded.family, plain, "one without experts, whose tokens are not told apart")
-        return [Place(str(token), frozenset(sites), token) for token in range(tokens)]
+        return [Place(str(token), frozenset(sites), token) for token in range(tokens - 1)]
     of: dict[str, Callable[[str], str]] = {
         "all": lambda _: "all",
         "layer": lambda site: site.split(".")[1],
@@ -82,14 +83,14 @@ def _only(function: hooks.At, token: int | None) -> hooks.At:
 
 def of_window(recipe: Recipe, ids: Tensor, store: Store | None = None) -> dict[str, tuple[list[str], Tensor]]:
     """`divergences` of a window of ids (tokens,) by each of WAYS, stored or computed now: the places' names
-    and (places, tokens - 1); of a model with experts not by token. ValueError: a recipe that changes more than
-    activations; no word that follows another."""
+    and (places, tokens - 1); of a model with experts not by token. ValueError: a recipe that changes more
+    than activations; no word that follows another."""
     store, recipe = store or Store(), door.resolved(recipe).canonical()
     grids = (recipe.weights.quantizer, recipe.keys, recipe.values)
     plain = all(grid.bits == 16 for grid in grids) and recipe.activations.bits < 16
     require("Recipe.bits", recipe.bits, plain, "of rounded activations alone, such as 16-4-16")
     for name in ("keep_out", "set_massive", "prefix"):
-        require(f"Recipe.{name}", own := getattr(recipe, name), own is None, "None: rounding alone is looked at")
+        require(f"Recipe.{name}", own := getattr(recipe, name), own is None, "None: rounding alone counts")
     require("ids", f"{len(ids)} tokens", len(ids) > 1, "of two tokens or more")
 
     def make(writer: Writer) -> None:

@@ -1,4 +1,4 @@
-"""Pictures of what is inside: who writes a massive value, the attention sink, whose rounding costs which words."""
+"""Pictures of what is inside: who writes a massive value, the sink, whose rounding costs which words."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from dfrot_lab.observe.residual import REMOVED
 from dfrot_lab.observe.writers import ATTENTION, EMBEDDING, MLP
-from dfrot_lab.show.theme import COLOURS, INK, MASSIVE_COLOUR, ORDINARY_COLOUR, draw_lines, looks, visible
+from dfrot_lab.show.theme import COLOURS, INK, MASSIVE_COLOUR, draw_lines, visible
 from dfrot_lab.study.inside import LEFT, LOSS, SHARE
 
 WRITER_COLOURS = {EMBEDDING: "#E69F00", ATTENTION: "#56B4E9", MLP: MASSIVE_COLOUR}
@@ -24,18 +24,20 @@ LABELS = 24  # of an axis of words at most
 
 def plot_writers(table: pd.DataFrame, *, ax: Axes) -> None:
     """What each layer's writers add to the value (bars), and the value before each layer (line)."""
-    sums = table.groupby(["layer", "writer"], observed=True)["value"].sum().unstack(fill_value=0.0)
+    sums = table.groupby(["layer", "writer"], observed=True)["value"].sum().unstack(fill_value=0)
     layers, left, right = sums.index.astype(int).to_numpy(), 0.0, 0.0
     for place, writer in enumerate(name for name in WRITER_COLOURS if name in sums):
         at = layers + 0.36 * (place - 1)
         ax.bar(at, sums[writer], width=0.36, color=WRITER_COLOURS[writer], label=writer, zorder=2)
         left, right = min(left, at.min()), max(right, at.max())
-    ax.plot(layers + 0.5, sums.sum(axis=1).cumsum(), c=INK, lw=1.2, drawstyle="steps-mid", label="value so far")
+    height = sums.sum(axis=1).cumsum()
+    ax.plot(layers + 0.5, height, c=INK, lw=1.2, drawstyle="steps-mid", label="value so far")
     ax.axhline(0, c=INK, lw=0.6)
     ax.legend()
     ax.set_yscale("symlog", linthresh=LINEAR)
     ax.set_yticks([tick for tick in ax.get_yticks() if abs(tick) != LINEAR], minor=False)
-    ax.set(xlabel="layer", ylabel="added to the channel", title="Who writes it", xlim=(left - 0.6, right + 0.9))
+    ax.set(xlabel="layer", ylabel="added to the channel", title="Who writes it")
+    ax.set_xlim(left - 0.6, right + 0.9)
     low, high = ax.get_ylim()
     ax.set_ylim(1.5 * min(low, 0), 1.5 * max(high, 0))
     sns.move_legend(ax, "center left", bbox_to_anchor=(1, 0.5))
@@ -48,8 +50,8 @@ def plot_neurons(table: pd.DataFrame, *, ax: Axes) -> None:
     names = [f"{row.writer} {row.neuron}".strip() for row in wide.itertuples()]
     ax.barh(range(len(wide)), wide["value"], color=MASSIVE_COLOUR)
     for place, row in enumerate(wide.to_dict("records")):
-        said = f" gate {row['gate']:.3g} ({row['gate_usual']:.2g}), up {row['up']:.3g} ({row['up_usual']:.2g})"
-        ax.text(max(row["value"], 0), place, said, va="center", fontsize=8)
+        said = [f"{name} {row[name]:.3g} ({row[f'{name}_usual']:.2g})" for name in ("gate", "up")]
+        ax.text(max(row["value"], 0), place, " " + ", ".join(said), va="center", fontsize=8)
     ax.set_yticks(range(len(wide)), names)
     ends = min(0, 1.1 * wide["value"].min()), 2.1 * max(wide["value"].max(), 0) or 1
     ax.set(ylim=(len(wide) - 0.4, -0.6), xlim=ends, xlabel="added to the channel", ylabel="neuron")
@@ -80,8 +82,8 @@ def title_of(table: pd.DataFrame) -> str:
 
 
 def figure_sink(table: pd.DataFrame) -> Figure:
-    """Attention that later tokens give to the massive token: by layer and head; and by layer where its massive
-    values are removed."""
+    """Attention that later tokens give to the massive token: by layer and head; and by layer where its
+    massive values are removed."""
     shares = table[table["metric"] == SHARE].astype({"layer": int, "head": int})
     fig, (left, right) = plt.subplots(1, 2, figsize=(11, 5), width_ratios=(2, 3))
     own = shares[shares["massive"] == LEFT].pivot(index="layer", columns="head", values="value")
@@ -108,24 +110,26 @@ def plot_costs(part: pd.DataFrame, *, ax: Axes, top: float, bar: bool) -> None:
     sns.heatmap(wide.clip(lower=LEAST), **style, cbar_kws={"label": "KL divergence, nats"}, ax=ax)
     step = max(1, -(-len(texts) // LABELS))
     ax.set_xticks(np.arange(0, len(texts), step) + 0.5, texts[::step], rotation=90, fontsize=7)
-    ax.set_yticks(np.arange(0, len(wide), step) + 0.5, range(0, len(wide), step), fontsize=7, rotation=0)
+    numbers = wide.index[::step].astype(str).tolist()
+    ax.set_yticks(np.arange(0, len(wide), step) + 0.5, numbers, fontsize=7, rotation=0)
     ax.set(xlabel="what follows the word", ylabel="token that is rounded")
 
 
 def _plot_sums(table: pd.DataFrame, way: str, names: Sequence[str], *, ax: Axes) -> None:
-    """The mean over words of what rounding in each place alone costs, a line a rotation."""
-    rows = table[table["rounded"] == way].groupby(["rotation", "place"], sort=False)["value"].mean().reset_index()
-    rows = rows.assign(place=rows["place"].map(names.index))
-    draw_lines(rows, "place", "value", "rotation", ax=ax)
-    ax.set(xlabel=f"{way} that is rounded", ylabel="mean KL divergence, nats", yscale="log")
+    """What rounding in each place alone costs all words together, a line a rotation."""
+    rows = table[table["rounded"] == way].groupby(["rotation", "place"], sort=False)["value"].sum()
+    lines = rows.reset_index().assign(place=lambda own: own["place"].map(names.index))
+    draw_lines(lines, "place", "value", "rotation", ax=ax)
+    ax.set(xlabel=f"{way} that is rounded", ylabel="KL divergence of all words, nats", yscale="log")
 
 
 def figure_costs(table: pd.DataFrame) -> Figure:
-    """Which rounding costs which words: tokens by words, a panel a rotation; means by token, layer and site."""
+    """Which rounding costs which words: tokens by words, a panel a rotation; sums by token, layer, site."""
     kinds = list(dict.fromkeys(table["rotation"]))
     ways = [way for way in ("token", "layer", "site") if way in set(table["rounded"])]
     fig = plt.figure(figsize=(5 * max(2, len(kinds)), 8.4))
-    above, below = fig.subfigures(2, 1, height_ratios=(3, 2))
+    halves: Any = fig.subfigures(2, 1, height_ratios=(3, 2))
+    above, below = halves
     own = table[table["rounded"] == "token"]
     if len(own):
         for ax, kind in zip(above.subplots(1, len(kinds), squeeze=False)[0], kinds, strict=True):
@@ -135,5 +139,6 @@ def figure_costs(table: pd.DataFrame) -> Figure:
         names = list(dict.fromkeys(table.loc[table["rounded"] == way, "place"]))
         _plot_sums(table, way, names, ax=ax)
         if way == "site":
-            ax.set_xticks(range(len(names)), [name.replace("_", " ") for name in names], rotation=15, fontsize=8)
+            said = [name.replace("_", " ") for name in names]
+            ax.set_xticks(range(len(names)), said, rotation=15, fontsize=8)
     return fig

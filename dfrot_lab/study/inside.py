@@ -1,6 +1,6 @@
-"""Why a token is massive, as experiments: where its value comes from and who reads it; what attention does with
-the token; whose rounding costs which words. All of the first tokens of one window, and of its most massive
-token."""
+"""Why a token is massive, as experiments: where its value comes from and who reads it; what attention does
+with the token; whose rounding costs which words. All of the first tokens of one window, and of its most
+massive token."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
@@ -45,7 +45,7 @@ class Spot(NamedTuple):
 
 
 def opened(setting: Setting, store: Store) -> tuple[LoadedModel, Spot]:
-    """The setting's model, norms fused, and the spot to look at: where the stream is largest before a norm."""
+    """The setting's model, norms fused, and the spot to look at: where its stream is largest."""
     recorded, loaded = capture(setting.capture, store), loading.load_model(setting.model, store)
     ids = token_blocks(setting.capture, loaded)[0][: QUICK_TOKENS if setting.quick else TOKENS]
     surgery.prepare(loaded)
@@ -78,8 +78,8 @@ def attention_sink(setting: Setting, store: Store) -> pd.DataFrame:
 
 
 def spike_writers(setting: Setting, store: Store) -> pd.DataFrame:
-    """Who writes the most massive value: each writer's part; of the layer that writes most, which neurons, and
-    what makes the first of them fire; and how much of what each linear reads of the token is that channel."""
+    """Who writes the most massive value: each writer's part; of the layer that writes most, which neurons,
+    and what makes the first of them fire; how much of what each linear gives is that channel's."""
     loaded, spot = opened(setting, store)
     at = loaded, spot.ids, spot.token
     written = writers.writes(*at, writers.one_hot(spot.channel, loaded.channels))
@@ -104,8 +104,8 @@ def written_at(written: pd.DataFrame) -> int:
     """The layer whose MLP writes most of a value at its height, of the table of `writers.writes`."""
     height = written.groupby("layer")["value"].sum().cumsum()
     sign = 1 if height.max() > -height.min() else -1
-    by_mlp = written[written["writer"] == writers.MLP]
-    return int(by_mlp.loc[(sign * by_mlp["value"]).idxmax(), "layer"])
+    by_mlp = written[written["writer"] == writers.MLP].set_index("layer")["value"]
+    return int((sign * by_mlp).to_numpy().argmax()) + int(by_mlp.index[0])
 
 
 def _parts(part: str, table: pd.DataFrame, metric: str, **more: Any) -> Iterator[dict[str, Any]]:
@@ -139,3 +139,11 @@ def _costs(way: str, names: list[str], values: Tensor, texts: list[str]) -> Iter
         for word, value in enumerate(row):
             said: Mapping[str, Any] = {"rounded": way, "place": name, "word": word, "text": texts[word]}
             yield {**said, "metric": DIVERGENCE, "value": value}
+
+
+EXPERIMENTS = {
+    "spike-writers": ("asked here", "Who writes a massive value, and who reads it?", spike_writers),
+    "attention-sink": ("Xiao et al.", "Who looks at the massive token, and without?", attention_sink),
+    "token-costs": ("asked here", "Which token's rounding costs which words?", token_costs),
+}
+"""As in `study.experiments`."""
