@@ -39,7 +39,7 @@ def plot_writers(table: pd.DataFrame, *, ax: Axes) -> None:
     ax.set(xlabel="layer", ylabel="added to the channel", title="Who writes it")
     ax.set_xlim(left - 0.6, right + 0.9)
     low, high = ax.get_ylim()
-    ax.set_ylim(1.5 * min(low, 0), 1.5 * max(high, 0))
+    ax.set_ylim(3 * min(low, 0), 3 * max(high, 0))
     sns.move_legend(ax, "center left", bbox_to_anchor=(1, 0.5))
 
 
@@ -103,11 +103,13 @@ def figure_sink(table: pd.DataFrame) -> Figure:
 
 
 def plot_costs(part: pd.DataFrame, *, ax: Axes, top: float, bar: bool) -> None:
-    """What rounding each token alone (down) costs each word (across), colours on a log scale."""
+    """What rounding each token alone (down) costs each word (across), colours on a log scale; none of
+    the words before it, which it cannot cost anything."""
     wide = part.assign(place=part["place"].astype(int)).pivot(index="place", columns="word", values="value")
     texts = part.drop_duplicates("word")["text"].map(visible).tolist()
     style = {"norm": LogNorm(LEAST, max(top, 10 * LEAST)), "cmap": "rocket_r", "cbar": bar}
-    sns.heatmap(wide.clip(lower=LEAST), **style, cbar_kws={"label": "KL divergence, nats"}, ax=ax)
+    shown = {"mask": np.tri(*wide.shape, -1, dtype=bool), "cbar_kws": {"label": "KL divergence, nats"}}
+    sns.heatmap(wide.clip(lower=LEAST), **style, **shown, ax=ax)
     step = max(1, -(-len(texts) // LABELS))
     ax.set_xticks(np.arange(0, len(texts), step) + 0.5, texts[::step], rotation=90, fontsize=7)
     numbers = wide.index[::step].astype(str).tolist()
