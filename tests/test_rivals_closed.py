@@ -201,15 +201,18 @@ def test_a_killed_optrot_goes_on_at_its_last_look(lively, text_file, store, monk
 
 
 @pytest.mark.parametrize("channels", [1, 2, 64])
-def test_b_is_helmert_s_matrix_with_all_columns_but_the_first_turned(channels):
-    """Its rows by the definition: 1, ..., 1, -k, 0, ..., scaled to length 1; the first is constant."""
+def test_b_is_helmert_s_matrix_with_all_rows_but_the_first_turned(channels):
+    """Its rows by the definition: 1, ..., 1, -k, 0, ..., scaled to length 1; the first is constant, so a step
+    spreads its channel evenly.
+    """
     H = np.full((channels, channels), channels**-0.5)
     for k in range(1, channels):
         H[k] = [*[1] * k, -k, *[0] * (channels - k - 1)]
         H[k] /= np.linalg.norm(H[k])
     B = duquant.base(channels, seed=3)
     assert rotations.orthogonality_error(B) < 1e-12
-    turn = H.T @ B.numpy()
+    torch.testing.assert_close(B[0], torch.full((channels,), channels**-0.5).double())
+    turn = B.numpy() @ H.T
     np.testing.assert_allclose(turn[0], np.eye(channels)[0], atol=1e-12)
     assert channels < 3 or np.abs(turn[1:, 1:] - np.eye(channels - 1)).max() > 0.3
     assert channels < 3 or not torch.equal(B, duquant.base(channels, seed=4))

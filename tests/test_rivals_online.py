@@ -324,14 +324,6 @@ def test_duquant_is_two_rotations_of_blocks_about_an_order_and_its_range_falls()
     assert errors[1][17] < 0.5 * errors[0][17] and errors[1].mean() < 0.5 * errors[0].mean()
 
 
-@pytest.mark.parametrize("block", [1, 2, 12])
-def test_a_step_spreads_its_channel_evenly_over_the_block(block):
-    B = duquant_blocks.base(block, seed=3)
-    assert rotations.orthogonality_error(B) < 1e-12
-    torch.testing.assert_close(B[0], torch.full((block,), block**-0.5).double())
-    assert block < 3 or not torch.equal(B, duquant_blocks.base(block, seed=4))
-
-
 def test_steps_see_the_blocks_of_largest_norm_of_all_rows(monkeypatch):
     monkeypatch.setattr(duquant_blocks, "ROWS", 10)
     rows = spiked()

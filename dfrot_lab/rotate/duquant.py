@@ -1,10 +1,10 @@
 """DuQuant's greedy rotation (arXiv 2406.01721), here once over all channels: one R1, which is fused. There it
 is one before every linear, in blocks of 128 with a permutation between two, and takes time. A step takes the
 channel that has the entry of largest magnitude and multiplies by E B E: E exchanges that channel with the
-first one, B = H diag(1, Q) with H orthogonal, its first row constant, and Q random orthogonal, one for all
-steps as in its release (which exchanges the channel of the row's number, though). No gradient: of all
-prefixes of the steps the one is kept after which the entries span the smallest range, max - min over all rows
-and channels as in its release. Steps see all massive rows and a sample of the others."""
+first one, B = diag(1, Q) H with H orthogonal, its first row constant, and Q random orthogonal as in the
+paper, one for all steps (its release has no Q, and exchanges the channel of the row's number). No gradient:
+of all prefixes of the steps the one is kept after which the entries span the smallest range, max - min over
+all rows and channels as in its release. Steps see all massive rows and a sample of the others."""
 
 import logging
 from typing import ClassVar
@@ -24,7 +24,7 @@ from dfrot_lab.rotate.transforms import Context, Transforms, of_rows
 
 log = logging.getLogger(__name__)
 KIND = "duquant"
-VERSION = 1
+VERSION = 2  # the first row of B is constant: a step spreads its channel evenly
 NEEDS = "activations"
 
 
@@ -77,13 +77,12 @@ def spread(spec: DuQuantSpec, store: Store | None = None) -> tuple[Tensor, float
 
 
 def base(channels: int, seed: int) -> Tensor:
-    """B (channels, channels) float64: Helmert's matrix, whose first row is constant, its columns but the
-    first turned by a random orthogonal matrix of `seed`."""
+    """B (channels, channels) float64: Helmert's matrix, whose first row is constant, its other rows turned by
+    a random orthogonal matrix of `seed`."""
     H = torch.from_numpy(scipy.linalg.helmert(channels, full=True))
     if channels == 1:
         return H
-    Q = rotations.make(RotationSpec(kind="RO", seed=seed), channels - 1)
-    return torch.cat([H[:, :1], H[:, 1:] @ Q], dim=1)
+    return torch.cat([H[:1], rotations.make(RotationSpec(kind="RO", seed=seed), channels - 1) @ H[1:]])
 
 
 def greedy(rows: Tensor, B: Tensor, updates: int) -> list[int]:

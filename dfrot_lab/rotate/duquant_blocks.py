@@ -9,16 +9,14 @@ same share of large ones. R2 and R4 have no part in it, and keys and values stay
 import logging
 from typing import ClassVar
 
-import scipy.linalg
 import torch
 from torch import Tensor, nn
 
-from dfrot_lab.maths import rotations
 from dfrot_lab.model import turns
 from dfrot_lab.recipe.base import MethodSpec, ruled
-from dfrot_lab.recipe.specs import CaptureSpec, Recipe, RotationSpec
+from dfrot_lab.recipe.specs import CaptureSpec, Recipe
 from dfrot_lab.rotate import inputs
-from dfrot_lab.rotate.duquant import greedy, product
+from dfrot_lab.rotate.duquant import base, greedy, product
 from dfrot_lab.rotate.smoothquant import smoothing
 from dfrot_lab.rotate.transforms import Context, Transforms
 
@@ -85,15 +83,6 @@ def spread(rows: Tensor, spec: DuQuantBlocksSpec) -> list[Tensor]:
     rows = turns.apply([first], rows)
     order = zigzag(rows.abs().amax(0), block).cpu()
     return [first, order, rotation(turns.apply([order], rows))]
-
-
-def base(block: int, seed: int) -> Tensor:
-    """B (block, block) float64: Helmert's matrix, whose first row is constant, its other rows turned by a
-    random orthogonal matrix of `seed`."""
-    H = torch.from_numpy(scipy.linalg.helmert(block, full=True))
-    if block == 1:
-        return H
-    return torch.cat([H[:1], rotations.make(RotationSpec(kind="RO", seed=seed), block - 1) @ H[1:]])
 
 
 def products(spec: DuQuantBlocksSpec, channels: int) -> int:
