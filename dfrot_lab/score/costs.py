@@ -3,11 +3,12 @@ the full-precision model's, where the linears' inputs of one token, one layer or
 and all else is left alone. Rotations are on throughout; keys, values and weights are as full precision has
 them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from dfrot_lab.disk.artefacts import Artefact, Store, Writer
 from dfrot_lab.model import door, hooks, surgery
@@ -52,7 +53,7 @@ def places(loaded: LoadedModel, way: str, tokens: int) -> list[Place]:
 
 @torch.inference_mode()
 def divergences(
-    built: Built, recipe: Recipe, ids: Tensor, reference: Artefact, chosen: list[Place]
+    built: Built, recipe: Recipe, ids: Tensor, reference: Artefact, chosen: Iterable[Place]
 ) -> Tensor:
     """KL(full precision || rounded in one place alone) in nats of what follows each token of a window `ids`
     (tokens,) but the last: (places, tokens - 1) float32, beside its `reference`. Causal: a token's rounding
@@ -100,7 +101,8 @@ def of_window(recipe: Recipe, ids: Tensor, store: Store | None = None) -> dict[s
         found = {way: places(built.loaded, way, len(ids)) for way in ways}
         for way, chosen in found.items():
             if not writer.has(way):
-                writer.save_tensors(way, {way: divergences(built, recipe, ids, reference, chosen)})
+                shown = tqdm(chosen, f"{recipe.rotation.name}, each {way} rounded", unit="place", leave=False)
+                writer.save_tensors(way, {way: divergences(built, recipe, ids, reference, shown)})
         names = {way: [place.name for place in chosen] for way, chosen in found.items()}
         writer.save_json("names", names)
 
