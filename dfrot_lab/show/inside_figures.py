@@ -87,8 +87,8 @@ def figure_sink(table: pd.DataFrame) -> Figure:
     shares = table[table["metric"] == SHARE].astype({"layer": int, "head": int})
     fig, (left, right) = plt.subplots(1, 2, figsize=(11, 5), width_ratios=(2, 3))
     own = shares[shares["massive"] == LEFT].pivot(index="layer", columns="head", values="value")
-    scale = {"vmin": 0, "vmax": 1, "cmap": "rocket_r", "cbar_kws": {"label": "share of attention"}}
-    sns.heatmap(own, **scale, ax=left)
+    sns.heatmap(own, vmin=0, vmax=1, cmap="rocket_r", ax=left)
+    _name_bar(left, "share")
     left.set(title="As the model is", xlabel="head", ylabel="layer")
     left.tick_params(axis="y", rotation=0)
     losses = table[table["metric"] == LOSS].set_index("massive")["value"]
@@ -102,14 +102,21 @@ def figure_sink(table: pd.DataFrame) -> Figure:
     return fig
 
 
+def _name_bar(ax: Axes, name: str) -> None:
+    """Write what a heat map's colours are above their bar."""
+    bar: Any = ax.collections[0].colorbar
+    bar.ax.set_title(name, fontsize=8)
+
+
 def plot_costs(part: pd.DataFrame, *, ax: Axes, top: float, bar: bool) -> None:
     """What rounding each token alone (down) costs each word (across), colours on a log scale; none of
     the words before it, which it cannot cost anything."""
     wide = part.assign(place=part["place"].astype(int)).pivot(index="place", columns="word", values="value")
     texts = part.drop_duplicates("word")["text"].map(visible).tolist()
     style = {"norm": LogNorm(LEAST, max(top, 10 * LEAST)), "cmap": "rocket_r", "cbar": bar}
-    shown = {"mask": np.tri(*wide.shape, -1, dtype=bool), "cbar_kws": {"label": "KL divergence, nats"}}
-    sns.heatmap(wide.clip(lower=LEAST), **style, **shown, ax=ax)
+    sns.heatmap(wide.clip(lower=LEAST), **style, mask=np.tri(*wide.shape, -1, dtype=bool), ax=ax)
+    if bar:
+        _name_bar(ax, "KL, nats")
     step = max(1, -(-len(texts) // LABELS))
     ax.set_xticks(np.arange(0, len(texts), step) + 0.5, texts[::step], rotation=90, fontsize=7)
     numbers = wide.index[::step].astype(str).tolist()
