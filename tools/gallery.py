@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 import browser  # noqa: E402 it lies with the tests
 
-OUT, WIDTH, COLOURS = ROOT / "docs" / "gallery", 1280, 48
+OUT, WIDTH, COLOURS = ROOT / "docs" / "gallery", 1280, 64
 FRAME_MS, HOLD_MS = 130, 1200  # of a film: a frame, its ends
 
 
@@ -34,7 +34,7 @@ def film(name: str, frames: list[bytes]) -> None:
     images = [Image.open(io.BytesIO(frame)).convert("RGB") for frame in frames]
     width, height = min(image.width for image in images), min(image.height for image in images)
     cut = [image.crop((0, 0, width, height)).resize((width * 3 // 4, height * 3 // 4)) for image in images]
-    few = [image.quantize(COLOURS, dither=Image.Dither.NONE) for image in cut]
+    few = [image.quantize(COLOURS, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE) for image in cut]
     held = [HOLD_MS, *[FRAME_MS] * (len(few) - 2), HOLD_MS]
     few[0].save(
         OUT / f"{name}.gif", save_all=True, append_images=few[1:], duration=held, loop=0, optimize=True
