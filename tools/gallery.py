@@ -100,8 +100,9 @@ def main() -> None:
         book.start_all()
         book.wait_all()
         pictures(book)
-    if book.watch.faults:
-        raise SystemExit("\n".join(book.watch.faults))
+        faults = [*book.watch.faults]  # before the server stops, which the page would miss
+    if faults:
+        raise SystemExit("\n".join(faults))
 
 
 if __name__ == "__main__":
