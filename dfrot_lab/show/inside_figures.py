@@ -19,6 +19,7 @@ from dfrot_lab.study.inside import LEFT, LOSS, SHARE
 WRITER_COLOURS = {EMBEDDING: "#E69F00", ATTENTION: "#56B4E9", MLP: MASSIVE_COLOUR}
 LINEAR = 10.0  # below this a spike's parts are drawn on a linear scale
 LEAST = 1e-4  # nats: of a colour scale
+HEAT: dict[str, Any] = {"cmap": "rocket_r", "rasterized": True}  # an SVG of every cell would be megabytes
 LABELS = 24  # of an axis of words at most
 
 
@@ -87,7 +88,7 @@ def figure_sink(table: pd.DataFrame) -> Figure:
     shares = table[table["metric"] == SHARE].astype({"layer": int, "head": int})
     fig, (left, right) = plt.subplots(1, 2, figsize=(11, 5), width_ratios=(2, 3))
     own = shares[shares["massive"] == LEFT].pivot(index="layer", columns="head", values="value")
-    sns.heatmap(own, vmin=0, vmax=1, cmap="rocket_r", ax=left)
+    sns.heatmap(own, vmin=0, vmax=1, **HEAT, ax=left)
     _name_bar(left, "share")
     left.set(title="As the model is", xlabel="head", ylabel="layer")
     left.tick_params(axis="y", rotation=0)
@@ -113,7 +114,7 @@ def plot_costs(part: pd.DataFrame, *, ax: Axes, top: float, bar: bool) -> None:
     the words before it, which it cannot cost anything."""
     wide = part.assign(place=part["place"].astype(int)).pivot(index="place", columns="word", values="value")
     texts = part.drop_duplicates("word")["text"].map(visible).tolist()
-    style = {"norm": LogNorm(LEAST, max(top, 10 * LEAST)), "cmap": "rocket_r", "cbar": bar}
+    style = {"norm": LogNorm(LEAST, max(top, 10 * LEAST)), "cbar": bar, **HEAT}
     sns.heatmap(wide.clip(lower=LEAST), **style, mask=np.tri(*wide.shape, -1, dtype=bool), ax=ax)
     if bar:
         _name_bar(ax, "KL, nats")
