@@ -92,11 +92,14 @@ def test_a_method_that_does_not_say_what_it_needs_has_its_row_all_the_same(board
     assert found.needs == "not said" and found.seconds > 0 and found.peak > 1e8
 
 
-def test_of_a_fit_that_was_stored_before_no_peak_is_told(setting, tmp_path):
+def test_of_a_fit_that_was_stored_before_no_peak_is_told(setting, tmp_path, monkeypatch):
     store, recipe = Store(tmp_path), setting.row("16-4-16", setting.method("KLT"))
     here = transforms.fit(door.resolved(recipe).canonical(), transforms.Context(recipe, store))
     found = fits.cost(recipe, store)
     assert found.seconds == here.seconds and math.isnan(found.peak)
+    monkeypatch.setattr(fits.subprocess, "run", lambda *_, **__: pytest.fail("asked again"))
+    again = fits.cost(recipe, store)
+    assert again[::2] == found[::2] and math.isnan(again.peak)
 
 
 def test_what_fails_in_a_process_of_its_own_is_tried_here_and_an_interrupt_is_one(

@@ -7,7 +7,6 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,23 +53,19 @@ def cost(recipe: Recipe, store: Store) -> Fit:
         return Fit(0.0, math.nan, needs)
     inputs = {name: keys.identity(getattr(recipe, name), door.prints) for name in ("model", "rotation")}
     if (made := store.open(KIND, inputs)) is not None:
-        note = made.manifest["note"]
-        return Fit(note["seconds"], note["peak"], needs)
+        seconds, peak = made.json("numbers")
+        return Fit(seconds, math.nan if peak is None else peak, needs)
     done = _in_a_process(recipe, store)
     if done is None:
         return Fit(transforms.fit(recipe, transforms.Context(recipe, store)).seconds, math.nan, needs)
-    if not math.isnan(done.peak):
-        store.get_or_make(KIND, inputs, partial(_note, seconds=done.seconds, peak=done.peak))
+    numbers = [done.seconds, None if math.isnan(done.peak) else done.peak]
+    store.get_or_make(KIND, inputs, lambda writer: writer.save_json("numbers", numbers))
     return done
 
 
 def needs_of(recipe: Recipe) -> str:
     """What a recipe's method looks at."""
     return str(getattr(registry.load(registry.METHODS, recipe.rotation.method), "NEEDS", "not said"))
-
-
-def _note(writer: Writer, **numbers: float) -> None:
-    writer.note.update(numbers)
 
 
 def _in_a_process(recipe: Recipe, store: Store) -> Fit | None:

@@ -4,6 +4,7 @@ grids, a verdict against RH. Groups are never mixed: what is compared costs the 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import pandas as pd
 
@@ -105,17 +106,15 @@ def leaderboard(setting: Setting, store: Store, groups: Sequence[str] = tuple(GR
     recipes = _rotations(asked, setting.with_(build=0))
     found = fits.costs(recipes, store)
     table = pd.concat([evaluated(asks, setting, store)[0] for asks in asked], ignore_index=True)
-    known, cost = table["rotation"].map(PUBLISHED), table["rotation"].map(found)
-    for place, column in enumerate(COLUMNS):
-        table[column] = known.map(lambda pair, place=place: pair[place], na_action="ignore")
-    costs = {
-        "seconds": lambda fit: fit.seconds,
-        PEAK: lambda fit: fit.peak / 1e9,
-        "needs": lambda fit: fit.needs,
+    about: dict[str, dict[str, Any]] = {
+        "seconds": {name: fit.seconds for name, fit in found.items()},
+        PEAK: {name: fit.peak / 1e9 for name, fit in found.items()},
+        "needs": {name: fit.needs for name, fit in found.items()},
+        ONLINE_OPS: {recipe.rotation.name: online_share(recipe) for recipe in recipes},
     }
-    acting = {recipe.rotation.name: online_share(recipe) for recipe in recipes}
-    table[ONLINE_OPS] = table["rotation"].map(acting)
-    return table.assign(**{name: cost.map(of) for name, of in costs.items()})
+    for place, column in enumerate(COLUMNS):
+        about[column] = {name: pair[place] for name, pair in PUBLISHED.items()}
+    return table.assign(**{column: table["rotation"].map(of) for column, of in about.items()})
 
 
 def online_share(recipe: Recipe) -> float:
