@@ -2,6 +2,9 @@
 against autograd or a slow loop, its own objective through the real surgery, and logits that stay.
 """
 
+from collections.abc import Iterator
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -30,6 +33,7 @@ from dfrot_lab.rotate.optrot import OptRotSpec
 from dfrot_lab.rotate.scale_search import ScaleSearchSpec
 from dfrot_lab.rotate.transforms import Context
 from dfrot_lab.score import build
+from dfrot_lab.score.build import Built
 
 ROWS = ("OptRot", "DuQuant R1", "AWQ", "OS+")
 IDS = torch.arange(2 * 24).reshape(2, 24) * 7 % 90 + 32
@@ -57,16 +61,25 @@ def lively(tmp_path) -> ModelSpec:
 # ---- all of them
 
 
+def built_each_way(
+    row: str, case: str, folder: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[Built, Tensor]]:
+    """A family's model, in float64, built with a rotation as a whole and layer by layer; the logits before."""
+    model = ModelSpec(source=str(folder_of(case, folder / "m")), dtype="float64")
+    expected = logits_of(loading.load_model(model), IDS)
+    for memory in ("", "0"):
+        monkeypatch.setenv(checkpoint.MEMORY, memory)
+        built = build.build(rotated_by(row, model, text_file), Store(folder / f"store{memory}"))
+        assert (built.loaded.checkpoint is not None) == (memory == "0")
+        yield built, expected
+
+
 @pytest.mark.parametrize("case", ["mixtral", "starcoder2"])
 @pytest.mark.parametrize("row", ROWS)
 def test_the_logits_stay_and_a_streamed_model_gets_the_same(row, case, tmp_path, text_file, monkeypatch):
     """In float64, through the surgery of a build; most norms work in float32 all the same."""
-    model, made = ModelSpec(source=str(folder_of(case, tmp_path / "m")), dtype="float64"), []
-    expected = logits_of(loading.load_model(model), IDS)
-    for memory in ("", "0"):
-        monkeypatch.setenv(checkpoint.MEMORY, memory)
-        built = build.build(rotated_by(row, model, text_file), Store(tmp_path / f"store{memory}"))
-        assert (built.loaded.checkpoint is not None) == (memory == "0")
+    made = []
+    for built, expected in built_each_way(row, case, tmp_path, text_file, monkeypatch):
         made.append(own := built.transforms)
         with surgery.online(built.loaded, r3=own.r3, r4=own.r4):
             assert apart(logits_of(built.loaded, IDS), expected) < 1e-5

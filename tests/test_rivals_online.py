@@ -8,10 +8,9 @@ import torch
 from conftest import CHANNELS, INNER, LAYERS, tiny_model
 from test_evaluate import save_lively, spec_for
 from test_families import apart, folder_of, load, logits_of
-from test_rivals_closed import IDS, draw, rotated_by
+from test_rivals_closed import IDS, built_each_way, draw, rotated_by
 from torch import Tensor
 
-from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.maths import rotations
 from dfrot_lab.maths.quantizers import fake_quantize, squared_error
 from dfrot_lab.model import checkpoint, hooks, loading, stream, surgery, turns
@@ -154,12 +153,8 @@ def test_a_method_says_what_its_turns_multiply_and_the_leaderboard_what_part_tha
 @pytest.mark.parametrize("case", ["mixtral", "starcoder2"])
 @pytest.mark.parametrize("row", ROWS)
 def test_the_logits_stay_and_a_streamed_model_gets_the_same(row, case, tmp_path, text_file, monkeypatch):
-    model, made = ModelSpec(source=str(folder_of(case, tmp_path / "m")), dtype="float64"), []
-    expected = logits_of(loading.load_model(model), IDS)
-    for memory in ("", "0"):
-        monkeypatch.setenv(checkpoint.MEMORY, memory)
-        built = build.build(rotated_by(row, model, text_file), Store(tmp_path / f"store{memory}"))
-        assert (built.loaded.checkpoint is not None) == (memory == "0")
+    made = []
+    for built, expected in built_each_way(row, case, tmp_path, text_file, monkeypatch):
         made.append(own := built.transforms)
         assert own.R1 is None and own.R2 is None and not own.r4 and own.turns
         assert apart(logits_of(built.loaded, IDS), expected) < 1e-5
