@@ -67,7 +67,7 @@ LOOKING = (
     "token-errors-3d", "token-errors-2d", "token-orders", "massive-token", "massive-magnitudes",
     "spike-writers", "attention-sink", "token-costs",
 )  # fmt: skip
-ELSEWHERE = ("zero-shot", "measuring", "leaderboard")
+ELSEWHERE = ("zero-shot", "measuring", "leaderboard", "leaderboard-weights")
 FEW_ROWS = (3, 1)
 """Calibration rows for a tiny model, in units of the window: two layers have four sites, fewer than the least
 of the paper's counts.

@@ -46,16 +46,18 @@ def board(setting, tmp_path_factory):
 
 def test_every_rotation_and_quantizer_is_in_a_group(setting):
     found = {group: [row.spec for row in rows(group, setting)] for group in GROUPS}
-    for bits in leaderboard.BITS:
-        fused = [spec.rotation.name for spec in found["fused R1"] if spec.bits == bits]
-        apart = (*leaderboard.UNROTATED, *leaderboard.ONLINE)
+    apart = (*leaderboard.UNROTATED, *leaderboard.ONLINE)
+    for group, bits in (("fused R1", "16-4-16"), ("fused R1, 4-bit weights", "4-4-16")):
+        assert {spec.bits for spec in found[group]} == {bits}
+        fused = [spec.rotation.name for spec in found[group]]
         assert sorted(fused) == sorted(name for name in registry.rows() if name not in apart)
     acting = [name for name in registry.rows() if registry.spec_of(name).acts_online]
-    assert {spec.rotation.name for spec in found["online"]} == {*acting, "RH"}
-    assert {spec.weights.method for spec in found["weights"]} == set(registry.WEIGHTS)
-    assert {spec.rotation.name for spec in found["weights"]} == {"RH", "Offset+"}
     unrotated = {"NR", "SmoothQuant", "AWQ", "OS+"}
-    assert {spec.rotation.name for spec in found["no rotation"]} == {*unrotated, "RH"}
+    for weights in ("", ", 4-bit weights"):
+        assert {spec.rotation.name for spec in found["online" + weights]} == {*acting, "RH"}
+        assert {spec.rotation.name for spec in found["no rotation" + weights]} == {*unrotated, "RH"}
+    assert {spec.weights.method for spec in found["weight quantizers"]} == set(registry.WEIGHTS)
+    assert {spec.rotation.name for spec in found["weight quantizers"]} == {"RH", "Offset+"}
     extras = [spec for spec in found["free extras"] if spec.clips or spec.scales]
     assert {spec.rotation.name for spec in extras} == {"RH", "DFRot", "Offset+"}
 
@@ -66,8 +68,12 @@ def test_each_row_is_once_and_is_compared_with_rh_of_its_bits(group, setting):
     assert len({row.spec for row in found}) == len(found)
     for row in found:
         is_reference = row.spec == setting.row(row.spec.bits, setting.rotation("RH"))
-        assert list(row.against) == ([] if is_reference else ["RH"])
-        assert all(rh.rotation.name == "RH" and rh.bits == row.spec.bits for rh in row.against.values())
+        name = row.spec.rotation.name
+        others = {"RH": "RH"} | ({"all rows alike": name[:-10]} if name.endswith(" + massive") else {})
+        assert {said: spec.rotation.name for said, spec in row.against.items()} == (
+            {} if is_reference else others
+        )
+        assert {spec.bits for spec in row.against.values()} <= {row.spec.bits}
         assert row.labels["group"] == group
 
 
@@ -128,6 +134,16 @@ def test_it_is_ranked_by_divergence_within_group_and_bits(board):
     (name,) = [metric for metric in change.index if metric.startswith("change of perplexity")]
     assert (line["change, %"], line["verdict"]) == (change.loc[name, "value"], change.loc[name, "verdict"])
     assert FIGURES["leaderboard"](table).axes
+
+
+def test_its_two_experiments_are_all_its_groups_each_once(setting):
+    halves = leaderboard.FLOAT_WEIGHTS, leaderboard.LOW_BIT_WEIGHTS
+    assert [len(half) for half in halves] == [4, 5] and list(GROUPS) == [*halves[0], *halves[1]]
+    for half, is_float in zip(halves, (True, False), strict=True):
+        specs = [row.spec for group in half for row in rows(group, setting)]
+        assert {spec.weights.quantizer.bits == 16 for spec in specs} == {is_float}
+    asked = [each.keywords["groups"] for *_, each in leaderboard.EXPERIMENTS.values()]
+    assert asked == [tuple(half) for half in halves]
 
 
 def test_quick_cuts_what_was_not_said(setting):

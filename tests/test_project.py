@@ -207,6 +207,15 @@ def test_committed_experiments_have_provenance_and_a_figure():
         assert not about["quick"]
 
 
+BOARD = (
+    "group",
+    "option",
+    "seconds",
+    leaderboard.PEAK,
+    leaderboard.ONLINE_OPS,
+    "needs",
+    *leaderboard.COLUMNS,
+)
 OWN = {
     "main": (),
     "gamma-sweep": ("init", "line"),
@@ -219,7 +228,7 @@ OWN = {
     "static-activations": ("acts",),
     "prefix": ("acts", "prefix"),
     "block-floats": ("format",),
-    "leaderboard": ("group", "option", "seconds", leaderboard.PEAK, "needs", *leaderboard.COLUMNS),
+    **dict.fromkeys(leaderboard.EXPERIMENTS, BOARD),
     "main-table": ("extra_minutes",),
     "calibration": ("varied", "level"),
     "clip-sweep": ("clip", "scored_on"),

@@ -7,7 +7,8 @@ import typer
 from dfrot_lab.cli.options import MANY, Options, command
 
 GROUP = (
-    "One of the groups alone: fused R1, free extras, weights, few-bit weights, no rotation, online; or all."
+    "One of the groups alone: fused R1, free extras, no rotation, online; 'fused R1, 4-bit weights', so for "
+    "no rotation and online; weight quantizers, few-bit weights. All without it."
 )
 
 

@@ -27,6 +27,7 @@ VERSION = 1
 NEEDS = "activations"
 MOMENTUM = 0.9  # DartQuant's
 UNIFORM = 1.8  # kurtosis of the uniform distribution
+MASSIVE = " + massive"  # the end of the names of those whose massive rows weigh more
 NAMES = {"whip": "DartQuant", "kurtosis": "KurTail"}
 RATES = {"whip": 0.01, "kurtosis": 0.03}  # DartQuant's 0.001 has gone half of the way here in 100 steps
 
@@ -48,7 +49,7 @@ class ProxySpec(MethodSpec):
     @property
     def name(self) -> str:
         """Name for tables and figures: a `+ massive` where these weigh more than published."""
-        return NAMES[self.loss] + ("" if self.massive is None else " + massive")
+        return NAMES[self.loss] + ("" if self.massive is None else MASSIVE)
 
 
 SPEC = ProxySpec

@@ -269,7 +269,10 @@ FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {  # by experiment, what 
     "offset": partial(figure_differences, label="{rotation}"), "measuring": figure_measuring,
     "gain": partial(figure_differences, label="{rotation}"),
     "free-options": partial(figure_differences, label="{rotation}, {option}"),
-    "leaderboard": partial(figure_differences, label=RANKED, panel="{group}, {bits}"),
+    **dict.fromkeys(
+        ("leaderboard", "leaderboard-weights"),
+        partial(figure_differences, label=RANKED, panel="{group}, {bits}"),
+    ),
     "better-weights": partial(figure_differences, label=RANKED), "kv-caches": figure_caches,
     "static-activations": figure_acts, "prefix": figure_prefix, "block-floats": figure_formats,
     "spike-writers": inside_figures.figure_writers, "attention-sink": inside_figures.figure_sink,

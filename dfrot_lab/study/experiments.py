@@ -33,7 +33,7 @@ ROW_COUNTS = (48, 32, 24, 16, 8)  # Table 3, in windows; a model of n layers has
 SAMPLES, BITS = 5, ("16-4-16", "4-4-16")
 SWEEPS = (
     "gamma-sweep", "calibration", "clip-sweep", "intervene", "better-weights", "kv-caches", "leaderboard",
-    "static-activations", "prefix", "block-floats",
+    "leaderboard-weights", "static-activations", "prefix", "block-floats",
 )  # fmt: skip
 LONG = ("keep-out", "main-table", "variants", "symmetric-or-not")  # of GPTQ, or of long refinements
 BUILDS_OF = {"gain": 26, **dict.fromkeys(LONG, 5), **dict.fromkeys(SWEEPS, 3)}
@@ -42,7 +42,7 @@ long ones as many as a comparison needs, sweeps, where a curve is what is looked
 GAIN_WINDOWS = 5  # times the setting's: what a build of DFRot against RH varies by is mostly its windows
 OWN_RULE = (
     "main", "compare", "gain", "measuring", "offset", "free-options", "better-weights", "leaderboard",
-    "static-activations", "prefix", "block-floats",
+    "leaderboard-weights", "static-activations", "prefix", "block-floats",
 )  # fmt: skip
 """The experiments that refine by the setting's rule."""
 CALIBRATED = "calibration text"
@@ -286,7 +286,7 @@ EXPERIMENTS: dict[str, tuple[str, str, Callable[[Setting, Store], Any]]] = {
     ),
     "block-floats": ("asked here", "Does a rotation help MXFP4 and NVFP4?", beyond.block_floats),
     "prefix": ("asked here", "What is a prefix worth beside a rotation?", beyond.prefix),
-    "leaderboard": ("rivals", "What is the best R1, and what does it cost?", leaderboard.leaderboard),
+    **leaderboard.EXPERIMENTS,
     "zero-shot": ("Table 5, README", "Does what holds for perplexity hold for tasks?", zero_shot),
     "clip-sweep": ("asked by a reviewer", "Is it the rotation, or would a clip do?", clip_sweep),
     "symmetric-or-not": ("Eq. 5, released code", "Which quantizer to refine R1 with?", either_scheme),

@@ -12,6 +12,7 @@ from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.model import shapes
 from dfrot_lab.recipe import registry
 from dfrot_lab.recipe.specs import Recipe
+from dfrot_lab.rotate import proxy
 from dfrot_lab.study import fits
 from dfrot_lab.study.beyond import NONE, options
 from dfrot_lab.study.main import Row, evaluated
@@ -27,16 +28,30 @@ PUBLISHED = {"SpinQuant": (5.9, 7.3), "OSTQuant R1": (5.91, 7.29), "DartQuant": 
 each by a pipeline of its own (other weight groups, clips, what is learned beside R1), so they cannot be
 ranked; SpinQuant's was not found again by its own release (8.0 in place of 7.3)."""
 COLUMNS = ("published LLaMA-2-7B", "published LLaMA-3-8B")
+EVEN = "all rows alike"  # beside a method that weighs massive rows more: the same without that
 PEAK = "peak, GB"  # of memory
 ONLINE_OPS = "online, %"  # of the linears' products
 
 
-def fused(setting: Setting) -> Iterator[tuple[str, Recipe]]:
-    """One fused R1, R2 to R4 Hadamard, nothing else: no cost at inference beyond RH's."""
-    for bits in setting.few(BITS):
-        for name in registry.rows():
-            if name not in (*UNROTATED, *ONLINE):
-                yield NONE, setting.row(bits, setting.method(name))
+def alone(setting: Setting, bits: str, names: Callable[[], Sequence[str]]) -> Iterator[tuple[str, Recipe]]:
+    """Each rotation with nothing beside it. Of those with weights of 4 bits the quick profile has two."""
+    for name in names() if bits == BITS[0] else setting.few(names()):
+        yield NONE, setting.row(bits, setting.method(name))
+
+
+def fused() -> list[str]:
+    """The names of all that make one fused R1, with R2 to R4 Hadamard: no cost at inference beyond RH's."""
+    return [name for name in registry.rows() if name not in (*UNROTATED, *ONLINE)]
+
+
+def unrotated() -> Sequence[str]:
+    """No rotation at all."""
+    return UNROTATED
+
+
+def online() -> Sequence[str]:
+    """What acts before every linear while the model runs: it costs more than any fused R1, as is said."""
+    return ONLINE
 
 
 def extras(setting: Setting) -> Iterator[tuple[str, Recipe]]:
@@ -45,20 +60,6 @@ def extras(setting: Setting) -> Iterator[tuple[str, Recipe]]:
         yield from setting.few(
             [(said, spec) for said, spec in options(setting, name).items() if said != NONE]
         )
-
-
-def unrotated(setting: Setting) -> Iterator[tuple[str, Recipe]]:
-    """No rotation at all."""
-    for bits in setting.few(BITS):
-        for name in UNROTATED:
-            yield NONE, setting.row(bits, setting.method(name))
-
-
-def online(setting: Setting) -> Iterator[tuple[str, Recipe]]:
-    """What acts before every linear while the model runs: it costs more than any fused R1, as is said."""
-    for bits in setting.few(BITS):
-        for name in ONLINE:
-            yield NONE, setting.row(bits, setting.method(name))
 
 
 def weights(setting: Setting) -> Iterator[tuple[str, Recipe]]:
@@ -81,22 +82,35 @@ def few_bits(setting: Setting) -> Iterator[tuple[str, Recipe]]:
         yield f"groups of {size}", spec.with_(weights=spec.weights.with_(quantizer=grid))
 
 
-GROUPS: dict[str, Callable[[Setting], Iterator[tuple[str, Recipe]]]] = {
-    "fused R1": fused, "free extras": extras, "weights": weights,
-    "few-bit weights": few_bits, "no rotation": unrotated, "online": online,
+Group = Callable[[Setting], Iterator[tuple[str, Recipe]]]
+FLOAT_WEIGHTS: dict[str, Group] = {
+    "fused R1": partial(alone, bits=BITS[0], names=fused), "free extras": extras,
+    "no rotation": partial(alone, bits=BITS[0], names=unrotated),
+    "online": partial(alone, bits=BITS[0], names=online),
 }  # fmt: skip
+LOW_BIT_WEIGHTS: dict[str, Group] = {
+    "fused R1, 4-bit weights": partial(alone, bits=BITS[1], names=fused),
+    "no rotation, 4-bit weights": partial(alone, bits=BITS[1], names=unrotated),
+    "online, 4-bit weights": partial(alone, bits=BITS[1], names=online),
+    "weight quantizers": weights, "few-bit weights": few_bits,
+}  # fmt: skip
+GROUPS = FLOAT_WEIGHTS | LOW_BIT_WEIGHTS
 
 
 def rows(group: str, setting: Setting) -> Iterator[Row]:
-    """One build's rows of a group, each against RH at its bits, weights by the setting; RH itself first."""
+    """One build's rows of a group, each against RH at its bits, weights by the setting, and one whose massive
+    rows weigh more against the same without that; RH itself first."""
     seen = set[str]()
     for option, spec in GROUPS[group](setting):
         rh = setting.row(spec.bits, setting.rotation("RH"))
         if spec.bits not in seen:
             yield Row(rh, {"group": group, "option": NONE})
             seen.add(spec.bits)
+        against = {"RH": rh}
+        if (plain := spec.rotation.name.removesuffix(proxy.MASSIVE)) != spec.rotation.name:
+            against[EVEN] = spec.with_(rotation=setting.method(plain))
         if spec != rh:
-            yield Row(spec, {"group": group, "option": option}, {"RH": rh})
+            yield Row(spec, {"group": group, "option": option}, against)
 
 
 def leaderboard(setting: Setting, store: Store, groups: Sequence[str] = tuple(GROUPS)) -> pd.DataFrame:
@@ -159,3 +173,18 @@ def ranked(table: pd.DataFrame) -> pd.DataFrame:
 
 def _in_order(column: pd.Series) -> pd.Series:
     return column.map(list(GROUPS).index) if column.name == "group" else column
+
+
+EXPERIMENTS: dict[str, tuple[str, str, Callable[[Setting, Store], pd.DataFrame]]] = {
+    "leaderboard": (
+        "rivals",
+        "Which rotation of activations is best, and what does it cost?",
+        partial(leaderboard, groups=tuple(FLOAT_WEIGHTS)),
+    ),
+    "leaderboard-weights": (
+        "rivals",
+        "And with weights of 4 bits and fewer?",
+        partial(leaderboard, groups=tuple(LOW_BIT_WEIGHTS)),
+    ),
+}
+"""The two halves of it as experiments: the second, with its calibrated weights, takes many times as long."""
