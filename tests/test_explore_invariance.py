@@ -22,6 +22,8 @@ from dfrot_lab.explore.invariance.numbers import (
 from dfrot_lab.explore.invariance.widget import Invariance, text_html, verdict_html
 from dfrot_lab.model import surgery
 from dfrot_lab.recipe.specs import ModelSpec, RotationSpec
+from dfrot_lab.show import theme
+from dfrot_lab.show.block import WIRES
 
 PROMPT = "hello\nthere, sheep\nand goats"
 SEEN = 50 * TOLERANCE
@@ -45,9 +47,8 @@ def test_a_set_of_steps_moves_the_logits_exactly_where_there_is_a_reason(tied, m
     assert len(right) + len(wrong) == 512 and len(right) == (48 if tied else 80)
     assert max(o.error for o in right) <= TOLERANCE
     assert min(o.error for o in wrong) > SEEN
-    assert {sentence for o in wrong for sentence in o.faults} == set(WHY.values()) - (
-        set() if tied else {WHY["tied"]}
-    )
+    assert {name for o in wrong for name in o.faults} == set(WHY) - (set() if tied else {"tied"})
+    assert all(o.wires for o in wrong) and not any(o.wires for o in right)
     assert all(not o.broken for o in right) and all(o.broken for o in wrong)
 
 
@@ -78,7 +79,7 @@ def test_the_packages_refusal_is_shown_and_the_step_done_all_the_same():
     turned = bench.measure(Steps(untie=True, r1=True), PROMPT)
     assert "norm gains must be fused (surgery.fuse_norms) before R1" in turned.refusals[
         0
-    ] and turned.faults == (WHY["gain"],)
+    ] and turned.faults == ("gain",)
     assert turned.refusals[0] in turned.verdict
     assert not bench.measure(Steps(untie=True, fuse=True, r1=True), PROMPT).refusals
 
@@ -129,16 +130,57 @@ def test_the_text_is_the_models_own_and_greedy():
     assert Bench(loaded).measure(Steps(), PROMPT).tokens == tuple(wanted)
 
 
+def felt(steps: Steps) -> dict[str, torch.Tensor]:
+    """What passes in the first layer once `steps` were taken, by the wire that it hangs on, and the logits."""
+    loaded, seen = tiny_model(tied=True), {}
+    Bench(loaded).apply(steps)
+    layer = loaded.layers[0]
+    made_by = {
+        "stream": loaded.model.model.embed_tokens,
+        "read": layer.self_attn.q_proj,
+        "down": layer.mlp.down_proj,
+    }
+    hooks = [
+        part.register_forward_hook(lambda _m, _i, out, name=name: seen.setdefault(name, out))
+        for name, part in made_by.items()
+    ]
+    ids = loaded.tokenizer(PROMPT, return_tensors="pt").input_ids
+    with torch.no_grad(), surgery.online(loaded, r3=steps.r3, r4=steps.r4_online):
+        seen["head"] = loaded.model(ids).logits
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("fault", "before", "steps"),
+    [
+        ("tied", {}, {"untie": False}),
+        ("gain", {"r1": True}, {"r1": True, "fuse": False}),
+        ("drop", {}, {"fuse": False, "drop": True}),
+        ("centre", {}, {"centre": True}),
+        ("r4_fused", {}, {"r4_online": False}),
+        ("r4_online", {}, {"r4_fused": False}),
+    ],
+)
+def test_a_fault_is_first_felt_on_the_wire_that_turns_red(fault, before, steps):
+    right = {"untie": True, "fuse": True, "r2": True, "r3": True, "r4_fused": True, "r4_online": True}
+    kept, moved = felt(Steps(**right | before)), felt(Steps(**right | steps))
+    names = [name for name in WIRES if not torch.allclose(kept[name], moved[name], atol=1e-4)]
+    assert names[0] == numbers.WHERE[fault][0] and names[-1] == "head"
+    assert faults(Steps(**right | steps), tied=True) == [fault]
+
+
 def test_names_and_reasons():
     assert Steps().name == "untouched"
     assert Steps(untie=True, r1=True, rotation=RotationSpec(kind="RO")).name == "untie + R1 (RO)"
-    assert faults(Steps(fuse=True), tied=True) == [WHY["tied"]] and not faults(Steps(fuse=True), tied=False)
+    assert faults(Steps(fuse=True), tied=True) == ["tied"] and not faults(Steps(fuse=True), tied=False)
     nan = Outcome(Steps(), float("nan"), (), (), ())
     assert nan.broken, "logits that are not numbers are not within a tolerance"
 
 
 def test_token_text_is_escaped_and_the_sign_needs_no_colour():
-    bad = Outcome(Steps(), 1.0, ("<img src=x onerror=alert(1)>", "\n"), ("because <b>",), ())
+    bad = Outcome(Steps(), 1.0, ("<img src=x onerror=alert(1)>", "\n"), (), ("because <b>",))
     good = Outcome(Steps(), 0.0, ("a", "\n"), (), ())
     shown = text_html(bad, good) + verdict_html(bad)
     assert "<img" not in shown and "because <b>" not in shown and "\u21b5" in shown
@@ -152,6 +194,18 @@ def opened(**options) -> Invariance:
     view = Invariance(loaded=tiny_model(tied=True, **options))
     view.wait(60)
     return view
+
+
+def test_the_layers_picture_has_what_is_on_and_red_where_it_breaks():
+    view = opened()
+    view.set(untie=True, fuse=True, r1=True, r4_fused=True)
+    view.wait(60)
+    assert view.block.value.count('class="R1"') == 9 and 'class="R2"' not in view.block.value
+    (down,) = [path for path in view.block.value.split("<path ") if 'class="wire down"' in path]
+    assert theme.MASSIVE_COLOUR in down and view.block.value.count(theme.MASSIVE_COLOUR) == 1
+    view.set(r4_online=True)
+    view.wait(60)
+    assert theme.MASSIVE_COLOUR not in view.block.value
 
 
 def test_a_switch_is_answered_in_plot_table_and_text():

@@ -91,7 +91,8 @@ class Setting(Spec):
         own: dict[str, Any] = {
             name: getattr(self, name) for name in ("gamma", "rule", "steps") if name in fields
         }
-        own |= {"updates": self.steps} if self.quick and "updates" in fields else {}
+        # an update may pass the whole model, many times the work of a step on captured rows
+        own |= {"updates": max(1, self.steps // 4)} if self.quick and "updates" in fields else {}
         return spec.with_(**own)
 
     def row(self, bits: str, rotation: MethodSpec, *, weights: str = "", **fields: Any) -> specs.Recipe:

@@ -29,6 +29,11 @@ STEPS = {
 }  # every switch and its label, in the order the steps are taken
 SHORT = ("untie", "centre", "fuse", "gains to 1", "R1", "R2", "R3", "R4 fused", "R4 online")
 
+WHERE = {
+    "tied": ("head",), "gain": ("read", "head"), "drop": ("read", "head"), "centre": ("stream",),
+    "r4_fused": ("down",), "r4_online": ("down",),
+}  # fmt: skip
+"""The wires of the picture of one layer (`show.block`) on which a fault is first felt."""
 WHY = {
     "tied": "lm_head and the embedding are one tensor: the head needs the final norm's gain, the embedding "
     "must not have it.",
@@ -64,13 +69,19 @@ class Steps:
         return " + ".join(on).replace("R1", f"R1 ({self.rotation.name})") or "untouched"
 
     @property
+    def acting(self) -> tuple[str, ...]:
+        """The rotations that are on, as `show.block` calls them."""
+        by = {"r1": "R1", "r2": "R2", "r3": "R3", "r4_fused": "R4", "r4_online": "R4 online"}
+        return tuple(name for key, name in by.items() if getattr(self, key))
+
+    @property
     def residual(self) -> "Steps":
         """The part that changes every weight: what is worth keeping between two trials."""
         return replace(self, r2=False, r3=False, r4_fused=False, r4_online=False)
 
 
 def faults(steps: Steps, tied: bool) -> list[str]:
-    """Why `steps` change the logits of a model, `tied` or not: a sentence a reason, none for a right set."""
+    """Why `steps` change the logits of a model, `tied` or not: names of WHY, none for a right set."""
     found = {
         "tied": tied and not steps.untie and steps.fuse,
         "gain": steps.r1 and not steps.fuse and not steps.drop,
@@ -79,12 +90,12 @@ def faults(steps: Steps, tied: bool) -> list[str]:
         "r4_fused": steps.r4_fused and not steps.r4_online,
         "r4_online": steps.r4_online and not steps.r4_fused,
     }
-    return [WHY[name] for name, is_so in found.items() if is_so]
+    return [name for name, is_so in found.items() if is_so]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A trial: relative error of the logits, tokens written, why it is wrong, what the package refused."""
+    """A trial: relative error of the logits, tokens written, why it is wrong (of WHY), what was refused."""
 
     steps: Steps
     error: float
@@ -98,12 +109,22 @@ class Outcome:
         return not self.error <= TOLERANCE
 
     @property
+    def reasons(self) -> tuple[str, ...]:
+        """A sentence for each fault."""
+        return tuple(WHY[name] for name in self.faults)
+
+    @property
+    def wires(self) -> tuple[str, ...]:
+        """Where in a layer the faults are first felt; nowhere if the logits stay."""
+        return tuple(dict.fromkeys(wire for name in self.faults for wire in WHERE[name] if self.broken))
+
+    @property
     def verdict(self) -> str:
         """One paragraph for the reader."""
         if not self.broken:
             return f"The logits stay: relative error {self.error:.1e}, tolerance {TOLERANCE:g}."
         refused = "The package refuses this: \u201c{}\u201d. Done by hand all the same:"
-        reasons = self.faults or ("No known reason: please report it.",)
+        reasons = self.reasons or ("No known reason: please report it.",)
         moved = f"the logits move by {self.error:.1e}."
         return " ".join([*map(refused.format, self.refusals), moved, *reasons])
 

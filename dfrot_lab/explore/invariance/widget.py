@@ -14,10 +14,11 @@ from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.explore.invariance.numbers import PROMPT, STEPS, TOLERANCE, Bench, Outcome, Steps
 from dfrot_lab.explore.page import GREY, Plot, drawing
 from dfrot_lab.explore.shell import Explorer, Job, control
-from dfrot_lab.model import loading
+from dfrot_lab.model import loading, shapes
 from dfrot_lab.model.loading import LoadedModel
 from dfrot_lab.recipe.specs import ModelSpec, RotationSpec
 from dfrot_lab.show import figures, theme
+from dfrot_lab.show.block import block_svg
 
 SHOWN = 8  # trials in the plot, the newest below
 LEAST, MOST = 1e-8, 30.0  # where an error of 0, and one that is not a number, are drawn on the log axis
@@ -93,13 +94,16 @@ class Invariance(Explorer):
         self.bench: Bench | None = None
         self.outcomes, self.truth = list[Outcome](), dict[str, Outcome]()
         self.plot = _Trials()
-        self.verdict, self.text = (HTML(layout={"min_height": high}) for high in ("66px", "60px"))
+        heights = ("0", "66px", "60px")
+        self.block, self.verdict, self.text = (HTML(layout={"min_height": high}) for high in heights)
         right = {name: name not in ("centre", "drop") for name in STEPS}
         self.button("correct", "All steps, correctly", lambda: self.set(**right))
         self.button("clear", "No step", lambda: self.set(**dict.fromkeys(STEPS, False)))
         self.button("cancel", "Cancel", self.cancel)
         switches = VBox([self.controls[name] for name in STEPS], layout={"width": "350px"})
-        found = VBox([self.plot, self.verdict, self.text], layout={"flex": "1 1 600px", "min_width": "0"})
+        found = VBox(
+            [self.block, self.plot, self.verdict, self.text], layout={"flex": "1 1 600px", "min_width": "0"}
+        )
         above = self.row("prompt", "kind", "seed", "correct", "clear", "cancel")
         self.children = [above, HBox([switches, found]), self.status.widget]
         self.on(" ".join([*STEPS, "kind seed prompt"]), self.ask)
@@ -130,7 +134,7 @@ class Invariance(Explorer):
     def table(self) -> pd.DataFrame:
         """One row a trial, oldest first: steps, error (relative), broken, why, refused (so why), text."""
         rows = [
-            (o.steps.name, o.error, o.broken, " ".join(o.faults), " ".join(o.refusals), "".join(o.tokens))
+            (o.steps.name, o.error, o.broken, " ".join(o.reasons), " ".join(o.refusals), "".join(o.tokens))
             for o in self.outcomes
         ]
         return pd.DataFrame(rows, columns=["steps", "error", "broken", "why", "refused", "text"])
@@ -154,4 +158,8 @@ class Invariance(Explorer):
         self.outcomes.append(outcome)
         self.plot.draw(self.outcomes)
         self.verdict.value, self.text.value = verdict_html(outcome), text_html(outcome, truth)
+        roles, shape = self.bench.loaded.roles, shapes.shape_of(self.bench.loaded.model.config)
+        self.block.value = block_svg(
+            roles, shape, on=outcome.steps.acting, broken=outcome.wires, rounded=False
+        )
         self.status.say(f"{outcome.steps.name}: {'broken' if outcome.broken else 'unchanged'}")
