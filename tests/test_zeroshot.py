@@ -21,7 +21,8 @@ from dfrot_lab.model.loading import LoadedModel
 from dfrot_lab.model.public import public
 from dfrot_lab.recipe.specs import CorpusSpec, ModelSpec, Recipe, RotationSpec, recipe_of
 from dfrot_lab.score import build, zeroshot
-from dfrot_lab.score.zeroshot import AVERAGE, METRICS, TASKS, local_file, table
+from dfrot_lab.score.zeroshot import AVERAGE, CHOSEN, METRICS, NINE, SIX, TASKS, chosen, local_file, table
+from dfrot_lab.study import paper
 
 ITEMS: dict[str, list[dict[str, Any]]] = {
     "piqa": [
@@ -75,9 +76,60 @@ ITEMS: dict[str, list[dict[str, Any]]] = {
     ],
     "lambada_openai": [{"text": f"the sheep number {n} went over the hill"} for n in range(3)],
 }
-"""Three items of each task, in the field names of lm-eval's task files, short enough for a tiny model's
-context.
+MORE: dict[str, list[dict[str, Any]]] = {
+    "boolq": [
+        {"passage": "Sheep eat grass.", "question": "do sheep eat grass", "label": 1},
+        {"passage": "Wool is not metal.", "question": "is wool metal", "label": 0},
+    ],
+    "openbookqa": [
+        {
+            "question_stem": "Wool keeps one",
+            "choices": {"text": ["warm", "wet", "x", "old"], "label": list("ABCD")},
+            "answerKey": "A",
+        },
+        {
+            "question_stem": "Ice is",
+            "choices": {"text": ["hot", "cold and hard", "x", "old"], "label": list("ABCD")},
+            "answerKey": "B",
+        },
+    ],
+    "social_iqa": [
+        {
+            "context": "Ann fell.",
+            "question": "How is she?",
+            "answerA": "hurt",
+            "answerB": "a lot",
+            "answerC": "x",
+            "label": "1",
+        },
+        {
+            "context": "Bo won.",
+            "question": "How is he?",
+            "answerA": "sad",
+            "answerB": "proud of it",
+            "answerC": "x",
+            "label": "2",
+        },
+    ],
+    "mmlu": [
+        {"question": "1 + 1?", "subject": "abstract_algebra", "choices": ["1", "2", "3", "4"], "answer": 1},
+        {
+            "question": " Bones are? ",
+            "subject": "anatomy",
+            "choices": ["hard", "gas", "red", "no"],
+            "answer": 0,
+        },
+    ],
+}
+"""Three items of each task of six, two of each other, in the field names of lm-eval's task files, short enough
+for a tiny model's context.
 """
+
+
+def put(data: Path, items: dict[str, list[dict[str, Any]]]) -> None:
+    """Write each task's items where the package looks for them."""
+    for task, own in items.items():
+        (data / f"{task}.jsonl").write_text("".join(json.dumps(item) + "\n" for item in own))
 
 
 @pytest.fixture
@@ -88,8 +140,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets"))
     data = tmp_path / "data" / "zero_shot"
     data.mkdir(parents=True)
-    for task, items in ITEMS.items():
-        (data / f"{task}.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    put(data, ITEMS)
+    monkeypatch.delenv(CHOSEN, raising=False)
     monkeypatch.setenv("DFROT_LAB_DATA", str(tmp_path / "data"))
     return data
 
@@ -183,12 +235,10 @@ def six_tasks() -> list[dict[str, Any]]:
     """Task n has acc n/10, stderr n/100 and n items; those with a length-normalised accuracy have it 0.05
     above.
     """
-    lines = [line(task, "acc", n / 10, n / 100, n) for n, task in enumerate(TASKS, 1)]
+    lines = [line(task, "acc", n / 10, n / 100, n) for n, task in enumerate(SIX, 1)]
     normalised = ("piqa", "hellaswag", "arc_easy", "arc_challenge")
     return lines + [
-        line(task, "acc_norm", n / 10 + 0.05, 0.02, n)
-        for n, task in enumerate(TASKS, 1)
-        if task in normalised
+        line(task, "acc_norm", n / 10 + 0.05, 0.02, n) for n, task in enumerate(SIX, 1) if task in normalised
     ]
 
 
@@ -207,7 +257,7 @@ def test_averages_are_those_computed_by_hand():
     assert acc_norm["stderr"] == pytest.approx(math.sqrt(4 * 0.02**2 + 0.02**2 + 0.06**2) / 6)
 
 
-@pytest.mark.parametrize("missing", TASKS)
+@pytest.mark.parametrize("missing", SIX)
 def test_there_is_no_average_where_a_task_is_missing(missing):
     assert zeroshot._averages([found for found in six_tasks() if found["task"] != missing]) == []
 
@@ -268,11 +318,9 @@ def test_accuracies_are_those_of_a_loop_over_items(tmp_path, store, folder, monk
     """Four tasks that are each scored in their own way; hellaswag is scored as piqa is, and arc_challenge as
     arc_easy.
     """
-    monkeypatch.setattr(
-        zeroshot,
-        "TASKS",
-        {name: TASKS[name] for name in ("piqa", "winogrande", "arc_easy", "lambada_openai")},
-    )
+    four = {name: TASKS[name] for name in ("piqa", "winogrande", "arc_easy", "lambada_openai")}
+    monkeypatch.setattr(zeroshot, "TASKS", four)
+    monkeypatch.setattr(zeroshot, "AVERAGES", {AVERAGE: four})
     model, items = saved_model(tmp_path / "model"), 2
     found = table("plain", None, model, items, store)
     accuracy = {(row.task, row.metric): row.value for row in found.itertuples()}
@@ -288,6 +336,62 @@ def test_accuracies_are_those_of_a_loop_over_items(tmp_path, store, folder, monk
         assert row.stderr == pytest.approx(
             math.sqrt(row.value * (1 - row.value) / (items - 1))
         )  # of a mean of zeros and ones
+
+
+def choices_of(task: str, item: dict[str, Any]) -> tuple[str, list[str], int]:
+    """What is asked, what may be answered, which is right, as the papers of these tasks and lm-eval have it."""
+    if task == "boolq":
+        return f"{item['passage']}\nQuestion: {item['question']}?\nAnswer:", ["no", "yes"], item["label"]
+    if task == "openbookqa":
+        return item["question_stem"], item["choices"]["text"], "ABCD".index(item["answerKey"])
+    if task == "social_iqa":
+        answers = [item[f"answer{letter}"] for letter in "ABC"]
+        return f"Q: {item['context']} {item['question']}\nA:", answers, int(item["label"]) - 1
+    about = item["subject"].replace("_", " ")
+    lines = [item["question"].strip(), *(f"{a}. {c}" for a, c in zip("ABCD", item["choices"], strict=True))]
+    asked = "\n".join([*lines, "Answer:"])
+    said = f"The following are multiple choice questions (with answers) about {about}.\n\n"
+    return said + asked, list("ABCD"), item["answer"]
+
+
+def test_the_other_tasks_of_the_paper_too_and_the_average_of_nine(tmp_path, store, folder):
+    put(folder, MORE)
+    model = saved_model(tmp_path / "model")
+    found = table("plain", None, model, None, store).set_index(["task", "metric"])
+    loaded = loading.load_model(model)
+    for task, items in MORE.items():
+        expected = []
+        with torch.inference_mode():
+            for item in items:
+                asked, answers, right = choices_of(task, item)
+                expected.append(hits(log_likelihoods(loaded, asked, [f" {a}" for a in answers]), right))
+        assert found.loc[(task, "acc"), "value"] == sum(expected) / len(expected), task
+    acc = found.xs("acc", level="metric")["value"]
+    assert acc["average of nine"] == pytest.approx(acc[list(NINE)].mean())
+    assert acc[AVERAGE] == pytest.approx(acc[list(SIX)].mean())
+    places = {
+        (place[0], place[4]) for place, _ in paper._zero_shot(found.reset_index().assign(row="NR 16-16-16"))
+    }
+    assert places >= {("T2", "acc_average9"), ("T4", "mmlu"), ("zero-shot", "acc_average6")}
+
+
+def test_which_tasks_are_scored(folder, tmp_path, monkeypatch):
+    assert list(chosen()) == list(SIX) and all(chosen().values())
+    put(folder, {"boolq": MORE["boolq"]})
+    assert list(chosen()) == [*SIX, "boolq"], "all that have a file"
+    monkeypatch.setenv(CHOSEN, "mmlu, piqa")
+    with pytest.raises(ValueError, match=r"mmlu is scored from zero_shot/mmlu.jsonl .*to_json"):
+        chosen()
+    put(folder, {"mmlu": MORE["mmlu"]})
+    assert chosen() == {"mmlu": folder / "mmlu.jsonl", "piqa": folder / "piqa.jsonl"}
+    monkeypatch.setenv("DFROT_LAB_DATA", str(tmp_path / "nowhere"))
+    monkeypatch.setenv(CHOSEN, "social_iqa")
+    assert chosen() == {"social_iqa": None}
+    monkeypatch.setenv(CHOSEN, "siqa,piqa")
+    with pytest.raises(ValueError, match=r"DFROT_LAB_TASKS must name tasks of piqa, .*; got siqa$"):
+        chosen()
+    monkeypatch.delenv(CHOSEN)
+    assert chosen() == dict.fromkeys(SIX), "the six, from the hub"
 
 
 def test_a_table_is_computed_once_and_a_row_is_another_with_other_items_limit_or_bits(
@@ -357,7 +461,7 @@ def test_a_stopped_table_goes_on_at_its_task(tmp_path, store, folder, monkeypatc
         table("plain", None, model, 3, store)
     monkeypatch.setenv("go on", "1")
     found = table("plain", None, model, 3, store)
-    assert scored == list(TASKS)
+    assert scored == list(SIX)
     assert found.loc[found["task"] != AVERAGE, "value"].tolist() == pytest.approx(
         [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
     )
@@ -394,7 +498,7 @@ def test_a_quantized_row_is_scored_as_it_is_evaluated(tmp_path, store, folder, t
 @pytest.mark.model
 def test_norms_fused_and_nothing_quantized_answers_as_the_plain_model_does(tmp_path):
     """One item of each task; a second call reads the stored accuracies and loads no model."""
-    if not all(local_file(task) for task in TASKS):
+    if not all(local_file(task) for task in SIX):
         pytest.skip("DFROT_LAB_DATA names no folder with zero_shot/<task>.jsonl of all six tasks")
     store = sharing(Store(), tmp_path / "store", "model")  # its GGUF file is made a folder once
     spec = recipe_of("16-16-16", rotation=RotationSpec(kind="NR"))
@@ -404,7 +508,7 @@ def test_norms_fused_and_nothing_quantized_answers_as_the_plain_model_does(tmp_p
     )
     columns = ["task", "metric", "value", "stderr", "items", "version", "source"]
     pd.testing.assert_frame_equal(plain[columns], fused[columns], check_exact=True)
-    assert set(plain["task"]) == {*TASKS, AVERAGE}
+    assert set(plain["task"]) >= {*SIX, AVERAGE}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(zeroshot, "_score", None)
         patch.setattr(loading, "load_model", None)

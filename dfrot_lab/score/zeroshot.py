@@ -1,11 +1,13 @@
-"""Zero-shot accuracy through lm-eval's own tasks: the paper's six, from the hub or from local files, with the
-fields lm-eval's task files read: `<task>.jsonl` in `zero_shot/` of the folder DFROT_LAB_DATA names."""
+"""Zero-shot accuracy through lm-eval's own tasks, from the hub or from local files, with the fields lm-eval's
+task files read: `<task>.jsonl` in `zero_shot/` of the folder DFROT_LAB_DATA names. Where nothing else is said
+the six of the authors' README; DFROT_LAB_TASKS names others of `TASKS`."""
 
 import json
 import logging
 import os
 import tempfile
 from contextlib import ExitStack
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from dfrot_lab.recipe.specs import ModelSpec, Recipe
 from dfrot_lab.score import build
 
 log = logging.getLogger(__name__)
-TASKS = {
+SIX = {
     "piqa": ("piqa/piqa.yaml", "validation"),
     "winogrande": ("winogrande/default.yaml", "validation"),
     "hellaswag": ("hellaswag/hellaswag.yaml", "validation"),
@@ -33,9 +35,21 @@ TASKS = {
     "arc_challenge": ("arc/arc_challenge.yaml", "test"),
     "lambada_openai": ("lambada/lambada_openai.yaml", "test"),
 }
+NINE = SIX | {
+    "boolq": ("super_glue/boolq/default.yaml", "validation"),
+    "openbookqa": ("openbookqa/openbookqa.yaml", "test"),
+    "social_iqa": ("siqa/siqa.yaml", "validation"),
+}
+TASKS = NINE | {"mmlu": ("mmlu/default/_default_template_yaml", "test")}
 """lm-eval's own task file, and the split it is scored on."""
+CHOSEN = "DFROT_LAB_TASKS"  # environment variable: names of TASKS with commas between
+SUBJECTS = (
+    "The following are multiple choice questions (with answers) about {{subject|replace('_', ' ')}}.\n\n"
+)
+"""What lm-eval says before a question of each of MMLU's 57 subjects, which are one task here."""
 METRICS = ("acc", "acc_norm")
 AVERAGE = "average of six"
+AVERAGES = {AVERAGE: SIX, "average of nine": NINE}
 KIND = "zero-shot"
 
 
@@ -45,20 +59,35 @@ def local_file(task: str) -> Path | None:
     return path if os.environ.get("DFROT_LAB_DATA") and path.is_file() else None
 
 
+def chosen() -> dict[str, Path | None]:
+    """The tasks to score, each with its local file or None (the hub): those CHOSEN names; else those with a
+    file; else the six, from the hub. ValueError: a name that is none, MMLU without a file."""
+    local = {task: path for task in TASKS if (path := local_file(task))}
+    if said := os.environ.get(CHOSEN, ""):
+        names = [name.strip() for name in said.split(",") if name.strip()]
+        if wrong := [name for name in names if name not in TASKS]:
+            raise ValueError(f"{CHOSEN} must name tasks of {', '.join(TASKS)}; got {', '.join(wrong)}")
+    else:
+        names = list(local or SIX)
+        if absent := [task for task in SIX if task not in names]:
+            log.info("tasks without a file in $DFROT_LAB_DATA/zero_shot are left out: %s", ", ".join(absent))
+    if "mmlu" in names and "mmlu" not in local:
+        made = 'datasets.load_dataset("cais/mmlu", "all", split="test").to_json("mmlu.jsonl")'
+        raise ValueError(
+            f"mmlu is scored from zero_shot/mmlu.jsonl of $DFROT_LAB_DATA alone; {made} makes it"
+        )
+    return {name: local.get(name) for name in names}
+
+
 def table(name: str, spec: Recipe | None, model: ModelSpec, limit: int | None, store: Store) -> pd.DataFrame:
     """Accuracy on each task (its first `limit` items), and the average, of a row called `name`: of `spec`'s
-    model, or with None the plain one. Columns: row, task, metric, value, stderr, items, version, source, then
-    what a results row says of the model. Tasks without a local file are left out where others have one; where
-    none has, all come from the hub (ConnectionError)."""
+    model, or with None the plain one; tasks as `chosen`. Columns: row, task, metric, value, stderr, items,
+    version, source, then what a results row says of the model. ConnectionError: the hub cannot be reached."""
     plain = spec is None or spec.prefix is None
     require("Recipe.prefix", "one", plain, "None for tasks, whose texts have nothing before them")
     model = door.resolved(model)
     recipe = door.resolved(spec.with_(windows=1)).canonical() if spec else None  # tasks need no windows
-    local = {task: path for task in TASKS if (path := local_file(task))}
-    if local and len(local) < len(TASKS):
-        absent = ", ".join(task for task in TASKS if task not in local)
-        log.info("tasks without a file in $DFROT_LAB_DATA/zero_shot are left out: %s", absent)
-    tasks: dict[str, Path | None] = {**local} or dict.fromkeys(TASKS)
+    tasks = chosen()
 
     def inputs() -> Any:
         digests = {task: door.prints(str(path)) if path else "hub" for task, path in tasks.items()}
@@ -85,17 +114,18 @@ def table(name: str, spec: Recipe | None, model: ModelSpec, limit: int | None, s
 
 
 def _averages(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The mean over tasks of acc, and of acc_norm (acc without one); nothing where a task is missing."""
-    if {line["task"] for line in lines} != set(TASKS):
-        return []
+    """The mean over six and over nine tasks of acc, and of acc_norm (acc where a task has none); nothing
+    where one is missing."""
     found = {(line["task"], line["metric"]): line for line in lines}
     averages = []
-    for metric in METRICS:
-        chosen = [found.get((task, metric), found[task, "acc"]) for task in TASKS]
-        said: dict[str, Any] = {"task": AVERAGE, "metric": metric, "version": None, "source": None}
-        said["value"] = sum(line["value"] for line in chosen) / len(chosen)
-        said["stderr"] = sum(line["stderr"] ** 2 for line in chosen) ** 0.5 / len(chosen)
-        averages.append({**chosen[0], **said, "items": sum(line["items"] for line in chosen)})
+    for (name, tasks), metric in product(AVERAGES.items(), METRICS):
+        if not set(tasks) <= {task for task, _ in found}:
+            continue
+        own = [found.get((task, metric), found[task, "acc"]) for task in tasks]
+        said: dict[str, Any] = {"task": name, "metric": metric, "version": None, "source": None}
+        said["value"] = sum(line["value"] for line in own) / len(own)
+        said["stderr"] = sum(line["stderr"] ** 2 for line in own) ** 0.5 / len(own)
+        averages.append({**own[0], **said, "items": sum(line["items"] for line in own)})
     return averages
 
 
@@ -172,5 +202,6 @@ def _local_task(task: str, path: Path, folder: Path) -> Any:
     override |= {"include": str(Path(lm_eval.tasks.__file__).parent / own), "task": task}
     override |= {"dataset_path": "json", "dataset_name": None, f"{split}_split": split}
     override["dataset_kwargs"] = {"data_files": {split: str(path)}}
+    override |= {"description": SUBJECTS} if task == "mmlu" else {}
     (folder / f"{task}.yaml").write_text(json.dumps(override), encoding="utf-8")  # JSON is YAML
     return lm_eval.tasks.TaskManager(include_path=str(folder), include_defaults=False)

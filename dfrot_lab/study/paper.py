@@ -17,12 +17,11 @@ PLACE = ("table", "method", "weight_quantizer", "w_a_kv_bits", "metric", "note")
 PUBLISHED = Path(__file__).parents[2] / "data" / "paper" / "published.csv"  # in a checkout alone
 METHODS = {"NR": "GPTQ", "RO": "QuaRot-RO", "RH": "QuaRot-RH", "DFRot": "DFRot"}
 """The paper's names of our rows; one without rotation has the weight quantizer's name."""
-NINE = "an average of nine tasks, three of which are not among the local six: see the zero-shot rows"
+TASKS = "needs items that are not here: a file, or DFROT_LAB_TASKS with the hub (data/README.md)"
 RIVALS = "copied by the authors from another paper: the rivals are not run here yet"
 NOT_YET = "not measured yet: run the experiment"
 ABSENT = {  # metrics, methods and tables that have none of our numbers beside them, and why
-    "mmlu": "MMLU's questions are not among the local tasks: `lm_eval` with the hub runs them",
-    "acc_average9": NINE, "c4_ppl": "C4 is not here", "SpinQuant": RIVALS, "OSTQuant": RIVALS,
+    "mmlu": TASKS, "acc_average9": TASKS, "c4_ppl": "C4 is not here", "SpinQuant": RIVALS, "OSTQuant": RIVALS,
 }  # fmt: skip
 AS_PRINTED: dict[str, Any] = {"columns": "model", "values": "printed", "aggfunc": "first", "sort": False}
 
@@ -158,11 +157,15 @@ def _zero_shot(table: pd.DataFrame) -> Lines:
         method = "FP16" if name == "NR 16-16-16" else METHODS.get(rotation) if bits != "16-16-16" else None
         row = dict(zip(map(str, part), part.iloc[-1], strict=True))  # acc_norm comes after acc
         if method and row["metric"] in zeroshot.METRICS:
-            metric = "acc_average6" if task == zeroshot.AVERAGE else f"acc_{task}"
+            where, metric = _OF_TASK.get(str(task), ("zero-shot", f"acc_{task}"))
             weights = "none" if method == "FP16" else "gptq"
-            yield ("zero-shot", method, weights, bits, metric, ""), {**row, "value": 100 * row["value"]}
+            yield (where, method, weights, bits, metric, ""), {**row, "value": 100 * row["value"]}
 
 
+_OF_TASK = {  # the paper's tables and metrics of what is not a task of its authors' README
+    "average of six": ("zero-shot", "acc_average6"), "average of nine": ("T2", "acc_average9"),
+    "mmlu": ("T4", "mmlu"),
+}  # fmt: skip
 _READERS: dict[str, Callable[[pd.DataFrame], Lines]] = {  # by experiment, what reads its table
     "keep-out": partial(_perplexities, places=_keep_out), "main-table": _main_table,
     "gamma-sweep": partial(_perplexities, places=_refined), "massive-token": _massive_token,
