@@ -6,12 +6,14 @@ import math
 from collections import Counter
 from statistics import median_low
 
+import numpy as np
 import pytest
 import torch
 from conftest import LAYERS, save_tiny, tiny_model
 from test_cli import invoke
 from test_evaluate import save_lively
 from test_families import folder_of as family_folder
+from test_rivals_closed import rotated_by
 from test_static import with_static
 from test_stream import TOKENS, looking, recipe
 from torch import Tensor
@@ -27,6 +29,7 @@ from dfrot_lab.recipe import keys
 from dfrot_lab.recipe.grids import QuantSpec
 from dfrot_lab.recipe.specs import CorpusSpec, PrefixSpec, Recipe, RotationSpec, recipe_of
 from dfrot_lab.score import build, found, perplexity, rows, zeroshot
+from dfrot_lab.study import leaderboard
 from dfrot_lab.weights import calibrate
 
 NEWLINE = 198
@@ -299,6 +302,21 @@ def test_a_model_read_layer_by_layer_has_the_same_losses(weights, lively, tmp_pa
     found = perplexity.evaluate(spec, Store(tmp_path / "streamed"))
     assert found.losses.tolist() == expected.losses.tolist()
     assert found.divergences.tolist() == pytest.approx(expected.divergences.tolist(), rel=1e-5)
+
+
+@pytest.mark.parametrize("row", leaderboard.ONLINE)
+def test_static_scales_and_a_prefix_act_beside_what_turns_every_input(row, lively, tmp_path, monkeypatch):
+    turned = rotated_by(row, lively.model, lively.corpus.name).rotation
+    spec = with_prefix(with_static(lively)).with_(rotation=turned)
+    built = build.build(spec, store := Store(tmp_path / "kept"))
+    assert built.transforms.turns and built.transforms.static and len(built.prefix.ids)
+    assert (
+        built.transforms.static != build.build(spec.with_(rotation=lively.rotation), store).transforms.static
+    )
+    expected = perplexity.evaluate(spec, store)
+    monkeypatch.setenv(checkpoint.MEMORY, "0")
+    found = perplexity.evaluate(spec, Store(tmp_path / "streamed"))
+    np.testing.assert_allclose(found.losses, expected.losses, rtol=1e-4)
 
 
 # ---- what is found and calibrated with it
