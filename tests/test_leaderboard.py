@@ -82,7 +82,7 @@ def test_the_table_says_seconds_needs_and_what_was_published(board):
     by = table.drop_duplicates("rotation").set_index("rotation")
     assert by.loc["RH", "seconds"] == 0 and by.loc["RH", "needs"] == "nothing"
     assert by[leaderboard.ONLINE_OPS].eq(0).all(), "of a fused R1, beside R3 and R4"
-    for name in ("DFRot", "KLT", "SpinQuant", "AWQ"):
+    for name in ("DFRot", "KLT", "SpinQuant", "OS+"):
         assert by.loc[name, "seconds"] > 0 and by.loc[name, "needs"] != "nothing"
         assert 0.1 < by.loc[name, leaderboard.PEAK] < 10, "torch, a tiny model and its rows"
     assert math.isnan(by.loc["RH", leaderboard.PEAK])
@@ -124,7 +124,7 @@ def test_it_is_ranked_by_divergence_within_group_and_bits(board):
     table, _ = board
     found = ranked(table)
     assert found["group"].drop_duplicates().tolist() == list(FEW)
-    assert len(found) == len(SOME) + len(leaderboard.UNROTATED) + 1 and set(found["bits"]) == {"16-4-16"}
+    assert len(found) == len(SOME) + len(("NR", "OS+", "RH")) and set(found["bits"]) == {"16-4-16"}
     for _, own in found.groupby(["group", "bits"]):
         assert own["KL divergence"].is_monotonic_increasing and own["perplexity"].gt(1).all()
         reference = own[own["rotation"] == "RH"]

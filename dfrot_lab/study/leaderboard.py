@@ -34,8 +34,9 @@ ONLINE_OPS = "online, %"  # of the linears' products
 
 
 def alone(setting: Setting, bits: str, names: Callable[[], Sequence[str]]) -> Iterator[tuple[str, Recipe]]:
-    """Each rotation with nothing beside it. Of those with weights of 4 bits the quick profile has two."""
-    for name in names() if bits == BITS[0] else setting.few(names()):
+    """Each rotation with nothing beside it. The quick profile has all fused ones with float weights, of the
+    others, which take longer, the first and the last of many."""
+    for name in names() if (bits, names) == (BITS[0], fused) else setting.few(names()):
         yield NONE, setting.row(bits, setting.method(name))
 
 
