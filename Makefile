@@ -6,7 +6,7 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 LOCKED := $(PIP) --no-deps --no-build-isolation --require-hashes
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lab figures bench mutants attack lint doctor lock browser clean
+.PHONY: help run test lab figures site bench mutants attack lint doctor lock browser clean
 
 BENCHMARKS := refinement evaluation hadamard gptq capture growth explorers
 
@@ -27,6 +27,9 @@ lab: $(VENV)/ready ## JupyterLab on the notebooks, at the explorers: Run > Run A
 
 figures: $(VENV)/ready ## rewrite figures/ and data/results/ from the same code; computes what is not stored (hours), goes on where stopped
 	$(BIN)/dfrot-lab figures
+
+site: $(VENV)/ready-dev ## notebooks, documents and the report as pages that open from disk: docs/site/index.html
+	$(BIN)/python tools/site.py
 
 bench: $(VENV)/ready ## measure every claim of speed (about half an hour); data/results/bench.jsonl and docs/performance.md
 	rm -f data/results/bench.jsonl
