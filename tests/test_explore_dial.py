@@ -13,11 +13,9 @@ from explorers import assert_safe
 from torch import Tensor
 
 from dfrot_lab.disk.artefacts import Store
-from dfrot_lab.explore.dial import numbers
 from dfrot_lab.explore.dial.widget import NAMES, Dial
-from dfrot_lab.explore.page import levels
-from dfrot_lab.maths import rotations
-from dfrot_lab.maths.quantizers import squared_error
+from dfrot_lab.maths import dial, rotations
+from dfrot_lab.maths.quantizers import levels, squared_error
 from dfrot_lab.recipe.grids import QuantSpec
 from dfrot_lab.recipe.specs import RotationSpec
 from dfrot_lab.rotate import transforms
@@ -48,8 +46,8 @@ CASES = {
 
 @pytest.mark.parametrize("R", CASES.values(), ids=CASES)
 def test_the_way_is_one_of_rotations_from_none_to_the_whole(R):
-    to, one = numbers.way(R), torch.eye(len(R), dtype=torch.float64)
-    start, third, half, end = numbers.turned(one, to, [0, 1 / 3, 1 / 2, 1])
+    to, one = dial.way(R), torch.eye(len(R), dtype=torch.float64)
+    start, third, half, end = dial.turned(one, to, [0, 1 / 3, 1 / 2, 1])
     for made in (start, third, half, end):
         torch.testing.assert_close(made @ made.T, one, rtol=0, atol=1e-10)
     signs = torch.ones(len(R), dtype=torch.float64)
@@ -65,31 +63,30 @@ def test_it_is_the_shortest_way():
     """No plane turns by more than half a circle, and a small turn stays small all the way."""
     for R in CASES.values():
         assert (
-            float(numbers.way(R).angles.abs().max(dim=0, keepdim=False).values if len(R) > 5 else 0)
-            <= math.pi
+            float(dial.way(R).angles.abs().max(dim=0, keepdim=False).values if len(R) > 5 else 0) <= math.pi
         )
     c, s = math.cos(0.3), math.sin(0.3)
     small = torch.tensor([[c, s], [-s, c]], dtype=torch.float64)
-    assert numbers.way(small).angles.abs().tolist() == pytest.approx([0.3])
-    made = numbers.turned(torch.eye(2, dtype=torch.float64), numbers.way(small), [0.5])[0]
+    assert dial.way(small).angles.abs().tolist() == pytest.approx([0.3])
+    made = dial.turned(torch.eye(2, dtype=torch.float64), dial.way(small), [0.5])[0]
     assert float(made[0, 1]) == pytest.approx(math.sin(0.15))
 
 
 def test_what_is_no_rotation_is_refused():
     with pytest.raises(ValueError, match="orthogonal"):
-        numbers.way(2 * torch.eye(4))
+        dial.way(2 * torch.eye(4))
 
 
 def test_the_curve_is_the_quantizer_s():
     R, x = CASES["RO 1"], torch.randn(40, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     x[0, 3] += 30
-    found = numbers.curve(x[0], x[1:], numbers.way(R), ASYM4).set_index("share")
+    found = dial.curve(x[0], x[1:], dial.way(R), ASYM4).set_index("share")
     assert found.loc[1.0, "token"] == pytest.approx(float(squared_error(x[:1] @ R, ASYM4)), rel=1e-9)
     assert found.loc[1.0, "ordinary"] == pytest.approx(
         float(squared_error(x[1:] @ R, ASYM4).mean()), rel=1e-9
     )
-    assert len(found) == numbers.STEPS + 1 and found.index[0] == 0
-    half = numbers.turned(x[:1], numbers.way(R), [0.5])[0]
+    assert len(found) == dial.STEPS + 1 and found.index[0] == 0
+    half = dial.turned(x[:1], dial.way(R), [0.5])[0]
     assert found.loc[0.5, "token"] == pytest.approx(float(squared_error(half, ASYM4)))
     assert found.loc[0.5, "offset"] == pytest.approx(
         24 * float(half.mean()) ** 2 / float(half.square().sum())
@@ -100,9 +97,9 @@ def test_few_ordinary_tokens_are_spread_and_none_is_massive():
     rows = torch.arange(1000.0)[:, None]
     heavy = torch.zeros(1000, dtype=torch.bool)
     heavy[::2] = True
-    chosen = numbers.ordinary(rows, heavy)[:, 0]
-    assert 32 < len(chosen) <= numbers.ORDINARY and bool((chosen % 2 == 1).all()) and chosen[-1] > 900
-    assert len(numbers.ordinary(rows[:3], heavy[:3])) == 1
+    chosen = dial.ordinary(rows, heavy)[:, 0]
+    assert 32 < len(chosen) <= dial.ORDINARY and bool((chosen % 2 == 1).all()) and chosen[-1] > 900
+    assert len(dial.ordinary(rows[:3], heavy[:3])) == 1
 
 
 # ---- the widget

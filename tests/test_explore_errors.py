@@ -16,9 +16,9 @@ from explorers import MALICIOUS, Page, assert_safe, event, shown_text
 from dfrot_lab import explore
 from dfrot_lab.disk import rotation_files
 from dfrot_lab.explore.errors.widget import KEPT, ErrorRows
-from dfrot_lab.explore.page import contexts, html_table, levels, number
+from dfrot_lab.explore.page import contexts, html_table, number
 from dfrot_lab.maths import rotations
-from dfrot_lab.maths.quantizers import fake_quantize
+from dfrot_lab.maths.quantizers import fake_quantize, levels
 from dfrot_lab.model import door
 from dfrot_lab.observe import errors
 from dfrot_lab.observe.capture import Capture, capture

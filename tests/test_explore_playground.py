@@ -9,11 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from dfrot_lab.explore.page import levels
 from dfrot_lab.explore.playground import numbers
 from dfrot_lab.explore.playground.widget import Playground
 from dfrot_lab.maths import rotations, theory
-from dfrot_lab.maths.quantizers import fake_quantize, quantize, squared_error
+from dfrot_lab.maths.quantizers import fake_quantize, levels, quantize, squared_error
 from dfrot_lab.observe.capture import capture
 from dfrot_lab.recipe.grids import QuantSpec
 from dfrot_lab.recipe.specs import CaptureSpec, CorpusSpec, ModelSpec, RotationSpec

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -14,8 +15,10 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
+import browser
 import pandas as pd
 import pytest
+import torch
 from conftest import save_tiny
 from markupsafe import Markup
 from test_evaluate import save_lively
@@ -24,10 +27,12 @@ from typer.testing import CliRunner
 from dfrot_lab.cli.app import app
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.disk.atomic import write_text
-from dfrot_lab.maths import tables
+from dfrot_lab.maths import dial, tables
+from dfrot_lab.maths.quantizers import levels, squared_error
+from dfrot_lab.model.public import public
 from dfrot_lab.recipe.specs import ModelSpec, Recipe
 from dfrot_lab.score import perplexity
-from dfrot_lab.show import gallery, report
+from dfrot_lab.show import gallery, live, report
 from dfrot_lab.study import main
 from dfrot_lab.study.setting import Setting
 
@@ -85,13 +90,14 @@ def loads_nothing(page: Page) -> None:
     assert not {tag for tag, _ in page.tags} & {"link", "iframe", "object", "embed", "base", "video", "audio"}
     assert not any(word in style for style in page.styles for word in ("@import", "url(", "http"))
     assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
-    library, call = page.scripts
-    assert len(library) > 1_000_000 > len(call) and "://" not in call
+    data, script = page.scripts
+    assert script == report.SCRIPT.read_text(encoding="utf-8") and "://" not in script
+    assert {*json.loads(data)} == {"tokens", "turning"}, "JSON, which no browser runs"
     policy = next(
         attributes["content"] for tag, attributes in page.tags if tag == "meta" and "content" in attributes
     )
-    allowed = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in page.scripts]
-    assert policy.endswith("; script-src " + " ".join(f"'sha256-{digest}'" for digest in allowed))
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert policy.endswith(f"; script-src 'sha256-{digest}'"), "its own script alone"
     assert policy.startswith("default-src 'none'; ")
 
 
@@ -106,7 +112,7 @@ def test_nothing_but_the_capture_is_computed_and_every_row_is_named(setting, sto
     assert findings.missing == specs_of(setting.resolved()) and not findings.result.found
     page = Page(report.page(report.values(findings)))
     loads_nothing(page)
-    assert report.command(report.public(setting)) in page.text
+    assert report.command(public(setting)) in page.text
     missing = report.values(findings)["missing"]
     assert dict(missing.itertuples(index=False)) == {
         **{f"{name} {bits}": 2 for name in ("RO", "RH", "DFRot") for bits in ("16-4-16", "4-4-4")},
@@ -126,7 +132,7 @@ def test_a_report_of_all_rows(setting, store):
     text = report.page(report.values(findings))
     page = Page(text)
     loads_nothing(page)
-    assert 1_000_000 < len(text.encode()) < 10_000_000
+    assert len(text.encode()) < 1_000_000
     for row in found.table.to_dict("records"):
         if row["metric"] != tables.AGREEMENT:
             assert tables.cell(row) in page.text
@@ -140,12 +146,15 @@ def test_a_report_of_all_rows(setting, store):
     assert "not stored" not in page.text
     assert len([tag for tag, _ in page.tags if tag == "img"]) == 4
     for title in (
-        "What was measured",
-        "Massive tokens",
-        "Quantization error of every token",
-        "perplexity",
+        "The words used here",
+        "Which tokens are massive",
+        "What rounding does to each token",
+        "Turn it yourself",
+        "What a rotation is worth",
         "The paper's numbers",
         "Limits",
+        "How DFRot was refined",
+        "What was measured",
     ):
         assert title in page.text
     about = dict(report.about(findings).itertuples(index=False))
@@ -177,12 +186,15 @@ def test_a_malicious_token_and_name_are_inert(setting, store):
         findings, massive=findings.massive.assign(text=EVIL), errors=findings.errors.assign(text=EVIL)
     )
     text = report.page(report.values(evil))
-    loads_nothing(Page(text))
+    loads_nothing(page := Page(text))
     assert EVIL not in text and "<img src=x" not in text and text.count("</script>") == 2
+    assert {*json.loads(page.scripts[0])["tokens"]["texts"]} == {EVIL}, (
+        "as it is, in what the script shows as text"
+    )
 
 
 def test_every_value_of_the_page_is_escaped(setting, store):
-    """Each text that goes into the template, in tables too, is malicious; the two scripts are as they are."""
+    """Each text that goes into the template, in tables too, is malicious; the script is as it is."""
 
     def spoilt(value):
         if isinstance(value, Markup):
@@ -246,11 +258,12 @@ def test_chromium_draws_the_report_and_runs_no_token(setting, store, tmp_path):
     shown = subprocess.run([str(CHROMIUM), *options], capture_output=True, text=True, timeout=180, check=True)
     page = Page(shown.stdout)
     assert "CONSOLE" not in shown.stderr, "an error, or something the page's own policy refused"
-    points = [
-        attributes for tag, attributes in page.tags if tag == "path" and attributes.get("class") == "point"
-    ]
-    assert len(points) == 64, "one point a token"
-    assert "<title>DFRot Lab: lively</title>" in shown.stdout
+    drawn = [(tag, attributes.get("class")) for tag, attributes in page.tags]
+    assert sum(drawn.count(("circle", kind)) for kind in ("ordinary", "massive")) == 64 + 1, (
+        "tokens, the dial"
+    )
+    assert sum(tag == "bdi" for tag, _ in drawn) == 64
+    assert "<title>DFRot Lab: lively@" in shown.stdout
     assert not [attributes for tag, attributes in page.tags if tag == "img" and "onerror" in attributes]
 
 
@@ -342,21 +355,116 @@ write_text(Path({str(path)!r}), "new" * 1_000_000)
     assert path.read_text() == "the new report" and list(tmp_path.iterdir()) == [path]
 
 
-def test_the_interactive_plot_has_every_token_under_each_pair(setting, store):
-    findings = report.collect(setting, store)
-    plot = report.scatter_figure(findings.errors)
-    assert [len(trace.x) for trace in plot.data[:2]] == [
-        (~heavy).sum() if ordinary else heavy.sum() for ordinary, heavy in _halves(findings.errors)
-    ]
-    pairs = {button.label: button.args[0] for button in plot.layout.updatemenus[0].buttons}
-    assert set(pairs) == {"RH against RO", "RO against NR", "RH against NR"}, "DFRot is not refined here"
-    (ordinary, massive, _), heavy = (pairs["RO against NR"]["y"], findings.errors["massive"])
-    assert (
-        list(ordinary) == findings.errors.loc[~heavy, "RO"].tolist()
-        and list(massive) == findings.errors.loc[heavy, "RO"].tolist()
+def test_the_scatter_has_every_token_under_each_pair(setting, store):
+    errors = report.collect(setting, store).errors
+    shown = live.tokens(errors.assign(RO=[float("inf"), *errors["RO"][1:]]))
+    assert shown["pairs"] == [("RO", "RH"), ("NR", "RO"), ("NR", "RH")], "DFRot is not refined here"
+    assert shown["errors"]["RH"] == pytest.approx(errors["RH"].tolist(), rel=1e-3)
+    assert shown["errors"]["RO"][0] is None and all(
+        isinstance(each, float) for each in shown["errors"]["RO"][1:]
     )
+    assert shown["massive"] == errors["massive"].tolist()
+    assert [word.strip() for word in shown["texts"][:2]] == [
+        gallery.visible(text).strip("\u2423") for text in errors["text"][:2]
+    ]
+    refined = errors.assign(DFRot=errors["RH"])
+    assert live.tokens(refined)["pairs"][-1] == ("RH", "DFRot") and [*live.tokens(refined)["errors"]] == [
+        *live.ROTATIONS
+    ]
 
 
-def _halves(errors):
-    heavy = errors["massive"]
-    return [(True, heavy), (False, heavy)]
+def test_the_dial_is_the_quantizers(setting, store, monkeypatch):
+    """Its ends are no rotation and the whole one; each channel is in a bin; the grid is the turned token's."""
+    result = report.collect(setting, store).result
+    site, quantizer = result.capture.sites[0], setting.resolved().refine.quantizer
+    shown, x = live.turning(result, site, 5), result.capture.rows(site)[5].double()
+    assert [*shown["ways"]] == ["RH", "RO"] and shown["channels"] == len(x)
+    for name, way in shown["ways"].items():
+        R = result.matrices[name]
+        assert way["token"][-1] == pytest.approx(float(squared_error(x[None] @ R, quantizer)), rel=1e-3)
+        assert [len(way["frames"]), len(way["ordinary"])] == [live.STEPS + 1] * 2
+        assert all(sum(frame["counts"]) == len(x) for frame in way["frames"])
+        half = dial.turned(x[None], dial.way(R), [0.5])[0, 0]
+        frame, grid = way["frames"][live.STEPS // 2], levels(half, quantizer)
+        low, step, count = frame["levels"]
+        assert [low, low + (count - 1) * step] == pytest.approx([float(grid[0]), float(grid[-1])], rel=2e-2)
+        reach = frame["low"] + frame["width"] * len(frame["counts"])
+        assert reach == pytest.approx(max(float(half.max()), float(grid[-1])), rel=2e-2)
+    monkeypatch.setattr(live, "LARGEST", len(x) - 1)
+    assert live.turning(result, site, 5) == {"ways": {}}
+
+
+def test_a_histogram_reaches_over_values_and_levels():
+    y, grid = (
+        torch.tensor([0.0, 1, 1, 5], dtype=torch.float64),
+        torch.tensor([-5.0, 0, 4], dtype=torch.float64),
+    )
+    counts, edges = dial.histogram(y, grid, 10)
+    assert (edges[0], edges[-1]) == (-5, 5) and counts.tolist() == [0, 0, 0, 0, 0, 1, 2, 0, 0, 1]
+
+
+def test_it_begins_with_three_sentences_for_a_stranger_and_ends_with_what_was_measured(setting, store):
+    main.run(setting, store)
+    values = report.values(report.collect(setting, store))
+    text = report.page(values)
+    opening = re.findall(r'(?s)<p class="opening">(.*?)</p>', text)
+    assert len(opening) == 3 and not re.search(
+        r"\b(NR|RO|RH|DFRot|token|channel|perplexity)\b|\d-\d", " ".join(opening)
+    )
+    head, words = text.index("<figure>"), text.index("The words used here")
+    assert text.index(opening[-1]) < head < words < text.index("Which tokens are massive")
+    explained = re.findall(r"<dt>(.*?)</dt>", text)
+    assert {"token", "channel", "massive token", "NR, RO, RH", "4-4-16", "perplexity"} <= {*explained}
+    assert text.index("<summary>What was measured") > text.index("<h2>Limits") and "<details open" not in text
+    assert [*values["paper"].columns[:3]] == ["row", "ours", "bits"] and '<table class="ours">' in text
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(not CHROMIUM.exists(), reason=f"{CHROMIUM} is not installed: Debian's package chromium")
+def test_in_chromium_a_word_marks_its_dot_and_a_dot_its_word_on_a_phone_too(setting, store, tmp_path):
+
+    write_text(tmp_path / "report.html", report.page(report.values(report.collect(setting, store))))
+    with browser.chromium() as opened:
+        page, watch = (
+            opened.new_context(viewport={"width": 360, "height": 800}, offline=True).new_page(),
+            browser.Watch(),
+        )
+        watch.look_at(page)
+        page.goto((tmp_path / "report.html").as_uri())
+        assert page.evaluate("document.documentElement.scrollWidth") == 360
+        ring, said, word = (
+            page.locator("#tokens .ring"),
+            page.locator("#token"),
+            page.locator("#text bdi").nth(7),
+        )
+        word.hover()
+        assert (said.text_content() or "").startswith("token 7,") and "marked" in (
+            word.get_attribute("class") or ""
+        )
+        place = [float(ring.get_attribute(name) or 0) for name in ("cx", "cy")]
+        dots = page.locator("#tokens circle.ordinary, #tokens circle.massive")
+        all_at = dots.evaluate_all("all => all.map(e => [+e.getAttribute('cx'), +e.getAttribute('cy')])")
+        assert any(place == pytest.approx(at, abs=0.1) for at in all_at)
+        page.locator("#text").press("ArrowRight")
+        assert (said.text_content() or "").startswith("token 8,")
+        page.mouse.move(0, 0)
+        dot = page.locator("#tokens circle.massive").first
+        dot.scroll_into_view_if_needed()
+        dot.click(force=True)  # another dot, or its ring, may lie over it
+        held = said.text_content() or ""
+        assert (
+            ", massive:" in held and page.locator("#text .marked").get_attribute("class") == "massive marked"
+        )
+        word.hover()
+        assert said.text_content() == held, "a click holds it"
+        word.click()
+        assert (said.text_content() or "").startswith("token 7,")
+        page.locator("#pair").select_option(label="RO against NR")
+        assert "error under NR" in (page.locator("#tokens").text_content() or "")
+        turned = page.locator("#turned")
+        start = turned.text_content() or ""
+        page.locator("#turn").press("End")
+        assert start.startswith("0% of the way to RH") and (turned.text_content() or "").startswith("100%")
+        page.locator("#to").select_option("RO")
+        assert "way to RO" in (turned.text_content() or "") and page.locator("#values rect").count() > 3
+        assert watch.faults == []

@@ -11,14 +11,10 @@ import ipywidgets as widgets
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
-import torch
 from plotly.basedatatypes import Undefined
 from plotly.serializers import custom_serializers
-from torch import Tensor
 from traitlets import Instance, Unicode, default
 
-from dfrot_lab.maths.quantizers import code_range, scale_zero
-from dfrot_lab.recipe.grids import QuantSpec
 from dfrot_lab.show import figures, theme
 
 HEIGHT = 420  # pixels of one plot: fixed, so that nothing moves while a new one is computed
@@ -118,13 +114,6 @@ def drawing(columns: int = 1, size: tuple[float, float] = (10, 3.8), **options: 
             yield drawn, axes[0].tolist()
         finally:
             figures.plt.close(drawn)
-
-
-def levels(x: Tensor, quantizer: QuantSpec) -> Tensor:
-    """All values the quantizer can give one row x (channels,), lowest first, in x's dtype."""
-    scale, zero = scale_zero(x[None], quantizer)
-    low, high = code_range(quantizer)
-    return (scale * (torch.arange(low, high + 1, dtype=x.dtype) - zero))[0]
 
 
 def label(text: str) -> str:

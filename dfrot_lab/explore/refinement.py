@@ -18,9 +18,10 @@ from traitlets import Bool, Enum, Float, HasTraits, Int, Unicode
 
 from dfrot_lab.disk import rotation_files
 from dfrot_lab.disk.artefacts import Store
-from dfrot_lab.explore.page import AXIS, SCHEMES, Plot, drawing, levels, lines_at
+from dfrot_lab.explore.page import AXIS, SCHEMES, Plot, drawing, lines_at
 from dfrot_lab.explore.shell import Cancelled, Explorer, Job, beside, control
 from dfrot_lab.maths import quantizers, rotations
+from dfrot_lab.maths.quantizers import levels
 from dfrot_lab.model.public import public
 from dfrot_lab.observe import capture, massive
 from dfrot_lab.recipe import specs

@@ -80,6 +80,13 @@ def scale_zero(groups: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     return scale, low.div_(scale).round_().neg_()
 
 
+def levels(x: Tensor, quantizer: QuantSpec) -> Tensor:
+    """All values the quantizer can give one row x (channels,), lowest first, in x's dtype."""
+    scale, zero = scale_zero(x[None], quantizer)
+    low, high = code_range(quantizer)
+    return (scale * (torch.arange(low, high + 1, dtype=x.dtype) - zero))[0]
+
+
 def _rounded(x: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec, out: Tensor | None = None) -> Tensor:
     """round(x / scale) limited to the codes' range less the zero point: the codes minus zero, as floats."""
     low, high = code_range(spec)

@@ -13,45 +13,38 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import plotly.graph_objects as go
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
-from plotly.offline import get_plotlyjs
 
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.disk.provenance import commit, version_of
 from dfrot_lab.maths import tables
 from dfrot_lab.model import corpus, loading
+from dfrot_lab.model.public import origin, public
 from dfrot_lab.observe.massive import doubt
 from dfrot_lab.recipe import registry
 from dfrot_lab.recipe.specs import MASSIVE_RULES, PACKAGED, WINDOW, CorpusSpec, Recipe
-from dfrot_lab.show import figures, gallery
-from dfrot_lab.show.theme import MASSIVE_COLOUR, ORDINARY_COLOUR, safe, visible
+from dfrot_lab.show import figures, gallery, live
+from dfrot_lab.show.theme import visible
 from dfrot_lab.study import cost, main, paper
 from dfrot_lab.study.progress import Progress
 from dfrot_lab.study.setting import Setting, figure_site
 
-PACKAGES = ("dfrot-lab", "torch", "transformers", "numpy", "matplotlib", "plotly")
-PAIRS = (("RO", "RH"), ("NR", "RO"), ("NR", "RH"), ("RH", "DFRot"))  # in the plot, the first at the start
-KINDS = (("ordinary tokens", ORDINARY_COLOUR, "circle", 6), ("massive tokens", MASSIVE_COLOUR, "diamond", 11))
-HOVER = "%{text}<br>%{x:.3g} and %{y:.3g}<extra>%{fullData.name}</extra>"
-GREY, CLEAR = "#808080", "rgba(0,0,0,0)"
-AXIS = {"gridcolor": "rgba(128,128,128,0.25)", "zerolinecolor": GREY, "rangemode": "tozero"}
-LAYOUT: dict[str, Any] = {
-    "height": 480, "margin": {"t": 60, "r": 10}, "paper_bgcolor": CLEAR, "plot_bgcolor": CLEAR,
-    "font": {"color": GREY}, "legend": {"orientation": "h", "y": -0.2}, "xaxis": AXIS, "yaxis": AXIS,
-}  # fmt: skip
+PACKAGES = ("dfrot-lab", "torch", "transformers", "numpy", "matplotlib")
+SCRIPT = Path(__file__).with_name("report.js")
 
 
 @dataclass(frozen=True)
 class Findings:
-    """What a report shows: the main job's stored result, the rows missing, massive tokens, token errors."""
+    """What a report shows: the main job's stored result, the rows missing, massive tokens, token errors,
+    and the most massive token on its way to rotations (`live.turning`)."""
 
     result: main.MainResult
     missing: list[Recipe]
     massive: pd.DataFrame
     errors: pd.DataFrame
+    turning: Mapping[str, Any]
 
 
 def collect(setting: Setting, store: Store | None = None) -> Findings:
@@ -66,16 +59,19 @@ def collect(setting: Setting, store: Store | None = None) -> Findings:
     progress.begin("massive tokens")
     massive = gallery.massive_table(result)
     progress.begin("errors of every token")
-    errors = result.errors([figure_site(result.capture.sites)])
+    site = figure_site(result.capture.sites)
+    errors = result.errors([site])
+    token = int(result.capture.residual_max[result.capture.sites.index(site)].argmax())
     progress.begin("figures and page")
-    return Findings(result, missing, massive, errors)
+    return Findings(result, missing, massive, errors, live.turning(result, site, token))
 
 
 def page(values: Mapping[str, Any]) -> str:
-    """The whole report as HTML, of its `values`, all escaped but the scripts. It loads nothing and runs only
-    plotly's library and the call of it: its Content-Security-Policy names each by its hash."""
+    """The whole report as HTML, of its `values`, all escaped but the script. It loads nothing and runs its
+    own script alone, which its Content-Security-Policy names by its hash."""
     options: dict[str, Any] = {"autoescape": True, "undefined": StrictUndefined, "trim_blocks": True}
     pages = Environment(loader=PackageLoader("dfrot_lab", "show"), **options)
+    pages.policies["json.dumps_kwargs"] = {"sort_keys": False, "allow_nan": False}
     pages.filters["sha256"] = lambda script: b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return pages.get_template("report.html.j2").render(values)
 
@@ -95,7 +91,7 @@ def values(findings: Findings) -> dict[str, Any]:
     ]
     gap: Any = None if gaps.empty else gaps.iloc[0].to_dict()
     beside = paper.beside_rows(table)
-    beside.insert(2, "ours", beside.pop("ours").map("{:,.2f}".format))  # before models: always in sight
+    beside.insert(1, "ours", beside.pop("ours").map("{:,.2f}".format))  # before models: always in sight
     return {
         "model": setting.model.source, "packaged": result.setting.model.source in PACKAGED,
         "corpus": setting.corpus, "windows": setting.windows, "window": result.capture.tokens,
@@ -103,10 +99,12 @@ def values(findings: Findings) -> dict[str, Any]:
         "about": about(findings), "command": command(setting),
         "missing": pd.DataFrame([*alone.items()], columns=["row", "builds that are missing"]),
         "massive": gallery.most_massive(massive), "doubt": doubt(result.capture, setting.rule),
-        "any_massive": bool(findings.errors["massive"].any()), "tokens": massive_tokens(massive), "shown": 15,
-        "by_sun": massive.loc[massive["sun"], "token"].nunique(), "library": Markup(get_plotlyjs()),
+        "any_massive": bool(findings.errors["massive"].any()), "tokens": massive_tokens(massive), "shown": 8,
+        "by_sun": massive.loc[massive["sun"], "token"].nunique(),
+        "script": Markup(SCRIPT.read_text(encoding="utf-8")), "channels": result.capture.channels,
         "gap": gap and {"bits": gap["bits"], "cell": tables.cell(gap)},
-        "plot": scatter_figure(findings.errors).to_plotly_json(), "pictures": pictures,
+        "live": {"tokens": live.tokens(findings.errors), "turning": findings.turning}, "steps": live.STEPS,
+        "pictures": pictures,
         "history": refined and refined.history.iloc[lines].round(4), "paper": beside.fillna(""),
         "comparison": tables.comparison(table) if result.found else None,
         "differences": gallery.differences(table), "builds": setting.builds,
@@ -126,12 +124,11 @@ def about(findings: Findings) -> pd.DataFrame:
     """What the report is of, as lines: what, value."""
     setting, recorded = findings.result.setting, findings.result.capture
     shown, manifest = public(setting), recorded.artefact.manifest
-    origin, own = str(manifest["note"]["provenance"]), setting.model.source not in PACKAGED
     texts = {split: CorpusSpec(name=setting.corpus, split=split) for split in ("calibration", "evaluation")}
     on = f"on the first {recorded.tokens} calibration tokens"
     lines = {
         "model": shown.model.source,
-        "made from": f"{origin.split(' ', 1)[0]} {shown.model.source}" if own else origin,
+        "made from": origin(str(manifest["note"]["provenance"]), setting.model),
         "model's content hash": loading.fingerprint(setting.model), "text": shown.corpus,
         **{f"{split} text, sha256": corpus.fingerprint(spec) for split, spec in texts.items()},
         "evaluation": f"{setting.builds} builds of {setting.windows} windows of {setting.window} tokens",
@@ -165,15 +162,6 @@ def command(setting: Setting) -> str:
     return f"dfrot-lab run {_options(setting, setting.seed)} {own}"
 
 
-def public(setting: Setting) -> Setting:
-    """`setting` with a model's or text's own path cut to its name: what a page that is sent away may say."""
-    both = (setting.model.source, setting.corpus, setting.calibration)
-    model, text, own = (
-        each and Path(each).name if Path(each or "").expanduser().exists() else each for each in both
-    )
-    return setting.with_(model=setting.model.with_(source=model), corpus=text, calibration=own)
-
-
 def _options(setting: Setting, seed: int) -> str:
     model, text = map(shlex.quote, (setting.model.source, setting.corpus))
     own = f" --calibration {shlex.quote(setting.calibration)}" if setting.calibration else ""
@@ -182,23 +170,3 @@ def _options(setting: Setting, seed: int) -> str:
         "" if dtype == "auto" or (dtype, setting.model.device) == ("float32", "cpu") else f" --dtype {dtype}"
     )
     return f"--model {model} --corpus {text}{own} --seed {seed} --windows {setting.windows}"
-
-
-def scatter_figure(wide: pd.DataFrame) -> go.Figure:
-    """Tokens' errors (token, text, massive, one a rotation) under two rotations; a menu picks the pair."""
-    parts, buttons = (wide[~wide["massive"]], wide[wide["massive"]]), list[dict[str, Any]]()
-    for pair in [pair for pair in PAIRS if set(pair) <= set(wide.columns)]:
-        line = [0, float(wide[list(pair)].to_numpy().max()) * 1.05]
-        x, y = ([*(part[name].tolist() for part in parts), line] for name in pair)
-        titles = {f"{axis}axis.title.text": f"E({name})" for axis, name in zip("xy", pair, strict=True)}
-        what = {"label": f"{pair[1]} against {pair[0]}", "method": "update"}
-        buttons.append({**what, "args": [{"x": x, "y": y}, titles]})
-    start, titles = buttons[0]["args"]
-    menu = {"buttons": buttons, "x": 0, "y": 1.14, "xanchor": "left", "font": {"color": "#555555"}}
-    plot = go.Figure(layout=LAYOUT | {"updatemenus": [menu]}).update_layout(titles)
-    for part, (name, colour, symbol, size), x, y in zip(parts, KINDS, start["x"], start["y"], strict=False):
-        marker = {"color": colour, "symbol": symbol, "size": size, "opacity": 0.75}
-        text = ("token " + part["token"].astype(str) + ": " + part["text"].map(safe)).tolist()
-        plot.add_scatter(x=x, y=y, mode="markers", marker=marker, text=text, hovertemplate=HOVER, name=name)
-    equal = {"mode": "lines", "name": "equal", "line": {"dash": "dash", "color": GREY}, "hoverinfo": "skip"}
-    return plot.add_scatter(x=start["x"][2], y=start["y"][2], **equal)

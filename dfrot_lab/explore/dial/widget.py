@@ -11,11 +11,11 @@ from torch import Tensor
 from traitlets import Bool, HasTraits, Int, Unicode
 
 from dfrot_lab.disk.artefacts import Store
-from dfrot_lab.explore.dial import numbers
-from dfrot_lab.explore.page import GREY, SCHEMES, Plot, drawing, levels, lines_at
+from dfrot_lab.explore.page import GREY, SCHEMES, Plot, drawing, lines_at
 from dfrot_lab.explore.shell import Explorer, beside, control
+from dfrot_lab.maths import dial
 from dfrot_lab.maths.offsets import offset_share
-from dfrot_lab.maths.quantizers import scale_zero, squared_error
+from dfrot_lab.maths.quantizers import levels, scale_zero, squared_error
 from dfrot_lab.model import door
 from dfrot_lab.observe import massive
 from dfrot_lab.observe.capture import capture
@@ -45,8 +45,7 @@ class Values(Plot):
 
     def draw(self, y: Tensor, grid: Tensor) -> None:
         """A token's values (channels,) and its levels."""
-        ends = (float(min(y.min(), grid.min())), float(max(y.max(), grid.max())))
-        counts, edges = np.histogram(y.numpy(), BINS, ends)
+        counts, edges = dial.histogram(y, grid, BINS)
         across, along = lines_at(grid, 0.7, 1.3 * len(y))
         middle, seen = (edges[1:] + edges[:-1]) / 2, np.where(counts, counts, np.nan)
         top = {"yaxis.range": [np.log10(0.7), np.log10(1.3 * len(y))]}
@@ -84,7 +83,7 @@ class Dial(Explorer):
 
     def __init__(self, setting: Setting | None = None, store: Store | None = None) -> None:
         self.setting, self.store = (setting or Setting.of_profile()).resolved(), store or Store()
-        self.acts, self.ways = capture(self.setting.capture, self.store), dict[str, numbers.Way]()
+        self.acts, self.ways = capture(self.setting.capture, self.store), dict[str, dial.Way]()
         site = figure_site(self.acts.sites)
         token = int(self.acts.residual_max[self.acts.sites.index(site)].argmax())
         own = {"site": self.acts.sites, "to": NAMES, "token": {"max": len(self.acts.texts) - 1}}
@@ -105,7 +104,7 @@ class Dial(Explorer):
 
     def values(self) -> Tensor:
         """The token's values (channels,), as far as the dial is turned."""
-        return numbers.turned(self._x[None], self._way, [self.state.turned / 100])[0, 0]
+        return dial.turned(self._x[None], self._way, [self.state.turned / 100])[0, 0]
 
     def table(self) -> pd.DataFrame:
         """Along the dial: `share`, the errors of the `token` and of `ordinary` ones, the token's `offset`."""
@@ -144,7 +143,7 @@ class Dial(Explorer):
         recipe = door.resolved(self.setting.row("16-4-16", self.setting.method(name))).canonical()
         R = transforms.fit(recipe, transforms.Context(recipe, self.store)).R1
         assert R is not None
-        self.ways[name] = numbers.way(R.cpu())
+        self.ways[name] = dial.way(R.cpu())
 
     def _look(self) -> None:
         """Another token, site or grid: the whole curve, and the dial on it."""
@@ -152,8 +151,8 @@ class Dial(Explorer):
         with self.status.doing("turning", f"{state.site}, {state.quantizer.name}, from none to {state.to}"):
             rows = self.acts.rows(state.site)
             heavy = massive.find(self.acts, self.setting.rule, [state.site])[0]
-            self._x, others = rows[state.token].double(), numbers.ordinary(rows, heavy)
-            self._curve = line = numbers.curve(self._x, others, self._way, state.quantizer)
+            self._x, others = rows[state.token].double(), dial.ordinary(rows, heavy)
+            self._curve = line = dial.curve(self._x, others, self._way, state.quantizer)
             shown = [{"x": 100 * line["share"], "y": line[name]} for name in ("token", "ordinary")]
             self.errors.put(*shown, {})
             self._turn()

@@ -9,6 +9,7 @@ import plotly.graph_objects as go
 import torch
 
 from dfrot_lab.explore import page
+from dfrot_lab.maths import quantizers
 from dfrot_lab.recipe.grids import QuantSpec
 from dfrot_lab.show import theme
 
@@ -21,7 +22,7 @@ MARKER: dict[str, Any] = {"colorscale": SCALE, "cmin": 0, "cmax": 1, "opacity": 
 def grids(values: pd.DataFrame, quantizer: QuantSpec) -> dict[str, np.ndarray]:
     """The levels of each rotation's grid for one token's `errors.massive_values`."""
     parts = values.groupby("rotation", sort=False)["value"]
-    return {str(n): page.levels(torch.tensor(part.to_numpy()), quantizer).numpy() for n, part in parts}
+    return {str(n): quantizers.levels(torch.tensor(part.to_numpy()), quantizer).numpy() for n, part in parts}
 
 
 class Tokens(page.Plot):

@@ -15,10 +15,11 @@ from torch import Tensor
 from traitlets import Bool, Enum, Float, HasTraits, Int
 
 from dfrot_lab.disk.artefacts import Store
-from dfrot_lab.explore.page import GREY, SCHEMES, TABLE, Plot, Stage, drawing, levels, lines_at, scene
+from dfrot_lab.explore.page import GREY, SCHEMES, TABLE, Plot, Stage, drawing, lines_at, scene
 from dfrot_lab.explore.playground import numbers
 from dfrot_lab.explore.shell import Explorer, Job, beside, control
 from dfrot_lab.maths import quantizers, theory
+from dfrot_lab.maths.quantizers import levels
 from dfrot_lab.observe.capture import capture
 from dfrot_lab.recipe.grids import QuantSpec
 from dfrot_lab.recipe.specs import CaptureSpec

@@ -70,12 +70,19 @@ def ordinary(rows: Tensor, heavy: Tensor) -> Tensor:
     return rows[places[:: max(1, math.ceil(len(places) / ORDINARY))]]
 
 
-def curve(x: Tensor, others: Tensor, to: Way, quantizer: QuantSpec) -> pd.DataFrame:
-    """Along the way, in STEPS: `share`, the error of the row x (channels,) as `token`, the mean one of
+def curve(x: Tensor, others: Tensor, to: Way, quantizer: QuantSpec, steps: int = STEPS) -> pd.DataFrame:
+    """Along the way, in `steps`: `share`, the error of the row x (channels,) as `token`, the mean one of
     `others` (tokens, channels) as `ordinary`, and the share of the token's energy that is the same in every
     channel as `offset`."""
-    shares = [n / STEPS for n in range(STEPS + 1)]
+    shares = [n / steps for n in range(steps + 1)]
     own = turned(x[None], to, shares)[:, 0]
     mean = [float(squared_error(rows, quantizer).mean()) for rows in turned(others, to, shares)]
     errors = {"token": squared_error(own, quantizer).numpy(), "ordinary": mean}
     return pd.DataFrame({"share": shares, **errors, "offset": offsets.offset_share(own).numpy()})
+
+
+def histogram(y: Tensor, grid: Tensor, bins: int) -> tuple[np.ndarray, np.ndarray]:
+    """How many of a token's values y (channels,) lie in each of so many bins, and the bins' edges: from the
+    lowest to the highest of them and of the `grid` (levels,)."""
+    ends = (float(min(y.min(), grid.min())), float(max(y.max(), grid.max())))
+    return np.histogram(y.numpy(), bins, ends)
