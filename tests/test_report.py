@@ -395,12 +395,11 @@ def test_the_dial_is_the_quantizers(setting, store, monkeypatch):
 
 
 def test_a_histogram_reaches_over_values_and_levels():
-    y, grid = (
-        torch.tensor([0.0, 1, 1, 5], dtype=torch.float64),
-        torch.tensor([-5.0, 0, 4], dtype=torch.float64),
-    )
+    y, grid = torch.tensor([0.0, 1, 1, 5]), torch.tensor([-5.0, 0, 4])
     counts, edges = dial.histogram(y, grid, 10)
     assert (edges[0], edges[-1]) == (-5, 5) and counts.tolist() == [0, 0, 0, 0, 0, 1, 2, 0, 0, 1]
+    counts, edges = dial.histogram(-y, -grid, 10)
+    assert (edges[0], edges[-1]) == (-5, 5) and counts.tolist() == [1, 0, 0, 0, 2, 1, 0, 0, 0, 0]
 
 
 def test_it_begins_with_three_sentences_for_a_stranger_and_ends_with_what_was_measured(setting, store):

@@ -2,6 +2,7 @@
 
     python tools/site.py                # or: make site
     python tools/site.py --no-report    # the report is left as it is: the one page that needs a model
+                                        (of the committed evaluations, and of DFRot what `make run` has refined)
 
 A page fetches nothing and runs no script: formulas are MathML, pictures lie beside it, and its Content-Security-Policy
 refuses the rest (the report's names its own scripts by their hashes). Each says in `made-from` what it was made from;
@@ -290,5 +291,6 @@ def write(path: Path, text: str) -> None:
 if __name__ == "__main__":
     build(ROOT)
     if "--no-report" not in sys.argv:
-        command = [sys.executable, "-m", "dfrot_lab", "report", "--out", str(ROOT / SITE / "report.html")]
-        subprocess.run(command, check=True)
+        kept, report = ROOT / "data/results/evaluations", ROOT / SITE / "report.html"
+        for words in (["cache", "import", str(kept)], ["report", "--out", str(report)]):
+            subprocess.run([sys.executable, "-m", "dfrot_lab", *words], check=True)

@@ -25,7 +25,7 @@ function axes(svg, x, y, names, up = ticks(...y, 5).map(value => [value, number(
   const at = (a, b) => [left + (a - x[0]) / (x[1] - x[0]) * (right - left), bottom - (b - y[0]) / (y[1] - y[0]) * (bottom - top)];
   for (const value of ticks(...x, width / 90)) {
     const [place] = at(value, y[0]);
-    put(svg, "path", { class: "grid", d: `M${place} ${top}V${bottom}` });
+    put(svg, "path", { class: "grid x", d: `M${place} ${top}V${bottom}` });
     put(svg, "text", { x: place, y: bottom + 16, "text-anchor": "middle" }, value < 0 ? "\u2212" + number(-value) : number(value));
   }
   for (const [value, label] of up) {

@@ -34,7 +34,7 @@ PAGE, BEGIN, END = ROOT / "docs" / "trust.md", "<!-- mutants: begin -->", "<!-- 
 LIMIT, LIMIT_OF_ALL = 120, 900  # seconds of one test; of all tests of one mutant
 MARKS = "not model and not second_model and not notebook and not browser"
 SLOW = ("notebooks", "browser", "default_model", "second_model", "device", "project", "layers", "unmarked")
-SLOW += ("mutation", "attack", "wheels", "site")
+SLOW += ("mutation", "attack", "wheels", "site", "claims")
 """Test files that need a model, a browser, a GPU, or look at documents or at the tests themselves."""
 HEAVY = (
     "_hypothesis_pytestplugin datasets filelock gguf hypothesis jinja2 matplotlib.pyplot mwparserfromhell numpy pandas psutil pydantic pytest "
