@@ -206,3 +206,32 @@ def plot_logit_errors(steps: pd.DataFrame, tolerance: float, *, ax: Axes | None 
     ax.set(xscale="log", xlim=(floor / 2, 30), ylim=(len(steps) - 0.4, -0.6))
     ax.set_xlabel("relative error of the logits (dashed: the tolerance)")
     return ax
+
+
+def figure_agreement(changes: pd.DataFrame) -> Figure:
+    """`paper.changes`: a panel a comparison, the paper's models grey, ours with its interval."""
+    rows = changes.assign(label=changes["bits"] + ", " + changes["weights"])
+    axes = {"xlabel": "change of perplexity, %"}
+    return style.panels(rows, "comparison", _plot_agreement, size=(3.2, 2.8), axes=axes, legend=True)
+
+
+def _plot_agreement(part: pd.DataFrame, *, ax: Axes) -> None:
+    labels = list(dict.fromkeys(part["label"]))[::-1]
+    height = part["label"].map(labels.index)
+    theirs, ours = part["model"] != "ours", part["model"] == "ours"
+    ax.axvline(0, ls="--", lw=1, c=style.INK)
+    ax.scatter(
+        part["change"][theirs],
+        height[theirs] + 0.15,
+        s=14,
+        c=style.ORDINARY_COLOUR,
+        label="the paper's models",
+    )
+    ax.hlines(
+        height[ours] - 0.15, part["low"][ours], part["high"][ours], color=style.COLOURS["DFRot"], lw=1.5
+    )
+    ax.scatter(
+        part["change"][ours], height[ours] - 0.15, s=26, c=style.COLOURS["DFRot"], marker="D", label="ours"
+    )
+    ax.set_yticks(range(len(labels)), labels)
+    ax.set_ylim(-0.6, len(labels) - 0.4)

@@ -21,8 +21,18 @@ TASKS = "needs items that are not here: a file, or DFROT_LAB_TASKS with the hub 
 RIVALS = "copied by the authors from another paper: the rivals are not run here yet"
 NOT_YET = "not measured yet: run the experiment"
 ABSENT = {  # metrics, methods and tables that have none of our numbers beside them, and why
-    "mmlu": TASKS, "acc_average9": TASKS, "c4_ppl": "C4 is not here", "SpinQuant": RIVALS, "OSTQuant": RIVALS,
+    **dict.fromkeys(("mmlu", "acc_average9", "acc_boolq", "acc_openbookqa", "acc_social_iqa"), TASKS),
+    "c4_ppl": "C4 is not here", "SpinQuant": RIVALS, "OSTQuant": RIVALS,
 }  # fmt: skip
+CHANGE = ("change", "low", "high", "verdict")
+LEVEL = 0.25  # percent: half a unit in the second digit that is printed of a perplexity of 5, of both numbers
+CANNOT = "cannot tell"
+COMPARED = {  # what is compared, ours: the paper's methods, then the rotation, kept out or not, against which
+    "RO against RH": ("QuaRot-RO", "QuaRot-RH", "RO", False, "RH"),
+    "RO kept out against RO": ("QuaRot-RO.FP16()", "QuaRot-RO", "RO", True, "RO"),
+    "RH kept out against RH": ("QuaRot-RH.FP16()", "QuaRot-RH", "RH", True, "RH"),
+    "DFRot against RH": ("DFRot", "QuaRot-RH", "DFRot", False, "RH"),
+}
 AS_PRINTED: dict[str, Any] = {"columns": "model", "values": "printed", "aggfunc": "first", "sort": False}
 
 Row = Mapping[str, Any]
@@ -82,6 +92,53 @@ def beside_rows(table: pd.DataFrame) -> pd.DataFrame:
     return wide.assign(ours=mine).loc[shown].reset_index().rename_axis(columns=None)
 
 
+def changes(numbers: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
+    """What COMPARED changes in perplexity, in percent: a line a comparison, weight quantizer, bits and model
+    of the paper's that has both numbers (of Tables 1 and 2 and the README's, the first), then `ours`, of a
+    results table, with its interval `low` to `high` and verdict."""
+    numbers = numbers[(numbers["metric"] == "wikitext2_ppl") & numbers["table"].isin(["T1", "T2old", "T2"])]
+    place = ["weight_quantizer", "w_a_kv_bits", "model"]
+    by = numbers.drop_duplicates([*place, "method"]).set_index(["method", *place])["value"]
+    lines: list[dict[str, Any]] = []
+    for name, (method, base, rotation, kept, against) in COMPARED.items():
+        own = (table["rotation"] == rotation) & table["keep_out"].eq(kept)
+        ours_by = table[own & (table["metric"] == tables.change(against))].set_index(["weights", "bits"])
+        both = pd.concat([by[method], by[base]], axis=1, join="inner", keys=["its", "base"])
+        for (weights, bits), part in both.groupby(level=[0, 1]):
+            about = {"comparison": name, "weights": weights, "bits": bits}
+            found = 100 * (part["its"] / part["base"] - 1)
+            lines += [{**about, "model": model, "change": value} for (*_, model), value in found.items()]
+            if (weights, bits) in ours_by.index:
+                mine = ours_by.loc[(weights, bits)]
+                low, high = mine["ci95"] or (math.nan, math.nan)
+                said = {"change": mine["value"], "low": low, "high": high, "verdict": mine["verdict"]}
+                lines.append({**about, "model": "ours", **said})
+    return pd.DataFrame(lines, columns=["comparison", "weights", "bits", "model", *CHANGE])
+
+
+def agreement(found: pd.DataFrame) -> pd.DataFrame:
+    """Of `changes` a line a comparison: how many of the paper's models are worse by it, level (less than
+    LEVEL) or better, from what to what; ours; and whether ours says `the same` as all of them."""
+    lines: list[dict[str, Any]] = []
+    for (name, weights, bits), part in found.groupby(["comparison", "weights", "bits"], sort=False):
+        theirs = part[part["model"] != "ours"]["change"]
+        signs = [_sign(value) for value in theirs]
+        count = ", ".join(f"{signs.count(sign)} {sign}" for sign in dict.fromkeys(signs))
+        about = {"comparison": name, "weights": weights, "bits": bits, "their models": count}
+        about |= {"from, %": theirs.min(), "to, %": theirs.max()}
+        for own in tables.records(part[part["model"] == "ours"].assign(metric="%"), "%"):
+            said = own["verdict"]
+            others = "as some of them" if said in signs else "no"
+            as_theirs = said if said == CANNOT else "the same" if set(signs) == {said} else others
+            cell = tables.cell({**own, "value": own["change"], "ci95": [own["low"], own["high"]]})
+            lines.append({**about, "ours": cell, "as theirs": as_theirs})
+    return pd.DataFrame(lines)
+
+
+def _sign(change: float) -> str:
+    return "level" if abs(change) < LEVEL else "worse" if change > 0 else "better"
+
+
 def _shown(row: Row) -> str:
     """A results row's name without its parameters: `RO`, `RO, kept out`, `full precision`."""
     name = str(row["rotation"]) + (", kept out" if row["keep_out"] is True else "")
@@ -122,12 +179,19 @@ def _weights(row: Row, method: str) -> Places:
     return [(where, name, weights, "") for where in ("T2old", "T2")]
 
 
+def _swept(row: Row, method: str) -> Places:
+    """Fig. 5 and 6: a gamma of DFRot, or a line that does not hang on it."""
+    if row["bits"] != "4-4-16":
+        return []
+    figure = {"RH": "F5", "RO": "F6"}[row["init"]]
+    if method == "DFRot":
+        return [(figure, f"DFRot-{row['init']}init", "gptq", f"gamma={row['gamma']:g}")]
+    return [(figure, method, "gptq", "line")]
+
+
 def _refined(row: Row, method: str) -> Places:
     if method != "DFRot" or row["bits"] != "4-4-16" or row.get("varied") == "text":
         return []
-    if "init" in row:
-        figure = {"RH": "F5", "RO": "F6"}[row["init"]]
-        return [(figure, f"DFRot-{row['init']}init", "gptq", f"gamma={row['gamma']:g}")]
     level, is_sample = row["level"], row["varied"] == "sample"
     note = f"calibration sample {int(level) + 1}" if is_sample else f"{level} token rows"
     return [("T3", "DFRot", "gptq", note)]
@@ -157,17 +221,17 @@ def _zero_shot(table: pd.DataFrame) -> Lines:
         method = "FP16" if name == "NR 16-16-16" else METHODS.get(rotation) if bits != "16-16-16" else None
         row = dict(zip(map(str, part), part.iloc[-1], strict=True))  # acc_norm comes after acc
         if method and row["metric"] in zeroshot.METRICS:
-            where, metric = _OF_TASK.get(str(task), ("zero-shot", f"acc_{task}"))
             weights = "none" if method == "FP16" else "gptq"
-            yield (where, method, weights, bits, metric, ""), {**row, "value": 100 * row["value"]}
+            for where, metric in _OF_TASK.get(str(task), [(t, f"acc_{task}") for t in ("zero-shot", "T5")]):
+                yield (where, method, weights, bits, metric, ""), {**row, "value": 100 * row["value"]}
 
 
-_OF_TASK = {  # the paper's tables and metrics of what is not a task of its authors' README
-    "average of six": ("zero-shot", "acc_average6"), "average of nine": ("T2", "acc_average9"),
-    "mmlu": ("T4", "mmlu"),
+_OF_TASK = {  # the paper's tables and metrics of what is no single task of the nine
+    "average of six": [("zero-shot", "acc_average6")], "average of nine": [("T2", "acc_average9")],
+    "mmlu": [("T4", "mmlu")],
 }  # fmt: skip
 _READERS: dict[str, Callable[[pd.DataFrame], Lines]] = {  # by experiment, what reads its table
     "keep-out": partial(_perplexities, places=_keep_out), "main-table": _main_table,
-    "gamma-sweep": partial(_perplexities, places=_refined), "massive-token": _massive_token,
+    "gamma-sweep": partial(_perplexities, places=_swept), "massive-token": _massive_token,
     "calibration": partial(_perplexities, places=_refined), "zero-shot": _zero_shot,
 }  # fmt: skip
