@@ -1,73 +1,29 @@
 """Graders for the lesson: each calls a student's function on random inputs and says what is wrong, if any."""
 
-import copy
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from dfrot_lab.maths import rotations
-from dfrot_lab.maths.quantizers import fake_quantize
-from dfrot_lab.recipe.grids import QuantSpec
+from dfrot_lab.explore.playground import numbers
+from dfrot_lab.explore.verdicts import (
+    CLOSE,
+    Answer,
+    Mistakes,
+    Predictions as Predictions,
+    Verdict,
+    called,
+    grade,
+    random_rows,
+    same,
+    verdict,
+)
+from dfrot_lab.maths import offsets, rotations
+from dfrot_lab.maths.hadamard import hadamard_matrix
+from dfrot_lab.maths.quantizers import fake_quantize, squared_error
+from dfrot_lab.recipe.grids import SYM4, QuantSpec
 from dfrot_lab.recipe.specs import RotationSpec
+from dfrot_lab.rotate.steps import polar
 
-CLOSE = 1e-9  # largest relative difference from the right answer, in float64
-_MATHS = (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError)
-UNFINISHED = (*_MATHS, AssertionError, AttributeError, NameError, OSError)  # of a function not finished
-Answer = Callable[..., Any]
-Inputs = tuple[Any, ...]
-Mistakes = dict[str, Tensor]  # wrong results by their sentences, cut to fit where only square inputs do
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Whether the function is right, and the sentence that says so or what is wrong with it."""
-
-    right: bool
-    sentence: str
-
-    def __bool__(self) -> bool:
-        return self.right
-
-    def __repr__(self) -> str:
-        return f"{'Right' if self.right else 'Not yet'}: {self.sentence}"
-
-
-def _grade(trials: Iterable[tuple[Answer, Inputs, Tensor, Mistakes, str]], praise: str) -> Verdict:
-    fault = next(filter(None, (_fault(*trial) for trial in trials)), "")
-    return Verdict(not fault, fault or praise)
-
-
-def _fault(function: Answer, inputs: Inputs, wanted: Tensor, mistakes: Mistakes, otherwise: str) -> str:
-    """What is wrong with one call of a student's function, or ''."""
-    before = copy.deepcopy(inputs)
-    try:
-        found = function(*inputs)
-    except UNFINISHED as error:
-        return f"your function raised {type(error).__name__}: {error}."
-    if found is None:
-        return "your function returned nothing: end it with return."
-    if not isinstance(found, Tensor):
-        return f"your function returned a {type(found).__name__}, a tensor was expected."
-    tensors = [pair for pair in zip(before, inputs, strict=True) if isinstance(pair[0], Tensor)]
-    if not all(torch.equal(*pair) for pair in tensors):
-        return "your function changed its input: make a new tensor, others may still read the old one."
-    if found.shape != wanted.shape:
-        shape, expected = tuple(found.shape), tuple(wanted.shape)
-        return f"your function returned shape {shape}, {expected} was expected."
-    if _same(found, wanted):
-        return ""
-    return next((sentence for sentence, wrong in mistakes.items() if _same(found, wrong)), otherwise)
-
-
-def _same(found: Tensor, wanted: Tensor) -> bool:
-    return bool((found.detach().double() - wanted).norm() <= CLOSE * wanted.norm().clamp(min=1e-300))
-
-
-def _random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+SEEDS = 4  # matrices a kind over which a token's error is averaged
 
 
 def check_rotate_row(function: Answer) -> Verdict:
@@ -77,7 +33,7 @@ def check_rotate_row(function: Answer) -> Verdict:
     entries = "you multiplied entry by entry (*): a rotation mixes channels, so use the matrix product @."
     trials = []
     for seed, tokens in enumerate((6, 1, 3)):
-        x, R = _random(tokens, 6, seed=seed), rotations.make(RotationSpec(kind="RO", seed=seed), 6)
+        x, R = random_rows(tokens, 6, seed=seed), rotations.make(RotationSpec(kind="RO", seed=seed), 6)
         mistakes = {
             undone: x @ R.T,
             "nothing was turned: the rows came back as they were.": x,
@@ -85,7 +41,7 @@ def check_rotate_row(function: Answer) -> Verdict:
             entries: x * R[:tokens],
         }
         trials.append((function, (x, R), x @ R, mistakes, otherwise))
-    return _grade(trials, "x @ R turns every row and keeps its length.")
+    return grade(trials, "x @ R turns every row and keeps its length.")
 
 
 def check_quantize(function: Answer) -> Verdict:
@@ -94,12 +50,12 @@ def check_quantize(function: Answer) -> Verdict:
     for seed, bits in enumerate((4, 3, 8)):
         top = 2 ** (bits - 1) - 1
         rule = f"the step must be max|x| / {top}, and every entry its nearest whole multiple."
-        for x in (_random(16, seed=seed), -_random(16, seed=seed).abs()):
+        for x in (random_rows(16, seed=seed), -random_rows(16, seed=seed).abs()):
             wanted, mistakes = fake_quantize(x[None], QuantSpec(bits=bits))[0], _misquantized(x, bits, top)
             trials.append((function, (x, bits), wanted, mistakes, f"at {bits} bits {rule}"))
     zeros, rule = torch.zeros(4, dtype=torch.float64), "its step is 0, and 0 / 0 is not a number."
     trials.append((function, (zeros, 4), zeros, {}, f"a row of zeros must stay zeros: {rule}"))
-    return _grade(trials, "step max|x| / (2^(bits-1) - 1), rounded to the nearest, on every row tried.")
+    return grade(trials, "step max|x| / (2^(bits-1) - 1), rounded to the nearest, on every row tried.")
 
 
 def _misquantized(x: Tensor, bits: int, top: int) -> Mistakes:
@@ -127,7 +83,7 @@ def check_fuse_norm(function: Answer) -> Verdict:
     otherwise = "norm(x) without its gain, times your weight, is not what the layer gave before."
     trials = []
     for seed, out in enumerate((8, 5, 3)):
-        gain, weight = 1 + 0.5 * _random(8, seed=seed), _random(out, 8, seed=seed + 10)
+        gain, weight = 1 + 0.5 * random_rows(8, seed=seed), random_rows(out, 8, seed=seed + 10)
         mistakes = {
             divided: weight / gain,
             "the gain is not in it: the weight came back as it was.": weight,
@@ -136,7 +92,7 @@ def check_fuse_norm(function: Answer) -> Verdict:
         }
         trials.append((function, (gain, weight), weight * gain, mistakes, otherwise))
     praise = "W diag(g): column by column the linear takes over what the norm gives up, and its outputs stay."
-    return _grade(trials, praise)
+    return grade(trials, praise)
 
 
 def check_rotate_weights(reader: Answer, writer: Answer) -> Verdict:
@@ -146,7 +102,7 @@ def check_rotate_weights(reader: Answer, writer: Answer) -> Verdict:
     columns, rows = "R belongs to its inputs, the columns.", "R belongs to its outputs, the rows."
     trials = []
     for seed, n in enumerate((8, 5)):
-        read, write = _random(n, 8, seed=seed), _random(8, n, seed=seed + 20)
+        read, write = random_rows(n, 8, seed=seed), random_rows(8, n, seed=seed + 20)
         mistakes = {
             "the reader turns backwards: (x R)(W R.T).T is not x W.T; it needs W @ R.": read @ R.T,
             "the reader was not changed.": read,
@@ -162,4 +118,143 @@ def check_rotate_weights(reader: Answer, writer: Answer) -> Verdict:
         otherwise = "the writer's output must come out times R: h @ W_new.T must be h @ W.T @ R."
         trials.append((writer, (write, R), R.T @ write, mistakes, otherwise))
     praise = "readers take W @ R, writers R.T @ W: together they leave every logit where it was."
-    return _grade(trials, praise)
+    return grade(trials, praise)
+
+
+def check_double(function: Answer) -> Verdict:
+    """Grade `double(H)`: a Hadamard matrix (2n, 2n) made of a smaller one, H (n, n)."""
+    praise = "every entry is 1 or -1 and H @ H.T is 2n times the identity. This is Sylvester's doubling."
+    return verdict((_double_fault(function, order) for order in (1, 2, 12, 20)), praise)
+
+
+def _double_fault(function: Answer, order: int) -> str:
+    size = 2 * order
+    found, fault = called(function, (hadamard_matrix(order),), (size, size))
+    if fault:
+        return fault
+    if not bool((found.abs() == 1).all()):
+        return "every entry must be 1 or -1: build it of H and -H alone."
+    product = found @ found.T
+    wrong = (product - size * torch.eye(size, dtype=torch.float64)).nonzero()
+    if not len(wrong):
+        return ""
+    i, j = wrong[0].tolist()
+    said = f"rows {i} and {j} of order {size} have the product {int(product[i, j])}, not 0"
+    return f"{said}: H @ H.T must be {size} times the identity, so one of the four blocks needs a minus."
+
+
+def _errors(rows: Tensor) -> dict[str, Tensor]:
+    """Squared errors (tokens,) of rows (tokens, channels) at symmetric 4 bits, a kind of rotation each."""
+    found = {}
+    for kind, seeds in (("NR", 1), ("RO", SEEDS), ("RH", SEEDS)):
+        turned = [rows @ numbers.matrix(kind, seed, rows.shape[1]) for seed in range(seeds)]
+        found[kind] = torch.stack([squared_error(each, SYM4) for each in turned]).mean(0)
+    return found
+
+
+def check_needs_rotation(function: Answer) -> Verdict:
+    """Grade `ordinary_tokens(tokens, channels)`: rows of which three in four lose half as much again without
+    a rotation as under RO and under RH: what makes 4 bits fail."""
+    praise = "large channels set the step of every token; any rotation spreads them, RO and RH alike."
+    return verdict([_needs_rotation_fault(function)], praise)
+
+
+def _needs_rotation_fault(function: Answer) -> str:
+    rows, fault = called(function, (64, 256), (64, 256))
+    if fault or not bool(rows.isfinite().all()):
+        return fault or "all entries must be finite numbers."
+    lost = _errors(rows)
+    mended = (lost["NR"] > 1.5 * lost["RO"]) & (lost["NR"] > 1.5 * lost["RH"])
+    if float(mended.double().mean()) > 0.75:
+        return ""
+    if float((lost["RO"] / lost["NR"]).median()) > 1.1:
+        spike = "a spike that rules its row, and RO makes it worse than no rotation does"
+        return f"these are massive tokens: {spike}. Make the large channels smaller."
+    if float(mended.double().mean()) > 0.25:
+        return "a rotation mends some of these rows only: an outlier channel is large in every token."
+    few = "make a few channels ten times as large as the others, in every token"
+    return f"a rotation finds nothing to spread here, all channels are alike: {few}."
+
+
+def check_needs_hadamard(function: Answer) -> Verdict:
+    """Grade `massive_token(channels)`: one row that loses most under RO and least under RH."""
+    praise = "RO > NR > RH, the paper's order: RO makes a bell of the spike, RH two levels."
+    return verdict([_needs_hadamard_fault(function)], praise)
+
+
+def _needs_hadamard_fault(function: Answer) -> str:
+    row, fault = called(function, (576,), (576,))
+    if fault or not bool(row.isfinite().all()):
+        return fault or "all entries must be finite numbers."
+    errors = {kind: float(error) for kind, error in _errors(row[None]).items()}
+    order = sorted(errors, key=lambda kind: -errors[kind])
+    if order == ["RO", "NR", "RH"]:
+        return ""
+    why = "this is no spike. Take noise in all channels, and one that is far larger"
+    if order[0] == "NR":
+        why = "not to rotate is the worst, so any rotation would do. Make the spike larger against the rest"
+    elif order == ["RO", "RH", "NR"]:
+        why = "not to rotate is the best: the spike is on its own grid. Leave the other channels more"
+    return f"the order is {' > '.join(order)}: {why}."
+
+
+def check_next_rotation(function: Answer) -> Verdict:
+    """Grade `next_rotation(rows, rounded, weights)`: the rotation R of least sum of w ||x R - y||^2 over rows
+    x (tokens, channels), what they were rounded to, y, and the weights w (tokens,) of the squared loss."""
+    praise = "U V^T of the SVD: the nearest rotation, and a rotation, so the model stays what it was."
+    return verdict((_next_rotation_fault(function, seed) for seed in range(3)), praise)
+
+
+def _next_rotation_fault(function: Answer, seed: int) -> str:
+    rows = random_rows(40, 8, seed=seed)
+    start = rotations.make(RotationSpec(kind="RO", seed=seed), 8)
+    rounded = fake_quantize(rows @ start, QuantSpec(bits=3))
+    weights = torch.where(torch.arange(40) % 8 == 0, 100.0, 1.0).double()
+    found, fault = called(function, (rows, rounded, weights), (8, 8))
+    if fault:
+        return fault
+    if not _is_rotation(found):
+        return "this is no rotation, R @ R.T is not the identity: put in, it would change the model."
+    best, counted = polar(rows.T @ (weights[:, None] * rounded)), "the weights are of the squared loss"
+    if same(found, best):
+        return ""
+    mistakes = {
+        "massive rows count like the others here: multiply each row by its weight.": torch.ones_like(weights),
+        f"{counted} already: do not square them again.": weights**2,
+        f"{counted}: do not take their root.": weights**0.5,
+    }
+    for sentence, weight in mistakes.items():
+        if same(found, polar(rows.T @ (weight[:, None] * rounded))):
+            return sentence
+    back = "this turns what was rounded back to the rows: take U @ Vt, not its transpose."
+    return back if same(found, best.T) else "a rotation, but another one comes nearer: U @ Vt of rows.T @ y."
+
+
+def _is_rotation(R: Tensor) -> bool:
+    return same(R @ R.T, torch.eye(len(R), dtype=torch.float64))
+
+
+def check_point(function: Answer) -> Verdict:
+    """Grade `point(u)`: a rotation R with u @ R the same in every channel, u (channels,) of length 1."""
+    praise = "what all rows share along u is now their mean, which a zero point takes for nothing."
+    return verdict((_point_fault(function, channels) for channels in (4, 16, 50)), praise)
+
+
+def _point_fault(function: Answer, channels: int) -> str:
+    u = random_rows(channels, seed=channels)
+    u = u / u.norm()
+    R, fault = called(function, (u,), (channels, channels))
+    if fault:
+        return fault
+    if not _is_rotation(R):
+        return "this is no rotation, R @ R.T is not the identity: put in, it would change the model."
+    if _is_flat(u @ R):
+        return ""
+    if float((u @ R).abs().max()) > 1 - CLOSE:
+        return "you sent u to one channel: that makes a spike of it, which takes the whole grid."
+    turned = "you sent it there by R @ u; rows are turned by x @ R, so take the transpose."
+    return turned if _is_flat(R @ u) else "u @ R must be the same number in every channel."
+
+
+def _is_flat(y: Tensor) -> bool:
+    return abs(float(offsets.offset_share(y)) - 1) <= CLOSE
