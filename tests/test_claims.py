@@ -21,7 +21,7 @@ def made() -> dict[str, tuple[str, str]]:
     return {name: tuple(part) for name, part in json.loads(done.stdout).items()}
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/measuring.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/measuring.md", "docs/teaching.md"])
 def test_a_page_says_what_the_tables_say(page, made):
     mark, text = made[page]
     said = (ROOT / page).read_text()

@@ -19,6 +19,7 @@ from statistics import median
 
 import nbformat
 import pytest
+import torch
 from nbclient import NotebookClient
 from strip_views import VIEW, strip_views
 
@@ -35,6 +36,11 @@ EXPLORERS = {"09-explorer", "10-teach"}
 """Notebooks that show widgets, which only a running kernel can: they are committed without the views."""
 LESSONS = {"10-teach"}
 """Notebooks in which a student repairs functions; the right ones are folded into the prose."""
+MOST_CELLS, MEDIAN_LINES = 45, 6
+LESSON_CELLS, LESSON_LINES = 65, 8
+"""A lesson's are more: each function of the student's is a cell, and each prediction the first line of one."""
+NARROW, COLUMNS = {"00-start-here", "10-teach"}, 88
+"""Notebooks that a newcomer reads first, perhaps on a projected screen, and the columns of their code."""
 
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
@@ -139,14 +145,14 @@ def test_strip_views_takes_views_and_state_and_nothing_else():
 def test_explains_as_much_as_it_computes(path):
     cells = read(path).cells
     prose = sum(cell.cell_type == "markdown" for cell in cells) / len(cells)
-    assert 20 <= len(cells) <= 45
+    assert 20 <= len(cells) <= (LESSON_CELLS if path.stem in LESSONS else MOST_CELLS)
     assert 0.40 <= prose <= 0.55, prose
 
 
 @each_notebook
 def test_cells_are_short_and_define_nothing_of_substance(path):
     lines = [len(cell.source.splitlines()) for cell in code_cells(path)]
-    assert median(lines) <= 6
+    assert median(lines) <= (LESSON_LINES if path.stem in LESSONS else MEDIAN_LINES)
     assert max(lines) <= 20
     nodes = [
         node for cell in code_cells(path) for node in ast.walk(ast.parse(cell.source))
@@ -157,6 +163,25 @@ def test_cells_are_short_and_define_nothing_of_substance(path):
             <= 1
         )
     assert not any("sys.path" in cell.source for cell in code_cells(path))
+
+
+@pytest.mark.parametrize("name", sorted(NARROW))
+def test_code_of_the_first_notebooks_fits_a_projected_screen(name):
+    lines = [line for cell in code_cells(FOLDER / f"{name}.ipynb") for line in cell.source.splitlines()]
+    assert not [line for line in lines if len(line) > COLUMNS]
+
+
+@each_notebook
+def test_the_first_cell_says_how_long_it_takes(path):
+    first = read(path).cells[0]
+    assert first.cell_type == "markdown" and re.search(r"\*\*Time:\*\* about \d+ minutes", first.source)
+
+
+@each_notebook
+def test_links_lead_to_files(path):
+    prose = "\n".join(cell.source for cell in read(path).cells if cell.cell_type == "markdown")
+    there = [target for target in re.findall(r"\]\(([^)#\s]+)", prose) if not target.startswith("http")]
+    assert all((FOLDER / target).exists() for target in there), there
 
 
 @each_notebook
@@ -177,13 +202,34 @@ def test_folded_answers_are_right_and_the_attempts_are_not(path):
     tasks = [
         cell.source for cell in code_cells(path) if cell.source.splitlines()[-1].startswith("lesson.check_")
     ]
-    assert len(tasks) >= 4
+    assert len(tasks) >= 9 and {
+        "check_needs_rotation",
+        "check_needs_hadamard",
+        "check_next_rotation",
+        "check_point",
+    } <= {re.search(r"check_\w+", task.splitlines()[-1])[0] for task in tasks}, (
+        "the four questions: why rotate, why RH, what DFRot changes, what the offset adds"
+    )
     for attempt in tasks:
-        grade, known = attempt.splitlines()[-1], {"lesson": lesson}
+        grade, known = attempt.splitlines()[-1], {"lesson": lesson, "torch": torch}
         exec(attempt, known)
         assert not eval(grade, known), f"{grade} is passed by what the student finds there"
         exec(answers, known)
         assert eval(grade, known), eval(grade, known)
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in NOTEBOOKS if path.stem in LESSONS], ids=lambda path: path.stem
+)
+def test_a_lesson_asks_before_it_measures_and_nothing_is_filled_in(path):
+    """A prediction is the first line of its cell, and committed as ...; the last code cell shows all."""
+    cells = [cell.source for cell in code_cells(path)]
+    asked = [source for source in cells if "mine.reveal(" in source]
+    assert len(asked) >= 8
+    assert all(source.startswith("guess = ...  # ") and source.count("guess") == 2 for source in asked)
+    questions = [re.search(r'reveal\(\s*"([^"]+)"', source)[1] for source in asked]
+    assert len(set(questions)) == len(questions), "one question, one name: else the first answer stays"
+    assert cells[-1] == "mine.table()"
 
 
 @pytest.mark.notebook

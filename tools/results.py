@@ -1,4 +1,4 @@
-"""Write the results that the README tells, and the tables of docs/measuring.md, from data/results/: no number of
+"""Write the results that the README tells, and the tables of docs/measuring.md and docs/teaching.md, from data/results/: no number of
 theirs is typed. `python tools/results.py`; a test holds the pages to it."""
 
 import re
@@ -194,6 +194,30 @@ def _markdown(table: pd.DataFrame) -> str:
     return tables.markdown(table.set_index(table.columns[0]))
 
 
+def teaching() -> str:
+    """The verdicts of docs/teaching.md: for each sentence that people say, the row that answers it."""
+    main, gain, offset = load("main-wikitext2"), load("gain-wikitext2"), load("offset-wikitext2")
+    rh, ro, at = tables.change("RH"), tables.change("RO"), "16-4-16"
+    kept, sweep = load("intervene-wikitext2"), load("gamma-sweep-wikitext2")
+    kept = kept[kept["rotation"].eq("RO") & kept["metric"].eq(ro)].set_index(["chosen", "k"])
+    alone = sweep["line"].eq("DFRot") & sweep["init"].eq("RH") & sweep["gamma"].eq(np.inf) & sweep["bits"].eq(at)
+    (spoilt,) = sweep[alone & sweep["metric"].eq(tables.change("QuaRot"))].to_dict("records")
+    few, many_ = (f"{t['builds'].max()} builds of {t['windows'].max()} windows" for t in (main, gain))
+    four, worst = (tables.cell(kept.loc[each].to_dict()) for each in (("most_massive", 4), ("worst", 64)))
+    rows = [
+        ("RO is worse than RH", f"at {at} {cell(main, rh, 'RO', at)}, README"),
+        ("massive tokens make most of that gap", f"kept out, RO {cell(main, ro, 'RO', at, kept_out=True)}, README"),
+        ("the four largest values of a window are enough", f"RO {four}, notebook 04"),
+        ("the tokens of largest error do the damage", f"the worst 64 kept out, RO {worst}, notebook 04"),
+        ("a lower error is a lower perplexity", f"massive rows alone refined {tables.cell(spoilt)}, notebook 05"),
+        ("DFRot is better than RH", f"at {at} {cell(main, rh, 'DFRot', at)} in {few}, README"),
+        ("more builds tell it more finely", f"{cell(gain, rh, 'DFRot', at)} in {many_}, README"),
+        ("and so at 4-4-4", f"{cell(main, rh, 'DFRot', '4-4-4')}, README"),
+        ("the offset adds more", f"Offset at {at} {cell(offset, rh, 'Offset', at)}, notebook 11"),
+    ]  # fmt: skip
+    return _markdown(pd.DataFrame(rows, columns=["what is said", "perplexity, in percent, and the verdict"]))
+
+
 def put(page: str, name: str, text: str) -> str:
     """A page with `text` between its marks."""
     marks = f"<!-- {name} -->", f"<!-- end of {name} -->"
@@ -204,6 +228,7 @@ def put(page: str, name: str, text: str) -> str:
 
 PAGES: dict[str, tuple[str, Callable[[], str]]] = {
     "README.md": ("results", results), "docs/measuring.md": ("measuring", measuring),
+    "docs/teaching.md": ("verdicts", teaching),
 }  # fmt: skip
 
 
