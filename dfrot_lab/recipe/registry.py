@@ -45,9 +45,12 @@ WEIGHTS = {
     "qep": Choice("dfrot_lab.weights.qep"),
     "foem": Choice("dfrot_lab.weights.foem"),
     "lwc": Choice("dfrot_lab.weights.lwc"),
+    "rsq": Choice("dfrot_lab.weights.rsq"),
+    "aespa": Choice("dfrot_lab.weights.aespa"),
 }
 """Weight quantizers: `quantize(weight, seen, spec)`, `CALIBRATED` (needs the Hessian), `DRIFT` (and what the
-full-precision model has in its inputs' place), `CORRECTION` (its usual `correction`); `VERSION`."""
+full-precision model has in its inputs' place), `Look` (what of a layer's attention), `CORRECTION` (its usual
+`correction`); `VERSION`."""
 KIVI = {"scheme": "free", "group_size": 32, "residual": 128}  # its release's
 CACHES = {
     "kivi": Choice("dfrot_lab.caches.kivi", fields=KIVI),

@@ -3,12 +3,13 @@ before a group of linears that read the same input (q, k, v; o; gate, up; down) 
 Hessian and puts the quantized weights in, so each is calibrated on what the quantized model before it sends,
 as QuaRot's; with a rounding, on activations that are rounded, too. A quantizer that asks for the drift is
 also told what full precision has in the same place: its windows walk beside, and pass a layer before anything
-of it is quantized. An expert is calibrated on the tokens that are sent to it; one that sees none is rounded
-to nearest, and named."""
+of it is quantized; one that asks for attention is shown it then, too (`look`). An expert is calibrated on the
+tokens that are sent to it; one that sees none is rounded to nearest, and named."""
 
 import logging
-from collections.abc import Collection, Generator, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from dfrot_lab.model.loading import LoadedModel
 from dfrot_lab.model.prefix import after, before, tokens
 from dfrot_lab.recipe import registry
 from dfrot_lab.recipe.specs import WeightSpec
-from dfrot_lab.weights import codes
+from dfrot_lab.weights import codes, look
 from dfrot_lab.weights.codes import LayerCodes
 from dfrot_lab.weights.gptq import Seen, hessian_of
 
@@ -59,10 +60,13 @@ class _SeenEnough(Exception):
 class _Layer:
     """One layer under calibration: the groups of linears still to quantize, by site; what was `seen` of those
     that are `wanted` now. `at_once`: whether all windows pass together, so that a group can be quantized
-    before they use it; else they pass once a stage, a stage being the groups of one kind."""
+    before they use it; else they pass once a stage, a stage being the groups of one kind. `look`: what is
+    asked of its attention first."""
 
-    def __init__(self, loaded: LoadedModel, number: int, spec: WeightSpec, at_once: bool) -> None:
-        self.layer, self.spec, self.at_once = loaded.layers[number], spec, at_once
+    def __init__(
+        self, loaded: LoadedModel, number: int, spec: WeightSpec, at_once: bool, asked: look.Look
+    ) -> None:
+        self.layer, self.spec, self.at_once, self.look = loaded.layers[number], spec, at_once, asked
         self.left, self.codes = dict(loaded.roles.groups(self.layer)), LayerCodes()
         self.wanted, self.seen = set(self.left), dict[str, Seen]()
         self.nearest: list[str] = []  # the linears that no token reached
@@ -87,7 +91,8 @@ class _Layer:
         if site not in self.wanted:
             return
         rows = x.reshape(-1, x.shape[-1]).float()
-        now = Seen(hessian_of(rows), self._drift(site, rows) if self.full else None)
+        weighed = self.look.weighed(self.chunk, rows)
+        now = Seen(hessian_of(weighed), self._drift(site, rows) if self.full else None, self.look.of(site))
         if before := self.seen.get(site):
             now.hessian.add_(before.hessian)
             if now.drift is not None and before.drift is not None:
@@ -126,7 +131,8 @@ class _Hook:
         self.skip = skip  # tokens of each window that nothing is calibrated on: a prefix's
         self.round, self.rounded = rounding or (lambda _site, x: x, ())
         self.layer: _Layer | None = None
-        self.is_full = False
+        self.is_full = self.is_look = False
+        self.entered: Tensor | None = None  # what q, k and v read, while their attention is looked at
 
     def __call__(self, site: str, x: Tensor) -> Tensor:
         """R4 has acted before: what arrives is what the linears read."""
@@ -138,9 +144,32 @@ class _Hook:
         if site in self.rounded:
             new = self.round(site, x)
             x = x if new is None else new
-        if self.layer:
+        if self.is_look and inner == look.INPUT:
+            self.entered = after(x, self.skip)
+        elif self.layer and not self.is_look:
             self.layer.arrive(inner, after(x, self.skip))
         return x
+
+    def attend(self, _number: int, seen: list[Tensor | None], how: Mapping[str, Any]) -> None:
+        """What a layer's attention is about to see: it is the last that is looked at."""
+        if self.is_look and self.layer and self.entered is not None:
+            *qkv, mask = seen
+            self.layer.look.see(self.entered.float(), [x for x in qkv if x is not None], mask, how)
+            raise _SeenEnough
+
+    def pass_look(self, walk: stream.Walk, number: int) -> None:
+        """Pass the windows through a layer, nothing of which is quantized yet, as far as its attention."""
+
+        def show(x: Tensor) -> None:
+            with suppress(_SeenEnough):
+                walk.run(number, x)
+
+        if self.layer and type(self.layer.look) is not look.Look:
+            self.is_look = True
+            for x in walk.hidden:
+                show(x)
+            self.layer.look.finish(partial(show, walk.hidden[0]))
+            self.is_look, self.entered = False, None
 
     def pass_full(self, walk: stream.Walk | None, number: int) -> None:
         """Pass full precision's windows, if any walk, through a layer, nothing of which is quantized yet."""
@@ -156,23 +185,20 @@ def layers(
     rounding: Rounding | None = None, prefix: Tensor | None = None,
 ) -> Generator[int]:  # fmt: skip
     """Quantize layer after layer, each kept once done, and named by its number; one that was kept before is
-    put in place. The ids of a `prefix` (tokens,) are before every window. ValueError: no text or too short;
-    experts, for a quantizer that asks for the drift."""
+    put in place. The ids of a `prefix` (tokens,) are before every window. ValueError: no text or too short; a
+    model that the quantizer cannot be told of what it asks."""
     if spec.corpus is None:
         raise ValueError(f"WeightSpec.corpus must be a text to calibrate {spec.method} on; got None")
-    is_drifting = registry.drifts(spec.method)
-    if is_drifting and loaded.roles.experts:
-        why = "experts are sent other tokens once something is rounded; use gptq"
-        raise ValueError(f"the model must be without experts for {spec.method}: {why}")
+    is_drifting, asked = registry.drifts(spec.method), _asked(loaded, spec)
     loading.check_tokens(loaded, spec.window)
-    of: dict[str, Any] = {"blocks": spec.windows, "window": spec.window, "sample": spec.sample}
-    ids = before(corpus.sampled_blocks(spec.corpus, loaded.tokenizer, **of), prefix)
+    text: dict[str, Any] = {"blocks": spec.windows, "window": spec.window, "sample": spec.sample}
+    ids = before(corpus.sampled_blocks(spec.corpus, loaded.tokenizer, **text), prefix)
     name = spec.method.upper()
     log.info("%s to %d bits on %d x %d tokens of %s", name, spec.quantizer.bits, *ids.shape, spec.corpus.name)
     chunks = ids.split(windows_at_once(ids.shape[1], max(widths(loaded.layers, loaded.roles))))
     hook = _Hook(rounding, tokens(prefix))
     sites = {*hooks.sites_of(loaded, *hooks.LINEAR_INPUTS, "mlp_in"), *hook.rounded}
-    with online(function=hook, sites=sites):
+    with online(function=hook, sites=sites), _attended(loaded, asked, hook):
         walk = stream.Walk(loaded, chunks, name=name, writer=writer)
         full = stream.Walk(loaded, chunks) if is_drifting else None
         for number in range(walk.next):  # a run before this one has quantized these
@@ -180,15 +206,33 @@ def layers(
                 hook.pass_full(full, number)
         for number in walk.layers():
             done = codes.kept(writer, number, loaded.device)
-            hook.layer = None if done else _Layer(loaded, number, spec, len(chunks) == 1)
+            of = loaded, number, spec, len(chunks) == 1
+            hook.layer = None if done else _Layer(*of, asked(loaded, number, hook.skip))
             hook.pass_full(full, number)
             if done:
                 codes.install(loaded.layers[number], done)
+            hook.pass_look(walk, number)
             _pass(walk, number, hook.layer)
             if hook.layer:
                 _say(writer, number, hook.layer.nearest)
                 codes.keep(writer, number, hook.layer.codes)
             yield number
+
+
+def _asked(loaded: LoadedModel, spec: WeightSpec) -> type[look.Look]:
+    """What the quantizer asks of a layer's attention. ValueError: it cannot be told of this model."""
+    if registry.drifts(spec.method) and loaded.roles.experts:
+        why = "experts are sent other tokens once something is rounded; use gptq"
+        raise ValueError(f"the model must be without experts for {spec.method}: {why}")
+    asked: type[look.Look] = getattr(registry.load(registry.WEIGHTS, spec.method), "Look", look.Look)
+    if why_not := asked.why_not(loaded):
+        raise ValueError(f"{spec.method} does not take a {loaded.family}: {why_not}; use gptq")
+    return asked
+
+
+def _attended(loaded: LoadedModel, asked: type[look.Look], hook: _Hook) -> AbstractContextManager[None]:
+    """While the block runs, the hook is told what attention is about to see, if anything is asked of it."""
+    return nullcontext() if asked is look.Look else hooks.at_attention(loaded, hook.attend)
 
 
 def _pass(walk: stream.Walk, number: int, layer: _Layer | None) -> None:

@@ -1,6 +1,6 @@
 """GPTQ (Frantar et al., arXiv 2210.17323): columns rounded in order, each error spread over the rest."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,10 +18,12 @@ HESSIAN_BLOCK = 192  # columns of a Hessian at once: half is known by symmetry, 
 
 class Seen(NamedTuple):
     """What linears were seen to read, rows x (tokens, in): `hessian` = sum x x^T (in, in); where a quantizer
-    asks for it `drift` = sum (x0 - x) x^T, x0 being what the full-precision model has in x's place."""
+    asks for it `drift` = sum (x0 - x) x^T, x0 being what the full-precision model has in x's place, and what
+    its own `Look` made of their layer's `attention`."""
 
     hessian: Tensor
     drift: Tensor | None = None
+    attention: Any = None
 
 
 def with_drift(seen: Seen | None, method: str) -> tuple[Tensor, Tensor]:
