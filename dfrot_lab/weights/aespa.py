@@ -1,9 +1,9 @@
 """aespa (Kim et al., arXiv 2402.08958) as BoA (Kim et al., arXiv 2406.13474) rounds it: q, k and v by what
 they do to their head's attention, all other linears by GPTQ. For the error dW (head size, in) of a head's
-rows, and H = sum x x^T, scores change by tr(G dW H dW^T), G = K^T K for q and Q^T Q for k, each as it is in the
-scores: since RoPE turns a token's rows by an R of its place, G is the mean of R^T G R. What v's head gives
-changes by tr(dW X A^T A X^T dW^T), A being its map. Heads that share keys and values are summed over. Neither
-mask nor softmax is in G."""
+rows, and H = sum x x^T, scores change by tr(G dW H dW^T), G = K^T K for q and Q^T Q for k, each as it is in
+the scores: since RoPE turns a token's rows by an R of its place, G is the mean of R^T G R. What v's head
+gives changes by tr(dW X A^T A X^T dW^T), A being its map. Heads that share keys and values are summed over.
+Neither mask nor softmax is in G."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack

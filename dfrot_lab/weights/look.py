@@ -1,6 +1,6 @@
 """What a weight quantizer may ask of a layer's attention before anything of the layer is quantized: the
 calibration windows pass it once more, as far as its scores, and a `Look` of the quantizer's file is shown
-them. Its maps are there 256 queries of one window at a time (`observe.attention`), never whole."""
+them. Its maps are there a few queries of one window at a time (`observe.attention`), never whole."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -11,6 +11,7 @@ from dfrot_lab.model.loading import LoadedModel
 from dfrot_lab.observe import attention
 
 INPUT = "input_norm"  # the site that q, k and v read
+QUERIES = attention.QUERIES  # whose maps exist at once
 
 
 class Look:
@@ -42,9 +43,9 @@ class Look:
         self, qkv: Sequence[Tensor], mask: Tensor | None, how: Mapping[str, Any]
     ) -> Iterator[tuple[int, int, Tensor]]:
         """Attention weights of a chunk: window, first query and (heads, queries, tokens), a prefix's tokens
-        in neither; queries are those of one part, so many as `observe.attention` has at once."""
+        in neither; at most QUERIES queries."""
         for window, (q, k) in enumerate(zip(*qkv[:2], strict=True)):
             own = None if mask is None else mask[window if len(mask) > 1 else 0]
-            for first, part in attention.weights(q, k, own, how):
+            for first, part in attention.weights(q, k, own, how, QUERIES):
                 rows = part[:, max(0, self.skip - first) :, self.skip :]
                 yield window, max(0, first - self.skip), rows

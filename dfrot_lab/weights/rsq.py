@@ -45,10 +45,10 @@ class Look(look.Look):
 
     def see(self, x: Tensor, qkv: Sequence[Tensor], mask: Tensor | None, how: Mapping[str, Any]) -> None:
         """Sums what each token is given by all heads and queries of its window."""
-        given = x.new_zeros(x.shape[:2], dtype=torch.float64)
+        given = x.new_zeros(x.shape[:2])
         for window, _, part in self.parts(qkv, mask, how):
-            given[window] += part.sum((0, 1), dtype=torch.float64)
-        self.weights.append(scaled(given).float().reshape(-1, 1))
+            given[window] += part.sum((0, 1))
+        self.weights.append(scaled(given).reshape(-1, 1))
 
     def weighed(self, chunk: int, rows: Tensor, /) -> Tensor:
         """r x of the rows x (tokens, in) of a chunk."""
