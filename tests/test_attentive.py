@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.maths.quantizers import dequantize
-from dfrot_lab.model import checkpoint, corpus, families, hooks, surgery
+from dfrot_lab.model import checkpoint, corpus, hooks, loading, surgery
 from dfrot_lab.model.families import QKV, heads_of
 from dfrot_lab.model.loading import LoadedModel, linear
 from dfrot_lab.model.prefix import before
@@ -22,7 +22,7 @@ from dfrot_lab.recipe import registry
 from dfrot_lab.recipe.grids import QuantSpec
 from dfrot_lab.recipe.specs import WeightSpec
 from dfrot_lab.score import build
-from dfrot_lab.weights import aespa, calibrate, codes, gptq, look, rsq
+from dfrot_lab.weights import aespa, calibrate, codes, gptq, look, places, rsq
 from dfrot_lab.weights.aespa import Attention
 from dfrot_lab.weights.gptq import Seen
 from dfrot_lab.weights.run import quantize_weights
@@ -78,26 +78,41 @@ def at_look(loaded: LoadedModel, original: LoadedModel, number: int) -> LoadedMo
     return loaded
 
 
-def slow_map(q: Tensor, k: Tensor, scaling: float, window: int | None = None) -> Tensor:
+def slow_map(
+    q: Tensor, k: Tensor, scaling: float, window: int | None = None, bound: float | None = None
+) -> Tensor:
     """A head's attention weights (tokens, tokens): a query sees itself and the tokens before it, `window` of
-    them in all, if any."""
+    them in all, if any; scores have a `bound`, if any."""
     found = torch.zeros(len(q), len(k), dtype=torch.float64)
     for t in range(len(q)):
         first = 0 if window is None else max(0, t + 1 - window)
-        shares = torch.exp(torch.stack([q[t] @ k[s] for s in range(first, t + 1)]) * scaling)
+        scores = torch.stack([q[t] @ k[s] for s in range(first, t + 1)]) * scaling
+        shares = torch.exp(bound * torch.tanh(scores / bound) if bound else scores)
         found[t, first : t + 1] = shares / shares.sum()
     return found
 
 
 def rotary(loaded: LoadedModel, tokens: int) -> Tensor:
     """R (tokens, size, size) of each place by what the family's own RoPE makes of columns of the identity."""
-    size, layer = heads_of(loaded.config)[2], loaded.layers[0].self_attn
+    size, layer = heads_of(loaded.config)[2], loaded.layers[0]
     if loaded.family == "OPTForCausalLM":
         return torch.eye(size, dtype=torch.float64).expand(tokens, -1, -1)
-    cos, sin = loaded.model.model.rotary_emb(torch.zeros(1, dtype=torch.float64), torch.arange(tokens)[None])
+    kind = (layer.self_attn.layer_type,) if loaded.family == "Gemma3ForCausalLM" else ()
+    places_ = torch.zeros(1, dtype=torch.float64), torch.arange(tokens)[None]
+    cos, sin = loading.body(loaded).rotary_emb(*places_, *kind)
     apply = sys.modules[type(layer).__module__].apply_rotary_pos_emb
     unit = torch.eye(size, dtype=torch.float64)[None, :, None].expand(-1, -1, tokens, -1)
     return apply(unit, unit, cos, sin)[0][0].permute(1, 2, 0)
+
+
+def gain(loaded: LoadedModel, number: int, name: str, heads: int) -> Tensor:
+    """What a norm after the linear multiplies the rows of each head by (heads, size); 1 where there is none."""
+    parts, size = dict(loaded.layers[number].named_modules()), heads_of(loaded.config)[2]
+    norm = parts.get(f"self_attn.{name}")
+    if norm is None:
+        return torch.ones(heads, size, dtype=torch.float64)
+    own = norm.weight.double() + (loaded.family == "Gemma3ForCausalLM")
+    return own.repeat(heads).reshape(heads, size) if len(own) == size else own.reshape(heads, size)
 
 
 def slow_attention(loaded: LoadedModel, seen: dict[str, Tensor], number: int, skip: int) -> Attention:
@@ -105,8 +120,11 @@ def slow_attention(loaded: LoadedModel, seen: dict[str, Tensor], number: int, sk
     heads, kv_heads, _ = heads_of(loaded.config)
     group, x = heads // kv_heads, seen[f"layers.{number}.input_norm"]
     q, k = (seen[f"layers.{number}.{kind}"] for kind in "qk")
-    scaling = loaded.layers[number].self_attn.scaling if loaded.family != "OPTForCausalLM" else 1.0
-    sliding = getattr(loaded.config, "sliding_window", None)
+    attention = loaded.layers[number].get_submodule(loaded.roles.o.rpartition(".")[0])
+    scaling = attention.scaling if loaded.family != "OPTForCausalLM" else 1.0
+    sliding, bound = (
+        getattr(loaded.config, own, None) for own in ("sliding_window", "attn_logit_softcapping")
+    )
     turns = rotary(loaded, q.shape[2])[skip:]
     keys = [sum(torch.outer(r, r) for r in k[:, h // group].flatten(0, 1)) for h in range(heads)]
     queries = [
@@ -115,15 +133,21 @@ def slow_attention(loaded: LoadedModel, seen: dict[str, Tensor], number: int, sk
         )
         for n in range(kv_heads)
     ]
-    rows = torch.stack([sum(R.T @ own @ R for R in turns) / len(turns) for own in keys + queries])
+    gains = [*gain(loaded, number, "q_norm", heads), *gain(loaded, number, "k_norm", kv_heads)]
+    scores = torch.stack(
+        [
+            sum((R * D).T @ own @ (R * D) for R in turns) / len(turns)
+            for own, D in zip(keys + queries, gains, strict=True)
+        ]
+    )
     values = torch.zeros(kv_heads, x.shape[-1], x.shape[-1], dtype=torch.float64)
     for window in range(len(x)):
         for h in range(heads):
-            given = slow_map(q[window, h], k[window, h // group], scaling, sliding)
+            given = slow_map(q[window, h], k[window, h // group], scaling, sliding, bound)
             for t in range(skip, len(given)):
                 mixed = sum(given[t, s] * x[window, s] for s in range(skip, t + 1))
                 values[h // group] += torch.outer(mixed, mixed)
-    return Attention(rows, values)
+    return Attention(scores, values, None)
 
 
 def slow_weights(seen: dict[str, Tensor], number: int, skip: int) -> Tensor:
@@ -151,6 +175,13 @@ def ids_of(spec: WeightSpec, loaded: LoadedModel, prefix: Tensor | None = None) 
 
 
 PREFIX = torch.tensor([10, 65, 66])
+
+
+@pytest.fixture
+def ids() -> Tensor:
+    return torch.randint(0, 256, (2, 20), generator=torch.Generator().manual_seed(0))
+
+
 WAYS = [(3, None), (1, None), (3, PREFIX)]
 
 
@@ -159,7 +190,7 @@ def way(request, monkeypatch):
     """So many windows pass at once, after a prefix or none; maps and turns come in small parts."""
     monkeypatch.setattr(calibrate, "windows_at_once", lambda _window, _width: request.param[0])
     monkeypatch.setattr(look, "QUERIES", 16)
-    monkeypatch.setattr(aespa, "PLACES", 7)
+    monkeypatch.setattr(places, "PLACES", 7)
     return request.param[1]
 
 
@@ -201,17 +232,22 @@ def test_aespa_is_told_what_scores_and_values_do(told, way, text_file, store):
         at_look(loaded, original, number)
         x = seen[f"layers.{number}.input_norm"][:, skip:].flatten(0, 1)
         near(about.hessian, x.T @ x)
-        for found, own in zip(about.attention, expected, strict=True):
+        for found, own in zip(about.attention[:2], expected[:2], strict=True):
             assert found.shape == own.shape
             for head, wanted in zip(found, own, strict=True):
                 near(head, wanted, 1e-3)
         assert all(other.attention is None for other in others)
 
 
+FAMILIES = ["mistral", "granite", "helium", "glm", "ernie4_5", "opt", "phi3", "gpt_neox", "qwen3", "gemma3"]
+FAMILIES += ["olmo2", "gemma2"]
+
+
 @pytest.mark.parametrize("told", [aespa.Look], indirect=True)
-@pytest.mark.parametrize("case", ["mistral", "granite", "helium", "glm", "ernie4_5", "opt"])
+@pytest.mark.parametrize("case", FAMILIES)
 def test_every_family_s_places_and_masks_are_its_own(told, case, tmp_path, text_file, store, monkeypatch):
-    """A sliding window of 8, a scaling of its own, RoPE of neighbours, of half a head, none at all."""
+    """A sliding window of 8, a scaling of its own, RoPE of neighbours, of half a head, none at all, all in one
+    linear, norms of a head and of all heads, scores that are bounded."""
     monkeypatch.setattr(look, "QUERIES", 16)
     loaded = load(family_folder(case, tmp_path / "m"), "float32")
     surgery.prepare(loaded)
@@ -219,10 +255,39 @@ def test_every_family_s_places_and_masks_are_its_own(told, case, tmp_path, text_
     seen = read(loaded, ids_of(spec, loaded))
     expected = slow_attention(loaded, seen, 0, 0)
     quantize_weights(loaded, spec, {"by": "told"}, store, r4=False)
-    for found, own in zip(told.of[0].attention, expected, strict=True):
+    for found, own in zip(told.of[0].attention[:2], expected[:2], strict=True):
         for head, wanted in zip(found, own, strict=True):
             scale = float(head.diagonal().sum() / wanted.diagonal().sum())  # GPTQ does not feel a factor
             near(head, scale * wanted, 1e-3)
+
+
+@pytest.mark.parametrize("case", ["llama", "phi3", "gpt_neox"])
+def test_rows_are_those_of_q_k_and_v_head_by_head(case, tmp_path, ids):
+    """Other weights in a head's rows change that head alone, of what attention sees, and no other."""
+    loaded = load(family_folder(case, tmp_path / "m"))
+    heads, kv_heads, size = heads_of(loaded.config)
+    weights = [linear(loaded.layers[0], name).weight for name in loaded.roles.feeds[0][2]]
+    before_, order = read(loaded, ids), places.rows(loaded)
+    assert sorted(order.tolist()) == list(range(sum(map(len, weights))))
+    expected = [
+        (kind, head)
+        for kind, count in zip("qkv", (heads, kv_heads, kv_heads), strict=True)
+        for head in range(count)
+    ]
+    for own, wanted in zip(order.split(size), expected, strict=True):
+        kept = torch.cat(weights)
+        kept[own] *= 2
+        for weight, new in zip(weights, kept.split([len(w) for w in weights]), strict=True):
+            weight.copy_(new)
+        now = read(loaded, ids)
+        changed = [
+            (kind, head)
+            for kind in "qkv"
+            for head in range(now[f"layers.0.{kind}"].shape[1])
+            if not torch.equal(now[f"layers.0.{kind}"][:, head], before_[f"layers.0.{kind}"][:, head])
+        ]
+        assert changed == [wanted]
+        before_ = now
 
 
 @pytest.mark.parametrize("told", [aespa.Look], indirect=True)
@@ -248,7 +313,7 @@ def test_r3_and_r2_change_nothing_that_is_told(told, text_file, tmp_path):
     quantize_weights(fresh(), spec, {}, Store(tmp_path / "a"), r4=False)
     quantize_weights(turned, spec, {}, Store(tmp_path / "b"), r3=True, r4=False)
     plain, rotated = told.of[0], told.of[len(told.of) // 2]
-    for one, other in zip(plain.attention, rotated.attention, strict=True):
+    for one, other in zip(plain.attention[:2], rotated.attention[:2], strict=True):
         near(other, one.double(), 1e-4)
 
 
@@ -288,7 +353,7 @@ def test_rounded_calibration_has_the_maps_of_what_is_rounded(told, tmp_path, tex
         keys = seen["layers.1.k"][:, 0].flatten(0, 1) @ H
         turns = rotary(built.loaded, own.window)
         wanted = torch.einsum("tai,ab,tbj->ij", turns, keys.T @ keys, turns) / len(turns)
-        near(told.of[4].attention.rows[0], wanted, 2e-3)
+        near(told.of[4].attention.scores[0], wanted, 2e-3)
 
 
 # ---- what they make of it
@@ -348,7 +413,7 @@ def test_rows_that_do_not_interact_are_gptq_s(grid):
     """G of the identity: each row for itself, every one in its place, with groups of inputs, too; and so are
     values whose tokens each see themselves alone, and linears that have no heads."""
     spec, weight, hessian = WeightSpec(quantizer=grid), gaussian(48, 20), hessian_of(20)
-    about = Attention(torch.eye(8).expand(4, -1, -1), hessian.expand(2, -1, -1))
+    about = Attention(torch.eye(8).expand(4, -1, -1), hessian.expand(2, -1, -1), torch.randperm(48))
     expected = gptq.quantize(weight, Seen(hessian), spec)
     for found in (
         aespa.quantize(weight, Seen(hessian, None, about), spec),
@@ -363,10 +428,10 @@ def test_rows_that_do_not_interact_are_gptq_s(grid):
 
 def objectives(weight: Tensor, made: Tensor, about: Seen) -> tuple[float, float]:
     """Of q and k the sum of tr(G dW H dW^T) over heads, of v that of tr(dW H dW^T), in float64."""
-    size, wrong = about.attention.rows.shape[-1], (made - weight).double()
-    count = len(about.attention.rows) * size
+    size, wrong = about.attention.scores.shape[-1], (made - weight).double()
+    count = len(about.attention.scores) * size
     scores = torch.einsum(
-        "hai,hab,ij,hbj->", wrong[:count].unflatten(0, (-1, size)), about.attention.rows.double(),
+        "hai,hab,ij,hbj->", wrong[:count].unflatten(0, (-1, size)), about.attention.scores.double(),
         about.hessian.double(), wrong[:count].unflatten(0, (-1, size)),
     )  # fmt: skip
     values = wrong[count:].unflatten(0, (-1, size))
@@ -437,25 +502,15 @@ def test_what_each_takes(case, tmp_path, text_file, store):
     assert set(found[0]) == set(loaded.roles.linears(loaded.layers[0]))
 
 
-NORM = "a norm lies between the linear of its queries and the scores"
-REFUSED = [
-    ("rsq", case, "the tokens that an expert reads are not told apart") for case in ("mixtral", "olmoe")
-]
-REFUSED += [
-    ("aespa", case, "its queries, keys and values come from one linear") for case in ("phi3", "gpt_neox")
-]
-REFUSED += [("aespa", case, NORM) for case in ("qwen3", "gemma3", "olmo2", "olmoe")]
-
-
-@pytest.mark.parametrize(("method", "case", "why"), REFUSED)
-def test_what_cannot_be_told_is_refused_before_anything_is_kept(
-    method, case, why, tmp_path, text_file, store
-):
+@pytest.mark.parametrize("case", ["mixtral", "olmoe"])
+def test_what_cannot_be_told_is_refused_before_anything_is_kept(case, tmp_path, text_file, store):
     loaded = load(family_folder(case, tmp_path / "m"), "float32")
-    with pytest.raises(ValueError, match=f"^{method} does not take a {loaded.family}: {why}; use gptq$"):
-        quantize_weights(loaded, weight_spec(text_file, method=method), {}, store, r4=False)
+    said = (
+        f"^rsq does not take a {loaded.family}: the tokens that an expert reads are not told apart; use gptq$"
+    )
+    with pytest.raises(ValueError, match=said):
+        quantize_weights(loaded, weight_spec(text_file, method="rsq"), {}, store, r4=False)
     assert not store.list()
-    assert type(loaded.model).__name__ in families.FAMILIES
 
 
 @pytest.mark.parametrize("method", [rsq, aespa])

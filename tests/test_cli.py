@@ -349,7 +349,7 @@ BAD = [
     (["evaluate", "--rotation", "DFRot", "--rule", "big"], "RefineSpec.rule must be one of ratio_8, "),
     (
         ["evaluate", "--weights", "awq"],
-        "WeightSpec.method must be one of rtn, gptq, gptaq, qep, foem, lwc; got 'awq'",
+        "WeightSpec.method must be one of rtn, gptq, gptaq, qep, foem, lwc, rsq, aespa; got 'awq'",
     ),
     (
         ["evaluate", "--dtype", "int8"],

@@ -132,7 +132,7 @@ BAD = [
         "gamma",
         "finite with variant as_released",
     ),
-    (WeightSpec, {"method": "awq"}, "method", "one of rtn, gptq, gptaq, qep, foem, lwc"),
+    (WeightSpec, {"method": "awq"}, "method", "one of rtn, gptq, gptaq, qep, foem, lwc, rsq, aespa"),
     (WeightSpec, {"damping": 0.0}, "damping", "> 0"),
     (WeightSpec, {"correction": 1.5}, "correction", "None or in [0, 1]"),
     (WeightSpec, {"windows": 0}, "windows", "a whole number >= 1"),
@@ -793,7 +793,7 @@ def test_a_names_odd_characters_survive_the_yaml():
         ),
         (
             "weights: {method: awq}",
-            r"WeightSpec\.method must be one of rtn, gptq, gptaq, qep, foem, lwc; got 'awq'",
+            r"WeightSpec\.method must be one of rtn, gptq, gptaq, qep, foem, lwc, rsq, aespa; got 'awq'",
         ),
         ("activations: {bits: 4.5}", r"QuantSpec\.bits must be a whole number in 2\.\.16; got 4\.5"),
         ("kv: {bits: 4}", r"Recipe has no field 'kv'; it has model, corpus, rotation, .*"),

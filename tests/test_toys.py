@@ -95,7 +95,7 @@ def test_toys_can_be_picked_in_explorers(toys, setting, store, explorer):
 def test_toys_are_named_in_the_report(toys, setting, store):
     page = report.page(report.values(report.collect(setting, store)))
     assert (
-        "OSTQuant R1, SmoothQuant, OptRot, DuQuant R1, DuQuant, FlatQuant, AWQ, OS+, TOY; rtn, gptq, gptaq, qep, foem, lwc, down"
+        "OSTQuant R1, SmoothQuant, OptRot, DuQuant R1, DuQuant, FlatQuant, AWQ, OS+, TOY; rtn, gptq, gptaq, qep, foem, lwc, rsq, aespa, down"
         in page
     )
     assert "LlamaForCausalLM, cpu" in page
