@@ -90,9 +90,8 @@ class Look(look.Look):
         for total, own in ((self.queries, q[:, :, self.skip :]), (self.keys, k)):
             rows = own.reshape(self.kv_heads, -1, self.size)
             total += rows.mT @ rows
-        for window, first, part in self.parts(qkv, mask, how):
-            stop = first + part.shape[1]  # no token looks further
-            mixed = (part[..., :stop] @ x[window, :stop]).unflatten(0, (self.kv_heads, -1)).flatten(1, 2)
+        for window, part in self.parts(qkv, mask, how):
+            mixed = (part @ x[window, : part.shape[-1]]).unflatten(0, (self.kv_heads, -1)).flatten(1, 2)
             for total, own in zip(self.told.values, mixed, strict=True):
                 total += hessian_of(own)
 

@@ -1,10 +1,11 @@
 """What a weight quantizer may ask of a layer's attention before anything of the layer is quantized: the
 calibration windows pass it once more, as far as its scores, and a `Look` of the quantizer's file is shown
-them. Its maps are there a few queries of one window at a time (`observe.attention`), never whole."""
+them. Its maps are there a few queries of one window at a time, never whole."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dfrot_lab.model.loading import LoadedModel
@@ -41,11 +42,15 @@ class Look:
 
     def parts(
         self, qkv: Sequence[Tensor], mask: Tensor | None, how: Mapping[str, Any]
-    ) -> Iterator[tuple[int, int, Tensor]]:
-        """Attention weights of a chunk: window, first query and (heads, queries, tokens), a prefix's tokens
-        in neither; at most QUERIES queries."""
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Attention weights of a chunk: window and (heads, queries, tokens), no prefix's tokens
+        among either; at most QUERIES queries, and no tokens after the last of them: they look at none."""
         for window, (q, k) in enumerate(zip(*qkv[:2], strict=True)):
-            own = None if mask is None else mask[window if len(mask) > 1 else 0]
-            for first, part in attention.weights(q, k, own, how, QUERIES):
-                rows = part[:, max(0, self.skip - first) :, self.skip :]
-                yield window, max(0, first - self.skip), rows
+            whole = None if mask is None else mask[window if len(mask) > 1 else 0]
+            for first in range(self.skip, q.shape[1], QUERIES):
+                own = q[:, first : first + QUERIES]
+                stop = first + own.shape[1]
+                seen = own.new_ones(1, own.shape[1], stop, dtype=torch.bool).tril(first)
+                seen = seen if whole is None else whole[:, first:stop, :stop]
+                for _, part in attention.weights(own, k[:, :stop], seen, how, QUERIES):
+                    yield window, part[..., self.skip :]

@@ -46,8 +46,8 @@ class Look(look.Look):
     def see(self, x: Tensor, qkv: Sequence[Tensor], mask: Tensor | None, how: Mapping[str, Any]) -> None:
         """Sums what each token is given by all heads and queries of its window."""
         given = x.new_zeros(x.shape[:2])
-        for window, _, part in self.parts(qkv, mask, how):
-            given[window] += part.sum((0, 1))
+        for window, part in self.parts(qkv, mask, how):
+            given[window, : part.shape[-1]] += part.sum((0, 1))
         self.weights.append(scaled(given).reshape(-1, 1))
 
     def weighed(self, chunk: int, rows: Tensor, /) -> Tensor:
