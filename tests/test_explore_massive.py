@@ -6,6 +6,7 @@ import dataclasses
 import threading
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import LAYERS, MASSIVE
@@ -32,6 +33,12 @@ def top(tiny_spec, corpus, store):
     return explore.massive(model=tiny_spec, corpus=corpus, store=store, tokens=128)
 
 
+@pytest.fixture
+def heat(top):
+    top.controls["view"].value = "heat map"
+    return top
+
+
 def unpacked(array: np.ndarray) -> np.ndarray:
     """The array that `packed` made of float32."""
     return np.asarray(array, dtype=np.float32)
@@ -45,8 +52,16 @@ def look(top, text: str) -> None:
 
 def state_of(top) -> tuple:
     """All that a reader sees but the status."""
-    drawn = unpacked(top.plot.data[0].z).tobytes()
-    return drawn, top.sentence.value, top.text.value, top.tokens.value, len(top.table())
+    film = top.film
+    sentences = (top.sentence.value, top.tokens.value, len(top.table()))
+    return (
+        unpacked(top.plot.data[0].z).tobytes(),
+        film.frames,
+        film.words,
+        film.marked,
+        film.token,
+        *sentences,
+    )
 
 
 def test_it_opens_on_the_planted_token_in_the_middle_layer(top):
@@ -65,8 +80,10 @@ def test_it_opens_on_the_planted_token_in_the_middle_layer(top):
     assert Page(top.channels.value).text.startswith(
         f"Largest channels at layer 1channelvalueratiotokentext{BIG}"
     )
-    marked = top.text.value.count("background:")
-    assert marked == len(newlines) and f"channel {BIG}: " in top.text.value
+    assert top.state.view == "words" and top.film.token == first["token"]
+    assert top.film.marked[1] == newlines and [top.film.words[i] for i in newlines] == ["\u21b5"] * len(
+        newlines
+    )
 
 
 def test_its_numbers_are_the_models_own(top, tiny_spec, corpus, store):
@@ -92,7 +109,8 @@ def test_a_capture_opens_on_its_own_tokens_and_model(tiny_spec, corpus, store):
     assert top.loaded.spec == door.resolved(tiny_spec) and top.corpus.name == corpus.name
 
 
-def test_a_slider_move_changes_the_data_in_place(top):
+def test_a_slider_move_changes_the_data_in_place(heat):
+    top = heat
     plot, profile, before, trace = top.plot, top.profile, state_of(top), top.plot.data[0]
     top.controls["layer"].value = 0
     assert top.plot is plot and top.plot.data[0] is trace and top.profile is profile
@@ -103,7 +121,8 @@ def test_a_slider_move_changes_the_data_in_place(top):
     assert state_of(top) == before and top.controls["layer"].value == 1
 
 
-def test_the_cells_are_the_largest_of_their_channels_and_name_the_true_one(top):
+def test_the_cells_are_the_largest_of_their_channels_and_name_the_true_one(heat):
+    top = heat
     x = top.seen.streams[1]
     drawn = unpacked(top.plot.data[0].customdata)
     assert drawn.shape == (64, 128, 3) and top.plot.data[0].hovertemplate.count("customdata") == 3
@@ -129,19 +148,69 @@ def test_pooling_keeps_every_token_its_largest_channel_and_few_cells(tokens, cha
     assert bool((channel >= first).all())
 
 
-def test_the_three_d_view_shows_the_same(top):
-    top.controls["view"].value = "3-D"
-    assert top.stage.shown is top.space
-    assert np.array_equal(
-        unpacked(top.space.data[0].z), np.abs(unpacked(top.plot.data[0].customdata)[..., 0])
-    )
-    marked = top.table().loc[top.table()["massive"]].sort_values("token")
-    assert list(top.space.data[1].x) == marked["token"].tolist()
-    assert "\u21b5" in top.space.data[1].text[0]
+def film_values(top) -> np.ndarray:
+    """What the page makes of the film's bytes: |x| (layers, columns, tokens)."""
+    codes = np.frombuffer(top.film.frames, np.uint16).reshape(top.film.shape[:3])
+    low, high = top.film.ends
+    return 10.0 ** (low + (high - low) * codes.astype(float) / 65535)
+
+
+def test_the_film_holds_every_layer_as_the_heat_map_shows_it(heat):
+    found, layers = film_values(heat), len(heat.seen.streams)
+    assert found.shape == (layers, 64, 128) and heat.film.shape[3] == 1 and heat.film.max == layers - 1
+    for layer in range(layers):
+        heat.state.layer = layer
+        drawn = np.abs(unpacked(heat.plot.data[0].customdata)[..., 0])
+        assert np.allclose(found[layer], np.maximum(drawn, 0.01), rtol=3e-4)
+        marked = heat.table().loc[heat.table()["massive"], "token"]
+        assert heat.film.marked[layer] == sorted(marked)
+    assert heat.film.ends == (-2, np.ceil(np.log10(heat.seen.profile["top 1"].max())))
+
+
+def test_the_film_pools_as_the_heat_map_and_knows_the_channels_of_a_cell(top):
+    x = torch.randn(256, 576, generator=torch.Generator().manual_seed(0))
+    profile = pd.DataFrame([{"layer": 0, "top 1": float(x.abs().max()), "median": 0.6}])
+    seen = numbers.Look(["a"] * 256, [x], profile, 0.0, 256)
+    top.film.show(seen)
+    assert top.film.shape == (1, 192, 256, 3)
+    pooled = x.abs().view(256, 192, 3).amax(2).T.clamp(min=0.01)
+    assert np.allclose(film_values(top)[0], pooled, rtol=3e-4)
+
+
+def test_the_film_moves_the_layer_and_stays_within_the_model(top):
+    top.film.value = 0
+    assert top.state.layer == 0 and " at layer 0: " in Page(top.sentence.value).text
+    top.state.layer = 99
+    assert top.film.value == top.state.layer == len(top.seen.streams) - 1
+
+
+def test_a_token_that_is_picked_anywhere_is_seen_everywhere(heat):
+    sizes = heat.table().set_index("token")
+    at = {"xs": [heat.plot.data[0].x[5]], "ys": [3], "point_indexes": [[3, 5]], "trace_indexes": [0]}
+    clicked = {"event_type": "plotly_click", "points": at, "device_state": None, "selector": None}
+    for pick in (
+        lambda: heat.film._handle_custom_msg({"token": 5}, []),
+        lambda: setattr(heat.plot, "_js2py_pointsCallback", clicked),
+        lambda: setattr(heat.controls["token"], "value", 5),
+    ):
+        heat.state.token = -1
+        assert heat.film.token == sizes.index[0]
+        pick()
+        assert heat.state.token == heat.film.token == 5
+        (frame,) = heat.plot.layout.shapes
+        assert (frame.x0, frame.x1) == (4.5, 5.5)
+        largest = [float(x[5].abs().max()) for x in heat.seen.streams]
+        assert list(heat.profile.data[5].y) == pytest.approx(largest)
+        assert f"Token 5 \u2018{shown_text(sizes['text'][5])}\u2019 reaches" in Page(heat.sentence.value).text
+    heat.film._handle_custom_msg({"token": 5}, [])
+    assert heat.state.token == -1 and heat.film.token == sizes.index[0]
+    heat.state.token = 9999
+    assert heat.film.token == sizes.index[0]
 
 
 @pytest.mark.parametrize("rule", MASSIVE_RULES)
-def test_every_rule_says_its_threshold_and_marks_the_planted_tokens(top, rule):
+def test_every_rule_says_its_threshold_and_marks_the_planted_tokens(heat, rule):
+    top = heat
     top.controls["rule"].value = rule
     assert rule in top.words.value and any(c.isdigit() for c in Page(top.words.value).text)
     table = top.table()
@@ -227,14 +296,10 @@ def test_a_text_that_overflows_the_model_is_refused(top):
 
 def test_token_text_never_becomes_markup(top):
     texts = [MALICIOUS[i % len(MALICIOUS)] for i in range(len(top.seen.texts))]
-    for view in ("heat map", "3-D"):
-        top.state.view = view
-        top._show(dataclasses.replace(top.seen, texts=texts))
-        assert_safe(top)
-    shown = Page(top.text.value).text
-    for text in MALICIOUS:
-        assert shown_text(text) in shown, text
-    assert "<0x202E>" in shown and "onerror" in shown
+    top.state.view = "heat map"
+    top._show(dataclasses.replace(top.seen, texts=texts))
+    assert_safe(top)
+    assert top.film.words == [shown_text(text) for text in texts]  # text to the page, and never markup
     assert top.plot.data[0].x[0] == "0 \u2068&lt;img\u2423src=x\u2423onerror=alert(1)&gt;\u2069"
     assert (
         top.plot.data[0].x[3] == "3 \u2068&#x27;&#34;&amp;quot;\u2069"
@@ -244,14 +309,15 @@ def test_token_text_never_becomes_markup(top):
 def test_the_profile_is_the_layers_own_and_a_click_on_it_goes_there(top):
     for layer, x in enumerate(top.seen.streams):
         magnitude = x.abs().flatten()
-        drawn = [trace.y[layer] for trace in top.profile.data[1:]]
+        drawn = [trace.y[layer] for trace in top.profile.data[1:5]]
         assert drawn == pytest.approx([*magnitude.topk(3).values.tolist(), float(magnitude.median())])
     assert top.profile.layout.yaxis.type == "log"
     event(top.profile, "plotly_click", [0], trace=1)
     assert top.state.layer == 0
 
 
-def test_table_and_static_agree_with_the_view(top):
+def test_table_and_static_agree_with_the_view(heat):
+    top = heat
     top.state.layer = 0
     figure = top.static()
     heat, profile = figure.axes[:2]
@@ -265,7 +331,7 @@ def test_table_and_static_agree_with_the_view(top):
 def test_every_control_has_a_description_and_the_plots_keep_their_height(top):
     for control in top.controls.values():
         assert control.description
-    assert {plot.layout.height for plot in (top.plot, top.space, top.profile)} == {420}
+    assert {plot.layout.height for plot in (top.plot, top.profile)} == {420}
 
 
 def test_a_wrong_model_is_refused_with_the_reason(store):

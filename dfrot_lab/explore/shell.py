@@ -179,7 +179,8 @@ class Explorer(widgets.VBox):
         """The declared control, which moves the state and follows it; without a value it moves nothing."""
         late = late if isinstance(late, dict) else {"options": late}
         made = kind(**{"value": getattr(self.state, name), **options, **late})
-        made.style.description_width = "initial"  # the label is shown whole
+        if hasattr(made, "style"):
+            made.style.description_width = "initial"  # the label is shown whole
 
         def move(change: Any) -> None:
             if change["new"] is not None:

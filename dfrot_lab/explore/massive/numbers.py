@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,6 +18,8 @@ from dfrot_lab.recipe.specs import ROW_RULES, WINDOW, CorpusSpec
 from dfrot_lab.show import theme
 
 CELLS, COLUMNS = 49152, 192  # of the heat map at most: of 256 tokens, 576 channels, three channels a cell
+FLOOR = 0.01  # values below this have one colour: the scale is logarithmic
+CODES = 65535  # a cell of the film is one of so many even steps of log10 |x|
 Step = Callable[[int], None]
 
 
@@ -115,6 +118,18 @@ def cells(seen: Look, layer: int) -> np.ndarray:
     return np.stack([x.T.float().numpy() for x in (value, channel, ratio)], axis=-1)
 
 
+def ends(seen: Look) -> tuple[int, int]:
+    """The powers of ten between which a text's |x| has colours, in all layers."""
+    return round(math.log10(FLOOR)), math.ceil(math.log10(max(seen.profile["top 1"].max(), 1)))
+
+
+def frames(seen: Look) -> np.ndarray:
+    """The cells of all layers (layers, columns, tokens) uint16: where log10 |x| lies between `ends`."""
+    low, high = ends(seen)
+    power = torch.stack([pooled(x)[0].T.abs().clamp(min=FLOOR).log10() for x in seen.streams])
+    return ((power - low) / (high - low) * CODES).round().numpy().astype(np.uint16)
+
+
 def token_table(seen: Look, layer: int, rule: str) -> pd.DataFrame:
     """Every token at a layer, largest first: token, text, channel, value (signed), ratio, massive."""
     table = _largest_first(seen, layer, 1)
@@ -137,24 +152,19 @@ def _largest_first(seen: Look, layer: int, across: int) -> pd.DataFrame:
     return table.sort_values("ratio", ascending=False, kind="stable", ignore_index=True)
 
 
-def sentence(table: pd.DataFrame, layer: int, rule: str) -> str:
-    """What there is to see in a `token_table`, as HTML: the largest marked token, or the largest of all."""
+def sentence(table: pd.DataFrame, layer: int, rule: str, picked: int = -1) -> str:
+    """What there is to see in a `token_table`, as HTML: the largest marked token, or the largest of all; and
+    the one that is picked, where it is another."""
     marked = table[table["massive"]]
     token = (marked if len(marked) else table).iloc[0]
+    others = table[(table["token"] == picked) & (picked != token["token"])].to_dict("records")
+    more = "".join(f"<br>T{_reaches(other, layer)}" for other in others)
+    if not len(marked):
+        return f"No token is massive here by rule {rule}. The largest, t{_reaches(token, layer)}{more}"
+    return f"<b>T{_reaches(token, layer)}</b> Rule {rule} marks {len(marked)} of {len(table)} tokens.{more}"
+
+
+def _reaches(token: Any, layer: int) -> str:
     where = f"in channel {token['channel']} at layer {layer}: {number(token['ratio'])} \u00d7 the median."
     named = f"oken {token['token']} \u2018{theme.span(token['text'])}\u2019"
-    what = f"{named} reaches {number(abs(token['value']))} {where}"
-    if not len(marked):
-        return f"No token is massive here by rule {rule}. The largest, t{what}"
-    return f"<b>T{what}</b> Rule {rule} marks {len(marked)} of {len(table)} tokens."
-
-
-def text_spans(table: pd.DataFrame) -> str:
-    """The text of a `token_table` as HTML, a span a token, the marked ones in colour, value as tooltip."""
-    spans = []
-    for row in table.sort_values("token").to_dict("records"):
-        about = f", channel {row['channel']}: {number(abs(row['value']))}" if row["massive"] else ""
-        colour = theme.MASSIVE_COLOUR if row["massive"] else None
-        spans.append(theme.span(row["text"], colour, f"token {row['token']}{about}"))
-        spans.append("<br>" if "\n" in row["text"] else "<wbr>")
-    return f'<div class="dfrot-text" style="line-height:1.5;overflow-wrap:anywhere">{"".join(spans)}</div>'
+    return f"{named} reaches {number(abs(token['value']))} {where}"

@@ -1,0 +1,42 @@
+"""All layers of a text in the browser: slider and film move there, and tell the kernel once they rest."""
+
+from pathlib import Path
+from typing import Any
+
+import anywidget
+from traitlets import Bytes, Int, List, Tuple, Unicode, validate
+
+from dfrot_lab.explore.massive import numbers
+from dfrot_lab.show.theme import visible
+
+
+class Film(anywidget.AnyWidget):
+    """The control of the layer (`value`, 0 to `max`): slider, play, the text's words shaded by their largest
+    |x|, and in `view` "words" or "3-D" its cells in space. A click on a token sends {"token": it}."""
+
+    _esm = Path(__file__).parents[1] / "film.js"
+    max, description = Int(), Unicode()
+    value, token, view = Int().tag(sync=True), Int().tag(sync=True), Unicode().tag(sync=True)
+    frames = Bytes(b"\0\0").tag(sync=True)
+    shape, ends = Tuple((1, 1, 1, 1)).tag(sync=True), Tuple((0, 1)).tag(sync=True)
+    words: Any = List([""]).tag(sync=True)
+    marked: Any = List().tag(sync=True)
+
+    @validate("value")
+    def _within(self, proposal: Any) -> int:
+        return min(max(int(proposal["value"]), 0), self.max)
+
+    def show(self, seen: numbers.Look) -> None:
+        """Another text: all its layers, in one message."""
+        codes, first = numbers.frames(seen), numbers.starts(*seen.streams[0].shape)
+        size = int(first[1]) if len(first) > 1 else seen.streams[0].shape[1]
+        with self.hold_sync():
+            self.frames, self.shape, self.ends = codes.tobytes(), (*codes.shape, size), numbers.ends(seen)
+            self.words = [visible(text) for text in seen.texts]
+
+    def follow(self, seen: numbers.Look, rule: str, view: str, token: int) -> None:
+        """What the rule marks in every layer, the view, the token that is picked."""
+        masks = [numbers.marks(seen, layer, rule) for layer in range(len(seen.streams))]
+        with self.hold_sync():
+            self.marked = [mask.nonzero()[:, 0].tolist() for mask in masks]
+            self.view, self.token = view, token
