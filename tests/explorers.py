@@ -8,7 +8,10 @@ from typing import Any
 import ipywidgets as widgets
 import plotly.graph_objects as go
 
+import dfrot_lab
+from dfrot_lab import explore
 from dfrot_lab.show.theme import visible
+from dfrot_lab.study.setting import Setting
 
 MALICIOUS = [
     "<img src=x onerror=alert(1)>",
@@ -87,6 +90,12 @@ def assert_safe(top: Any) -> None:
     for page in found:
         assert page.tags <= ALLOWED | {"extra"}, page.tags
         assert page.attributes <= {"class", "style", "title", "role", "scope"}, page.attributes
+
+
+def remade(explorer: Any, **names: Any) -> Any:
+    """What the explorer's line makes, where the reader has imported what the package names."""
+    public: dict[str, Any] = {name: getattr(dfrot_lab, name) for name in dir(dfrot_lab)}
+    return eval(explorer.line(), {**public, "explore": explore, "Setting": Setting, **names})
 
 
 def event(plot: Any, kind: str, points: list[int], trace: int = 0) -> None:

@@ -6,10 +6,11 @@ import math
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import TEXT, save_tiny
-from explorers import assert_safe
+from explorers import assert_safe, remade
 from torch import Tensor
 
 from dfrot_lab.disk.artefacts import Store
@@ -194,3 +195,12 @@ def test_nothing_of_a_text_is_a_tag(view):
 def test_it_is_a_picture_too(view):
     assert len(view.static().axes) == 2
     assert set(NAMES) == set(view.controls["to"].options)
+
+
+def test_the_line_makes_the_same_view(view: Dial):
+    for name, value in {"to": "RO", "turned": 40, "bits": 3, "token": 5}.items():
+        setattr(view.state, name, value)
+    again = remade(view)
+    assert again.state.trait_values() == view.state.trait_values()
+    pd.testing.assert_frame_equal(again.table(), view.table())
+    assert again.texts == view.acts.texts

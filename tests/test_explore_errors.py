@@ -2,6 +2,7 @@
 means, token text is safe.
 """
 
+import functools
 import re
 import threading
 from pathlib import Path
@@ -11,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import LAYERS, save_tiny
-from explorers import MALICIOUS, Page, assert_safe, event, shown_text
+from explorers import MALICIOUS, Page, assert_safe, event, remade, shown_text
 
 from dfrot_lab import explore
 from dfrot_lab.disk import rotation_files
@@ -445,3 +446,46 @@ def test_the_captures_spec_comes_back(tmp_path, text_file, store):
         model=model, corpus=CorpusSpec(name=str(text_file), split="evaluation"), tokens=64, skip=1
     )
     assert capture(spec, store).spec == door.resolved(spec)
+
+
+# ---- the view taken away, the token in all views
+
+
+def test_the_line_makes_the_same_view(acts, top, store, tmp_path):
+    R = rotations.make(RotationSpec(kind="RO", seed=9), 64)
+    top.state.path = str(tmp_path / "mine.safetensors")
+    rotation_files.save(R, Path(top.state.path), None)
+    top.load()
+    for name, value in {"bits": 3, "z": "RH", "token": 7, "seed": 2, "brushed": (3, 5)}.items():
+        setattr(top.state, name, value)
+    again = remade(top, capture=functools.partial(capture, store=store))
+    assert again.state.trait_values() == top.state.trait_values()
+    assert_same(again.table(), top.table())
+    assert again.plot.data[0].selectedpoints == (3, 5) and again.listed.value == top.listed.value
+
+
+@pytest.mark.parametrize("z", ["none", "NR"])
+def test_the_token_that_is_picked_has_a_ring_and_a_frame_in_the_list(top, z):
+    top.state.z, top.state.brushed = z, (3, 7)
+    plot = top.plot if z == "none" else top.space
+    for token in (7, 3):
+        top.state.token = token
+        row = top.table().loc[token]
+        assert [plot.data[-1][axis][0] for axis in "xyz"[: len(top.axes)]] == pytest.approx(
+            row[top.axes].tolist(), rel=1e-6
+        )
+        framed = re.findall(r"<tr style=[^>]*><td>(\d+)", top.listed.value)
+        assert framed == [str(token)]
+    top.state.bits = 2
+    assert plot.data[-1].y[0] == pytest.approx(top.table()[top.axes[1]][3], rel=1e-6)
+
+
+def test_explorers_of_one_text_pick_a_token_together(acts, top, store):
+    seen = explore.massive(acts, store=store, tokens=64)
+    explore.together(seen, top)
+    seen.pick(9)
+    assert top.state.token == 9 and "Token 9 " in top.about.value
+    top.state.token = 100  # which the other does not show
+    assert seen.state.token == 9
+    top.state.token = 11
+    assert seen.state.token == seen.film.token == 11

@@ -7,6 +7,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pytest
 import torch
+from explorers import remade
 from test_evaluate import save_lively
 
 from dfrot_lab.disk.artefacts import Store
@@ -295,3 +296,9 @@ def test_nothing_written_yet_says_so(widget):
     assert len(widget.table()) == 0 and len(widget.losses()) == 0
     with pytest.raises(ValueError, match="nothing is written yet"):
         widget.static()
+
+
+def test_the_line_makes_the_same_view(widget):
+    widget.state.rotations, widget.state.temperature = ("NR", "RH"), 0.5
+    again = remade(widget)
+    assert again.state.trait_values() == widget.state.trait_values() and again.specs() == widget.specs()

@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 from conftest import save_tiny, tiny_model
+from explorers import remade
 
 from dfrot_lab.explore.invariance import numbers
 from dfrot_lab.explore.invariance.numbers import (
@@ -272,3 +273,12 @@ def test_a_model_that_cannot_be_loaded_is_said(tmp_path, store):
 def test_a_spec_is_loaded_in_the_background(tmp_path, store):
     view = Invariance(save_tiny(tmp_path / "m"), store=store)
     assert view.wait(60).error == 0
+
+
+def test_the_line_makes_the_same_view():
+    view = opened()
+    view.set(untie=True, r1=True, kind="RO")
+    view.wait(60)
+    again = remade(view, loaded=tiny_model(tied=True))
+    assert again.wait(60).steps == view.outcomes[-1].steps and again.outcomes[-1].broken
+    assert again.state.trait_values() == view.state.trait_values() and "(loaded=loaded).at(" in view.line()

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import LAYERS, MASSIVE
-from explorers import MALICIOUS, Page, assert_safe, event, shown_text
+from explorers import MALICIOUS, Page, assert_safe, event, remade, shown_text
 
 from dfrot_lab import explore
 from dfrot_lab.explore.massive import numbers
@@ -277,7 +277,7 @@ def test_cancel_stops_before_the_next_layer_and_leaves_the_view(top, monkeypatch
     top.controls["text"].value = "something else"
     top.controls["look"].click()
     assert reached.wait(20) and top.job.running and top.controls["look"].disabled
-    top.look_at_text()
+    top.look("something else")
     assert "cancel the one that runs, or wait" in top.status.text
     top.controls["cancel"].click()
     go.set()
@@ -342,3 +342,20 @@ def test_a_wrong_model_is_refused_with_the_reason(store):
 def test_packed_arrays_are_short_decimals():
     array = np.array([[24816.123, -0.0123456789], [0.0, 1 / 3]], dtype=np.float32)
     assert packed(array).tolist() == [[24816.0, -0.012346], [0.0, 0.33333]]
+
+
+def test_the_line_makes_the_same_view(top):
+    assert top.take.line.endswith("tokens=128)")
+    look(top, "a\nb\nsheep")
+    for name, value in {"layer": 0, "token": 4, "rule": "ratio_8", "view": "heat map"}.items():
+        setattr(top.state, name, value)
+    again = remade(top)
+    again.job.wait(60)
+    assert again.state.trait_values() == top.state.trait_values() and state_of(again) == state_of(top)
+    assert again.take.line == top.take.line == top.line() and "shown='a\\nb\\nsheep'" in top.line()
+
+
+def test_a_token_is_picked_for_one_text_and_the_next_begins_at_its_largest(top):
+    top.state.token = 5
+    look(top, "a\nb")
+    assert top.state.token == -1 and top.film.token == 1

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from explorers import remade
 from hypothesis import given, settings, strategies as st
 
 from dfrot_lab.explore.playground import numbers
@@ -262,3 +263,9 @@ def test_a_model_that_is_not_there_is_one_sentence_and_the_planted_spike_stays(t
     view.job.wait(60)
     assert view.status.state == "error" and "ModelSpec.source must be" in view.status.text
     assert view.state.source == "planted" and len(view.token()) == 576
+
+
+def test_the_line_makes_the_same_view(view):
+    put(view, dims=3, angle=30.0, angle_02=10.0, snr=4.0, channels=64)
+    again = remade(view)
+    assert again.state.trait_values() == view.state.trait_values() and again.reading() == view.reading()

@@ -2,13 +2,16 @@
 be loaded.
 """
 
+import functools
 import json
+import math
 import time
 from collections.abc import Callable
 
 import pytest
 import torch
 from again import REFINED, assert_same_refinement
+from explorers import remade
 from safetensors import safe_open
 from test_evaluate import save_lively
 
@@ -278,3 +281,11 @@ def test_a_capture_that_cannot_be_made_is_said(tmp_path, store):
     assert view.status.state == "error" and "ModelSpec.source must be" in view.status.text
     view.start()
     assert view.status.state == "error" and "not open yet" in view.status.text
+
+
+def test_the_line_makes_the_same_view(view, recorded, store):
+    view.state.site, view.state.gamma = recorded.sites[0], math.inf
+    view.state.token = view.controls["token"].options[2][1]
+    again = remade(view, capture=functools.partial(capture, store=store))
+    assert again.state.trait_values() == view.state.trait_values()
+    assert "gamma=float('inf')" in view.line()

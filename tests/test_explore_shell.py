@@ -3,19 +3,25 @@ is cancelled and runs alone, controls and state are one, plots stay on the page 
 """
 
 import html
+import io
 import threading
 import time
+import types
 
 import ipywidgets as widgets
 import numpy as np
+import pandas as pd
 import plotly.graph_objects as go
 import pytest
+import torch
 import traitlets
 from explorers import MALICIOUS, Page
 from plotly.basedatatypes import Undefined
 
+from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.explore.page import Plot, Stage
-from dfrot_lab.explore.shell import Cancelled, Explorer, Job, Status, beside, control
+from dfrot_lab.explore.shell import Cancelled, Explorer, Job, Status, Take, beside, control, said, together
+from dfrot_lab.recipe.specs import CaptureSpec, CorpusSpec, QuantSpec
 from dfrot_lab.show import theme
 
 # ---- token text
@@ -400,3 +406,103 @@ def test_a_row_is_of_controls_and_columns_and_plots_have_their_shares():
         ("60%", "300px"),
         ("40%", "300px"),
     ]
+
+
+# ---- what is taken away
+
+
+class Named(Standing):
+    token = traitlets.Int(0)
+
+
+class Reader(Explorer):
+    def __init__(self, spec: QuantSpec | None = None, store: Store | None = None, *, texts=()) -> None:
+        super().__init__(Named(), place={"value": None})
+        self.texts, self.children = list(texts), [widgets.Label("plots")]
+
+    def table(self) -> pd.DataFrame:
+        return pd.DataFrame({"text": [" a", "\n", '"=1"'], "value": [1.5, float("nan"), 3.0]})
+
+
+def test_the_line_makes_the_view_again():
+    reader = Reader()
+    assert reader.take.line == reader.line() == "explore.reader()"
+    reader.state.size, reader.state.brushed = 5, (1, 2)
+    assert reader.take.line == reader.line() == "explore.reader().at(brushed=(1, 2), size=5)"
+    again = eval(reader.line(), {"explore": types.SimpleNamespace(reader=Reader)})
+    assert again.state.trait_values() == reader.state.trait_values() and again.line() == reader.line()
+
+
+def test_the_line_says_what_the_explorer_was_made_of(tmp_path):
+    spec, store = QuantSpec(bits=3, clip_ratio=0.9), Store(tmp_path)
+    line = Reader(spec, store, texts={"a": torch.eye(2)}).line()
+    assert (
+        line
+        == f"explore.reader(spec=QuantSpec(bits=3, clip_ratio=0.9), store=Store({str(tmp_path)!r}), texts=texts)"
+    )
+    with pytest.raises(TypeError, match="unexpected keyword argument 'size'"):
+        Reader(size=3)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        3,
+        -1.5,
+        "a\n\u202e'b\"",
+        ("a", 2),
+        None,
+        True,
+        float("inf"),
+        CaptureSpec(tokens=5, corpus=CorpusSpec(name="x")),
+        Store(),
+    ],
+)
+def test_what_is_said_is_python_of_one_line(value):
+    text = said(value, "value")
+    names = {"CaptureSpec": CaptureSpec, "CorpusSpec": CorpusSpec, "Store": Store}
+    found = eval(text, names)
+    assert (found.root == value.root if isinstance(value, Store) else found == value) and "\n" not in text
+    assert said(CaptureSpec()) == "CaptureSpec()" and said([value], "value") == "value"
+
+
+def test_a_view_that_cannot_be_is_refused_with_the_name():
+    with pytest.raises(ValueError, match="'colour' must be one of brushed, kind, place, size, token"):
+        Reader().at(colour="red")
+    with pytest.raises(ValueError, match="kind cannot be 'c' here: "):
+        Reader().at(kind="c")
+
+
+def test_the_foot_is_last_whatever_the_children_are():
+    reader = Reader()
+    (plots, foot), more = reader.children, widgets.Label("more")
+    assert foot is reader.take and isinstance(foot, Take)
+    reader.children = [plots, foot, more]
+    assert reader.children == (plots, more, foot)
+
+
+def test_the_table_goes_to_the_page_as_csv(monkeypatch):
+    reader, given = Reader(), []
+    reader.status.say("as it was")
+    monkeypatch.setattr(reader.take, "send", given.append)
+    reader.take._handle_custom_msg("csv", [])
+    back = pd.read_csv(io.StringIO(given[0]), keep_default_na=False, na_values={"value": ""})
+    pd.testing.assert_frame_equal(back, reader.table())
+    assert (reader.status.state, reader.status.text) == ("ready", "as it was")
+    monkeypatch.setattr(reader, "table", Counter().table)
+    reader.take._handle_custom_msg("csv", [])
+    assert reader.status.state == "error" and len(given) == 1
+
+
+def test_a_token_is_picked_together_where_the_texts_are_the_same():
+    long, short, other = Reader(texts="abcdef"), Reader(texts="abc"), Reader(texts="xyz")
+    together(long, short, other)
+    long.state.token = 2
+    assert (short.state.token, other.state.token) == (2, 0)
+    short.state.token = 1
+    assert (long.state.token, other.state.token) == (1, 0)
+    long.state.token = 5  # beyond the short one, which stays
+    assert (short.state.token, other.state.token) == (1, 0)
+    other.texts = list("abcd")
+    long.state.token = 3
+    assert (short.state.token, other.state.token) == (1, 3)

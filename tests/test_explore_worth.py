@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from explorers import remade
 from test_evaluate import save_lively
 
 from dfrot_lab.disk.artefacts import Store
@@ -270,3 +271,11 @@ def test_the_static_figure_draws_the_stored_rows_and_says_when_there_are_none(se
         widget.static()
     stored_row(setting, store, "RO", "4-4-4")
     assert [ax.get_title() for ax in widget.static().axes] == ["4-4-4"]
+
+
+def test_the_line_makes_the_same_view(setting, store):
+    widget = Worth(setting, store)
+    widget.state.bits, widget.state.paper_model, widget.state.windows = ("4-4-4",), "LLaMA3-8B", 3
+    again = remade(widget)
+    assert again.state.trait_values() == widget.state.trait_values()
+    pd.testing.assert_frame_equal(again.table(), widget.table())

@@ -10,7 +10,7 @@ from conftest import TEXT, save_tiny
 from matplotlib.figure import Figure
 
 from dfrot_lab.disk.artefacts import Store
-from dfrot_lab.explore.errors.widget import errors as errors_explorer
+from dfrot_lab.explore.errors.widget import Errors as errors_explorer
 from dfrot_lab.explore.massive.numbers import look, sentence, token_table
 from dfrot_lab.explore.refinement import Refinement
 from dfrot_lab.model import loading

@@ -21,7 +21,7 @@ export default { render({ model, el }) {
   const canvas = make(el, "canvas", { className: "dfrot-film" }), over = document.createElement("canvas");
   const floor = document.createElement("canvas");
   let frames, layers, columns, tokens, size, codes, largest, top, spans, at = get("value"), hot = -1, turn = -0.5;
-  let drag = null, view = null, last = 0, playing = false, resting = 0, asked = 0, drawn = 0, shades = "";
+  let drag = null, view = null, last = 0, playing = false, resting = 0, asked = 0, drawn = 0, shades = "", style = "";
 
   const value = (code) => { const [low, high] = get("ends"); return 10 ** (low + (high - low) * code / 65535); };
   const lit = () => (hot >= 0 ? hot : get("token"));
@@ -66,8 +66,10 @@ export default { render({ model, el }) {
 
   const pen = (target, width, height) => {  // a canvas of so many pixels of the page, wiped
     const scale = window.devicePixelRatio || 1, found = target.getContext("2d", SOFTWARE);
-    Object.assign(target, { width: Math.round(width * scale), height: Math.round(height * scale) });
-    found.scale(scale, scale);
+    const [w, h] = [Math.round(width * scale), Math.round(height * scale)];
+    if (target.width !== w || target.height !== h) Object.assign(target, { width: w, height: h });
+    found.setTransform(scale, 0, 0, scale, 0, 0);
+    found.clearRect(0, 0, width, height);
     found.imageSmoothingEnabled = false;
     return found;
   };
@@ -86,10 +88,11 @@ export default { render({ model, el }) {
     if (!wide) return;
     const few = get("view") === "words" || tokens <= FEW, n = few ? Math.min(FEW, tokens) : tokens;
     const first = Math.max(0, Math.min(tokens - n, get("token") - (FEW >> 1))), rows = few ? Math.min(ROWS, columns) : columns;
-    const ink = pen(canvas, wide, high), unit = Math.min(wide / 2.5, high / 1.3), c = Math.cos(turn), s = Math.sin(turn);
+    const ink = pen(canvas, wide, high), unit = Math.min(wide / 2.6, high / 1.4), c = Math.cos(turn), s = Math.sin(turn);
+    const tall = Math.min(1, (high * 0.67 - 30) / unit - 0.4);
     const spot = (i, j, z = 0) => {
       const x = 2 * i / n - 1, y = j / rows - 0.5;
-      return [wide / 2 + unit * (x * c - y * s), high * 0.6 + unit * ((x * s + y * c) * 0.42 - z * 0.6)];
+      return [wide / 2 + unit * (x * c - y * s), high * 0.67 + unit * ((x * s + y * c) * 0.36 - z * tall)];
     };
     const face = (colour, ...corners) => {
       ink.beginPath();
@@ -132,7 +135,9 @@ export default { render({ model, el }) {
     const plot = el.closest(".dfrot-massive")?.querySelector(".js-plotly-plot"), place = plot?.querySelector(".svg-container");
     if (!place) return;
     const { xaxis, yaxis } = plot._fullLayout, ink = pen(over, xaxis._length, yaxis._length), column = xaxis.l2p(1) - xaxis.l2p(0);
-    over.style.cssText = `position:absolute;pointer-events:none;will-change:transform;left:${xaxis._offset}px;top:${yaxis._offset}px;width:${xaxis._length}px;height:${yaxis._length}px`;
+    const at = `position:absolute;pointer-events:none;will-change:transform;left:${xaxis._offset}px;top:${yaxis._offset}px;`
+      + `width:${xaxis._length}px;height:${yaxis._length}px`;
+    if (style !== at) over.style.cssText = style = at;
     if (over.parentNode !== place) place.append(over);
     picture(0, tokens, columns);
     const low = yaxis.l2p(-size / 2), high = yaxis.l2p((columns - 0.5) * size);
@@ -167,7 +172,7 @@ export default { render({ model, el }) {
     }
     mix();
     if (get("view") !== "heat map") space(); else if (playing || resting) heat();
-    canvas.style.display = get("view") === "heat map" ? "none" : "";
+    canvas.hidden = get("view") === "heat map";
     slider.value = number.textContent = Math.round(at);
     play.textContent = playing ? "\u275a\u275a" : "\u25b6";
     if (shades !== (shades = [Math.round(at), playing, lit(), marked()].join())) shade();
@@ -184,7 +189,7 @@ export default { render({ model, el }) {
     model.save_changes();
   };
   const under = ({ offsetX: x, offsetY: y }) => {  // the token at a place of the canvas, or -1
-    const { first, n, bars, wide, high, unit, c, s } = view, u = (x - wide / 2) / unit, v = (y - high * 0.6) / unit / 0.42;
+    const { first, n, bars, wide, high, unit, c, s } = view, u = (x - wide / 2) / unit, v = (y - high * 0.67) / unit / 0.36;
     const bar = bars.findLast(({ front: [[ax, ay], [bx, by]] }) => x > ax && x < bx && y > ay && y < by);
     const i = bar ? Math.floor(bar.i) : Math.floor((u * c + v * s + 1) / 2 * n), j = v * c - u * s;
     return bar || (i >= 0 && i < n && j > -0.5 && j < 0.7) ? first + i : -1;
@@ -208,7 +213,7 @@ export default { render({ model, el }) {
   canvas.onpointermove = (event) => {
     if (!drag) return light(under(event));
     if (Math.abs(event.clientX - drag.x) > 3) drag.still = false;
-    turn = Math.max(-1.2, Math.min(1.2, drag.turn - (event.clientX - drag.x) / 200));
+    turn = Math.max(-1, Math.min(1, drag.turn - (event.clientX - drag.x) / 200));
     ask();
   };
   canvas.onpointerup = (event) => { if (drag?.still) pick(under(event)); drag = null; };

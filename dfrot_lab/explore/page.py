@@ -144,8 +144,9 @@ def contexts(texts: Sequence[str], around: int = 4) -> list[str]:
     return [f"{a} \u25b8<b>{b}</b>\u25c2 {c}" for a, b, c in zip(before, labels, after, strict=True)]
 
 
-def html_table(table: pd.DataFrame, caption: str) -> str:
-    """A table of numbers and token texts as HTML, every text through `span`; `caption` is plain text."""
+def html_table(table: pd.DataFrame, caption: str, picked: int = -1) -> str:
+    """A table of numbers and token texts as HTML, every text through `span`; `caption` is plain text. The row
+    of the token that is picked has a frame."""
 
     def cell(value: Any) -> Any:
         shown = number(value) if isinstance(value, float) else value
@@ -153,7 +154,9 @@ def html_table(table: pd.DataFrame, caption: str) -> str:
 
     head = "".join(f'<th scope="col">{plain(str(name))}</th>' for name in table.columns)
     rows = ["".join(f"<td>{cell(value)}</td>" for value in row) for row in table.itertuples(index=False)]
-    body = "".join(f"<tr>{row}</tr>" for row in [head, *rows])
+    frame = f' style="outline:2px solid {theme.PICKED_COLOUR}"'
+    frames = [frame if token == picked else "" for token in table.get("token", [None] * len(rows))]
+    body = "".join(f"<tr{own}>{row}</tr>" for own, row in zip(["", *frames], [head, *rows], strict=True))
     return f'<table class="dfrot-table"><caption>{plain(caption)}</caption>{body}</table>'
 
 

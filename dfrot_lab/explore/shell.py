@@ -1,16 +1,25 @@
 """What every explorer is made of: a state with its controls, a status line, and work in the background."""
 
 import html
+import inspect
+import itertools
 import logging
+import math
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, Self, TypeVar
 
+import anywidget
 import ipywidgets as widgets
+import pandas as pd
 import traitlets
 
+from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.explore.page import GREY, HEIGHT, Fit
+from dfrot_lab.observe.capture import Capture
+from dfrot_lab.recipe.base import Spec
 
 log = logging.getLogger(__name__)
 
@@ -159,17 +168,53 @@ def control(trait: Trait, kind: type[Any], label: str, width: int | None = None,
     return trait
 
 
+def said(value: Any, name: str = "") -> str:
+    """A value in Python, what is usual left out; `name`, where it cannot be said, as matrices cannot."""
+    if isinstance(value, Spec):
+        fields = type(value).model_fields
+        own = {n: v for n, v in value if v != fields[n].get_default(call_default_factory=True)}
+        return f"{type(value).__name__}({', '.join(f'{n}={said(v, n)}' for n, v in own.items())})"
+    if isinstance(value, Capture):
+        return f"capture({said(value.spec)})"
+    if isinstance(value, Store):
+        return "Store()" if value.root == Store().root else f"Store({str(value.root)!r})"
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"float({str(value)!r})"
+    return repr(value) if value is None or isinstance(value, bool | int | float | str | tuple) else name
+
+
+class Take(anywidget.AnyWidget):
+    """What can be taken away from an explorer: its view as a line of Python, its table, a picture of it."""
+
+    _esm = Path(__file__).with_name("take.js")
+    line, name = traitlets.Unicode().tag(sync=True), traitlets.Unicode().tag(sync=True)
+
+
 class Explorer(widgets.VBox):
     """A widget with a `state`, the `controls` of its traits by name, a `status` line and a `job`; a subclass
     adds buttons and plots, and sets `children`. Its class on the page is its name: `dfrot-massive`."""
 
     ONE, STOPPING, CANCELLED, DONE = "job", "", "", ""
     """What can only be done one at a time; what is said while it stops, once it did, once it is done."""
+    texts: Any = ()
+    """Of the tokens that `state.token` is one of."""
+
+    def __new__(cls, *args: Any, **named: Any) -> Self:
+        """Remember what it was made of, for `line`."""
+        made = super().__new__(cls, *args, **named)
+        made._made_of = inspect.signature(cls.__init__).bind(made, *args, **named).arguments
+        return made
 
     def __init__(self, state: traitlets.HasTraits, **late: Any) -> None:
         super().__init__(layout={"max_width": "1240px", "width": "100%"})
-        self.add_class(f"dfrot-{type(self).__name__.lower()}")
+        name = type(self).__name__.lower()
+        self.add_class(f"dfrot-{name}")
         self.state: Any = state
+        self._first, self.take = dict(state.trait_values()), Take(name=name)
+        self.take.add_class("dfrot-take")
+        self.take.on_msg(lambda *_message: self._give())
+        state.observe(lambda _change: self.take.set_trait("line", self.line()))
+        self.take.line = self.line()
         self.status, self.job, self.controls = Status(), Job(self._ended), dict[str, Any]()
         self._pressed, self._lock = list[str](), threading.RLock()
         for name, trait in state.traits(control=lambda declared: declared is not None).items():
@@ -189,6 +234,37 @@ class Explorer(widgets.VBox):
         made.observe(move, "value")
         self.state.observe(lambda change: setattr(made, "value", change["new"]), name)
         return made
+
+    @traitlets.validate("children")
+    def _with_foot(self, proposal: Any) -> Any:
+        own = getattr(self, "take", None)
+        return (*(part for part in proposal["value"] if part is not own), *([own] if own else []))
+
+    def line(self) -> str:
+        """One line of Python that makes this view again: what is not usual, in the package's own names."""
+        of = {name: value for name, value in self._made_of.items() if name != "self" and value is not None}
+        now = {n: v for n, v in self.state.trait_values().items() if v != self._first[n]}
+        given, moved = (", ".join(f"{n}={said(v, n)}" for n, v in all_.items()) for all_ in (of, now))
+        return f"explore.{self.take.name}({given})" + (f".at({moved})" if moved else "")
+
+    def at(self, **view: Any) -> Self:
+        """The view that `line` says: these values of the state. ValueError: no such value, or none of its."""
+        for name, value in view.items():
+            if not self.state.has_trait(name):
+                raise ValueError(f"{name!r} must be one of {', '.join(self._first)}")
+            try:
+                setattr(self.state, name, value)
+            except traitlets.TraitError as error:
+                raise ValueError(f"{name} cannot be {value!r} here: {error}") from None
+        return self
+
+    def table(self) -> pd.DataFrame:
+        """What is shown, as a table."""
+        raise NotImplementedError
+
+    def _give(self) -> None:
+        with self.status.doing("making the table", self.status.text):
+            self.take.send(self.table().to_csv(index=False))
 
     def button(self, name: str, label: str, act: Callable[[], None], **look: Any) -> None:
         """One more control: a button that calls `act()`; `look` is ipywidgets' (tooltip, icon, ...)."""
@@ -258,3 +334,15 @@ def beside(*parts: Any, shares: tuple[int, ...] = (), height: int = HEIGHT) -> w
     shared = zip(parts, shares or (100 / len(parts),) * len(parts), strict=True)
     boxes = [widgets.Box([part], layout={"width": f"{share:g}%", **fixed}) for part, share in shared]
     return widgets.HBox(boxes, layout={"width": "100%"})
+
+
+def together(*explorers: Explorer) -> None:
+    """A token that is picked in one of these is picked in all that show the same text, as far as they do."""
+    for one, other in itertools.permutations(explorers, 2):
+        one.state.observe(lambda change, pair=(one, other): _follow(change["new"], *pair), "token")
+
+
+def _follow(token: int, one: Explorer, other: Explorer) -> None:
+    shared = min(len(one.texts), len(other.texts))
+    if 0 <= token < shared and list(one.texts[:shared]) == list(other.texts[:shared]):
+        other.state.token = token

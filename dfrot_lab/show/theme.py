@@ -18,7 +18,7 @@ COLOURS = {"NR": "#555555", "RO": "#D55E00", "RH": "#0072B2", "DFRot": "#009E73"
 """One colour a rotation everywhere: of Okabe and Ito's colour-blind-safe set, and apart in grey too."""
 MARKERS = {"NR": "s", "RO": "^", "RH": "o", "DFRot": "D"}
 OTHERS = tuple(zip(("#CC79A7", "#56B4E9", "#E69F00", "#332288", "#882255", "#117733"), "vPXp<h", strict=True))
-MASSIVE_COLOUR, ORDINARY_COLOUR, INK = "#CC2936", "#9AA5B1", "#333333"
+MASSIVE_COLOUR, ORDINARY_COLOUR, PICKED_COLOUR, INK = "#CC2936", "#9AA5B1", "#0072B2", "#333333"
 VISIBLE = {" ": "\u2423", "\n": "\u21b5", "\t": "\u21e5", "\r": "\u240d", "\u00a0": "\u237d"}
 
 THEME: dict[str, Any] = {

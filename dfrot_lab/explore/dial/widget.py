@@ -84,7 +84,7 @@ class Dial(Explorer):
     def __init__(self, setting: Setting | None = None, store: Store | None = None) -> None:
         self.setting, self.store = (setting or Setting.of_profile()).resolved(), store or Store()
         self.acts, self.ways = capture(self.setting.capture, self.store), dict[str, dial.Way]()
-        site = figure_site(self.acts.sites)
+        self.texts, site = self.acts.texts, figure_site(self.acts.sites)
         token = int(self.acts.residual_max[self.acts.sites.index(site)].argmax())
         own = {"site": self.acts.sites, "to": NAMES, "token": {"max": len(self.acts.texts) - 1}}
         super().__init__(_State(site=site, token=token), **own)

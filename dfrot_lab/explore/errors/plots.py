@@ -26,24 +26,37 @@ def grids(values: pd.DataFrame, quantizer: QuantSpec) -> dict[str, np.ndarray]:
 
 
 class Tokens(page.Plot):
-    """A point a token: its errors under two rotations, or three in space. A click tells `("token", it)`; a
-    brushed region `("brushed", tokens)`, none when it is taken away."""
+    """A point a token: its errors under two rotations, or three in space, one in a ring. A click tells
+    `("token", it)`; a brushed region `("brushed", tokens)`, none when it is taken away."""
 
     def __init__(self, texts: Sequence[str], tell: Callable[..., object], *, space: bool = False) -> None:
         look = {"mode": "markers", "text": page.contexts(texts), "marker": MARKER, "showlegend": False}
         line = {"color": page.GREY, "dash": "dash", "width": 1}
         equal = go.Scatter(mode="lines", line=line, hoverinfo="skip", name="equal errors")
+        ring: dict[str, Any] = {"mode": "markers", "hoverinfo": "skip", "showlegend": False}
+        ring["marker"] = {
+            "symbol": "circle-open",
+            "size": 18,
+            "line": {"width": 3},
+            "color": theme.PICKED_COLOUR,
+        }
         if space:
-            super().__init__([go.Scatter3d(look)], scene=page.scene(), margin=page.EDGE_TO_EDGE)
+            traces = [go.Scatter3d(look), go.Scatter3d(ring)]
+            super().__init__(traces, scene=page.scene(), margin=page.EDGE_TO_EDGE)
         else:
-            super().__init__([go.Scattergl(look), equal], dragmode="select")
+            super().__init__([go.Scattergl(look), equal, go.Scatter(ring)], dragmode="select")
         self._sizes, dots = (2.5, 6) if space else (5, 11), self.data[0]
         dots.on_click(lambda _trace, at, _keys: at.point_inds and tell("token", at.point_inds[0]))
         dots.on_selection(lambda _trace, at, _region: tell("brushed", sorted(at.point_inds)))
         dots.on_deselect(lambda _trace, _at: tell("brushed", []))
 
-    def draw(self, table: pd.DataFrame, axes: Sequence[str], names: Sequence[str]) -> None:
-        """The errors of a table (token, massive, a column each of `names`), an axis a rotation."""
+    def pick(self, token: int) -> None:
+        """Put the ring about a token."""
+        dots = self.data[0]
+        self.data[-1].update({axis: [float(dots[axis][token])] for axis in "xyz" if axis in dots})
+
+    def draw(self, table: pd.DataFrame, axes: Sequence[str], names: Sequence[str], token: int) -> None:
+        """The errors of a table (token, massive, a column each of `names`), an axis a rotation; the ring."""
         heavy = table["massive"].to_numpy()
         found = dict(zip("xyz", table[list(axes)].to_numpy(np.float32).T, strict=False))
         plain = [page.title(name).replace("%", "&#37;") for name in names]  # %{ would begin a value
@@ -57,6 +70,7 @@ class Tokens(page.Plot):
             sizes = np.where(heavy, self._sizes[1], self._sizes[0]).astype(np.float32)
             self.data[0].marker.update(size=sizes, color=heavy.astype(np.float32))
             self.update_layout(titles if len(axes) == 2 else {"scene": titles})
+            self.data[-1].update({axis: [float(value[token])] for axis, value in found.items()})
             if len(axes) == 2:
                 end = float(min(found["x"].max(), found["y"].max()))
                 self.data[1].update(x=[0, end], y=[0, end])

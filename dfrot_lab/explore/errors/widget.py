@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import ipywidgets as widgets
 import numpy as np
@@ -72,13 +72,31 @@ class _State(HasTraits):
     brushed = Tuple()
 
 
+def named(acts: Capture, rotation: Mapping[str, Tensor] | None, found: Tensor | None) -> dict[str, Tensor]:
+    """The matrices by name: those given, or NR, RO, RH and, where it was `found`, DFRot. ValueError."""
+    given = token_errors.default_rotations(acts.channels) if rotation is None else rotation
+    if not given:
+        raise ValueError("rotation must name at least one matrix; got none")
+    matrices = {name: rotations.check(R, acts.channels) for name, R in given.items()}
+    return matrices if rotation is not None or found is None else {**matrices, "DFRot": found}
+
+
 class Errors(Explorer):
-    """The widget of `errors`."""
+    """Each token's error E(x R) at a site of `acts` (default: the default capture). `rotation` names matrices
+    R (channels, channels); default NR, RO, RH, and DFRot where the store has it."""
 
     ONE, CANCELLED = "refinement", "refinement cancelled; it goes on from its last checkpoint"
 
-    def __init__(self, rows: ErrorRows, seeded: bool, spec: RefineSpec, store: Store) -> None:
-        self.rows, self.spec, self.store, self._quiet = rows, spec, store, False
+    def __init__(
+        self, acts: Capture | None = None, rotation: Mapping[str, Tensor] | None = None, *,
+        store: Store | None = None,
+    ) -> None:  # fmt: skip
+        self.store, self._quiet, seeded = store or Store(), False, rotation is None
+        acts = acts or capture(store=self.store)
+        self.spec = RefineSpec(capture=acts.spec)
+        stored = dfrot.stored(self.spec, self.store) if seeded else None
+        self.rows = rows = ErrorRows(acts, named(acts, rotation, stored.R if stored else None))
+        self.texts = rows.texts
         sites, names = rows.acts.sites, list(rows.matrices)
         site = setting.figure_site(sites)
         token = int(rows.acts.residual_max[sites.index(site)].argmax())
@@ -118,9 +136,16 @@ class Errors(Explorer):
             self.shown, self.quantizer = self.rows.table(s.site, quantizer), quantizer
             self.where = f"{s.site}, {quantizer.name}"
             self.axes = [s.x, s.y] if s.z == NONE else [s.x, s.y, s.z]
-            (self.plot if s.z == NONE else self.space).draw(self.shown, self.axes, list(self.rows.matrices))
+            view = self.plot if s.z == NONE else self.space
+            view.draw(self.shown, self.axes, list(self.rows.matrices), self._checked())
             self._list()
             self._fig4()
+
+    def _checked(self) -> int:
+        """The token that is picked; ValueError where there is none such."""
+        if not 0 <= self.state.token < len(self.texts):
+            raise ValueError(f"token must be in 0..{len(self.texts) - 1}; got {self.state.token}")
+        return int(self.state.token)
 
     def _summary(self) -> str:
         medians = ", ".join(f"{name} {self.shown[name].median():.3g}" for name in self.rows.matrices)
@@ -136,14 +161,13 @@ class Errors(Explorer):
         order = list(dict.fromkeys(["token", "text", *self.axes, *self.rows.matrices, "massive"]))
         if rows.empty:
             caption, order = "Brush a region of the plot: its tokens are listed here", ["site", "token"]
-        self.listed.value = html_table(rows.sort_values(name, ascending=False).head(200)[order], caption)
+        table = rows.sort_values(name, ascending=False).head(200)[order]
+        self.listed.value = html_table(table, caption, self.state.token)
 
     def _fig4(self) -> None:
         """The chosen token's values before and after quantization."""
-        known, token, site = self.rows.matrices, self.state.token, self.shown["site"].iloc[0]
+        known, token, site = self.rows.matrices, self._checked(), self.shown["site"].iloc[0]
         names = [name for name in self.state.panels if name in known] or list(known)
-        if not 0 <= token < len(self.rows.texts):
-            raise ValueError(f"token must be in 0..{len(self.rows.texts) - 1}; got {token}")
         matrices = {name: known[name] for name in names[:PANELS]}
         self.values = token_errors.massive_values(self.rows.acts, site, token, matrices, self.quantizer)
         self.fig4.draw(self.values, self.quantizer)
@@ -186,6 +210,8 @@ class Errors(Explorer):
 
     def _pick(self) -> None:
         with self.status.doing("opening the token", self._summary):
+            (self.plot if self.state.z == NONE else self.space).pick(self._checked())
+            self._list()
             self._fig4()
 
     def _reseed(self) -> None:
@@ -206,6 +232,15 @@ class Errors(Explorer):
         self.state.panels = (*[other for other in panels if other != name], name)[-PANELS:]
         self._quiet = False
         self.redraw()
+
+    def at(self, **view: Any) -> Self:
+        """As `Explorer.at`; a saved R1 is read first, and what was brushed is brushed again."""
+        if view.get("path"):
+            self.state.path = view["path"]
+            self.load()
+        super().at(**view)
+        self.plot.data[0].selectedpoints = self.state.brushed or None
+        return self
 
     def load(self) -> None:
         """The saved R1 that the path names."""
@@ -229,20 +264,3 @@ class Errors(Explorer):
     def _enabled(self) -> dict[str, bool]:
         able = super()._enabled()
         return {**able, "load": True, "refine": able["refine"] and "DFRot" not in self.rows.matrices}
-
-
-def errors(
-    acts: Capture | None = None, rotation: Mapping[str, Tensor] | None = None, *, store: Store | None = None
-) -> Errors:
-    """A widget of each token's error E(x R) at a site of `acts` (default: the default capture). `rotation`
-    names matrices R (channels, channels); default NR, RO, RH, and DFRot where the store has it."""
-    store = store or Store()
-    acts = acts or capture(store=store)
-    spec = RefineSpec(capture=acts.spec)
-    given = token_errors.default_rotations(acts.channels) if rotation is None else rotation
-    if not given:
-        raise ValueError("rotation must name at least one matrix; got none")
-    matrices = {name: rotations.check(R, acts.channels) for name, R in given.items()}
-    if rotation is None and (found := dfrot.stored(spec, store)) is not None:
-        matrices["DFRot"] = found.R
-    return Errors(ErrorRows(acts, matrices), rotation is None, spec, store)

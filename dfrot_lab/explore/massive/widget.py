@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pandas as pd
@@ -11,7 +11,7 @@ import torch
 from ipywidgets import BoundedIntText, Dropdown, HBox, IntText, Textarea, ToggleButtons, VBox
 from matplotlib.figure import Figure
 from torch import Tensor
-from traitlets import Enum, HasTraits, Int, Unicode
+from traitlets import Any as Any_, Enum, HasTraits, Int, Unicode
 
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.explore import page
@@ -22,16 +22,15 @@ from dfrot_lab.explore.shell import Explorer, Job, beside, control
 from dfrot_lab.model import loading
 from dfrot_lab.observe.capture import Capture
 from dfrot_lab.recipe.specs import MASSIVE_RULES, CaptureSpec, CorpusSpec, ModelSpec
-from dfrot_lab.show.theme import MASSIVE_COLOUR
+from dfrot_lab.show.theme import MASSIVE_COLOUR, PICKED_COLOUR
 
 TOKENS = 256  # tokens shown of a longer text, unless more are asked for
 ROWS = 12  # rows of the tables of tokens and channels
 WORDS, HEAT, SPACE = "words", "heat map", "3-D"
 BOX: dict[str, Any] = {"placeholder": "type or paste a text, then look", "layout": {"height": "72px"}}
-PICKED = "#0072B2"  # of the token that is picked, in every view
 LINES = {"top 1": MASSIVE_COLOUR, "top 2": "#E69F00", "top 3": "#56B4E9", "median": "#009E73"}
 DASHES = {"solid": "-", "dash": "--", "dashdot": "-.", "dot": ":"}  # plotly's word: matplotlib's
-FRAME = {"yref": "paper", "y0": 0, "y1": 1, "line": {"color": PICKED, "width": 1.5}}
+FRAME = {"yref": "paper", "y0": 0, "y1": 1, "line": {"color": PICKED_COLOUR, "width": 1.5}}
 POINT = ["value", "channel", "ratio"]
 ABOUT = "channel %{customdata[1]:.0f}: %{customdata[0]:,.5g}<br>"  # what every point says of itself
 ABOUT += "%{customdata[2]:,.3g} \u00d7 the median<extra></extra>"
@@ -79,10 +78,12 @@ def profile_plot(go_to: Callable[[int], None]) -> Plot:
     click on one calls `go_to(layer)`."""
     look = {"line": {"color": GREY, "width": 1}, "hoverinfo": "skip", "showlegend": False}
     traces = [go.Scatter(mode="lines", **look)]
-    for (name, colour), dash in zip([*LINES.items(), ("picked", PICKED)], [*DASHES, "solid"], strict=True):
+    for (name, colour), dash in zip(LINES.items(), DASHES, strict=True):
         hover = "layer %{x}<br>%{y:,.5g}<extra>" + name + "</extra>"
         style = {"line": {"color": colour, "dash": dash}, "marker": {"size": 5}, "mode": "lines+markers"}
         traces.append(go.Scatter(name=name, hovertemplate=hover, **style))
+    wide = {"color": PICKED_COLOUR, "width": 7}
+    traces.append(go.Scatter(mode="lines", line=wide, opacity=0.35, name="picked", hoverinfo="skip"))
     plot = Plot(traces, xaxis_title="layer", yaxis={"type": "log", "exponentformat": "power", "title": "|x|"})
     for line in plot.data[1:]:
         line.on_click(lambda _trace, points, _state: go_to(int(points.xs[0])) if points.xs else None)
@@ -91,12 +92,13 @@ def profile_plot(go_to: Callable[[int], None]) -> Plot:
 
 class _State(HasTraits):
     layer = control(Int(), Film, "layer")
-    view = control(Enum((WORDS, HEAT, SPACE), WORDS), ToggleButtons, "view", 80)
+    view = control(Enum((WORDS, HEAT, SPACE), WORDS), ToggleButtons, "view", 90)
     rule = control(Enum(MASSIVE_RULES, "sun"), Dropdown, "massive by rule", 230)
     text = control(Unicode(), Textarea, "your text", 620, **BOX)
     block = control(Int(0), BoundedIntText, "corpus block", 190, max=1_000_000)
     tokens = control(Int(), Dropdown, "at most tokens", 190)
     token = control(Int(-1), IntText, "token (-1: the largest)", 220)
+    shown = Any_(None)  # what was looked at last: a text, a block's number, None for the first
 
 
 class Massive(Explorer):
@@ -116,13 +118,13 @@ class Massive(Explorer):
         sizes = sorted({64, 128, 256, 512, 1024, 2048, tokens})
         super().__init__(_State(layer=middle, tokens=tokens), layer={"max": last}, tokens=sizes)
         box, number = "look at the text in the box", "look at the corpus block with this number"
-        self.button("look", "look", self.look_at_text, tooltip=box, button_style="primary")
-        self.button("open", "open block", self.look_at_block, tooltip=number)
+        self.button("look", "look", lambda: self.look(self.state.text), tooltip=box, button_style="primary")
+        self.button("open", "open block", lambda: self.look(self.state.block), tooltip=number)
         self.button("cancel", "cancel", self.cancel, tooltip="stop looking; the view stays as it is")
         self.film, self.plot = self.controls["layer"], Heat(self.pick)
         self.film.on_msg(lambda _film, said, _buffers: self.pick(said["token"]))
         self.profile = profile_plot(lambda layer: self.state.set_trait("layer", layer))
-        self.sentence, self.words, self.tokens, self.channels = map(panel, (96, 52, 290, 290))
+        self.sentence, self.words, self.tokens, self.channels = map(panel, (92, 56, 290, 290))
         self.stage = page.Stage(self.plot)
         if acts is None:
             first = numbers.block_ids(loaded, self.corpus, 0, tokens)
@@ -138,30 +140,38 @@ class Massive(Explorer):
         tables = HBox([self.tokens, self.channels], layout=apart)
         self.children = [opened, self.row("view", "rule", "token"), self.status.widget, seen, tables]
 
-    def look_at_text(self) -> None:
-        """Look at the text in the text area, off the kernel's thread."""
-        ids_of = partial(numbers.typed_ids, self.loaded, self.state.text, self.state.tokens)
-        self.work("reading the text", partial(self._look, ids_of))
+    @property
+    def texts(self) -> list[str]:
+        """The tokens of the text that is shown."""
+        return self.seen.texts
 
-    def look_at_block(self) -> None:
-        """Look at the corpus block with the chosen number, off the kernel's thread."""
-        block, most = self.state.block, self.state.tokens
-        ids_of = partial(numbers.block_ids, self.loaded, self.corpus, block, most)
-        self.work("reading the text", partial(self._look, ids_of))
+    def at(self, **view: Any) -> Self:
+        """As `Explorer.at`; the text is looked at in the background."""
+        super().at(**view)
+        if view.get("shown") is not None:
+            self.look(view["shown"], self.state.token)
+        return self
 
-    def _look(self, ids_of: Callable[[], tuple[Tensor, int]], job: Job) -> None:
+    def look(self, what: str | int, token: int = -1) -> None:
+        """Look at a text, or a corpus block by its number, and a token in it, off the kernel's thread."""
+        where = [self.loaded, *([] if isinstance(what, str) else [self.corpus]), what, self.state.tokens]
+        ids_of = numbers.typed_ids if isinstance(what, str) else numbers.block_ids
+        self.work("reading the text", partial(self._look, partial(ids_of, *where), what, token))
+
+    def _look(self, ids_of: Callable[[], tuple[Tensor, int]], what: str | int, token: int, job: Job) -> None:
         def step(layer: int) -> None:
             job.step()
             self.status.busy(f"looking: layer {layer + 1} of {len(self.loaded.layers)}")
 
         ids, whole = ids_of()
         job.step()
-        self._show(numbers.look(self.loaded, ids, whole, step))
+        self._show(numbers.look(self.loaded, ids, whole, step), what, token)
 
-    def _show(self, seen: numbers.Look) -> None:
+    def _show(self, seen: numbers.Look, what: str | int | None = None, token: int = -1) -> None:
         with self._lock:
             self.seen = seen
             self.film.show(seen)
+            self.state.shown, self.state.token = what, token
             self.redraw()
 
     def pick(self, token: int) -> None:
@@ -188,10 +198,12 @@ class Massive(Explorer):
             self.profile.put({"x": [layer, layer], "y": ends}, *drawn)
             said = numbers.sentence(self.shown, layer, rule, picked)
             meaning = numbers.rule_words(rule, self.loaded.channels)
-            self.sentence.value = f'<span class="dfrot-sentence" style="font-size:15px">{said}</span>'
+            self.sentence.value = (
+                f'<span class="dfrot-sentence" style="font-size:15px;line-height:1.35">{said}</span>'
+            )
             self.words.value = f'<span style="color:{GREY}">{rule}: {meaning}</span>'
             tokens, channels = self.shown.drop(columns="massive"), numbers.channel_table(seen, layer)
-            self.tokens.value = page.html_table(tokens.head(ROWS), f"Largest tokens at layer {layer}")
+            self.tokens.value = page.html_table(tokens.head(ROWS), f"Largest tokens at layer {layer}", picked)
             self.channels.value = page.html_table(channels.head(ROWS), f"Largest channels at layer {layer}")
             shown = f"{len(seen.texts):,}"
             part = f"the first {shown} of {seen.whole:,}" if seen.whole > len(seen.texts) else shown
