@@ -17,7 +17,7 @@ from dfrot_lab.explore.generate.widget import EXACT, Generate
 from dfrot_lab.model import loading
 from dfrot_lab.rotate import dfrot
 from dfrot_lab.score import build, perplexity
-from dfrot_lab.show.theme import MASSIVE_COLOUR, span, visible
+from dfrot_lab.show.theme import MASSIVE_COLOUR, safe, span, visible
 from dfrot_lab.study.setting import Setting
 
 PATIENCE = 120
@@ -302,3 +302,23 @@ def test_the_line_makes_the_same_view(widget):
     widget.state.rotations, widget.state.temperature = ("NR", "RH"), 0.5
     again = remade(widget)
     assert again.state.trait_values() == widget.state.trait_values() and again.specs() == widget.specs()
+
+
+def test_a_token_that_is_picked_has_a_frame_in_the_strip_and_in_every_text(widget):
+    widget.state.rotations = ("RH",)
+    shown = {name for name, column in widget.columns.items() if column.layout.display is None}
+    assert shown == {EXACT, "RH"}
+    written(widget)
+    place = len(widget.prompt_ids) + 2  # the second token that was written
+    at = {"xs": [place], "ys": [EXACT], "point_indexes": [[0, place - 2]], "trace_indexes": [0]}
+    clicked = {"event_type": "plotly_click", "points": at, "device_state": None, "selector": None}
+    widget.plot._js2py_pointsCallback = clicked
+    assert widget.state.token == widget.controls["token"].value == place
+    _edge, frame = widget.plot.layout.shapes
+    assert (frame.x0, frame.x1, frame.visible) == (place - 0.5, place + 0.5, True)
+    for name in (EXACT, "RH"):
+        second = widget.table().query("model == @name")["text"].iloc[1]
+        framed = widget.columns[name].value.split("outline:2px solid", 1)[1]
+        assert safe(second) in framed.split("</b>")[0] and framed.count("outline") == 0
+    widget.state.token = 0
+    assert not widget.plot.layout.shapes[1].visible and "outline" not in widget.columns["RH"].value

@@ -159,8 +159,8 @@ export default { render({ model, el }) {
       const alpha = heavy.has(k) ? 1 : (codes[largest[k]] / 65535) ** 2 / 2, line = k === i ? `outline:2px solid ${rgb(BLUE)}` : "";
       span.style.cssText = `background:${rgb(RED, 1, alpha)};${alpha === 1 ? "color:#fff;" : ""}${line}`;
     });
-    const where = size > 1 ? `s ${column}\u2013${column + size - 1}` : ` ${column}`;
-    about.textContent = spans[i] ? `token ${i} \u2018${get("words")[i]}\u2019: ${short(value(codes[largest[i]]))} in channel${where}` : "";
+    const where = size > 1 ? `channels ${column}\u2013${column + size - 1}` : `channel ${column}`;
+    about.textContent = spans[i] ? `\u2018${get("words")[i]}\u2019 ${short(value(codes[largest[i]]))}, ${where}` : "";
   };
 
   const draw = (now) => {

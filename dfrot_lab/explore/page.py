@@ -22,13 +22,15 @@ GREY = "#808080"  # text and axes: readable on a white and on a dark page (contr
 FAINT, CLEAR = "rgba(128,128,128,0.25)", "rgba(0,0,0,0)"
 AXIS = {"gridcolor": FAINT, "zerolinecolor": "rgba(128,128,128,0.5)", "linecolor": GREY, "automargin": True}
 LOOK: dict[str, Any] = {"paper_bgcolor": CLEAR, "plot_bgcolor": CLEAR, "xaxis": AXIS, "yaxis": AXIS}
-LOOK |= {"font": {"color": GREY, "size": 12}, "margin": {"l": 60, "r": 16, "t": 36, "b": 48}}
+LOOK |= {"font": {"color": GREY, "size": 12}, "margin": {"l": 60, "r": 16, "t": 56, "b": 48}}
 LOOK |= {"hovermode": "closest", "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}}
 LOOK["hoverlabel"] = {"namelength": -1, "align": "left", "bgcolor": "#303030", "font": {"color": "#ffffff"}}
 LOOK["modebar"] = {"bgcolor": CLEAR, "color": GREY, "activecolor": "#0072B2"}
+UNUSED = ["sendChartToCloud", "lasso2d", "zoomIn2d", "zoomOut2d", "autoScale2d"]  # would cover the legend
 PICKED = ("NR", "RO", "RH", "DFRot", "Offset")  # rotations to start with: found in seconds
 EDGE_TO_EDGE = dict.fromkeys("lrtb", 0)
 TABLE: Any = {"index": False, "border": 0, "classes": "dfrot-table"}  # pandas' table without token texts
+TAKEN = {True: "which a symmetric grid pays for", False: "which the zero point takes for nothing"}
 SCHEMES: Any = {True: "symmetric", False: "asymmetric"}  # by the box that says whether a grid is symmetric
 
 
@@ -55,7 +57,9 @@ class Plot(go.FigureWidget):
 
     def __init__(self, traces: Iterable[Any] = (), height: int = HEIGHT, **layout: Any) -> None:
         super().__init__(list(traces), go.Layout(height=height, **LOOK).update(layout))
-        self.set_trait("_config", {"responsive": True, "displaylogo": False})
+        self.set_trait(
+            "_config", {"responsive": True, "displaylogo": False, "modeBarButtonsToRemove": UNUSED}
+        )
 
     def put(self, *data: dict[str, Any], **layout: Any) -> None:
         """New data of the traces in their order, and of the layout, in one message to the page."""
@@ -96,6 +100,12 @@ def scene(x: str = "", y: str = "", z: str = "", **more: Any) -> dict[str, Any]:
 def lines_at(places: Any, low: float, high: float) -> tuple[np.ndarray, np.ndarray]:
     """Coordinates, across and along, of separate lines at `places`, each from low to high: for one trace."""
     return np.repeat(np.asarray(places, dtype=float), 3), np.tile([low, high, np.nan], len(places))
+
+
+def frame(at: float) -> dict[str, Any]:
+    """The shape about the column of a token that is picked."""
+    line = {"color": theme.PICKED_COLOUR, "width": 1.5}
+    return {"yref": "paper", "y0": 0, "y1": 1, "x0": at - 0.5, "x1": at + 0.5, "line": line}
 
 
 def packed(array: np.ndarray) -> np.ndarray:

@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -171,11 +171,6 @@ class Refinement(Explorer):
             rotation_files.save(
                 self.result.R, path, self.spec and public(self.spec), made_with="explore.refinement"
             )
-
-    def at(self, **view: Any) -> Self:
-        """As `Explorer.at`, once the capture is open and its sites and tokens can be chosen."""
-        self.job.wait()
-        return super().at(**view)
 
     def _enabled(self) -> dict[str, bool]:
         running, paused = self.job.running, self.job.paused

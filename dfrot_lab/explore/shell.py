@@ -13,7 +13,6 @@ from typing import Any, Self, TypeVar
 
 import anywidget
 import ipywidgets as widgets
-import pandas as pd
 import traitlets
 
 from dfrot_lab.disk.artefacts import Store
@@ -198,6 +197,8 @@ class Explorer(widgets.VBox):
     """What can only be done one at a time; what is said while it stops, once it did, once it is done."""
     texts: Any = ()
     """Of the tokens that `state.token` is one of."""
+    table: Any
+    """A method: what is shown as a table."""
 
     def __new__(cls, *args: Any, **named: Any) -> Self:
         """Remember what it was made of, for `line`."""
@@ -249,6 +250,7 @@ class Explorer(widgets.VBox):
 
     def at(self, **view: Any) -> Self:
         """The view that `line` says: these values of the state. ValueError: no such value, or none of its."""
+        self.job.wait(0 if self.job.paused else 60)  # what it opens may be what there is to choose from
         for name, value in view.items():
             if not self.state.has_trait(name):
                 raise ValueError(f"{name!r} must be one of {', '.join(self._first)}")
@@ -257,10 +259,6 @@ class Explorer(widgets.VBox):
             except traitlets.TraitError as error:
                 raise ValueError(f"{name} cannot be {value!r} here: {error}") from None
         return self
-
-    def table(self) -> pd.DataFrame:
-        """What is shown, as a table."""
-        raise NotImplementedError
 
     def _give(self) -> None:
         with self.status.doing("making the table", self.status.text):

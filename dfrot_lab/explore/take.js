@@ -27,7 +27,7 @@ const picture = async (explorer) => {
 
 export default { render({ model, el }) {
   const add = (name, textContent, title, onclick) =>
-    el.appendChild(Object.assign(document.createElement(name), { textContent, title, onclick, className: `dfrot-take-${name}` }));
+    el.appendChild(Object.assign(document.createElement(name), { textContent, title, onclick, className: name === "button" ? "jupyter-button" : "dfrot-line" }));
   const line = add("code", "", "this view, as a line of Python"), name = model.get("name");
   const write = () => { line.textContent = model.get("line"); };
   const copy = () => { getSelection().selectAllChildren(line); document.execCommand("copy"); };

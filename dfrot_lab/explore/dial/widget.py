@@ -11,7 +11,7 @@ from torch import Tensor
 from traitlets import Bool, HasTraits, Int, Unicode
 
 from dfrot_lab.disk.artefacts import Store
-from dfrot_lab.explore.page import GREY, SCHEMES, Plot, drawing, lines_at
+from dfrot_lab.explore.page import GREY, SCHEMES, TAKEN, Plot, drawing, lines_at
 from dfrot_lab.explore.shell import Explorer, beside, control
 from dfrot_lab.maths import dial
 from dfrot_lab.maths.offsets import offset_share
@@ -31,7 +31,6 @@ LINE = {"color": "rgba(128,128,128,0.7)", "width": 1}
 READING = """Token {token} \u2018{text}\u2019: step <b>{step:.3f}</b>, squared error <b>{error:.3f}</b> \
 ({start:.3f} not turned, {end:.3f} under the whole of {to})<br>\
 the same in every channel: <b>{offset:.0%}</b> of its energy, {taken}"""
-TAKEN = {True: "which a symmetric grid pays for", False: "which the zero point takes for nothing"}
 
 
 class Values(Plot):
@@ -91,12 +90,13 @@ class Dial(Explorer):
         self.plot, self.errors, self.read = Values(), errors(), widgets.HTML(layout={"min_height": "48px"})
         self.film = widgets.Play(**FILM)
         widgets.jslink((self.film, "value"), (self.controls["turned"], "value"))
-        above = [
-            self.row("site", "token"),
-            self.row("to", "bits", "symmetric"),
-            self.row("turned", self.film),
+        rows = (("site", "token"), ("to", "bits", "symmetric"), ("turned", self.film))
+        self.children = [
+            *(self.row(*row) for row in rows),
+            self.read,
+            beside(self.plot, self.errors),
+            self.status.widget,
         ]
-        self.children = [*above, self.read, beside(self.plot, self.errors), self.status.widget]
         self.on("site token bits symmetric", self._look)
         self.on("turned", self._turn)
         self.on("to", self._choose)

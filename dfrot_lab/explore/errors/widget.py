@@ -151,8 +151,7 @@ class Errors(Explorer):
         medians = ", ".join(f"{name} {self.shown[name].median():.3g}" for name in self.rows.matrices)
         heavy = self.shown["massive"].sum()
         heavy_said = f"{heavy} massive (red, larger)" if heavy else "none massive"
-        tokens = f"{len(self.shown):,} tokens, {heavy_said}"
-        return f"{self.where}: {tokens}. Median E: {medians}"
+        return f"{self.where}: {len(self.shown):,} tokens, {heavy_said}. Median E: {medians}"
 
     def _list(self) -> None:
         """The brushed tokens, largest error on the y axis first; the plot's own rotations stay in sight."""

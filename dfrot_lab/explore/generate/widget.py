@@ -1,6 +1,7 @@
 """What quantization does to the words: one prompt through each rotation and without, token by token."""
 
 import html
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,7 @@ from traitlets import Enum, Float, HasTraits, Int, Tuple, Unicode
 
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.explore.generate import numbers
-from dfrot_lab.explore.page import GREY, PICKED, Plot, drawing, label, panel
+from dfrot_lab.explore.page import GREY, PICKED, Plot, drawing, frame, label, panel
 from dfrot_lab.explore.shell import Explorer, Job, control
 from dfrot_lab.explore.worth.numbers import BITS, FULL
 from dfrot_lab.model import door
@@ -34,23 +35,24 @@ ABOUT = ["position", "text", "prompt"]  # the columns of a table of losses that 
 TITLE, WRITTEN = "Loss of each token", "the prompt, then (right of the line) what full precision wrote"
 EXACT = "full precision"
 BOX = {"width": "420px", "height": "96px"}
-COLUMN = {"width": "236px", "border": f"1px solid {GREY}", "padding": "4px"}
+COLUMN = {"flex": "0 0 236px", "border": f"1px solid {GREY}", "padding": "4px"}
 UNSTORED = "its GPTQ weights are not stored: choose rtn, or compute its row with `dfrot-lab evaluate`"
 LIKELIEST = "Temperature (0: the likeliest)"
 
 
 class _Strip(Plot):
-    """Each model's loss of each token of one text; the line is where the prompt ends."""
+    """Each model's loss of each token of one text; a line where the prompt ends. A click calls `pick`."""
 
-    def __init__(self) -> None:
+    def __init__(self, pick: Callable[[int], object]) -> None:
         hover = "token %{customdata}<br>%{y}: %{z:.2f} nats<extra></extra>"
         bar = {"title": {"text": "loss (nats)"}}
         look = {"colorscale": "Cividis", "zmin": 0, "colorbar": bar, "xgap": 1, "ygap": 2}
         title = {"text": f"{TITLE} of one text", "font": {"size": 13}}
         y = {"autorange": "reversed", "type": "category"}
         super().__init__([go.Heatmap(hovertemplate=hover, **look)], height=300, title=title, yaxis=y)
+        self.data[0].on_click(lambda _trace, at, _keys: pick(int(at.xs[0])) if at.xs else None)
 
-    def draw(self, losses: pd.DataFrame) -> None:
+    def draw(self, losses: pd.DataFrame, picked: int) -> None:
         values = losses.drop(columns=ABOUT)
         x, texts = losses["position"].tolist(), [label(text) for text in losses["text"]]
         about = [f"{place}: {text}" for place, text in zip(x, texts, strict=True)]
@@ -59,7 +61,8 @@ class _Strip(Plot):
         line = {"type": "line", "yref": "paper", "y0": 0, "y1": 1, "line": {"color": GREY, "width": 2}}
         strip = {"x": x, "y": list(values), "z": values.to_numpy().T, "zmax": float(values.to_numpy().max())}
         across = {**(ticks if len(x) <= LABELLED else dict.fromkeys(ticks)), "tickangle": -60}
-        edges = {"shapes": [{**line, "x0": edge, "x1": edge}], "title_text": f"{TITLE}: {WRITTEN}"}
+        shapes = [{**line, "x0": edge, "x1": edge}, {**frame(picked), "visible": picked > 0}]
+        edges = {"shapes": shapes, "title_text": f"{TITLE}: {WRITTEN}"}
         self.put({**strip, "customdata": [about] * values.shape[1]}, xaxis=across, **edges)
 
 
@@ -72,6 +75,7 @@ class _State(HasTraits):
     temperature = control(Float(0.0), widgets.FloatSlider, LIKELIEST, 340, min=0, max=2, step=0.1)
     top_k = control(Int(50), widgets.IntSlider, "Top-k", 260, min=1, max=200)
     seed = control(Int(0), widgets.BoundedIntText, "Seed", 150, min=0, max=10**6)
+    token = control(Int(0), widgets.BoundedIntText, "Look at token", 190, min=0, max=10**6)
 
 
 class Generate(Explorer):
@@ -89,16 +93,27 @@ class Generate(Explorer):
         self.columns = {name: panel(250, **COLUMN) for name in (EXACT, *names)}
         for name in self.columns:
             self._fill(name)
-        self.plot = _Strip()
+        self.plot = _Strip(lambda position: self.state.set_trait("token", position))
         self.bar = widgets.FloatProgress(min=0, max=1, description="Done", layout={"width": "300px"})
         self.button("write", "Write", self.write, icon="pencil")
         self.button("cancel", "Cancel", self.cancel, icon="stop")
         self.button("refine", "Refine DFRot", self.refine, icon="magic")
         how = self.row("prompt", "rotations", ["bits", "weights", "tokens"], ["temperature", "top_k", "seed"])
-        above = [how, self.row("write", "cancel", "refine", self.bar), self.status.widget]
+        above = [how, self.row("write", "cancel", "refine", "token", self.bar), self.status.widget]
         side = widgets.HBox([*self.columns.values()], layout={"grid_gap": "6px", "overflow": "auto"})
         self.children = [*above, side, self.plot]
         self.enable()
+        self.on("rotations token", self._arrange)
+        self._arrange()
+
+    def _arrange(self) -> None:
+        """The columns of the models that would write; the token that is looked at, in texts and strip."""
+        for name, column in self.columns.items():
+            column.layout.display = None if name in (EXACT, *self.state.rotations) else "none"
+        for result in self.written.values():
+            self._show(result)
+        if len(losses := self.losses()):
+            self.plot.draw(losses, self.state.token)
 
     def specs(self) -> dict[str, Recipe]:
         """The models that write, by name; first the one that is not quantized."""
@@ -175,7 +190,7 @@ class Generate(Explorer):
                 ids = torch.tensor(self.prompt_ids + self.written[EXACT].ids)
                 result.losses = numbers.token_losses(built.loaded, ids)
             self._show(result)
-            self.plot.draw(self.losses())
+            self.plot.draw(self.losses(), self.state.token)
 
     def _built(self, key: str, spec: Recipe, on_part: OnPart) -> build.Built:
         if key not in self.kept:
@@ -194,6 +209,8 @@ class Generate(Explorer):
             if departs and place < len(exact):
                 title += f"; full precision wrote {theme.visible(self.text(exact[place]))}"
             marked = theme.span(text, theme.MASSIVE_COLOUR if departs else None, title)
+            if len(self.prompt_ids) + place + 1 == self.state.token:
+                marked = f'<b style="outline:2px solid {theme.PICKED_COLOUR}">{marked}</b>'
             parts.append(marked + ("<br>" if "\n" in text else ""))
         prompt = html.escape(self.tokenizer.decode(self.prompt_ids))
         words = f'<span style="color:{GREY}">{prompt}</span><wbr>{"<wbr>".join(parts)}'

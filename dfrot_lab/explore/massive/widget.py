@@ -30,7 +30,6 @@ WORDS, HEAT, SPACE = "words", "heat map", "3-D"
 BOX: dict[str, Any] = {"placeholder": "type or paste a text, then look", "layout": {"height": "72px"}}
 LINES = {"top 1": MASSIVE_COLOUR, "top 2": "#E69F00", "top 3": "#56B4E9", "median": "#009E73"}
 DASHES = {"solid": "-", "dash": "--", "dashdot": "-.", "dot": ":"}  # plotly's word: matplotlib's
-FRAME = {"yref": "paper", "y0": 0, "y1": 1, "line": {"color": PICKED_COLOUR, "width": 1.5}}
 POINT = ["value", "channel", "ratio"]
 ABOUT = "channel %{customdata[1]:.0f}: %{customdata[0]:,.5g}<br>"  # what every point says of itself
 ABOUT += "%{customdata[2]:,.3g} \u00d7 the median<extra></extra>"
@@ -70,7 +69,7 @@ class Heat(Plot):
                 self.update_xaxes(categoryorder="array", categoryarray=names, range=[-0.5, len(names) - 0.5])
             self.data[0].update(z=packed(logarithm(drawn[..., 0])), customdata=packed(drawn))
             self.data[1].update(x=[self._names[i] for i in marked["token"]], y=about[:, 1], customdata=about)
-            self.layout.shapes = [{**FRAME, "x0": picked - 0.5, "x1": picked + 0.5}]
+            self.layout.shapes = [page.frame(picked)]
 
 
 def profile_plot(go_to: Callable[[int], None]) -> Plot:
@@ -124,7 +123,7 @@ class Massive(Explorer):
         self.film, self.plot = self.controls["layer"], Heat(self.pick)
         self.film.on_msg(lambda _film, said, _buffers: self.pick(said["token"]))
         self.profile = profile_plot(lambda layer: self.state.set_trait("layer", layer))
-        self.sentence, self.words, self.tokens, self.channels = map(panel, (92, 56, 290, 290))
+        self.sentence, self.words, self.tokens, self.channels = map(panel, (108, 56, 290, 290))
         self.stage = page.Stage(self.plot)
         if acts is None:
             first = numbers.block_ids(loaded, self.corpus, 0, tokens)
@@ -135,15 +134,10 @@ class Massive(Explorer):
         self.on("layer rule view token", self.redraw)
         opened = self.row("text", ["look", "cancel"], [self.row("block", "open"), "tokens"])
         left, right = VBox([self.film, self.stage]), VBox([self.sentence, self.words, self.profile])
-        seen = beside(left, right, shares=(66, 34), height=page.HEIGHT + 164)
+        seen = beside(left, right, shares=(66, 34), height=page.HEIGHT + 172)
         apart = {"width": "100%", "justify_content": "space-between"}
         tables = HBox([self.tokens, self.channels], layout=apart)
         self.children = [opened, self.row("view", "rule", "token"), self.status.widget, seen, tables]
-
-    @property
-    def texts(self) -> list[str]:
-        """The tokens of the text that is shown."""
-        return self.seen.texts
 
     def at(self, **view: Any) -> Self:
         """As `Explorer.at`; the text is looked at in the background."""
@@ -169,7 +163,7 @@ class Massive(Explorer):
 
     def _show(self, seen: numbers.Look, what: str | int | None = None, token: int = -1) -> None:
         with self._lock:
-            self.seen = seen
+            self.seen, self.texts = seen, seen.texts
             self.film.show(seen)
             self.state.shown, self.state.token = what, token
             self.redraw()
@@ -199,9 +193,9 @@ class Massive(Explorer):
             said = numbers.sentence(self.shown, layer, rule, picked)
             meaning = numbers.rule_words(rule, self.loaded.channels)
             self.sentence.value = (
-                f'<span class="dfrot-sentence" style="font-size:15px;line-height:1.35">{said}</span>'
+                f'<div class="dfrot-sentence" style="font-size:15px;line-height:1.35">{said}</div>'
             )
-            self.words.value = f'<span style="color:{GREY}">{rule}: {meaning}</span>'
+            self.words.value = f'<div style="color:{GREY};line-height:1.35">{rule}: {meaning}</div>'
             tokens, channels = self.shown.drop(columns="massive"), numbers.channel_table(seen, layer)
             self.tokens.value = page.html_table(tokens.head(ROWS), f"Largest tokens at layer {layer}", picked)
             self.channels.value = page.html_table(channels.head(ROWS), f"Largest channels at layer {layer}")

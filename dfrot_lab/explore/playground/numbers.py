@@ -52,14 +52,8 @@ def reading(x: Tensor, R: Tensor, quantizer: QuantSpec) -> dict[str, float]:
     scale, _ = quantizers.scale_zero(y[None], quantizer)
     span = y.abs().max() if quantizer.symmetric else y.max().clamp(min=0) - y.min().clamp(max=0)
     error, unrotated = quantizers.squared_error(torch.stack([y, x]), quantizer).tolist()
-    offset = float(offsets.offset_share(y))
-    return {
-        "range": float(span),
-        "step": float(scale),
-        "error": error,
-        "unrotated": unrotated,
-        "offset": offset,
-    }
+    found = {"range": float(span), "step": float(scale), "error": error, "unrotated": unrotated}
+    return {**found, "offset": float(offsets.offset_share(y))}
 
 
 def sweep(x: Tensor, degrees: Sequence[float], quantizer: QuantSpec, step: float = 1.0) -> pd.DataFrame:

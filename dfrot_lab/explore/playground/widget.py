@@ -15,7 +15,7 @@ from torch import Tensor
 from traitlets import Bool, Enum, Float, HasTraits, Int
 
 from dfrot_lab.disk.artefacts import Store
-from dfrot_lab.explore.page import GREY, SCHEMES, TABLE, Plot, Stage, drawing, lines_at, scene
+from dfrot_lab.explore.page import GREY, SCHEMES, TABLE, TAKEN, Plot, Stage, drawing, lines_at, scene
 from dfrot_lab.explore.playground import numbers
 from dfrot_lab.explore.shell import Explorer, Job, beside, control
 from dfrot_lab.maths import quantizers, theory
@@ -33,7 +33,6 @@ FINE = 0.1  # degrees between points of the error's curve: at whole degrees its 
 READING = """range <b>{range:.3f}</b> &nbsp; step <b>{step:.3f}</b> &nbsp; error <b>{error:.4f}</b> &nbsp; \
 not rotated: {unrotated:.4f} (ratio {change:.2f})<br>the same in every channel: <b>{offset:.0%}</b> of its \
 energy, {taken}"""
-TAKEN = {True: "which a symmetric grid pays for", False: "which the zero point takes for nothing"}
 REASONS = """<b>NR</b>: the spike sets the step; noise below half a step is lost, C\u03c3\u00b2 in all.<br>
 <b>RO</b>: the entries become Gaussian, whatever the token was; the largest of C sets the step, and the error
 is C step\u00b2/12.<br>
