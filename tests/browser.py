@@ -140,15 +140,23 @@ def jupyter_lab(root: Path, profile: str = "quick", lent: Sequence[str] = ()) ->
 
 @dataclass
 class Watch:
-    """What went wrong on a page: errors of the console, exceptions, requests that failed or were refused."""
+    """What went wrong on a page: errors of the console, exceptions, requests that failed or were refused. And
+    `sent`, the widgets' messages to the kernel."""
 
     faults: list[str] = field(default_factory=list)
+    sent: list[str] = field(default_factory=list)
 
     def look_at(self, page: Page) -> None:
         page.on("console", self._console)
         page.on("pageerror", lambda error: self._add(f"exception: {error}"))
         page.on("requestfailed", self._failed)
         page.on("response", self._answer)
+        page.on("websocket", lambda socket: socket.on("framesent", self._sent))
+
+    def _sent(self, frame: str | bytes) -> None:
+        text = frame if isinstance(frame, str) else bytes(frame).decode("latin1")
+        if '"comm_msg"' in text:
+            self.sent.append(text)
 
     def _add(self, fault: str) -> None:
         if not any(part in fault for part in HARMLESS):
@@ -210,6 +218,13 @@ class Notebook:
     def explorer(self, name: str) -> "Explorer":
         """The explorer whose top widget has the class dfrot-`name`, scrolled to and ready."""
         found = Explorer(self.page, self.page.locator(f".dfrot-{name}").first, name)
+        for _ in range(100):  # JupyterLab has only the cells about those on view in the page
+            if found.root.count():
+                break
+            self.page.locator(".jp-WindowedPanel-outer").first.evaluate(
+                "all => all.scrollTo(0, all.scrollTop + all.clientHeight < all.scrollHeight - 5 ? all.scrollTop + 400 : 0)"
+            )
+            self.page.wait_for_timeout(200)
         found.root.scroll_into_view_if_needed(timeout=STEP_S * 1000)
         found.ready()
         return found
@@ -264,7 +279,9 @@ class Explorer:
         return label.text_content() or ""
 
     def slider(self, description: str) -> Locator:
-        """The handle of a slider."""
+        """The handle of a slider; the layer's is the page's own."""
+        if description == "layer":
+            return self.root.locator(".dfrot-bar input").first
         label = self.page.locator(".widget-label").get_by_text(description, exact=True)
         return (
             self.root.locator(".widget-slider, .widget-hslider")
@@ -276,6 +293,13 @@ class Explorer:
     def button(self, description: str) -> Locator:
         """A button that can be pressed."""
         return self.root.locator("button:enabled").get_by_text(description, exact=True).first
+
+    def saved(self, label: str) -> bytes:
+        """What a button of the foot gives to save."""
+        with self.page.expect_download(timeout=STEP_S * 1000) as given:
+            self.button(label).click()
+        assert given.value.suggested_filename.startswith(f"{self.name}.")
+        return Path(given.value.path()).read_bytes()
 
     def shoot(self, step: str) -> None:
         """A picture of it for people to look at."""

@@ -42,8 +42,9 @@ def film(name: str, frames: list[bytes]) -> None:
 
 
 def plots(explorer: browser.Explorer, picture: bytes) -> bytes:
-    """The part of an explorer's picture that its first two plots fill."""
-    root, *own = (place.bounding_box() for place in (explorer.root, explorer.plot(0), explorer.plot(1)))
+    """The part of an explorer's picture that its film and the plot beside it fill."""
+    places = (explorer.root, explorer.root.locator("canvas.dfrot-film"), explorer.plot(1))
+    root, *own = (place.bounding_box() for place in places)
     assert root and all(own)
     top = min(box["y"] for box in own) - root["y"]
     cut = Image.open(io.BytesIO(picture)).crop((0, top, root["width"], top + own[0]["height"]))

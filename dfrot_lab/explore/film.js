@@ -7,7 +7,6 @@ const PALETTE = Array.from({ length: 256 }, (_, i) => {
 });
 const PACKED = Uint32Array.from(PALETTE, ([r, g, b]) => ((255 << 24) | (b << 16) | (g << 8) | r) >>> 0);
 const RED = [204, 41, 54], BLUE = [0, 114, 178], GREY = "#808080", FEW = 14, ROWS = 48, REST_MS = 150, LAYERS_A_S = 6;
-const SOFTWARE = { willReadFrequently: true };  // small pictures, new at every frame: faster there than sent to a GPU
 const make = (parent, name, more = {}) => parent.appendChild(Object.assign(document.createElement(name), more));
 const rgb = (colour, light = 1, alpha = 1) => `rgba(${colour.map((c) => Math.min(255, c * light))},${alpha})`;
 const short = (x) => (x >= 100 ? Number(x.toPrecision(3)).toLocaleString("en") : x.toPrecision(3));
@@ -60,12 +59,12 @@ export default { render({ model, el }) {
     for (let j = 0; j < columns; j++) for (let i = 0, k = Math.floor(j * rows / columns) * n; i < n; i++, k++)
       cells[k] = Math.max(cells[k], codes[j * tokens + first + i]);
     for (let k = 0; k < cells.length; k++) pixels[k] = PACKED[cells[k] >> 8];
-    floor.getContext("2d", SOFTWARE).putImageData(image, 0, 0);
+    floor.getContext("2d").putImageData(image, 0, 0);
     return cells;
   };
 
   const pen = (target, width, height) => {  // a canvas of so many pixels of the page, wiped
-    const scale = window.devicePixelRatio || 1, found = target.getContext("2d", SOFTWARE);
+    const scale = window.devicePixelRatio || 1, found = target.getContext("2d");
     const [w, h] = [Math.round(width * scale), Math.round(height * scale)];
     if (target.width !== w || target.height !== h) Object.assign(target, { width: w, height: h });
     found.setTransform(scale, 0, 0, scale, 0, 0);
@@ -135,7 +134,7 @@ export default { render({ model, el }) {
     const plot = el.closest(".dfrot-massive")?.querySelector(".js-plotly-plot"), place = plot?.querySelector(".svg-container");
     if (!place) return;
     const { xaxis, yaxis } = plot._fullLayout, ink = pen(over, xaxis._length, yaxis._length), column = xaxis.l2p(1) - xaxis.l2p(0);
-    const at = `position:absolute;pointer-events:none;will-change:transform;left:${xaxis._offset}px;top:${yaxis._offset}px;`
+    const at = `position:absolute;pointer-events:none;left:${xaxis._offset}px;top:${yaxis._offset}px;`
       + `width:${xaxis._length}px;height:${yaxis._length}px`;
     if (style !== at) over.style.cssText = style = at;
     if (over.parentNode !== place) place.append(over);
