@@ -145,6 +145,11 @@ def test_the_first_massive_token_is_named(book):
     )
 
 
+def settle(book: Notebook) -> None:
+    """Until the plots have reported all they have drawn."""
+    wait_until(lambda: (book.watch.sent.clear(), book.page.wait_for_timeout(2000), not book.watch.sent)[2])
+
+
 def film_rate(massive: Explorer) -> float:
     """Frames a second while the film plays."""
     film = massive.root.locator("[data-frames]")
@@ -165,8 +170,7 @@ def test_layers_move_without_the_kernel_which_is_told_once_they_rest(book, say, 
     massive = book.explorer("massive")
     massive.button(view).click()
     slider, sent = massive.slider("layer"), book.watch.sent
-    book.page.wait_for_timeout(1500)  # plots report what they have drawn
-    sent.clear()
+    settle(book)
     rate = max(slider.evaluate(SCRUB) for _ in range(2))
     assert not sent
     slider.dispatch_event("change")
@@ -174,7 +178,6 @@ def test_layers_move_without_the_kernel_which_is_told_once_they_rest(book, say, 
     massive.status(f"layer {layer},")
     book.page.wait_for_timeout(1500)
     assert sum('"state":{"value":' in message for message in sent) == 1
-    sent.clear()
     played = film_rate(massive)
     massive.ready()
     idle = book.page.evaluate(IDLE)

@@ -171,7 +171,7 @@ def test_the_film_pools_as_the_heat_map_and_knows_the_channels_of_a_cell(top):
     x = torch.randn(256, 576, generator=torch.Generator().manual_seed(0))
     profile = pd.DataFrame([{"layer": 0, "top 1": float(x.abs().max()), "median": 0.6}])
     seen = numbers.Look(["a"] * 256, [x], profile, 0.0, 256)
-    top.film.show(seen)
+    top.film.show(seen, "sun", "words", 0)
     assert top.film.shape == (1, 192, 256, 3)
     pooled = x.abs().view(256, 192, 3).amax(2).T.clamp(min=0.01)
     assert np.allclose(film_values(top)[0], pooled, rtol=3e-4)

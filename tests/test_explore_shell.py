@@ -19,8 +19,9 @@ from explorers import MALICIOUS, Page
 from plotly.basedatatypes import Undefined
 
 from dfrot_lab.disk.artefacts import Store
-from dfrot_lab.explore.page import Plot, Stage
-from dfrot_lab.explore.shell import Cancelled, Explorer, Job, Status, Take, beside, control, said, together
+from dfrot_lab.explore.page import Plot, Stage, beside
+from dfrot_lab.explore.shell import Cancelled, Explorer, Job, Status, control
+from dfrot_lab.explore.take import Take, said, together
 from dfrot_lab.recipe.specs import CaptureSpec, CorpusSpec, QuantSpec
 from dfrot_lab.show import theme
 

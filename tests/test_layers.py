@@ -225,10 +225,11 @@ def test_files_and_functions_are_short(name: str):
 
 def test_the_package_is_small():
     size = {name: len(file.read_text().splitlines()) for name, file in MODULES.items()}
-    assert sum(size.values()) <= 21_710, (
+    assert sum(size.values()) <= 22_000, (
         "builds, divergence, offsets; drift, clips, exports; then scales, rivals, formats, KV caches, static and "
         "grouped activations, prefixes; rows side by side; what fits take, weights by what they compute; "
-        "rotations before every linear, a dial; what is inside; weights that know their layer's attention"
+        "rotations before every linear, a dial; what is inside; weights that know their layer's attention; "
+        "explorers: layers as a film, views as lines"
     )
     assert sum(lines for name, lines in size.items() if name.startswith("explore")) <= 3_500
 

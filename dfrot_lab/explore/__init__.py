@@ -7,5 +7,5 @@ from .invariance.widget import Invariance as invariance
 from .massive.widget import Massive as massive
 from .playground.widget import Playground as playground
 from .refinement import Refinement as refinement
-from .shell import together as together
+from .take import together as together
 from .worth.widget import Worth as worth

@@ -126,21 +126,6 @@ def drawing(columns: int = 1, size: tuple[float, float] = (10, 3.8), **options: 
             figures.plt.close(drawn)
 
 
-def label(text: str) -> str:
-    """A token for a plotly label, isolated from its neighbours' writing direction."""
-    return f"\u2068{title(text)}\u2069"
-
-
-def title(text: str) -> str:
-    """Any text, such as a file's name, for a plotly title."""
-    return theme.safe(text).replace("&quot;", "&#34;")
-
-
-def plain(text: str) -> str:
-    """Words that are no token, for HTML and hover labels: escaped, their spaces left as they are."""
-    return theme.safe(text).replace(theme.VISIBLE[" "], " ")
-
-
 def number(value: float) -> str:
     """`24,816`, `118`, `2.15`, `0.00312`: three digits or all before the point."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
@@ -148,7 +133,7 @@ def number(value: float) -> str:
 
 def contexts(texts: Sequence[str], around: int = 4) -> list[str]:
     """Each token in its text as a plotly label: `around` tokens on either side, itself between arrows."""
-    labels = [label(text if len(text) <= 24 else f"{text[:24]}\u2026") for text in texts]
+    labels = [theme.label(text if len(text) <= 24 else f"{text[:24]}\u2026") for text in texts]
     before = ["".join(labels[max(0, i - around) : i]) for i in range(len(labels))]
     after = ["".join(labels[i + 1 : i + 1 + around]) for i in range(len(labels))]
     return [f"{a} \u25b8<b>{b}</b>\u25c2 {c}" for a, b, c in zip(before, labels, after, strict=True)]
@@ -162,17 +147,25 @@ def html_table(table: pd.DataFrame, caption: str, picked: int = -1) -> str:
         shown = number(value) if isinstance(value, float) else value
         return theme.span(value) if isinstance(value, str) else shown
 
-    head = "".join(f'<th scope="col">{plain(str(name))}</th>' for name in table.columns)
+    head = "".join(f'<th scope="col">{theme.plain(str(name))}</th>' for name in table.columns)
     rows = ["".join(f"<td>{cell(value)}</td>" for value in row) for row in table.itertuples(index=False)]
     frame = f' style="outline:2px solid {theme.PICKED_COLOUR}"'
     frames = [frame if token == picked else "" for token in table.get("token", [None] * len(rows))]
     body = "".join(f"<tr{own}>{row}</tr>" for own, row in zip(["", *frames], [head, *rows], strict=True))
-    return f'<table class="dfrot-table"><caption>{plain(caption)}</caption>{body}</table>'
+    return f'<table class="dfrot-table"><caption>{theme.plain(caption)}</caption>{body}</table>'
 
 
 def panel(height: int, **layout: Any) -> Any:
     """An HTML box of fixed height that scrolls, so that what is under it stays where it is."""
     return widgets.HTML(layout={"height": f"{height}px", "overflow": "auto", **layout})
+
+
+def beside(*parts: Any, shares: tuple[int, ...] = (), height: int = HEIGHT) -> widgets.HBox:
+    """Plots or panels beside one another, of fixed height, each a share (percent) of the page's width."""
+    fixed = {"height": f"{height}px", "overflow": "hidden"}
+    shared = zip(parts, shares or (100 / len(parts),) * len(parts), strict=True)
+    boxes = [widgets.Box([part], layout={"width": f"{share:g}%", **fixed}) for part, share in shared]
+    return widgets.HBox(boxes, layout={"width": "100%"})
 
 
 class Stage(widgets.Box):

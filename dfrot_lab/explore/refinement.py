@@ -18,8 +18,8 @@ from traitlets import Bool, Enum, Float, HasTraits, Int, Unicode
 
 from dfrot_lab.disk import rotation_files
 from dfrot_lab.disk.artefacts import Store
-from dfrot_lab.explore.page import AXIS, SCHEMES, Plot, drawing, lines_at
-from dfrot_lab.explore.shell import Cancelled, Explorer, Job, beside, control
+from dfrot_lab.explore.page import AXIS, SCHEMES, Plot, beside, drawing, lines_at
+from dfrot_lab.explore.shell import Cancelled, Explorer, Job, control
 from dfrot_lab.maths import quantizers, rotations
 from dfrot_lab.maths.quantizers import levels
 from dfrot_lab.model.public import public
@@ -245,7 +245,8 @@ class Refinement(Explorer):
         reach = 1.2 * float(start.abs().max())
         edges = np.linspace(-reach, reach, 61)
         before, after = (np.histogram(y.clamp(-reach, reach).numpy(), edges)[0] for y in (start, now))
-        across, along = lines_at(levels(now, quantizer), 0, 1.05 * float(max(before.max(), after.max())))
+        tall, grid = 1.05 * float(max(before.max(), after.max())), quantizers.levels(now, quantizer)
+        across, along = lines_at(grid, 0, tall)
         first, last = (float(quantizers.squared_error(y[None], quantizer)) for y in (start, now))
         title = {"text": f"entry of the token (error {first:.2f} at the start, {last:.2f} now)"}
         counts = [{"x": (edges[1:] + edges[:-1]) / 2, "y": count} for count in (after, before)]

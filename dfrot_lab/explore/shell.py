@@ -2,23 +2,17 @@
 
 import html
 import inspect
-import itertools
 import logging
-import math
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Self, TypeVar
 
-import anywidget
 import ipywidgets as widgets
 import traitlets
 
-from dfrot_lab.disk.artefacts import Store
-from dfrot_lab.explore.page import GREY, HEIGHT, Fit
-from dfrot_lab.observe.capture import Capture
-from dfrot_lab.recipe.base import Spec
+from dfrot_lab.explore.page import GREY, Fit
+from dfrot_lab.explore.take import Take, said
 
 log = logging.getLogger(__name__)
 
@@ -167,38 +161,14 @@ def control(trait: Trait, kind: type[Any], label: str, width: int | None = None,
     return trait
 
 
-def said(value: Any, name: str = "") -> str:
-    """A value in Python, what is usual left out; `name`, where it cannot be said, as matrices cannot."""
-    if isinstance(value, Spec):
-        fields = type(value).model_fields
-        own = {n: v for n, v in value if v != fields[n].get_default(call_default_factory=True)}
-        return f"{type(value).__name__}({', '.join(f'{n}={said(v, n)}' for n, v in own.items())})"
-    if isinstance(value, Capture):
-        return f"capture({said(value.spec)})"
-    if isinstance(value, Store):
-        return "Store()" if value.root == Store().root else f"Store({str(value.root)!r})"
-    if isinstance(value, float) and not math.isfinite(value):
-        return f"float({str(value)!r})"
-    return repr(value) if value is None or isinstance(value, bool | int | float | str | tuple) else name
-
-
-class Take(anywidget.AnyWidget):
-    """What can be taken away from an explorer: its view as a line of Python, its table, a picture of it."""
-
-    _esm = Path(__file__).with_name("take.js")
-    line, name = traitlets.Unicode().tag(sync=True), traitlets.Unicode().tag(sync=True)
-
-
 class Explorer(widgets.VBox):
     """A widget with a `state`, the `controls` of its traits by name, a `status` line and a `job`; a subclass
     adds buttons and plots, and sets `children`. Its class on the page is its name: `dfrot-massive`."""
 
     ONE, STOPPING, CANCELLED, DONE = "job", "", "", ""
     """What can only be done one at a time; what is said while it stops, once it did, once it is done."""
-    texts: Any = ()
-    """Of the tokens that `state.token` is one of."""
-    table: Any
-    """A method: what is shown as a table."""
+    texts: Any = ()  # of the tokens that `state.token` is one of
+    table: Any  # a method: what is shown, as a table
 
     def __new__(cls, *args: Any, **named: Any) -> Self:
         """Remember what it was made of, for `line`."""
@@ -207,11 +177,11 @@ class Explorer(widgets.VBox):
         return made
 
     def __init__(self, state: traitlets.HasTraits, **late: Any) -> None:
-        super().__init__(layout={"max_width": "1240px", "width": "100%"})
         name = type(self).__name__.lower()
+        self._first, self.take = dict(state.trait_values()), Take(name=name)
+        super().__init__(layout={"max_width": "1240px", "width": "100%"})
         self.add_class(f"dfrot-{name}")
         self.state: Any = state
-        self._first, self.take = dict(state.trait_values()), Take(name=name)
         self.take.add_class("dfrot-take")
         self.take.on_msg(lambda *_message: self._give())
         state.observe(lambda _change: self.take.set_trait("line", self.line()))
@@ -238,8 +208,7 @@ class Explorer(widgets.VBox):
 
     @traitlets.validate("children")
     def _with_foot(self, proposal: Any) -> Any:
-        own = getattr(self, "take", None)
-        return (*(part for part in proposal["value"] if part is not own), *([own] if own else []))
+        return (*(part for part in proposal["value"] if part is not self.take), self.take)
 
     def line(self) -> str:
         """One line of Python that makes this view again: what is not usual, in the package's own names."""
@@ -324,23 +293,3 @@ class Explorer(widgets.VBox):
         if isinstance(part, list):
             return widgets.VBox([self._part(each) for each in part])
         return self.controls[part] if isinstance(part, str) else part
-
-
-def beside(*parts: Any, shares: tuple[int, ...] = (), height: int = HEIGHT) -> widgets.HBox:
-    """Plots or panels beside one another, of fixed height, each a share (percent) of the page's width."""
-    fixed = {"height": f"{height}px", "overflow": "hidden"}
-    shared = zip(parts, shares or (100 / len(parts),) * len(parts), strict=True)
-    boxes = [widgets.Box([part], layout={"width": f"{share:g}%", **fixed}) for part, share in shared]
-    return widgets.HBox(boxes, layout={"width": "100%"})
-
-
-def together(*explorers: Explorer) -> None:
-    """A token that is picked in one of these is picked in all that show the same text, as far as they do."""
-    for one, other in itertools.permutations(explorers, 2):
-        one.state.observe(lambda change, pair=(one, other): _follow(change["new"], *pair), "token")
-
-
-def _follow(token: int, one: Explorer, other: Explorer) -> None:
-    shared = min(len(one.texts), len(other.texts))
-    if 0 <= token < shared and list(one.texts[:shared]) == list(other.texts[:shared]):
-        other.state.token = token

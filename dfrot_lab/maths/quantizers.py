@@ -80,10 +80,10 @@ def scale_zero(groups: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     return scale, low.div_(scale).round_().neg_()
 
 
-def levels(x: Tensor, quantizer: QuantSpec) -> Tensor:
-    """All values the quantizer can give one row x (channels,), lowest first, in x's dtype."""
-    scale, zero = scale_zero(x[None], quantizer)
-    low, high = code_range(quantizer)
+def levels(x: Tensor, spec: QuantSpec) -> Tensor:
+    """All values a quantizer can give one row x (channels,), lowest first, in x's dtype."""
+    scale, zero = scale_zero(x[None], spec)
+    low, high = code_range(spec)
     return (scale * (torch.arange(low, high + 1, dtype=x.dtype) - zero))[0]
 
 

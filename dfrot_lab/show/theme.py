@@ -102,3 +102,18 @@ def span(text: str, colour: str | None = None, title: str = "") -> str:
     mark = f"background:{colour};color:#fff;" if colour else ""
     style = f"{mark}border-radius:3px;padding:0 1px"
     return f'<bdi class="dfrot-token" title="{html.escape(title)}" style="{style}">{safe(text)}</bdi>'
+
+
+def label(text: str) -> str:
+    """A token for a plotly label, isolated from its neighbours' writing direction."""
+    return f"\u2068{title(text)}\u2069"
+
+
+def title(text: str) -> str:
+    """Any text, such as a file's name, for a plotly title."""
+    return safe(text).replace("&quot;", "&#34;")
+
+
+def plain(text: str) -> str:
+    """Words that are no token, for HTML and hover labels: escaped, their spaces left as they are."""
+    return safe(text).replace(VISIBLE[" "], " ")

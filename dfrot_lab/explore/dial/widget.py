@@ -11,8 +11,8 @@ from torch import Tensor
 from traitlets import Bool, HasTraits, Int, Unicode
 
 from dfrot_lab.disk.artefacts import Store
-from dfrot_lab.explore.page import GREY, SCHEMES, TAKEN, Plot, drawing, lines_at
-from dfrot_lab.explore.shell import Explorer, beside, control
+from dfrot_lab.explore.page import GREY, SCHEMES, TAKEN, Plot, beside, drawing, lines_at
+from dfrot_lab.explore.shell import Explorer, control
 from dfrot_lab.maths import dial
 from dfrot_lab.maths.offsets import offset_share
 from dfrot_lab.maths.quantizers import levels, scale_zero, squared_error

@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 import torch
 
 from dfrot_lab.explore import page
-from dfrot_lab.maths import quantizers
+from dfrot_lab.maths.quantizers import levels
 from dfrot_lab.recipe.grids import QuantSpec
 from dfrot_lab.show import theme
 
@@ -22,7 +22,7 @@ MARKER: dict[str, Any] = {"colorscale": SCALE, "cmin": 0, "cmax": 1, "opacity": 
 def grids(values: pd.DataFrame, quantizer: QuantSpec) -> dict[str, np.ndarray]:
     """The levels of each rotation's grid for one token's `errors.massive_values`."""
     parts = values.groupby("rotation", sort=False)["value"]
-    return {str(n): quantizers.levels(torch.tensor(part.to_numpy()), quantizer).numpy() for n, part in parts}
+    return {str(n): levels(torch.tensor(part.to_numpy()), quantizer).numpy() for n, part in parts}
 
 
 class Tokens(page.Plot):
@@ -59,11 +59,11 @@ class Tokens(page.Plot):
         """The errors of a table (token, massive, a column each of `names`), an axis a rotation; the ring."""
         heavy = table["massive"].to_numpy()
         found = dict(zip("xyz", table[list(axes)].to_numpy(np.float32).T, strict=False))
-        plain = [page.title(name).replace("%", "&#37;") for name in names]  # %{ would begin a value
+        plain = [theme.title(name).replace("%", "&#37;") for name in names]  # %{ would begin a value
         lines = [f"E({name}) %{{customdata[{i}]:,.4g}}" for i, name in enumerate(plain)]
         hover = "%{text}<br>token %{pointNumber}<br>" + "<br>".join(lines) + "<extra></extra>"
         named = zip(found, axes, strict=True)
-        titles = {f"{letter}axis": {"title": {"text": f"E({page.title(axis)})"}} for letter, axis in named}
+        titles = {f"{letter}axis": {"title": {"text": f"E({theme.title(axis)})"}} for letter, axis in named}
         with self.batch_update():
             about = table[list(names)].to_numpy(np.float32)
             self.data[0].update(**found, customdata=about, hovertemplate=hover)
@@ -108,7 +108,7 @@ class Panels(page.Plot):
                 self.data[2 * i].update(x=across, y=up)
                 self.data[2 * i + 1].update(x=value, y=quantized)
                 error = float(((value - quantized) ** 2).sum())
-                self.layout.annotations[i].text = f"{page.title(name)}: E = {error:.3g}"
+                self.layout.annotations[i].text = f"{theme.title(name)}: E = {error:.3g}"
 
     def _arrange(self, names: list[str]) -> None:
         """As many panels side by side as there are names; the rest empty and out of sight."""

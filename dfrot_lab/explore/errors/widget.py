@@ -15,8 +15,8 @@ from traitlets import Bool, Float, HasTraits, Int, Tuple, Unicode
 from dfrot_lab.disk import rotation_files
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.explore.errors import plots
-from dfrot_lab.explore.page import GREY, HEIGHT, SCHEMES, Stage, drawing, html_table, panel
-from dfrot_lab.explore.shell import Explorer, Job, beside, control
+from dfrot_lab.explore.page import GREY, HEIGHT, SCHEMES, Stage, beside, drawing, html_table, panel
+from dfrot_lab.explore.shell import Explorer, Job, control
 from dfrot_lab.maths import quantizers, rotations
 from dfrot_lab.observe import errors as token_errors, massive
 from dfrot_lab.observe.capture import Capture, capture
@@ -105,8 +105,7 @@ class Errors(Explorer):
         state = _State(site=site, x=x, y=y, token=token, panels=tuple(names[:PANELS]))
         super().__init__(state, **offered, seed={"disabled": not seeded}, token={"max": len(rows.texts) - 1})
         self.button("load", "add", self.load, tooltip="add the rotation in this file")
-        about = "compute DFRot with the default settings"
-        self.button("refine", "refine (about 15 s)", self.refine, tooltip=about)
+        self.button("refine", "refine DFRot (15 s)", self.refine, tooltip="with the default settings")
         self.button("cancel", "cancel", self.cancel, tooltip="stop refining")
         tell = state.set_trait
         self.plot, self.space = (plots.Tokens(rows.texts, tell, space=space) for space in (False, True))

@@ -16,7 +16,7 @@ from traitlets import Enum, Float, HasTraits, Int, Tuple, Unicode
 
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.explore.generate import numbers
-from dfrot_lab.explore.page import GREY, PICKED, Plot, drawing, frame, label, panel
+from dfrot_lab.explore.page import GREY, PICKED, Plot, drawing, frame, panel
 from dfrot_lab.explore.shell import Explorer, Job, control
 from dfrot_lab.explore.worth.numbers import BITS, FULL
 from dfrot_lab.model import door
@@ -54,7 +54,7 @@ class _Strip(Plot):
 
     def draw(self, losses: pd.DataFrame, picked: int) -> None:
         values = losses.drop(columns=ABOUT)
-        x, texts = losses["position"].tolist(), [label(text) for text in losses["text"]]
+        x, texts = losses["position"].tolist(), [theme.label(text) for text in losses["text"]]
         about = [f"{place}: {text}" for place, text in zip(x, texts, strict=True)]
         ticks = {"tickmode": "array", "tickvals": x, "ticktext": texts}
         edge = x[0] - 0.5 + int(losses["prompt"].sum())

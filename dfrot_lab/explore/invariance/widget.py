@@ -101,9 +101,8 @@ class Invariance(Explorer):
         self.button("clear", "No step", lambda: self.set(**dict.fromkeys(STEPS, False)))
         self.button("cancel", "Cancel", self.cancel)
         switches = VBox([self.controls[name] for name in STEPS], layout={"width": "350px"})
-        found = VBox(
-            [self.block, self.plot, self.verdict, self.text], layout={"flex": "1 1 600px", "min_width": "0"}
-        )
+        shown = [self.block, self.plot, self.verdict, self.text]
+        found = VBox(shown, layout={"flex": "1 1 600px", "min_width": "0"})
         above = self.row("prompt", "kind", "seed", "correct", "clear", "cancel")
         self.children = [above, HBox([switches, found]), self.status.widget]
         self.on(" ".join([*STEPS, "kind seed prompt"]), self.ask)

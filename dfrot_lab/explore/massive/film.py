@@ -21,22 +21,20 @@ class Film(anywidget.AnyWidget):
     shape, ends = Tuple((1, 1, 1, 1)).tag(sync=True), Tuple((0, 1)).tag(sync=True)
     words: Any = List([""]).tag(sync=True)
     marked: Any = List().tag(sync=True)
+    _seen: Any = None
 
     @validate("value")
     def _within(self, proposal: Any) -> int:
         return min(max(int(proposal["value"]), 0), self.max)
 
-    def show(self, seen: numbers.Look) -> None:
-        """Another text: all its layers, in one message."""
-        codes, first = numbers.frames(seen), numbers.starts(*seen.streams[0].shape)
-        size = int(first[1]) if len(first) > 1 else seen.streams[0].shape[1]
-        with self.hold_sync():
-            self.frames, self.shape, self.ends = codes.tobytes(), (*codes.shape, size), numbers.ends(seen)
-            self.words = [visible(text) for text in seen.texts]
-
-    def follow(self, seen: numbers.Look, rule: str, view: str, token: int) -> None:
-        """What the rule marks in every layer, the view, the token that is picked."""
+    def show(self, seen: numbers.Look, rule: str, view: str, token: int) -> None:
+        """A text, once all its layers; what the rule marks in each, the view, the token that is picked."""
         masks = [numbers.marks(seen, layer, rule) for layer in range(len(seen.streams))]
         with self.hold_sync():
+            if seen is not self._seen:
+                codes, first = numbers.frames(seen), numbers.starts(*seen.streams[0].shape)
+                size = int(first[1]) if len(first) > 1 else seen.streams[0].shape[1]
+                self.frames, self.shape, self.ends = codes.tobytes(), (*codes.shape, size), numbers.ends(seen)
+                self._seen, self.words = seen, [visible(text) for text in seen.texts]
             self.marked = [mask.nonzero()[:, 0].tolist() for mask in masks]
             self.view, self.token = view, token

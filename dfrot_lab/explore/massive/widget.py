@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import torch
-from ipywidgets import BoundedIntText, Dropdown, HBox, IntText, Textarea, ToggleButtons, VBox
+from ipywidgets import BoundedIntText, Dropdown, IntText, Textarea, ToggleButtons, VBox
 from matplotlib.figure import Figure
 from torch import Tensor
 from traitlets import Any as Any_, Enum, HasTraits, Int, Unicode
@@ -17,12 +17,12 @@ from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.explore import page
 from dfrot_lab.explore.massive import numbers
 from dfrot_lab.explore.massive.film import Film
-from dfrot_lab.explore.page import GREY, Plot, label, packed, panel
-from dfrot_lab.explore.shell import Explorer, Job, beside, control
+from dfrot_lab.explore.page import GREY, Plot, beside, packed, panel
+from dfrot_lab.explore.shell import Explorer, Job, control
 from dfrot_lab.model import loading
 from dfrot_lab.observe.capture import Capture
 from dfrot_lab.recipe.specs import MASSIVE_RULES, CaptureSpec, CorpusSpec, ModelSpec
-from dfrot_lab.show.theme import MASSIVE_COLOUR, PICKED_COLOUR
+from dfrot_lab.show.theme import MASSIVE_COLOUR, PICKED_COLOUR, label
 
 TOKENS = 256  # tokens shown of a longer text, unless more are asked for
 ROWS = 12  # rows of the tables of tokens and channels
@@ -116,9 +116,8 @@ class Massive(Explorer):
         last, middle = len(loaded.layers) - 1, len(loaded.layers) // 2
         sizes = sorted({64, 128, 256, 512, 1024, 2048, tokens})
         super().__init__(_State(layer=middle, tokens=tokens), layer={"max": last}, tokens=sizes)
-        box, number = "look at the text in the box", "look at the corpus block with this number"
-        self.button("look", "look", lambda: self.look(self.state.text), tooltip=box, button_style="primary")
-        self.button("open", "open block", lambda: self.look(self.state.block), tooltip=number)
+        self.button("look", "look", lambda: self.look(self.state.text), button_style="primary")
+        self.button("open", "open block", lambda: self.look(self.state.block))
         self.button("cancel", "cancel", self.cancel, tooltip="stop looking; the view stays as it is")
         self.film, self.plot = self.controls["layer"], Heat(self.pick)
         self.film.on_msg(lambda _film, said, _buffers: self.pick(said["token"]))
@@ -135,8 +134,7 @@ class Massive(Explorer):
         opened = self.row("text", ["look", "cancel"], [self.row("block", "open"), "tokens"])
         left, right = VBox([self.film, self.stage]), VBox([self.sentence, self.words, self.profile])
         seen = beside(left, right, shares=(66, 34), height=page.HEIGHT + 172)
-        apart = {"width": "100%", "justify_content": "space-between"}
-        tables = HBox([self.tokens, self.channels], layout=apart)
+        tables = beside(self.tokens, self.channels, height=290)
         self.children = [opened, self.row("view", "rule", "token"), self.status.widget, seen, tables]
 
     def at(self, **view: Any) -> Self:
@@ -164,7 +162,6 @@ class Massive(Explorer):
     def _show(self, seen: numbers.Look, what: str | int | None = None, token: int = -1) -> None:
         with self._lock:
             self.seen, self.texts = seen, seen.texts
-            self.film.show(seen)
             self.state.shown, self.state.token = what, token
             self.redraw()
 
@@ -176,13 +173,14 @@ class Massive(Explorer):
         """The views of layer, rule and text; the plot that is out of sight follows when it is turned to."""
         with self._lock:
             layer, rule, seen = self.state.layer, self.state.rule, self.seen
-            self.shown = numbers.token_table(seen, layer, rule)
+            self.shown = table = numbers.token_table(seen, layer, rule)
+            self.marked = table[table["massive"]].sort_values("token")
             own, largest = self.state.token, int(self.shown["token"].iloc[0])
             picked = own if 0 <= own < len(seen.texts) else largest
-            self.film.follow(seen, rule, self.state.view, picked)
+            self.film.show(seen, rule, self.state.view, picked)
             self.stage.layout.display = None if self.state.view == HEAT else "none"
             if self.state.view == HEAT:
-                self.plot.draw(seen, layer, self._marked(), picked)
+                self.plot.draw(seen, layer, self.marked, picked)
             lines = seen.profile
             ends = [max(float(lines["median"].min()) / 2, numbers.FLOOR), float(lines["top 1"].max()) * 2]
             drawn: list[Any] = [
@@ -207,12 +205,9 @@ class Massive(Explorer):
         """Every token at the layer shown, largest first: token, text, channel, value, ratio, massive."""
         return self.shown.copy()
 
-    def _marked(self) -> pd.DataFrame:
-        return self.shown[self.shown["massive"]].sort_values("token")
-
     def static(self) -> Figure:
         """The heat map and the profile as a matplotlib figure."""
-        seen, layer, marked, rule = self.seen, self.state.layer, self._marked(), self.state.rule
+        seen, layer, marked, rule = self.seen, self.state.layer, self.marked, self.state.rule
         size: dict[str, Any] = {"size": (11, 4), "layout": "constrained", "width_ratios": (2, 1)}
         with page.drawing(2, **size) as (drawn, (left, right)):
             tokens, channels = seen.streams[layer].shape

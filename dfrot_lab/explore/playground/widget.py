@@ -15,9 +15,9 @@ from torch import Tensor
 from traitlets import Bool, Enum, Float, HasTraits, Int
 
 from dfrot_lab.disk.artefacts import Store
-from dfrot_lab.explore.page import GREY, SCHEMES, TABLE, TAKEN, Plot, Stage, drawing, lines_at, scene
+from dfrot_lab.explore.page import GREY, SCHEMES, TABLE, TAKEN, Plot, Stage, beside, drawing, lines_at, scene
 from dfrot_lab.explore.playground import numbers
-from dfrot_lab.explore.shell import Explorer, Job, beside, control
+from dfrot_lab.explore.shell import Explorer, Job, control
 from dfrot_lab.maths import quantizers, theory
 from dfrot_lab.maths.quantizers import levels
 from dfrot_lab.observe.capture import capture

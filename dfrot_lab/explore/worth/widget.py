@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from traitlets import Enum, HasTraits, Int, Tuple, Unicode
 
 from dfrot_lab.disk.artefacts import Store
-from dfrot_lab.explore.page import CLEAR, GREY, PICKED, Plot, panel, plain
-from dfrot_lab.explore.shell import Explorer, beside, control
+from dfrot_lab.explore.page import CLEAR, GREY, PICKED, Plot, beside, panel
+from dfrot_lab.explore.shell import Explorer, control
 from dfrot_lab.explore.worth import numbers
 from dfrot_lab.explore.worth.numbers import BITS, DIFFERENCE, FULL, KEPT, Tally, interval
 from dfrot_lab.maths import tables
@@ -77,7 +77,7 @@ class Bars(Plot):
 
 def _hover(row: Mapping[Any, Any]) -> str:
     found = interval(row["perplexity"], row["low"], row["high"])
-    lines = [f"{plain(row['row'])} at {row['bits']}: {found}"]
+    lines = [f"{theme.plain(row['row'])} at {row['bits']}: {found}"]
     if difference := interval(*(row[name] for name in DIFFERENCE)):
         lines.append(f"against RH, %: {difference}")
     return "<br>".join([*lines, f"{row['windows']} windows"] if row["windows"] else lines)
