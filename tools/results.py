@@ -200,7 +200,9 @@ def teaching() -> str:
     rh, ro, at = tables.change("RH"), tables.change("RO"), "16-4-16"
     kept, sweep = load("intervene-wikitext2"), load("gamma-sweep-wikitext2")
     kept = kept[kept["rotation"].eq("RO") & kept["metric"].eq(ro)].set_index(["chosen", "k"])
-    alone = sweep["line"].eq("DFRot") & sweep["init"].eq("RH") & sweep["gamma"].eq(np.inf) & sweep["bits"].eq(at)
+    alone = (
+        sweep["line"].eq("DFRot") & sweep["init"].eq("RH") & sweep["gamma"].eq(np.inf) & sweep["bits"].eq(at)
+    )
     (spoilt,) = sweep[alone & sweep["metric"].eq(tables.change("QuaRot"))].to_dict("records")
     few, many_ = (f"{t['builds'].max()} builds of {t['windows'].max()} windows" for t in (main, gain))
     four, worst = (tables.cell(kept.loc[each].to_dict()) for each in (("most_massive", 4), ("worst", 64)))

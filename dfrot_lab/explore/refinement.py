@@ -21,7 +21,6 @@ from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.explore.page import AXIS, SCHEMES, Plot, beside, drawing, lines_at
 from dfrot_lab.explore.shell import Cancelled, Explorer, Job, control
 from dfrot_lab.maths import quantizers, rotations
-from dfrot_lab.maths.quantizers import levels
 from dfrot_lab.model.public import public
 from dfrot_lab.observe import capture, massive
 from dfrot_lab.recipe import specs
