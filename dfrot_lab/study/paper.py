@@ -18,7 +18,7 @@ PUBLISHED = Path(__file__).parents[2] / "data" / "paper" / "published.csv"  # in
 METHODS = {"NR": "GPTQ", "RO": "QuaRot-RO", "RH": "QuaRot-RH", "DFRot": "DFRot"}
 """The paper's names of our rows; one without rotation has the weight quantizer's name."""
 TASKS = "needs items that are not here: a file, or DFROT_LAB_TASKS with the hub (data/README.md)"
-RIVALS = "copied by the authors from another paper: the rivals are not run here yet"
+RIVALS = "copied by the authors from another paper; here `dfrot-lab leaderboard` runs them"
 NOT_YET = "not measured yet: run the experiment"
 ABSENT = {  # metrics, methods and tables that have none of our numbers beside them, and why
     **dict.fromkeys(("mmlu", "acc_average9", "acc_boolq", "acc_openbookqa", "acc_social_iqa"), TASKS),
