@@ -35,11 +35,13 @@ SCRUB = """slider => new Promise(done => {
         const spent = performance.now() - start;
         slider.value = Math.round((1 + Math.sin(spent / 300)) / 2 * slider.max);
         slider.dispatchEvent(new Event('input'));
-        if (spent < 2000) setTimeout(move, 5); else done((film.dataset.frames - frames) * 1000 / spent);
+        if (spent < 2000) requestAnimationFrame(move); else done((film.dataset.frames - frames) * 1000 / spent);
     };
     move();
 })"""
-"""In the page: a hand that moves the slider to and fro for 2 s; frames drawn a second."""
+"""In the page: a hand that moves the slider to and fro for 2 s, as often as a browser tells of it; frames drawn a
+second.
+"""
 IDLE = """() => new Promise(done => {
     const start = performance.now();
     let frames = 0;

@@ -169,12 +169,14 @@ def test_the_film_holds_every_layer_as_the_heat_map_shows_it(heat):
 
 def test_the_film_pools_as_the_heat_map_and_knows_the_channels_of_a_cell(top):
     x = torch.randn(256, 576, generator=torch.Generator().manual_seed(0))
-    profile = pd.DataFrame([{"layer": 0, "top 1": float(x.abs().max()), "median": 0.6}])
-    seen = numbers.Look(["a"] * 256, [x], profile, 0.0, 256)
+    spiked = x.index_put((torch.tensor(7), torch.tensor(500)), torch.tensor(2500.0))
+    rows = [{"layer": i, "top 1": float(y.abs().max()), "median": 0.6} for i, y in enumerate((x, spiked))]
+    seen = numbers.Look(["a"] * 256, [x, spiked], pd.DataFrame(rows), 0.0, 256)
     top.film.show(seen, "sun", "words", 0)
-    assert top.film.shape == (1, 192, 256, 3)
-    pooled = x.abs().view(256, 192, 3).amax(2).T.clamp(min=0.01)
-    assert np.allclose(film_values(top)[0], pooled, rtol=3e-4)
+    assert top.film.shape == (2, 192, 256, 3) and top.film.ends == (-2, 4)
+    for found, y in zip(film_values(top), (x, spiked), strict=True):
+        assert np.allclose(found, y.abs().view(256, 192, 3).amax(2).T.clamp(min=0.01), rtol=3e-4)
+    assert top.film.marked == [[], [7]]
 
 
 def test_the_film_moves_the_layer_and_stays_within_the_model(top):

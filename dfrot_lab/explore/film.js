@@ -19,7 +19,6 @@ export default { render({ model, el }) {
   const text = make(el, "div", { className: "dfrot-text" });
   const canvas = make(el, "canvas", { className: "dfrot-film" }), over = document.createElement("canvas");
   const floor = document.createElement("canvas");
-  el.dataset.lmSuppressShortcuts = "true";  // the arrow keys are the slider's, not the notebook's
   let frames, layers, columns, tokens, size, codes, largest, top, spans, at = get("value"), hot = -1, turn = -0.5;
   let drag = null, view = null, last = 0, playing = false, resting = 0, asked = 0, drawn = 0, shades = "", style = "";
 
@@ -200,6 +199,7 @@ export default { render({ model, el }) {
     "change:value": () => { if (!playing && !resting) { at = get("value"); ask(); } } };
   const wide = new ResizeObserver(ask);
   slider.oninput = () => { clearTimeout(resting); [playing, resting, at] = [false, -1, Number(slider.value)]; ask(); };
+  slider.onkeydown = (event) => event.stopPropagation();  // the notebook would take the arrows
   slider.onchange = () => { clearTimeout(resting); resting = setTimeout(rest, REST_MS); };
   play.onclick = () => {
     if (playing) return rest();
