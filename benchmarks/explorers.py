@@ -76,9 +76,10 @@ def main() -> None:
     top = explore.massive(acts, store=store, tokens=TOKENS)
     baseline = seconds(lambda: new_heat_map(top))
     layers = range(len(top.seen.streams))
-    rows = [row("massive", "layer, heat map", mover(top.controls["layer"], layers), baseline)]
-    top.controls["view"].value = "3-D"
-    rows.append(row("massive", "layer, 3-D", mover(top.controls["layer"], layers), baseline))
+    rows = []
+    for view in ("heat map", "3-D"):
+        top.controls["view"].value = view
+        rows.append(row("massive", f"layer, {view}", mover(top.controls["layer"], layers), baseline))
     top = explore.errors(acts, store=store)
     baseline = seconds(lambda: new_scatter(top))
     rows += [
