@@ -205,8 +205,10 @@ def explorer(root: Path, name: str) -> str:
     return f'<div class="explorer">{line}{picture or ""}</div>'
 
 
-def prepared(root: Path, book: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """A notebook for its page: a word for each picture, a picture for each explorer, no style of pandas' own."""
+def prepared(root: Path, book: nbformat.NotebookNode, stem: str) -> dict[str, bytes]:
+    """Make a notebook one for its page: a word for each picture, a picture for each explorer, no style of
+    pandas' own. What is drawn as SVG is taken out of it, by the names of its files."""
+    drawings: dict[str, bytes] = {}
     section = heading(book.cells[0].source)
     for cell in book.cells:
         if cell.cell_type == "markdown":
@@ -218,18 +220,22 @@ def prepared(root: Path, book: nbformat.NotebookNode) -> nbformat.NotebookNode:
         for output in cell.outputs:
             if "image/png" in (data := output.get("data", {})):
                 output.metadata["image/png"] = {"alt": f"Figure, in: {section}"}
+            if drawn := data.pop("image/svg+xml", ""):
+                drawings[f"{stem}_{len(drawings)}.svg"] = drawn.encode()
+                place = f"{PICTURES}/{[*drawings][-1]}"
+                data["text/html"] = f'<img src="{place}" alt="Picture, in: {escape(section)}">'
             if "text/html" in data:
                 data["text/html"] = re.sub(r"(?s)<style scoped>.*?</style>", "", data["text/html"])
-    return book
+    return drawings
 
 
 def notebook(exporter: Pages, root: Path, source: str) -> tuple[str, dict[str, bytes]]:
     """A notebook as HTML, and its pictures by their names."""
     asked = {"unique_key": Path(source).stem, "output_files_dir": PICTURES}
-    book = prepared(root, nbformat.read(root / source, 4))
+    drawings = prepared(root, book := nbformat.read(root / source, 4), Path(source).stem)
     exporter.renderer = Renderer(root, source)
     html, made = exporter.from_notebook_node(book, asked)
-    return html, {Path(name).name: data for name, data in made["outputs"].items()}
+    return html, drawings | {Path(name).name: smaller(data) for name, data in made["outputs"].items()}
 
 
 def smaller(picture: bytes) -> bytes:
@@ -253,7 +259,7 @@ def bodies(root: Path, found: list[Page]) -> Iterator[tuple[Page, str]]:
         if page.is_notebook:
             body, pictures = notebook(exporter, root, page.source)
             for name, data in pictures.items():
-                (root / SITE / PICTURES / name).write_bytes(smaller(data))
+                (root / SITE / PICTURES / name).write_bytes(data)
             yield page, body
         else:
             text = (root / page.source).read_text(encoding="utf-8")
