@@ -267,5 +267,6 @@ def test_a_model_that_is_not_there_is_one_sentence_and_the_planted_spike_stays(t
 
 def test_the_line_makes_the_same_view(view):
     put(view, dims=3, angle=30.0, angle_02=10.0, snr=4.0, channels=64)
+    assert Playground().line() == "explore.playground()"  # though the slider of snr knows no 8.0
     again = remade(view)
     assert again.state.trait_values() == view.state.trait_values() and again.reading() == view.reading()

@@ -77,7 +77,9 @@ export default { render({ model, el }) {
     ink.save();
     ink.translate(x, y);
     ink.rotate(angle);
-    Object.assign(ink, { fillStyle: colour, textAlign: align });
+    const page = getComputedStyle(document.body).getPropertyValue("--jp-layout-color0") || "#fff";
+    Object.assign(ink, { fillStyle: colour, textAlign: align, strokeStyle: page, lineWidth: 4, lineJoin: "round" });
+    ink.strokeText(words, 0, 0);  // readable over the floor, too
     ink.fillText(words, 0, 0);
     ink.restore();
   };

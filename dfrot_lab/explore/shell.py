@@ -178,18 +178,18 @@ class Explorer(widgets.VBox):
 
     def __init__(self, state: traitlets.HasTraits, **late: Any) -> None:
         name = type(self).__name__.lower()
-        self._first, self.take = dict(state.trait_values()), Take(name=name)
+        self.take = Take(name=name)
         super().__init__(layout={"max_width": "1240px", "width": "100%"})
         self.add_class(f"dfrot-{name}")
         self.state: Any = state
-        self.take.add_class("dfrot-take")
         self.take.on_msg(lambda *_message: self._give())
-        state.observe(lambda _change: self.take.set_trait("line", self.line()))
-        self.take.line = self.line()
         self.status, self.job, self.controls = Status(), Job(self._ended), dict[str, Any]()
         self._pressed, self._lock = list[str](), threading.RLock()
         for name, trait in state.traits(control=lambda declared: declared is not None).items():
             self.controls[name] = self._linked(name, late.get(name, {}), *trait.metadata["control"])
+        self._first = dict(state.trait_values())  # a control may have made another value of one
+        state.observe(lambda _change: self.take.set_trait("line", self.line()))
+        self.take.line = self.line()
 
     def _linked(self, name: str, late: Any, kind: Any, options: dict[str, Any]) -> Any:
         """The declared control, which moves the state and follows it; without a value it moves nothing."""

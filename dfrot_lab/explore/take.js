@@ -26,6 +26,7 @@ const picture = async (explorer) => {
 };
 
 export default { render({ model, el }) {
+  el.classList.add("dfrot-take");
   const add = (name, textContent, title, onclick) =>
     el.appendChild(Object.assign(document.createElement(name), { textContent, title, onclick, className: name === "button" ? "jupyter-button" : "dfrot-line" }));
   const line = add("code", "", "this view, as a line of Python"), name = model.get("name");

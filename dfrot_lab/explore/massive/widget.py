@@ -49,7 +49,7 @@ class Heat(Plot):
         marker = {"symbol": "diamond-open", "size": 13, "color": MASSIVE_COLOUR, "line": {"width": 2.5}}
         heat = go.Heatmap(colorscale="Cividis", colorbar={"title": {"text": "|x|"}, "thickness": 14}, **look)
         marks = go.Scatter(mode="markers", marker=marker, showlegend=False, **look)
-        x = {"type": "category", "nticks": 24, "tickangle": -40, "showgrid": False, "title": "token"}
+        x = {"type": "category", "nticks": 14, "tickangle": -40, "showgrid": False, "title": "token"}
         super().__init__([heat, marks], xaxis=x, yaxis_title="channel")
         self._seen: numbers.Look | None = None
         for trace in self.data:
