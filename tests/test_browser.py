@@ -219,6 +219,7 @@ def test_a_view_is_taken_away_as_a_line_a_table_and_a_picture(book, name):
     explorer.button("copy this view").click()
     assert book.page.evaluate("getSelection().toString()").startswith(f"explore.{name}(")
     table = pd.read_csv(io.BytesIO(explorer.saved("data (CSV)")))
+    explorer.ready()
     assert len(table) > 40 and table.select_dtypes("number").shape[1] >= 3
     picture = PIL.Image.open(io.BytesIO(explorer.saved("picture (PNG)"))).convert("RGB")
     assert min(picture.size) > 700 and len(picture.getcolors(2**24)) > 50  # drawn, and not one colour

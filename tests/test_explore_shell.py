@@ -483,14 +483,15 @@ def test_the_foot_is_last_whatever_the_children_are():
     assert reader.children == (plots, more, foot)
 
 
-def test_the_table_goes_to_the_page_as_csv(monkeypatch):
+@pytest.mark.parametrize("said_before", ["as it was", ""])
+def test_the_table_goes_to_the_page_as_csv(monkeypatch, said_before):
     reader, given = Reader(), []
-    reader.status.say("as it was")
+    reader.status.say(said_before)
     monkeypatch.setattr(reader.take, "send", given.append)
     reader.take._handle_custom_msg("csv", [])
     back = pd.read_csv(io.StringIO(given[0]), keep_default_na=False, na_values={"value": ""})
     pd.testing.assert_frame_equal(back, reader.table())
-    assert (reader.status.state, reader.status.text) == ("ready", "as it was")
+    assert (reader.status.state, reader.status.text) == ("ready", said_before)
     monkeypatch.setattr(reader, "table", lambda: {}["nothing is shown yet"])
     reader.take._handle_custom_msg("csv", [])
     assert reader.status.state == "error" and "nothing is shown yet" in reader.status.text and len(given) == 1

@@ -89,11 +89,11 @@ export default { render({ model, el }) {
     if (!wide) return;
     const few = get("view") === "words" || tokens <= FEW, n = few ? Math.min(FEW, tokens) : tokens;
     const first = Math.max(0, Math.min(tokens - n, get("token") - (FEW >> 1))), rows = few ? Math.min(ROWS, columns) : columns;
-    const ink = pen(canvas, wide, high), unit = Math.min(wide / 2.6, high / 1.4), c = Math.cos(turn), s = Math.sin(turn);
-    const tall = Math.min(1, (high * 0.67 - 30) / unit - 0.4);
+    const ink = pen(canvas, wide, high), unit = Math.min(wide / 2.6, high / 1.6), c = Math.cos(turn), s = Math.sin(turn);
+    const tall = Math.min(1, (high * 0.72 - 30) / unit - 0.4);
     const spot = (i, j, z = 0) => {
       const x = 2 * i / n - 1, y = j / rows - 0.5;
-      return [wide / 2 + unit * (x * c - y * s), high * 0.67 + unit * ((x * s + y * c) * 0.36 - z * tall)];
+      return [wide / 2 + unit * (x * c - y * s), high * 0.72 + unit * ((x * s + y * c) * 0.36 - z * tall)];
     };
     const face = (colour, ...corners) => {
       ink.beginPath();
@@ -190,7 +190,7 @@ export default { render({ model, el }) {
     model.save_changes();
   };
   const under = ({ offsetX: x, offsetY: y }) => {  // the token at a place of the canvas, or -1
-    const { first, n, bars, wide, high, unit, c, s } = view, u = (x - wide / 2) / unit, v = (y - high * 0.67) / unit / 0.36;
+    const { first, n, bars, wide, high, unit, c, s } = view, u = (x - wide / 2) / unit, v = (y - high * 0.72) / unit / 0.36;
     const bar = bars.findLast(({ front: [[ax, ay], [bx, by]] }) => x > ax && x < bx && y > ay && y < by);
     const i = bar ? Math.floor(bar.i) : Math.floor((u * c + v * s + 1) / 2 * n), j = v * c - u * s;
     return bar || (i >= 0 && i < n && j > -0.5 && j < 0.7) ? first + i : -1;

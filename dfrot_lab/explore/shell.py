@@ -230,7 +230,7 @@ class Explorer(widgets.VBox):
         return self
 
     def _give(self) -> None:
-        with self.status.doing("making the table", self.status.text):
+        with self.status.doing("making the table", self.status.text.strip):  # then as now
             self.take.send(self.table().to_csv(index=False))
 
     def button(self, name: str, label: str, act: Callable[[], None], **look: Any) -> None:
