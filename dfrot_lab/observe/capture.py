@@ -51,6 +51,10 @@ class Capture:
             raise KeyError(f"no site {site!r} in this capture; it has {self.sites[0]} .. {self.sites[-1]}")
         return self.sites.index(site)
 
+    def largest(self, site: str) -> int:
+        """The token with the largest value in the residual stream that the norm at `site` reads."""
+        return int(self.residual_max[self.place(site)].argmax())
+
     def all_rows(self, chosen: Tensor | None = None) -> Tensor:
         """Every site's rows below one another (sites * tokens, channels), float32: what R1 is refined on.
         With `chosen` (rows,), in rising order, those at these places alone, which is all the memory taken."""

@@ -113,7 +113,7 @@ def _question(name: str, setting: Setting) -> dict[str, Any]:
 def main_figures(result: MainResult, wide: pd.DataFrame) -> dict[str, tuple[Figure, dict[str, Any]]]:
     """The main figures that can be drawn, each with what it is made from; `wide`: errors at their site."""
     recorded, refine, site = result.capture, result.setting.refine, figure_site(result.capture.sites)
-    token = int(recorded.residual_max[recorded.sites.index(site)].argmax())
+    token = recorded.largest(site)
     values = errors.massive_values(recorded, site, token, result.matrices, refine.quantizer)
     across = 2 if result.refinement else 1
     residual, axes = figures.plt.subplots(1, across, figsize=(5.1 * across, 3.6), squeeze=False)

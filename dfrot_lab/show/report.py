@@ -61,9 +61,9 @@ def collect(setting: Setting, store: Store | None = None) -> Findings:
     progress.begin("errors of every token")
     site = figure_site(result.capture.sites)
     errors = result.errors([site])
-    token = int(result.capture.residual_max[result.capture.sites.index(site)].argmax())
     progress.begin("figures and page")
-    return Findings(result, missing, massive, errors, live.turning(result, site, token))
+    turning = live.turning(result, site, result.capture.largest(site))
+    return Findings(result, missing, massive, errors, turning)
 
 
 def page(values: Mapping[str, Any]) -> str:

@@ -84,9 +84,8 @@ class Dial(Explorer):
         self.setting, self.store = (setting or Setting.of_profile()).resolved(), store or Store()
         self.acts, self.ways = capture(self.setting.capture, self.store), dict[str, dial.Way]()
         self.texts, site = self.acts.texts, figure_site(self.acts.sites)
-        token = int(self.acts.residual_max[self.acts.sites.index(site)].argmax())
         own = {"site": self.acts.sites, "to": NAMES, "token": {"max": len(self.acts.texts) - 1}}
-        super().__init__(_State(site=site, token=token), **own)
+        super().__init__(_State(site=site, token=self.acts.largest(site)), **own)
         self.plot, self.errors, self.read = Values(), errors(), widgets.HTML(layout={"min_height": "48px"})
         self.film = widgets.Play(**FILM)
         widgets.jslink((self.film, "value"), (self.controls["turned"], "value"))

@@ -99,7 +99,7 @@ class Errors(Explorer):
         self.texts = rows.texts
         sites, names = rows.acts.sites, list(rows.matrices)
         site = setting.figure_site(sites)
-        token = int(rows.acts.residual_max[sites.index(site)].argmax())
+        token = rows.acts.largest(site)
         x, y = ("RO", "RH") if {"RO", "RH"} <= set(names) else (names[0], names[-1])
         offered = {"x": names, "y": names, "z": [NONE, *names], "panels": names, "site": sites}
         state = _State(site=site, x=x, y=y, token=token, panels=tuple(names[:PANELS]))
