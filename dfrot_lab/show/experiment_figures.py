@@ -16,7 +16,7 @@ from dfrot_lab.observe.massive import SUN_ABSOLUTE, SUN_RATIO
 from dfrot_lab.show import figures, inside_figures
 from dfrot_lab.show.figures import plot_rows, rows_of
 from dfrot_lab.show.theme import INK, MASSIVE_COLOUR, ORDINARY_COLOUR, draw_lines, legend_below, looks, panels
-from dfrot_lab.study import compare
+from dfrot_lab.study import compare, leaderboard
 
 ORDER_COLOURS = {  # of the errors; green, blue and red are the paper's
     "NR > RO > RH": "#117733", "NR > RH > RO": "#56B4E9", "RO > NR > RH": MASSIVE_COLOUR,
@@ -270,8 +270,7 @@ FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {  # by experiment, what 
     "gain": partial(figure_differences, label="{rotation}"),
     "free-options": partial(figure_differences, label="{rotation}, {option}"),
     **dict.fromkeys(
-        ("leaderboard", "leaderboard-weights"),
-        partial(figure_differences, label=RANKED, panel="{group}, {bits}"),
+        leaderboard.EXPERIMENTS, partial(figure_differences, label=RANKED, panel="{group}, {bits}")
     ),
     "better-weights": partial(figure_differences, label=RANKED), "kv-caches": figure_caches,
     "static-activations": figure_acts, "prefix": figure_prefix, "block-floats": figure_formats,

@@ -32,8 +32,8 @@ CLIPS = (0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)
 ROW_COUNTS = (48, 32, 24, 16, 8)  # Table 3, in windows; a model of n layers has 2n: more is left out
 SAMPLES, BITS = 5, ("16-4-16", "4-4-16")
 SWEEPS = (
-    "gamma-sweep", "calibration", "clip-sweep", "intervene", "better-weights", "kv-caches", "leaderboard",
-    "leaderboard-weights", "static-activations", "prefix", "block-floats",
+    "gamma-sweep", "calibration", "clip-sweep", "intervene", "better-weights", "kv-caches",
+    *leaderboard.EXPERIMENTS, "static-activations", "prefix", "block-floats",
 )  # fmt: skip
 LONG = ("keep-out", "main-table", "variants", "symmetric-or-not")  # of GPTQ, or of long refinements
 BUILDS_OF = {"gain": 26, **dict.fromkeys(LONG, 5), **dict.fromkeys(SWEEPS, 3)}
@@ -41,8 +41,8 @@ BUILDS_OF = {"gain": 26, **dict.fromkeys(LONG, 5), **dict.fromkeys(SWEEPS, 3)}
 long ones as many as a comparison needs, sweeps, where a curve is what is looked at, fewer."""
 GAIN_WINDOWS = 5  # times the setting's: what a build of DFRot against RH varies by is mostly its windows
 OWN_RULE = (
-    "main", "compare", "gain", "measuring", "offset", "free-options", "better-weights", "leaderboard",
-    "leaderboard-weights", "static-activations", "prefix", "block-floats",
+    "main", "compare", "gain", "measuring", "offset", "free-options", "better-weights",
+    *leaderboard.EXPERIMENTS, "static-activations", "prefix", "block-floats",
 )  # fmt: skip
 """The experiments that refine by the setting's rule."""
 CALIBRATED = "calibration text"

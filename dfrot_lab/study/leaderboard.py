@@ -22,7 +22,7 @@ BITS = ("16-4-16", "4-4-16")
 FEW_BITS = ("3-16-16", "2-16-16")
 GROUP = 64  # inputs that share a scale, or their largest common divisor with it
 UNROTATED = ("NR", "SmoothQuant", "AWQ", "OS+")
-ONLINE = ("DuQuant", "FlatQuant")
+ONLINE = ("DuQuant", "FlatQuant")  # act before every linear: more work than any fused R1, as is said
 PUBLISHED = {"SpinQuant": (5.9, 7.3), "OSTQuant R1": (5.91, 7.29), "DartQuant": (5.93, 7.43)}
 """Perplexity of WikiText-2 at 4-4-4 on LLaMA-2-7B and LLaMA-3-8B (full precision 5.47 and 6.14) as published,
 each by a pipeline of its own (other weight groups, clips, what is learned beside R1), so they cannot be
@@ -33,26 +33,17 @@ PEAK = "peak, GB"  # of memory
 ONLINE_OPS = "online, %"  # of the linears' products
 
 
-def alone(setting: Setting, bits: str, names: Callable[[], Sequence[str]]) -> Iterator[tuple[str, Recipe]]:
-    """Each rotation with nothing beside it. The quick profile has all fused ones with float weights, of the
-    others, which take longer, the first and the last of many."""
-    for name in names() if (bits, names) == (BITS[0], fused) else setting.few(names()):
+def alone(
+    setting: Setting, bits: str, names: Callable[[], Sequence[str]], whole: bool = False
+) -> Iterator[tuple[str, Recipe]]:
+    """Each rotation with nothing beside it; `whole`: in the quick profile all of them, too, and not a few."""
+    for name in names() if whole else setting.few(names()):
         yield NONE, setting.row(bits, setting.method(name))
 
 
 def fused() -> list[str]:
     """The names of all that make one fused R1, with R2 to R4 Hadamard: no cost at inference beyond RH's."""
     return [name for name in registry.rows() if name not in (*UNROTATED, *ONLINE)]
-
-
-def unrotated() -> Sequence[str]:
-    """No rotation at all."""
-    return UNROTATED
-
-
-def online() -> Sequence[str]:
-    """What acts before every linear while the model runs: it costs more than any fused R1, as is said."""
-    return ONLINE
 
 
 def extras(setting: Setting) -> Iterator[tuple[str, Recipe]]:
@@ -85,14 +76,14 @@ def few_bits(setting: Setting) -> Iterator[tuple[str, Recipe]]:
 
 Group = Callable[[Setting], Iterator[tuple[str, Recipe]]]
 FLOAT_WEIGHTS: dict[str, Group] = {
-    "fused R1": partial(alone, bits=BITS[0], names=fused), "free extras": extras,
-    "no rotation": partial(alone, bits=BITS[0], names=unrotated),
-    "online": partial(alone, bits=BITS[0], names=online),
+    "fused R1": partial(alone, bits=BITS[0], names=fused, whole=True), "free extras": extras,
+    "no rotation": partial(alone, bits=BITS[0], names=lambda: UNROTATED),
+    "online": partial(alone, bits=BITS[0], names=lambda: ONLINE),
 }  # fmt: skip
 LOW_BIT_WEIGHTS: dict[str, Group] = {
     "fused R1, 4-bit weights": partial(alone, bits=BITS[1], names=fused),
-    "no rotation, 4-bit weights": partial(alone, bits=BITS[1], names=unrotated),
-    "online, 4-bit weights": partial(alone, bits=BITS[1], names=online),
+    "no rotation, 4-bit weights": partial(alone, bits=BITS[1], names=lambda: UNROTATED),
+    "online, 4-bit weights": partial(alone, bits=BITS[1], names=lambda: ONLINE),
     "weight quantizers": weights, "few-bit weights": few_bits,
 }  # fmt: skip
 GROUPS = FLOAT_WEIGHTS | LOW_BIT_WEIGHTS
