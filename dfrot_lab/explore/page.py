@@ -149,8 +149,8 @@ def html_table(table: pd.DataFrame, caption: str, picked: int = -1) -> str:
 
     head = "".join(f'<th scope="col">{theme.plain(str(name))}</th>' for name in table.columns)
     rows = ["".join(f"<td>{cell(value)}</td>" for value in row) for row in table.itertuples(index=False)]
-    frame = f' style="outline:2px solid {theme.PICKED_COLOUR}"'
-    frames = [frame if token == picked else "" for token in table.get("token", [None] * len(rows))]
+    outline = f' style="outline:2px solid {theme.PICKED_COLOUR}"'
+    frames = [outline if token == picked else "" for token in table.get("token", [None] * len(rows))]
     body = "".join(f"<tr{own}>{row}</tr>" for own, row in zip(["", *frames], [head, *rows], strict=True))
     return f'<table class="dfrot-table"><caption>{theme.plain(caption)}</caption>{body}</table>'
 

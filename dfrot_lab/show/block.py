@@ -108,11 +108,9 @@ def _read(pen: _Pen, x: float, norm: str, places: list[float]) -> Iterator[str]:
     yield pen.rounds(x, ROUND)
 
 
-def _write(
-    pen: _Pen, x: float, top: float, name: str, width: float, above: str, wire: str = ""
-) -> Iterator[str]:
-    """From `top` down through a rounding and a linear to the stream; where R1 acts online, past a norm."""
-    yield pen.wire(f"M{x:g} {top:g}V{READ}", wire) + pen.wire(f"M{x:g} {READ}V{STREAM}")
+def _write(pen: _Pen, x: float, name: str, width: float, above: str, wire: str = "") -> Iterator[str]:
+    """From the top down through a rounding and a linear to the stream; where R1 acts online, past a norm."""
+    yield pen.wire(f"M{x:g} {TOP + 20}V{READ}", wire) + pen.wire(f"M{x:g} {READ}V{STREAM}")
     yield pen.rounds(x, INNER + 4)
     yield pen.box(x, READ, _short(name), width, above=above, below=pen.fused)
     yield pen.box(x, NORM, "norm", 54) if pen.online else ""
@@ -132,7 +130,7 @@ def _attention(pen: _Pen, roles: Roles) -> Iterator[str]:
         yield pen.box(x, READ, _short(name), 62 if apart else 198, below="R1", above=above)
     yield pen.wire(f"M238 {TOP}H384V{TOP + 20}")
     yield pen.box(238, TOP, "attention", 198)
-    yield from _write(pen, 384, TOP + 20, roles.o, 66, "R2")
+    yield from _write(pen, 384, roles.o, 66, "R2")
 
 
 def _mlp(pen: _Pen, roles: Roles) -> Iterator[str]:
@@ -146,7 +144,7 @@ def _mlp(pen: _Pen, roles: Roles) -> Iterator[str]:
     yield pen.wire(f"M524 {TOP}H668V{TOP + 20}")
     is_gated = any("gate" in name for name in names)
     yield pen.box(524, TOP, "act(gate) \u00d7 up" if is_gated else "activation", 146)
-    yield from _write(pen, 668, TOP + 20, roles.down, 84, "R4", "down")
+    yield from _write(pen, 668, roles.down, 84, "R4", "down")
     yield pen.diamond(668, TOP + 22, "R4", "R4 online")
 
 

@@ -32,8 +32,7 @@ class Film(anywidget.AnyWidget):
         masks = [numbers.marks(seen, layer, rule) for layer in range(len(seen.streams))]
         with self.hold_sync():
             if seen is not self._seen:
-                codes, first = numbers.frames(seen), numbers.starts(*seen.streams[0].shape)
-                size = int(first[1]) if len(first) > 1 else seen.streams[0].shape[1]
+                codes, size = numbers.frames(seen), numbers.per_column(*seen.streams[0].shape)
                 self.frames, self.shape, self.ends = codes.tobytes(), (*codes.shape, size), numbers.ends(seen)
                 self._seen, self.words = seen, [visible(text) for text in seen.texts]
             self.marked = [mask.nonzero()[:, 0].tolist() for mask in masks]

@@ -98,17 +98,20 @@ def rule_words(rule: str, channels: int) -> str:
 def pooled(x: Tensor) -> tuple[Tensor, Tensor]:
     """Of at most CELLS cells (tokens, columns) the value of largest |x|, and the channel it sits in."""
     tokens, channels = x.shape
-    first = torch.from_numpy(starts(tokens, channels)).long()
-    size = int(first[1]) if len(first) > 1 else channels
+    first, size = torch.from_numpy(starts(tokens, channels)).long(), per_column(tokens, channels)
     padded = torch.nn.functional.pad(x, (0, len(first) * size - channels)).view(tokens, -1, size)
     place = padded.abs().argmax(2, keepdim=True)
     return padded.gather(2, place)[..., 0], (place[..., 0] + first).clamp_(max=channels - 1)
 
 
+def per_column(tokens: int, channels: int) -> int:
+    """How many channels are pooled in a column, so that there are at most CELLS cells."""
+    return math.ceil(channels / max(1, min(COLUMNS, channels, CELLS // tokens)))
+
+
 def starts(tokens: int, channels: int) -> np.ndarray:
     """The first channel of each pooled column (columns,)."""
-    size = math.ceil(channels / max(1, min(COLUMNS, channels, CELLS // tokens)))
-    return np.arange(0, channels, size, dtype=np.float32)
+    return np.arange(0, channels, per_column(tokens, channels), dtype=np.float32)
 
 
 def cells(seen: Look, layer: int) -> np.ndarray:
