@@ -8,7 +8,16 @@ import pytest
 import torch
 from conftest import HEAD_SIZE, HEADS, KV_HEADS, LAYERS
 from test_families import folder_of as family_folder, load
-from test_gptq import UNCLIPPED, fresh, gaussian, hessian_of, linears, same_weights, weight_spec
+from test_gptq import (
+    UNCLIPPED,
+    fresh,
+    gaussian,
+    hessian_of,
+    linears,
+    same_weights,
+    stop_after_a_layer,
+    weight_spec,
+)
 from test_stream import folder_of, recipe
 from torch import Tensor
 
@@ -22,7 +31,7 @@ from dfrot_lab.recipe import registry
 from dfrot_lab.recipe.grids import QuantSpec
 from dfrot_lab.recipe.specs import WeightSpec
 from dfrot_lab.score import build
-from dfrot_lab.weights import aespa, calibrate, codes, gptq, look, places, rsq
+from dfrot_lab.weights import aespa, calibrate, gptq, look, places, rsq
 from dfrot_lab.weights.aespa import Attention
 from dfrot_lab.weights.gptq import Seen
 from dfrot_lab.weights.run import quantize_weights
@@ -475,14 +484,8 @@ def test_kept_and_streamed_are_the_same_and_nothing_stays_behind(method, tmp_pat
 
 @pytest.mark.parametrize("method", ["rsq", "aespa"])
 def test_a_stopped_run_goes_on_at_its_layer(method, text_file, store, tmp_path, monkeypatch):
-    spec, keep = weight_spec(text_file, method=method), codes.keep
-
-    def keep_first_then_stop(writer, number, done):
-        if number == 1:
-            raise KeyboardInterrupt
-        keep(writer, number, done)
-
-    monkeypatch.setattr(codes, "keep", keep_first_then_stop)
+    spec = weight_spec(text_file, method=method)
+    stop_after_a_layer(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         quantize_weights(fresh(), spec, {}, store, r4=False)
     monkeypatch.undo()

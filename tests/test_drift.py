@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import LAYERS
 from test_families import folder_of as family_folder
-from test_gptq import UNCLIPPED, fresh, gaussian, linears, moved, weight_spec
+from test_gptq import UNCLIPPED, fresh, gaussian, linears, moved, stop_after_a_layer, weight_spec
 from test_stream import folder_of, recipe
 from torch import Tensor
 
@@ -17,7 +17,7 @@ from dfrot_lab.recipe import keys, registry
 from dfrot_lab.recipe.grids import QuantSpec
 from dfrot_lab.recipe.specs import WeightSpec
 from dfrot_lab.score import build
-from dfrot_lab.weights import calibrate, codes, foem, gptaq, gptq, lwc, qep, rtn
+from dfrot_lab.weights import calibrate, foem, gptaq, gptq, lwc, qep, rtn
 from dfrot_lab.weights.gptq import Seen
 from dfrot_lab.weights.run import quantize_weights
 
@@ -225,14 +225,8 @@ def order(site: str) -> tuple[int, int]:
 @pytest.mark.parametrize("method", DRIFTING)
 def test_a_stopped_run_goes_on_with_the_same_drift(text_file, store, tmp_path, monkeypatch, method):
     """In both: where layers are kept, and where the hidden states after them are, too."""
-    spec, keep = weight_spec(text_file, method=method), codes.keep
-
-    def keep_first_then_stop(writer, number, done):
-        if number == 1:
-            raise KeyboardInterrupt
-        keep(writer, number, done)
-
-    monkeypatch.setattr(codes, "keep", keep_first_then_stop)
+    spec = weight_spec(text_file, method=method)
+    stop_after_a_layer(monkeypatch)
     monkeypatch.setattr(calibrate.stream, "SAVE_AFTER", -1.0)
     stopped = fresh()
     with pytest.raises(KeyboardInterrupt):

@@ -339,17 +339,22 @@ def test_stored_weights_are_installed_identically_without_being_made_again(text_
     assert {p: p.stat().st_mtime_ns for p in the_artefact(store).path.iterdir()} == written
 
 
+def stop_after_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run keeps its first layer and is stopped as it is about to keep the second."""
+    keep = kept.keep
+
+    def keep_first_then_stop(writer, number, done):
+        if number == 1:
+            raise KeyboardInterrupt
+        keep(writer, number, done)
+
+    monkeypatch.setattr(kept, "keep", keep_first_then_stop)
+
+
 @pytest.mark.parametrize("method", ["gptq", "rtn"])
 def test_a_stopped_run_goes_on_at_its_layer(text_file, store, tmp_path, monkeypatch, method):
     spec, stopped = weight_spec(text_file, method=method), fresh()
-    save = kept.keep
-
-    def save_first_then_stop(writer, index, done):
-        if index == 1:
-            raise KeyboardInterrupt
-        save(writer, index, done)
-
-    monkeypatch.setattr(kept, "keep", save_first_then_stop)
+    stop_after_a_layer(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         quantize_weights(stopped, spec, {"model": "tiny"}, store, r4=False)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in stopped.model.modules())

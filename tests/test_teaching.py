@@ -3,7 +3,6 @@ notebook that the same line links to, and every word is used where it is said to
 """
 
 import functools
-import json
 import re
 from pathlib import Path
 
@@ -29,18 +28,19 @@ WORDS = (
 @functools.cache
 def notebook(name: str) -> str:
     """All a reader sees of a notebook: prose, code, outputs as text."""
-    cells = nbformat.read(ROOT / "notebooks" / name, as_version=4).cells
-    found = [cell.source for cell in cells]
-    for output in (output for cell in cells for output in cell.get("outputs", [])):
-        found.append(json.dumps(output.get("data", {}).get("text/plain", "")))
-        found.append(json.dumps(output.get("data", {}).get("text/html", "")))
-    return "\n".join(found)
+    return "\n".join([*(cell.source for cell in cells(name)), outputs(name)])
 
 
+@functools.cache
+def cells(name: str) -> list[nbformat.NotebookNode]:
+    """A notebook's cells."""
+    return nbformat.read(ROOT / "notebooks" / name, as_version=4).cells
+
+
+@functools.cache
 def outputs(name: str) -> str:
     """A notebook's outputs as text."""
-    cells = nbformat.read(ROOT / "notebooks" / name, as_version=4).cells
-    held = [output.get("data", {}) for cell in cells for output in cell.get("outputs", [])]
+    held = [output.get("data", {}) for cell in cells(name) for output in cell.get("outputs", [])]
     return "\n".join(str(data.get(kind, "")) for data in held for kind in ("text/plain", "text/html"))
 
 
@@ -60,7 +60,7 @@ def between(text: str, mark: str) -> str:
 
 def minutes(name: str) -> int:
     """What a notebook's first cell says that it takes."""
-    first = nbformat.read(ROOT / "notebooks" / name, as_version=4).cells[0].source
+    first = cells(name)[0].source
     return int(re.search(r"\*\*Time:\*\* about (\d+) minutes", first)[1])
 
 
@@ -138,7 +138,7 @@ def test_each_plan_takes_the_time_it_says():
 
 
 def test_the_minutes_of_a_notebook_are_those_of_its_first_cell():
-    parts = rows(nbformat.read(ROOT / "notebooks" / "10-teach.ipynb", as_version=4).cells[0].source)
+    parts = rows(cells("10-teach.ipynb")[0].source)
     part = {row[0][0]: int(row[1]) for row in parts[1:]}
     assert sum(part.values()) == minutes("10-teach.ipynb")
     starred = {row[0][0] for row in parts[1:] if row[0].endswith("*")}
