@@ -28,6 +28,7 @@ from dfrot_lab.recipe.specs import CaptureSpec, CorpusSpec, RefineSpec, Rotation
 from dfrot_lab.rotate import dfrot
 
 TOKENS = 128
+ASYM4 = RefineSpec().quantizer  # what it opens on
 
 
 @pytest.fixture
@@ -96,17 +97,28 @@ def view_of(top) -> tuple:
 
 def test_its_table_is_the_error_table(acts, top):
     assert "dfrot-errors" in top._dom_classes
-    assert_same(top.table(), expected(acts, errors.default_rotations(64), "layers.1.input_norm", QuantSpec()))
-    moves = {"site": "layers.1.post_attention_norm", "bits": 3, "symmetric": False, "clip": 0.8, "seed": 5}
+    assert_same(top.table(), expected(acts, errors.default_rotations(64), "layers.1.input_norm", ASYM4))
+    moves = {"site": "layers.1.post_attention_norm", "bits": 3, "symmetric": True, "clip": 0.8, "seed": 5}
     for name, value in moves.items():
         top.controls[name].value = value
-    quantizer = QuantSpec(bits=3, scheme="asymmetric", clip_ratio=0.8)
+    quantizer = QuantSpec(bits=3, clip_ratio=0.8)
     table = expected(acts, errors.default_rotations(64, seed=5), "layers.1.post_attention_norm", quantizer)
     assert_same(top.table(), table)
     assert np.array_equal(top.plot.data[0].x, top.table()["RO"]) and np.array_equal(
         top.plot.data[0].y, top.table()["RH"]
     )
-    assert "layers.1.post_attention_norm, asym3-c0.8: 128 tokens" in top.status.text
+    assert "layers.1.post_attention_norm, sym3-c0.8: 128 tokens" in top.status.text
+
+
+def test_it_opens_on_the_grid_that_dfrot_is_refined_for_and_says_so(acts, top, store):
+    """On a symmetric grid DFRot looks worse than RH: it is refined for another."""
+    assert QuantSpec(scheme="asymmetric") == top.quantizer == RefineSpec(capture=acts.spec).quantizer
+    assert "is refined for" not in top.status.text  # the store has no DFRot yet
+    dfrot.refined(RefineSpec(capture=acts.spec), store)
+    opened = explore.errors(acts, store=store)
+    assert ", asym4, the grid DFRot is refined for: " in opened.status.text
+    opened.controls["symmetric"].value = True
+    assert ", sym4: " in opened.status.text
 
 
 def test_going_back_gives_the_first_view_again(top):
@@ -114,7 +126,7 @@ def test_going_back_gives_the_first_view_again(top):
     for name, there in (
         ("site", "layers.0.input_norm"),
         ("bits", 2),
-        ("symmetric", False),
+        ("symmetric", True),
         ("clip", 0.5),
         ("seed", 1),
     ):
@@ -155,7 +167,7 @@ def test_given_rotations_are_used_as_they_are_and_have_no_seed(acts, store):
     R = rotations.make(RotationSpec(kind="RO", seed=7), 64)
     top = explore.errors(acts, {"mine": R, "NR": torch.eye(64)}, store=store)
     assert top.controls["seed"].disabled and top.controls["x"].options == ("mine", "NR")
-    wanted = expected(acts, {"mine": R, "NR": torch.eye(64)}, top.state.site, QuantSpec())
+    wanted = expected(acts, {"mine": R, "NR": torch.eye(64)}, top.state.site, ASYM4)
     assert_same(top.table(), wanted)
     with pytest.raises(ValueError, match=r"rotation\.shape must be \(64, 64\)"):
         explore.errors(acts, {"wrong": torch.eye(32)}, store=store)
@@ -227,7 +239,7 @@ def test_brushing_lists_exactly_the_points_inside(top):
 
 
 def test_a_click_opens_fig_4_of_that_token(acts, top):
-    quantizer, R = QuantSpec(), errors.default_rotations(64)
+    quantizer, R = ASYM4, errors.default_rotations(64)
     event(top.plot, "plotly_click", [17])
     assert top.state.token == top.controls["token"].value == 17
     values = errors.massive_values(acts, top.state.site, 17, R, quantizer)
@@ -290,14 +302,12 @@ def test_a_saved_rotation_joins_the_axes(acts, top, tmp_path):
     assert (top.state.x, top.state.y, top.state.z) == ("RO", "mine.safetensors", "none")
     assert top.controls["x"].options == ("NR", "RO", "RH", "mine.safetensors")
     matrices = {**errors.default_rotations(64), "mine.safetensors": R}
-    assert_same(top.table(), expected(acts, matrices, top.state.site, QuantSpec()))
+    assert_same(top.table(), expected(acts, matrices, top.state.site, ASYM4))
     assert np.array_equal(top.plot.data[0].y, top.table()["mine.safetensors"])
     assert top.fig4.layout.annotations[3].text.startswith("mine.safetensors: E = ")
     rotation_files.save(R.T, tmp_path / "mine.safetensors", None)
     add(top, tmp_path / "mine.safetensors")
-    assert_same(
-        top.table(), expected(acts, {**matrices, "mine.safetensors": R.T}, top.state.site, QuantSpec())
-    )
+    assert_same(top.table(), expected(acts, {**matrices, "mine.safetensors": R.T}, top.state.site, ASYM4))
 
 
 def test_a_files_name_is_text_and_no_template(top, tmp_path):
@@ -348,7 +358,7 @@ def test_dfrot_is_taken_from_the_store_or_made_by_the_button(acts, top, store):
     assert top.status.state == "ready", top.status.text
     R = dfrot.refined(spec, store).R
     assert_same(
-        top.table(), expected(acts, {**errors.default_rotations(64), "DFRot": R}, top.state.site, QuantSpec())
+        top.table(), expected(acts, {**errors.default_rotations(64), "DFRot": R}, top.state.site, ASYM4)
     )
     assert top.state.y == "DFRot" and top.controls["refine"].disabled
     again = explore.errors(acts, store=store)

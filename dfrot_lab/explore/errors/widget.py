@@ -60,7 +60,7 @@ class ErrorRows:
 class _State(HasTraits):
     site = control(Unicode(), widgets.SelectionSlider, "site", 560, continuous_update=False)
     bits = control(Int(4), widgets.IntSlider, "bits", 220, min=2, max=8)
-    symmetric = control(Bool(True), widgets.Checkbox, "symmetric", 110, indent=False)
+    symmetric = control(Bool(), widgets.Checkbox, "symmetric", 110, indent=False)
     clip = control(Float(1.0), widgets.FloatText, "clip ratio", 150, step=0.05)
     seed = control(Int(0), widgets.BoundedIntText, "seed of RO, RH", 190, max=10_000)
     x = control(Unicode(), widgets.Dropdown, "x axis", 190)
@@ -70,6 +70,11 @@ class _State(HasTraits):
     token = control(Int(0), widgets.BoundedIntText, "token", 140)
     panels = control(Tuple(), widgets.SelectMultiple, "rotations shown", 300, rows=4)
     brushed = Tuple()
+
+
+def grid(quantizer: QuantSpec) -> dict[str, Any]:
+    """The controls of a per-token quantizer."""
+    return {"bits": quantizer.bits, "symmetric": quantizer.symmetric, "clip": quantizer.clip_ratio}
 
 
 def named(acts: Capture, rotation: Mapping[str, Tensor] | None, found: Tensor | None) -> dict[str, Tensor]:
@@ -83,7 +88,8 @@ def named(acts: Capture, rotation: Mapping[str, Tensor] | None, found: Tensor | 
 
 class Errors(Explorer):
     """Each token's error E(x R) at a site of `acts` (default: the default capture). `rotation` names matrices
-    R (channels, channels); default NR, RO, RH, and DFRot where the store has it."""
+    R (channels, channels); default NR, RO, RH, and DFRot where the store has it. It opens on the grid that
+    DFRot is refined for, and says so: on another one a refined rotation can be worse than it began."""
 
     ONE, CANCELLED = "refinement", "refinement cancelled; it goes on from its last checkpoint"
 
@@ -102,7 +108,8 @@ class Errors(Explorer):
         token = rows.acts.largest(site)
         x, y = ("RO", "RH") if {"RO", "RH"} <= set(names) else (names[0], names[-1])
         offered = {"x": names, "y": names, "z": [NONE, *names], "panels": names, "site": sites}
-        state = _State(site=site, x=x, y=y, token=token, panels=tuple(names[:PANELS]))
+        chosen = {"site": site, "x": x, "y": y, "token": token, "panels": tuple(names[:PANELS])}
+        state = _State(**chosen, **grid(self.spec.quantizer))
         super().__init__(state, **offered, seed={"disabled": not seeded}, token={"max": len(rows.texts) - 1})
         self.button("load", "add", self.load, tooltip="add the rotation in this file")
         self.button("refine", "refine DFRot (15 s)", self.refine, tooltip="with the default settings")
@@ -133,7 +140,8 @@ class Errors(Explorer):
             s = self.state
             quantizer = QuantSpec(bits=s.bits, scheme=SCHEMES[s.symmetric], clip_ratio=s.clip)
             self.shown, self.quantizer = self.rows.table(s.site, quantizer), quantizer
-            self.where = f"{s.site}, {quantizer.name}"
+            own = quantizer == self.spec.quantizer and "DFRot" in self.rows.matrices
+            self.where = f"{s.site}, {quantizer.name}{', the grid DFRot is refined for' if own else ''}"
             self.axes = [s.x, s.y] if s.z == NONE else [s.x, s.y, s.z]
             view = self.plot if s.z == NONE else self.space
             view.draw(self.shown, self.axes, list(self.rows.matrices), self._checked())
