@@ -138,9 +138,13 @@ def _plot_errors_3d(wide: pd.DataFrame, *, ax: Any) -> None:
 
 
 def figure_errors_3d(table: pd.DataFrame) -> Figure:
-    """The paper's Fig. 2: every token in space, a panel a site."""
-    shown = table[table["site"].isin(figures.sites_of(table))]
-    fig = panels(shown, "site", _plot_errors_3d, size=(3.2, 3.6), subplot_kw={"projection": "3d"})
+    """The paper's Fig. 2: every token in space, a panel a site, at the sites that it shows."""
+    return figure_space(table[table["site"].isin(figures.sites_of(table))], "site")
+
+
+def figure_space(shown: pd.DataFrame, by: str) -> Figure:
+    """Fig. 2 and 13 to 24: every token in space, a panel a `by`, four in a line."""
+    fig = panels(shown, by, _plot_errors_3d, size=(3.2, 3.2), across=4, subplot_kw={"projection": "3d"})
     for order, colour in ORDER_COLOURS.items():
         if order in set(shown["order"]):
             fig.axes[-1].plot([], [], [], ls="", marker=ORDER_MARKERS[order], c=colour, label=order)

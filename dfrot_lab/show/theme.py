@@ -2,6 +2,7 @@
 
 import html
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -61,14 +62,19 @@ def draw_lines(table: pd.DataFrame, x: str, y: str, by: str, *, ax: Axes | None 
 
 def panels(
     table: pd.DataFrame, by: str, draw: Callable[..., object], *, size: tuple[float, float] = (4.2, 3.6),
-    axes: Mapping[str, Any] | None = None, legend: bool = False, **more: Any,
+    axes: Mapping[str, Any] | None = None, legend: bool = False, across: int = 99, **more: Any,
 ) -> Figure:  # fmt: skip
-    """A row of panels of `size` inches, for each value of `by` titled with it, drawn by `draw(part, ax=ax)`
-    and given what `axes` sets; with `legend` one for all is below. `more` is plt.subplots'."""
+    """Panels of `size` inches, at most so many `across`, for each value of `by` titled with it, drawn by
+    `draw(part, ax=ax)` and given what `axes` sets; with `legend` one for all is below. `more` is
+    plt.subplots'."""
     groups = list(table.groupby(by, sort=False, observed=True))
-    across = max(1, len(groups))
-    fig, places = plt.subplots(1, across, figsize=(size[0] * across, size[1]), squeeze=False, **more)
-    for ax, (name, part) in zip(places[0], groups, strict=False):
+    across = max(1, min(across, len(groups)))
+    down = max(1, math.ceil(len(groups) / across))
+    room = (size[0] * across, size[1] * down)
+    fig, places = plt.subplots(down, across, figsize=room, squeeze=False, **more)
+    for ax in places.flat[len(groups) :]:
+        ax.remove()
+    for ax, (name, part) in zip(places.flat, groups, strict=False):
         ax.set_title(str(name))
         draw(part, ax=ax)
         ax.set(**axes or {})
