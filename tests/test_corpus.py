@@ -104,6 +104,8 @@ def test_other_names_stay_and_an_unknown_one_lists_the_choices(text_file: Corpus
         match=r"CorpusSpec.name must be auto, wikitext2, wikipedia-sample or the path of a text file; got 'wikitext-3'",
     ):
         resolve(CorpusSpec(name="wikitext-3"))
+    with pytest.raises(ValueError, match=r"no file here\. A name with @ and a hash .* say where it lies\.$"):
+        resolve(CorpusSpec(name="mine.txt@f96e104cfc96"))
 
 
 def test_rows_are_joined_as_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

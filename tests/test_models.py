@@ -198,6 +198,11 @@ def test_a_folder_without_a_tokenizer_is_refused_by_name(tmp_path: Path, store: 
         ("meta-llama/Llama-2-7b-hf", "For a model on the hub say hub:meta-llama/Llama-2-7b-hf."),
         ("/no/such/folder", None),
         ("no-such-file.gguf", None),
+        (
+            "tiny@f96e104cfc96",
+            "A name with @ and a hash stands for a file or folder of one's own: say where it lies.",
+        ),
+        ("tiny@home", None),
     ],
 )
 def test_an_unknown_source_is_refused_and_only_a_hub_s_form_is_hinted_at(

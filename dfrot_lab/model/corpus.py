@@ -18,7 +18,7 @@ from dfrot_lab.disk.atomic import cache_dir, digest, write_text
 from dfrot_lab.disk.downloads import WIKIPEDIA_XML, fetch
 from dfrot_lab.disk.provenance import version_of
 from dfrot_lab.model.wiki import read_dump, strip_markup
-from dfrot_lab.recipe.base import require
+from dfrot_lab.recipe.base import hint_of_signed, require
 from dfrot_lab.recipe.specs import WHOLE, WINDOW, CorpusSpec
 
 log = logging.getLogger(__name__)
@@ -51,7 +51,8 @@ def resolve(spec: CorpusSpec) -> CorpusSpec:
         return spec.with_(name=name)
     if spec.name not in NAMED and not Path(spec.name).is_file():
         rule = f"auto, {WIKITEXT2}, {SAMPLE} or the path of a text file"
-        raise ValueError(f"CorpusSpec.name must be {rule}; got {spec.name!r}, which is no file here")
+        said = f"got {spec.name!r}, which is no file here."
+        raise ValueError(f"CorpusSpec.name must be {rule}; {said}{hint_of_signed(spec.name)}")
     return spec
 
 

@@ -20,7 +20,7 @@ from dfrot_lab.model import files, folder, gguf_files, packed_files
 from dfrot_lab.model.checkpoint import Checkpoint, check_finite, memory
 from dfrot_lab.model.experts import unfuse
 from dfrot_lab.model.families import Roles, roles_of
-from dfrot_lab.recipe.base import require
+from dfrot_lab.recipe.base import hint_of_signed, require
 from dfrot_lab.recipe.keys import model_key
 from dfrot_lab.recipe.specs import DTYPES, ModelSpec
 
@@ -145,7 +145,7 @@ def resolve(spec: ModelSpec) -> tuple[str, Path | str]:
     if gguf_files.is_gguf(path):
         return "gguf", path
     is_hub_name = re.fullmatch(r"[\w.-]+/[\w.-]+", source) and path.suffix.lower() != ".gguf"
-    hint = f" For a model on the hub say hub:{source}." if is_hub_name else ""
+    hint = f" For a model on the hub say hub:{source}." if is_hub_name else hint_of_signed(source)
     rule = f"{', '.join(downloads.MODELS)}, a folder, a .gguf file or hub:owner/name"
     raise ValueError(f"ModelSpec.source must be {rule}; got {source!r}, which is none of them.{hint}")
 

@@ -1,19 +1,17 @@
 """What may be sent away: a file or folder of one's own becomes its name and the start of its bytes' hash; and
 how such a name is given a place again."""
 
-import re
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path, PureWindowsPath
 from typing import Any, TypeVar
 
 from dfrot_lab.model import corpus, door
-from dfrot_lab.recipe.base import Spec, require
+from dfrot_lab.recipe.base import HASH_DIGITS, SIGNED, Spec, require
 from dfrot_lab.recipe.specs import PACKAGED, CorpusSpec, ModelSpec, Recipe
 
 S = TypeVar("S", bound=Spec)
 PATHS = ("source", "path", "name", "corpus", "calibration")  # fields of specs that may hold a path
-DIGITS = 12
 FIELDS = {"model": "source", "corpus": "name", "calibration": "name", "rotation": "path"}
 
 
@@ -62,7 +60,7 @@ def _moved(spec: S, moved: Mapping[tuple[str, str], str]) -> S:
     for (field, name), place in moved.items():
         if getattr(spec, field, None) == name:
             changed[field] = place
-            signed = re.fullmatch(rf".*@([0-9a-f]{{{DIGITS}}})", name)
+            signed = SIGNED.fullmatch(name)
             is_here = Path(place).expanduser().exists()
             here = _hash(spec, place) if signed and is_here else ""
             said = f"one with {here}" if is_here else "no file or folder that is here"
@@ -73,7 +71,7 @@ def _moved(spec: S, moved: Mapping[tuple[str, str], str]) -> S:
 def _hash(spec: Spec, place: str) -> str:
     """The start of the hash of what lies at a place that `spec` names, whatever the device and the dtype."""
     of = ModelSpec(source=place, dtype="float32", device="cpu") if isinstance(spec, ModelSpec) else place
-    return door.prints(of)[:DIGITS]
+    return door.prints(of)[:HASH_DIGITS]
 
 
 def origin(provenance: str, spec: ModelSpec) -> str:

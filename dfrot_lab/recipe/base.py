@@ -4,6 +4,7 @@ A field carries its rule in words, and an error is that rule: `RefineSpec.gamma 
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -13,6 +14,10 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dfrot_lab.recipe import registry
+
+HASH_DIGITS = 12
+SIGNED = re.compile(rf".*@([0-9a-f]{{{HASH_DIGITS}}})", re.DOTALL)
+"""A file or folder of one's own without its path, as `public` names it: `tiny@f96e104cfc96`."""
 
 
 def content_key(value: Any) -> str:
@@ -52,6 +57,12 @@ def require(name: str, value: object, ok: object, rule: str) -> None:
     """A ValueError that names what is wrong, the rule and the value, unless `ok`."""
     if not ok:
         raise ValueError(f"{name} must be {rule}; got {value}")
+
+
+def hint_of_signed(name: str) -> str:
+    """What to do where a place is wanted and `name` is what `public` makes of one; else nothing."""
+    said = " A name with @ and a hash stands for a file or folder of one's own: say where it lies."
+    return said if SIGNED.fullmatch(name) else ""
 
 
 def require_file(name: str, path: Path, *, or_none: bool = False, most: int | None = None) -> None:
