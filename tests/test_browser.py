@@ -20,6 +20,8 @@ import pytest
 from browser import CHROMIUM, Explorer, Notebook, Watch
 from playwright.sync_api import Browser
 
+from dfrot_lab.show import ranks
+
 pytestmark = [
     pytest.mark.browser,
     pytest.mark.model,
@@ -514,3 +516,43 @@ def test_the_report_opens_from_disk_with_the_network_off(chromium, tmp_path):
     assert not watch.faults
     assert [url for url in asked if not url.startswith("data:")] == [path.as_uri()]
     assert pictures and all(pictures)
+
+
+def test_the_leaderboard_sorts_filters_and_shows_a_recipe(chromium):
+    columns = ["rotation", "option", "group", "bits", "KL divergence", "verdict", "recipe"]
+    rows = [
+        ["RO", "none", "fused", "16-4-16", 0.8, "worse", "a"],
+        ["RH", "none", "fused", "16-4-16", 0.5, None, "b"],
+        ["Offset", "none", "fused", "16-4-16", 0.4, "better", "c"],
+        ["<b>DuQuant</b>", "none", "online", "16-4-16", 0.3, "better", "d"],
+    ]
+    data = {"columns": columns, "rows": rows, "recipes": {"a": "rotation: RO", "c": "rotation: Offset"}}
+    page, watch = chromium.new_page(), Watch()
+    watch.look_at(page)
+    page.set_content("<div id=board></div>")
+    page.add_script_tag(content=ranks.SCRIPT.read_text(encoding="utf-8"))
+    page.evaluate("data => ranks(document.getElementById('board'), data)", data)
+
+    def names() -> list[str]:
+        return page.locator("tbody tr td:first-child").all_text_contents()
+
+    heads = page.locator("thead button").all_text_contents()
+    assert heads == ["rotation", "KL divergence \u2191", "verdict"], "what does not differ is left out"
+    assert names() == ["Offset", "RH", "RO"] and "3 of 3 rows, 16-4-16" in page.text_content("output")
+    page.locator("thead button").nth(1).click()
+    assert names() == ["RO", "RH", "Offset"]
+    assert page.locator("thead th").nth(1).get_attribute("aria-sort") == "descending"
+    page.locator("thead button").nth(2).click()
+    assert names() == ["Offset", "RO", "RH"], "what is not there comes last"
+    page.locator("thead button").nth(2).click()
+    assert names() == ["RO", "Offset", "RH"]
+    page.fill("input", "off better")
+    assert names() == ["Offset"] and "1 of 3 rows" in page.text_content("output")
+    page.locator("tbody button").click()
+    assert page.text_content("pre") == "rotation: Offset" and page.locator("pre").is_visible()
+    page.fill("input", "")
+    page.select_option("select", "online")
+    assert names() == ["<b>DuQuant</b>"], "text, not markup"
+    assert not page.locator("pre").is_visible(), "the recipe of a row that is out of sight"
+    page.close()
+    assert not watch.faults

@@ -19,7 +19,7 @@ from dfrot_lab.maths import tables
 from dfrot_lab.maths.statistics import estimate
 from dfrot_lab.recipe.specs import RELEASED_KEEP_OUT
 from dfrot_lab.score import perplexity
-from dfrot_lab.study import cost, main
+from dfrot_lab.study import cost, experiments, main
 from dfrot_lab.study.setting import Setting
 
 PATIENCE = 120
@@ -271,6 +271,16 @@ def test_the_static_figure_draws_the_stored_rows_and_says_when_there_are_none(se
         widget.static()
     stored_row(setting, store, "RO", "4-4-4")
     assert [ax.get_title() for ax in widget.static().axes] == ["4-4-4"]
+
+
+def test_the_leaderboard_is_listed_as_far_as_it_is_stored(setting, store):
+    widget = Worth(setting, store)
+    assert widget.board.data["rows"] == [] and "dfrot-lab leaderboard" in widget.beyond.value
+    own = experiments.setting_of("leaderboard", widget.chosen).with_(build=0)
+    perplexity.evaluate(own.row("16-4-16", own.rotation("RH")), store)
+    widget.rank()
+    ((name, *_),) = [row for row in widget.board.data["rows"] if "fused R1" in row]
+    assert name == "RH" and "under one pipeline" in widget.beyond.value
 
 
 def test_the_line_makes_the_same_view(setting, store):

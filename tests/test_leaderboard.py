@@ -4,7 +4,9 @@ import json
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
+import yaml
 from conftest import TEXT
 from test_evaluate import save_lively
 from typer.testing import CliRunner
@@ -12,10 +14,14 @@ from typer.testing import CliRunner
 from dfrot_lab.cli.app import app
 from dfrot_lab.cli.options import Options
 from dfrot_lab.disk.artefacts import Store
+from dfrot_lab.maths import tables
 from dfrot_lab.model import door
 from dfrot_lab.recipe import registry
+from dfrot_lab.recipe.base import strict_json
+from dfrot_lab.recipe.specs import Recipe
 from dfrot_lab.rotate import klt, task, transforms
 from dfrot_lab.score import perplexity
+from dfrot_lab.show import ranks
 from dfrot_lab.show.experiment_figures import FIGURES
 from dfrot_lab.study import fits, leaderboard
 from dfrot_lab.study.leaderboard import GROUPS, ranked, rows
@@ -133,7 +139,48 @@ def test_it_is_ranked_by_divergence_within_group_and_bits(board):
     change = table[(table["rotation"] == "KLT") & (table["bits"] == "16-4-16")].set_index("metric")
     (name,) = [metric for metric in change.index if metric.startswith("change of perplexity")]
     assert (line["change, %"], line["verdict"]) == (change.loc[name, "value"], change.loc[name, "verdict"])
-    assert FIGURES["leaderboard"](table).axes
+
+
+def test_what_is_stored_is_the_table_without_computing_anything(board, setting, tmp_path, monkeypatch):
+    table, store = board
+    quick = setting.with_(quick=True)
+    before = sorted(path.name for path in store.root.glob("*/*"))
+    for one in (perplexity.evaluate_all, transforms.fit, fits.subprocess.run):
+        monkeypatch.setattr(f"{one.__module__}.{one.__name__}", lambda *_, **__: pytest.fail("computed"))
+    found = leaderboard.stored(quick, store)
+    own = found[found["group"].isin(FEW)].reset_index(drop=True)
+    pd.testing.assert_frame_equal(own[table.columns], table, check_dtype=False)
+    assert sorted(path.name for path in store.root.glob("*/*")) == before
+    empty = leaderboard.stored(quick, Store(tmp_path))
+    assert empty.empty and ranks.listed(quick, Store(tmp_path))["rows"] == []
+
+
+def test_each_group_has_a_panel_of_its_own_least_change_first(board):
+    table, _ = board
+    drawn = FIGURES["leaderboard"](table)
+    assert [ax.get_title() for ax in drawn.axes] == [f"{group}, 16-4-16" for group in FEW]
+    for ax, group in zip(drawn.axes, FEW, strict=True):
+        own = table[(table["group"] == group) & (table["metric"] == tables.change("RH"))]
+        names = [label.get_text() for label in ax.get_yticklabels()]
+        assert names == own.sort_values("value")["rotation"].tolist() and "RH" not in names
+        assert ax.get_xlabel() == tables.change("RH")
+    assert ranks._labels(pd.DataFrame({"rotation": ["RH", "RH"], "weights": [None, "gptq"], "option": "none"})) == [
+        "RH", "RH, gptq"
+    ]  # fmt: skip
+
+
+def test_the_rows_listed_for_a_page_have_their_recipes_and_say_no_number_that_is_none(board, setting):
+    table, store = board
+    found = ranks.listed(setting.with_(quick=True), store)
+    assert json.loads(strict_json(found)) == found
+    lines = [dict(zip(found["columns"], row, strict=True)) for row in found["rows"]]
+    own = [line for line in lines if line["group"] in FEW]
+    assert [line["rotation"] for line in own] == ranked(table)["rotation"].tolist()
+    for line in own:
+        recipe = Recipe.of(yaml.safe_load(found["recipes"][line["recipe"]]))
+        assert recipe.rotation.name == line["rotation"] and recipe.bits == line["bits"]
+        assert recipe.model.source.startswith("model@"), "no path"
+        assert (line["interval"] is None) == (line["rotation"] == "RH") == (line["change, %"] is None)
 
 
 def test_its_two_experiments_are_all_its_groups_each_once(setting):

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from dfrot_lab.maths.tables import DIVERGENCE, PERPLEXITY, change
 from dfrot_lab.observe.massive import SUN_ABSOLUTE, SUN_RATIO
-from dfrot_lab.show import figures, inside_figures
+from dfrot_lab.show import figures, inside_figures, ranks
 from dfrot_lab.show.figures import plot_rows, rows_of
 from dfrot_lab.show.theme import INK, MASSIVE_COLOUR, ORDINARY_COLOUR, draw_lines, legend_below, looks, panels
 from dfrot_lab.study import compare, leaderboard
@@ -273,9 +273,7 @@ FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {  # by experiment, what 
     "offset": partial(figure_differences, label="{rotation}"), "measuring": figure_measuring,
     "gain": partial(figure_differences, label="{rotation}"),
     "free-options": partial(figure_differences, label="{rotation}, {option}"),
-    **dict.fromkeys(
-        leaderboard.EXPERIMENTS, partial(figure_differences, label=RANKED, panel="{group}, {bits}")
-    ),
+    **dict.fromkeys(leaderboard.EXPERIMENTS, ranks.figure_ranks),
     "better-weights": partial(figure_differences, label=RANKED), "kv-caches": figure_caches,
     "static-activations": figure_acts, "prefix": figure_prefix, "block-floats": figure_formats,
     "spike-writers": inside_figures.figure_writers, "attention-sink": inside_figures.figure_sink,

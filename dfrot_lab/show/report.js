@@ -118,3 +118,7 @@ if ($("turn")) {
   for (const name of ["turn", "to"]) $(name).addEventListener("input", turn);
   new ResizeObserver(turn).observe($("values"));
 }
+
+// ---- the leaderboard, where some of it is computed
+
+if ($("board")) ranks($("board"), data.board);

@@ -25,26 +25,27 @@ from dfrot_lab.model.public import origin, public
 from dfrot_lab.observe.massive import doubt
 from dfrot_lab.recipe import registry
 from dfrot_lab.recipe.specs import MASSIVE_RULES, PACKAGED, WINDOW, CorpusSpec, Recipe
-from dfrot_lab.show import figures, gallery, live
+from dfrot_lab.show import figures, gallery, live, ranks
 from dfrot_lab.show.theme import visible
 from dfrot_lab.study import cost, main, paper
 from dfrot_lab.study.progress import Progress
 from dfrot_lab.study.setting import Setting, figure_site
 
 PACKAGES = ("dfrot-lab", "torch", "transformers", "numpy", "matplotlib")
-SCRIPT = Path(__file__).with_name("report.js")
+SCRIPTS = Path(__file__).with_name("report.js"), ranks.SCRIPT
 
 
 @dataclass(frozen=True)
 class Findings:
     """What a report shows: the main job's stored result, the rows missing, massive tokens, token errors,
-    and the most massive token on its way to rotations (`live.turning`)."""
+    the most massive token on its way to rotations (`live.turning`), the leaderboard (`ranks.listed`)."""
 
     result: main.MainResult
     missing: list[Recipe]
     massive: pd.DataFrame
     errors: pd.DataFrame
     turning: Mapping[str, Any]
+    board: Mapping[str, Any]
 
 
 def collect(setting: Setting, store: Store | None = None) -> Findings:
@@ -63,7 +64,12 @@ def collect(setting: Setting, store: Store | None = None) -> Findings:
     errors = result.errors([site])
     progress.begin("figures and page")
     turning = live.turning(result, site, result.capture.largest(site))
-    return Findings(result, missing, massive, errors, turning)
+    return Findings(result, missing, massive, errors, turning, ranks.listed(setting, store))
+
+
+def script() -> str:
+    """The page's own script."""
+    return "\n".join(file.read_text(encoding="utf-8") for file in SCRIPTS)
 
 
 def page(values: Mapping[str, Any]) -> str:
@@ -101,9 +107,12 @@ def values(findings: Findings) -> dict[str, Any]:
         "massive": gallery.most_massive(massive), "doubt": doubt(result.capture, setting.rule),
         "any_massive": bool(findings.errors["massive"].any()), "tokens": massive_tokens(massive), "shown": 8,
         "by_sun": massive.loc[massive["sun"], "token"].nunique(),
-        "script": Markup(SCRIPT.read_text(encoding="utf-8")), "channels": result.capture.channels,
+        "script": Markup(script()), "channels": result.capture.channels,
         "gap": gap and {"bits": gap["bits"], "cell": tables.cell(gap)},
-        "live": {"tokens": live.tokens(findings.errors), "turning": findings.turning}, "steps": live.STEPS,
+        "live": {
+            "tokens": live.tokens(findings.errors), "turning": findings.turning, "board": findings.board
+        },
+        "steps": live.STEPS,
         "pictures": pictures,
         "history": refined and refined.history.iloc[lines].round(4), "paper": beside.fillna(""),
         "comparison": tables.comparison(table) if result.found else None,

@@ -47,20 +47,33 @@ def costs(recipes: Sequence[Recipe], store: Store) -> dict[str, Fit]:
 def cost(recipe: Recipe, store: Store) -> Fit:
     """What the fit of one recipe's rotation costs. Of one that lay in the store before anybody measured it
     the peak is NaN; what a method refuses is refused here, with its words."""
+    if (known := stored(recipe, store)) is not None:
+        return known
+    recipe = door.resolved(recipe).canonical()
+    done = _in_a_process(recipe, store)
+    if done is None:
+        found = transforms.fit(recipe, transforms.Context(recipe, store))
+        return Fit(found.seconds, math.nan, needs_of(recipe))
+    numbers = [done.seconds, None if math.isnan(done.peak) else done.peak]
+    store.get_or_make(KIND, _inputs(recipe), lambda writer: writer.save_json("numbers", numbers))
+    return done
+
+
+def stored(recipe: Recipe, store: Store) -> Fit | None:
+    """What the fit costs where it needs nothing or was measured; else None."""
     recipe = door.resolved(recipe).canonical()
     needs = needs_of(recipe)
     if needs == "nothing":
         return Fit(0.0, math.nan, needs)
-    inputs = {name: keys.identity(getattr(recipe, name), door.prints) for name in ("model", "rotation")}
-    if (made := store.open(KIND, inputs)) is not None:
-        seconds, peak = made.json("numbers")
-        return Fit(seconds, math.nan if peak is None else peak, needs)
-    done = _in_a_process(recipe, store)
-    if done is None:
-        return Fit(transforms.fit(recipe, transforms.Context(recipe, store)).seconds, math.nan, needs)
-    numbers = [done.seconds, None if math.isnan(done.peak) else done.peak]
-    store.get_or_make(KIND, inputs, lambda writer: writer.save_json("numbers", numbers))
-    return done
+    made = store.open(KIND, _inputs(recipe))
+    if made is None:
+        return None
+    seconds, peak = made.json("numbers")
+    return Fit(seconds, math.nan if peak is None else peak, needs)
+
+
+def _inputs(recipe: Recipe) -> dict[str, Any]:
+    return {name: keys.identity(getattr(recipe, name), door.prints) for name in ("model", "rotation")}
 
 
 def needs_of(recipe: Recipe) -> str:

@@ -2,20 +2,22 @@
 grids, a verdict against RH. Groups are never mixed: what is compared costs the same when the model runs."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import pandas as pd
 
 from dfrot_lab.disk.artefacts import Store
+from dfrot_lab.maths import tables
 from dfrot_lab.model import shapes
 from dfrot_lab.recipe import registry
 from dfrot_lab.recipe.specs import Recipe
 from dfrot_lab.rotate import proxy
+from dfrot_lab.score import perplexity
 from dfrot_lab.study import fits
 from dfrot_lab.study.beyond import NONE, options
-from dfrot_lab.study.main import Row, evaluated
+from dfrot_lab.study.main import Row, evaluated, recipes as recipes_of, rows_by_build, table_of
 from dfrot_lab.study.setting import Setting
 
 BITS = ("16-4-16", "4-4-16")
@@ -112,10 +114,29 @@ def leaderboard(setting: Setting, store: Store, groups: Sequence[str] = tuple(GR
     recipes = _rotations(asked, setting.with_(build=0))
     found = fits.costs(recipes, store)
     table = pd.concat([evaluated(asks, setting, store)[0] for asks in asked], ignore_index=True)
+    return _about(table, recipes, found)
+
+
+def stored(setting: Setting, store: Store) -> pd.DataFrame:
+    """The table of what is stored, computing nothing: of each row the builds that are there."""
+    asked = [partial(rows, group) for group in GROUPS]
+    parts = list[pd.DataFrame]()
+    for asks in asked:
+        by_build = rows_by_build(asks, setting)
+        each = ((spec, perplexity.stored(spec, store)) for spec in recipes_of(by_build))
+        parts.append(table_of(by_build, {spec: done for spec, done in each if done}))
+    specs = _rotations(asked, setting.with_(build=0))
+    known = {spec.rotation.name: fits.stored(spec, store) for spec in specs}
+    table = pd.concat([own for own in parts if len(own)] or parts[:1], ignore_index=True)
+    return _about(table, specs, {name: fit for name, fit in known.items() if fit})
+
+
+def _about(table: pd.DataFrame, recipes: Sequence[Recipe], found: Mapping[str, fits.Fit]) -> pd.DataFrame:
+    """`table` with what each rotation takes to be found, what it costs online, and what is published."""
     about: dict[str, dict[str, Any]] = {
         "seconds": {name: fit.seconds for name, fit in found.items()},
         PEAK: {name: fit.peak / 1e9 for name, fit in found.items()},
-        "needs": {name: fit.needs for name, fit in found.items()},
+        "needs": {recipe.rotation.name: fits.needs_of(recipe) for recipe in recipes},
         ONLINE_OPS: {recipe.rotation.name: online_share(recipe) for recipe in recipes},
     }
     for place, column in enumerate(COLUMNS):
@@ -143,7 +164,7 @@ def _rotations(asked: Sequence[Callable[[Setting], Iterator[Row]]], setting: Set
 
 def ranked(table: pd.DataFrame) -> pd.DataFrame:
     """A line a row of the table, best first within group and bits: KL divergence, perplexity, and the
-    change against RH with its interval and verdict."""
+    change against RH with its interval and verdict; the first build's recipe by its key."""
     keys = ["group", "bits", "rotation", "weights", "option"]
     lines = []
     for place, own in table.fillna({"weights": "none"}).groupby(keys, sort=False):
@@ -151,16 +172,17 @@ def ranked(table: pd.DataFrame) -> pd.DataFrame:
         line = dict(zip(keys, place, strict=True))
         for metric in ("KL divergence", "perplexity"):
             line[metric] = by.loc[metric, "value"] if metric in by.index else float("nan")
-        change = [metric for metric in by.index if metric.startswith("change of perplexity")]
-        if change:
-            found = by.loc[change[0]]
+        line |= {"change, %": float("nan"), "interval": None, "verdict": None}
+        if (change := tables.change("RH")) in by.index:
+            found: Any = by.loc[change]
             line |= {"change, %": found["value"], "interval": found["ci95"], "verdict": found["verdict"]}
         line |= {
-            name: own[name].iloc[0] for name in ("builds", "seconds", PEAK, "needs", ONLINE_OPS, *COLUMNS)
+            name: own[name].iloc[0]
+            for name in ("builds", "seconds", PEAK, "needs", ONLINE_OPS, *COLUMNS, "recipe")
         }
         lines.append(line)
-    found = pd.DataFrame(lines)
-    return found.sort_values(["group", "bits", "KL divergence"], key=_in_order, ignore_index=True)
+    ranks = pd.DataFrame(lines)
+    return ranks.sort_values(["group", "bits", "KL divergence"], key=_in_order, ignore_index=True)
 
 
 def _in_order(column: pd.Series) -> pd.Series:

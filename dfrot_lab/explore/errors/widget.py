@@ -108,8 +108,8 @@ class Errors(Explorer):
         token = rows.acts.largest(site)
         x, y = ("RO", "RH") if {"RO", "RH"} <= set(names) else (names[0], names[-1])
         offered = {"x": names, "y": names, "z": [NONE, *names], "panels": names, "site": sites}
-        chosen = {"site": site, "x": x, "y": y, "token": token, "panels": tuple(names[:PANELS])}
-        state = _State(**chosen, **grid(self.spec.quantizer))
+        first = {"site": site, "x": x, "y": y, "token": token, "panels": tuple(names[:PANELS])}
+        state = _State(**first, **grid(self.spec.quantizer))
         super().__init__(state, **offered, seed={"disabled": not seeded}, token={"max": len(rows.texts) - 1})
         self.button("load", "add", self.load, tooltip="add the rotation in this file")
         self.button("refine", "refine DFRot (15 s)", self.refine, tooltip="with the default settings")

@@ -16,13 +16,14 @@ from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.explore.page import CLEAR, GREY, PICKED, Plot, beside, panel
 from dfrot_lab.explore.shell import Explorer, control
 from dfrot_lab.explore.worth import numbers
+from dfrot_lab.explore.worth.board import Board
 from dfrot_lab.explore.worth.numbers import BITS, DIFFERENCE, FULL, KEPT, Tally, interval
 from dfrot_lab.maths import tables
 from dfrot_lab.model import corpus
 from dfrot_lab.recipe import registry
 from dfrot_lab.recipe.specs import WINDOWS, Recipe
 from dfrot_lab.score import perplexity, rows
-from dfrot_lab.show import figures, theme
+from dfrot_lab.show import figures, ranks, theme
 from dfrot_lab.study import cost, main
 from dfrot_lab.study.setting import Setting
 
@@ -30,6 +31,14 @@ LLAMA = {"LLaMA": ("7B", "13B", "30B"), "LLaMA2": ("7B", "13B", "70B"), "LLaMA3"
 LLAMAS = [f"{name}-{size}" for name, sizes in LLAMA.items() for size in sizes]
 PAPER_MODELS = (*LLAMAS, "Mistral-7B-v0.3", "QWen2-7B")
 SEVERAL = {"rows": 5, "tooltip": "several: hold Ctrl or Shift"}
+BEYOND = (
+    "<b>Every method under one pipeline</b>, as far as it is computed: a column's name sorts, a rotation's "
+    "shows its recipe."
+)
+NO_BOARD = (
+    "No row of the leaderboard is stored for this text and so many windows: "
+    "<code>dfrot-lab leaderboard</code> computes them."
+)
 DOTTED = {"dash": "dot", "color": GREY, "width": 1.5}
 
 
@@ -116,9 +125,19 @@ class Worth(Explorer):
         self.button("cancel", "Cancel", self.cancel, icon="stop")
         picked = self.row("rotations", "bits", "keep_out", ["weights", "corpus", "windows", "paper_model"])
         above = [picked, self.note, self.row("compute", "cancel", self.bar), self.status.widget]
-        self.children = [*above, beside(self.plot, self.paper_plot, shares=(60, 40)), self.rows, self.paper]
+        self.board, self.beyond = Board(), panel(48, width="100%")
+        below = [self.rows, self.paper, self.beyond, self.board]
+        self.children = [*above, beside(self.plot, self.paper_plot, shares=(60, 40)), *below]
         self.on(" ".join(self.state.trait_names()), self.refresh)
+        self.on("corpus windows", self.rank)
         self.refresh()
+        self.rank()
+
+    def rank(self) -> None:
+        """Show the rows of the leaderboard that are stored for the text and windows that are picked."""
+        with self._lock:
+            self.board.data = found = ranks.listed(self.chosen, self.store)
+            self.beyond.value = BEYOND if found["rows"] else NO_BOARD
 
     @property
     def chosen(self) -> Setting:
@@ -200,4 +219,5 @@ class Worth(Explorer):
 
     def _at_end(self, error: BaseException | None) -> str:
         self.refresh()
+        self.rank()
         return super()._at_end(error)

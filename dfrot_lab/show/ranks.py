@@ -1,0 +1,74 @@
+"""The leaderboard to look at: a picture with a panel a group, and a table that a reader sorts and filters."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from dfrot_lab.disk.artefacts import Store
+from dfrot_lab.maths.tables import change
+from dfrot_lab.model import door
+from dfrot_lab.model.public import public
+from dfrot_lab.show import figures, theme
+from dfrot_lab.study import experiments, leaderboard
+from dfrot_lab.study.setting import Setting
+
+SCRIPT = Path(__file__).with_name("ranks.js")
+ROW = ("rotation", "weights", "option")  # what a row of one group and bits is called by
+
+
+def figure_ranks(table: pd.DataFrame) -> Figure:
+    """Changes of perplexity against RH with their intervals, least first: a panel for each group and its
+    bits, with an axis of its own, since groups are not compared."""
+    rows = figures.rows_of(table, change("RH")).sort_values("value", kind="stable")
+    panels = {name: own for name, own in rows.groupby(["group", "bits"], sort=False)}
+    order = [
+        name for name in dict.fromkeys(zip(table["group"], table["bits"], strict=True)) if name in panels
+    ]
+    tall = [len(panels[name]) + 3 for name in order]
+    more: dict[str, Any] = {"figsize": (7.5, 0.23 * sum(tall)), "height_ratios": tall, "squeeze": False}
+    fig, axes = figures.plt.subplots(len(order), 1, **more)
+    for ax, name in zip(axes[:, 0], order, strict=True):
+        own = panels[name]
+        figures.plot_rows(own.assign(label=_labels(own)), ax=ax)
+        ax.axvline(0, ls="--", lw=1, c=theme.INK)
+        ax.set(title=f"{name[0]}, {name[1]}", xlabel=change("RH"))
+    return fig
+
+
+def _labels(own: pd.DataFrame) -> list[str]:
+    """What tells the rows of one panel apart."""
+    said = own[list(ROW)].fillna("none").astype(str)
+    telling = [name for name in ROW if name == "rotation" or len(set(said[name])) > 1]
+    lines = said[telling].to_dict("records")
+    return [", ".join(v for n, v in line.items() if n == "rotation" or v != "none") for line in lines]
+
+
+def listed(setting: Setting, store: Store) -> dict[str, Any]:
+    """The rows of the leaderboard that are stored, for `ranks.js`: columns, the rows of each group, the
+    recipe of each as YAML; no rows where none is stored."""
+    setting = experiments.setting_of("leaderboard", setting)
+    table = leaderboard.stored(setting, store)
+    if table.empty:
+        return {"columns": [], "rows": [], "recipes": {}}
+    ranks = leaderboard.ranked(table)
+    wanted, recipes = set(ranks["recipe"]), dict[str, str]()
+    for group in leaderboard.GROUPS:
+        for row in leaderboard.rows(group, setting.with_(build=0)):
+            said = public(door.resolved(row.spec).canonical())  # as evaluations name it
+            if said.key in wanted and said.key not in recipes:
+                recipes[said.key] = said.to_yaml()
+    columns = [*ROW, *(name for name in ranks if name not in ROW)]
+    rows = [[_plain(value) for value in line] for line in ranks[columns].itertuples(index=False)]
+    return {"columns": columns, "rows": rows, "recipes": recipes}
+
+
+def _plain(value: Any) -> Any:
+    """A cell as JSON has it: an interval as text, what is not there as null."""
+    if isinstance(value, list | tuple):
+        return "[{:.3g}, {:.3g}]".format(*value)
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return None
+    return value.item() if hasattr(value, "item") else value
