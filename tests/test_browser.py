@@ -408,33 +408,41 @@ def test_the_dark_theme(book):
     )
 
 
+def reloaded(book: Notebook, names: tuple[str, ...]) -> None:
+    """Save, load the page again, and wait until each explorer has as many plots on view as before, as wide as
+    their places."""
+    visible = ".js-plotly-plot:visible"  # others may be there, hidden
+    before = {name: book.explorer(name).root.locator(visible).count() for name in names}
+    book.menu("File", "Save Notebook")
+    book.page.wait_for_timeout(3000)
+    book.page.reload()
+    place = "plot => Math.abs(plot._fullLayout.width - plot.parentElement.clientWidth)"
+    for name, plots in before.items():
+        explorer = book.explorer(name)
+        shown = explorer.root.locator(visible)
+        wait_until(
+            lambda shown=shown, n=plots: [p.evaluate(place) <= 2 for p in shown.all()] == [True] * n, 60
+        )
+        assert plots and explorer.root.locator(".dfrot-line").text_content().startswith(f"explore.{name}(")
+        explorer.shoot("5-reloaded")
+    # the widget manager says so of an output drawn before the kernel has answered, and draws it again then
+    faults = book.watch.faults
+    faults[:] = [fault for fault in faults if "Error: widget model not found" not in fault]
+
+
 def test_a_reloaded_page_shows_its_plots(book):
     massive, errors = book.explorer("massive"), book.explorer("errors")
     massive.button("heat map").click()
     points, words = count(massive), massive.root.locator(".dfrot-text").text_content()
     axis = "plot => plot._fullLayout.xaxis.title.text"
     title = errors.plot().evaluate(axis)
-    book.menu("File", "Save Notebook")
-    book.page.wait_for_timeout(3000)
-    book.page.reload()
-    place = "plot => Math.abs(plot._fullLayout.width - plot.parentElement.clientWidth)"
-    for name, plots in {"massive": 2, "errors": 2, "dial": 2, "worth": 2, "generate": 1}.items():
-        explorer = book.explorer(name)
-        shown = explorer.root.locator(".js-plotly-plot:visible")  # others may be there, hidden
-        wait_until(
-            lambda shown=shown, n=plots: [p.evaluate(place) <= 2 for p in shown.all()] == [True] * n, 60
-        )
-        assert explorer.root.locator(".dfrot-line").text_content().startswith(f"explore.{name}(")
-        explorer.shoot("5-reloaded")
+    reloaded(book, ("massive", "errors", "dial", "worth", "generate"))
     massive, errors = book.explorer("massive"), book.explorer("errors")
     wait_until(lambda: count(massive) == points, 60)
     assert massive.root.locator(".dfrot-text").text_content() == words
     massive.button("words").click()
     massive.root.locator("canvas.dfrot-film").wait_for(timeout=browser.STEP_S * 1000)
     assert count(errors) > 4 and errors.plot().evaluate(axis) == title
-    # the widget manager says so of an output drawn before the kernel has answered, and draws it again then
-    faults = book.watch.faults
-    faults[:] = [fault for fault in faults if "Error: widget model not found" not in fault]
 
 
 # ---- the lesson
@@ -492,6 +500,17 @@ def test_a_wrong_step_is_red_and_says_why(lesson):
     invariance.ready()
     invariance.shoot("3-centred")
     assert "mean" in verdict.text_content()
+
+
+def test_a_reloaded_lesson_shows_its_plots_and_goes_on(lesson):
+    verdict = lesson.explorer("invariance").root.locator(".dfrot-verdict").text_content()
+    angle = lesson.explorer("playground").slider("Angle 0-1").get_attribute("aria-valuenow")
+    reloaded(lesson, ("playground", "refinement", "invariance"))
+    invariance, playground = lesson.explorer("invariance"), lesson.explorer("playground")
+    assert invariance.root.locator(".dfrot-verdict").text_content() == verdict
+    assert playground.slider("Angle 0-1").get_attribute("aria-valuenow") == angle
+    invariance.button("All steps, correctly").click()
+    wait_until(lambda: "Unchanged:" in invariance.root.locator(".dfrot-verdict").text_content(), 60)
 
 
 # ---- the report
