@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from PIL import Image
+from playwright.sync_api import Page
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -85,6 +86,38 @@ def pictures(book: browser.Notebook) -> None:
     film("layers", [plots(massive, picture) for picture in films[1::2]])
 
 
+def written(book: browser.Notebook) -> None:
+    """Texts side by side: the prompt as it stands, written by every rotation that is picked."""
+    generate = book.explorer("generate")
+    generate.button("Write").click()
+    generate.status("Done", 600)
+    save("generate", generate.picture())
+
+
+def lesson(book: browser.Notebook) -> None:
+    """Those of 10-teach: a spike turned by hand, and a step that breaks the invariance."""
+    save("playground", book.explorer("playground").picture())
+    invariance = book.explorer("invariance")
+    invariance.button("All steps, correctly").click()
+    verdict = invariance.root.locator(".dfrot-verdict")
+    verdict.filter(has_text="Unchanged:").wait_for(timeout=browser.STEP_S * 1000)
+    invariance.root.get_by_label("Centre the embedding").click()
+    verdict.filter(has_text="Broken:").wait_for(timeout=browser.STEP_S * 1000)
+    invariance.ready()
+    save("invariance", invariance.picture())
+
+
+def opened(page: Page, address: str) -> browser.Notebook:
+    """A notebook with all its cells run."""
+    book = browser.Notebook(page, browser.Watch())
+    book.watch.look_at(page)
+    page.goto(address)
+    page.locator(".jp-Notebook .jp-CodeCell").first.wait_for(timeout=browser.START_S * 1000)
+    book.start_all()
+    book.wait_all()
+    return book
+
+
 def main() -> None:
     """Write all pictures, or say what went wrong on the page."""
     OUT.mkdir(exist_ok=True)
@@ -94,14 +127,13 @@ def main() -> None:
         browser.jupyter_lab(Path(folder), "full", ["store/evaluation"]) as server,
     ):
         page = chromium.new_context(viewport={"width": WIDTH, "height": 900}).new_page()
-        book = browser.Notebook(page, browser.Watch())
-        book.watch.look_at(page)
-        page.goto(server.format(notebook="09-explorer.ipynb"))
-        page.locator(".jp-Notebook .jp-CodeCell").first.wait_for(timeout=browser.START_S * 1000)
-        book.start_all()
-        book.wait_all()
+        book = opened(page, server.format(notebook="09-explorer.ipynb"))
         pictures(book)
-        faults = [*book.watch.faults]  # before the server stops, which the page would miss
+        written(book)
+        other = chromium.new_context(viewport={"width": WIDTH, "height": 900}).new_page()
+        taught = opened(other, server.format(notebook="10-teach.ipynb"))
+        lesson(taught)
+        faults = book.watch.faults + taught.watch.faults  # before the server stops, which a page would miss
     if faults:
         raise SystemExit("\n".join(faults))
 

@@ -12,9 +12,11 @@ from dfrot_lab.disk import row_files
 from dfrot_lab.maths import statistics, tables
 from dfrot_lab.score.rows import percent
 from dfrot_lab.show import gallery
+from dfrot_lab.study import leaderboard
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "data" / "results"
+BOARD = "notebooks/12-leaderboard.ipynb"
 TEXTS = {"wikitext2": "WikiText-2", "wikipedia-sample": "the Wikipedia sample"}
 
 
@@ -101,7 +103,24 @@ def claims() -> list[str]:
             ]  # fmt: skip
             said.append(f"{name} {', '.join(cells)}")
         found.append(f"- **Beyond DFRot**, on WikiText-2: {'; '.join(said)}.")
-    return found
+    return found + rivals()
+
+
+def rivals() -> list[str]:
+    """What the leaderboard says of each fused R1 beside RH, by verdict, the best first; none where it was not
+    run."""
+    if not is_there("leaderboard-wikitext2"):
+        return []
+    ranks = leaderboard.ranked(load("leaderboard-wikitext2"))
+    own = ranks[(ranks["group"] == "fused R1") & ranks["verdict"].notna()].sort_values("change, %")
+    said = []
+    for verdict in (statistics.BETTER, statistics.UNKNOWN, statistics.WORSE):
+        rows = own[own["verdict"] == verdict].to_dict("records")
+        names = [f"{row['rotation']} {row['change, %']:+.1f}%" for row in rows]
+        said += [f"{verdict}: {', '.join(names)}"] if names else []
+    about = f"{own['builds'].max()} builds on WikiText-2 at 16-4-16, perplexity against RH"
+    best = "; ".join(said)
+    return [f"- **Rivals, one fused R1 under one pipeline** ({about}): {best} ([notebook 12]({BOARD}))."]
 
 
 def by_gptq() -> list[str]:
