@@ -210,7 +210,7 @@ def test_committed_experiments_have_provenance_and_a_figure():
 BOARD = (
     "group",
     "option",
-    "seconds",
+    "fit, s",
     leaderboard.PEAK,
     leaderboard.ONLINE_OPS,
     "needs",

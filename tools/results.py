@@ -119,8 +119,16 @@ def rivals() -> list[str]:
         names = [f"{row['rotation']} {row['change, %']:+.1f}%" for row in rows]
         said += [f"{verdict}: {', '.join(names)}"] if names else []
     about = f"{own['builds'].max()} builds on WikiText-2 at 16-4-16, perplexity against RH"
-    best = "; ".join(said)
-    return [f"- **Rivals, one fused R1 under one pipeline** ({about}): {best} ([notebook 12]({BOARD}))."]
+    beyond = {}
+    for group, option in (("free extras", "all"), ("online", "none")):
+        rows = ranks[(ranks["group"] == group) & (ranks["option"] == option) & ranks["verdict"].notna()]
+        ordered = rows.sort_values("change, %").to_dict("records")
+        beyond[group] = ", ".join(f"{row['rotation']} {row['change, %']:+.1f}%" for row in ordered)
+    return [
+        f"- **Rivals, one fused R1 under one pipeline** ({about}): {'; '.join(said)}. With clips, scales and a free range, "
+        f"which cost nothing either: {beyond['free extras']}. With matrices that act while the model runs, which do cost: "
+        f"{beyond['online']} ([notebook 12]({BOARD}))."
+    ]
 
 
 def by_gptq() -> list[str]:

@@ -16,6 +16,7 @@ from dfrot_lab.study import experiments, leaderboard
 from dfrot_lab.study.setting import Setting
 
 SCRIPT = Path(__file__).with_name("ranks.js")
+FAR = 1000  # percent, beyond which an axis is logarithmic
 ROW = ("rotation", "weights", "option")  # what a row of one group and bits is called by
 
 
@@ -34,7 +35,8 @@ def figure_ranks(table: pd.DataFrame) -> Figure:
         own = panels[name]
         figures.plot_rows(own.assign(label=_labels(own)), ax=ax)
         ax.axvline(0, ls="--", lw=1, c=theme.INK)
-        ax.set(title=f"{name[0]}, {name[1]}", xlabel=change("RH"))
+        scale = "symlog" if own["value"].max() > FAR else "linear"
+        ax.set(title=f"{name[0]}, {name[1]}", xlabel=change("RH"), xscale=scale)
     return fig
 
 

@@ -31,6 +31,7 @@ each by a pipeline of its own (other weight groups, clips, what is learned besid
 ranked; SpinQuant's was not found again by its own release (8.0 in place of 7.3)."""
 COLUMNS = ("published LLaMA-2-7B", "published LLaMA-3-8B")
 EVEN = "all rows alike"  # beside a method that weighs massive rows more: the same without that
+FIT = "fit, s"  # seconds in which a rotation was found
 PEAK = "peak, GB"  # of memory
 ONLINE_OPS = "online, %"  # of the linears' products
 
@@ -134,7 +135,7 @@ def stored(setting: Setting, store: Store) -> pd.DataFrame:
 def _about(table: pd.DataFrame, recipes: Sequence[Recipe], found: Mapping[str, fits.Fit]) -> pd.DataFrame:
     """`table` with what each rotation takes to be found, what it costs online, and what is published."""
     about: dict[str, dict[str, Any]] = {
-        "seconds": {name: fit.seconds for name, fit in found.items()},
+        FIT: {name: fit.seconds for name, fit in found.items()},
         PEAK: {name: fit.peak / 1e9 for name, fit in found.items()},
         "needs": {recipe.rotation.name: fits.needs_of(recipe) for recipe in recipes},
         ONLINE_OPS: {recipe.rotation.name: online_share(recipe) for recipe in recipes},
@@ -178,7 +179,7 @@ def ranked(table: pd.DataFrame) -> pd.DataFrame:
             line |= {"change, %": found["value"], "interval": found["ci95"], "verdict": found["verdict"]}
         line |= {
             name: own[name].iloc[0]
-            for name in ("builds", "seconds", PEAK, "needs", ONLINE_OPS, *COLUMNS, "recipe")
+            for name in ("builds", FIT, PEAK, "needs", ONLINE_OPS, *COLUMNS, "recipe")
         }
         lines.append(line)
     ranks = pd.DataFrame(lines)
