@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from dfrot_lab.cli.app import app
 from dfrot_lab.disk import row_files
 from dfrot_lab.maths import tables
+from dfrot_lab.recipe import registry
 from dfrot_lab.recipe.keys import FORMULAS
 from dfrot_lab.recipe.specs import MASSIVE_RULES, ModelSpec
 from dfrot_lab.show import gallery
@@ -207,15 +208,7 @@ def test_committed_experiments_have_provenance_and_a_figure():
         assert not about["quick"]
 
 
-BOARD = (
-    "group",
-    "option",
-    "fit, s",
-    leaderboard.PEAK,
-    leaderboard.ONLINE_OPS,
-    "needs",
-    *leaderboard.COLUMNS,
-)
+BOARD = ("group", "option", "fit, s", leaderboard.PEAK, leaderboard.ONLINE_OPS, "needs", *leaderboard.COLUMNS)
 OWN = {
     "main": (),
     "gamma-sweep": ("init", "line"),
@@ -264,7 +257,8 @@ def test_a_committed_row_has_every_column_and_those_of_its_experiment(path):
         assert row["bits"] == f"{row['w_bits']}-{row['a_bits']}-{row['kv_bits']}"
         assert row["weight_quantizer"].startswith("none" if row["w_bits"] == 16 else f"sym{row['w_bits']}")
         assert (row["keep_out_rule"] is not None) == row["keep_out"]
-        assert (row["rule"] in MASSIVE_RULES) == (row["method"] != "random")
+        spec = registry.load(registry.METHODS, row["method"]).SPEC
+        assert row["rule"] in MASSIVE_RULES if "rule" in spec.model_fields else row["rule"] is None
         assert (row["calibration"] is not None) == (row["weights"] not in (None, "rtn"))
     table = row_files.load(path)
     assert all(table[name].dtype == "Int64" for name in tables.WHOLE)

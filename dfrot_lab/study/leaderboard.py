@@ -178,8 +178,7 @@ def ranked(table: pd.DataFrame) -> pd.DataFrame:
             found: Any = by.loc[change]
             line |= {"change, %": found["value"], "interval": found["ci95"], "verdict": found["verdict"]}
         line |= {
-            name: own[name].iloc[0]
-            for name in ("builds", FIT, PEAK, "needs", ONLINE_OPS, *COLUMNS, "recipe")
+            name: own[name].iloc[0] for name in ("builds", FIT, PEAK, "needs", ONLINE_OPS, *COLUMNS, "recipe")
         }
         lines.append(line)
     ranks = pd.DataFrame(lines)
