@@ -2,6 +2,7 @@
 
 import html
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -135,9 +136,10 @@ class Worth(Explorer):
 
     def rank(self) -> None:
         """Show the rows of the leaderboard that are stored for the text and windows that are picked."""
-        with self._lock:
-            self.board.data = found = ranks.listed(self.chosen, self.store)
-            self.beyond.value = BEYOND if found["rows"] else NO_BOARD
+        found: dict[str, Any] = {"columns": [], "rows": [], "recipes": {}}
+        with self._lock, suppress(ValueError):  # what is wrong with the text stands in the status line
+            found = ranks.listed(self.chosen, self.store)
+        self.board.data, self.beyond.value = found, BEYOND if found["rows"] else NO_BOARD
 
     @property
     def chosen(self) -> Setting:
