@@ -147,11 +147,11 @@ def test_what_is_stored_is_the_table_without_computing_anything(board, setting, 
     before = sorted(path.name for path in store.root.glob("*/*"))
     for one in (perplexity.evaluate_all, transforms.fit, fits.subprocess.run):
         monkeypatch.setattr(f"{one.__module__}.{one.__name__}", lambda *_, **__: pytest.fail("computed"))
-    found = leaderboard.stored(quick, store)
+    found, _ = leaderboard.stored(quick, store)
     own = found[found["group"].isin(FEW)].reset_index(drop=True)
     pd.testing.assert_frame_equal(own[table.columns], table, check_dtype=False)
     assert sorted(path.name for path in store.root.glob("*/*")) == before
-    empty = leaderboard.stored(quick, Store(tmp_path))
+    empty, _ = leaderboard.stored(quick, Store(tmp_path))
     assert empty.empty and ranks.listed(quick, Store(tmp_path))["rows"] == []
 
 

@@ -9,7 +9,6 @@ from matplotlib.figure import Figure
 
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.maths.tables import change
-from dfrot_lab.model import door
 from dfrot_lab.model.public import public
 from dfrot_lab.show import figures, theme
 from dfrot_lab.study import experiments, leaderboard
@@ -17,22 +16,19 @@ from dfrot_lab.study.setting import Setting
 
 SCRIPT = Path(__file__).with_name("ranks.js")
 FAR = 1000  # percent, beyond which an axis is logarithmic
+NOTHING: dict[str, Any] = {"columns": [], "rows": [], "recipes": {}}  # is listed
 ROW = ("rotation", "weights", "option")  # what a row of one group and bits is called by
 
 
 def figure_ranks(table: pd.DataFrame) -> Figure:
     """Changes of perplexity against RH with their intervals, least first: a panel for each group and its
     bits, with an axis of its own, since groups are not compared."""
-    rows = figures.rows_of(table, change("RH")).sort_values("value", kind="stable")
-    panels = {name: own for name, own in rows.groupby(["group", "bits"], sort=False)}
-    order = [
-        name for name in dict.fromkeys(zip(table["group"], table["bits"], strict=True)) if name in panels
-    ]
-    tall = [len(panels[name]) + 3 for name in order]
+    rows = figures.rows_of(table, change("RH"))
+    panels = {name: own.sort_values("value") for name, own in rows.groupby(["group", "bits"], sort=False)}
+    tall = [len(own) + 3 for own in panels.values()]
     more: dict[str, Any] = {"figsize": (7.5, 0.23 * sum(tall)), "height_ratios": tall, "squeeze": False}
-    fig, axes = figures.plt.subplots(len(order), 1, **more)
-    for ax, name in zip(axes[:, 0], order, strict=True):
-        own = panels[name]
+    fig, axes = figures.plt.subplots(len(panels), 1, **more)
+    for ax, (name, own) in zip(axes[:, 0], panels.items(), strict=True):
         figures.plot_rows(own.assign(label=_labels(own)), ax=ax)
         ax.axvline(0, ls="--", lw=1, c=theme.INK)
         scale = "symlog" if own["value"].max() > FAR else "linear"
@@ -51,17 +47,12 @@ def _labels(own: pd.DataFrame) -> list[str]:
 def listed(setting: Setting, store: Store) -> dict[str, Any]:
     """The rows of the leaderboard that are stored, for `ranks.js`: columns, the rows of each group, the
     recipe of each as YAML; no rows where none is stored."""
-    setting = experiments.setting_of("leaderboard", setting)
-    table = leaderboard.stored(setting, store)
+    table, found = leaderboard.stored(experiments.setting_of("leaderboard", setting), store)
     if table.empty:
-        return {"columns": [], "rows": [], "recipes": {}}
+        return NOTHING
     ranks = leaderboard.ranked(table)
-    wanted, recipes = set(ranks["recipe"]), dict[str, str]()
-    for group in leaderboard.GROUPS:
-        for row in leaderboard.rows(group, setting.with_(build=0)):
-            said = public(door.resolved(row.spec).canonical())  # as evaluations name it
-            if said.key in wanted and said.key not in recipes:
-                recipes[said.key] = said.to_yaml()
+    said = {recipe.key: recipe for recipe in (public(done.spec) for done in found.values())}
+    recipes = {key: said[key].to_yaml() for key in ranks["recipe"]}
     columns = [*ROW, *(name for name in ranks if name not in ROW)]
     rows = [[_plain(value) for value in line] for line in ranks[columns].itertuples(index=False)]
     return {"columns": columns, "rows": rows, "recipes": recipes}

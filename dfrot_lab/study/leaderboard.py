@@ -14,10 +14,9 @@ from dfrot_lab.model import shapes
 from dfrot_lab.recipe import registry
 from dfrot_lab.recipe.specs import Recipe
 from dfrot_lab.rotate import proxy
-from dfrot_lab.score import perplexity
 from dfrot_lab.study import fits
 from dfrot_lab.study.beyond import NONE, options
-from dfrot_lab.study.main import Row, evaluated, recipes as recipes_of, rows_by_build, table_of
+from dfrot_lab.study.main import Evaluated, Found, Row, evaluated, found_of, rows_by_build, table_of
 from dfrot_lab.study.setting import Setting
 
 BITS = ("16-4-16", "4-4-16")
@@ -118,18 +117,19 @@ def leaderboard(setting: Setting, store: Store, groups: Sequence[str] = tuple(GR
     return _about(table, recipes, found)
 
 
-def stored(setting: Setting, store: Store) -> pd.DataFrame:
-    """The table of what is stored, computing nothing: of each row the builds that are there."""
+def stored(setting: Setting, store: Store) -> Evaluated:
+    """The table of what is stored, of each row the builds that are there, and the evaluations behind it;
+    computes nothing."""
     asked = [partial(rows, group) for group in GROUPS]
-    parts = list[pd.DataFrame]()
-    for asks in asked:
-        by_build = rows_by_build(asks, setting)
-        each = ((spec, perplexity.stored(spec, store)) for spec in recipes_of(by_build))
-        parts.append(table_of(by_build, {spec: done for spec, done in each if done}))
+    parts, found = list[pd.DataFrame](), Found()
+    for by_build in (rows_by_build(asks, setting) for asks in asked):
+        own = found_of(by_build, store)
+        found |= own
+        parts.append(table_of(by_build, own))
     specs = _rotations(asked, setting.with_(build=0))
     known = {spec.rotation.name: fits.stored(spec, store) for spec in specs}
-    table = pd.concat([own for own in parts if len(own)] or parts[:1], ignore_index=True)
-    return _about(table, specs, {name: fit for name, fit in known.items() if fit})
+    table = pd.concat([part for part in parts if len(part)] or parts[:1], ignore_index=True)
+    return _about(table, specs, {name: fit for name, fit in known.items() if fit}), found
 
 
 def _about(table: pd.DataFrame, recipes: Sequence[Recipe], found: Mapping[str, fits.Fit]) -> pd.DataFrame:

@@ -83,6 +83,11 @@ def _checked(asks: Asks, setting: Setting, store: Store) -> list[list[Row]]:
     return asked
 
 
+def found_of(asked: Sequence[Sequence[Row]], store: Store) -> Found:
+    """The evaluations that are stored of what is asked; computes nothing."""
+    return {spec: done for spec in recipes(asked) if (done := perplexity.stored(spec, store))}
+
+
 def _evaluated(asked: Sequence[Sequence[Row]], store: Store, progress: Progress) -> Evaluated:
     specs = recipes(asked)
     before = len(progress.costs)
@@ -190,7 +195,7 @@ def stored(setting: Setting, store: Store) -> MainResult:
     setting = setting.resolved().of_builds()
     recorded, refinement = captures.capture(setting.capture, store), dfrot.stored(setting.refine, store)
     asked = rows_by_build(rows, setting)
-    found = {spec: done for spec in recipes(asked) if (done := perplexity.stored(spec, store))}
+    found = found_of(asked, store)
     return MainResult(setting, recorded, refinement, table_of(asked, found), found)
 
 

@@ -22,4 +22,4 @@ class Board(anywidget.AnyWidget):
     """`data` is that of `ranks.listed`; with no rows nothing is shown."""
 
     _esm = ranks.SCRIPT.read_text(encoding="utf-8") + STARTS
-    data: Any = Dict({"columns": [], "rows": [], "recipes": {}}).tag(sync=True)
+    data: Any = Dict(ranks.NOTHING).tag(sync=True)

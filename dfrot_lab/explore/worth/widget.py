@@ -136,7 +136,7 @@ class Worth(Explorer):
 
     def rank(self) -> None:
         """Show the rows of the leaderboard that are stored for the text and windows that are picked."""
-        found: dict[str, Any] = {"columns": [], "rows": [], "recipes": {}}
+        found = ranks.NOTHING
         with self._lock, suppress(ValueError):  # what is wrong with the text stands in the status line
             found = ranks.listed(self.chosen, self.store)
         self.board.data, self.beyond.value = found, BEYOND if found["rows"] else NO_BOARD
