@@ -6,7 +6,7 @@ const PALETTE = Array.from({ length: 256 }, (_, i) => {
   return STOPS[low].map((c, k) => Math.round(c + (STOPS[low + 1][k] - c) * (at - low)));
 });
 const PACKED = Uint32Array.from(PALETTE, ([r, g, b]) => ((255 << 24) | (b << 16) | (g << 8) | r) >>> 0);
-const RED = [204, 41, 54], BLUE = [0, 114, 178], GREY = "#808080", FEW = 14, ROWS = 48, REST_MS = 150, LAYERS_A_S = 6;
+const RED = [204, 41, 54], BLUE = [0, 114, 178], GREY = "#808080", FEW = 14, ROWS = 48, FLOOR = 0.72, REST_MS = 150, LAYERS_A_S = 6;
 const make = (parent, name, more = {}) => parent.appendChild(Object.assign(document.createElement(name), more));
 const rgb = (colour, light = 1, alpha = 1) => `rgba(${colour.map((c) => Math.min(255, c * light))},${alpha})`;
 const short = (x) => (x >= 100 ? Number(x.toPrecision(3)).toLocaleString("en") : x.toPrecision(3));
@@ -77,8 +77,7 @@ export default { render({ model, el }) {
     ink.save();
     ink.translate(x, y);
     ink.rotate(angle);
-    const page = getComputedStyle(document.body).getPropertyValue("--jp-layout-color0") || "#fff";
-    Object.assign(ink, { fillStyle: colour, textAlign: align, strokeStyle: page, lineWidth: 4, lineJoin: "round" });
+    Object.assign(ink, { fillStyle: colour, textAlign: align });
     ink.strokeText(words, 0, 0);  // readable over the floor, too
     ink.fillText(words, 0, 0);
     ink.restore();
@@ -90,10 +89,10 @@ export default { render({ model, el }) {
     const few = get("view") === "words" || tokens <= FEW, n = few ? Math.min(FEW, tokens) : tokens;
     const first = Math.max(0, Math.min(tokens - n, get("token") - (FEW >> 1))), rows = few ? Math.min(ROWS, columns) : columns;
     const ink = pen(canvas, wide, high), unit = Math.min(wide / 2.6, high / 1.6), c = Math.cos(turn), s = Math.sin(turn);
-    const tall = Math.min(1, (high * 0.72 - 30) / unit - 0.4);
+    const tall = Math.min(1, (high * FLOOR - 30) / unit - 0.4);
     const spot = (i, j, z = 0) => {
       const x = 2 * i / n - 1, y = j / rows - 0.5;
-      return [wide / 2 + unit * (x * c - y * s), high * 0.72 + unit * ((x * s + y * c) * 0.36 - z * tall)];
+      return [wide / 2 + unit * (x * c - y * s), high * FLOOR + unit * ((x * s + y * c) * 0.36 - z * tall)];
     };
     const face = (colour, ...corners) => {
       ink.beginPath();
@@ -122,7 +121,8 @@ export default { render({ model, el }) {
       face(rgb(colour, 0.85), spot(a, e), spot(b, e), spot(b, e, z), spot(a, e, z));
       face(rgb(colour, 1.15), spot(a, d, z), spot(b, d, z), spot(b, e, z), spot(a, e, z));
     }
-    ink.font = "13px sans-serif";
+    const page = getComputedStyle(document.body).getPropertyValue("--jp-layout-color0") || "#fff";
+    Object.assign(ink, { font: "13px sans-serif", strokeStyle: page, lineWidth: 4, lineJoin: "round" });
     for (let i = 0; i < n; i++) {
       const colour = i === own ? rgb(BLUE) : heavy.has(first + i) ? rgb(RED) : GREY, name = words[first + i].slice(0, 16);
       if (few || i === own) label(ink, name, ...spot(i + 0.5, rows * 1.04), colour, "left", 0.5);
@@ -190,7 +190,7 @@ export default { render({ model, el }) {
     model.save_changes();
   };
   const under = ({ offsetX: x, offsetY: y }) => {  // the token at a place of the canvas, or -1
-    const { first, n, bars, wide, high, unit, c, s } = view, u = (x - wide / 2) / unit, v = (y - high * 0.72) / unit / 0.36;
+    const { first, n, bars, wide, high, unit, c, s } = view, u = (x - wide / 2) / unit, v = (y - high * FLOOR) / unit / 0.36;
     const bar = bars.findLast(({ front: [[ax, ay], [bx, by]] }) => x > ax && x < bx && y > ay && y < by);
     const i = bar ? Math.floor(bar.i) : Math.floor((u * c + v * s + 1) / 2 * n), j = v * c - u * s;
     return bar || (i >= 0 && i < n && j > -0.5 && j < 0.7) ? first + i : -1;
