@@ -236,6 +236,16 @@ class Notebook:
         return found
 
 
+def opened(chromium: Browser, server: str, name: str) -> Notebook:
+    """A notebook's page in a browser of its own, nothing run yet."""
+    page = chromium.new_context(viewport={"width": 1280, "height": 900}).new_page()
+    watch = Watch()
+    watch.look_at(page)
+    page.goto(server.format(notebook=f"{name}.ipynb"))
+    page.locator(".jp-Notebook .jp-CodeCell").first.wait_for(timeout=START_S * 1000)
+    return Notebook(page, watch)
+
+
 @dataclass
 class Explorer:
     """One explorer on the page."""

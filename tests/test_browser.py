@@ -17,7 +17,7 @@ import browser
 import pandas as pd
 import PIL.Image
 import pytest
-from browser import CHROMIUM, Explorer, Notebook, Watch
+from browser import CHROMIUM, Explorer, Notebook, Watch, opened
 from playwright.sync_api import Browser
 
 from dfrot_lab.show import ranks
@@ -63,16 +63,6 @@ def chromium() -> Iterator[Browser]:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with browser.jupyter_lab(tmp_path_factory.mktemp("lab")) as address:
         yield address
-
-
-def opened(chromium: Browser, server: str, name: str) -> Notebook:
-    """A notebook's page in a browser of its own, nothing run yet."""
-    page = chromium.new_context(viewport={"width": 1280, "height": 900}).new_page()
-    watch = Watch()
-    watch.look_at(page)
-    page.goto(server.format(notebook=f"{name}.ipynb"))
-    page.locator(".jp-Notebook .jp-CodeCell").first.wait_for(timeout=browser.START_S * 1000)
-    return Notebook(page, watch)
 
 
 @pytest.fixture(scope="module")

@@ -13,14 +13,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from PIL import Image
-from playwright.sync_api import Page
+from playwright.sync_api import Browser
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
 import browser  # noqa: E402 it lies with the tests
 
-OUT, WIDTH, COLOURS = ROOT / "docs" / "gallery", 1280, 64
+OUT, COLOURS = ROOT / "docs" / "gallery", 64
 FRAME_MS, HOLD_MS = 130, 1200  # of a film: a frame, its ends
 
 
@@ -107,12 +107,9 @@ def lesson(book: browser.Notebook) -> None:
     save("invariance", invariance.picture())
 
 
-def opened(page: Page, address: str) -> browser.Notebook:
+def run(chromium: Browser, server: str, name: str) -> browser.Notebook:
     """A notebook with all its cells run."""
-    book = browser.Notebook(page, browser.Watch())
-    book.watch.look_at(page)
-    page.goto(address)
-    page.locator(".jp-Notebook .jp-CodeCell").first.wait_for(timeout=browser.START_S * 1000)
+    book = browser.opened(chromium, server, name)
     book.start_all()
     book.wait_all()
     return book
@@ -126,12 +123,10 @@ def main() -> None:
         browser.chromium() as chromium,
         browser.jupyter_lab(Path(folder), "full", ["store/evaluation"]) as server,
     ):
-        page = chromium.new_context(viewport={"width": WIDTH, "height": 900}).new_page()
-        book = opened(page, server.format(notebook="09-explorer.ipynb"))
+        book = run(chromium, server, "09-explorer")
         pictures(book)
         written(book)
-        other = chromium.new_context(viewport={"width": WIDTH, "height": 900}).new_page()
-        taught = opened(other, server.format(notebook="10-teach.ipynb"))
+        taught = run(chromium, server, "10-teach")
         lesson(taught)
         faults = book.watch.faults + taught.watch.faults  # before the server stops, which a page would miss
     if faults:
