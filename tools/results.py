@@ -16,6 +16,7 @@ from dfrot_lab.study import leaderboard
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "data" / "results"
+VERDICTS = (statistics.BETTER, statistics.UNKNOWN, statistics.WORSE)
 BOARD = "notebooks/12-leaderboard.ipynb"
 TEXTS = {"wikitext2": "WikiText-2", "wikipedia-sample": "the Wikipedia sample"}
 
@@ -112,23 +113,23 @@ def rivals() -> list[str]:
     if not is_there("leaderboard-wikitext2"):
         return []
     ranks = leaderboard.ranked(load("leaderboard-wikitext2"))
-    own = ranks[(ranks["group"] == "fused R1") & ranks["verdict"].notna()].sort_values("change, %")
-    said = []
-    for verdict in (statistics.BETTER, statistics.UNKNOWN, statistics.WORSE):
-        rows = own[own["verdict"] == verdict].to_dict("records")
-        names = [f"{row['rotation']} {row['change, %']:+.1f}%" for row in rows]
-        said += [f"{verdict}: {', '.join(names)}"] if names else []
-    about = f"{own['builds'].max()} builds on WikiText-2 at 16-4-16, perplexity against RH"
-    beyond = {}
-    for group, option in (("free extras", "all"), ("online", "none")):
-        rows = ranks[(ranks["group"] == group) & (ranks["option"] == option) & ranks["verdict"].notna()]
-        ordered = rows.sort_values("change, %").to_dict("records")
-        beyond[group] = ", ".join(f"{row['rotation']} {row['change, %']:+.1f}%" for row in ordered)
+    own = ranks[ranks["verdict"].notna()].sort_values("change, %")
+    fused = own[own["group"] == "fused R1"]
+    by_verdict = {each: _changes(fused[fused["verdict"] == each]) for each in VERDICTS}
+    said = "; ".join(f"{verdict}: {changes}" for verdict, changes in by_verdict.items() if changes)
+    free = _changes(own[(own["group"] == "free extras") & (own["option"] == "all")])
+    online = _changes(own[own["group"] == "online"])
+    about = f"{fused['builds'].max()} builds on WikiText-2 at 16-4-16, perplexity against RH"
     return [
-        f"- **Rivals, one fused R1 under one pipeline** ({about}): {'; '.join(said)}. With clips, scales and a free range, "
-        f"which cost nothing either: {beyond['free extras']}. With matrices that act while the model runs, which do cost: "
-        f"{beyond['online']} ([notebook 12]({BOARD}))."
+        f"- **Rivals, one fused R1 under one pipeline** ({about}): {said}. With clips, scales and a free range, "
+        f"which cost nothing either: {free}. With matrices that act while the model runs, which do cost: "
+        f"{online} ([notebook 12]({BOARD}))."
     ]
+
+
+def _changes(rows: pd.DataFrame) -> str:
+    """Each rotation and its change, as `DFRot -4.2%, RO +23.4%`."""
+    return ", ".join(f"{row['rotation']} {row['change, %']:+.1f}%" for row in rows.to_dict("records"))
 
 
 def by_gptq() -> list[str]:
