@@ -31,8 +31,9 @@ def figure_ranks(table: pd.DataFrame) -> Figure:
     for ax, (name, own) in zip(axes[:, 0], panels.items(), strict=True):
         figures.plot_rows(own.assign(label=_labels(own)), ax=ax)
         ax.axvline(0, ls="--", lw=1, c=theme.INK)
-        scale = "symlog" if own["value"].max() > FAR else "linear"
-        ax.set(title=f"{name[0]}, {name[1]}", xlabel=change("RH"), xscale=scale)
+        ax.set(title=f"{name[0]}, {name[1]}", xlabel=change("RH"))
+        if own["value"].max() > FAR:
+            ax.set(xscale="symlog", xlim=(min(-1, own["low"].min()), 2 * own["high"].max()))
     return fig
 
 
