@@ -273,6 +273,14 @@ class Explorer:
         found.locator(".main-svg").first.wait_for(timeout=STEP_S * 1000)
         return found
 
+    def beside(self) -> list[int]:
+        """By how many pixels each plot on view is wider or narrower than its place; 9999 before it is drawn."""
+        found: list[int] = self.root.locator(".js-plotly-plot:visible").evaluate_all(
+            """plots => plots.map(plot => plot._fullLayout
+                ? Math.round(Math.abs(plot._fullLayout.width - plot.parentElement.clientWidth)) : 9999)"""
+        )
+        return found
+
     def point(self, index: int, plot: int = 0) -> tuple[float, float]:
         """Where on the page a point of a plot's first trace is, in pixels."""
         self.plot(plot).scroll_into_view_if_needed()

@@ -114,11 +114,13 @@ def no_faults(request: pytest.FixtureRequest) -> Iterator[None]:
         assert not faults, "\n".join(faults)
 
 
-def wait_until(true: Callable[[], bool], seconds: float = browser.STEP_S) -> None:
-    """Ask again and again; AssertionError after so many seconds."""
+def wait_until(
+    true: Callable[[], bool], seconds: float = browser.STEP_S, seen: Callable[[], object] = str
+) -> None:
+    """Ask again and again; AssertionError after so many seconds, with what is `seen` then."""
     until = time.monotonic() + seconds
     while not true():
-        assert time.monotonic() < until, f"still not so after {seconds} s"
+        assert time.monotonic() < until, f"still not so after {seconds} s: {seen()}"
         time.sleep(0.1)
 
 
@@ -221,11 +223,7 @@ def test_plots_fill_their_place_and_hold_all_channels(book):
     massive = book.explorer("massive")
     massive.button("heat map").click()
     massive.root.locator(".heatmaplayer image").first.wait_for(timeout=browser.STEP_S * 1000)
-    place = "plot => plot._fullLayout.width - plot.parentElement.clientWidth"
-    wait_until(lambda: abs(massive.plot(0).evaluate(place)) <= 2)
-    for plot in (massive.plot(0), massive.plot(1)):
-        wide, place = plot.evaluate("plot => [plot._fullLayout.width, plot.parentElement.clientWidth]")
-        assert abs(wide - place) <= 2
+    wait_until(lambda: len(found := massive.beside()) > 1 and max(found) <= 2, seen=massive.beside)
     assert massive.plot().evaluate("plot => plot._fullData[0].y.at(-1)") > 500
 
 
@@ -401,17 +399,16 @@ def test_the_dark_theme(book):
 def reloaded(book: Notebook, names: tuple[str, ...]) -> None:
     """Save, load the page again, and wait until each explorer has as many plots on view as before, as wide as
     their places."""
-    visible = ".js-plotly-plot:visible"  # others may be there, hidden
-    before = {name: book.explorer(name).root.locator(visible).count() for name in names}
+    before = {name: len(book.explorer(name).beside()) for name in names}
     book.menu("File", "Save Notebook")
     book.page.wait_for_timeout(3000)
     book.page.reload()
-    place = "plot => Math.abs(plot._fullLayout.width - plot.parentElement.clientWidth)"
     for name, plots in before.items():
         explorer = book.explorer(name)
-        shown = explorer.root.locator(visible)
         wait_until(
-            lambda shown=shown, n=plots: [p.evaluate(place) <= 2 for p in shown.all()] == [True] * n, 60
+            lambda seen=explorer.beside, n=plots: len(found := seen()) == n and max(found) <= 2,
+            60,
+            explorer.beside,
         )
         assert plots and explorer.root.locator(".dfrot-line").text_content().startswith(f"explore.{name}(")
         explorer.shoot("5-reloaded")

@@ -45,8 +45,9 @@ library = cache(Library)
 
 
 class Plot(go.FigureWidget):
-    """A plotly figure in the explorers' look. Traces are given at once and their data change in place;
-    `layout` is plotly's. A subclass's own attributes begin with an underscore: plotly refuses others."""
+    """A plotly figure in the explorers' look, as wide as its place. Traces are given at once and
+    their data change in place; `layout` is plotly's. A subclass's own attributes begin with an underscore:
+    plotly refuses others."""
 
     _esm = Path(__file__).with_name("plot.js")
     _library = Instance(Library).tag(sync=True, **widgets.widget_serialization)
@@ -187,9 +188,8 @@ class Stage(widgets.Box):
             box.layout.display = None if box.children[0] is plot else "none"
 
 
-class Fit(anywidget.AnyWidget):
-    """An element of no height that makes an explorer's plots as wide as their place: plotly draws a figure
-    700 pixels wide before it is on the page, and then listens to the window alone. A plot keeps its height.
-    A brushed region lets clicks through to the points in it."""
+class Look(anywidget.AnyWidget):
+    """An element of no height that brings an explorer's style sheet. A brushed region lets clicks
+    through to the points in it."""
 
-    _css, _esm = Path(__file__).with_name("fit.css"), Path(__file__).with_name("fit.js")
+    _css, _esm = Path(__file__).with_name("look.css"), "export default {};"

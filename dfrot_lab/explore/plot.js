@@ -27,6 +27,21 @@ const made = async (model, sent) => {
   return own;
 };
 
+// Plotly draws a figure 700 pixels wide before it is on the page, and then listens to the window alone: tell it
+// whenever its place has another width, also when it is put there or shown again. A plot keeps its height.
+const resized = () => window.dispatchEvent(new Event("resize"));
+const tell = () => {
+  clearTimeout(globalThis.dfrotResized);
+  globalThis.dfrotResized = setTimeout(resized, 50);
+};
+const fit = (element, height) => {
+  const widths = new ResizeObserver(tell), drawn = ({ detail }) => detail.element === element && tell();
+  Object.assign(element.style, { width: "100%", minWidth: 0, height: `${height}px` });
+  widths.observe(element);
+  document.addEventListener("plotlywidget-after-render", drawn);
+  return () => { widths.disconnect(); document.removeEventListener("plotlywidget-after-render", drawn); };
+};
+
 export default () => {
   let figure;
   return {
@@ -35,6 +50,9 @@ export default () => {
       waits.forEach(([event, keep]) => model.on(event, keep));
       figure = made(model, sent).finally(() => waits.forEach(([event, keep]) => model.off(event, keep)));
     },
-    async render(view) { return (await figure).render(view); },
+    async render(view) {
+      const own = await figure, unfit = fit(view.el, view.model.get("_widget_layout").height), remove = own.render(view);
+      return () => { unfit(); remove(); };
+    },
   };
 };

@@ -11,7 +11,7 @@ from typing import Any, Self, TypeVar
 import ipywidgets as widgets
 import traitlets
 
-from dfrot_lab.explore.page import GREY, Fit
+from dfrot_lab.explore.page import GREY, Look
 from dfrot_lab.explore.take import Take, said
 
 log = logging.getLogger(__name__)
@@ -106,12 +106,12 @@ class Job:
 
 
 class Status:
-    """One line of fixed height: busy, done, or what went wrong. With it comes what fits plots to the page."""
+    """One line of fixed height: busy, done, or what went wrong. With it comes the style sheet."""
 
     def __init__(self) -> None:
         self.line = widgets.HTML(layout={"height": "28px", "overflow": "hidden"})
         layout = {"flex_flow": "column", "overflow": "hidden", "flex": "0 0 auto"}
-        self.widget = widgets.Box([self.line, Fit()], layout=layout)
+        self.widget = widgets.Box([self.line, Look()], layout=layout)
         self.widget.add_class("dfrot-status")
         self.say("")
 
