@@ -233,7 +233,6 @@ OWN = {
 """Columns an experiment of evaluations has beside those of every results row."""
 APART = ("bench", "evaluations")
 COMMITTED = [path for path in sorted((ROOT / "data" / "results").glob("*.jsonl")) if path.stem not in APART]
-ONE_BUILD = sorted((ROOT / "data" / "one-build").glob("*.jsonl"))
 
 
 def experiment_of(path: Path) -> str:
@@ -262,15 +261,6 @@ def test_a_committed_row_has_every_column_and_those_of_its_experiment(path):
         assert (row["calibration"] is not None) == (row["weights"] not in (None, "rtn"))
     table = row_files.load(path)
     assert all(table[name].dtype == "Int64" for name in tables.WHOLE)
-
-
-@pytest.mark.parametrize("path", ONE_BUILD, ids=lambda path: path.stem)
-def test_a_table_of_one_build_is_of_older_formulas_and_has_not_been_measured_again(path):
-    """What is measured again leaves that folder: no number has two tables."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert all(row["formulas"] < FORMULAS for row in rows if row.get("formulas"))
-    assert not (ROOT / "data" / "results" / path.name).exists()
-    assert "one-build/" in (ROOT / "data" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
