@@ -10,6 +10,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from dfrot_lab.maths.tables import DIVERGENCE, PERPLEXITY, change
 from dfrot_lab.observe.massive import SUN_ABSOLUTE, SUN_RATIO
@@ -26,8 +27,9 @@ SCHEME_LABEL = "refined {refined_with}, sign flips: {sign_flips}"
 ORDER_MARKERS = dict(zip(ORDER_COLOURS, "ovDsPX", strict=True))
 
 
-def plot_sweep(rows: pd.DataFrame, x: str, line: str, *, ax: Axes) -> None:
-    """`rows_of` a metric against `x`, a `line` a kind; intervals of comparisons only."""
+def plot_sweep(rows: pd.DataFrame, x: str, line: str, *, ax: Axes, log: bool = False) -> None:
+    """`rows_of` a metric against `x`, a `line` a kind; intervals of comparisons only. With `log` values are
+    on a logarithmic axis, plain numbers at 1, 2 and 5."""
     places, levels = pd.factorize(rows[x])
     kinds, names = pd.factorize(rows[line])
     colour = rows[line].map(looks(names)["palette"])
@@ -38,6 +40,11 @@ def plot_sweep(rows: pd.DataFrame, x: str, line: str, *, ax: Axes) -> None:
     ax.vlines(paired["place"], paired["low"], paired["high"], colors=paired["colour"].tolist(), lw=1)
     ax.set_xticks(range(len(levels)), [f"{v:g}" if isinstance(v, float) else str(v) for v in levels])
     ax.set(xlabel=x, ylabel=rows["metric"].iloc[0])
+    if log:
+        ax.set_yscale("log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_minor_formatter(NullFormatter())
 
 
 def figure_gamma(table: pd.DataFrame) -> Figure:
@@ -222,16 +229,16 @@ def figure_compare(table: pd.DataFrame) -> Figure:
 def figure_acts(table: pd.DataFrame) -> Figure:
     """Perplexity of each rotation, a line, against what shares a scale in activations; a panel the bits."""
     rows = rows_of(table)
-    draw = partial(plot_sweep, x="acts", line="rotation")
-    axes = {"yscale": "log", "xlabel": "one scale for"}
+    draw = partial(plot_sweep, x="acts", line="rotation", log=True)
+    axes = {"xlabel": "one scale for"}
     return panels(rows, "bits", draw, size=(5, 3.8), axes=axes, legend=True)
 
 
 def figure_formats(table: pd.DataFrame) -> Figure:
-    """KL divergence of each rotation, a line, against the format of activations."""
-    rows = rows_of(table, DIVERGENCE)
-    axes = {"yscale": "log", "xlabel": "activations"}
-    draw = partial(plot_sweep, x="format", line="rotation")
+    """KL divergence of each rotation, a line, against the format of activations; all tokens quantized."""
+    rows = rows_of(table[~table["keep_out"]], DIVERGENCE)
+    axes = {"xlabel": "activations"}
+    draw = partial(plot_sweep, x="format", line="rotation", log=True)
     return panels(rows, "bits", draw, size=(7, 3.8), axes=axes, legend=True)
 
 
@@ -239,8 +246,8 @@ def figure_prefix(table: pd.DataFrame) -> Figure:
     """KL divergence of each rotation, a line, without a prefix and with it, from full precision without and
     with it; a panel what shares a scale."""
     rows = rows_of(table[table["bits"] != "16-16-16"], DIVERGENCE)
-    draw = partial(plot_sweep, x="prefix", line="rotation")
-    axes = {"yscale": "log", "xlabel": "prefix (full precision: plain without, prefix with it)"}
+    draw = partial(plot_sweep, x="prefix", line="rotation", log=True)
+    axes = {"xlabel": "prefix (full precision: plain without, prefix with it)"}
     return panels(rows, "acts", draw, size=(5, 3.8), axes=axes, legend=True)
 
 

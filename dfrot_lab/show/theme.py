@@ -15,10 +15,13 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-COLOURS = {"NR": "#555555", "RO": "#D55E00", "RH": "#0072B2", "DFRot": "#009E73"}
+COLOURS = {
+    "NR": "#555555", "RO": "#D55E00", "RH": "#0072B2", "DFRot": "#009E73",
+    "Offset": "#56B4E9", "Offset+": "#CC79A7",
+}  # fmt: skip
 """One colour a rotation everywhere: of Okabe and Ito's colour-blind-safe set, and apart in grey too."""
-MARKERS = {"NR": "s", "RO": "^", "RH": "o", "DFRot": "D"}
-OTHERS = tuple(zip(("#CC79A7", "#56B4E9", "#E69F00", "#332288", "#882255", "#117733"), "vPXp<h", strict=True))
+MARKERS = {"NR": "s", "RO": "^", "RH": "o", "DFRot": "D", "Offset": "v", "Offset+": "P"}
+OTHERS = tuple(zip(("#E69F00", "#332288", "#882255", "#117733", "#999933", "#44AA99"), "Xp<h>d", strict=True))
 MASSIVE_COLOUR, ORDINARY_COLOUR, PICKED_COLOUR, INK = "#CC2936", "#9AA5B1", "#0072B2", "#333333"
 VISIBLE = {" ": "\u2423", "\n": "\u21b5", "\t": "\u21e5", "\r": "\u240d", "\u00a0": "\u237d"}
 

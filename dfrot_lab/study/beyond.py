@@ -17,6 +17,7 @@ CACHE_BITS = (4, 3, 2)
 PER_TOKEN, STATIC = "per token", "static"
 MX = grids.BLOCK_FLOATS["mxfp4"]
 ROTATED = ("RO", "DFRot", "Offset+")  # beside RH; what they are fitted by is a grid with a scale a token
+KEPT = 4  # tokens of a window that block floats are shown without
 GROUP = 128  # channels of a group at most: what group-wise papers and kernels have
 
 
@@ -126,14 +127,19 @@ def shared(setting: Setting, name: str, bits: str) -> dict[str, Recipe]:
 
 def block_floats(setting: Setting, _store: Store) -> Iterator[Row]:
     """Activations in 4-bit floats with a scale a block, beside 4-bit integers with a scale a token or the
-    same blocks: does a rotation still help where a spike has few channels to hurt? Each row against NR."""
+    same blocks: does a rotation still help where a spike has few channels to hurt? Each row against NR; and
+    NR, RH and RO with a window's most massive tokens kept out, each against the same quantized."""
     for said, grid in formats().items():
         plain = setting.row("16-4-16", setting.rotation("NR"), activations=grid)
         yield Row(plain, {"format": said})
         rh = setting.row("16-4-16", setting.rotation("RH"), activations=grid)
         others = [setting.row("16-4-16", setting.method(name), activations=grid) for name in ROTATED]
-        for spec in setting.few([rh, in_blocks(rh), *others]):
+        rotated = setting.few([rh, in_blocks(rh), *others])
+        for spec in rotated:
             yield Row(spec, {"format": said}, {"NR": plain})
+        for spec in (plain, *(each for each in rotated if each in (rh, others[0]))):
+            kept = spec.with_(keep_out="most_massive", keep_out_tokens=KEPT)
+            yield Row(kept, {"format": said}, {"quantized": spec})
 
 
 def formats() -> dict[str, grids.QuantSpec]:
