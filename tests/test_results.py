@@ -385,6 +385,16 @@ def test_comparison_has_a_row_a_rotation_and_a_column_a_setting(table: pd.DataFr
     assert found.loc["RO, kept out", "4-4-16"] == ""
 
 
+def test_comparison_is_by_any_two_columns_that_tell_its_rows_apart(table: pd.DataFrame):
+    every, ro = comparison(table), table[table["rotation"] == "RO"]
+    found = comparison(ro, down="bits", across="keep_out")
+    assert found.index.tolist() == ["16-4-16", "4-4-16"] and found.columns.tolist() == ["False", "True"]
+    assert found["False"].tolist() == every.loc["RO", found.index].tolist()
+    assert found["True"].tolist() == [every.loc["RO, kept out", "16-4-16"], ""]
+    with pytest.raises(ValueError, match=r"rows of rotation RO, bits 16-4-16 differ in column 'keep_out'"):
+        comparison(ro, down="rotation")
+
+
 def test_comparison_takes_one_metric_and_the_last_of_equal_rows(table: pd.DataFrame):
     changes = comparison(table, change("NR"))
     low, high = (100 * math.expm1(end) for end in estimate([0.5, 0.6]).ci95)

@@ -1,6 +1,7 @@
 """Tables of results as the paper prints them; one that would have to merge rows that differ is an error."""
 
 from collections.abc import Iterable, Mapping
+from operator import itemgetter
 from typing import Any
 
 import pandas as pd
@@ -95,10 +96,15 @@ def _wide(rows: list[dict[str, Any]], down: Mapping[str, Any], across: Mapping[s
     return wide.reindex(index=index, columns=columns)
 
 
-def comparison(table: pd.DataFrame, metric: str = PERPLEXITY) -> pd.DataFrame:
-    """One metric as the paper prints it: a row a rotation, a column for each setting of the bits, cells as
-    `cell` says. ValueError: rows of one place that differ in another column."""
-    return _wide(records(table, metric), {"row": label}, {"bits": bits_of}).fillna("")
+def comparison(
+    table: pd.DataFrame, metric: str = PERPLEXITY, *, down: str = "", across: str = ""
+) -> pd.DataFrame:
+    """One metric as the paper prints it: a row a rotation, a column for each setting of the bits; else a row
+    for each value of the table's column `down`, a column for each of `across`. Cells as `cell` says.
+    ValueError: rows of one place that differ in another column."""
+    rows = {down: itemgetter(down)} if down else {"row": label}
+    columns = {across: itemgetter(across)} if across else {"bits": bits_of}
+    return _wide(records(table, metric), rows, columns).fillna("")
 
 
 def bits_of(entry: Mapping[str, Any]) -> str:
