@@ -18,7 +18,7 @@ from traitlets import Bool, Enum, Float, HasTraits, Int, Unicode
 
 from dfrot_lab.disk import rotation_files
 from dfrot_lab.disk.artefacts import Store
-from dfrot_lab.explore.page import AXIS, SCHEMES, Plot, beside, drawing, lines_at
+from dfrot_lab.explore.page import AXIS, LOG, SCHEMES, Plot, beside, drawing, lines_at
 from dfrot_lab.explore.shell import Cancelled, Explorer, Job, control
 from dfrot_lab.maths import quantizers, rotations
 from dfrot_lab.model.public import public
@@ -67,7 +67,7 @@ def history_plot() -> Plot:
         go.Scatter(dots, line={**solid, "color": theme.MASSIVE_COLOUR}, name="massive rows"),
         go.Scatter(mode="lines", name="distance", **below),
     ]
-    y = {"domain": [0.42, 1], "type": "log", "title": "mean squared error"}
+    y = {"domain": [0.42, 1], **LOG, "title": "mean squared error"}
     y2 = {**AXIS, "domain": [0, 0.32], "title": "distance", "rangemode": "tozero"}
     return Plot(traces, xaxis={"title": "step", "anchor": "y2", "rangemode": "tozero"}, yaxis=y, yaxis2=y2)
 

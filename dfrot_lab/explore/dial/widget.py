@@ -11,7 +11,7 @@ from torch import Tensor
 from traitlets import Bool, HasTraits, Int, Unicode
 
 from dfrot_lab.disk.artefacts import Store
-from dfrot_lab.explore.page import GREY, SCHEMES, TAKEN, Plot, beside, drawing, lines_at
+from dfrot_lab.explore.page import GREY, LOG, SCHEMES, TAKEN, Plot, beside, drawing, lines_at
 from dfrot_lab.explore.shell import Explorer, control
 from dfrot_lab.maths import dial
 from dfrot_lab.maths.offsets import offset_share
@@ -39,7 +39,7 @@ class Values(Plot):
     def __init__(self) -> None:
         bars = go.Bar(marker={"color": MASSIVE_COLOUR, "line": {"width": 0}}, name="channels")
         grid = go.Scatter(mode="lines", line=LINE, hoverinfo="skip", name="levels of the grid")
-        x, y = {"title": "value", "showgrid": False}, {"title": "channels (logarithmic)", "type": "log"}
+        x, y = {"title": "value", "showgrid": False}, {"title": "channels (logarithmic)", **LOG}
         super().__init__([grid, bars], bargap=0, xaxis=x, yaxis=y)
 
     def draw(self, y: Tensor, grid: Tensor) -> None:
