@@ -112,12 +112,10 @@ def figure_differences(table: pd.DataFrame, label: str, panel: str = "{bits}") -
 
 
 def figure_caches(table: pd.DataFrame) -> Figure:
-    """Changes of perplexity against full precision by KV quantizer, with R3 and without; a panel a number of
-    bits, each with its own axis: what is least bad at 2 bits is far off the axis of 4."""
-    rows = rows_of(table, change("full precision"))
-    rows = rows.assign(label=rows["cache"] + ", " + rows["option"])
-    axes = {"xlabel": change("full precision"), "xscale": "symlog"}
-    return panels(rows, "bits", plot_rows, size=(4.6, 3.6), axes=axes, sharey=True)
+    """KL divergence of each KV quantizer, a line, against the number of bits; a panel with R3 and without."""
+    rows = rows_of(table[table["option"] != "none"], DIVERGENCE)
+    draw = partial(plot_sweep, x="bits", line="cache", log=True)
+    return panels(rows, "option", draw, size=(4.6, 3.8), legend=True, sharey=True)
 
 
 def figure_zero_shot(table: pd.DataFrame) -> Figure:
