@@ -135,8 +135,8 @@ class Dial(Explorer):
             self._find(name)
             self._choose()
         else:
-            self.job.instead(lambda _job: self._find(name))
             self.status.busy(f"opening {name}, or finding it where the store has none")
+            self.job.instead(lambda _job: self._find(name))  # last: it may have ended by the next line
 
     def _find(self, name: str) -> None:
         recipe = door.resolved(self.setting.row("16-4-16", self.setting.method(name))).canonical()
