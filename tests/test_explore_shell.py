@@ -67,7 +67,7 @@ def test_a_span_holds_the_text_its_colour_and_its_tooltip(text):
 
 def test_the_status_is_one_line_of_fixed_height_in_three_states():
     status = Status()
-    assert "dfrot-status" in status.widget._dom_classes
+    assert "dfrot-status" in status.line._dom_classes
     height = status.line.layout.height
     for tell, state in ((status.say, "ready"), (status.busy, "busy"), (status.error, "error")):
         tell("what <b>happens</b>")

@@ -188,10 +188,3 @@ class Stage(widgets.Box):
             self.children = [*self.children, widgets.Box([plot], layout={"width": "100%"})]
         for box in self.children:
             box.layout.display = None if box.children[0] is plot else "none"
-
-
-class Look(anywidget.AnyWidget):
-    """An element of no height that brings an explorer's style sheet. A brushed region lets clicks
-    through to the points in it."""
-
-    _css, _esm = Path(__file__).with_name("look.css"), "export default {};"

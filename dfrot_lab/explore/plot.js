@@ -29,10 +29,9 @@ const made = async (model, sent) => {
 
 // Plotly draws a figure 700 pixels wide before it is on the page, and then listens to the window alone: tell it
 // whenever its place has another width, also when it is put there or shown again. A plot keeps its height.
-const resized = () => window.dispatchEvent(new Event("resize"));
 const tell = () => {
   clearTimeout(globalThis.dfrotResized);
-  globalThis.dfrotResized = setTimeout(resized, 50);
+  globalThis.dfrotResized = setTimeout(() => window.dispatchEvent(new Event("resize")), 50);
 };
 const fit = (element, height) => {
   const widths = new ResizeObserver(tell), drawn = ({ detail }) => detail.element === element && tell();

@@ -117,7 +117,7 @@ class Refinement(Explorer):
         self.progress = IntProgress(description="Steps", layout={"width": "300px"})
         self.plot, self.entries = history_plot(), entries_plot()
         what = self.row("gamma", "rule", "kind", "seed", "steps", "variant", "rows", "symmetric")
-        above = [what, self.row("start", "pause", "resume", "cancel", self.progress), self.status.widget]
+        above = [what, self.row("start", "pause", "resume", "cancel", self.progress), self.status.line]
         below = [self.row("site", "token"), self.row("path", "save")]
         self.children = [*above, beside(self.plot, self.entries), *below]
         self.on("site", self._list_tokens)

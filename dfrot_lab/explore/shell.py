@@ -11,7 +11,7 @@ from typing import Any, Self, TypeVar
 import ipywidgets as widgets
 import traitlets
 
-from dfrot_lab.explore.page import GREY, Look
+from dfrot_lab.explore.page import GREY
 from dfrot_lab.explore.take import Take, said
 
 log = logging.getLogger(__name__)
@@ -106,13 +106,11 @@ class Job:
 
 
 class Status:
-    """One line of fixed height: busy, done, or what went wrong. With it comes the style sheet."""
+    """One line of fixed height: busy, done, or what went wrong."""
 
     def __init__(self) -> None:
-        self.line = widgets.HTML(layout={"height": "28px", "overflow": "hidden"})
-        layout = {"flex_flow": "column", "overflow": "hidden", "flex": "0 0 auto"}
-        self.widget = widgets.Box([self.line, Look()], layout=layout)
-        self.widget.add_class("dfrot-status")
+        self.line = widgets.HTML(layout={"height": "28px", "overflow": "hidden", "flex": "0 0 auto"})
+        self.line.add_class("dfrot-status")
         self.say("")
 
     def say(self, text: str) -> None:

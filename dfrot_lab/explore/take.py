@@ -30,9 +30,10 @@ def said(value: Any, name: str = "") -> str:
 
 
 class Take(anywidget.AnyWidget):
-    """The foot of an explorer: its view as a line of Python, its table, a picture of it."""
+    """The foot of an explorer: its view as a line of Python, its table, a picture of it. With it comes the
+    style sheet of all the explorer."""
 
-    _esm = Path(__file__).with_name("take.js")
+    _esm, _css = Path(__file__).with_name("take.js"), Path(__file__).with_name("look.css")
     line, name = Unicode().tag(sync=True), Unicode().tag(sync=True)
 
 

@@ -94,7 +94,7 @@ class Dial(Explorer):
             *(self.row(*row) for row in rows),
             self.read,
             beside(self.plot, self.errors),
-            self.status.widget,
+            self.status.line,
         ]
         self.on("site token bits symmetric", self._look)
         self.on("turned", self._turn)

@@ -112,14 +112,14 @@ class Panels(page.Plot):
 
     def _arrange(self, names: list[str]) -> None:
         """As many panels side by side as there are names; the rest empty and out of sight."""
-        self._names, wide = names, 1 / len(names)
+        self._names, wide, colours = names, 1 / len(names), theme.looks(names)["palette"]
         for i, number in enumerate(AXES):
             used = i < len(names)
             domain = [i * wide + 0.03, (i + 1) * wide - 0.02] if used else [0, 1]
             self.layout[f"xaxis{number}"].update(domain=domain, visible=used, title={"text": "value"})
             self.layout[f"yaxis{number}"].update(visible=used, title={"text": "" if i else "quantized value"})
             if used:
-                self.data[2 * i + 1].marker.color = theme.COLOURS.get(names[i], "#CC79A7")
+                self.data[2 * i + 1].marker.color = colours[names[i]]
                 continue
             self.layout.annotations[i].text = ""
             for trace in self.data[2 * i : 2 * i + 2]:

@@ -130,7 +130,7 @@ class Errors(Explorer):
         chosen += [] if "DFRot" in names else [self.row("refine", "cancel")]
         below = [self.row("token", "panels"), self.about, beside(self.fig4, height=plots.PANEL_HEIGHT)]
         scatter = beside(self.stage, self.listed, shares=(64, 36))
-        self.children = [*chosen, self.status.widget, scatter, *below]
+        self.children = [*chosen, self.status.line, scatter, *below]
 
     def redraw(self) -> None:
         """All plots and tables as the controls say; the impossible is said, and the view stays."""

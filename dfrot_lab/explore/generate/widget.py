@@ -99,7 +99,7 @@ class Generate(Explorer):
         self.button("cancel", "Cancel", self.cancel, icon="stop")
         self.button("refine", "Refine DFRot", self.refine, icon="magic")
         how = self.row("prompt", "rotations", ["bits", "weights", "tokens"], ["temperature", "top_k", "seed"])
-        above = [how, self.row("write", "cancel", "refine", "token", self.bar), self.status.widget]
+        above = [how, self.row("write", "cancel", "refine", "token", self.bar), self.status.line]
         side = widgets.HBox([*self.columns.values()], layout={"grid_gap": "6px", "overflow": "auto"})
         self.children = [*above, side, self.plot]
         self.enable()

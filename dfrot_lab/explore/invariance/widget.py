@@ -104,7 +104,7 @@ class Invariance(Explorer):
         shown = [self.block, self.plot, self.verdict, self.text]
         found = VBox(shown, layout={"flex": "1 1 600px", "min_width": "0"})
         above = self.row("prompt", "kind", "seed", "correct", "clear", "cancel")
-        self.children = [above, HBox([switches, found]), self.status.widget]
+        self.children = [above, HBox([switches, found]), self.status.line]
         self.on(" ".join([*STEPS, "kind seed prompt"]), self.ask)
         self.ask()
 

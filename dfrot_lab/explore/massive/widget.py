@@ -135,7 +135,7 @@ class Massive(Explorer):
         left, right = VBox([self.film, self.stage]), VBox([self.sentence, self.words, self.profile])
         seen = beside(left, right, shares=(66, 34), height=page.HEIGHT + 172)
         tables = beside(self.tokens, self.channels, height=290)
-        self.children = [opened, self.row("view", "rule", "token"), self.status.widget, seen, tables]
+        self.children = [opened, self.row("view", "rule", "token"), self.status.line, seen, tables]
 
     def at(self, **view: Any) -> Self:
         """As `Explorer.at`; the text is looked at in the background."""

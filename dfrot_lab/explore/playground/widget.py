@@ -171,7 +171,7 @@ class Playground(Explorer):
         angles = self.row("dims", "angle", "angle_02", "angle_12")
         hand = [first, angles, beside(self.stage, self.sweep), self.read]
         many = [second, self.row("source", "channels"), beside(self.values, self.errors), self.why]
-        self.children = [self.row("snr", "seed", "bits", "symmetric"), *hand, *many, self.status.widget]
+        self.children = [self.row("snr", "seed", "bits", "symmetric"), *hand, *many, self.status.line]
         self.on("dims angle angle_02 angle_12 snr seed bits symmetric", self._turn)
         self.on("channels snr seed bits symmetric", self._spread)
         self.on("source", self._choose)

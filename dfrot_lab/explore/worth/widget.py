@@ -125,7 +125,7 @@ class Worth(Explorer):
         self.button("compute", "Compute missing rows", self.compute, icon="play", layout={"width": "220px"})
         self.button("cancel", "Cancel", self.cancel, icon="stop")
         picked = self.row("rotations", "bits", "keep_out", ["weights", "corpus", "windows", "paper_model"])
-        above = [picked, self.note, self.row("compute", "cancel", self.bar), self.status.widget]
+        above = [picked, self.note, self.row("compute", "cancel", self.bar), self.status.line]
         self.board, self.beyond = Board(), panel(48, width="100%")
         below = [self.rows, self.paper, self.beyond, self.board]
         self.children = [*above, beside(self.plot, self.paper_plot, shares=(60, 40)), *below]
