@@ -113,7 +113,7 @@ def figure_differences(table: pd.DataFrame, label: str, panel: str = "{bits}") -
 
 def figure_caches(table: pd.DataFrame) -> Figure:
     """KL divergence of each KV quantizer, a line, against the number of bits; a panel with R3 and without."""
-    rows = rows_of(table[table["option"] != "none"], DIVERGENCE)
+    rows = rows_of(table[table["bits"] != "16-16-16"], DIVERGENCE)
     draw = partial(plot_sweep, x="bits", line="cache", log=True)
     return panels(rows, "option", draw, size=(4.6, 3.8), legend=True, sharey=True)
 

@@ -18,6 +18,7 @@ PER_TOKEN, STATIC = "per token", "static"
 MX = grids.BLOCK_FLOATS["mxfp4"]
 ROTATED = ("RO", "DFRot", "Offset+")  # beside RH; what they are fitted by is a grid with a scale a token
 KEPT = 4  # tokens of a window that block floats are shown without
+KEPT_OUT = ("NR", "RH", "RO")  # rotations under which they are
 GROUP = 128  # channels of a group at most: what group-wise papers and kernels have
 
 
@@ -137,7 +138,7 @@ def block_floats(setting: Setting, _store: Store) -> Iterator[Row]:
         rotated = setting.few([rh, in_blocks(rh), *others])
         for spec in rotated:
             yield Row(spec, {"format": said}, {"NR": plain})
-        for spec in (plain, *(each for each in rotated if each in (rh, others[0]))):
+        for spec in (each for each in (plain, *rotated) if each.rotation.name in KEPT_OUT):
             kept = spec.with_(keep_out="most_massive", keep_out_tokens=KEPT)
             yield Row(kept, {"format": said}, {"quantized": spec})
 
