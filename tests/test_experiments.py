@@ -392,11 +392,12 @@ def test_keep_out_has_every_build_at_every_setting(lab):
     }
 
 
-def test_main_table_says_the_minutes_of_dfrot_alone_and_has_gptq_in_the_full_profile(lab, planned):
+def test_main_table_says_the_minutes_of_what_is_fitted_and_has_gptq_in_the_full_profile(lab, planned):
     table = lab.table("main-table")
     minutes = dfrot.refined(lab.refine, lab.store).seconds / 60
     assert set(table.loc[table["rotation"] == "DFRot", "extra_minutes"]) == {minutes} and minutes > 0
-    assert set(table.loc[table["rotation"] != "DFRot", "extra_minutes"]) == {0.0}
+    assert set(table.loc[table["rotation"].isin(["NR", "RO", "RH"]), "extra_minutes"]) == {0.0}
+    assert (table.loc[table["rotation"].isin(["Offset", "Offset+"]), "extra_minutes"] > 0).all()
     for quick, by in ((True, ["rtn"]), (False, ["rtn", "gptq"])):
         (first, *_) = planned("main-table", lab.setting.with_(quick=quick))
         asked = {
@@ -404,7 +405,9 @@ def test_main_table_says_the_minutes_of_dfrot_alone_and_has_gptq_in_the_full_pro
             for r in first
             if r.spec.bits != "16-16-16"
         }
-        assert asked == set(itertools.product(("NR", "RO", "RH", "DFRot"), by, ("4-4-4", "4-4-16")))
+        assert asked == set(
+            itertools.product(("NR", "RO", "RH", *experiments.FITTED), by, ("4-4-4", "4-4-16"))
+        )
 
 
 def test_variants_compares_the_losses_of_all_under_one_quantizer(lab):
