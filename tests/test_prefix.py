@@ -329,16 +329,17 @@ def test_static_scales_are_those_of_the_windows_own_rows_after_the_prefix(lively
     loaded, _ = build.rotated(door.resolved(spec).canonical(), store)
     ids = found._windows(spec.static, loaded)
     whole, tokens = prefixes.before(ids, built.prefix.ids), len(built.prefix.ids)
-    sites: dict[str, static._Site] = {}
-    for step in ("widen", "count"):
+    sites: dict[str, list[torch.Tensor]] = {}
 
-        def see(site: str, x: Tensor, step: str = step) -> None:
-            getattr(sites.setdefault(site, static._Site()), step)(x[:, tokens:])
+    def see(site: str, x: torch.Tensor) -> None:
+        sites.setdefault(site, []).append(x[:, tokens:])
 
-        where = hooks.sites_of(loaded, *hooks.LINEAR_INPUTS)
-        with surgery.online(loaded, r4=True, function=see, sites=where):
-            stream.through(loaded, whole.split(1))
-    assert built.transforms.static == {site: own.best(spec.activations) for site, own in sites.items()}
+    where = hooks.sites_of(loaded, *hooks.LINEAR_INPUTS)
+    with surgery.online(loaded, r4=True, function=see, sites=where):
+        stream.through(loaded, whole.split(1))
+    assert built.transforms.static == {
+        site: static.best(parts, spec.activations) for site, parts in sites.items()
+    }
     without = build.build(with_static(lively), store).transforms.static
     assert built.transforms.static != without
 

@@ -142,15 +142,6 @@ def test_it_is_the_ratio_of_least_error_over_all_tokens_of_a_site(scheme, bits):
     assert bits == 8 or (len(chosen) > 1 and min(chosen) < 1)
 
 
-def site_of(x: Tensor, parts: int = 3) -> static._Site:
-    site = static._Site()
-    for part in x.chunk(parts):
-        site.widen(part)
-    for part in x.chunk(parts):
-        site.count(part)
-    return site
-
-
 @given(seed=st.integers(0, 999), power=st.integers(-20, 20), parts=st.integers(1, 5))
 @settings(max_examples=20, deadline=None)
 def test_windows_in_another_cut_and_values_twice_as_large_give_the_same(seed, power, parts):
@@ -158,16 +149,22 @@ def test_windows_in_another_cut_and_values_twice_as_large_give_the_same(seed, po
         draw(30, 8, seed=seed, dtype=torch.float32),
         QuantSpec(scheme="asymmetric", granularity="static"),
     )
-    one, other = site_of(x), site_of(x * 2.0**power, parts)
-    assert float(one.counts.sum()) == x.numel() and torch.equal(one.counts, other.counts)
-    assert other.best(grid) == Fixed(one.best(grid).scale * 2.0**power, one.best(grid).zero)
+    larger = (x * 2.0**power).chunk(parts)
+    low, high = map(float, x.aminmax())
+    (_, one), (_, other) = (
+        static.counted([x], low, high),
+        static.counted(larger, *(end * 2.0**power for end in (low, high))),
+    )
+    assert float(one.sum()) == x.numel() and torch.equal(one, other)
+    own = static.best([x], grid)
+    assert static.best(larger, grid) == Fixed(own.scale * 2.0**power, own.zero)
 
 
 @pytest.mark.parametrize("value", [0.0, 3.0, -2.0])
 @pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: grid.name)
 def test_a_site_of_one_value_keeps_it(grid, value):
     x = torch.full((4, 8), value)
-    found = site_of(x).best(grid)
+    found = static.best([x], grid)
     assert math.isfinite(found.scale) and found.scale > 0
     torch.testing.assert_close(fake_quantize(x, grid, found), x, rtol=0.02, atol=1e-6)
 
@@ -177,8 +174,16 @@ def test_one_massive_value_takes_the_grid_from_the_others_only_where_it_weighs_e
     grid = QuantSpec(bits=3, granularity="static")
     few, many = draw(4, 8, dtype=torch.float32), draw(4000, 64, dtype=torch.float32)
     few[0, 0] = many[0, 0] = 100.0
-    wide, narrow = (site_of(x).best(grid).scale for x in (few, many))
+    wide, narrow = (static.best(x.chunk(3), grid).scale for x in (few, many))
     assert wide > 20 and narrow < 10
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_values_that_are_no_numbers_are_refused_by_the_site_they_are_at(bad):
+    x = draw(8, 8, dtype=torch.float32)
+    x[5, 3] = bad
+    with pytest.raises(ValueError, match=r"activations of layers\.3\.o_proj_in must be finite; got \["):
+        static.best(x.chunk(2), QuantSpec(granularity="static"), "layers.3.o_proj_in")
 
 
 # ---- a model with them

@@ -4,10 +4,11 @@ all their tokens together take, by squared error; its release searches ratios of
 computes, here down to 1/64 by the site's own values, since a massive token may be 100 times any other.
 
 A site's values are counted in fine bins and rounded as their bin's middle, so that a ratio costs as much as
-there are bins, not values; what that leaves out, a bin's width squared / 12 a value, all ratios share."""
+there are bins, not values; what that leaves out, a bin's width squared / 12 a value, all ratios share. Until
+its windows have passed, a layer's inputs stay in memory."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from math import isfinite
 
 import torch
@@ -27,40 +28,28 @@ RATIOS = tuple(2 ** (-step / 8) for step in range(49))  # 1 to 1/64: the error i
 BINS = 1 << 16
 
 
-class _Site:
-    """A site's range in its dtype, then how many values lie in each of BINS bins of it."""
+def best(parts: Sequence[Tensor], grid: QuantSpec, site: str = "a site") -> Fixed:
+    """The scale and zero point of least squared error over all values of a site, in `parts`. ValueError: NaN
+    or Inf among them."""
+    both = torch.stack([end for x in parts for end in x.aminmax()])
+    low, high = ends = torch.stack([both.amin(), both.amax()])
+    require(f"activations of {site}", ends.tolist(), all(map(isfinite, ends.tolist())), "finite")
+    centres, counts = counted(parts, float(low), float(high))
+    found = list(candidates(ends, grid))
+    lost = [float((fake_quantize(centres, grid, each) - centres).square() @ counts) for each in found]
+    return found[lost.index(min(lost))]
 
-    def __init__(self) -> None:
-        self.range: Tensor | None = None
-        self.counts: Tensor | None = None
 
-    def widen(self, x: Tensor) -> None:
-        """Take the values of `x` into the range (2,), least and largest."""
-        seen = [x.amin(), x.amax()] if self.range is None else [*self.range, x.amin(), x.amax()]
-        both = torch.stack(seen)
-        self.range = torch.stack([both.amin(), both.amax()])
-
-    def count(self, x: Tensor) -> None:
-        """Count the values of `x`, which lie in the range."""
+def counted(parts: Sequence[Tensor], low: float, high: float) -> tuple[Tensor, Tensor]:
+    """The middles of BINS bins of a range, of one of no width of width 1, and how many values of `parts`
+    lie in each, both (BINS,) float64."""
+    high = high if high > low else low + 1
+    edges = torch.linspace(low, high, BINS + 1, dtype=torch.float64)
+    counts = torch.zeros(BINS, dtype=torch.float64)
+    for x in parts:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        found = torch.histc(wide, BINS, *self.ends()).double()
-        self.counts = found if self.counts is None else self.counts.add_(found)
-
-    def ends(self) -> tuple[float, float]:
-        """Where the bins begin and end: the range, or, where all values are one, of width 1."""
-        assert self.range is not None
-        low, high = self.range.tolist()
-        return low, high if high > low else low + 1
-
-    def best(self, grid: QuantSpec) -> Fixed:
-        """The scale and zero point of least squared error over the values that were counted."""
-        assert self.range is not None and self.counts is not None
-        low, high = self.ends()
-        edges = torch.linspace(low, high, BINS + 1, dtype=torch.float64)
-        centres, counts = (edges[1:] + edges[:-1]) / 2, self.counts.cpu()
-        found = list(candidates(self.range, grid))
-        lost = [float((fake_quantize(centres, grid, each) - centres).square() @ counts) for each in found]
-        return found[lost.index(min(lost))]
+        counts += torch.histc(wide, BINS, low, high).double().cpu()
+    return (edges[1:] + edges[:-1]) / 2, counts
 
 
 def candidates(ends: Tensor, grid: QuantSpec) -> Iterable[Fixed]:
@@ -78,27 +67,19 @@ def find(
     (windows, window), but for the first tokens of each window to `skip`, while what is `online` acts. A site
     that no token reaches has none, and is named."""
     sites = hooks.sites_of(loaded, *hooks.LINEAR_INPUTS)
-    seen: dict[str, _Site] = {}
+    seen: dict[str, list[Tensor]] = {}
     found: dict[str, Fixed] = {}
-    is_counting = False
 
     def see(site: str, x: Tensor) -> None:
         if x.numel():
-            own = seen.setdefault(site, _Site())
-            (own.count if is_counting else own.widen)(after(x, skip))
+            seen.setdefault(site, []).append(after(x, skip))
 
     with torch.inference_mode(), online(function=see, sites=sites):
         walk = Walk(loaded, ids.split(1), name="static scales")
         for number in walk.layers():
-            is_counting = False
-            for x in walk.hidden:
-                walk.run(number, x)
-            is_counting = True
-            for site, own in seen.items():
-                require(f"activations of {site}", own.ends(), all(map(isfinite, own.ends())), "finite")
             walk.step(number)
-            found |= {site: own.best(grid) for site, own in seen.items()}
-            seen.clear()
+            for site in list(seen):
+                found[site] = best(seen.pop(site), grid, site)
     if unseen := [site for site in sites if site not in found]:
         said = "no token reached %d sites, so each token has a scale of its own there: %s"
         log.warning(said, len(unseen), ", ".join(unseen))
