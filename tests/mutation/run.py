@@ -43,6 +43,7 @@ HEAVY = (
     "yaml transformers.models.auto.modeling_auto transformers.core_model_loading typer.testing"
 )
 LINKED = (
+    ".gitignore",
     "README.md",
     "pyproject.toml",
     "docs",
