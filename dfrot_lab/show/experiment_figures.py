@@ -102,9 +102,10 @@ def _plot_kept(part: pd.DataFrame, *, ax: Axes) -> None:
 def figure_differences(table: pd.DataFrame, label: str, panel: str = "{bits}") -> Figure:
     """Changes of perplexity against RH; `label` and `panel` are formats, filled by a row's columns."""
     rows = rows_of(table[table["rotation"] != "NR"], change("RH"))
-    labels = [label.format_map(row).replace("_", " ") for row in rows.to_dict("records")]
+    said = [label.format_map(row).replace("_", " ") for row in rows.to_dict("records")]
+    labels = [each.removesuffix(", none") for each in said]
     rows = rows.assign(label=labels, panel=[panel.format_map(row) for row in rows.to_dict("records")])
-    size = (4.2, 1.4 + 0.32 * len(set(labels)))
+    size = (5.2 if rows["panel"].nunique() == 1 else 4.2, 1.4 + 0.32 * len(set(labels)))
     fig = panels(rows, "panel", plot_rows, size=size, axes={"xlabel": change("RH")}, sharey=True)
     for ax in fig.axes:
         ax.axvline(0, ls="--", lw=1, c=INK)
