@@ -278,16 +278,8 @@ EXPERIMENTS: dict[str, tuple[str, str, Callable[[Setting, Store], Any]]] = {
     "offset": ("not in the paper", "Is there a better R1, if the zero point may take a part?", beyond.offset),
     "free-options": ("not in the paper", "What else costs nothing when the model runs?", beyond.free_options),
     "better-weights": ("not in the paper", "How much of GPTQ's loss is its inputs'?", beyond.better_weights),
-    "kv-caches": (
-        "rivals",
-        "Which KV cache loses least at 4, 3, 2 bits, and does R3 help?",
-        beyond.kv_caches,
-    ),
-    "static-activations": (
-        "asked by a reviewer",
-        "What shares a scale in activations?",
-        beyond.static_activations,
-    ),
+    "kv-caches": ("rivals", "Which KV cache loses least, and does R3 help?", beyond.kv_caches),
+    "static-activations": ("asked by reviewers", "What shares a scale?", beyond.static_activations),
     "block-floats": ("asked here", "Does a rotation help MXFP4 and NVFP4?", beyond.block_floats),
     "prefix": ("asked here", "What is a prefix worth beside a rotation?", beyond.prefix),
     **leaderboard.EXPERIMENTS,
