@@ -395,6 +395,16 @@ def test_comparison_is_by_any_two_columns_that_tell_its_rows_apart(table: pd.Dat
         comparison(ro, down="rotation")
 
 
+def test_comparison_of_several_metrics_has_a_column_for_each_by_columns_together(table: pd.DataFrame):
+    ro, metrics = table[table["rotation"] == "RO"], (tables.PERPLEXITY, tables.DIVERGENCE)
+    found = comparison(ro, *metrics, down=("bits", "keep_out"))
+    assert tuple(found.columns) == metrics and found.index.names == ["bits", "keep_out"]
+    assert found.index.tolist() == [("16-4-16", "False"), ("4-4-16", "False"), ("16-4-16", "True")]
+    for metric in metrics:
+        alone = comparison(ro, metric, down="bits", across="keep_out")
+        assert all(found.loc[place, metric] == alone.loc[place] for place in found.index)
+
+
 def test_comparison_takes_one_metric_and_the_last_of_equal_rows(table: pd.DataFrame):
     changes = comparison(table, change("NR"))
     low, high = (100 * math.expm1(end) for end in estimate([0.5, 0.6]).ci95)

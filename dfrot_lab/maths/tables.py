@@ -1,6 +1,6 @@
 """Tables of results as the paper prints them; one that would have to merge rows that differ is an error."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from operator import itemgetter
 from typing import Any
 
@@ -92,19 +92,24 @@ def _wide(rows: list[dict[str, Any]], down: Mapping[str, Any], across: Mapping[s
         _require_distinct(same, dict(zip(axes, place, strict=True)))
     table = pd.DataFrame([(*at, cell(same[-1])) for at, same in places.items()], columns=[*axes, "cell"])
     wide = table.pivot(index=list(down), columns=list(across), values="cell")
-    index, columns = (list(dict.fromkeys(place[n] for place in places)) for n in (0, 1))
-    return wide.reindex(index=index, columns=columns)
+    last = len(down) - 1
+    index = list(dict.fromkeys(place[: last + 1] if last else place[0] for place in places))
+    return wide.loc[index, list(dict.fromkeys(place[-1] for place in places))]
 
 
 def comparison(
-    table: pd.DataFrame, metric: str = PERPLEXITY, *, down: str = "", across: str = ""
+    table: pd.DataFrame, *metrics: str, down: str | Sequence[str] = "", across: str = ""
 ) -> pd.DataFrame:
-    """One metric as the paper prints it: a row a rotation, a column for each setting of the bits; else a row
-    for each value of the table's column `down`, a column for each of `across`. Cells as `cell` says.
-    ValueError: rows of one place that differ in another column."""
-    rows = {down: itemgetter(down)} if down else {"row": label}
+    """Perplexity, or one other of `metrics`, as the paper prints it: a row a rotation, a column for each
+    setting of the bits; else a row for each value of the table's column `down`, or of some columns together,
+    a column for each of `across`; of several metrics one for each. Cells as `cell` says. ValueError: rows of
+    one place that differ in another column."""
+    names = [down] if isinstance(down, str) else down
+    rows: dict[str, Any] = {name: itemgetter(name) for name in names} if down else {"row": label}
+    across = across or ("metric" if len(metrics) > 1 else "")
     columns = {across: itemgetter(across)} if across else {"bits": bits_of}
-    return _wide(records(table, metric), rows, columns).fillna("")
+    found = [row for metric in metrics or (PERPLEXITY,) for row in records(table, metric)]
+    return _wide(found, rows, columns).fillna("")
 
 
 def bits_of(entry: Mapping[str, Any]) -> str:

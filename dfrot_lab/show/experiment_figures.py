@@ -105,7 +105,7 @@ def figure_differences(table: pd.DataFrame, label: str, panel: str = "{bits}") -
     said = [label.format_map(row).replace("_", " ") for row in rows.to_dict("records")]
     labels = [each.removesuffix(", none") for each in said]
     rows = rows.assign(label=labels, panel=[panel.format_map(row) for row in rows.to_dict("records")])
-    size = (5.2 if rows["panel"].nunique() == 1 else 4.2, 1.4 + 0.32 * len(set(labels)))
+    size = (5.2 if len(set(rows["panel"])) == 1 else 4.2, 1.4 + 0.32 * len(set(labels)))
     fig = panels(rows, "panel", plot_rows, size=size, axes={"xlabel": change("RH")}, sharey=True)
     for ax in fig.axes:
         ax.axvline(0, ls="--", lw=1, c=INK)
