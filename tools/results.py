@@ -12,7 +12,7 @@ from dfrot_lab.disk import row_files
 from dfrot_lab.maths import statistics, tables
 from dfrot_lab.score.rows import percent
 from dfrot_lab.show import gallery
-from dfrot_lab.study import leaderboard
+from dfrot_lab.study import experiments, leaderboard
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "data" / "results"
@@ -140,7 +140,7 @@ def by_gptq() -> list[str]:
     table, kept = load("main-table-wikitext2"), load("keep-out-wikitext2")
     own, at = table[table["weights"] == "gptq"], ("4-4-16", "4-4-4")
     said = list[str]()
-    for name in ("RO", "DFRot"):
+    for name in ("RO", *experiments.FITTED):
         cells = [f"{cell(own, tables.change('RH'), name, bits)} at {bits}" for bits in at]
         said.append(f"{name} against RH {' and '.join(cells)}")
     shares = kept[kept["metric"] == tables.SHARE].set_index("bits")
