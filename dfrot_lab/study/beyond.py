@@ -60,20 +60,19 @@ def options(setting: Setting, name: str) -> dict[str, Recipe]:
 def better_weights(setting: Setting, _store: Store) -> Iterator[Row]:
     """Weight quantizers that know what their inputs have lost, under RH and Offset+ at 4-4-16."""
     rh = setting.row("4-4-16", setting.method("RH"), weights="gptq")
-    for name in ("RH", "Offset+"):
+    for name in setting.few(("RH", "Offset+")):
         gptq, gptaq, qep, foem = (
             setting.row("4-4-16", setting.method(name), weights=by) for by in ("gptq", "gptaq", "qep", "foem")
         )
+        rounded = gptq.with_(weights=gptq.weights.with_(rounded=True))
         against = {"RH": rh, "GPTQ": gptq}
-        yield Row(gptq, {"option": NONE}, {} if name == "RH" else {"RH": rh})
+        rows = [Row(gptq, {"option": NONE}, {} if name == "RH" else {"RH": rh})]
         if name != "RH":
-            rounded = gptq.with_(weights=gptq.weights.with_(rounded=True))
-            yield Row(rounded, {"option": "rounded inputs"}, against)
-            yield Row(gptaq, {"option": NONE}, against)
-            yield Row(foem, {"option": NONE}, against)
-        yield Row(qep, {"option": NONE}, against)
-        clipped = qep.with_(clips=setting.capture)
-        yield Row(clipped, {"option": "clips"}, {**against, "QEP": qep})
+            rows.append(Row(rounded, {"option": "rounded inputs"}, against))
+            rows += [Row(spec, {"option": NONE}, against) for spec in (gptaq, foem)]
+        yield from setting.few([*rows, Row(qep, {"option": NONE}, against)])
+        if not setting.quick:
+            yield Row(qep.with_(clips=setting.capture), {"option": "clips"}, {**against, "QEP": qep})
 
 
 def kv_caches(setting: Setting, _store: Store) -> Iterator[Row]:
