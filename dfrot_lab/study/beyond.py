@@ -70,7 +70,7 @@ def better_weights(setting: Setting, _store: Store) -> Iterator[Row]:
         if name != "RH":
             rows.append(Row(rounded, {"option": "rounded inputs"}, against))
             rows += [Row(spec, {"option": NONE}, against) for spec in (gptaq, foem)]
-        yield from setting.few([*rows, Row(qep, {"option": NONE}, against)])
+        yield from (*rows, Row(qep, {"option": NONE}, against))
         if not setting.quick:
             yield Row(qep.with_(clips=setting.capture), {"option": "clips"}, {**against, "QEP": qep})
 
