@@ -329,9 +329,9 @@ def test_static_scales_are_those_of_the_windows_own_rows_after_the_prefix(lively
     loaded, _ = build.rotated(door.resolved(spec).canonical(), store)
     ids = found._windows(spec.static, loaded)
     whole, tokens = prefixes.before(ids, built.prefix.ids), len(built.prefix.ids)
-    sites: dict[str, list[torch.Tensor]] = {}
+    sites: dict[str, list[Tensor]] = {}
 
-    def see(site: str, x: torch.Tensor) -> None:
+    def see(site: str, x: Tensor) -> None:
         sites.setdefault(site, []).append(x[:, tokens:])
 
     where = hooks.sites_of(loaded, *hooks.LINEAR_INPUTS)

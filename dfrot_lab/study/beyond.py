@@ -64,13 +64,14 @@ def better_weights(setting: Setting, _store: Store) -> Iterator[Row]:
         gptq, gptaq, qep, foem = (
             setting.row("4-4-16", setting.method(name), weights=by) for by in ("gptq", "gptaq", "qep", "foem")
         )
-        rounded = gptq.with_(weights=gptq.weights.with_(rounded=True))
         against = {"RH": rh, "GPTQ": gptq}
-        rows = [Row(gptq, {"option": NONE}, {} if name == "RH" else {"RH": rh})]
+        yield Row(gptq, {"option": NONE}, {} if name == "RH" else {"RH": rh})
         if name != "RH":
-            rows.append(Row(rounded, {"option": "rounded inputs"}, against))
-            rows += [Row(spec, {"option": NONE}, against) for spec in (gptaq, foem)]
-        yield from (*rows, Row(qep, {"option": NONE}, against))
+            rounded = gptq.with_(weights=gptq.weights.with_(rounded=True))
+            yield Row(rounded, {"option": "rounded inputs"}, against)
+            yield Row(gptaq, {"option": NONE}, against)
+            yield Row(foem, {"option": NONE}, against)
+        yield Row(qep, {"option": NONE}, against)
         if not setting.quick:
             yield Row(qep.with_(clips=setting.capture), {"option": "clips"}, {**against, "QEP": qep})
 
