@@ -798,6 +798,10 @@ def test_a_hostile_folder_is_one_line_on_the_command_line(what: str, bench: list
         (AttributeError("'NoneType' has\nno x"), "AttributeError: 'NoneType' has no x. No rule"),
         (StopIteration(), "StopIteration: no reason given. No rule"),
         (KeyError(), "KeyError: no reason given. No rule"),
+        (
+            ImportError("libcudnn.so.9: cannot open"),
+            "libcudnn.so.9: cannot open. Something of the install is missing",
+        ),
     ],
     ids=repr,
 )

@@ -16,5 +16,7 @@ def line_of(error: Exception) -> str:
     said = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
     if isinstance(error, ValueError | OSError | RuntimeError | KeyError) and " " in said:
         return said
+    if isinstance(error, ImportError):
+        return f"{said}. Something of the install is missing: install what locks/ names (CUDA: cuda.txt)"
     why = f"{type(error).__name__}: {' '.join(said.split())[:300] or 'no reason given'}"
     return f"{why}. No rule forbids this, so it is a fault here: dfrot-lab --verbose COMMAND says where"
