@@ -51,7 +51,7 @@ from dfrot_lab.rotate.steps import Refined
 from dfrot_lab.score import build as building, perplexity
 from dfrot_lab.show import figures, gallery
 from dfrot_lab.show.experiment_figures import ORDER_COLOURS, ORDER_MARKERS
-from dfrot_lab.study import experiments, keepout, main
+from dfrot_lab.study import experiments, keepout, leaderboard, main
 from dfrot_lab.study.experiments import CALIBRATED, CHOSEN, EACH_CLIP, EXPERIMENTS, WHOLE
 from dfrot_lab.study.main import Row
 from dfrot_lab.study.progress import Progress
@@ -61,7 +61,7 @@ from dfrot_lab.weights import run as weighing
 EVALUATING = (
     "main", "gamma-sweep", "keep-out", "main-table", "calibration", "clip-sweep", "symmetric-or-not",
     "variants", "massive-activations", "intervene", "gain", "offset",
-    "free-options", "better-weights", "kv-caches", "static-activations", "prefix", "block-floats",
+    "free-options", "better-weights", "kv-caches", "transfer", "static-activations", "prefix", "block-floats",
 )  # fmt: skip
 LOOKING = (
     "token-errors-3d", "token-errors-2d", "token-orders", "massive-token", "massive-magnitudes",
@@ -453,7 +453,7 @@ def test_calibration_on_one_text_is_tested_on_the_other(lab, tmp_path, monkeypat
     other = tmp_path / "other.txt"
     other.write_text("\n".join(f"The {i}th of many lines about nothing at all" for i in range(200)))
     texts = [lab.setting.corpus, str(other)]
-    monkeypatch.setattr(experiments, "_texts", lambda _setting: texts)
+    monkeypatch.setattr(Setting, "texts", lambda _setting: texts)
     few_rows(monkeypatch)
     asked = seen_rows(monkeypatch)
     table = experiments.run("calibration", lab.setting.with_(quick=False, builds=1), lab.store)
@@ -478,7 +478,35 @@ def test_calibration_on_one_text_is_tested_on_the_other(lab, tmp_path, monkeypat
 
 def test_one_text_where_there_is_no_other(lab, monkeypatch):
     monkeypatch.setattr(corpus, "resolve", lambda spec: spec.with_(name="wikipedia-sample"))
-    assert experiments._texts(lab.setting.with_(quick=False)) == [lab.setting.corpus]
+    assert lab.setting.with_(quick=False).texts() == [lab.setting.corpus]
+
+
+def test_what_was_fitted_on_one_text_is_scored_on_all(lab, planned, monkeypatch):
+    """Each method's rotation is of the setting's text wherever it is scored; our own are of the other, too."""
+    texts = [lab.setting.corpus, "wikipedia-sample"]
+    monkeypatch.setattr(Setting, "texts", lambda _setting: texts)
+    [rows] = planned("transfer", lab.setting.with_(quick=False, builds=1))
+    by_text = [[row for row in rows if row.spec.corpus.name == text] for text in texts]
+    for text, own in zip(texts, by_text, strict=True):
+        rh, *others = own
+        assert rh.spec.rotation == lab.setting.rotation("RH") and not rh.against
+        assert all(row.against["RH"] == rh.spec for row in others)
+        fitted = [row.spec.rotation.capture.corpus.name for row in others]
+        there = {row.spec.rotation.name for row, name in zip(others, fitted, strict=True) if name != texts[0]}
+        assert there == (set() if text == texts[0] else set(leaderboard.OURS))
+        compared = {row.spec.rotation.name for row in others if leaderboard.FITTED_THERE in row.against}
+        assert compared == there
+        assert all(
+            row.against[leaderboard.FITTED_THERE].rotation.capture.corpus
+            == CorpusSpec(name=text, split="calibration")
+            for row in others
+            if leaderboard.FITTED_THERE in row.against
+        )
+    same = [
+        {row.spec.rotation for row in own[1:] if row.spec.rotation.capture.corpus.name == texts[0]}
+        for own in by_text
+    ]
+    assert same[0] == same[1] and {"SpinQuant", "KurTail", "KLT"} < {spec.name for spec in same[0]}
 
 
 # ---- the full profile, planned but not run

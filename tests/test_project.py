@@ -222,6 +222,7 @@ OWN = {
     "prefix": ("acts", "prefix"),
     "block-floats": ("format",),
     **dict.fromkeys(leaderboard.EXPERIMENTS, BOARD),
+    "transfer": ("fitted",),
     "main-table": ("extra_minutes",),
     "calibration": ("varied", "level"),
     "clip-sweep": ("clip", "scored_on"),

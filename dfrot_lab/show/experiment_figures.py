@@ -280,6 +280,7 @@ FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {  # by experiment, what 
     "gain": partial(figure_differences, label="{rotation}"),
     "free-options": partial(figure_differences, label="{rotation}, {option}"),
     **dict.fromkeys(leaderboard.EXPERIMENTS, ranks.figure_ranks),
+    "transfer": partial(figure_differences, label="{rotation}, {fitted}", panel="tested on {corpus}"),
     "better-weights": partial(figure_differences, label=RANKED), "kv-caches": figure_caches,
     "static-activations": figure_acts, "prefix": figure_prefix, "block-floats": figure_formats,
     "spike-writers": inside_figures.figure_writers, "attention-sink": inside_figures.figure_sink,

@@ -11,7 +11,6 @@ import pandas as pd
 
 from dfrot_lab.disk.artefacts import Store
 from dfrot_lab.maths.tables import whole
-from dfrot_lab.model import corpus
 from dfrot_lab.observe import massive, residual
 from dfrot_lab.observe.capture import capture
 from dfrot_lab.recipe import specs
@@ -34,7 +33,7 @@ ROW_COUNTS = (48, 32, 24, 16, 8)  # Table 3, in windows; a model of n layers has
 SAMPLES, BITS = 5, ("16-4-16", "4-4-16")
 SWEEPS = (
     "gamma-sweep", "calibration", "clip-sweep", "intervene", "better-weights", "kv-caches",
-    *leaderboard.EXPERIMENTS, "static-activations", "prefix", "block-floats",
+    *leaderboard.EXPERIMENTS, "transfer", "static-activations", "prefix", "block-floats",
 )  # fmt: skip
 LONG = ("keep-out", "main-table", "variants", "symmetric-or-not")  # of GPTQ, or of long refinements
 BUILDS_OF = {"gain": 26, **dict.fromkeys(LONG, 5), **dict.fromkeys(SWEEPS, 3)}
@@ -43,7 +42,7 @@ long ones as many as a comparison needs, sweeps, where a curve is what is looked
 GAIN_WINDOWS = 5  # times the setting's: what a build of DFRot against RH varies by is mostly its windows
 OWN_RULE = (
     "main", "compare", "gain", "measuring", "offset", "free-options", "better-weights",
-    *leaderboard.EXPERIMENTS, "static-activations", "prefix", "block-floats",
+    *leaderboard.EXPERIMENTS, "transfer", "static-activations", "prefix", "block-floats",
 )  # fmt: skip
 """The experiments that refine by the setting's rule."""
 CALIBRATED = "calibration text"
@@ -129,7 +128,7 @@ def calibration(setting: Setting, store: Store) -> Iterator[Row]:
     sites = len(capture(setting.capture, store).sites)
     for count in setting.few([count for count in ROW_COUNTS if count <= sites]):
         ways.append(("rows", f"{count} x {setting.window}", setting, {"rows": count * setting.window}))
-    texts = _texts(setting)
+    texts = setting.texts()
     for fitted, tested in product(texts, texts) if len(texts) > 1 else ():
         own = setting.capture.with_(corpus=specs.CorpusSpec(name=fitted, split="calibration"))
         ways.append(("text", f"{fitted} -> {tested}", setting.with_(corpus=tested), {"capture": own}))
@@ -139,14 +138,6 @@ def calibration(setting: Setting, store: Store) -> Iterator[Row]:
         yield Row(plain, {"varied": "none", "level": f"RH on {named(where)['corpus']}"}, once=once)
         spec = where.row(bits, setting.refine.with_(**changes))
         yield Row(spec, {"varied": varied, "level": level}, {"RH": plain}, once=once)
-
-
-def _texts(setting: Setting) -> list[str]:
-    """The texts to exchange: WikiText-2 and the packaged sample where both can be had, else the setting's."""
-    if setting.quick or corpus.resolve(specs.CorpusSpec(name="auto")).name != "wikitext2":
-        log.info("testing on another text is left out: it needs WikiText-2 (and the full profile)")
-        return [setting.corpus]
-    return ["wikitext2", "wikipedia-sample"]
 
 
 def clip_sweep(setting: Setting, store: Store) -> pd.DataFrame:
@@ -283,6 +274,7 @@ EXPERIMENTS: dict[str, tuple[str, str, Callable[[Setting, Store], Any]]] = {
     "block-floats": ("asked here", "Does a rotation help MXFP4 and NVFP4?", beyond.block_floats),
     "prefix": ("asked here", "What is a prefix worth beside a rotation?", beyond.prefix),
     **leaderboard.EXPERIMENTS,
+    "transfer": ("rivals", "Does what is fitted on one text help on another?", leaderboard.transfer),
     "zero-shot": ("Table 5, README", "Does what holds for perplexity hold for tasks?", zero_shot),
     "clip-sweep": ("asked by a reviewer", "Is it the rotation, or would a clip do?", clip_sweep),
     "symmetric-or-not": ("Eq. 5, released code", "Which quantizer to refine R1 with?", either_scheme),

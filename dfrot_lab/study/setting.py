@@ -1,5 +1,6 @@
 """What the main job and the experiments are run on: one setting, and its quick profile."""
 
+import logging
 import os
 from collections.abc import Sequence
 from typing import Any, cast
@@ -8,6 +9,7 @@ from dfrot_lab.model import door
 from dfrot_lab.recipe import registry, specs
 from dfrot_lab.recipe.base import MethodSpec, Spec, one_of, ruled
 
+log = logging.getLogger(__name__)
 FIGURE_LAYER = 15  # in the middle of the stretch where the default model's token 0 is massive (12 to 28)
 PROFILE = "DFROT_LAB_PROFILE"  # environment variable: notebooks, experiments `quick` (minutes) or `full`
 BUILDS = 7  # that a comparison is made of: the fewest that tell RO from RH surely (docs/measuring.md)
@@ -48,6 +50,13 @@ class Setting(Spec):
         """With the text and the device that `auto` stands for here."""
         text = door.resolved(specs.CorpusSpec(name=self.corpus)).name
         return self.with_(corpus=text, model=door.resolved(self.model))
+
+    def texts(self) -> list[str]:
+        """The texts to exchange: WikiText-2 and the packaged sample where both can be had, else its own."""
+        if self.quick or door.resolved(specs.CorpusSpec(name="auto")).name != "wikitext2":
+            log.info("testing on another text is left out: it needs WikiText-2 (and the full profile)")
+            return [self.corpus]
+        return ["wikitext2", "wikipedia-sample"]
 
     def of_builds(self, usual: int = BUILDS) -> "Setting":
         """With `usual` builds where none are chosen."""
