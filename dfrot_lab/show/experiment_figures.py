@@ -247,7 +247,7 @@ def figure_prefix(table: pd.DataFrame) -> Figure:
     rows = rows_of(table[table["bits"] != "16-16-16"], DIVERGENCE)
     draw = partial(plot_sweep, x="prefix", line="rotation", log=True)
     axes = {"xlabel": "prefix (full precision: plain without, prefix with it)"}
-    return panels(rows, "acts", draw, size=(5, 3.8), axes=axes, legend=True)
+    return panels(rows, "acts", draw, size=(5, 3.8), axes=axes, legend=True, sharey=True)
 
 
 def figure_measuring(table: pd.DataFrame) -> Figure:
