@@ -226,8 +226,8 @@ def figure_compare(table: pd.DataFrame) -> Figure:
 
 
 def figure_acts(table: pd.DataFrame) -> Figure:
-    """Perplexity of each rotation, a line, against what shares a scale in activations; a panel the bits."""
-    rows = rows_of(table)
+    """KL divergence of each rotation, a line, against what shares a scale in activations; a panel the bits."""
+    rows = rows_of(table, DIVERGENCE)
     draw = partial(plot_sweep, x="acts", line="rotation", log=True)
     axes = {"xlabel": "one scale for"}
     return panels(rows, "bits", draw, size=(5, 3.8), axes=axes, legend=True)
