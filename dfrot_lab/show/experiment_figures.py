@@ -226,7 +226,7 @@ def figure_compare(table: pd.DataFrame) -> Figure:
 
 
 def figure_acts(table: pd.DataFrame) -> Figure:
-    """KL divergence of each rotation, a line, against what shares a scale in activations; a panel the bits."""
+    """KL divergence of each rotation, a line, against what shares a scale in activations; panels: bits."""
     rows = rows_of(table, DIVERGENCE)
     draw = partial(plot_sweep, x="acts", line="rotation", log=True)
     axes = {"xlabel": "one scale for"}

@@ -165,20 +165,21 @@ def group_of(setting: Setting) -> int:
 def prefix(setting: Setting, _store: Store) -> Iterator[Row]:
     """PrefixQuant's prefix beside rotations, with a scale a token and static, at 16-4-16; and in full
     precision, which it changes, too. Divergences are from full precision without it, and again with it: rows
-    that are compared have one reference."""
+    that are compared have one reference. Each against RH and a scale a token with the same prefix."""
     whole = setting.row("16-16-16", setting.rotation("NR"))
     yield Row(whole, {"acts": NONE, "prefix": NONE})
     yield Row(with_prefix(setting, whole, "plain"), {"acts": NONE, "prefix": "plain"}, {"without": whole})
     for name in setting.few(("RH", "RO", "DFRot", "Offset+")):
-        for said in (PER_TOKEN, STATIC):
-            own, of_rh = shared(setting, name, "16-4-16")[said], shared(setting, "RH", "16-4-16")[said]
-            yield Row(own, {"acts": said, "prefix": NONE}, {} if name == "RH" else {"RH": of_rh})
-            for to in ("plain", "prefix"):
-                against = {} if name == "RH" else {"RH": with_prefix(setting, of_rh, to)}
-                against |= {"without": own} if to == "plain" else {}
-                yield Row(with_prefix(setting, own, to), {"acts": said, "prefix": to}, against)
+        own, of_rh = shared(setting, name, "16-4-16"), shared(setting, "RH", "16-4-16")
+        for said, to in product((PER_TOKEN, STATIC), (NONE, "plain", "prefix")):
+            against = {} if name == "RH" else {"RH": with_prefix(setting, of_rh[said], to)}
+            against |= {PER_TOKEN: with_prefix(setting, own[PER_TOKEN], to)} if said == STATIC else {}
+            against |= {"without": own[said]} if to == "plain" else {}
+            yield Row(with_prefix(setting, own[said], to), {"acts": said, "prefix": to}, against)
 
 
 def with_prefix(setting: Setting, recipe: Recipe, reference: str) -> Recipe:
-    """The recipe with a prefix found on the setting's calibration text."""
+    """The recipe with a prefix found on the setting's calibration text; as it is, of the reference NONE."""
+    if reference == NONE:
+        return recipe
     return recipe.with_(prefix=prefix_on(setting.calibration_text, setting.window, reference=reference))
