@@ -481,6 +481,20 @@ def test_one_text_where_there_is_no_other(lab, monkeypatch):
     assert lab.setting.with_(quick=False).texts() == [lab.setting.corpus]
 
 
+def test_panels_that_share_labels_show_each_row_beside_its_own():
+    """One panel lacks the label that the other begins with."""
+    rows = pd.DataFrame(
+        {"label": ["b", "c", "a", "b", "c"], "panel": [1, 1, 2, 2, 2], "value": [2.0, 3, 1, 2, 3]}
+    ).assign(rotation="RH", keep_out=False)
+    fig = figures.panels_of_rows(rows.assign(low=rows["value"], high=rows["value"]), "panel")
+    names = [label.get_text() for label in fig.axes[0].get_yticklabels()]
+    for ax in fig.axes:
+        for line in ax.lines:
+            [value], [place] = line.get_data()
+            assert {"a": 1, "b": 2, "c": 3}[names[round(place)]] == value
+    figures.plt.close(fig)
+
+
 def test_what_was_fitted_on_one_text_is_scored_on_all(lab, planned, monkeypatch):
     """Each method's rotation is of the setting's text wherever it is scored; our own are of the other, too."""
     texts = [lab.setting.corpus, "wikipedia-sample"]

@@ -15,7 +15,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from dfrot_lab.maths.tables import DIVERGENCE, PERPLEXITY, change
 from dfrot_lab.observe.massive import SUN_ABSOLUTE, SUN_RATIO
 from dfrot_lab.show import figures, inside_figures, ranks
-from dfrot_lab.show.figures import plot_rows, rows_of
+from dfrot_lab.show.figures import panels_of_rows, plot_rows, rows_of
 from dfrot_lab.show.theme import INK, MASSIVE_COLOUR, ORDINARY_COLOUR, draw_lines, legend_below, looks, panels
 from dfrot_lab.study import compare, leaderboard
 
@@ -72,7 +72,7 @@ def figure_keep_out(table: pd.DataFrame) -> Figure:
     rows = rows.sort_values(["rotation", "keep_out"], ascending=[False, True])
     alone = rows.assign(low=rows["value"], high=rows["value"])  # only paired intervals would count here
     axes = {"xlabel": "perplexity (hollow: massive tokens kept out)"}
-    return panels(alone, "bits", plot_rows, size=(4.3, 3), axes=axes, sharey=True)
+    return panels_of_rows(alone, "bits", size=(4.3, 3), axes=axes)
 
 
 def figure_clip(table: pd.DataFrame) -> Figure:
@@ -106,7 +106,7 @@ def figure_differences(table: pd.DataFrame, label: str, panel: str = "{bits}") -
     labels = [each.removesuffix(", none") for each in said]
     rows = rows.assign(label=labels, panel=[panel.format_map(row) for row in rows.to_dict("records")])
     size = (5.2 if len(set(rows["panel"])) == 1 else 4.2, 1.4 + 0.32 * len(set(labels)))
-    fig = panels(rows, "panel", plot_rows, size=size, axes={"xlabel": change("RH")}, sharey=True)
+    fig = panels_of_rows(rows, "panel", size=size, axes={"xlabel": change("RH")})
     for ax in fig.axes:
         ax.axvline(0, ls="--", lw=1, c=INK)
     return fig
@@ -124,7 +124,7 @@ def figure_zero_shot(table: pd.DataFrame) -> Figure:
     rows = table.drop_duplicates(["row", "task"], keep="last").fillna({"rotation": "plain"})
     value, error = 100 * rows["value"], 100 * rows["stderr"]
     rows = rows.assign(label=rows["row"], value=value, low=value - error, high=value + error, keep_out=False)
-    fig = panels(rows, "task", plot_rows, size=(1.9, 3.4), axes={"xlabel": "accuracy, %"}, sharey=True)
+    fig = panels_of_rows(rows, "task", size=(1.9, 3.4), axes={"xlabel": "accuracy, %"})
     fig.suptitle(f"first {rows['items'].min():.0f} items of each task; bars: one standard error", fontsize=10)
     return fig
 
@@ -266,6 +266,7 @@ def _plot_price(part: pd.DataFrame, x: str, y: str, *, ax: Axes) -> None:
 
 
 RANKED = "{rotation}, {weights}, {option}"
+FITTED = "{rotation}, fitted on {fitted}"
 FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {  # by experiment, what draws its table
     "main": figures.figure_perplexity, "token-errors-3d": figure_errors_3d, "token-orders": figure_orders,
     "token-errors-2d": figures.figure_errors, "massive-token": figures.figure_massive_token,
@@ -280,7 +281,7 @@ FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {  # by experiment, what 
     "gain": partial(figure_differences, label="{rotation}"),
     "free-options": partial(figure_differences, label="{rotation}, {option}"),
     **dict.fromkeys(leaderboard.EXPERIMENTS, ranks.figure_ranks),
-    "transfer": partial(figure_differences, label="{rotation}, {fitted}", panel="tested on {corpus}"),
+    "transfer": partial(figure_differences, label=FITTED, panel="tested on {corpus}"),
     "better-weights": partial(figure_differences, label=RANKED), "kv-caches": figure_caches,
     "static-activations": figure_acts, "prefix": figure_prefix, "block-floats": figure_formats,
     "spike-writers": inside_figures.figure_writers, "attention-sink": inside_figures.figure_sink,

@@ -42,12 +42,13 @@ def bounded(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def plot_rows(rows: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """`value` from `low` to `high` by `label` and `rotation`; hollow where massive tokens are kept out."""
-    ax, look = ax or plt.gca(), style.looks(rows["rotation"])
-    places, names = pd.factorize(rows["label"])
+    """`value` from `low` to `high` by `label` and `rotation`; hollow where massive tokens are kept out. Each
+    label has a line; each category, where labels are categories, whether it has a row here or not."""
+    ax, look, labels = ax or plt.gca(), style.looks(rows["rotation"]), by_place(rows["label"]).cat
+    places, names = labels.codes.to_numpy(), labels.categories
     for place in range(len(names)):
         own = rows[places == place].to_dict("records")
-        shifts = np.linspace(-0.2, 0.2, len(own)) if len(own) > 1 else [0.0]
+        shifts = np.linspace(-0.2, 0.2, len(own)) if len(own) > 1 else [0.0] * len(own)
         for shift, row in zip(shifts, own, strict=True):
             colour, marker = look["palette"][row["rotation"]], look["markers"][row["rotation"]]
             bars = [[row["value"] - row["low"]], [row["high"] - row["value"]]]
@@ -56,6 +57,17 @@ def plot_rows(rows: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax.set_yticks(range(len(names)), names)
     ax.set(ylim=(len(names) - 0.5, -0.6), xlabel="perplexity")
     return ax
+
+
+def by_place(labels: pd.Series) -> pd.Series:
+    """Labels as categories in the order in which they come, if they are none yet."""
+    return labels if labels.dtype == "category" else labels.astype(pd.CategoricalDtype(list(labels.unique())))
+
+
+def panels_of_rows(rows: pd.DataFrame, by: str, **more: Any) -> Figure:
+    """`style.panels` of `plot_rows`, a value of `by` each, that share their labels: a line is one label's in
+    all of them."""
+    return style.panels(rows.assign(label=by_place(rows["label"])), by, plot_rows, sharey=True, **more)
 
 
 def plot_perplexity(table: pd.DataFrame, bits: str, *, ax: Axes | None = None) -> Axes:

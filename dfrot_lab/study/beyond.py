@@ -104,7 +104,7 @@ def static_activations(setting: Setting, _store: Store) -> Iterator[Row]:
     against RH with the same, and against its own rotation with a scale a token."""
     for bits in setting.few(("16-4-16", "16-8-16")):
         of_rh = shared(setting, "RH", bits)
-        for name in ("NR", "RO", "RH", "DFRot", "Offset+"):
+        for name in setting.few(("NR", "RO", "DFRot", "Offset+", "RH")):
             own = shared(setting, name, bits)
             for said in setting.few(list(own)):
                 against = {} if name == "RH" else {"RH": of_rh[said]}
@@ -169,7 +169,7 @@ def prefix(setting: Setting, _store: Store) -> Iterator[Row]:
     whole = setting.row("16-16-16", setting.rotation("NR"))
     yield Row(whole, {"acts": NONE, "prefix": NONE})
     yield Row(with_prefix(setting, whole, "plain"), {"acts": NONE, "prefix": "plain"}, {"without": whole})
-    for name in setting.few(("RH", "RO", "DFRot", "Offset+")):
+    for name in setting.few(("RO", "DFRot", "Offset+", "RH")):
         own, of_rh = shared(setting, name, "16-4-16"), shared(setting, "RH", "16-4-16")
         for said, to in product((PER_TOKEN, STATIC), (NONE, "plain", "prefix")):
             against = {} if name == "RH" else {"RH": with_prefix(setting, of_rh[said], to)}
