@@ -406,7 +406,7 @@ def test_main_table_says_the_minutes_of_what_is_fitted_and_has_gptq_in_the_full_
             if r.spec.bits != "16-16-16"
         }
         assert asked == set(
-            itertools.product(("NR", "RO", "RH", *experiments.FITTED), by, ("4-4-4", "4-4-16"))
+            itertools.product(("NR", "RO", "RH", *leaderboard.FITTED), by, ("4-4-4", "4-4-16"))
         )
 
 
@@ -507,7 +507,7 @@ def test_what_was_fitted_on_one_text_is_scored_on_all(lab, planned, monkeypatch)
         assert all(row.against["RH"] == rh.spec for row in others)
         fitted = [row.spec.rotation.capture.corpus.name for row in others]
         there = {row.spec.rotation.name for row, name in zip(others, fitted, strict=True) if name != texts[0]}
-        assert there == (set() if text == texts[0] else set(leaderboard.OURS))
+        assert there == (set() if text == texts[0] else set(leaderboard.FITTED))
         compared = {row.spec.rotation.name for row in others if leaderboard.FITTED_THERE in row.against}
         assert compared == there
         assert all(

@@ -27,7 +27,6 @@ log = logging.getLogger(__name__)
 
 GAMMAS = (1.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, float("inf"))  # the paper's, Fig. 5 and 6
 CLIPPED = ("RH", "RO", "DFRot")
-FITTED = ("DFRot", "Offset", "Offset+")
 CLIPS = (0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)
 ROW_COUNTS = (48, 32, 24, 16, 8)  # Table 3, in windows; a model of n layers has 2n: more is left out
 SAMPLES, BITS = 5, ("16-4-16", "4-4-16")
@@ -83,13 +82,15 @@ def main_table(setting: Setting, store: Store) -> pd.DataFrame:
     def asks(own: Setting) -> Iterator[Row]:
         yield Row(own.row("16-16-16", own.rotation("NR")))
         by_weights = setting.few(("rtn", "gptq"))
-        for name, by, bits in product(("NR", "RO", "RH", *FITTED), by_weights, ("4-4-4", "4-4-16")):
+        for name, by, bits in product(
+            ("NR", "RO", "RH", *leaderboard.FITTED), by_weights, ("4-4-4", "4-4-16")
+        ):
             spec, rh = (own.row(bits, own.method(each), weights=by) for each in (name, "RH"))
             yield Row(spec, {}, {} if name == "RH" else {"RH": rh}, once=name == "NR")
 
     table = evaluated(asks, setting, store)[0]
     minutes = dict.fromkeys(table["rotation"], 0.0)
-    for spec in (setting.row("16-16-16", setting.method(name)) for name in FITTED):
+    for spec in (setting.row("16-16-16", setting.method(name)) for name in leaderboard.FITTED):
         minutes[spec.rotation.name] = transforms.fit(spec, transforms.Context(spec, store)).seconds / 60
     return table.assign(extra_minutes=table["rotation"].map(minutes))
 

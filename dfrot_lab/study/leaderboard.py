@@ -31,10 +31,8 @@ each by a pipeline of its own (other weight groups, clips, what is learned besid
 ranked; SpinQuant's was not found again by its own release (8.0 in place of 7.3)."""
 COLUMNS = ("published LLaMA-2-7B", "published LLaMA-3-8B")
 EVEN = "all rows alike"  # beside a method that weighs massive rows more: the same without that
-OURS = ("DFRot", "Offset", "Offset+")
-FITTED_THERE = (
-    "fitted there"  # beside a rotation fitted on another text: the same, on the text it is scored on
-)
+FITTED = ("DFRot", "Offset", "Offset+")  # the paper's and this lab's, in seconds or minutes
+FITTED_THERE = "fitted there"  # beside one that was fitted on another text: the same, on the one it meets
 FIT = "fit, s"  # seconds in which a rotation was found
 PEAK = "peak, GB"  # of memory
 ONLINE_OPS = "online, %"  # of the linears' products
@@ -114,7 +112,7 @@ def rows(group: str, setting: Setting) -> Iterator[Row]:
 
 def transfer(setting: Setting, _store: Store) -> Iterator[Row]:
     """Each R1 that looks at a text, fitted on the setting's and scored on that and on the others: against RH,
-    and our own against the same fitted on the text that is scored."""
+    and FITTED against the same fitted on the text that is scored."""
     names = [name for name in fused() if "capture" in type(setting.method(name)).model_fields]
     for text in dict.fromkeys([setting.corpus, *setting.texts()]):
         there = setting.with_(corpus=text)
@@ -122,7 +120,7 @@ def transfer(setting: Setting, _store: Store) -> Iterator[Row]:
         yield Row(rh, {"fitted": NONE})
         for name in setting.few(names):
             spec, own = (there.row(BITS[0], each.method(name)) for each in (setting, there))
-            is_other = name in OURS and own != spec
+            is_other = name in FITTED and own != spec
             beside = {FITTED_THERE: own} if is_other else {}
             yield Row(spec, {"fitted": public(setting.calibration_text).name}, {"RH": rh, **beside})
             if is_other:
