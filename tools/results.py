@@ -140,7 +140,7 @@ def by_gptq() -> list[str]:
     table, kept = load("main-table-wikitext2"), load("keep-out-wikitext2")
     own, at = table[table["weights"] == "gptq"], ("4-4-16", "4-4-4")
     said = list[str]()
-    for name in ("RO", *experiments.FITTED):
+    for name in ("RO", *leaderboard.FITTED):
         cells = [f"{cell(own, tables.change('RH'), name, bits)} at {bits}" for bits in at]
         said.append(f"{name} against RH {' and '.join(cells)}")
     shares = kept[kept["metric"] == tables.SHARE].set_index("bits")
