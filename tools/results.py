@@ -12,7 +12,7 @@ from dfrot_lab.disk import row_files
 from dfrot_lab.maths import statistics, tables
 from dfrot_lab.score.rows import percent
 from dfrot_lab.show import gallery
-from dfrot_lab.study import experiments, leaderboard
+from dfrot_lab.study import leaderboard
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "data" / "results"
